@@ -1,0 +1,268 @@
+"""PatchLayout: which bytes belong to which patch, for ragged documents packed end to end.
+
+Everything is a tensor on the device of the data, so that no operation has to ask the device for a value. Shapes are
+fixed by what the host knows: `T` bytes, `B` documents and a capacity of `C >= P` patches, where `P`, the number of
+patches there really are, lives on the device alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PatchLayout:
+    """Ragged patches over packed bytes.
+
+    Attributes
+    ----------
+    patch_offsets : int32 ``[C+1]``
+        Patch ``p`` is bytes ``[patch_offsets[p], patch_offsets[p+1])``. Beyond ``P`` every offset is the end of the last
+        document, so that tail patches are empty.
+    cu_patches : int32 ``[B+1]``
+        Document ``b`` owns patches ``[cu_patches[b], cu_patches[b+1])``; ``cu_patches[-1]`` is ``P``.
+    patch_ids : int32 ``[T]``
+        The patch of each byte; -1 for bytes beyond the last document.
+    decode_ids : int32 ``[T]``
+        The patch whose global output byte ``i`` may read when it predicts byte ``i + 1``: (patch of byte ``i + 1``) - 1,
+        where the byte after a document's last one belongs to a new patch if the boundary decision after the last byte
+        says so. -1 where there is none: it reads zeros and sends no gradient.
+    cu_seqlens : int32 ``[B+1]``
+        Document ``b`` is bytes ``[cu_seqlens[b], cu_seqlens[b+1])``.
+    overflowed : bool ``[1]``
+        True if the capacity was too small: then the surplus bytes stay in the last patch of their document.
+    """
+
+    patch_offsets: Tensor
+    cu_patches: Tensor
+    patch_ids: Tensor
+    decode_ids: Tensor
+    cu_seqlens: Tensor
+    overflowed: Tensor
+
+    @property
+    def capacity(self) -> int:
+        """C, the number of patches there is room for."""
+        return self.patch_offsets.shape[0] - 1
+
+    @property
+    def num_bytes(self) -> int:
+        """T, the number of packed bytes."""
+        return self.patch_ids.shape[0]
+
+    @property
+    def num_documents(self) -> int:
+        """B, the number of documents, empty ones included."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def num_patches(self) -> Tensor:
+        """P as an int32 ``[1]`` tensor on the device of the layout."""
+        return self.cu_patches[-1:]
+
+    @property
+    def patch_lengths(self) -> Tensor:
+        """Length of each patch in bytes, int32 ``[C]``; 0 beyond ``P``."""
+        return self.patch_offsets.diff()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that all tensors of the layout are on."""
+        return self.patch_offsets.device
+
+    def to(self, device: torch.device | str) -> PatchLayout:
+        """Return the layout with every tensor on `device`."""
+        return PatchLayout(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def compact(self) -> PatchLayout:
+        """Trim the capacity to the number of patches: C becomes P.
+
+        The one explicit synchronisation of the library. On the CPU it costs nothing; on a GPU it waits for the layout.
+        """
+        num_patches = int(self.cu_patches[-1])
+        return PatchLayout(
+            self.patch_offsets[: num_patches + 1],
+            self.cu_patches,
+            self.patch_ids,
+            self.decode_ids,
+            self.cu_seqlens,
+            self.overflowed,
+        )
+
+    def to_lengths(self, include_next_byte: bool = False) -> Tensor:
+        """Convert to the padded patch lengths of other code bases. Synchronises, to trim to the longest row.
+
+        Parameters
+        ----------
+        include_next_byte
+            Count the byte to come after each document as well, as facebookresearch/blt does: a row then sums to the
+            length of its document plus one, and ends in a patch of length 1 that owns no byte yet if the boundary
+            decision after the last byte was a start.
+
+        Returns
+        -------
+        int64 ``[B, Pmax]``
+            One row a document, zeros on the right.
+        """
+        cu_patches, cu_seqlens = self.cu_patches.long(), self.cu_seqlens.long()
+        counts, seqlens = cu_patches.diff(), cu_seqlens.diff()
+        widths = counts
+        if include_next_byte:
+            opens = self._next_byte_opens_patch()
+            widths = counts + opens
+        width = int(widths.max()) if widths.numel() else 0
+        column = torch.arange(width, device=self.device)
+        patch = (cu_patches[:-1, None] + column).clamp(max=max(self.capacity - 1, 0))
+        lengths = torch.zeros(self.num_documents, width, dtype=torch.int64, device=self.device)
+        if self.capacity:
+            lengths = self.patch_lengths.long()[patch].masked_fill_(column >= counts[:, None], 0)
+        if include_next_byte:
+            last = (widths - 1)[:, None] == column
+            lengths = lengths + last
+        return lengths
+
+    def _next_byte_opens_patch(self) -> Tensor:
+        """bool ``[B]``: would the byte after each document start a patch of its own?"""
+        seqlens = self.cu_seqlens.diff()
+        if self.num_bytes == 0:
+            return torch.ones_like(seqlens, dtype=torch.bool)
+        last = (self.cu_seqlens[1:].long() - 1).clamp(min=0)
+        return (self.decode_ids[last] == self.patch_ids[last]) | (seqlens == 0)
+
+    @staticmethod
+    def from_lengths(lengths: Tensor, seq_len: int | None = None) -> PatchLayout:
+        """Build a layout from padded patch lengths. Synchronises, to validate them.
+
+        Parameters
+        ----------
+        lengths : integer ``[B, Pmax]``
+            One row a document; zeros are ignored. Row ``b`` sums to the length of its document.
+        seq_len
+            If given, every document has this many bytes and a row sums to `seq_len`, or to ``seq_len + 1`` where it
+            counts the byte to come. Then a last patch of length 1 is the decision that this byte starts a patch.
+            Where a row does not say, the byte to come is taken to continue the last patch.
+
+        Raises
+        ------
+        TypeError
+            `lengths` is not an integer tensor.
+        ValueError
+            `lengths` is not two-dimensional, has a negative entry, or a row does not sum to what `seq_len` asks for.
+        """
+        if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+            got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+            raise TypeError(f"lengths: expected an integer tensor, got {got}")
+        if lengths.dim() != 2:
+            raise ValueError(f"lengths: expected shape [B, Pmax], got {list(lengths.shape)}")
+        lengths = lengths.long()
+        if lengths.numel() and int(lengths.min()) < 0:
+            raise ValueError(f"lengths: expected values >= 0, got {int(lengths.min())}")
+        sums = lengths.sum(1)
+        if seq_len is None:
+            seqlens = sums
+        else:
+            seqlens = torch.full_like(sums, seq_len)
+            wrong = ((sums != seq_len) & (sums != seq_len + 1)).nonzero()
+            if wrong.numel():
+                row = int(wrong[0])
+                raise ValueError(
+                    f"lengths: row {row} sums to {int(sums[row])}, expected seq_len = {seq_len} or seq_len + 1"
+                )
+        cu_seqlens = torch.nn.functional.pad(seqlens.cumsum(0), (1, 0))
+        num_bytes = int(cu_seqlens[-1])
+        # A start at local position s >= 1 is the decision after byte s - 1; one at s = seqlen is kept as `cuts` of the
+        # last byte, one beyond it does not exist.
+        starts = lengths.cumsum(1) - lengths
+        real = (lengths > 0) & (starts > 0) & (starts <= seqlens[:, None])
+        cuts = torch.zeros(num_bytes, dtype=torch.bool, device=lengths.device)
+        cuts[(cu_seqlens[:-1, None] + starts - 1)[real]] = True
+        return PatchLayout.from_cuts(cuts, cu_seqlens.int(), max(lengths.numel(), lengths.shape[0]))
+
+    @staticmethod
+    def from_cuts(cuts: Tensor, cu_seqlens: Tensor, max_patches: int | None = None) -> PatchLayout:
+        """Build a layout from boundary decisions, without synchronising: the specification of every patching op.
+
+        Parameters
+        ----------
+        cuts : bool ``[T]``
+            ``cuts[i]``: the byte after byte ``i`` starts a patch. The first byte of a document always does.
+        cu_seqlens : int32 ``[B+1]``
+        max_patches
+            The capacity C, at least B; T if None. If it is too small, starts are dropped from the end of the documents
+            that do not fit, so that every later document that is not empty keeps at least one patch.
+        """
+        num_bytes, num_documents = cuts.shape[0], cu_seqlens.shape[0] - 1
+        capacity = num_bytes if max_patches is None else max_patches
+        position = torch.arange(num_bytes, device=cuts.device)
+        cu = cu_seqlens.long()
+        document = torch.searchsorted(cu[1:], position, right=True)  # [T], B for bytes beyond the last document
+        inside = document < num_documents
+        first = torch.nn.functional.pad(cu, (0, 1), value=-1)[document]  # [T], first byte of the byte's document
+        previous_cut = torch.nn.functional.pad(cuts, (1, 0))[:num_bytes]
+        starts = inside & ((position == first) | previous_cut)
+        order = torch.nn.functional.pad(starts.cumsum(0), (1, 0))  # [T+1], starts before each byte
+        wanted = order[cu].diff()  # [B]
+        cu_patches = _allot(wanted, (cu.diff() > 0).long(), capacity)
+
+        if num_documents:
+            own = document.clamp(max=num_documents - 1)
+            rank = order[1:] - 1 - order[cu[:-1]][own]  # [T], the byte's patch within its document
+            granted = cu_patches.diff()[own]
+            kept = starts & (rank < granted)
+            patch_ids = torch.where(inside, cu_patches[own] + torch.minimum(rank, granted - 1), -1)
+            last = inside & (position + 1 == cu[own + 1])
+            opens = torch.where(last, cuts & (wanted[own] == granted), kept.roll(-1))
+            decode_ids = patch_ids - (~opens).long()
+            decode_ids = torch.where(inside & (decode_ids >= cu_patches[own]), decode_ids, -1)
+        else:
+            kept, patch_ids = starts, torch.full_like(position, -1)
+            decode_ids = patch_ids
+        # Scatter the kept starts; everything else lands in the extra slot, which is cut off.
+        slot = torch.where(kept, patch_ids, capacity + 1)
+        offsets = cu[-1].repeat(capacity + 2).scatter(0, slot, position)[: capacity + 1]
+        return PatchLayout(
+            offsets.int(),
+            cu_patches.int(),
+            patch_ids.int(),
+            decode_ids.int(),
+            cu_seqlens.int(),
+            (order[cu[-1:]] != cu_patches[-1:]),
+        )
+
+    def __repr__(self) -> str:
+        head = f"PatchLayout({self.num_documents} documents, {self.num_bytes} bytes"
+        tail = f"capacity {self.capacity}, device={str(self.device)!r})"
+        if type(self.patch_offsets) is not Tensor or self.device.type != "cpu":
+            return f"{head}, {tail}"
+        patches, size = int(self.cu_patches[-1]), int(self.cu_seqlens[-1])
+        mean = f"{size / patches:.2f}" if patches else "no"
+        full = ", overflowed" if bool(self.overflowed) else ""
+        return f"{head}, {patches} patches of {mean} bytes on average{full}, {tail}"
+
+
+def _allot(wanted: Tensor, occupied: Tensor, capacity: int) -> Tensor:
+    """Share `capacity` patches among documents: int64 ``[B+1]``, cumulative.
+
+    Document b may fill the patches up to ``capacity - (documents after it that are not empty)``: so
+    ``cu[b+1] = min(cu[b] + wanted[b], limit[b])``, which unrolls to a running minimum.
+    """
+    limit = capacity - (occupied.sum() - occupied.cumsum(0))
+    total = wanted.cumsum(0)
+    granted = total if total.numel() == 0 else total + (limit - total).cummin(0).values.clamp(max=0)
+    return torch.nn.functional.pad(granted, (1, 0))
+
+
+def _flatten(layout: PatchLayout) -> tuple[list[Tensor], None]:
+    return [getattr(layout, f.name) for f in fields(layout)], None
+
+
+def _unflatten(tensors: Iterable[Tensor], _context: None) -> PatchLayout:
+    return PatchLayout(*tensors)
+
+
+pytree.register_pytree_node(PatchLayout, _flatten, _unflatten, serialized_type_name="blt_kernels.PatchLayout")

@@ -1,0 +1,115 @@
+"""What every op shares: how it is registered, and how its arguments are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTS = (torch.int32, torch.int64)
+
+
+def define(name: str, schema: str, reference: Callable) -> None:
+    """Define ``blt_kernels::name``. `reference` runs wherever no compiled or Triton kernel is registered."""
+    torch.library.define(f"blt_kernels::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"blt_kernels::{name}", "default", reference)
+
+
+def check_tensor(name: str, value: object, dims: int | Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
+    """Raise TypeError or ValueError unless `value` is a tensor of one of `dtypes` with one of `dims` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype in {_names(dtypes)}, got {value.dtype}")
+    allowed = (dims,) if isinstance(dims, int) else dims
+    if value.dim() not in allowed:
+        expected = " or ".join(str(d) for d in allowed)
+        raise ValueError(f"{name}: expected {expected} dimensions, got shape {list(value.shape)}")
+
+
+def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:
+    """Raise ValueError unless `value` has the `expected` shape (None is any size); `meaning` explains it."""
+    if value.dim() != len(expected) or any(e is not None and s != e for s, e in zip(value.shape, expected, strict=True)):
+        raise ValueError(f"{name}: expected shape {meaning}, got {list(value.shape)}")
+
+
+def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    """Raise unless `value` is on the device of `other`, and of its dtype too unless `dtype` is False."""
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} of {other_name}, got {value.device}")
+    if dtype and value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected dtype {other.dtype} of {other_name}, got {value.dtype}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an int or a float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def check_int(name: str, value: object, minimum: int) -> None:
+    """Raise unless `value` is an int (or a symbolic one) of at least `minimum`."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected a value >= {minimum}, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.device) -> Tensor:
+    """Check document offsets and return them as int32.
+
+    The values are checked where that costs nothing: in eager code on the CPU. Kernels bound every access by `total`
+    themselves, whatever the values are.
+    """
+    check_tensor(name, offsets, 1, INTS)
+    if offsets.shape[0] < 1:
+        raise ValueError(f"{name}: expected at least one entry, got an empty tensor")
+    if offsets.device != device:
+        raise ValueError(f"{name}: expected device {device} of the data, got {offsets.device}")
+    if device.type == "cpu" and not torch.compiler.is_compiling() and type(offsets) is Tensor:
+        values = offsets.tolist()
+        falls = any(a > b for a, b in zip(values, values[1:]))  # noqa: B905
+        if values[0] != 0 or falls or values[-1] > total:
+            shown = values if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ending in {values[-1]}"
+            raise ValueError(f"{name}: expected offsets that start at 0, never fall and end at most at {total}, got {shown}")
+    return offsets.to(torch.int32)
+
+
+def pack(name: str, data: Tensor, cu_seqlens: Tensor | None, trailing: int) -> tuple[Tensor, Tensor]:
+    """Return packed data ``[T, ...]`` and int32 offsets ``[B+1]`` of its documents.
+
+    `data` is ``[T, ...]`` or ``[B, S, ...]`` with `trailing` dimensions behind the bytes. Packed data without
+    `cu_seqlens` is one document.
+    """
+    if data.dim() == trailing + 2:
+        if cu_seqlens is not None:
+            raise ValueError(f"cu_seqlens: expected None, since {name} is padded with shape {list(data.shape)}")
+        rows, length = data.shape[:2]
+        offsets = torch.arange(rows + 1, dtype=torch.int32, device=data.device) * length
+        return data.flatten(0, 1), offsets
+    total = data.shape[0]
+    if cu_seqlens is None:
+        return data, torch.arange(2, dtype=torch.int32, device=data.device) * total
+    return data, check_offsets("cu_seqlens", cu_seqlens, total, device=data.device)
+
+
+def check_capacity(max_patches: int | None, cu_seqlens: Tensor) -> None:
+    """Raise unless `max_patches` leaves at least one patch for every document."""
+    if max_patches is None:
+        return
+    check_int("max_patches", max_patches, 0)
+    documents = cu_seqlens.shape[0] - 1
+    if max_patches < documents:
+        raise ValueError(f"max_patches: expected at least one patch a document ({documents}), got {max_patches}")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

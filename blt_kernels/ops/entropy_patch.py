@@ -1,0 +1,492 @@
+"""entropy_patch: from next-byte logits to patches, and every other way to cut bytes into patches.
+
+Local index i counts from 0 at the first byte of a document. Patches start at 0 and 1 whatever the entropies are, and at
+i + 1 where the rule says so for byte i. Byte 0's entropy is never read. The rule applied to a document's last byte
+decides about the byte to come, which only `PatchLayout.decode_ids` shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels.layout import PatchLayout
+from blt_kernels.ops import _common
+from blt_kernels.reference import entropy_patch as reference
+
+# --- public functions -------------------------------------------------------------------------------------------------
+
+
+def entropy_patch(
+    logits: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    threshold: float,
+    threshold_add: float | None = None,
+    monotonic: bool = False,
+    max_patch_length: int | None = None,
+    max_patches: int | None = None,
+) -> tuple[Tensor, PatchLayout]:
+    """Cut bytes into patches where the next byte is hard to predict, straight from the logits.
+
+    One pass over the logits gives the entropies (see `token_entropy`); `patch_starts` describes the rules. The entropies
+    are differentiable in the logits, the layout is not.
+
+    Parameters
+    ----------
+    logits : fp32, bf16, fp16 or fp64 ``[T, A]`` or ``[B, S, A]``
+        Row i predicts byte i + 1.
+    cu_seqlens : int32 or int64 ``[B+1]``, optional
+        Documents of packed logits; one document if None. Padded logits are B documents of length S.
+    threshold, threshold_add, monotonic, max_patch_length, max_patches
+        As in `patch_starts`. Compared in fp32 whatever the dtype of the logits.
+
+    Returns
+    -------
+    entropy : fp32 (fp64 for fp64 logits) ``logits.shape[:-1]``
+        In nats.
+    layout : PatchLayout
+        With capacity `max_patches`, or T.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, shape or value; the message names it.
+
+    Notes
+    -----
+    The BLT paper (arXiv 2412.09871), section 2.3; its released models use ``threshold=1.335442066192627``.
+    """
+    _common.check_tensor("logits", logits, (2, 3), _common.FLOATS)
+    _check_alphabet("logits", logits.shape[-1])
+    _check_rules(threshold, threshold_add, monotonic, max_patch_length)
+    packed, offsets = _common.pack("logits", logits, cu_seqlens, trailing=1)
+    _common.check_capacity(max_patches, offsets)
+    entropy, _lse, *layout = torch.ops.blt_kernels.entropy_patch_fwd(
+        packed, offsets, threshold, threshold_add, monotonic, max_patch_length, max_patches
+    )
+    return entropy.view(logits.shape[:-1]), _layout(layout, offsets)
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of ``softmax(logits)`` over the last dimension.
+
+    ``H = logsumexp(x) - sum softmax(x) x``, computed around the row's maximum. Entries of -inf have probability 0 and add
+    nothing; a row with NaN or +inf, or with nothing but -inf, gives NaN. The gradient is ``-p (log p + H)``.
+
+    Parameters
+    ----------
+    logits : fp32, bf16, fp16 or fp64 ``[..., A]``
+
+    Returns
+    -------
+    fp32 (fp64 for fp64 logits) ``logits.shape[:-1]``
+
+    Raises
+    ------
+    TypeError, ValueError
+        `logits` is not a floating tensor with a last dimension of at least 1.
+    """
+    _common.check_tensor("logits", logits, range(1, 65), _common.FLOATS)
+    _check_alphabet("logits", logits.shape[-1])
+    entropy, _lse = torch.ops.blt_kernels.token_entropy_fwd(logits.reshape(-1, logits.shape[-1]))
+    return entropy.view(logits.shape[:-1])
+
+
+def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Entropy in nats of ``softmax(hidden @ weight.T + bias)``, without storing the logits.
+
+    Parameters
+    ----------
+    hidden : fp32, bf16, fp16 or fp64 ``[..., D]``
+    weight : same dtype ``[A, D]``
+    bias : same dtype ``[A]``, optional
+
+    Returns
+    -------
+    fp32 (fp64 for fp64 inputs) ``hidden.shape[:-1]``
+        Differentiable in all three inputs. Under autocast the product runs in the autocast dtype, as in `F.linear`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Dtypes, devices or shapes do not match; the message names the argument.
+    """
+    _common.check_tensor("hidden", hidden, range(1, 65), _common.FLOATS)
+    _common.check_tensor("weight", weight, 2, _common.FLOATS)
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    _common.check_same("weight", weight, "hidden", hidden, dtype=not autocast)
+    _common.check_shape("weight", weight, (None, hidden.shape[-1]), f"[A, D = {hidden.shape[-1]}]")
+    _check_alphabet("weight", weight.shape[0])
+    if bias is not None:
+        _common.check_tensor("bias", bias, 1, _common.FLOATS)
+        _common.check_same("bias", bias, "hidden", hidden, dtype=not autocast)
+        _common.check_shape("bias", bias, (weight.shape[0],), f"[A = {weight.shape[0]}]")
+    entropy, _lse = torch.ops.blt_kernels.linear_entropy_fwd(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    return entropy.view(hidden.shape[:-1])
+
+
+def patch_starts(
+    entropy: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    threshold: float,
+    threshold_add: float | None = None,
+    monotonic: bool = False,
+    max_patch_length: int | None = None,
+    max_patches: int | None = None,
+) -> PatchLayout:
+    """Cut bytes into patches by entropies that are already there.
+
+    Per document, with local index i (the rules of facebookresearch/blt's patcher):
+
+    - by default ``entropy[i] > threshold``, strictly, for i >= 1 starts a patch at i + 1;
+    - `monotonic`: ``entropy[i] - entropy[i-1] > threshold`` for i >= 2 does, and 2 is always a start;
+    - `threshold_add`: ``entropy[i] - entropy[i-1] > threshold_add and entropy[i] > threshold`` for i >= 2 does, 2 is
+      always a start, 3 never is. Ignored if `monotonic` is set.
+
+    Parameters
+    ----------
+    entropy : fp32, bf16, fp16 or fp64 ``[T]`` or ``[B, S]``
+        In nats; compared in fp32.
+    cu_seqlens : int32 or int64 ``[B+1]``, optional
+        Documents of packed entropies; one document if None.
+    threshold, threshold_add : float
+        In nats.
+    max_patch_length : int, optional
+        Cut longer patches from the left into ``[m, m, ..., rest]``. The byte to come counts.
+    max_patches : int, optional
+        Capacity C of the layout, at least the number of documents; T if None. If it is too small, surplus bytes stay in
+        the last patch of their document and ``layout.overflowed`` is true.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, shape or value; the message names it.
+    """
+    _common.check_tensor("entropy", entropy, (1, 2), _common.FLOATS)
+    _check_rules(threshold, threshold_add, monotonic, max_patch_length)
+    packed, offsets = _common.pack("entropy", entropy.detach(), cu_seqlens, trailing=0)
+    _common.check_capacity(max_patches, offsets)
+    layout = torch.ops.blt_kernels.patch_starts_fwd(
+        packed, offsets, threshold, threshold_add, monotonic, max_patch_length, max_patches
+    )
+    return _layout(layout, offsets)
+
+
+def space_patch(tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None) -> PatchLayout:
+    """Cut after space-like bytes: the BLT-Space scheme.
+
+    A byte is space-like unless it is an ASCII letter or digit, or a UTF-8 continuation byte. The first of a run of
+    space-like bytes ends a patch, and so does every special id (< 4).
+
+    Parameters
+    ----------
+    tokens : int32 or int64 ``[T]`` or ``[B, S]``
+        Ids: byte + 4.
+    cu_seqlens, max_patches
+        As in `patch_starts`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, shape or value; the message names it.
+    """
+    _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
+    packed, offsets = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+    _common.check_capacity(max_patches, offsets)
+    return _layout(torch.ops.blt_kernels.space_patch_fwd(packed, offsets, max_patches), offsets)
+
+
+def static_patch(
+    cu_seqlens: Tensor,
+    size: int,
+    first: int = 1,
+    *,
+    num_bytes: int | None = None,
+    max_patches: int | None = None,
+) -> PatchLayout:
+    """Cut every `size` bytes.
+
+    Parameters
+    ----------
+    cu_seqlens : int32 or int64 ``[B+1]``
+    size : int
+        Bytes in a patch; the last one of a document may be shorter.
+    first : int
+        Bytes in the first patch of a document: 1 for BLT, whose first patch must have one byte; `size` for MegaByte.
+    num_bytes : int, optional
+        T. Read from `cu_seqlens` if None, which is allowed on the CPU only: elsewhere it would wait for the device.
+    max_patches : int, optional
+        As in `patch_starts`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, shape or value; the message names it.
+    """
+    _common.check_int("size", size, 1)
+    _common.check_int("first", first, 1)
+    _common.check_tensor("cu_seqlens", cu_seqlens, 1, _common.INTS)
+    if num_bytes is None:
+        if cu_seqlens.device.type != "cpu":
+            raise ValueError("num_bytes: expected an int where cu_seqlens is not on the CPU, got None")
+        num_bytes = int(cu_seqlens[-1]) if cu_seqlens.shape[0] else 0
+    _common.check_int("num_bytes", num_bytes, 0)
+    offsets = _common.check_offsets("cu_seqlens", cu_seqlens, num_bytes, device=cu_seqlens.device)
+    _common.check_capacity(max_patches, offsets)
+    return _layout(torch.ops.blt_kernels.static_patch_fwd(offsets, num_bytes, size, first, max_patches), offsets)
+
+
+def byte_patch(cu_seqlens: Tensor, *, num_bytes: int | None = None, max_patches: int | None = None) -> PatchLayout:
+    """Make every byte a patch: `static_patch` with ``size=1``, whose arguments and errors it shares."""
+    return static_patch(cu_seqlens, 1, num_bytes=num_bytes, max_patches=max_patches)
+
+
+def delimiter_patch(
+    tokens: Tensor, id: int, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None
+) -> PatchLayout:
+    """Cut after every token that equals `id`, and after the first byte.
+
+    Parameters
+    ----------
+    tokens : int32 or int64 ``[T]`` or ``[B, S]``
+    id : int
+    cu_seqlens, max_patches
+        As in `patch_starts`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, shape or value; the message names it.
+    """
+    _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
+    if not isinstance(id, int) or isinstance(id, bool):
+        raise TypeError(f"id: expected an int, got {id!r}")
+    packed, offsets = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+    _common.check_capacity(max_patches, offsets)
+    return _layout(torch.ops.blt_kernels.delimiter_patch_fwd(packed, offsets, id, max_patches), offsets)
+
+
+def topk_patch(
+    entropy: Tensor, patch_size: int, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None
+) -> PatchLayout:
+    """Cut after the highest entropies so that patches have `patch_size` bytes on average. Not causal: for analysis only.
+
+    A document of S bytes is cut after its ``S // patch_size - 2`` highest entropies, the first byte's aside; the earlier
+    of equal ones wins.
+
+    Parameters
+    ----------
+    entropy : fp32, bf16, fp16 or fp64 ``[T]`` or ``[B, S]``
+    patch_size : int
+    cu_seqlens, max_patches
+        As in `patch_starts`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, shape or value; the message names it.
+    """
+    _common.check_tensor("entropy", entropy, (1, 2), _common.FLOATS)
+    _common.check_int("patch_size", patch_size, 1)
+    packed, offsets = _common.pack("entropy", entropy.detach(), cu_seqlens, trailing=0)
+    _common.check_capacity(max_patches, offsets)
+    return _layout(torch.ops.blt_kernels.topk_patch_fwd(packed, offsets, patch_size, max_patches), offsets)
+
+
+def _check_alphabet(name: str, alphabet: int) -> None:
+    if alphabet < 1:
+        raise ValueError(f"{name}: expected an alphabet of at least 1, got {alphabet}")
+
+
+def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool, max_patch_length: int | None) -> None:
+    _common.check_number("threshold", threshold)
+    if threshold_add is not None:
+        _common.check_number("threshold_add", threshold_add)
+    if not isinstance(monotonic, bool):
+        raise TypeError(f"monotonic: expected a bool, got {monotonic!r}")
+    if max_patch_length is not None:
+        _common.check_int("max_patch_length", max_patch_length, 1)
+
+
+def _layout(tensors: Any, cu_seqlens: Tensor) -> PatchLayout:
+    patch_offsets, cu_patches, patch_ids, decode_ids, overflowed = tensors
+    return PatchLayout(patch_offsets, cu_patches, patch_ids, decode_ids, cu_seqlens, overflowed)
+
+
+# --- schemas, references and fakes ------------------------------------------------------------------------------------
+
+_LAYOUT = "Tensor patch_offsets, Tensor cu_patches, Tensor patch_ids, Tensor decode_ids, Tensor overflowed"
+_RULES = "float threshold, float? threshold_add, bool monotonic, SymInt? max_patch_length, SymInt? max_patches"
+
+
+def _tensors(layout: PatchLayout) -> tuple[Tensor, ...]:
+    return layout.patch_offsets, layout.cu_patches, layout.patch_ids, layout.decode_ids, layout.overflowed
+
+
+def _empty_layout(num_bytes: int, cu_seqlens: Tensor, max_patches: int | None) -> tuple[Tensor, ...]:
+    capacity = num_bytes if max_patches is None else max_patches
+    return (
+        cu_seqlens.new_empty(capacity + 1),
+        cu_seqlens.new_empty(cu_seqlens.shape[0]),
+        cu_seqlens.new_empty(num_bytes),
+        cu_seqlens.new_empty(num_bytes),
+        cu_seqlens.new_empty(1, dtype=torch.bool),
+    )
+
+
+def _empty_entropy(rows: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return rows.new_empty(rows.shape[0], dtype=dtype), rows.new_empty(rows.shape[0], dtype=dtype)
+
+
+def _define_scheme(name: str, arguments: str, scheme: Any, num_bytes: Any) -> None:
+    """Register a patching scheme. `num_bytes` finds T among the arguments, which end in cu_seqlens ... max_patches."""
+    offsets = [a.split()[-1] for a in arguments.split(", ")].index("cu_seqlens")
+    _common.define(name, f"({arguments}) -> ({_LAYOUT})", lambda *args: _tensors(scheme(*args)))
+    torch.library.register_fake(
+        f"blt_kernels::{name}", lambda *args: _empty_layout(num_bytes(*args), args[offsets], args[-1])
+    )
+
+
+_define_scheme(
+    "patch_starts_fwd",
+    f"Tensor entropy, Tensor cu_seqlens, {_RULES}",
+    reference.patch_starts_reference,
+    lambda entropy, *_: entropy.shape[0],
+)
+_define_scheme(
+    "space_patch_fwd",
+    "Tensor tokens, Tensor cu_seqlens, SymInt? max_patches",
+    reference.space_patch_reference,
+    lambda tokens, *_: tokens.shape[0],
+)
+_define_scheme(
+    "static_patch_fwd",
+    "Tensor cu_seqlens, SymInt num_bytes, SymInt size, SymInt first, SymInt? max_patches",
+    reference.static_patch_reference,
+    lambda _cu_seqlens, num_bytes, *_: num_bytes,
+)
+_define_scheme(
+    "delimiter_patch_fwd",
+    "Tensor tokens, Tensor cu_seqlens, int id, SymInt? max_patches",
+    reference.delimiter_patch_reference,
+    lambda tokens, *_: tokens.shape[0],
+)
+_define_scheme(
+    "topk_patch_fwd",
+    "Tensor entropy, Tensor cu_seqlens, SymInt patch_size, SymInt? max_patches",
+    reference.topk_patch_reference,
+    lambda entropy, *_: entropy.shape[0],
+)
+
+
+def _entropy_patch_fwd(logits: Tensor, cu_seqlens: Tensor, *rules: Any) -> tuple[Tensor, ...]:
+    entropy, lse = reference.token_entropy_fwd_reference(logits)
+    return entropy, lse, *_tensors(reference.patch_starts_reference(entropy, cu_seqlens, *rules))
+
+
+_common.define(
+    "entropy_patch_fwd",
+    f"(Tensor logits, Tensor cu_seqlens, {_RULES}) -> (Tensor entropy, Tensor lse, {_LAYOUT})",
+    _entropy_patch_fwd,
+)
+_common.define(
+    "token_entropy_fwd", "(Tensor logits) -> (Tensor entropy, Tensor lse)", reference.token_entropy_fwd_reference
+)
+_common.define(
+    "token_entropy_bwd",
+    "(Tensor grad_entropy, Tensor logits, Tensor entropy, Tensor lse) -> Tensor",
+    reference.token_entropy_bwd_reference,
+)
+_common.define(
+    "linear_entropy_fwd",
+    "(Tensor hidden, Tensor weight, Tensor? bias) -> (Tensor entropy, Tensor lse)",
+    reference.linear_entropy_fwd_reference,
+)
+_common.define(
+    "linear_entropy_bwd",
+    "(Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor entropy, Tensor lse)"
+    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    reference.linear_entropy_bwd_reference,
+)
+
+
+@torch.library.register_fake("blt_kernels::entropy_patch_fwd")
+def _(logits: Tensor, cu_seqlens: Tensor, *rules: Any) -> tuple[Tensor, ...]:
+    return *_empty_entropy(logits), *_empty_layout(logits.shape[0], cu_seqlens, rules[-1])
+
+
+@torch.library.register_fake("blt_kernels::token_entropy_fwd")
+def _(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_entropy(logits)
+
+
+@torch.library.register_fake("blt_kernels::token_entropy_bwd")
+def _(grad_entropy: Tensor, logits: Tensor, entropy: Tensor, lse: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("blt_kernels::linear_entropy_fwd")
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _empty_entropy(hidden)
+
+
+@torch.library.register_fake("blt_kernels::linear_entropy_bwd")
+def _(
+    grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+# --- autograd and autocast --------------------------------------------------------------------------------------------
+# Entropies of bf16 or fp16 logits are computed in fp32 without a copy, so autocast has nothing to add to them.
+
+
+def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], output[0], output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _logits_grad(ctx: Any, grad_entropy: Tensor | None) -> Tensor | None:
+    if grad_entropy is None or not ctx.needs_input_grad[0]:
+        return None
+    logits, entropy, lse = ctx.saved_tensors
+    return torch.ops.blt_kernels.token_entropy_bwd(grad_entropy, logits, entropy, lse)
+
+
+def _token_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> Tensor | None:
+    return _logits_grad(ctx, grad_entropy)
+
+
+def _entropy_patch_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    return _logits_grad(ctx, grad_entropy), None, None, None, None, None, None
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_entropy is None:
+        return None, None, None
+    hidden, weight, bias, entropy, lse = ctx.saved_tensors
+    grads = torch.ops.blt_kernels.linear_entropy_bwd(grad_entropy, hidden, weight, bias, entropy, lse)
+    return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+torch.library.register_autograd(
+    "blt_kernels::token_entropy_fwd", _token_entropy_backward, setup_context=_save_logits
+)
+torch.library.register_autograd(
+    "blt_kernels::entropy_patch_fwd", _entropy_patch_backward, setup_context=_save_logits
+)
+torch.library.register_autograd(
+    "blt_kernels::linear_entropy_fwd", _linear_entropy_backward, setup_context=_save_linear
+)

@@ -1,0 +1,166 @@
+"""Entropy patching in plain PyTorch: the specification of `ops.entropy_patch`.
+
+Every patching rule is a vector of boundary decisions, ``cuts: bool[T]``: cuts[i] means that the byte after byte i
+starts a patch. `PatchLayout.from_cuts` turns decisions into a layout. Local index: 0 at the first byte of a document.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blt_kernels.layout import PatchLayout
+
+# --- entropy ----------------------------------------------------------------------------------------------------------
+
+
+def token_entropy_reference(logits: Tensor) -> Tensor:
+    """H = -sum p log p in nats over the last dimension, with 0 log 0 = 0; fp32, or fp64 for fp64 logits."""
+    return token_entropy_fwd_reference(logits)[0]
+
+
+def token_entropy_fwd_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
+    x = logits.to(_accumulator(logits))
+    lse = x.logsumexp(-1)
+    log_p = x - lse[..., None]
+    p = log_p.exp()
+    return -(p * log_p.masked_fill(p == 0, 0)).sum(-1), lse
+
+
+def token_entropy_bwd_reference(grad_entropy: Tensor, logits: Tensor, entropy: Tensor, lse: Tensor) -> Tensor:
+    """dH/dx = -p (log p + H)."""
+    log_p = logits.to(entropy.dtype) - lse[..., None]
+    p = log_p.exp()
+    slope = -p * (log_p.masked_fill(p == 0, 0) + entropy[..., None])
+    return (grad_entropy[..., None] * slope).to(logits.dtype)
+
+
+def linear_entropy_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Entropy of the output head's distribution."""
+    return token_entropy_reference(F.linear(hidden, weight, bias))
+
+
+def linear_entropy_fwd_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return token_entropy_fwd_reference(F.linear(hidden, weight, bias))
+
+
+def linear_entropy_bwd_reference(
+    grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = F.linear(hidden, weight, bias)
+    grad = token_entropy_bwd_reference(grad_entropy, logits, entropy, lse)
+    return grad @ weight, grad.mT @ hidden, grad.sum(0)
+
+
+# --- boundary decisions -----------------------------------------------------------------------------------------------
+
+
+def patch_starts_reference(
+    entropy: Tensor,
+    cu_seqlens: Tensor,
+    threshold: float,
+    threshold_add: float | None = None,
+    monotonic: bool = False,
+    max_patch_length: int | None = None,
+    max_patches: int | None = None,
+) -> PatchLayout:
+    """Threshold entropies ``[T]`` into patches; all comparisons in fp32."""
+    h = entropy.float()
+    local = _local_index(h.shape[0], cu_seqlens)
+    rise = h - h.roll(1)
+    limit = torch.tensor(threshold, dtype=torch.float32, device=h.device)
+    if monotonic:
+        cuts = (rise > limit) | (local == 1)
+    elif threshold_add is not None:
+        limit_add = torch.tensor(threshold_add, dtype=torch.float32, device=h.device)
+        cuts = ((rise > limit_add) & (h > limit) & (local != 2)) | (local == 1)
+    else:
+        cuts = h > limit
+    cuts = cuts | (local == 0)
+    if max_patch_length is not None:
+        cuts = _cut_long_patches(cuts, max_patch_length)
+    return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
+
+
+def entropy_patch_reference(
+    logits: Tensor,
+    cu_seqlens: Tensor,
+    threshold: float,
+    threshold_add: float | None = None,
+    monotonic: bool = False,
+    max_patch_length: int | None = None,
+    max_patches: int | None = None,
+) -> tuple[Tensor, PatchLayout]:
+    """Entropy and patches of logits ``[T, A]``."""
+    entropy = token_entropy_reference(logits)
+    return entropy, patch_starts_reference(
+        entropy.detach(), cu_seqlens, threshold, threshold_add, monotonic, max_patch_length, max_patches
+    )
+
+
+def space_patch_reference(tokens: Tensor, cu_seqlens: Tensor, max_patches: int | None = None) -> PatchLayout:
+    """Patches end at the first of a run of space-like bytes, or at a special id. Ids are byte + 4."""
+    byte = tokens - 4
+    digit = (byte >= ord("0")) & (byte <= ord("9"))
+    letter = ((byte >= ord("A")) & (byte <= ord("Z"))) | ((byte >= ord("a")) & (byte <= ord("z")))
+    continuation = (byte >= 0x80) & (byte < 0xC0)
+    space_like = ~(digit | letter | continuation)
+    local = _local_index(tokens.shape[0], cu_seqlens)
+    cuts = (space_like & ~space_like.roll(1)) | (tokens < 4) | (local == 0)
+    return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
+
+
+def static_patch_reference(
+    cu_seqlens: Tensor, num_bytes: int, size: int, first: int = 1, max_patches: int | None = None
+) -> PatchLayout:
+    """A first patch of `first` bytes, then patches of `size`."""
+    after = _local_index(num_bytes, cu_seqlens) + 1
+    return PatchLayout.from_cuts((after >= first) & ((after - first) % size == 0), cu_seqlens, max_patches)
+
+
+def delimiter_patch_reference(
+    tokens: Tensor, cu_seqlens: Tensor, id: int, max_patches: int | None = None
+) -> PatchLayout:
+    """Patches end at the delimiter; the first byte is a patch of its own."""
+    cuts = (tokens == id) | (_local_index(tokens.shape[0], cu_seqlens) == 0)
+    return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
+
+
+def topk_patch_reference(
+    entropy: Tensor, cu_seqlens: Tensor, patch_size: int, max_patches: int | None = None
+) -> PatchLayout:
+    """Patches end at the S // patch_size - 2 highest entropies of a document, the first byte aside; the earlier wins ties."""
+    num_bytes = entropy.shape[0]
+    local = _local_index(num_bytes, cu_seqlens)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(num_bytes, device=entropy.device), right=True)
+    # Bytes by document, then first bytes last, then entropy from high to low: stable sorts, least significant first.
+    order = entropy.float().sort(descending=True, stable=True).indices
+    order = order[(local[order] == 0).long().sort(stable=True).indices]
+    order = order[document[order].sort(stable=True).indices]
+    rank = torch.empty_like(local).scatter_(0, order, torch.arange(num_bytes, device=entropy.device))
+    rank = rank - F.pad(cu_seqlens, (0, 1)).long()[document]
+    seqlens = F.pad(cu_seqlens.diff(), (0, 1)).long()[document]
+    cuts = ((rank < seqlens // patch_size - 2) & (local != 0)) | (local == 0)
+    return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _local_index(num_bytes: int, cu_seqlens: Tensor) -> Tensor:
+    """Position of each byte in its document, int64 ``[T]``."""
+    position = torch.arange(num_bytes, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    return position - cu_seqlens.long()[document]
+
+
+def _cut_long_patches(cuts: Tensor, max_patch_length: int) -> Tensor:
+    """Cut every patch into ``[m, m, ..., rest]``, the byte to come counted in. cuts[i] holds at every first byte."""
+    after = torch.arange(1, cuts.shape[0] + 1, device=cuts.device)
+    start = torch.where(cuts, after, 0).cummax(0).values  # where the patch of the byte after i starts
+    return (after - start) % max_patch_length == 0
