@@ -1,6 +1,13 @@
-"""blt_kernels: kernels for byte-latent language models, as torch ops."""
+"""blt_kernels: kernels for byte-latent language models (BLT, MegaByte), as torch ops.
 
+Every name below is a function on tensors, apart from `PatchLayout`, the ragged layout that they share. The models are in
+`blt_kernels.models`, the layers in `blt_kernels.nn`, test helpers in `blt_kernels.testing`.
+"""
+
+from blt_kernels import _load
+from blt_kernels._version import __version__
 from blt_kernels.layout import PatchLayout
+from blt_kernels.ops.block_causal_attention import block_causal_attention
 from blt_kernels.ops.entropy_patch import (
     byte_patch,
     delimiter_patch,
@@ -12,3 +19,29 @@ from blt_kernels.ops.entropy_patch import (
     token_entropy,
     topk_patch,
 )
+from blt_kernels.ops.ngram_hash_embed import ngram_hash, ngram_hash_embed
+from blt_kernels.ops.patch_cross_attention import patch_cross_attention
+from blt_kernels.ops.patch_pool import patch_pool
+from blt_kernels.ops.patch_unpool import patch_unpool
+
+_load.load()
+
+__all__ = [
+    "PatchLayout",
+    "__version__",
+    "block_causal_attention",
+    "byte_patch",
+    "delimiter_patch",
+    "entropy_patch",
+    "linear_entropy",
+    "ngram_hash",
+    "ngram_hash_embed",
+    "patch_cross_attention",
+    "patch_pool",
+    "patch_starts",
+    "patch_unpool",
+    "space_patch",
+    "static_patch",
+    "token_entropy",
+    "topk_patch",
+]

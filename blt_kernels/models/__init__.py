@@ -1,0 +1,29 @@
+"""Byte-level models, composed from the ops."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from blt_kernels.models.blt import BLT, BLTConfig
+from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig
+from blt_kernels.models.megabyte import MegaByte, MegaByteConfig
+from blt_kernels.nn import ByteModel, model_name
+
+__all__ = ["BLT", "BLTConfig", "ByteLM", "ByteLMConfig", "MegaByte", "MegaByteConfig", "load_model"]
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    ops: str = "fused",
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> ByteModel:
+    """Load a model of whichever class the file names; arguments and errors are those of `ByteModel.load`."""
+    classes: dict[str, type[ByteModel]] = {cls.__name__: cls for cls in (ByteLM, BLT, MegaByte)}
+    name = model_name(path)
+    if name not in classes:
+        raise ValueError(f"path: expected a file of {', '.join(classes)}, got {name!r} in {path}")
+    return classes[name].load(path, ops, dtype=dtype, device=device)

@@ -111,5 +111,14 @@ def check_capacity(max_patches: int | None, cu_seqlens: Tensor) -> None:
         raise ValueError(f"max_patches: expected at least one patch a document ({documents}), got {max_patches}")
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the autocast dtype where autocast is on, fp64 excepted, as torch does for its matrix products."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

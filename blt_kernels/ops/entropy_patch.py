@@ -64,7 +64,7 @@ def entropy_patch(
     _check_rules(threshold, threshold_add, monotonic, max_patch_length)
     packed, offsets = _common.pack("logits", logits, cu_seqlens, trailing=1)
     _common.check_capacity(max_patches, offsets)
-    entropy, _lse, *layout = torch.ops.blt_kernels.entropy_patch_fwd(
+    entropy, _log_sum, *layout = torch.ops.blt_kernels.entropy_patch_fwd(
         packed, offsets, threshold, threshold_add, monotonic, max_patch_length, max_patches
     )
     return entropy.view(logits.shape[:-1]), _layout(layout, offsets)
@@ -91,7 +91,7 @@ def token_entropy(logits: Tensor) -> Tensor:
     """
     _common.check_tensor("logits", logits, range(1, 65), _common.FLOATS)
     _check_alphabet("logits", logits.shape[-1])
-    entropy, _lse = torch.ops.blt_kernels.token_entropy_fwd(logits.reshape(-1, logits.shape[-1]))
+    entropy, _log_sum = torch.ops.blt_kernels.token_entropy_fwd(logits.reshape(-1, logits.shape[-1]))
     return entropy.view(logits.shape[:-1])
 
 
@@ -124,7 +124,9 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
         _common.check_tensor("bias", bias, 1, _common.FLOATS)
         _common.check_same("bias", bias, "hidden", hidden, dtype=not autocast)
         _common.check_shape("bias", bias, (weight.shape[0],), f"[A = {weight.shape[0]}]")
-    entropy, _lse = torch.ops.blt_kernels.linear_entropy_fwd(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    head = _common.autocast(rows, weight) if bias is None else _common.autocast(rows, weight, bias)
+    entropy, _log_sum = torch.ops.blt_kernels.linear_entropy_fwd(head[0], head[1], None if bias is None else head[2])
     return entropy.view(hidden.shape[:-1])
 
 
@@ -385,31 +387,31 @@ _define_scheme(
 
 
 def _entropy_patch_fwd(logits: Tensor, cu_seqlens: Tensor, *rules: Any) -> tuple[Tensor, ...]:
-    entropy, lse = reference.token_entropy_fwd_reference(logits)
-    return entropy, lse, *_tensors(reference.patch_starts_reference(entropy, cu_seqlens, *rules))
+    entropy, log_sum = reference.token_entropy_fwd_reference(logits)
+    return entropy, log_sum, *_tensors(reference.patch_starts_reference(entropy, cu_seqlens, *rules))
 
 
 _common.define(
     "entropy_patch_fwd",
-    f"(Tensor logits, Tensor cu_seqlens, {_RULES}) -> (Tensor entropy, Tensor lse, {_LAYOUT})",
+    f"(Tensor logits, Tensor cu_seqlens, {_RULES}) -> (Tensor entropy, Tensor log_sum, {_LAYOUT})",
     _entropy_patch_fwd,
 )
 _common.define(
-    "token_entropy_fwd", "(Tensor logits) -> (Tensor entropy, Tensor lse)", reference.token_entropy_fwd_reference
+    "token_entropy_fwd", "(Tensor logits) -> (Tensor entropy, Tensor log_sum)", reference.token_entropy_fwd_reference
 )
 _common.define(
     "token_entropy_bwd",
-    "(Tensor grad_entropy, Tensor logits, Tensor entropy, Tensor lse) -> Tensor",
+    "(Tensor grad_entropy, Tensor logits, Tensor entropy, Tensor log_sum) -> Tensor",
     reference.token_entropy_bwd_reference,
 )
 _common.define(
     "linear_entropy_fwd",
-    "(Tensor hidden, Tensor weight, Tensor? bias) -> (Tensor entropy, Tensor lse)",
+    "(Tensor hidden, Tensor weight, Tensor? bias) -> (Tensor entropy, Tensor log_sum)",
     reference.linear_entropy_fwd_reference,
 )
 _common.define(
     "linear_entropy_bwd",
-    "(Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor entropy, Tensor lse)"
+    "(Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor entropy, Tensor log_sum)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     reference.linear_entropy_bwd_reference,
 )
@@ -426,7 +428,7 @@ def _(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("blt_kernels::token_entropy_bwd")
-def _(grad_entropy: Tensor, logits: Tensor, entropy: Tensor, lse: Tensor) -> Tensor:
+def _(grad_entropy: Tensor, logits: Tensor, entropy: Tensor, log_sum: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -437,7 +439,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
 
 @torch.library.register_fake("blt_kernels::linear_entropy_bwd")
 def _(
-    grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: Tensor, lse: Tensor
+    grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: Tensor, log_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
@@ -455,8 +457,8 @@ def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _logits_grad(ctx: Any, grad_entropy: Tensor | None) -> Tensor | None:
     if grad_entropy is None or not ctx.needs_input_grad[0]:
         return None
-    logits, entropy, lse = ctx.saved_tensors
-    return torch.ops.blt_kernels.token_entropy_bwd(grad_entropy, logits, entropy, lse)
+    logits, entropy, log_sum = ctx.saved_tensors
+    return torch.ops.blt_kernels.token_entropy_bwd(grad_entropy, logits, entropy, log_sum)
 
 
 def _token_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> Tensor | None:
@@ -476,8 +478,8 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _linear_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_entropy is None:
         return None, None, None
-    hidden, weight, bias, entropy, lse = ctx.saved_tensors
-    grads = torch.ops.blt_kernels.linear_entropy_bwd(grad_entropy, hidden, weight, bias, entropy, lse)
+    hidden, weight, bias, entropy, log_sum = ctx.saved_tensors
+    grads = torch.ops.blt_kernels.linear_entropy_bwd(grad_entropy, hidden, weight, bias, entropy, log_sum)
     return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True))
 
 

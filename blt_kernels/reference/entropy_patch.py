@@ -21,16 +21,18 @@ def token_entropy_reference(logits: Tensor) -> Tensor:
 
 
 def token_entropy_fwd_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy and ``log_sum = logsumexp(x - max x)``: without the maximum it keeps the digits that the gradient needs."""
     x = logits.to(_accumulator(logits))
-    lse = x.logsumexp(-1)
-    log_p = x - lse[..., None]
+    log_p = x.log_softmax(-1)
     p = log_p.exp()
-    return -(p * log_p.masked_fill(p == 0, 0)).sum(-1), lse
+    log_sum = (x - x.amax(-1, keepdim=True)).logsumexp(-1)
+    return -(p * log_p.masked_fill(p == 0, 0)).sum(-1), log_sum
 
 
-def token_entropy_bwd_reference(grad_entropy: Tensor, logits: Tensor, entropy: Tensor, lse: Tensor) -> Tensor:
+def token_entropy_bwd_reference(grad_entropy: Tensor, logits: Tensor, entropy: Tensor, log_sum: Tensor) -> Tensor:
     """dH/dx = -p (log p + H)."""
-    log_p = logits.to(entropy.dtype) - lse[..., None]
+    x = logits.to(entropy.dtype)
+    log_p = x - x.amax(-1, keepdim=True) - log_sum[..., None]
     p = log_p.exp()
     slope = -p * (log_p.masked_fill(p == 0, 0) + entropy[..., None])
     return (grad_entropy[..., None] * slope).to(logits.dtype)
@@ -46,10 +48,10 @@ def linear_entropy_fwd_reference(hidden: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def linear_entropy_bwd_reference(
-    grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: Tensor, lse: Tensor
+    grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: Tensor, log_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = F.linear(hidden, weight, bias)
-    grad = token_entropy_bwd_reference(grad_entropy, logits, entropy, lse)
+    grad = token_entropy_bwd_reference(grad_entropy, logits, entropy, log_sum)
     return grad @ weight, grad.mT @ hidden, grad.sum(0)
 
 

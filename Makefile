@@ -1,0 +1,87 @@
+# Every target makes .venv from constraints.txt when it is missing, and rebuilds the compiled module when its sources
+# have changed. PYTHON picks the interpreter of a new .venv.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PATH := $(BIN):$(PATH)
+
+say := @printf '\033[1m==> %s\033[0m\n'
+
+.PHONY: help demo test bench lint gpu wheel-check sanitize clean
+
+help:  ## Show this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+demo: .venv/built  ## Patch a real file, and run it through BLT with our ops and with plain PyTorch
+	$(say) 'what is installed and loaded'
+	blt-kernels doctor
+	$(say) 'a real file in patches, then BLT: fused ops against reference'
+	blt-kernels demo
+
+test: .venv/built  ## Run the tests
+	$(say) 'pytest'
+	pytest
+
+bench: .venv/built  ## Time the ops against the best that one could run instead
+	$(say) 'benchmarks; the rows go to bench/results'
+	blt-kernels bench
+
+lint: .venv/built  ## Check style and types: ruff, mypy, clang-format
+	$(say) 'ruff, mypy, clang-format'
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run --Werror $(SOURCES)
+
+gpu:  ## On a machine with CUDA: build, test and bench with its own python3, offline
+	$(say) 'building with $(shell command -v python3)'
+	@python3 -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: no CUDA device is visible to torch " + torch.__version__)'
+	python3 setup.py --quiet build_ext --inplace
+	$(say) 'pytest'
+	PYTHONPATH=. python3 -m pytest
+	$(say) 'benchmarks; the rows go to bench/results'
+	PYTHONPATH=. python3 -m blt_kernels bench
+
+wheel-check: .venv/built  ## Build sdist and wheel; audit the wheel for the stable ABIs of torch and Python
+	$(say) 'sdist, and the wheel from it'
+	rm -rf build/dist
+	python -m build --no-isolation --outdir build/dist . >build/dist.log || { cat build/dist.log; exit 1; }
+	rm -rf build/wheel && python -m zipfile -e build/dist/*.whl build/wheel
+	$(say) 'stable ABI of torch and of Python'
+	abi3audit --strict --summary build/dist/*.whl
+	torch-abi-audit --check both build/wheel/blt_kernels
+
+sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(say) 'building with sanitizers'
+	cmake -S . -B build/sanitize -G Ninja -DBLT_KERNELS_SANITIZE=ON -DPython_EXECUTABLE=$(BIN)/python
+	cmake --build build/sanitize
+	rm -rf build/sanitize/site && mkdir -p build/sanitize/site
+	cp -r blt_kernels build/sanitize/site/ && rm -f build/sanitize/site/blt_kernels/*.so
+	cmake --install build/sanitize --prefix build/sanitize/site/blt_kernels
+	$(say) 'op tests with sanitizers'
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/site \
+	pytest tests/test_entropy_patch.py
+
+clean:  ## Remove everything that was built; .venv stays
+	rm -rf build dist blt_kernels/*.so *.egg-info .venv/built
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/installed: constraints.txt pyproject.toml
+	$(say) 'making .venv with $(PYTHON) from constraints.txt (once; a few minutes)'
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "constraints.txt is for Python >= 3.11: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install setuptools cmake ninja torch
+	@touch $@
+
+.venv/built: .venv/installed CMakeLists.txt setup.py blt_kernels/_version.py $(SOURCES)
+	$(say) 'building the compiled module, and installing the package in .venv'
+	$(PIP) install --no-build-isolation --editable '.[cli,test,dev]'
+	@touch $@

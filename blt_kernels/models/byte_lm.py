@@ -1,0 +1,134 @@
+"""ByteLM: a small causal transformer over bytes. Its next-byte entropies decide where BLT's patches start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from blt_kernels.layout import PatchLayout
+from blt_kernels.nn import (
+    ALPHABET,
+    EOS,
+    ByteModel,
+    TransformerConfig,
+    TransformerLayer,
+    attention_documents,
+    init_normal,
+    linear,
+    load_ops,
+    rotary_table,
+    row_positions,
+)
+from blt_kernels.ops import _common
+
+BUNDLED = Path(__file__).parent.parent / "assets" / "entropy_model.safetensors"
+
+
+@dataclass(frozen=True)
+class ByteLMConfig(TransformerConfig):
+    """The defaults are the entropy model of the BLT paper (arXiv 2412.09871, section 4.2).
+
+    `threshold` is the entropy in nats above which its patches start. With `split_documents`, attention also stops after
+    every EOS inside a row, as in facebookresearch/blt; without it, as in transformers, rows are taken as they are.
+    """
+
+    dim: int = 768
+    num_layers: int = 14
+    num_heads: int = 12
+    window: int | None = 512
+    rope_theta: float = 10000.0
+    vocab_size: int = ALPHABET
+    threshold: float = 1.335442066192627
+    split_documents: bool = False
+
+    @staticmethod
+    def small() -> ByteLMConfig:
+        """1.97M parameters, 3.9 MB in bf16: the shape of the bundled model."""
+        return ByteLMConfig(dim=256, num_layers=2, num_heads=4, window=128)
+
+
+class ByteLM(ByteModel):
+    """The entropy model: embedding, transformer layers with a sliding window, output head.
+
+    Parameters
+    ----------
+    config : ByteLMConfig
+    ops : "fused" or "reference"
+        The public ops, or their plain PyTorch specification.
+    """
+
+    config_class = ByteLMConfig
+
+    def __init__(self, config: ByteLMConfig, ops: str = "fused") -> None:
+        super().__init__()
+        self.config, self.ops = config, load_ops(ops)
+        self.embed_tokens = init_normal(nn.Embedding(config.vocab_size, config.dim), config.dim)
+        self.layers = nn.ModuleList(TransformerLayer(config, self.ops) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = linear(config.dim, config.vocab_size)
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Logits of the next byte.
+
+        Parameters
+        ----------
+        tokens : int32 or int64 ``[T]`` or ``[B, S]``
+            Ids: byte + 4.
+        cu_seqlens : int32 or int64 ``[R+1]``, optional
+            Rows of packed tokens; one row if None.
+
+        Returns
+        -------
+        ``[*tokens.shape, vocab_size]``
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has the wrong type, dtype, shape or value; the message names it.
+        """
+        _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
+        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        documents = rows
+        if self.config.split_documents:
+            documents = attention_documents((ids == EOS).roll(1), rows)
+        x = self.embed_tokens(ids)
+        table = rotary_table(row_positions(rows, ids.shape[0]), self.config, x.dtype)
+        for layer in self.layers:
+            x = layer(x, table, documents)
+        return self.lm_head(self.norm(x)).view(*tokens.shape, -1)
+
+    def patch(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        threshold: float | None = None,
+        threshold_add: float | None = None,
+        monotonic: bool = False,
+        max_patch_length: int | None = None,
+        max_patches: int | None = None,
+    ) -> tuple[Tensor, PatchLayout]:
+        """Entropies and patches of `tokens`: `entropy_patch` of the logits, at the threshold of the configuration if None.
+
+        Arguments, results and errors are those of `forward` and of `blt_kernels.entropy_patch`.
+        """
+        logits = self(tokens, cu_seqlens)
+        _, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        entropy, layout = self.ops.entropy_patch(
+            logits.flatten(0, -2),
+            rows,
+            threshold=self.config.threshold if threshold is None else threshold,
+            threshold_add=threshold_add,
+            monotonic=monotonic,
+            max_patch_length=max_patch_length,
+            max_patches=max_patches,
+        )
+        return entropy.view(tokens.shape), layout
+
+    @classmethod
+    def bundled(cls, ops: str = "fused", *, device: torch.device | str = "cpu") -> ByteLM:
+        """The entropy model that ships with the package, in fp32; ``assets/README.md`` is its card."""
+        return cls.load(BUNDLED, ops, dtype=torch.float32, device=device)

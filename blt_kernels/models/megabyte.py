@@ -1,0 +1,3 @@
+from blt_kernels.nn import ByteModel
+class MegaByte(ByteModel): pass
+class MegaByteConfig: pass

@@ -1,0 +1,353 @@
+"""Thin modules over the ops: what `ByteLM`, `BLT` and `MegaByte` are composed of.
+
+Data is packed: ``[T, ...]`` with ``cu_seqlens: int32[R+1]``, where the offsets delimit rows. A row is what positions,
+patching and hashing run along. It is one document, or several that each end in EOS: see `attention_documents`.
+Llama's blocks: RMSNorm, rotary positions in interleaved pairs, SwiGLU, no biases.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blt_kernels.layout import PatchLayout
+from blt_kernels.ops import _common
+
+ALPHABET = 260
+BOS, EOS, BYTE_OFFSET = 1, 2, 4
+
+Model = TypeVar("Model", bound="ByteModel")
+
+_OPS = {
+    "entropy_patch": ("entropy_patch", "patch_starts", "space_patch", "static_patch"),
+    "patch_pool": ("patch_pool",),
+    "patch_unpool": ("patch_unpool",),
+    "ngram_hash_embed": ("ngram_hash_embed",),
+    "block_causal_attention": ("block_causal_attention",),
+    "patch_cross_attention": ("patch_cross_attention",),
+}
+
+
+@cache
+def load_ops(kind: str) -> SimpleNamespace:
+    """The functions that a model calls, by op name: the public ops (``"fused"``) or their ``"reference"``."""
+    _common.check_choice("ops", kind, ("fused", "reference"))
+    package, suffix = ("ops", "") if kind == "fused" else ("reference", "_reference")
+    functions = {}
+    for file, names in _OPS.items():
+        try:  # TEMPORARY
+            module = import_module(f"blt_kernels.{package}.{file}")
+        except ModuleNotFoundError:
+            continue
+        functions.update({name: getattr(module, name + suffix) for name in names})
+    return SimpleNamespace(**functions)
+
+
+# --- rows, positions, documents ---------------------------------------------------------------------------------------
+
+
+def row_positions(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Index of each entry in its row, int64 ``[total]``; entries beyond the last row count on from its end."""
+    position = torch.arange(total, device=cu_seqlens.device)
+    row = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    return position - cu_seqlens.long()[row]
+
+
+def attention_documents(starts: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Offsets of the documents that attention stays within, from flags at their first entries.
+
+    Parameters
+    ----------
+    starts : bool ``[T]``
+        Rows need no flag: they always start a document.
+    cu_seqlens : int32 ``[R+1]``
+
+    Returns
+    -------
+    int32 ``[D+1]``
+        Compact on the CPU. Elsewhere D = T, padded with the last value, since compacting would wait for the device.
+    """
+    total = starts.shape[0]
+    position = torch.arange(total, device=starts.device)
+    end = cu_seqlens[-1:].long()
+    starts = (starts | (row_positions(cu_seqlens, total) == 0)) & (position < end)
+    slot = torch.where(starts, starts.cumsum(0) - 1, total + 1)
+    offsets = end.repeat(total + 2).scatter(0, slot, position)[: total + 1].int()
+    if starts.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = offsets[: int(starts.sum()) + 1]
+    return offsets
+
+
+def next_byte_targets(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The id after each one in its row, int64 ``[T]``; -100 where there is none."""
+    position = torch.arange(tokens.shape[0], device=tokens.device)
+    row = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    end = F.pad(cu_seqlens[1:].long(), (0, 1))[row]
+    return torch.where(position + 1 < end, tokens.long().roll(-1), -100)
+
+
+def next_byte_bits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of ``-log2 p(target)`` over the targets that are not -100, in fp32 (fp64 for fp64 logits); 0 without any."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    nats = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return nats / ((targets >= 0).sum().clamp(min=1) * math.log(2))
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A stack of layers. `window` is in bytes (or patches) and counts the query itself; None is the whole document."""
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    ffn_dim: int | None = None
+    window: int | None = None
+    rope_theta: float = 500000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_layers", "num_heads"):
+            _common.check_int(name, getattr(self, name), 0 if name == "num_layers" else 1)
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(f"dim: expected a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.dim}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, got {self.kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward: 8/3 of `dim`, rounded up to a multiple of 256, unless given."""
+        return self.ffn_dim or 256 * math.ceil(8 * self.dim / 3 / 256)
+
+
+def rotary_table(positions: Tensor, config: TransformerConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[T, 1, E/2]`` of ``position * theta^(-2j/E)``: fp64 for fp64 models, else fp32."""
+    dtype = dtype if dtype == torch.float64 else torch.float32
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype) / config.head_dim
+    angle = positions.to(dtype)[:, None, None] / config.rope_theta**exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs ``(x[2j], x[2j+1])`` of each head ``[T, H, E]`` by their angles."""
+    cos, sin = table
+    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def linear(in_features: int, out_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features, bias=False)
+    return init_normal(layer, in_features)
+
+
+def init_normal(module: nn.Linear | nn.Embedding, fan_in: int) -> nn.Module:
+    """Draw the weight from a normal of deviation ``fan_in^-0.5``, cut at three deviations."""
+    std = fan_in**-0.5
+    nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+    return module
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TransformerConfig, ops: SimpleNamespace) -> None:
+        super().__init__()
+        self.attention, self.window, self.head_dim = ops.block_causal_attention, config.window, config.head_dim
+        self.q_proj = linear(config.dim, config.dim)
+        self.k_proj = linear(config.dim, config.kv_heads * config.head_dim)
+        self.v_proj = linear(config.dim, config.kv_heads * config.head_dim)
+        self.o_proj = linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], documents: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = self.attention(rotate(q, table), rotate(k, table), v, documents, window=self.window)
+        return self.o_proj(out.flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Attention between patches and bytes. Returns the update of the queries without their residual."""
+
+    def __init__(self, config: TransformerConfig, ops: SimpleNamespace, direction: str, queries_per_patch: int) -> None:
+        super().__init__()
+        self.attention, self.head_dim = ops.patch_cross_attention, config.head_dim
+        self.direction, self.queries_per_patch = direction, queries_per_patch
+        self.q_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.k_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.q_proj = linear(config.dim, config.dim)
+        self.k_proj = linear(config.dim, config.kv_heads * config.head_dim)
+        self.v_proj = linear(config.dim, config.kv_heads * config.head_dim)
+        self.o_proj = linear(config.dim, config.dim)
+
+    def forward(self, queries: Tensor, states: Tensor, layout: PatchLayout) -> Tensor:
+        states = self.k_norm(states)
+        q = self.q_proj(self.q_norm(queries)).unflatten(-1, (-1, self.head_dim))
+        k, v = (p(states).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
+        out = self.attention(
+            q, k, v, layout, direction=self.direction, queries_per_patch=self.queries_per_patch
+        )
+        return self.o_proj(out.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_proj = linear(config.dim, config.hidden_dim)
+        self.up_proj = linear(config.dim, config.hidden_dim)
+        self.down_proj = linear(config.hidden_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TransformerLayer(nn.Module):
+    def __init__(self, config: TransformerConfig, ops: SimpleNamespace) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = SelfAttention(config, ops)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], documents: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), table, documents)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+class ByteModel(nn.Module):
+    """A next-byte model: the loss, and one safetensors file with its configuration in the metadata."""
+
+    config_class: type
+    config: Any
+
+    @classmethod
+    def from_values(cls: type[Model], values: dict[str, Any], ops: str = "fused") -> Model:
+        """A fresh model from its configuration as a dictionary (`asdict`, or JSON)."""
+        return cls(config_from_dict(cls.config_class, values), ops)  # type: ignore[call-arg]
+
+    def loss(self, tokens: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
+        """Bits per byte of next-byte prediction: the mean of ``-log2 p`` over every id that follows another in its row.
+
+        Parameters
+        ----------
+        tokens : int32 or int64 ``[T]`` or ``[B, S]``
+        cu_seqlens : int32 or int64 ``[R+1]``, optional
+            Rows of packed tokens; one row if None.
+        options
+            As in `forward`.
+
+        Returns
+        -------
+        fp32 (fp64 for an fp64 model), a scalar
+            EOS counts as a byte. 0 if nothing is predicted.
+        """
+        logits = self(tokens, cu_seqlens, **options)
+        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        return next_byte_bits(logits.flatten(0, -2), next_byte_targets(ids, rows))
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write weights (as `dtype`, if given) and configuration to one ``.safetensors`` file, all of it or nothing.
+
+        Raises
+        ------
+        ImportError
+            safetensors is not installed.
+        """
+        safetensors = _safetensors()
+        tensors = {name: value.detach().to(dtype).contiguous() for name, value in self.state_dict().items()}
+        metadata = {"format": "pt", "model": type(self).__name__, "config": json.dumps(asdict(self.config))}
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        safetensors.torch.save_file(tensors, part, metadata)
+        os.replace(part, path)
+
+    @classmethod
+    def load(
+        cls: type[Model],
+        path: str | os.PathLike[str],
+        ops: str = "fused",
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Model:
+        """Read what `save` wrote, in the stored dtypes unless `dtype` is given.
+
+        Raises
+        ------
+        ImportError
+            safetensors is not installed.
+        ValueError
+            The file holds another model, or keys are missing, unknown or of the wrong shape; the message names them.
+        """
+        with _safetensors().safe_open(path, "pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("model") != cls.__name__:
+                raise ValueError(f"path: expected a file of {cls.__name__}, got {metadata.get('model')!r} in {path}")
+            tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+        with torch.device("meta"):
+            model = cls.from_values(json.loads(metadata["config"]), ops)
+        _check_state(model, tensors, path)
+        model.load_state_dict(tensors, assign=True)
+        return model
+
+
+def model_name(path: str | os.PathLike[str]) -> str | None:
+    """The class of the model in a file that `ByteModel.save` wrote; None for other safetensors files."""
+    with _safetensors().safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("model")
+
+
+def config_from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Rebuild a configuration dataclass, nested ones included, from what `asdict` and JSON made of it."""
+    unknown = sorted(set(values) - {field.name for field in fields(cls)})
+    if unknown:
+        raise ValueError(f"config: expected the fields of {cls.__name__}, got {', '.join(unknown)} as well")
+    hints, arguments = get_type_hints(cls), {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            nested = next(t for t in (hints[name], *get_args(hints[name])) if is_dataclass(t))
+            value = config_from_dict(nested, value)  # type: ignore[arg-type]
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
+
+
+def _check_state(model: nn.Module, tensors: dict[str, Tensor], path: object) -> None:
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    for name, value in tensors.items():
+        if name not in expected:
+            problems.append(f"unknown {name}")
+        elif tuple(value.shape) != expected[name]:
+            problems.append(f"{name} of shape {list(value.shape)}, expected {list(expected[name])}")
+    if problems:
+        raise ValueError(f"{path}: does not fit {type(model).__name__}: {'; '.join(problems)}")
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("saving and loading models needs safetensors: pip install 'blt-kernels[cli]'") from error
+    return safetensors

@@ -1,0 +1,194 @@
+"""block_causal_attention: attention that stays within documents, for bytes packed end to end.
+
+Document b has queries ``[cu_seqlens_q[b], cu_seqlens_q[b+1])`` and as many keys as `cu_seqlens_k` or `seqused_k` says.
+Its last query is aligned with its last key, so that a query at position i of n sees, of m keys, those up to
+``i + m - n`` if causal, and of these the last `window`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels.ops import _common
+from blt_kernels.reference import block_causal_attention as reference
+
+
+def block_causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    seqused_k: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention within documents, causal and with a sliding window.
+
+    Parameters
+    ----------
+    q : fp32, bf16, fp16 or fp64 ``[Tq, H, E]`` or ``[B, Sq, H, E]``
+        Queries, packed or padded: padded tensors are B documents of one length.
+    k, v : same dtype ``[Tk, G, E]`` or ``[B, Sk, G, E]``
+        Keys and values, packed if q is. G divides H; query head h reads head ``h // (H / G)``.
+    cu_seqlens_q : int32 or int64 ``[B+1]``, optional
+        Documents of packed queries; one document if None. None for padded queries.
+    cu_seqlens_k : int32 or int64 ``[B+1]``, optional
+        Documents of packed keys, as many as of queries. The offsets of the queries if None: then Tk is Tq.
+    window : int, optional
+        A query sees the keys less than `window` positions away, itself counted; all of its document if None. With
+        ``causal=False`` the window reaches to both sides.
+    causal : bool
+        A query sees no key behind its own position.
+    scale : float, optional
+        Factor of ``q k^T``; ``1 / sqrt(E)`` if None.
+    seqused_k : int32 or int64 ``[B]``, optional
+        Number of keys of each document that count, the first ones, as in a cache with room to spare: what lies behind
+        is never read. All of them if None.
+    return_lse : bool
+        Return the logsumexp of the scores too.
+
+    Returns
+    -------
+    out : dtype and shape of `q`
+        0 for a query that sees no key, or lies beyond the last document. Accumulated in fp32 (fp64 for fp64 inputs).
+    lse : fp32 (fp64 for fp64 inputs) ``q.shape[:-1]``, if `return_lse`
+        Natural logarithm; -inf for a query that sees no key. Not differentiable.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, device, shape or value; the message names it.
+
+    Notes
+    -----
+    Under autocast q, k and v are cast to the autocast dtype, as in `F.scaled_dot_product_attention`. Queries are aligned
+    with the last keys as in flash attention 2.1 and later, so that a cache of m keys and n new bytes needs no offsets.
+    """
+    _common.check_tensor("q", q, (3, 4), _common.FLOATS)
+    dims = q.dim()
+    for name, x in (("k", k), ("v", v)):
+        _common.check_tensor(name, x, dims, _common.FLOATS)
+        _common.check_same(name, x, "q", q, dtype=not torch.is_autocast_enabled(q.device.type))
+    heads, width = q.shape[-2:]
+    _common.check_shape("k", k, (None,) * (dims - 1) + (width,), f"[..., G, E = {width}] with the E of q")
+    _common.check_shape("v", v, k.shape, f"{list(k.shape)} of k")
+    if width < 1:
+        raise ValueError(f"q: expected a head width E of at least 1, got shape {list(q.shape)}")
+    if k.shape[-2] < 1 or heads % k.shape[-2]:
+        raise ValueError(f"k: expected a number of heads G that divides H = {heads}, got {k.shape[-2]}")
+    if window is not None:
+        _common.check_int("window", window, 1)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool, got {causal!r}")
+    if scale is not None:
+        _common.check_number("scale", scale)
+
+    if cu_seqlens_k is not None and (dims == 4 or cu_seqlens_q is None):
+        reason = f"q is padded with shape {list(q.shape)}" if dims == 4 else "cu_seqlens_q is None"
+        raise ValueError(f"cu_seqlens_k: expected None, since {reason}")
+    packed_q, offsets_q = _common.pack("q", q, cu_seqlens_q, trailing=2)
+    packed_k, packed_v = (x.flatten(0, 1) if dims == 4 else x for x in (k, v))
+    offsets_k = None
+    if dims == 4:
+        _common.check_shape("k", k, (q.shape[0], None, None, None), f"[B = {q.shape[0]} of q, Sk, G, E]")
+        if k.shape[1] != q.shape[1]:
+            _, offsets_k = _common.pack("k", k, None, trailing=2)
+    elif cu_seqlens_k is not None:
+        offsets_k = _common.check_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], device=q.device)
+        count = offsets_q.shape[0]
+        _common.check_shape("cu_seqlens_k", offsets_k, (count,), f"[B + 1 = {count}] of cu_seqlens_q")
+    elif k.shape[0] != q.shape[0]:
+        raise ValueError(f"cu_seqlens_k: expected offsets, since q has {q.shape[0]} rows and k {k.shape[0]}; got None")
+    if seqused_k is not None:
+        seqused_k = _check_seqused(seqused_k, offsets_q if offsets_k is None else offsets_k)
+    out, lse = torch.ops.blt_kernels.block_causal_attention_fwd(
+        *autocast(packed_q, packed_k, packed_v), offsets_q, offsets_k, window, causal, scale, seqused_k
+    )
+    out = out.view(q.shape)
+    return (out, lse.view(q.shape[:-1])) if return_lse else out
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the autocast dtype where autocast is on, fp64 excepted, as torch does for its matrix products."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check_seqused(seqused_k: Tensor, offsets_k: Tensor) -> Tensor:
+    """Check the used lengths and return them as int32; their values in eager code on the CPU only."""
+    documents = offsets_k.shape[0] - 1
+    _common.check_tensor("seqused_k", seqused_k, 1, _common.INTS)
+    _common.check_same("seqused_k", seqused_k, "the data", offsets_k, dtype=False)
+    _common.check_shape("seqused_k", seqused_k, (documents,), f"[B = {documents}]")
+    if seqused_k.device.type == "cpu" and not torch.compiler.is_compiling() and type(seqused_k) is Tensor:
+        used, lengths = seqused_k.tolist(), offsets_k.diff().tolist()
+        for document, (n, length) in enumerate(zip(used, lengths, strict=True)):
+            if not 0 <= n <= length:
+                raise ValueError(
+                    f"seqused_k: expected 0 to {length} keys, the length of document {document}, got {n}"
+                )
+    return seqused_k.to(torch.int32)
+
+
+# --- schemas, references and fakes ------------------------------------------------------------------------------------
+
+_ARGUMENTS = (
+    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? window, bool causal, float? scale, Tensor? seqused_k"
+)
+
+_common.define(
+    "block_causal_attention_fwd",
+    f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor lse)",
+    reference.block_causal_attention_fwd_reference,
+)
+_common.define(
+    "block_causal_attention_bwd",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    reference.block_causal_attention_bwd_reference,
+)
+
+
+@torch.library.register_fake("blt_kernels::block_causal_attention_fwd")
+def _(q: Tensor, k: Tensor, v: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=dtype)
+
+
+@torch.library.register_fake("blt_kernels::block_causal_attention_bwd")
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    ctx.window, ctx.causal, ctx.scale = window, causal, scale
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if grad_out is not None:
+        *tensors, cu_seqlens_q, cu_seqlens_k, seqused_k = ctx.saved_tensors
+        grads = torch.ops.blt_kernels.block_causal_attention_bwd(
+            grad_out, *tensors, cu_seqlens_q, cu_seqlens_k, ctx.window, ctx.causal, ctx.scale, seqused_k
+        )
+    return *grads, None, None, None, None, None, None
+
+
+torch.library.register_autograd("blt_kernels::block_causal_attention_fwd", _backward, setup_context=_save)

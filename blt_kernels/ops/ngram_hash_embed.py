@@ -1,0 +1,304 @@
+"""ngram_hash_embed: the embedding of a byte plus one hashed row for each n-gram that ends at it, in one pass.
+
+With N tables every byte reads N + 1 rows of D values and writes one. Which rows the n-grams hash to is recomputed in
+backward, so that nothing of size N * T is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels.ops import _common
+from blt_kernels.reference import ngram_hash_embed as reference
+
+
+def ngram_hash_embed(
+    tokens: Tensor,
+    tables: Tensor | Sequence[Tensor],
+    byte_table: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    ngram_sizes: Sequence[int] = (3, 4, 5, 6, 7, 8),
+    num_functions: int = 1,
+    grad: str = "dense",
+    row_range: tuple[int, int] | None = None,
+    vocab: int | None = None,
+) -> Tensor:
+    """Sum of the byte embedding and of N hashed n-gram embeddings, N = ``num_functions * len(ngram_sizes)``.
+
+    ``out[i] = byte_table[tokens[i]] + sum_n tables[n][ngram_hash(tokens)[n, i]]``, added up in fp32 (fp64 for fp64
+    tables) and rounded once.
+
+    Parameters
+    ----------
+    tokens : int32 or int64 ``[T]`` or ``[B, S]``
+        Ids: byte + 4. Padded tokens are B documents of length S.
+    tables : fp32, bf16, fp16 or fp64 ``[N * V, D]``, or N tensors ``[V, D]``
+        Table of function f and size number s is number ``f * len(ngram_sizes) + s``. Never copied.
+    byte_table : same dtype ``[A, D]``, optional
+    cu_seqlens : int32 or int64 ``[B+1]``, optional
+        Documents of packed tokens, which no n-gram crosses; one document if None.
+    ngram_sizes, num_functions
+        As in `ngram_hash`.
+    grad : str
+        Gradient of the tables and of `byte_table`: "dense", or "sparse" as from ``nn.Embedding(sparse=True)``, but
+        coalesced: every row that was read once, in rising order. Sparse gradients wait for the device, since their size
+        depends on the data, and are for eager code: `torch.compile` does not trace sparse tensors.
+    row_range : (int, int), optional
+        Shard the tables by rows: `tables` hold only the rows ``lo <= row < hi`` of tables of `vocab` rows, V is
+        ``hi - lo``, and n-grams that hash to other rows add nothing. The sum over shards that cover ``[0, vocab)`` once is
+        the whole embedding: `byte_table`, of which every shard has a copy, is added by the shard with ``lo == 0`` only.
+    vocab : int, optional
+        What hashes are taken modulo: V if None. Needed with `row_range`.
+
+    Returns
+    -------
+    dtype of the tables ``[*tokens.shape, D]``
+        0 for bytes beyond the last document, which get no gradient.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, device, shape or value; the message names it. An id outside `byte_table` is
+        found where looking costs nothing, in eager code on the CPU; elsewhere such a byte has no byte embedding.
+
+    Notes
+    -----
+    The BLT paper (arXiv 2412.09871), section 3.2.1. Tables are not divided by their number, as in the released models.
+    """
+    sizes = _check_hash(tokens, ngram_sizes, num_functions)
+    _common.check_choice("grad", grad, ("dense", "sparse"))
+    table_list, rows = _check_tables(tables, num_functions * len(sizes), tokens)
+    width = table_list[0].shape[1]
+    if row_range is not None:
+        vocab = _check_row_range(row_range, vocab, rows)
+    elif vocab is not None and vocab != rows:
+        raise ValueError(f"vocab: expected None or the {rows} rows of a table, since row_range is None, got {vocab}")
+    packed, offsets = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+    if byte_table is not None:
+        _common.check_tensor("byte_table", byte_table, 2, _common.FLOATS)
+        _common.check_same("byte_table", byte_table, "tables", table_list[0])
+        _common.check_shape("byte_table", byte_table, (None, width), f"[A, D = {width}]")
+        _check_ids(packed, offsets, byte_table.shape[0])
+    out = torch.ops.blt_kernels.ngram_hash_embed_fwd(
+        packed,
+        table_list,
+        byte_table,
+        offsets,
+        sizes,
+        num_functions,
+        grad,
+        None if row_range is None else list(row_range),
+        rows if vocab is None else vocab,
+    )
+    return out.view(*tokens.shape, width)
+
+
+def ngram_hash(
+    tokens: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    ngram_sizes: Sequence[int] = (3, 4, 5, 6, 7, 8),
+    num_functions: int = 1,
+    vocab: int,
+) -> Tensor:
+    """Hash the n-grams that end at each byte: the rows that `ngram_hash_embed` reads.
+
+    ``sum_j window[j] * prime**j mod vocab`` in wrapping int64, where the window is the last n ids of the document up to and
+    with byte i, ids of 0 before the document's start, and j = 0 is the oldest.
+
+    Parameters
+    ----------
+    tokens : int32 or int64 ``[T]`` or ``[B, S]``
+    cu_seqlens : int32 or int64 ``[B+1]``, optional
+        Documents of packed tokens; one document if None.
+    ngram_sizes : sequence of int
+        Bytes in an n-gram.
+    num_functions : int
+        Hash functions, each with a prime of its own: 1 to 11.
+    vocab : int
+        Number of rows of a table.
+
+    Returns
+    -------
+    int64 ``[N, *tokens.shape]``
+        In ``[0, vocab)``, by function, then by size. 0 for bytes beyond the last document.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, shape or value; the message names it.
+    """
+    sizes = _check_hash(tokens, ngram_sizes, num_functions)
+    _common.check_int("vocab", vocab, 1)
+    packed, offsets = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+    hashes = torch.ops.blt_kernels.ngram_hash_fwd(packed, offsets, sizes, num_functions, vocab)
+    return hashes.view(-1, *tokens.shape)
+
+
+def _check_hash(tokens: Tensor, ngram_sizes: Sequence[int], num_functions: int) -> list[int]:
+    _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
+    if not isinstance(ngram_sizes, (list, tuple)) or not ngram_sizes:
+        raise TypeError(f"ngram_sizes: expected a sequence of at least one int, got {ngram_sizes!r}")
+    for size in ngram_sizes:
+        _common.check_int("ngram_sizes", size, 1)
+    _common.check_int("num_functions", num_functions, 1)
+    if num_functions > len(reference.PRIMES):
+        raise ValueError(f"num_functions: expected at most {len(reference.PRIMES)}, got {num_functions}")
+    return list(ngram_sizes)
+
+
+def _check_tables(tables: Tensor | Sequence[Tensor], count: int, tokens: Tensor) -> tuple[list[Tensor], int]:
+    """Return the tables as a list and the number of rows of one of them, V."""
+    fused = isinstance(tables, Tensor)
+    if not fused and not isinstance(tables, (list, tuple, torch.nn.ParameterList)):
+        raise TypeError(f"tables: expected a tensor or a sequence of tensors, got {type(tables).__name__}")
+    table_list = [tables] if isinstance(tables, Tensor) else list(tables)
+    if not fused and len(table_list) != count:
+        raise ValueError(f"tables: expected N = num_functions * len(ngram_sizes) = {count} tensors, got {len(table_list)}")
+    for i, table in enumerate(table_list):
+        name = "tables" if fused else f"tables[{i}]"
+        _common.check_tensor(name, table, 2, _common.FLOATS)
+        _common.check_same(name, table, "tokens", tokens, dtype=False)
+        _common.check_same(name, table, "tables[0]", table_list[0])
+        _common.check_shape(name, table, table_list[0].shape, f"{list(table_list[0].shape)} of tables[0]")
+    rows = table_list[0].shape[0]
+    if fused and rows % count:
+        raise ValueError(f"tables: expected a multiple of N = {count} rows, got shape {list(table_list[0].shape)}")
+    rows = rows // count if fused else rows
+    if rows < 1:
+        raise ValueError(f"tables: expected at least one row a table, got shape {list(table_list[0].shape)}")
+    return table_list, rows
+
+
+def _check_row_range(row_range: tuple[int, int], vocab: int | None, rows: int) -> int:
+    if not isinstance(row_range, (list, tuple)) or len(row_range) != 2:
+        raise TypeError(f"row_range: expected a pair of ints (lo, hi), got {row_range!r}")
+    if vocab is None:
+        raise ValueError("vocab: expected the number of rows of a whole table, since row_range is given, got None")
+    _common.check_int("vocab", vocab, 1)
+    low, high = row_range
+    _common.check_int("row_range", low, 0)
+    _common.check_int("row_range", high, 1)
+    if not low < high <= vocab:
+        raise ValueError(f"row_range: expected 0 <= lo < hi <= vocab = {vocab}, got {tuple(row_range)}")
+    if high - low != rows:
+        raise ValueError(f"row_range: expected hi - lo = {rows}, the rows of a table, got {tuple(row_range)}")
+    return vocab
+
+
+def _check_ids(tokens: Tensor, cu_seqlens: Tensor, alphabet: int) -> None:
+    """Raise if an id is not a row of the byte table; in eager code on the CPU only."""
+    if alphabet < 1:
+        raise ValueError(f"byte_table: expected at least one row, got {alphabet}")
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or type(tokens) is not Tensor:
+        return
+    inside = tokens[: int(cu_seqlens[-1])]
+    if inside.numel():
+        low, high = (int(x) for x in inside.aminmax())
+        if low < 0 or high >= alphabet:
+            got = low if low < 0 else high
+            raise ValueError(f"tokens: expected ids from 0 to {alphabet - 1}, the rows of byte_table, got {got}")
+
+
+# --- schemas, references and fakes ------------------------------------------------------------------------------------
+# tables is one fused tensor or a list of N; row_range is (0, vocab) if None. In backward `fused` says which of the two
+# tables is, and `alphabet` is the number of rows of byte_table, None if it needs no gradient; if it does, it comes last.
+
+_HASH = "int[] ngram_sizes, int num_functions"
+_BACKWARD = f"Tensor grad_out, Tensor tokens, Tensor cu_seqlens, {_HASH}, int[]? row_range, SymInt vocab, bool fused, SymInt? alphabet"
+
+_common.define(
+    "ngram_hash_fwd",
+    f"(Tensor tokens, Tensor cu_seqlens, {_HASH}, SymInt vocab) -> Tensor hashes",
+    reference.ngram_hash_fwd_reference,
+)
+_common.define(
+    "ngram_hash_embed_fwd",
+    f"(Tensor tokens, Tensor[] tables, Tensor? byte_table, Tensor cu_seqlens, {_HASH}, str grad, int[]? row_range,"
+    " SymInt vocab) -> Tensor out",
+    reference.ngram_hash_embed_fwd_reference,
+)
+_common.define(
+    "ngram_hash_embed_bwd", f"({_BACKWARD}) -> Tensor[] grads", reference.ngram_hash_embed_bwd_reference
+)
+_common.define(
+    "ngram_hash_embed_sparse_bwd",
+    f"({_BACKWARD}) -> (Tensor[] rows, Tensor[] values)",
+    reference.ngram_hash_embed_sparse_bwd_reference,
+)
+
+
+@torch.library.register_fake("blt_kernels::ngram_hash_fwd")
+def _(tokens: Tensor, cu_seqlens: Tensor, ngram_sizes: list[int], num_functions: int, vocab: int) -> Tensor:
+    return tokens.new_empty(num_functions * len(ngram_sizes), tokens.shape[0], dtype=torch.int64)
+
+
+@torch.library.register_fake("blt_kernels::ngram_hash_embed_fwd")
+def _(tokens: Tensor, tables: list[Tensor], *_arguments: Any) -> Tensor:
+    return tables[0].new_empty(tokens.shape[0], tables[0].shape[1])
+
+
+def _table_sizes(
+    ngram_sizes: list[int],
+    num_functions: int,
+    row_range: list[int] | None,
+    vocab: int,
+    fused: bool,
+    alphabet: int | None,
+) -> list[int]:
+    """Rows of each gradient."""
+    count = num_functions * len(ngram_sizes)
+    rows = vocab if row_range is None else row_range[1] - row_range[0]
+    return ([count * rows] if fused else [rows] * count) + ([] if alphabet is None else [alphabet])
+
+
+@torch.library.register_fake("blt_kernels::ngram_hash_embed_bwd")
+def _(grad_out: Tensor, tokens: Tensor, cu_seqlens: Tensor, *arguments: Any) -> list[Tensor]:
+    return [grad_out.new_empty(size, grad_out.shape[1]) for size in _table_sizes(*arguments)]
+
+
+@torch.library.register_fake("blt_kernels::ngram_hash_embed_sparse_bwd")
+def _(grad_out: Tensor, tokens: Tensor, cu_seqlens: Tensor, *arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    read = [torch.library.get_ctx().new_dynamic_size() for _ in _table_sizes(*arguments)]
+    return [tokens.new_empty(n, dtype=torch.int64) for n in read], [grad_out.new_empty(n, grad_out.shape[1]) for n in read]
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+# Like torch's own embeddings, these run in the dtype of their tables under autocast.
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, tables, byte_table, cu_seqlens, ngram_sizes, num_functions, grad, row_range, vocab = inputs
+    ctx.save_for_backward(tokens, cu_seqlens)
+    ctx.hash = ngram_sizes, num_functions, row_range, vocab
+    ctx.shapes = [table.shape for table in tables]
+    ctx.byte_shape = None if byte_table is None else byte_table.shape
+    ctx.grad = grad
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    tokens, cu_seqlens = ctx.saved_tensors
+    count = len(ctx.shapes)
+    shapes = [*ctx.shapes, ctx.byte_shape] if ctx.needs_input_grad[2] else ctx.shapes
+    ngram_sizes, num_functions, _, _ = ctx.hash
+    fused = count < num_functions * len(ngram_sizes)
+    alphabet = ctx.byte_shape[0] if ctx.needs_input_grad[2] else None
+    arguments = (grad_out, tokens, cu_seqlens, *ctx.hash, fused, alphabet)
+    if ctx.grad == "dense":
+        grads = torch.ops.blt_kernels.ngram_hash_embed_bwd(*arguments)
+    else:
+        rows, values = torch.ops.blt_kernels.ngram_hash_embed_sparse_bwd(*arguments)
+        grads = [
+            torch.sparse_coo_tensor(r[None], v, shape, is_coalesced=True, check_invariants=False)
+            for r, v, shape in zip(rows, values, shapes, strict=True)
+        ]
+    needed = [g if n else None for g, n in zip(grads, ctx.needs_input_grad[1], strict=False)]
+    return None, needed, (grads[-1] if ctx.needs_input_grad[2] else None), None, None, None, None, None, None
+
+
+torch.library.register_autograd("blt_kernels::ngram_hash_embed_fwd", _backward, setup_context=_save)

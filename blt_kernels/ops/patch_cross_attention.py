@@ -1,0 +1,149 @@
+"""patch_cross_attention: patches read bytes (encode), or bytes read patches (decode).
+
+Every query reads one short run of rows: encoding, the bytes of its patch; decoding, the K vectors of one patch. Nothing
+of size bytes times patches exists, in time or in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels.layout import PatchLayout
+from blt_kernels.ops import _common
+from blt_kernels.ops.block_causal_attention import autocast
+from blt_kernels.ops.patch_pool import check_layout
+from blt_kernels.reference import patch_cross_attention as reference
+
+
+def patch_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PatchLayout,
+    *,
+    direction: str,
+    queries_per_patch: int,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Scaled dot-product attention between the bytes and the patches of a layout.
+
+    Parameters
+    ----------
+    q, k, v : fp32, bf16, fp16 or fp64
+        One side has a row for each byte, ``[T, H, E]`` or ``[B, S, H, E]`` with ``B * S = T``. The other has K rows for
+        each patch, ``[C * K, H, E]``: row ``p * K + j`` is vector j of patch p.
+
+        - "encode": q is on the patches, k and v on the bytes.
+        - "decode": q is on the bytes, k and v on the patches.
+    layout : PatchLayout
+        Of T bytes and C patches.
+    direction : str
+        "encode": the K queries of patch p read the bytes with ``layout.patch_ids == p``. "decode": byte i reads the K
+        vectors of patch ``layout.decode_ids[i]``.
+    queries_per_patch : int
+        K.
+    window : int, optional
+        Reach back over patches: with w, encoding reads the bytes of patches ``(p - w, p]``, and decoding the vectors of
+        patches ``(d - w, d]`` for a byte with decode id d, always within the document. 1 if None.
+    scale : float, optional
+        Factor of ``q k^T``; ``1 / sqrt(E)`` if None.
+
+    Returns
+    -------
+    dtype and shape of `q`
+        0 for an empty patch, and for a byte that has no patch to read (id -1); they send no gradient either. Accumulated
+        in fp32 (fp64 for fp64 inputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, device, shape or value; the message names it.
+
+    Notes
+    -----
+    The BLT paper (arXiv 2412.09871), sections 3.2.2 and 3.3.1; the window is that of facebookresearch/blt's masks. Under
+    autocast q, k and v are cast to the autocast dtype, as in `F.scaled_dot_product_attention`.
+    """
+    _common.check_choice("direction", direction, ("encode", "decode"))
+    _common.check_int("queries_per_patch", queries_per_patch, 1)
+    encode = direction == "encode"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _common.check_tensor(name, x, 3 if (name == "q") == encode else (3, 4), _common.FLOATS)
+        _common.check_same(name, x, "q", q, dtype=not torch.is_autocast_enabled(q.device.type))
+    check_layout(layout, "q", q)
+    heads, width = q.shape[-2:]
+    if width < 1:
+        raise ValueError(f"q: expected a head width E of at least 1, got shape {list(q.shape)}")
+    packed = tuple(x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
+    for name, x in zip("qkv", packed, strict=True):
+        on_patches = (name == "q") == encode
+        rows = layout.capacity * queries_per_patch if on_patches else layout.num_bytes
+        meaning = f"C * K = {layout.capacity} * {queries_per_patch}" if on_patches else f"T = {rows} bytes of layout"
+        _common.check_shape(name, x, (rows, heads, width), f"[{meaning}, H = {heads}, E = {width}]")
+    if window is not None:
+        _common.check_int("window", window, 1)
+    if scale is not None:
+        _common.check_number("scale", scale)
+    ids = layout.patch_ids if encode else layout.decode_ids
+    out, _lse = torch.ops.blt_kernels.patch_cross_attention_fwd(
+        *autocast(*packed), layout.patch_offsets, layout.cu_patches, ids, direction, queries_per_patch, window, scale
+    )
+    return out.view(q.shape)
+
+
+# --- schemas, references and fakes ------------------------------------------------------------------------------------
+# ids are patch_ids or decode_ids, by the direction. The bytes that meet patch p lie next to each other: encoding, they are
+# [patch_offsets[p-w+1], patch_offsets[p+1]), cut at the start of the document; decoding, they lie within
+# [patch_offsets[p], patch_offsets[p+w+1]), cut at its end.
+
+_ARGUMENTS = (
+    "Tensor patch_offsets, Tensor cu_patches, Tensor ids,"
+    " str direction, SymInt queries_per_patch, SymInt? window, float? scale"
+)
+
+_common.define(
+    "patch_cross_attention_fwd",
+    f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor lse)",
+    reference.patch_cross_attention_fwd_reference,
+)
+_common.define(
+    "patch_cross_attention_bwd",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    reference.patch_cross_attention_bwd_reference,
+)
+
+
+@torch.library.register_fake("blt_kernels::patch_cross_attention_fwd")
+def _(q: Tensor, k: Tensor, v: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=dtype)
+
+
+@torch.library.register_fake("blt_kernels::patch_cross_attention_bwd")
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, patch_offsets, cu_patches, ids, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, patch_offsets, cu_patches, ids)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if grad_out is not None:
+        grads = torch.ops.blt_kernels.patch_cross_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.rest)
+    return *grads, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("blt_kernels::patch_cross_attention_fwd", _backward, setup_context=_save)

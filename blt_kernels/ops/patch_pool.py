@@ -1,0 +1,116 @@
+"""patch_pool: one vector for each patch, from the vectors of its bytes.
+
+Forward reads x once and writes out. Backward reads x again only for max and min, to find the ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels.layout import PatchLayout
+from blt_kernels.ops import _common
+from blt_kernels.reference import patch_pool as reference
+
+_REDUCTIONS = ("max", "min", "mean", "sum", "first", "last")
+
+
+def patch_pool(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "max") -> Tensor:
+    """Reduce the bytes of each patch to one vector.
+
+    Parameters
+    ----------
+    x : fp32, bf16, fp16 or fp64 ``[T, D]`` or ``[B, S, D]``
+        One vector a byte; ``B * S`` is T.
+    layout : PatchLayout
+        Of T bytes and C patches.
+    reduce : str or sequence of str
+        "max", "min", "mean", "sum", "first" (the patch's first byte) or "last". Several are concatenated along D in the
+        given order.
+
+    Returns
+    -------
+    dtype of `x` ``[C, D]``, or ``[C, len(reduce) * D]``
+        0 for an empty patch. A patch with a NaN has a NaN maximum, minimum, mean and sum. Accumulated in fp32 (fp64 for
+        fp64 x). The gradient of a maximum or minimum is shared equally among the bytes that attain it; it is NaN where
+        the patch has a NaN. Bytes beyond the last document are not read and get no gradient.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, device, shape or value; the message names it.
+
+    Notes
+    -----
+    The BLT paper (arXiv 2412.09871), section 3.2.2: patch representations start as pooled bytes.
+    """
+    _common.check_tensor("x", x, (2, 3), _common.FLOATS)
+    check_layout(layout, "x", x)
+    names = [reduce] if isinstance(reduce, str) else reduce
+    if not isinstance(names, (list, tuple)) or not names:
+        raise TypeError(f"reduce: expected a string or a sequence of at least one, got {reduce!r}")
+    for name in names:
+        _common.check_choice("reduce", name, _REDUCTIONS)
+    packed = x.flatten(0, 1) if x.dim() == 3 else x
+    _common.check_shape("x", packed, (layout.num_bytes, None), f"[T = {layout.num_bytes} bytes of layout, D]")
+    return torch.ops.blt_kernels.patch_pool_fwd(packed, layout.patch_offsets, layout.patch_ids, list(names))
+
+
+def check_layout(layout: object, name: str, value: Tensor) -> None:
+    """Raise unless `layout` is a PatchLayout on the device of `value`."""
+    if not isinstance(layout, PatchLayout):
+        raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
+    _common.check_same("layout", layout.patch_offsets, name, value, dtype=False)
+
+
+# --- schemas, references and fakes ------------------------------------------------------------------------------------
+
+_common.define(
+    "patch_pool_fwd",
+    "(Tensor x, Tensor patch_offsets, Tensor patch_ids, str[] reduce) -> Tensor out",
+    reference.patch_pool_fwd_reference,
+)
+# x and out are given only if some reduction is max or min.
+_common.define(
+    "patch_pool_bwd",
+    "(Tensor grad_out, Tensor? x, Tensor? out, Tensor patch_offsets, Tensor patch_ids, str[] reduce) -> Tensor grad_x",
+    reference.patch_pool_bwd_reference,
+)
+
+
+@torch.library.register_fake("blt_kernels::patch_pool_fwd")
+def _(x: Tensor, patch_offsets: Tensor, patch_ids: Tensor, reduce: list[str]) -> Tensor:
+    return x.new_empty(patch_offsets.shape[0] - 1, x.shape[1] * len(reduce))
+
+
+@torch.library.register_fake("blt_kernels::patch_pool_bwd")
+def _(
+    grad_out: Tensor,
+    x: Tensor | None,
+    out: Tensor | None,
+    patch_offsets: Tensor,
+    patch_ids: Tensor,
+    reduce: list[str],
+) -> Tensor:
+    return grad_out.new_empty(patch_ids.shape[0], grad_out.shape[1] // len(reduce))
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+# Like torch's own reductions and indexing, pooling runs in the dtype of its input under autocast.
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, patch_offsets, patch_ids, reduce = inputs
+    has_ties = "max" in reduce or "min" in reduce
+    ctx.save_for_backward(x if has_ties else None, output if has_ties else None, patch_offsets, patch_ids)
+    ctx.reduce = reduce
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.blt_kernels.patch_pool_bwd(grad_out, *ctx.saved_tensors, ctx.reduce), None, None, None
+
+
+torch.library.register_autograd("blt_kernels::patch_pool_fwd", _backward, setup_context=_save)

@@ -1,0 +1,85 @@
+"""patch_unpool: every byte gets the vector of a patch, its own or the one it may read when it predicts the next byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels.layout import PatchLayout
+from blt_kernels.ops import _common
+from blt_kernels.ops.patch_pool import check_layout
+from blt_kernels.reference import patch_unpool as reference
+
+
+def patch_unpool(y: Tensor, layout: PatchLayout, ids: str = "patch") -> Tensor:
+    """Give every byte the vector of a patch.
+
+    Parameters
+    ----------
+    y : fp32, bf16, fp16 or fp64 ``[C, D]``
+        One vector a patch.
+    layout : PatchLayout
+        Of T bytes and C patches.
+    ids : str
+        "patch": byte i reads patch ``layout.patch_ids[i]``, its own. "decode": it reads ``layout.decode_ids[i]``, the
+        last patch that is complete when byte i + 1 is predicted.
+
+    Returns
+    -------
+    dtype of `y` ``[T, D]``
+        0 where the id is -1. The gradient of y is the sum over the bytes that read a patch, in fp32 (fp64 for fp64 y).
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, device, shape or value; the message names it.
+    """
+    _common.check_tensor("y", y, 2, _common.FLOATS)
+    check_layout(layout, "y", y)
+    _common.check_choice("ids", ids, ("patch", "decode"))
+    _common.check_shape("y", y, (layout.capacity, None), f"[C = {layout.capacity} patches of layout, D]")
+    chosen = layout.patch_ids if ids == "patch" else layout.decode_ids
+    return torch.ops.blt_kernels.patch_unpool_fwd(y, layout.patch_offsets, chosen)
+
+
+# --- schemas, references and fakes ------------------------------------------------------------------------------------
+# The bytes whose id is p, by either kind of id, lie next to each other within [patch_offsets[p], patch_offsets[p+2]), cut
+# at the end of the document: one owner a patch sums them in order.
+
+_common.define(
+    "patch_unpool_fwd",
+    "(Tensor y, Tensor patch_offsets, Tensor ids) -> Tensor out",
+    reference.patch_unpool_fwd_reference,
+)
+_common.define(
+    "patch_unpool_bwd",
+    "(Tensor grad_out, Tensor patch_offsets, Tensor ids) -> Tensor grad_y",
+    reference.patch_unpool_bwd_reference,
+)
+
+
+@torch.library.register_fake("blt_kernels::patch_unpool_fwd")
+def _(y: Tensor, patch_offsets: Tensor, ids: Tensor) -> Tensor:
+    return y.new_empty(ids.shape[0], y.shape[1])
+
+
+@torch.library.register_fake("blt_kernels::patch_unpool_bwd")
+def _(grad_out: Tensor, patch_offsets: Tensor, ids: Tensor) -> Tensor:
+    return grad_out.new_empty(patch_offsets.shape[0] - 1, grad_out.shape[1])
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+# Like torch's own indexing, unpooling runs in the dtype of its input under autocast.
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.blt_kernels.patch_unpool_bwd(grad_out, *ctx.saved_tensors), None, None
+
+
+torch.library.register_autograd("blt_kernels::patch_unpool_fwd", _backward, setup_context=_save)

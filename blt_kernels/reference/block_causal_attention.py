@@ -1,0 +1,188 @@
+"""block_causal_attention in plain PyTorch: the specification of `ops.block_causal_attention`.
+
+The keys that a query sees are an interval of the packed keys. Queries are taken in blocks of rows, so that memory is
+O(T), and where queries and keys are the same bytes a block only takes the keys that its window can reach: time is
+O(T * (window + block)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK = 256  # query rows
+
+
+def block_causal_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    seqused_k: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within documents; see `ops.block_causal_attention`."""
+    if cu_seqlens_q is None:
+        cu_seqlens_q = _row_offsets(q)
+        cu_seqlens_k = None if k.shape[:-2] == q.shape[:-2] else _row_offsets(k)
+    packed = [x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v)]
+    out, lse = block_causal_attention_fwd_reference(
+        *packed, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k
+    )
+    return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
+
+
+def block_causal_attention_fwd_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    window: int | None,
+    causal: bool,
+    scale: float | None,
+    seqused_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """With s = scale * q k^T over the keys that a row sees: out = softmax(s) v, lse = logsumexp(s)."""
+    first, last, live = _visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
+    query = _clean(q, first < last) * _scale(q, scale)
+    key, value = _clean(k, live), _clean(v, live)
+    aligned = cu_seqlens_k is None and seqused_k is None
+    outs, lses = [query[:0]], [query.new_empty(0, query.shape[1])]
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys in _blocks(q.shape[0], key.shape[0], window, causal, aligned):
+            queries = _by_group(query[rows], key.shape[1])  # [G, H/G * rows, E]
+            hidden = _hidden(keys, first[rows], last[rows], queries)  # [H/G * rows, keys]
+            scores = torch.bmm(queries, key[keys].permute(1, 2, 0)).masked_fill_(hidden, -torch.inf)
+            top = scores.detach().amax(-1, keepdim=True)
+            top = top.masked_fill(top == -torch.inf, 0)
+            p = scores.sub_(top).exp_()
+            total = p.sum(-1, keepdim=True)
+            out = torch.bmm(p, value[keys].transpose(0, 1)) / total.masked_fill(total == 0, 1)
+            outs.append(_by_row(out, query[rows]))
+            lses.append(_by_row(top + total.detach().log(), query[rows])[..., 0])
+    return torch.cat(outs).to(q.dtype), torch.cat(lses)
+
+
+def block_causal_attention_bwd_reference(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    window: int | None,
+    causal: bool,
+    scale: float | None,
+    seqused_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With p = exp(s - lse) and ds = p * (g v^T - sum(g * out)): dq = scale * ds k, dk = scale * ds^T q, dv = p^T g."""
+    first, last, live = _visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
+    query = _clean(q, first < last) * _scale(q, scale)
+    key, value = _clean(k, live), _clean(v, live)
+    grad = _clean(grad_out, first < last)
+    delta = (grad * out).sum(-1, keepdim=True)  # [Tq, H, 1]
+    shift = lse.masked_fill(lse == -torch.inf, 0)[..., None]
+    aligned = cu_seqlens_k is None and seqused_k is None
+    grad_q, grad_k, grad_v = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys in _blocks(q.shape[0], key.shape[0], window, causal, aligned):
+            queries, grads, shifts, deltas = (_by_group(x[rows], key.shape[1]) for x in (query, grad, shift, delta))
+            hidden = _hidden(keys, first[rows], last[rows], queries)
+            p = torch.bmm(queries, key[keys].permute(1, 2, 0)).sub_(shifts).masked_fill_(hidden, -torch.inf).exp_()
+            ds = torch.bmm(grads, value[keys].permute(1, 2, 0)).sub_(deltas).mul_(p)
+            grad_q[rows] = _by_row(torch.bmm(ds, key[keys].transpose(0, 1)), query[rows])
+            grad_k[keys] += torch.bmm(ds.mT, queries).transpose(0, 1)  # sums over the heads of a group
+            grad_v[keys] += torch.bmm(p.mT, grads).transpose(0, 1)
+    grad_q *= _scale(q, scale)
+    return grad_q.to(q.dtype), grad_k[: k.shape[0]].to(k.dtype), grad_v[: v.shape[0]].to(v.dtype)
+
+
+def _visible(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    window: int | None,
+    causal: bool,
+    seqused_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query i sees the packed keys ``[first[i], last[i])``; live[j]: key j belongs to a document and is used."""
+    cu_q = cu_seqlens_q.long()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.long()
+    end = cu_k[1:] if seqused_k is None else torch.minimum(cu_k[:-1] + seqused_k.clamp(min=0), cu_k[1:])
+    # One more document, without keys, owns the rows beyond the last one.
+    start, end, shift = (F.pad(x, (0, 1)) for x in (cu_k[:-1], end, end - cu_q[1:]))
+    row, document = _documents(q.shape[0], cu_q)
+    position = row + shift[document]  # the key that the query is aligned with
+    first, last = start[document], end[document]
+    if window is not None:
+        first = torch.maximum(first, position - (window - 1))
+    if causal:
+        last = torch.minimum(last, position + 1)
+    elif window is not None:
+        last = torch.minimum(last, position + window)
+    row, document = _documents(k.shape[0], cu_k)
+    return first, last, row < end[document]
+
+
+def _documents(rows: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Index and document of each row; the document is B beyond the last one."""
+    row = torch.arange(rows, device=cu_seqlens.device)
+    return row, torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+
+
+def _clean(x: Tensor, live: Tensor) -> Tensor:
+    """Rows that are not live, which may hold anything, as zeros, in the accumulator's dtype; at least one row."""
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).masked_fill(~live[:, None, None], 0)
+    return x if x.shape[0] else F.pad(x, (0, 0, 0, 0, 0, 1))
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _blocks(queries: int, keys: int, window: int | None, causal: bool, aligned: bool) -> Iterator[tuple[slice, slice]]:
+    """Blocks of query rows, each with a range of keys that holds all it sees."""
+    for row in range(0, queries, _BLOCK):
+        end = min(row + _BLOCK, queries)
+        before, after = 0, keys
+        if aligned and window is not None:
+            before, after = max(row - window + 1, 0), min(end + window - 1, keys)
+        if aligned and causal:
+            after = end
+        yield slice(row, end), slice(before, after)
+
+
+def _hidden(keys: slice, first: Tensor, last: Tensor, queries: Tensor) -> Tensor:
+    """bool ``[H/G * rows, keys]``: the query does not see the key."""
+    position = torch.arange(keys.start, keys.stop, device=first.device)
+    hidden = (position < first[:, None]) | (position >= last[:, None])
+    return hidden.repeat(queries.shape[1] // first.shape[0], 1)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """``[rows, H, E]`` to ``[G, H/G * rows, E]``: head h reads key head h // (H/G)."""
+    return x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _by_row(x: Tensor, like: Tensor) -> Tensor:
+    """``[G, H/G * rows, E]`` back to ``[rows, H, E]``, the shape of `like` but for E."""
+    rows, heads = like.shape[:2]
+    return x.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).reshape(rows, heads, x.shape[-1])
+
+
+def _row_offsets(x: Tensor) -> Tensor:
+    """Offsets of B documents of equal length (``[B, S, H, E]``), or of a single one (``[T, H, E]``): int32."""
+    count, length = (x.shape[0], x.shape[1]) if x.dim() == 4 else (1, x.shape[0])
+    return torch.arange(count + 1, dtype=torch.int32, device=x.device) * length

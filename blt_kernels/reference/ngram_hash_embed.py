@@ -1,0 +1,221 @@
+"""ngram_hash_embed in plain PyTorch: the specification of `ops.ngram_hash_embed`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PRIMES = (
+    1000000007,
+    5915587277,
+    1500450271,
+    3267000013,
+    5754853343,
+    4093082899,
+    9576890767,
+    3628273133,
+    2860486313,
+    5463458053,
+    3367900313,
+)
+
+
+def ngram_hash_reference(
+    tokens: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    ngram_sizes: Sequence[int],
+    num_functions: int = 1,
+    vocab: int,
+) -> Tensor:
+    """Row of every byte's n-grams in each table; see `ops.ngram_hash`."""
+    hashes = ngram_hash_fwd_reference(*_packed(tokens, cu_seqlens), ngram_sizes, num_functions, vocab)
+    return hashes.view(-1, *tokens.shape)
+
+
+def ngram_hash_fwd_reference(
+    tokens: Tensor, cu_seqlens: Tensor, ngram_sizes: Sequence[int], num_functions: int, vocab: int
+) -> Tensor:
+    """sum_j window[j] * prime**j mod vocab, with j = 0 the oldest byte of the window, in wrapping int64: ``[N, T]``."""
+    local = _local_index(tokens.shape[0], cu_seqlens)
+    # back[d]: the byte d places before, 0 before the start of its document.
+    back = [F.pad(tokens.long(), (d, 0))[: local.shape[0]].where(local >= d, 0) for d in range(max(ngram_sizes))]
+    hashes = []
+    for prime in PRIMES[:num_functions]:
+        for size in ngram_sizes:
+            total = torch.zeros_like(local)
+            for d in range(size):
+                total = total + back[d] * _wrap(prime ** (size - 1 - d))
+            hashes.append(total.remainder(vocab))
+    return torch.stack(hashes)
+
+
+def ngram_hash_embed_reference(
+    tokens: Tensor,
+    tables: Tensor | Sequence[Tensor],
+    byte_table: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    ngram_sizes: Sequence[int] = (3, 4, 5, 6, 7, 8),
+    num_functions: int = 1,
+    grad: str = "dense",
+    row_range: tuple[int, int] | None = None,
+    vocab: int | None = None,
+) -> Tensor:
+    """Byte embedding plus the rows of the byte's n-grams; see `ops.ngram_hash_embed`."""
+    tables = [tables] if isinstance(tables, Tensor) else list(tables)
+    if vocab is None:
+        vocab = sum(table.shape[0] for table in tables) // (num_functions * len(ngram_sizes))
+    packed, cu_seqlens = _packed(tokens, cu_seqlens)
+    out = ngram_hash_embed_fwd_reference(
+        packed, tables, byte_table, cu_seqlens, ngram_sizes, num_functions, grad, row_range, vocab
+    )
+    return out.view(*tokens.shape, out.shape[-1])
+
+
+def ngram_hash_embed_fwd_reference(
+    tokens: Tensor,
+    tables: Sequence[Tensor],
+    byte_table: Tensor | None,
+    cu_seqlens: Tensor,
+    ngram_sizes: Sequence[int],
+    num_functions: int,
+    grad: str,
+    row_range: Sequence[int] | None,
+    vocab: int,
+) -> Tensor:
+    """out[i] = byte_table[tokens[i]] + sum over tables of table[hash[i]], added up in fp32 and rounded once."""
+    rows, hit = _table_rows(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, len(tables) == 1)
+    dtype = tables[0].dtype
+    out = torch.zeros(tokens.shape[0], tables[0].shape[1], dtype=_accumulator(tables[0]), device=tokens.device)
+    lookups = [(row, hit[i], tables[i % len(tables)]) for i, row in enumerate(rows.unbind())]
+    if byte_table is not None:
+        lookups.insert(0, (*_byte_rows(tokens, cu_seqlens, row_range, byte_table.shape[0]), byte_table))
+    for row, found, table in lookups:
+        out = out + F.embedding(row, table, sparse=grad == "sparse").where(found[:, None], 0)
+    return out.to(dtype)
+
+
+def ngram_hash_embed_bwd_reference(
+    grad_out: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    ngram_sizes: Sequence[int],
+    num_functions: int,
+    row_range: Sequence[int] | None,
+    vocab: int,
+    fused: bool,
+    alphabet: int | None,
+) -> list[Tensor]:
+    """Dense gradients of the tables and, given `alphabet`, of the byte table: every row sums the bytes that read it."""
+    grads = []
+    for size, rows, hits in _lookups(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused, alphabet):
+        grad = grad_out.new_zeros(size, grad_out.shape[1], dtype=_accumulator(grad_out))
+        for row, hit in zip(rows, hits, strict=True):
+            grad.index_add_(0, row, grad_out.to(grad.dtype).where(hit[:, None], 0))
+        grads.append(grad.to(grad_out.dtype))
+    return grads
+
+
+def ngram_hash_embed_sparse_bwd_reference(
+    grad_out: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    ngram_sizes: Sequence[int],
+    num_functions: int,
+    row_range: Sequence[int] | None,
+    vocab: int,
+    fused: bool,
+    alphabet: int | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same gradients as rows in rising order, int64 ``[M]``, and their values ``[M, D]``."""
+    all_rows, all_values = [], []
+    for size, rows, hits in _lookups(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused, alphabet):
+        # Lookups that miss go to one more row, which sorts last and is always there to be cut off.
+        keys = F.pad(rows.where(hits, size).flatten(), (0, 1), value=size)
+        unique, inverse = keys.unique(return_inverse=True)
+        values = grad_out.new_zeros(unique.shape[0], grad_out.shape[1], dtype=_accumulator(grad_out))
+        for slot in inverse[:-1].view_as(rows):
+            values.index_add_(0, slot, grad_out.to(values.dtype))
+        all_rows.append(unique[:-1].clone())
+        all_values.append(values[:-1].to(grad_out.dtype, copy=True))
+    return all_rows, all_values
+
+
+def _lookups(
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    ngram_sizes: Sequence[int],
+    num_functions: int,
+    row_range: Sequence[int] | None,
+    vocab: int,
+    fused: bool,
+    alphabet: int | None,
+) -> list[tuple[int, Tensor, Tensor]]:
+    """For each table, the byte table last: its number of rows, the rows read ``[n, T]``, and which of them count."""
+    rows, hits = _table_rows(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused)
+    local_rows = vocab if row_range is None else row_range[1] - row_range[0]
+    if fused:
+        lookups = [(rows.shape[0] * local_rows, rows, hits)]
+    else:
+        lookups = [(local_rows, rows[i : i + 1], hits[i : i + 1]) for i in range(rows.shape[0])]
+    if alphabet is not None:
+        row, known = _byte_rows(tokens, cu_seqlens, row_range, alphabet)
+        lookups.append((alphabet, row[None], known[None]))
+    return lookups
+
+
+def _table_rows(
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    ngram_sizes: Sequence[int],
+    num_functions: int,
+    row_range: Sequence[int] | None,
+    vocab: int,
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    """The row of each table that a byte reads, int64 ``[N, T]``, and whether it is there to be read, bool ``[N, T]``."""
+    low, high = (0, vocab) if row_range is None else row_range
+    hashes = ngram_hash_fwd_reference(tokens, cu_seqlens, ngram_sizes, num_functions, vocab)
+    inside = _local_index(tokens.shape[0], cu_seqlens) >= 0
+    rows = (hashes - low).clamp(0, high - low - 1)
+    if fused:
+        rows = rows + torch.arange(rows.shape[0], device=rows.device)[:, None] * (high - low)
+    return rows, (hashes >= low) & (hashes < high) & inside
+
+
+def _byte_rows(
+    tokens: Tensor, cu_seqlens: Tensor, row_range: Sequence[int] | None, alphabet: int
+) -> tuple[Tensor, Tensor]:
+    """The same for the byte table. Of all shards the one that begins at row 0 adds it."""
+    inside = _local_index(tokens.shape[0], cu_seqlens) >= 0
+    known = inside & (tokens >= 0) & (tokens < alphabet)
+    return tokens.long().clamp(0, alphabet - 1), known & (row_range is None or row_range[0] == 0)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _wrap(x: int) -> int:
+    """The int64 that x wraps around to."""
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def _local_index(num_bytes: int, cu_seqlens: Tensor) -> Tensor:
+    """Position of each byte in its document, int64 ``[T]``; -1 beyond the last document."""
+    position = torch.arange(num_bytes, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    local = position - cu_seqlens.long()[document]
+    return local.where(document < cu_seqlens.shape[0] - 1, -1)
+
+
+def _packed(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens ``[T]`` and offsets of their documents: rows of ``[B, S]``, or a single one."""
+    if cu_seqlens is not None:
+        return tokens, cu_seqlens
+    rows, length = tokens.shape if tokens.dim() == 2 else (1, tokens.shape[0])
+    return tokens.flatten(), torch.arange(rows + 1, device=tokens.device) * length

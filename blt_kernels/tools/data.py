@@ -1,0 +1,189 @@
+"""Files as documents of byte ids, and documents as packed batches that are a pure function of (seed, step).
+
+A document is BOS, the bytes of one file (id = byte + 4), EOS. Documents are cut into pieces of at most `context` ids, of
+which the first repeats the last of the piece before: so every id but BOS is predicted once. A batch is the pieces of a
+shuffled epoch end to end, cut every `batch_bytes` ids, with one row of `cu_seqlens` a piece. Files are read when a batch
+needs them; only a table of pieces (24 bytes each) stays in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blt_kernels.nn import BOS, BYTE_OFFSET, EOS
+
+SKIPPED_DIRECTORIES = ("__pycache__", "site-packages", "node_modules", ".*")
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that holds documents: its path, its length in bytes, the SHA-256 of its content."""
+
+    path: Path
+    size: int
+    digest: str
+
+
+def find_sources(paths: Sequence[str | os.PathLike[str]], include: Sequence[str] = ("*",)) -> list[Source]:
+    """Files under `paths`, in the order of their content's digest.
+
+    A file that is named is always taken. Directories are walked: names must match one of the `include` patterns, and
+    binary files (a zero byte among the first 8192), hidden and `SKIPPED_DIRECTORIES` are left out. Empty files hold
+    nothing to learn, and of identical files one is kept.
+
+    Raises
+    ------
+    FileNotFoundError
+        A path does not exist.
+    ValueError
+        Nothing is left.
+    """
+    found: dict[str, Source] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"paths: no such file or directory: {path}")
+        for file in [path] if path.is_file() else _walk(path, include):
+            digest, size = _digest(file)
+            if size and (digest not in found or file < found[digest].path):
+                found[digest] = Source(file, size, digest)
+    if not found:
+        raise ValueError(f"paths: no files to read in {', '.join(map(str, paths))} that match {', '.join(include)}")
+    return [found[digest] for digest in sorted(found)]
+
+
+def split_sources(sources: Sequence[Source], heldout: float, seed: int) -> tuple[list[Source], list[Source]]:
+    """Split into training and held-out files: a file is held out if its hash with `seed`, as a fraction, is < `heldout`.
+
+    The content alone decides, so that the split is the same wherever the files lie, and for a file in any set of files.
+    """
+    if not 0 <= heldout <= 1:
+        raise ValueError(f"heldout: expected a fraction from 0 to 1, got {heldout}")
+    train: list[Source] = []
+    held: list[Source] = []
+    for source in sources:
+        key = hashlib.sha256(f"{seed}:{source.digest}".encode()).digest()
+        (held if int.from_bytes(key[:8], "big") / 2**64 < heldout else train).append(source)
+    return train, held
+
+
+class PackedBatches:
+    """Endless shuffled batches of the documents in `sources`.
+
+    Parameters
+    ----------
+    sources : sequence of Source
+    batch_bytes : int
+        T, ids in a batch. A smaller corpus gives batches of its own size.
+    context : int
+        The longest piece of a document, in ids, at least 2.
+    seed : int
+    """
+
+    def __init__(self, sources: Sequence[Source], batch_bytes: int, context: int, seed: int) -> None:
+        if not sources:
+            raise ValueError("sources: expected at least one file, got none")
+        if context < 2 or batch_bytes < 2:
+            raise ValueError(f"context, batch_bytes: expected at least 2 ids, got {context} and {batch_bytes}")
+        self.sources, self.seed = sources, seed
+        sizes = np.array([source.size + 2 for source in sources], dtype=np.int64)
+        counts = -(-(sizes - 1) // (context - 1))
+        self.source = np.repeat(np.arange(len(sources)), counts)
+        rank = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        self.start = rank * (context - 1)
+        self.length = np.minimum(context, sizes[self.source] - self.start)
+        self.batch_bytes = int(min(batch_bytes, self.length.sum()))
+        self.batches_per_epoch = int(self.length.sum()) // self.batch_bytes
+        self._epoch = -1
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Batch number `step`: ids int32 ``[T]`` and offsets of its rows int32 ``[R+1]``."""
+        epoch, index = divmod(step, self.batches_per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.length))
+            self._ends = self.length[self._order].cumsum()
+        low, high = index * self.batch_bytes, (index + 1) * self.batch_bytes
+        rows = []
+        position, rank = low, int(np.searchsorted(self._ends, low, side="right"))
+        while position < high:
+            piece, end = self._order[rank], min(int(self._ends[rank]), high)
+            start = int(self.start[piece]) + position - int(self._ends[rank] - self.length[piece])
+            rows.append(read_ids(self.sources[self.source[piece]], start, end - position))
+            position, rank = end, rank + 1
+        return pack_rows(rows)
+
+
+def heldout_batches(sources: Sequence[Source], batch_bytes: int, context: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every document once, in order: pieces as above, packed whole into batches of at most `batch_bytes` ids or one piece."""
+    rows: list[np.ndarray] = []
+    for source in sources:
+        for start in range(0, source.size + 1, context - 1):
+            row = read_ids(source, start, min(context, source.size + 2 - start))
+            if rows and sum(map(len, rows)) + len(row) > batch_bytes:
+                yield pack_rows(rows)
+                rows = []
+            rows.append(row)
+    if rows:
+        yield pack_rows(rows)
+
+
+def pack_rows(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Rows of ids end to end, int32 ``[T]``, and their offsets, int32 ``[R+1]``."""
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(offsets)
+
+
+def read_ids(source: Source, start: int, length: int) -> np.ndarray:
+    """Ids ``[start, start + length)`` of a document, int32: BOS at 0, then the bytes, EOS last.
+
+    Raises
+    ------
+    ValueError
+        The file has become shorter since it was found.
+    """
+    first, last = max(start, 1), min(start + length, source.size + 1)
+    with source.path.open("rb") as file:
+        file.seek(first - 1)
+        data = file.read(last - first)
+    if len(data) != last - first:
+        raise ValueError(f"{source.path}: expected {source.size} bytes, the file has become shorter")
+    ids = np.empty(length, dtype=np.int32)
+    ids[first - start : last - start] = np.frombuffer(data, dtype=np.uint8)
+    ids[first - start : last - start] += BYTE_OFFSET
+    ids[: first - start] = BOS
+    ids[last - start :] = EOS
+    return ids
+
+
+def _walk(root: Path, include: Sequence[str]) -> Iterator[Path]:
+    for directory, subdirectories, names in os.walk(root):
+        skipped = SKIPPED_DIRECTORIES
+        subdirectories[:] = sorted(s for s in subdirectories if not any(fnmatch(s, pattern) for pattern in skipped))
+        for name in sorted(names):
+            file = Path(directory, name)
+            if any(fnmatch(name, pattern) for pattern in include) and file.is_file() and not _is_binary(file):
+                yield file
+
+
+def _is_binary(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return b"\0" in stream.read(8192)
+
+
+def _digest(file: Path) -> tuple[str, int]:
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return digest.hexdigest(), size

@@ -1,0 +1,108 @@
+"""Bits per byte on files, of any model and of the order-3 n-gram baseline.
+
+Only bytes are scored: EOS and BOS are predicted by the models and count for nothing, so that models that know nothing of
+documents can be compared. Every byte is scored once, its context cut as `data.heldout_batches` cuts it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from blt_kernels.models import load_model
+from blt_kernels.nn import BYTE_OFFSET, ByteModel, next_byte_targets
+from blt_kernels.tools import data
+from blt_kernels.tools.ngram import NgramModel
+
+Report = Callable[[int, int, float], None]  # bytes done, bytes in all, bits per byte so far
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate on what.
+
+    `split` is "all", or one side of the split that training with the same `heldout`, `seed`, `include` and paths makes.
+    `ngram` also trains the order-3 n-gram model on the "train" side and scores it on the same bytes.
+    """
+
+    checkpoint: Path
+    paths: Sequence[Path]
+    include: Sequence[str] = ("*",)
+    split: str = "all"
+    heldout: float = 0.05
+    seed: int = 0
+    batch_bytes: int = 16384
+    context: int = 16384
+    ngram: bool = False
+    bf16: bool = False
+    ops: str = "fused"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.split not in ("all", "heldout", "train"):
+            raise ValueError(f"split: expected 'all', 'heldout' or 'train', got {self.split!r}")
+        if self.ngram and self.split != "heldout":
+            raise ValueError(f"ngram: expected split='heldout', since it trains on the other side, got {self.split!r}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`bits_per_byte` over `num_bytes` bytes of `num_files` files; `ngram_bits_per_byte` over the same, if asked for."""
+
+    bits_per_byte: float
+    num_bytes: int
+    num_files: int
+    ngram_bits_per_byte: float | None
+
+
+def evaluate(config: EvalConfig, report: Report | None = None) -> Evaluation:
+    """Measure a checkpoint (a `.safetensors` file of any model) on files.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `data.find_sources`, or the chosen side of the split is empty.
+    """
+    model = load_model(config.checkpoint, config.ops, dtype=torch.float32, device=config.device)
+    sources = data.find_sources(config.paths, config.include)
+    train, held = data.split_sources(sources, config.heldout, config.seed)
+    chosen = {"all": sources, "heldout": held, "train": train}[config.split]
+    if not chosen:
+        raise ValueError(f"split: no files on the {config.split!r} side of {len(sources)} files")
+    bits, num_bytes = measure(model, chosen, config.batch_bytes, config.context, bf16=config.bf16, report=report)
+    ngram = NgramModel.train(train).measure(chosen) if config.ngram else None
+    return Evaluation(bits, num_bytes, len(chosen), ngram)
+
+
+@torch.no_grad()
+def measure(
+    model: ByteModel,
+    sources: Sequence[data.Source],
+    batch_bytes: int,
+    context: int,
+    *,
+    bf16: bool = False,
+    report: Report | None = None,
+) -> tuple[float, int]:
+    """Bits per byte of a model on `sources`, and how many bytes that were."""
+    device = next(model.parameters()).device
+    total, done, nats = sum(source.size for source in sources), 0, 0.0
+    training = model.training
+    model.eval()
+    for tokens, rows in data.heldout_batches(sources, batch_bytes, context):
+        tokens, rows = tokens.to(device), rows.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(tokens, rows)
+        targets = next_byte_targets(tokens, rows)
+        targets = targets.masked_fill(targets < BYTE_OFFSET, -100)
+        nats += F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum").item()
+        done += int((targets >= 0).sum())
+        if report:
+            report(done, total, nats / max(done, 1) / math.log(2))
+    model.train(training)
+    return nats / max(done, 1) / math.log(2), done

@@ -1,0 +1,340 @@
+"""``blt-kernels patch``: cut files, count, draw, and print for other programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+
+import torch
+from torch import Tensor
+
+from blt_kernels.tools import page, plot, render
+from blt_kernels.tools.stream import SAMPLE_SIZE, Piece, Rules, cut, load_model, read
+
+if TYPE_CHECKING:
+    from blt_kernels.models.byte_lm import ByteLM
+
+STDIN = "-"
+PLOT_LENGTH = 200
+HTML_LENGTH = 20_000
+BINS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64, 128)  # largest patch length of each bar of the histogram
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What to show of a file.
+
+    Parameters
+    ----------
+    start, length
+        The window of bytes that is drawn; without a length, each output has its own.
+    max_show
+        The most bytes to draw in the terminal.
+    plot, html
+        Files to write, or None.
+    as_json
+        Print JSON lines instead of drawing.
+    entropies
+        Compute entropies for schemes that do not need them, and put them into the JSON.
+    """
+
+    start: int = 0
+    length: int | None = None
+    max_show: int = 4000
+    plot: Path | None = None
+    html: Path | None = None
+    as_json: bool = False
+    entropies: bool = False
+
+    def check(self, files: list[str]) -> None:
+        """Raise ValueError naming an option that cannot work, before any time is spent."""
+        for name, value, least in (("start", self.start, 0), ("length", self.length, 1), ("max-show", self.max_show, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"--{name} {value}: expected a number of bytes of at least {least}")
+        for name, path, suffixes in (("plot", self.plot, (".png", ".svg", ".pdf")), ("html", self.html, (".html", ".htm"))):
+            if path is None:
+                continue
+            if path.suffix.lower() not in suffixes:
+                raise ValueError(f"--{name} {path}: expected a name ending in {' or '.join(suffixes)}")
+            if not path.parent.is_dir():
+                raise ValueError(f"--{name} {path}: expected an existing folder, {path.parent} is none")
+            if len(files) != 1:
+                raise ValueError(f"--{name} {path}: expected one FILE, got {len(files)}")
+        if files.count(STDIN) > 1:
+            raise ValueError("FILE -: expected standard input once")
+
+    def window(self) -> Window:
+        """The bytes to keep, enough for every output."""
+        lengths = [0 if self.as_json else self.max_show]
+        lengths += [PLOT_LENGTH] * (self.plot is not None) + [HTML_LENGTH] * (self.html is not None)
+        return Window(self.start, max(lengths) if self.length is None else self.length)
+
+
+class Statistics:
+    """Counts over a whole stream. Entropies in nats, lengths in bytes."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.patches = 0
+        self.lengths: Counter[int] = Counter()
+        self.seconds = 0.0
+        self._entropy_sum = 0.0
+        self._entropy_count = 0
+        self._patch_start = 0
+
+    def add(self, piece: Piece) -> None:
+        """Count a piece."""
+        self.bytes += len(piece.data)
+        self.patches += piece.starts.shape[0]
+        if piece.entropy is not None:
+            self._entropy_sum += float(piece.entropy.double().sum())
+            self._entropy_count += piece.entropy.shape[0]
+        if piece.starts.shape[0]:
+            bounds = torch.cat([torch.tensor([self._patch_start]), piece.starts])
+            self._count(bounds.diff())
+            self._patch_start = int(piece.starts[-1])
+
+    def finish(self) -> None:
+        """Count the last patch."""
+        self._count(torch.tensor([self.bytes - self._patch_start]))
+
+    def _count(self, lengths: Tensor) -> None:
+        # The first start of a stream is 0 and closes nothing.
+        values, counts = lengths[lengths > 0].unique(return_counts=True)
+        self.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+
+    @property
+    def mean(self) -> float | None:
+        return self.bytes / self.patches if self.patches else None
+
+    @property
+    def median(self) -> float | None:
+        if not self.patches:
+            return None
+        low, high, seen = (self.patches - 1) // 2, self.patches // 2, 0
+        middle = []
+        for length in sorted(self.lengths):
+            seen += self.lengths[length]
+            middle += [length] * ((seen > low) + (seen > high) - len(middle))
+            if len(middle) == 2:
+                break
+        return sum(middle) / 2
+
+    @property
+    def entropy(self) -> float | None:
+        return self._entropy_sum / self._entropy_count if self._entropy_count else None
+
+    def histogram(self) -> list[tuple[str, int]]:
+        """Bars of (range of lengths, patches), without empty ones at the end."""
+        bars, low = [], 1
+        for high in (*BINS, None):
+            inside = sum(n for length, n in self.lengths.items() if low <= length and (high is None or length <= high))
+            label = f"> {low - 1}" if high is None else f"{low}" if low == high else f"{low}-{high}"
+            bars.append((label, inside))
+            low = (high or 0) + 1
+        while bars and not bars[-1][1]:
+            bars.pop()
+        return bars
+
+    def record(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "bytes": self.bytes,
+            "patches": self.patches,
+            "mean": self.mean,
+            "median": self.median,
+            "min": min(self.lengths, default=None),
+            "max": max(self.lengths, default=None),
+            "entropy_mean": self.entropy,
+            "seconds": round(self.seconds, 6),
+            "bytes_per_second": round(self.bytes / self.seconds) if self.seconds else None,
+            "lengths": {str(length): self.lengths[length] for length in sorted(self.lengths)},
+        }
+
+
+@dataclass
+class Window:
+    """Bytes ``[start, start + length)`` of a stream and the whole patches that they belong to.
+
+    Patch ``first_patch + k`` of the stream is bytes ``[bounds[k], bounds[k+1])``.
+    """
+
+    start: int
+    length: int
+    data: bytes = b""
+    entropy: list[float] | None = None
+    first_patch: int = -1
+    bounds: list[int] = field(default_factory=list)
+    _size: int = 0
+    _closed: bool = False
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+    def add(self, piece: Piece) -> None:
+        """Keep what lies in the window."""
+        self._size += len(piece.data)
+        if self._closed:
+            return
+        cut_from, cut_to = (min(max(at - piece.offset, 0), len(piece.data)) for at in (self.start, self.stop))
+        self.data += piece.data[cut_from:cut_to]
+        if piece.entropy is not None:
+            self.entropy = (self.entropy or []) + piece.entropy[cut_from:cut_to].tolist()
+        before = piece.starts[piece.starts <= self.start]
+        if before.shape[0]:
+            self.first_patch += before.shape[0]
+            self.bounds = [int(before[-1])]
+        self.bounds += piece.starts[(piece.starts > self.start) & (piece.starts < self.stop)].tolist()
+        beyond = piece.starts[piece.starts >= max(self.stop, self.start + 1)]
+        if beyond.shape[0]:
+            self._close(int(beyond[0]))
+
+    def finish(self) -> None:
+        """Close the last patch at the end of the stream."""
+        if not self._closed:
+            self._close(self._size)
+
+    def _close(self, end: int) -> None:
+        self.bounds.append(end)
+        self._closed = True
+
+    def narrow(self, length: int) -> Window:
+        """The first `length` bytes of the window."""
+        if length >= len(self.data):
+            return self
+        stop = self.start + length
+        kept = sum(bound < stop for bound in self.bounds[:-1]) + 1
+        entropy = None if self.entropy is None else self.entropy[:length]
+        return Window(self.start, length, self.data[:length], entropy, self.first_patch, self.bounds[:kept])
+
+
+class JsonLines:
+    """Prints one JSON object a patch, as soon as the patch is complete."""
+
+    def __init__(self, out: TextIO, entropies: bool) -> None:
+        self.out = out
+        self.entropies = entropies
+        self._start: int | None = None
+        self._entropy = torch.empty(0)
+
+    def add(self, piece: Piece) -> None:
+        """Print the patches that end in a piece."""
+        if self.entropies and piece.entropy is not None:
+            self._entropy = torch.cat([self._entropy, piece.entropy])
+        starts = piece.starts.tolist()
+        if starts:
+            bounds = starts if self._start is None else [self._start, *starts]
+            self._print(bounds)
+            self._start = starts[-1]
+
+    def finish(self, end: int) -> None:
+        """Print the last patch."""
+        if self._start is not None:
+            self._print([self._start, end])
+
+    def _print(self, bounds: list[int]) -> None:
+        if not self.entropies:
+            lines = (f'{{"type": "patch", "offset": {a}, "length": {b - a}}}\n' for a, b in pairwise(bounds))
+            self.out.write("".join(lines))
+            return
+        first = bounds[0]
+        values = self._entropy[: bounds[-1] - first].tolist()
+        self._entropy = self._entropy[bounds[-1] - first :]
+        for a, b in pairwise(bounds):
+            record = {"type": "patch", "offset": a, "length": b - a, "entropy": [round(h, 6) for h in values[a - first : b - first]]}
+            self.out.write(json.dumps(record) + "\n")
+
+
+def run(files: list[str], rules: Rules, outputs: Outputs, model_path: Path | None, color: render.Color) -> None:
+    """Cut each of `files`, ``-`` being standard input, and show what `outputs` asks for.
+
+    Raises
+    ------
+    OSError
+        A file cannot be read or written.
+    ValueError
+        An option cannot work; the message names it.
+    """
+    outputs.check(files)
+    model = None
+    if rules.needs_entropy or outputs.entropies:
+        model = load_model(model_path)
+    elif model_path is not None:
+        raise ValueError(f"--model {model_path}: expected --scheme entropy or topk, or --entropies, to use it")
+    for name in files:
+        with _opened(name) as source:
+            _show(name, source, rules, outputs, model, color)
+
+
+def _show(
+    name: str, source: BinaryIO, rules: Rules, outputs: Outputs, model: ByteLM | None, color: render.Color
+) -> None:
+    title = "standard input" if name == STDIN else name
+    statistics, window = Statistics(), outputs.window()
+    lines = JsonLines(sys.stdout, outputs.entropies) if outputs.as_json else None
+    began = time.perf_counter()
+    with render.progress(title, _size(source), hidden=outputs.as_json and sys.stdout.isatty()) as advance:
+        used, pieces = cut(_counted(read(source), advance), rules, model)
+        if lines is not None:
+            _print_record({"type": "file", "file": title, "rule": used.describe(), **used.record()})
+        for piece in pieces:
+            statistics.add(piece)
+            window.add(piece)
+            if lines is not None:
+                lines.add(piece)
+    statistics.seconds = time.perf_counter() - began
+    statistics.finish()
+    window.finish()
+    notes = []
+    if rules.target_size is not None and statistics.bytes > SAMPLE_SIZE:
+        notes.append(f"threshold found on the first {SAMPLE_SIZE:,} of {statistics.bytes:,} bytes")
+    if window.length and outputs.start >= max(statistics.bytes, 1):
+        raise ValueError(f"--start {outputs.start}: expected an offset below the size of {title}, {statistics.bytes} bytes")
+    if lines is not None:
+        lines.finish(statistics.bytes)
+        _print_record({"type": "statistics", **statistics.record(), "notes": notes})
+    else:
+        console = render.console(color)
+        render.draw(console, title, window.narrow(min(outputs.max_show, window.length)), statistics.bytes)
+        render.print_statistics(console, statistics, used, notes)
+    for path, length, write in (
+        (outputs.plot, PLOT_LENGTH, plot.write),
+        (outputs.html, HTML_LENGTH, page.write),
+    ):
+        if path is not None:
+            write(path, title, window.narrow(outputs.length or length), statistics, used)
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def _opened(name: str) -> AbstractContextManager[BinaryIO]:
+    return nullcontext(sys.stdin.buffer) if name == STDIN else open(name, "rb")
+
+
+def _size(source: BinaryIO) -> int | None:
+    """Size in bytes of a regular file, None for what has no size before its end."""
+    try:
+        status = os.fstat(source.fileno())
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _counted(pieces: Iterable[bytes], advance: Callable[[int], None]) -> Iterator[bytes]:
+    for piece in pieces:
+        yield piece
+        advance(len(piece))
+
+
+def _print_record(record: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(record) + "\n")

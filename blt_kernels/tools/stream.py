@@ -1,0 +1,366 @@
+"""Patches of files and streams of any size, in bounded memory.
+
+Bytes flow through generators in pieces: `read` -> `with_entropy` (the model, in blocks on a fixed grid) -> `cut` (the
+rule, on the public ops) -> whatever counts, draws or prints. How a source happens to be split never shows in the result.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from blt_kernels.layout import PatchLayout
+from blt_kernels.ops import entropy_patch as ops
+
+if TYPE_CHECKING:
+    from blt_kernels.models.byte_lm import ByteLM
+
+READ_SIZE = 1 << 20  # bytes read at once
+SAMPLE_SIZE = 1 << 20  # bytes that a target size is turned into a threshold on
+TOPK_LIMIT = 16 << 20  # bytes that top-k, which has to see everything, will hold
+CONTEXT = 4  # bytes before a piece that an op sees again: a document's start decides about its first three bytes itself
+
+
+class Scheme(str, Enum):
+    """How bytes are cut into patches."""
+
+    entropy = "entropy"
+    space = "space"
+    static = "static"
+    byte = "byte"
+    delimiter = "delimiter"
+    topk = "topk"
+
+
+ENTROPY_SCHEMES = (Scheme.entropy, Scheme.topk)
+# Which schemes an option is for; the others refuse it instead of ignoring it.
+_OPTIONS = {
+    "threshold": (Scheme.entropy,),
+    "target_size": (Scheme.entropy,),
+    "threshold_add": (Scheme.entropy,),
+    "monotonic": (Scheme.entropy,),
+    "max_patch_length": (Scheme.entropy,),
+    "patch_size": (Scheme.static, Scheme.topk),
+    "delimiter": (Scheme.delimiter,),
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A scheme and its numbers. Thresholds are in nats, sizes in bytes; None is the default.
+
+    Raises
+    ------
+    ValueError
+        An option is out of range, or is not for this scheme; the message names it as on the command line.
+    """
+
+    scheme: Scheme = Scheme.entropy
+    threshold: float | None = None
+    target_size: float | None = None
+    threshold_add: float | None = None
+    monotonic: bool = False
+    max_patch_length: int | None = None
+    patch_size: int | None = None
+    delimiter: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, schemes in _OPTIONS.items():
+            value = getattr(self, name)
+            if value is not None and value is not False and self.scheme not in schemes:
+                expected = " or ".join(s.value for s in schemes)
+                raise ValueError(f"{_flag(name, value)}: expected --scheme {expected}, got --scheme {self.scheme.value}")
+        for name in ("threshold", "threshold_add"):
+            value = getattr(self, name)
+            if value is not None and math.isnan(value):
+                raise ValueError(f"{_flag(name, value)}: expected a number of nats")
+        for name in ("max_patch_length", "patch_size"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 1 << 31:
+                raise ValueError(f"{_flag(name, value)}: expected a number of bytes from 1 to 2147483647")
+        if self.target_size is not None:
+            if not (self.target_size >= 1 and math.isfinite(self.target_size)):
+                raise ValueError(f"{_flag('target_size', self.target_size)}: expected a mean patch size of at least 1 byte")
+            if self.threshold is not None:
+                raise ValueError(f"{_flag('target_size', self.target_size)}: expected no --threshold beside it")
+        if self.monotonic and self.threshold_add is not None:
+            raise ValueError(f"{_flag('threshold_add', self.threshold_add)}: expected no --monotonic beside it")
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Does the scheme look at entropies?"""
+        return self.scheme in ENTROPY_SCHEMES
+
+    def layout(self, tokens: Tensor, entropy: Tensor | None, offset: int = 0) -> PatchLayout:
+        """Cut ids `tokens` ``[T]`` (byte + 4) with entropies `entropy` ``[T]``, the first of which is byte `offset`."""
+        if self.scheme is Scheme.space:
+            return ops.space_patch(tokens)
+        if self.scheme is Scheme.delimiter:
+            return ops.delimiter_patch(tokens, (ord("\n") if self.delimiter is None else self.delimiter) + 4)
+        if self.scheme in (Scheme.static, Scheme.byte):
+            size = 1 if self.scheme is Scheme.byte else self.patch_size or 4
+            documents = torch.tensor([0, tokens.shape[0]], dtype=torch.int32)
+            # Starts are at 0 and at 1 + multiples of the size; `first` is the distance to the next one.
+            return ops.static_patch(documents, size, first=-(-offset // size) * size + 1 - offset)
+        assert entropy is not None
+        if self.scheme is Scheme.topk:
+            return ops.topk_patch(entropy, self.patch_size or 4)
+        assert self.threshold is not None, "`cut` fills it in"
+        return ops.patch_starts(
+            entropy, threshold=self.threshold, threshold_add=self.threshold_add, monotonic=self.monotonic
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What is set, as a JSON object."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
+
+    def describe(self) -> str:
+        """The rule in words."""
+        cap = "" if self.max_patch_length is None else f", at most {self.max_patch_length} bytes"
+        if self.scheme is Scheme.entropy:
+            if self.monotonic:
+                return f"entropy rises by more than {self.threshold:.4g} nats{cap}"
+            rise = "" if self.threshold_add is None else f", and rises by more than {self.threshold_add:.4g}"
+            return f"entropy > {self.threshold:.4g} nats{rise}{cap}"
+        if self.scheme is Scheme.topk:
+            return f"top-k entropies, {self.patch_size or 4} bytes on average"
+        if self.scheme is Scheme.static:
+            return f"every {self.patch_size or 4} bytes"
+        if self.scheme is Scheme.delimiter:
+            return f"after each byte 0x{10 if self.delimiter is None else self.delimiter:02X}"
+        return "after spaces and punctuation" if self.scheme is Scheme.space else "every byte"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some bytes of a stream, and the patches that start in them.
+
+    `starts` holds offsets in the stream, int64, rising. `entropy` is fp32, one a byte, None where none was computed.
+    """
+
+    offset: int
+    data: bytes
+    entropy: Tensor | None
+    starts: Tensor
+
+
+class StreamCutter:
+    """Cuts a stream piece by piece, exactly as the ops cut the whole of it.
+
+    What is carried from piece to piece: the last `CONTEXT` bytes and entropies, so that the rules of a document's start
+    only meet bytes that have been decided before, and where the patch started that `max_patch_length` is cutting.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        if rules.scheme is Scheme.topk:
+            raise ValueError("--scheme topk: ranks all bytes at once, so it cannot be cut piece by piece")
+        self.rules = rules
+        self.position = 0
+        self._tokens = torch.empty(0, dtype=torch.int32)
+        self._entropy = torch.empty(0)
+        self._patch_start = 0
+
+    def push(self, data: bytes, entropy: Tensor | None = None) -> Piece:
+        """Cut the next bytes. `entropy` ``[len(data)]`` goes into the piece; schemes that do not need it allow None."""
+        offset, seen = self.position, self._tokens.shape[0]
+        if not data:
+            return Piece(offset, data, entropy, torch.empty(0, dtype=torch.int64))
+        tokens = torch.cat([self._tokens, to_tokens(data)])
+        self._tokens = tokens[-CONTEXT:]
+        both = None
+        if self.rules.needs_entropy:
+            assert entropy is not None
+            both = torch.cat([self._entropy, entropy.float()])
+            self._entropy = both[-CONTEXT:]
+        starts = self.rules.layout(tokens, both, offset - seen).compact().patch_offsets[:-1].long() + (offset - seen)
+        starts = starts[starts >= offset]
+        self.position += len(data)
+        if self.rules.max_patch_length is not None:
+            starts = self._cut_long_patches(starts, offset)
+        return Piece(offset, data, entropy, starts)
+
+    def _cut_long_patches(self, starts: Tensor, offset: int) -> Tensor:
+        at = torch.arange(offset, self.position)
+        begin = torch.full_like(at, self._patch_start)
+        begin[starts - offset] = starts
+        begin = begin.cummax(0).values
+        self._patch_start = int(begin[-1])
+        return at[(at - begin) % self.rules.max_patch_length == 0]
+
+
+def to_tokens(data: bytes) -> Tensor:
+    """Ids of bytes, int32 ``[len(data)]``: byte + 4."""
+    if not data:
+        return torch.empty(0, dtype=torch.int32)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).int() + 4
+
+
+def load_model(path: Path | None = None) -> ByteLM:
+    """The entropy model in a safetensors file, or the one in the package.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file; the message says how to get one.
+    ModuleNotFoundError
+        safetensors is not installed.
+    """
+    from blt_kernels.models.byte_lm import ByteLM
+
+    if path is None:
+        return ByteLM.bundled()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"--model {path}: no such file. Leave the option out to use the model in the package, or train one: "
+            "blt-kernels train entropy PATH..."
+        )
+    return ByteLM.load(path)
+
+
+def read(source: BinaryIO) -> Iterator[bytes]:
+    """The bytes of an open file in pieces."""
+    while data := source.read(READ_SIZE):
+        yield data
+
+
+def regroup(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """The same bytes in pieces of exactly `size`, the last one aside."""
+    rest = bytearray()
+    for piece in pieces:
+        rest += piece
+        whole = len(rest) - len(rest) % size
+        for begin in range(0, whole, size):
+            yield bytes(rest[begin : begin + size])
+        del rest[:whole]
+    if rest:
+        yield bytes(rest)
+
+
+def with_entropy(pieces: Iterable[bytes], model: ByteLM) -> Iterator[tuple[bytes, Tensor]]:
+    """Bytes and their entropies in nats, fp32.
+
+    A byte's entropy depends on the `context` bytes before it and on no others: every layer looks back ``window - 1``
+    bytes. So blocks are computed on their own, each after the context in front of it. They lie on a fixed grid, because
+    the same byte in a block of another shape would be rounded differently.
+    """
+    if model.config.window is None:
+        raise ValueError("--model: expected a model with an attention window, got one that looks back without end")
+    context = model.config.num_layers * (model.config.window - 1)
+    before = b""
+    for block in regroup(pieces, max(2048, 4 * context)):
+        seen = before + block
+        with torch.inference_mode():
+            entropy = ops.token_entropy(model(to_tokens(seen)))
+        yield block, entropy[len(before) :].float()
+        before = seen[max(len(seen) - context, 0) :]
+
+
+def find_threshold(entropy: Tensor, rules: Rules) -> float:
+    """The threshold, by bisection, at which the mean patch size of entropies ``[T]`` is nearest to ``rules.target_size``.
+
+    A higher threshold never makes more patches, whatever the rule.
+    """
+    assert rules.target_size is not None
+    data = bytes(entropy.shape[0])
+
+    def size(threshold: float) -> float:
+        piece = StreamCutter(replace(rules, threshold=threshold, target_size=None)).push(data, entropy)
+        return len(data) / max(piece.starts.shape[0], 1)
+
+    finite = entropy[entropy.isfinite()]
+    top = float(finite.max()) + 1 if finite.numel() else 1.0
+    low, high = -top, top  # rises lie between the two, and so do entropies
+    for _ in range(40):
+        middle = (low + high) / 2
+        if size(middle) < rules.target_size:
+            low = middle
+        else:
+            high = middle
+    return min((low, high), key=lambda threshold: abs(size(threshold) - rules.target_size))
+
+
+def cut(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None = None) -> tuple[Rules, Iterator[Piece]]:
+    """Cut a stream of bytes.
+
+    Parameters
+    ----------
+    pieces
+        The bytes, split in any way.
+    rules
+        A `target_size` is turned into a threshold on the first `SAMPLE_SIZE` bytes; without either, the threshold is
+        the model's.
+    model
+        Where given, entropies are computed even if the scheme does not need them.
+
+    Returns
+    -------
+    rules, pieces
+        The rules with the threshold filled in, and the cut pieces.
+
+    Raises
+    ------
+    ValueError
+        ``scheme=topk`` and the stream has more than `TOPK_LIMIT` bytes.
+    """
+    if model is None:
+        if rules.needs_entropy:
+            raise ValueError(f"model: expected a ByteLM for --scheme {rules.scheme.value}, got None")
+        cutter = StreamCutter(rules)
+        return rules, (cutter.push(piece) for piece in pieces)
+    if rules.scheme is Scheme.topk:
+        return rules, _cut_topk(pieces, rules, model)
+    stream = with_entropy(pieces, model)
+    if rules.target_size is not None:
+        sample, size = [], 0
+        for block, entropy in stream:
+            sample.append((block, entropy))
+            size += len(block)
+            if size >= SAMPLE_SIZE:
+                break
+        entropies = torch.cat([entropy for _, entropy in sample] or [torch.empty(0)])
+        rules = replace(rules, threshold=find_threshold(entropies, rules), target_size=None)
+        stream = itertools.chain(sample, stream)
+    elif rules.scheme is Scheme.entropy and rules.threshold is None:
+        rules = replace(rules, threshold=model.config.threshold)
+    cutter = StreamCutter(rules)
+    return rules, (cutter.push(block, entropy) for block, entropy in stream)
+
+
+def _cut_topk(pieces: Iterable[bytes], rules: Rules, model: ByteLM) -> Iterator[Piece]:
+    held, size = [], 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size > TOPK_LIMIT:
+            raise ValueError(f"--scheme topk: ranks all bytes at once, expected at most {TOPK_LIMIT} bytes, got more")
+    data = b"".join(held)
+    entropy = torch.cat([e for _, e in with_entropy(held, model)] or [torch.empty(0)])
+    starts = rules.layout(to_tokens(data), entropy).compact().patch_offsets[:-1].long()
+    yield Piece(0, data, entropy, starts)
+
+
+def parse_byte(name: str, text: str) -> int:
+    """The byte that `text` stands for: one ASCII character, an escape such as ``\\n``, or two digits after ``0x``."""
+    escapes = {r"\n": 10, r"\t": 9, r"\r": 13, r"\0": 0}
+    if text in escapes:
+        return escapes[text]
+    if len(text) == 1 and text.isascii():
+        return ord(text)
+    if re.fullmatch("0x[0-9a-fA-F]{1,2}", text):
+        return int(text, 16)
+    raise ValueError(f"{name} {text!r}: expected one ASCII character, an escape such as \\n, or a byte such as 0x0A")
+
+
+def _flag(name: str, value: object) -> str:
+    flag = "--" + name.replace("_", "-")
+    return flag if value is True else f"{flag} {value}"

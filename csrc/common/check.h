@@ -1,0 +1,49 @@
+// Argument checks of the compiled ops. The public functions in blt_kernels/ops/ explain bad arguments to users; these
+// guard memory, for callers of the raw torch.ops too.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <limits>
+
+namespace blt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_dim(const Tensor& tensor, const char* name, int64_t dim) {
+  STD_TORCH_CHECK(tensor.dim() == dim, name, ": expected ", dim, " dimensions, got ", tensor.dim());
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+}
+
+inline void check_size(const Tensor& tensor, const char* name, int64_t dim, int64_t size) {
+  STD_TORCH_CHECK(tensor.size(dim) == size, name, ": expected size ", size, " in dimension ", dim, ", got ",
+                  tensor.size(dim));
+}
+
+inline void check_contiguous(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+// Offsets of documents or patches: int32 [n+1], start at 0, never fall, end at most at `total`.
+inline const int32_t* check_offsets(const Tensor& offsets, const char* name, int64_t total) {
+  check_dim(offsets, name, 1);
+  check_dtype(offsets, name, ScalarType::Int);
+  check_contiguous(offsets, name);
+  STD_TORCH_CHECK(offsets.size(0) >= 1, name, ": expected at least one entry");
+  STD_TORCH_CHECK(total <= std::numeric_limits<int32_t>::max(), name, ": ", total, " positions do not fit into int32");
+  const int32_t* values = offsets.const_data_ptr<int32_t>();
+  bool ordered = values[0] == 0;
+  for (int64_t i = 1; i < offsets.size(0); ++i) ordered &= values[i - 1] <= values[i];
+  STD_TORCH_CHECK(ordered && values[offsets.size(0) - 1] <= total, name,
+                  ": expected offsets that start at 0, never fall and end at most at ", total);
+  return values;
+}
+
+}  // namespace blt

@@ -1,0 +1,45 @@
+// From a runtime dtype to a C++ type: dispatch_float(dtype, "logits", [&](auto tag) { using T = typename decltype(tag)::type; })
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <type_traits>
+
+namespace blt {
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+// fp32 for storage up to fp32, fp64 for fp64.
+template <class T>
+using accumulator_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class F>
+decltype(auto) dispatch_float(torch::headeronly::ScalarType dtype, const char* name, F&& f) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Float: return f(Tag<float>{});
+    case ScalarType::BFloat16: return f(Tag<torch::headeronly::BFloat16>{});
+    case ScalarType::Half: return f(Tag<torch::headeronly::Half>{});
+    case ScalarType::Double: return f(Tag<double>{});
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype float32, bfloat16, float16 or float64, got ",
+                      torch::headeronly::toString(dtype));
+  }
+}
+
+template <class F>
+decltype(auto) dispatch_int(torch::headeronly::ScalarType dtype, const char* name, F&& f) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Int: return f(Tag<int32_t>{});
+    case ScalarType::Long: return f(Tag<int64_t>{});
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype int32 or int64, got ", torch::headeronly::toString(dtype));
+  }
+}
+
+}  // namespace blt

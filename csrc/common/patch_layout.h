@@ -1,0 +1,85 @@
+// Builds the tensors of a PatchLayout from boundary decisions, in one pass over the bytes: the compiled counterpart of
+// PatchLayout.from_cuts in blt_kernels/layout.py, which specifies it.
+//
+//   cut(t, i) -> bool: does the byte after byte t (local index i in its document) start a patch?
+//
+// It is called once for every byte of a document, in order, so a rule may keep state between calls.
+// Bytes moved: 8 written a byte (patch_ids, decode_ids), 4 a patch; what the rule reads comes on top.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "check.h"
+
+namespace blt {
+
+using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The patch whose output a byte of `patch` may read: the one before the next byte's, -1 before the document's first.
+inline int32_t decode_id(int32_t patch, int32_t first, bool next_starts) {
+  const int32_t id = patch - !next_starts;
+  return id < first ? -1 : id;
+}
+
+template <class Cut>
+LayoutTensors build_layout(const Tensor& cu_seqlens, int64_t num_bytes, std::optional<int64_t> max_patches, Cut cut) {
+  const int32_t* const documents = check_offsets(cu_seqlens, "cu_seqlens", num_bytes);
+  const int64_t num_documents = cu_seqlens.size(0) - 1;
+  const int64_t capacity = max_patches.value_or(num_bytes);
+  int64_t occupied = 0;  // documents from here on that are not empty: each of them is owed a patch
+  for (int64_t b = 0; b < num_documents; ++b) occupied += documents[b] < documents[b + 1];
+  STD_TORCH_CHECK(capacity >= occupied, "max_patches: expected at least one patch a document (", occupied, "), got ",
+                  capacity);
+
+  Tensor patch_offsets = torch::stable::new_empty(cu_seqlens, {capacity + 1});
+  Tensor cu_patches = torch::stable::new_empty(cu_seqlens, {num_documents + 1});
+  Tensor patch_ids = torch::stable::new_empty(cu_seqlens, {num_bytes});
+  Tensor decode_ids = torch::stable::new_empty(cu_seqlens, {num_bytes});
+  Tensor overflowed = torch::stable::new_empty(cu_seqlens, {1}, ScalarType::Bool);
+  int32_t* const offsets = patch_offsets.mutable_data_ptr<int32_t>();
+  int32_t* const patches = cu_patches.mutable_data_ptr<int32_t>();
+  int32_t* const ids = patch_ids.mutable_data_ptr<int32_t>();
+  int32_t* const decodes = decode_ids.mutable_data_ptr<int32_t>();
+
+  bool any_dropped = false;
+  int32_t next = 0;  // the next patch to hand out
+  patches[0] = 0;
+  for (int64_t b = 0; b < num_documents; ++b) {
+    const int64_t begin = documents[b], end = documents[b + 1];
+    if (begin < end) {
+      --occupied;
+      const int32_t first = next, limit = static_cast<int32_t>(capacity - occupied);
+      // `patch` counts every start that the rule asks for; those from `limit` on are dropped by the minima. There is no
+      // branch on a decision, which is as good as random to a branch predictor.
+      int32_t patch = first;
+      offsets[first] = static_cast<int32_t>(begin);
+      for (int64_t t = begin; t < end - 1; ++t) {
+        const bool wanted = cut(t, t - begin);
+        const int32_t id = std::min(patch, limit - 1);
+        ids[t] = id;
+        decodes[t] = decode_id(id, first, wanted & (patch + 1 < limit));
+        offsets[std::min(patch + 1, limit)] = static_cast<int32_t>(t + 1);  // overwritten unless a patch starts there
+        patch += wanted;
+      }
+      const bool dropped = patch >= limit;
+      patch = std::min(patch, limit - 1);
+      ids[end - 1] = patch;
+      decodes[end - 1] = decode_id(patch, first, cut(end - 1, end - 1 - begin) & !dropped);
+      any_dropped |= dropped;
+      next = patch + 1;
+    }
+    patches[b + 1] = next;
+  }
+  const int32_t end = documents[num_documents];
+  std::fill(offsets + next, offsets + capacity + 1, end);
+  std::fill(ids + end, ids + num_bytes, -1);
+  std::fill(decodes + end, decodes + num_bytes, -1);
+  *overflowed.mutable_data_ptr<bool>() = any_dropped;
+  return {patch_offsets, cu_patches, patch_ids, decode_ids, overflowed};
+}
+
+}  // namespace blt

@@ -1,0 +1,176 @@
+// Vectors of fp32 as wide as the instruction set that this file is compiled for: 4, 8 or 16 lanes.
+//
+// Compiler vectors carry the arithmetic, so the code is the same for every instruction set; intrinsics appear only where
+// a conversion has an instruction of its own. The unit of loading and storing is a Pair: two vectors, 2 * kLanes
+// elements. A Pair of bf16 holds the even elements in `a` and the odd ones in `b`, which takes one instruction a vector
+// instead of two; loops that treat all elements alike never notice, and `lane_index` tells those that must.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace blt {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+#if defined(__AVX512F__)
+inline constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVecBytes = 32;
+#else
+inline constexpr int kVecBytes = 16;
+#endif
+inline constexpr int kLanes = kVecBytes / 4;
+inline constexpr int kPair = 2 * kLanes;
+
+typedef float VecF __attribute__((vector_size(kVecBytes)));
+typedef int32_t VecI __attribute__((vector_size(kVecBytes)));
+typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
+typedef uint16_t VecU16 __attribute__((vector_size(kVecBytes / 2)));
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the bits");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline VecF broadcast(float x) { return VecF{} + x; }
+
+// The larger of two; `b` where they do not compare, so that a NaN in `b` stays and one in `a` goes.
+inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
+
+// Folds the lanes in halves: log2(kLanes) dependent steps.
+template <class F>
+inline float fold(VecF v, F f) {
+  alignas(kVecBytes) float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof(lanes));
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = f(lanes[i], lanes[i + width]);
+  return lanes[0];
+}
+
+inline float sum(VecF v) {
+  return fold(v, [](float a, float b) { return a + b; });
+}
+
+inline float max(VecF v) {
+  return fold(v, [](float a, float b) { return a > b ? a : b; });
+}
+
+struct Pair {
+  VecF a, b;
+};
+
+// Which element of a Pair of T each lane holds.
+template <class T>
+inline void lane_index(VecI& a, VecI& b) {
+  for (int i = 0; i < kLanes; ++i) {
+    const bool interleaved = std::is_same_v<T, BFloat16>;
+    a[i] = interleaved ? 2 * i : i;
+    b[i] = interleaved ? 2 * i + 1 : kLanes + i;
+  }
+}
+
+// --- load -----------------------------------------------------------------------------------------------------------
+
+inline Pair load_pair(const float* p) {
+  Pair x;
+  std::memcpy(&x.a, p, sizeof(VecF));
+  std::memcpy(&x.b, p + kLanes, sizeof(VecF));
+  return x;
+}
+
+inline Pair load_pair(const BFloat16* p) {
+  VecU bits;
+  std::memcpy(&bits, p, sizeof(VecU));
+  return {bit_cast<VecF>(bits << 16), bit_cast<VecF>(bits & 0xffff0000u)};
+}
+
+inline VecF load_half(const Half* p) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VecU16 half;
+  std::memcpy(&half, p, sizeof(half));
+  const VecU bits = __builtin_convertvector(half, VecU);
+  // Move the exponent and mantissa into place and rebias by a multiplication, which is exact for subnormals too.
+  const VecU scaled = bit_cast<VecU>(bit_cast<VecF>((bits & 0x7fffu) << 13) * 0x1p112f);
+  const VecU special = (VecU)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // inf and NaN
+  return bit_cast<VecF>(scaled | special | ((bits & 0x8000u) << 16));
+#endif
+}
+
+inline Pair load_pair(const Half* p) { return {load_half(p), load_half(p + kLanes)}; }
+
+// Asks for the lines of a Pair; an address beyond the data does no harm.
+template <class T>
+inline void prefetch_pair(const T* p) {
+  for (int64_t i = 0; i < kPair * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(p + i / sizeof(T));
+}
+
+// --- store ----------------------------------------------------------------------------------------------------------
+
+inline void store_pair(float* p, Pair x) {
+  std::memcpy(p, &x.a, sizeof(VecF));
+  std::memcpy(p + kLanes, &x.b, sizeof(VecF));
+}
+
+// Round to nearest even, into the upper half of each lane; NaN stays NaN.
+inline VecU round_bf16(VecF x) {
+  const VecU bits = bit_cast<VecU>(x);
+  const VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return x == x ? rounded : (VecU{} + 0x7fc00000u);
+}
+
+inline void store_pair(BFloat16* p, Pair x) {
+  const VecU bits = (round_bf16(x.a) >> 16) | (round_bf16(x.b) & 0xffff0000u);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+
+inline void store_half(Half* p, VecF x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = Half(x[i]);
+#endif
+}
+
+inline void store_pair(Half* p, Pair x) {
+  store_half(p, x.a);
+  store_half(p + kLanes, x.b);
+}
+
+// --- exp ------------------------------------------------------------------------------------------------------------
+
+inline constexpr float kExpMin = -87.0f;  // exp(kExpMin) is 1e-38, the smallest result that is not subnormal
+
+// exp(x) for kExpMin <= x <= 88, relative error below 1.5e-7. x = (n + f) ln2 with n an integer and |f| <= 1/2; 2^f is a
+// minimax polynomial that is exact at 0, and n is added to the exponent bits. NaN gives NaN.
+inline VecF exp(VecF x) {
+  constexpr float kLog2e = 0x1.715476p+0f;
+  constexpr float kRound = 0x1.8p+23f;  // adding it leaves round(x log2 e) in the low bits
+  constexpr float kExp2[] = {1.0f,           0x1.62e430p-1f, 0x1.ebfbdcp-3f, 0x1.c6aee8p-5f,
+                             0x1.3b2d4cp-7f, 0x1.5f3e54p-10f, 0x1.41fbbcp-13f};
+  const VecF shifted = x * kLog2e + kRound;
+  const VecF n = shifted - kRound;
+  const VecF f = x * kLog2e - n;  // a single rounding where there is a fused multiply-add
+  VecF p = broadcast(kExp2[6]);
+  for (int i = 5; i >= 0; --i) p = p * f + kExp2[i];
+  return bit_cast<VecF>(bit_cast<VecU>(p) + (bit_cast<VecU>(shifted) << 23));
+}
+
+}  // namespace blt

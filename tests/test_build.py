@@ -1,0 +1,230 @@
+"""The compiled module as it is built, packed and loaded."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import blt_kernels
+from blt_kernels import _load
+from blt_kernels._version import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(blt_kernels.__file__).parent
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+BEST_TO_WORST = ("v4", "v3", "v2") if X86 else ("plain",)
+
+# Everything that patches, on every dtype; saved to the path given as the argument.
+RUN_OPS = """
+import sys, torch, blt_kernels as k
+from blt_kernels import _load
+torch.manual_seed(0)
+cu = torch.tensor([0, 1, 1, 40, 300])
+logits = torch.randn(300, 260) * 3
+tokens = torch.randint(0, 260, (300,))
+coarse = torch.randint(0, 8, (300,)) / 4.0
+out = {}
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    out[f"entropy {dtype}"], out[f"layout {dtype}"] = k.entropy_patch(logits.to(dtype), cu, threshold=2.5)
+out["linear"] = k.linear_entropy(logits[:, :64], logits[:260, 64:128])
+for name, rule in {"plain": {}, "add": {"threshold_add": 0.5}, "monotonic": {"monotonic": True},
+                   "length": {"max_patch_length": 3}, "full": {"max_patches": 20}}.items():
+    out[f"starts {name}"] = k.patch_starts(coarse, cu, threshold=1.0, **rule)
+out["space"], out["topk"] = k.space_patch(tokens, cu), k.topk_patch(coarse, 4, cu)
+out["static"], out["delimiter"] = k.static_patch(cu, 5), k.delimiter_patch(tokens, 9, cu)
+torch.save(torch.utils._pytree.tree_flatten(out)[0], sys.argv[1])
+print(_load.loaded().isa)
+"""
+
+
+def run(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "BLT_KERNELS_ISA"}
+    return subprocess.run(command, cwd=cwd, env=inherited | env, capture_output=True, text=True)
+
+
+def python(*args: str, **options: str | Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, *args, **options)
+
+
+def passed(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode != 0, done.stdout
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def reference_outputs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("none") / "outputs.pt"
+    assert passed(python("-c", RUN_OPS, str(path), BLT_KERNELS_ISA="none")) == "None"
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("isa", _load.runnable())
+def test_every_variant_agrees_with_the_reference(isa, reference_outputs, tmp_path):
+    assert passed(python("-c", RUN_OPS, str(tmp_path / "outputs.pt"), BLT_KERNELS_ISA=isa)) == isa
+    outputs = torch.load(tmp_path / "outputs.pt")
+    assert len(outputs) == len(reference_outputs)
+    for value, expected in zip(outputs, reference_outputs, strict=True):
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if value.is_floating_point() else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(value, expected, **tolerance)
+
+
+# --- which variant is loaded ------------------------------------------------------------------------------------------
+
+SAY_ISA = "from blt_kernels import _load; print(_load.loaded().isa)"
+SAY_REASON = "from blt_kernels import _load; print(_load.loaded().reason)"
+
+
+@pytest.fixture
+def bare_package(tmp_path):
+    """A copy of the package without its compiled module; imported from where it lies."""
+    shutil.copytree(PACKAGE, tmp_path / "blt_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def test_the_best_variant_is_loaded():
+    assert passed(python("-c", SAY_ISA)) == _load.runnable()[0]
+
+
+@pytest.mark.skipif(not X86, reason="levels of x86-64")
+@pytest.mark.parametrize(("capability", "isa"), [("default", "v2"), ("avx2", "v3")])
+def test_torch_says_what_the_machine_runs(capability, isa):
+    assert passed(python("-c", SAY_ISA, ATEN_CPU_CAPABILITY=capability)) == isa
+
+
+def test_override_with_an_unknown_name():
+    message = "ImportError: BLT_KERNELS_ISA: expected one of v4, v3, v2, plain, none, got 'avx'"
+    assert failure(python("-c", SAY_ISA, BLT_KERNELS_ISA="avx")) == message
+
+
+def test_override_that_the_machine_cannot_run():
+    isa = "plain" if X86 else "v2"
+    message = f"ImportError: BLT_KERNELS_ISA={isa}: this machine runs {', '.join(_load.runnable())}, none"
+    assert failure(python("-c", SAY_ISA, BLT_KERNELS_ISA=isa)) == message
+
+
+def test_override_that_was_not_built(bare_package):
+    isa = _load.runnable()[-1]
+    message = failure(python("-c", SAY_ISA, cwd=bare_package, BLT_KERNELS_ISA=isa))
+    expected = bare_package / f"blt_kernels/_C_{isa}.abi3.so"
+    assert message == f"ImportError: BLT_KERNELS_ISA={isa}: was not built, expected {expected}; what can be loaded: none"
+
+
+def test_without_a_module_the_package_runs_on_its_references(bare_package):
+    isa, reason = passed(python("-c", RUN_OPS + SAY_REASON, "outputs.pt", cwd=bare_package)).splitlines()
+    assert isa == "None"
+    assert reason.endswith("was not built: `pip install .` in a checkout builds it")
+
+
+@pytest.mark.skipif(len(_load.runnable()) < 2, reason="this machine runs one variant only")
+def test_the_best_variant_that_was_built_is_loaded(bare_package):
+    isa = _load.runnable()[-1]
+    shutil.copy(PACKAGE / f"_C_{isa}.abi3.so", bare_package / "blt_kernels")
+    assert passed(python("-c", SAY_ISA, cwd=bare_package)) == isa
+
+
+def test_a_module_that_does_not_load(bare_package):
+    isa = _load.runnable()[0]
+    broken = bare_package / f"blt_kernels/_C_{isa}.abi3.so"
+    broken.write_bytes(b"not a shared object")
+    done = python("-c", SAY_REASON, cwd=bare_package)
+    assert f"RuntimeWarning: blt_kernels runs on its slow references: {broken} does not load with torch" in done.stderr
+    assert passed(done).startswith(f"{broken} does not load with torch {torch.__version__}: ")
+    message = failure(python("-c", SAY_REASON, cwd=bare_package, BLT_KERNELS_ISA=isa))
+    assert message.startswith(f"ImportError: {broken} does not load with torch")
+
+
+# --- what is built ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from the sdist as an installer would."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("dist")
+    passed(python("-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)))
+    assert len(list(folder.glob("*.tar.gz"))) == 1
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_wheel_serves_every_python(wheel):
+    name = f"blt_kernels-{re.escape(__version__)}-cp310-abi3-"
+    assert re.match(name + (r"linux_x86_64\.whl" if sys.platform == "linux" and X86 else ""), wheel.name)
+
+
+@pytest.mark.slow
+def test_wheel_contents(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    modules = {name for name in names if name.endswith(".so")}
+    assert modules == {f"blt_kernels/_C_{isa}.abi3.so" for isa in BEST_TO_WORST}
+    sources = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".so", ".pyc")]
+    assert names - modules == {f"blt_kernels/{path.relative_to(PACKAGE).as_posix()}" for path in sources}
+
+
+@pytest.mark.slow
+def test_wheel_runs_where_it_is_installed(wheel, tmp_path):
+    passed(python("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path), str(wheel)))
+    script = RUN_OPS + "print(k.__file__)"
+    isa, path = passed(python("-c", script, "outputs.pt", cwd=tmp_path)).splitlines()
+    assert isa == _load.runnable()[0]
+    assert Path(path).is_relative_to(tmp_path)
+
+
+@pytest.mark.slow
+def test_wheel_keeps_to_the_stable_abis(wheel, tmp_path):
+    pytest.importorskip("abi3audit")
+    torch_abi_audit = Path(sys.executable).with_name("torch-abi-audit")
+    if not torch_abi_audit.exists():
+        pytest.skip("torch-abi-audit is not installed")
+    passed(run(sys.executable, "-m", "abi3audit", "--strict", "--summary", str(wheel)))
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    report = passed(run(str(torch_abi_audit), "--check", "both", "--verbose", str(tmp_path / "blt_kernels")))
+    assert set(re.findall(r"min-torch=(\S+)", report)) <= {"2.9.0", "2.10.0", "2.11.0"}
+    assert report.count("[STABLE") == len(BEST_TO_WORST)
+
+
+def test_a_build_that_cannot_start_says_what_is_missing():
+    script = (
+        "import importlib.util, runpy, shutil, sys, sysconfig; sys.argv = ['setup.py', '--quiet', 'build_ext'];"
+        "find = importlib.util.find_spec;"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest);"
+        "shutil.which = lambda *args, **kwargs: None; sysconfig.get_path = lambda *args: '/nowhere';"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = python("-c", script)
+    assert done.returncode != 0
+    assert "blt_kernels: the compiled module cannot be built. Missing:" in done.stderr
+    lines = re.findall(r"  - (.*)\. To get it: (.*)", done.stderr)
+    assert [what.split(" (")[0] for what, _how in lines] == [
+        "a C++20 compiler",
+        "CMake >= 3.22",
+        "Ninja",
+        "torch >= 2.11 with its headers",
+        "the headers of Python",
+    ]
+    assert all("install" in how for _what, how in lines)
+
+
+# --- what the README promises -----------------------------------------------------------------------------------------
+
+
+def test_readme_examples_run():
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert examples
+    for example in examples:
+        passed(python("-c", example))

@@ -1,0 +1,364 @@
+"""The checks that every op must pass (DESIGN, section 5), for every case of `cases.py`.
+
+An op is judged against its reference: `eager` is the reference in the dtype of the inputs, `truth` the reference in fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, OpCase
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blt_kernels.testing import assert_close, assert_equal, poisoned_empty
+
+SIZES = (0, 1, 2, 3, 19, 300)
+EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+TRACE_CASES = pytest.mark.parametrize("case", [c for c in CASES if c.trace], ids=lambda case: case.name)
+GRAD_CASES = pytest.mark.parametrize("case", [c for c in CASES if c.differentiable], ids=lambda case: case.name)
+
+
+# --- means ------------------------------------------------------------------------------------------------------------
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+
+
+def cast(tree: Any, dtype: torch.dtype) -> Any:
+    """Cast the floating tensors of `tree`."""
+    return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def floats_of(tree: Any) -> list[Tensor]:
+    return [x for x in tensors_of(tree) if x.is_floating_point()]
+
+
+def with_grad(case: OpCase, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Detached arguments, the differentiable ones leaves that ask for gradients. Keeps their strides."""
+    return {
+        name: map_tensors(lambda x: x.detach().requires_grad_(), value) if name in case.differentiable else value
+        for name, value in arguments.items()
+    }
+
+
+def run(case: OpCase, function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, list[Tensor | None]]:
+    """Outputs of `function`, and the gradients of its differentiable arguments for fixed cotangents."""
+    arguments = with_grad(case, arguments)
+    out = function(**arguments)
+    if not case.differentiable:
+        return out, []
+    results = [x for x in floats_of(out) if x.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    # Powers of two and their negatives: exact in every dtype, so that all runs see the same cotangents.
+    cotangents = [
+        (2.0 ** torch.randint(-2, 3, x.shape, generator=generator) * (1 - 2 * torch.randint(2, x.shape, generator=generator)))
+        .to(x.device, x.dtype)
+        for x in results
+    ]
+    leaves = tensors_of({name: arguments[name] for name in case.differentiable})
+    return map_tensors(Tensor.detach, out), list(torch.autograd.grad(results, leaves, cotangents))
+
+
+def check(case: OpCase, batch: list[dict[str, Any]], function: Callable[..., Any] | None = None) -> None:
+    """Outputs and gradients of `function`, the op by default, are as accurate as the reference's, integers equal.
+
+    The errors of the `batch` are judged together: those of a few numbers are luck.
+    """
+    columns: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for arguments in batch:
+        results = [
+            run(case, function or case.function, arguments),
+            plain(case, arguments),
+            run(case, case.reference, cast(arguments, torch.float64)),
+        ]
+        for what, group in (("output", [tensors_of(out) for out, _ in results]), ("gradient", [g for _, g in results])):
+            for i, triple in enumerate(zip(*group, strict=True)):
+                columns.setdefault(f"{what} {i}", []).append(triple)
+    for name, triples in columns.items():
+        actual, eager, truth = zip(*triples, strict=True)
+        if actual[0].is_floating_point():
+            assert_close(actual, eager, truth, name=name)
+        else:
+            assert_equal(actual, truth, name=name)
+
+
+def plain(case: OpCase, arguments: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """What the reference gives in the dtype of the arguments.
+
+    In fp64 that is the truth itself, whose error nobody knows. It is taken to be that of fp32 scaled down, and half as
+    much again, because op and truth both have it.
+    """
+    if not any(x.dtype == torch.float64 for x in floats_of(arguments)):
+        return run(case, case.reference, arguments)
+    scale = 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    rounded = cast(arguments, torch.float32)
+    truth, rough, exact = (run(case, case.reference, x) for x in (arguments, rounded, cast(rounded, torch.float64)))
+    return pytree.tree_map(lambda t, r, e: t + (r.double() - e) * scale if t.is_floating_point() else t, truth, rough, exact)
+
+
+def strided(tree: Any, kind: str) -> Any:
+    """The same values with other strides; `expanded` repeats the first row of every floating tensor instead."""
+
+    def change(x: Tensor) -> Tensor:
+        if kind == "offset":
+            room = x.new_zeros(x.numel() + 3)
+            room[3:] = x.flatten()
+            return room[3:].view(x.shape)
+        if kind == "permuted":
+            if x.dim() >= 2:
+                return x.transpose(0, -1).contiguous().transpose(0, -1)
+            return torch.stack([x, x], -1)[..., 0]
+        repeat = x.is_floating_point() and x.dim() >= 1 and x.shape[0] > 0
+        return x[:1].expand(x.shape) if repeat else x
+
+    return map_tensors(change, tree)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every call of an operator of this library, backward ones included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "blt_kernels":
+            assert not kwargs
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def raw_calls(case: OpCase, arguments: dict[str, Any]) -> list[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
+    """The operators that the op calls, forward and backward, with their arguments."""
+    with Recorder() as recorder:
+        run(case, case.function, arguments)
+    assert recorder.calls, "the op calls no operator of this library"
+    return recorder.calls
+
+
+def has_cpu_kernel(operator: torch._ops.OpOverload) -> bool:
+    """Is there a compiled kernel, as opposed to the reference?"""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
+
+
+def make(case: OpCase, device: str, num_bytes: int, seed: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Arguments on `device`, in fp32 unless the case has no floating arguments."""
+    if dtype is None:
+        dtype = torch.float32 if torch.float32 in case.dtypes else case.dtypes[0]
+    return map_tensors(lambda x: x.to(device), case.make(dtype, num_bytes, seed))
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@EVERY_CASE
+def test_op_against_reference(case: OpCase, device: str) -> None:
+    for dtype in case.dtypes:
+        check(case, [make(case, device, num_bytes, seed, dtype) for seed, num_bytes in enumerate(SIZES)])
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("kind", ["permuted", "offset", "expanded"])
+def test_strides(case: OpCase, kind: str, device: str) -> None:
+    arguments = make(case, device, 150, 5)
+    other = strided(arguments, kind)
+    check(case, [arguments, other])
+    if kind != "expanded":
+        assert_equal(run(case, case.function, other)[0], run(case, case.function, arguments)[0])
+
+
+@EVERY_CASE
+def test_int32_and_int64_are_the_same(case: OpCase, device: str) -> None:
+    arguments = make(case, device, 200, 6)
+    outputs = []
+    for dtype in (torch.int32, torch.int64):
+        # A PatchLayout holds int32 always; only plain tensors come in both.
+        chosen = {
+            name: x.to(dtype) if isinstance(x, Tensor) and not x.is_floating_point() else x
+            for name, x in arguments.items()
+        }
+        outputs.append(run(case, case.function, chosen))
+    assert_equal(*outputs)
+
+
+@EVERY_CASE
+def test_every_element_is_written(case: OpCase, device: str) -> None:
+    for num_bytes in (0, 1, 170):
+        arguments = make(case, device, num_bytes, 7)
+        expected = run(case, case.function, arguments)
+        with poisoned_empty():
+            assert_equal(run(case, case.function, arguments), expected)
+
+
+@EVERY_CASE
+def test_bitwise_the_same_in_every_run(case: OpCase, device: str) -> None:
+    arguments = make(case, device, 700, 8)
+    outputs = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        outputs.append(run(case, case.function, arguments))
+    assert_equal(outputs[1], outputs[0], name="2 threads against 1")
+    assert_equal(outputs[2], outputs[1], name="second run")
+
+
+@EVERY_CASE
+def test_arguments_are_not_written(case: OpCase, device: str) -> None:
+    arguments = make(case, device, 80, 9)
+    before = map_tensors(Tensor.clone, arguments)
+    run(case, case.function, arguments)
+    assert_equal(arguments, before)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+@GRAD_CASES
+def test_gradcheck(case: OpCase, device: str) -> None:
+    arguments = with_grad(case, make(case, device, 12, 10, torch.float64))
+    leaves, spec = pytree.tree_flatten({name: arguments[name] for name in case.differentiable})
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        out = case.function(**{**arguments, **pytree.tree_unflatten(values, spec)})
+        return tuple(x for x in floats_of(out) if x.requires_grad)
+
+    assert torch.autograd.gradcheck(function, tuple(leaves), fast_mode=True)
+
+
+@GRAD_CASES
+def test_only_asked_gradients_are_computed(case: OpCase, device: str) -> None:
+    arguments = make(case, device, 60, 11)
+    _, grads = run(case, case.function, arguments)
+    leaves = {name: len(tensors_of(arguments[name])) for name in case.differentiable}
+    position = 0
+    for name, count in leaves.items():
+        alone = OpCase(case.name, case.op, case.function, case.reference, case.make, (name,))
+        _, own = run(alone, case.function, arguments)
+        assert_equal(own, grads[position : position + count], name=f"gradient of {name} alone")
+        position += count
+
+
+# --- torch.library, torch.compile, autocast, CUDA graphs --------------------------------------------------------------
+
+
+@TRACE_CASES
+@pytest.mark.parametrize("inputs", ["contiguous", "permuted", "empty"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_opcheck(case: OpCase, inputs: str, device: str) -> None:
+    arguments = make(case, device, 0 if inputs == "empty" else 40, 12)
+    if inputs == "permuted":
+        arguments = strided(arguments, "permuted")
+    for operator, args in raw_calls(case, arguments):
+        # Operators of the forward are called with leaves; those of the backward are not differentiable themselves.
+        grad = operator.name().endswith("_fwd")
+        args = map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad and grad), args)  # noqa: B023
+        torch.library.opcheck(operator, args)
+
+
+def compiled(case: OpCase, backend: str) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(case.function, fullgraph=True, dynamic=True, backend=backend)
+
+
+@TRACE_CASES
+def test_compile_without_recompiling(case: OpCase, device: str) -> None:
+    function = compiled(case, "aot_eager")
+    options: dict[str, Any] = {}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for num_bytes, seed in ((101, 13), (250, 14), (400, 15)):
+            arguments = make(case, device, num_bytes, seed)
+            # Thresholds are constants of a compiled model: the graph is specialised to floats.
+            options = options or {name: x for name, x in arguments.items() if isinstance(x, float)}
+            arguments.update(options)
+            assert_equal(run(case, function, arguments), run(case, case.function, arguments))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.inductor], ids=lambda case: case.name)
+def test_inductor(case: OpCase, device: str) -> None:
+    function = compiled(case, "inductor")
+    check(case, [make(case, device, num_bytes, 16) for num_bytes in (101, 250)], function)
+
+
+@EVERY_CASE
+def test_autocast(case: OpCase, device: str) -> None:
+    if torch.float32 not in case.dtypes:
+        pytest.skip("no floating arguments")
+    arguments = make(case, device, 90, 17)
+    lower = cast(arguments, torch.bfloat16) if case.autocast else arguments
+    expected, expected_grads = run(case, case.function, lower)
+    with torch.autocast(device, torch.bfloat16):
+        actual, grads = run(case, case.function, arguments)
+        # A model under autocast meets both: parameters in fp32, activations in bf16.
+        mixed = {name: cast(x, torch.bfloat16) if i == 0 and case.autocast else x for i, (name, x) in enumerate(arguments.items())}
+        from_mixed, _ = run(case, case.function, mixed)
+    assert_equal(actual, expected)
+    assert_equal(from_mixed, expected)
+    assert all(g.dtype == torch.float32 for g in grads)
+    assert_equal([g.to(e.dtype) for g, e in zip(grads, expected_grads, strict=True)], expected_grads)
+
+
+@EVERY_CASE
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph(case: OpCase) -> None:
+    first, second = (make(case, "cuda", 300, seed) for seed in (18, 19))
+    second = {name: x if isinstance(x, Tensor) else first[name] for name, x in second.items()}
+    if any(a.shape != b.shape for a, b in zip(tensors_of(first), tensors_of(second), strict=True)):
+        second = map_tensors(Tensor.clone, first)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(case, case.function, first)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(case, case.function, first)
+    for held, new in zip(tensors_of(first), tensors_of(second), strict=True):
+        held.copy_(new)
+    graph.replay()
+    assert_equal(captured, run(case, case.function, second))
+
+
+# --- memory safety ----------------------------------------------------------------------------------------------------
+
+
+def bad_offsets(good: Tensor) -> dict[str, Tensor]:
+    total = int(good[-1])
+    swapped = good.clone()
+    swapped[1:-1] = good[1:-1].flip(0)
+    return {
+        "negative": good - 1,
+        "beyond the data": good + torch.arange(good.numel(), dtype=good.dtype),
+        "far beyond the data": torch.where(good == total, 2**31 - 1, good).to(good.dtype),
+        "falling": swapped,
+        "not from 0": torch.cat([good[:1] + 1, good[1:]]),
+    }
+
+
+@EVERY_CASE
+def test_bad_offsets_reach_no_memory(case: OpCase) -> None:
+    """A raw operator may be called with offsets that no public function lets through."""
+    arguments = make(case, "cpu", 120, 20)
+    for operator, args in raw_calls(case, arguments):
+        names = [a.name for a in operator._schema.arguments]
+        for position, name in enumerate(names):
+            if not name.startswith("cu_seqlens") or args[position] is None:
+                continue
+            for what, bad in bad_offsets(args[position]).items():
+                call = (*args[:position], bad, *args[position + 1 :])
+                if has_cpu_kernel(operator):
+                    with pytest.raises(RuntimeError, match=name):
+                        operator(*call)
+                    continue
+                try:  # the reference: any Python error will do, a crash of the interpreter will not
+                    operator(*call)
+                except (RuntimeError, IndexError, ValueError):
+                    assert what
