@@ -46,10 +46,7 @@ def load_ops(kind: str) -> SimpleNamespace:
     package, suffix = ("ops", "") if kind == "fused" else ("reference", "_reference")
     functions = {}
     for file, names in _OPS.items():
-        try:  # TEMPORARY
-            module = import_module(f"blt_kernels.{package}.{file}")
-        except ModuleNotFoundError:
-            continue
+        module = import_module(f"blt_kernels.{package}.{file}")
         functions.update({name: getattr(module, name + suffix) for name in names})
     return SimpleNamespace(**functions)
 
@@ -142,19 +139,18 @@ class TransformerConfig:
         return self.ffn_dim or 256 * math.ceil(8 * self.dim / 3 / 256)
 
 
-def rotary_table(positions: Tensor, config: TransformerConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[T, 1, E/2]`` of ``position * theta^(-2j/E)``: fp64 for fp64 models, else fp32."""
+def rotary_table(positions: Tensor, config: TransformerConfig, dtype: torch.dtype) -> Tensor:
+    """Complex ``exp(i position theta^(-2j/E))``, ``[T, 1, E/2]``: of fp64 for fp64 models, else of fp32."""
     dtype = dtype if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype) / config.head_dim
     angle = positions.to(dtype)[:, None, None] / config.rope_theta**exponent
-    return angle.cos(), angle.sin()
+    return torch.polar(torch.ones_like(angle), angle)
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs ``(x[2j], x[2j+1])`` of each head ``[T, H, E]`` by their angles."""
-    cos, sin = table
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn the pairs ``(x[2j], x[2j+1])`` of each head ``[T, H, E]``, taken as complex numbers, by their angles."""
+    pairs = x.to(table.real.dtype).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).to(x.dtype)
 
 
 def linear(in_features: int, out_features: int) -> nn.Linear:
@@ -178,7 +174,7 @@ class SelfAttention(nn.Module):
         self.v_proj = linear(config.dim, config.kv_heads * config.head_dim)
         self.o_proj = linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], documents: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, documents: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         out = self.attention(rotate(q, table), rotate(k, table), v, documents, window=self.window)
         return self.o_proj(out.flatten(-2))
@@ -227,7 +223,7 @@ class TransformerLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], documents: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, documents: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), table, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -125,8 +125,8 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
         _common.check_same("bias", bias, "hidden", hidden, dtype=not autocast)
         _common.check_shape("bias", bias, (weight.shape[0],), f"[A = {weight.shape[0]}]")
     rows = hidden.reshape(-1, hidden.shape[-1])
-    head = _common.autocast(rows, weight) if bias is None else _common.autocast(rows, weight, bias)
-    entropy, _log_sum = torch.ops.blt_kernels.linear_entropy_fwd(head[0], head[1], None if bias is None else head[2])
+    head = (rows, weight) if bias is None else (rows, weight, bias)
+    entropy, _log_sum = torch.ops.blt_kernels.linear_entropy_fwd(*_common.autocast(*head))
     return entropy.view(hidden.shape[:-1])
 
 
@@ -406,7 +406,7 @@ _common.define(
 )
 _common.define(
     "linear_entropy_fwd",
-    "(Tensor hidden, Tensor weight, Tensor? bias) -> (Tensor entropy, Tensor log_sum)",
+    "(Tensor hidden, Tensor weight, Tensor? bias=None) -> (Tensor entropy, Tensor log_sum)",
     reference.linear_entropy_fwd_reference,
 )
 _common.define(
@@ -433,7 +433,7 @@ def _(grad_entropy: Tensor, logits: Tensor, entropy: Tensor, log_sum: Tensor) ->
 
 
 @torch.library.register_fake("blt_kernels::linear_entropy_fwd")
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _empty_entropy(hidden)
 
 
@@ -479,8 +479,10 @@ def _linear_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> 
     if grad_entropy is None:
         return None, None, None
     hidden, weight, bias, entropy, log_sum = ctx.saved_tensors
-    grads = torch.ops.blt_kernels.linear_entropy_bwd(grad_entropy, hidden, weight, bias, entropy, log_sum)
-    return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True))
+    grad_hidden, grad_weight, grad_bias = torch.ops.blt_kernels.linear_entropy_bwd(
+        grad_entropy, hidden, weight, bias, entropy, log_sum
+    )
+    return grad_hidden, grad_weight, None if bias is None else grad_bias
 
 
 torch.library.register_autograd(

@@ -35,7 +35,7 @@ def token_entropy_bwd_reference(grad_entropy: Tensor, logits: Tensor, entropy: T
     log_p = x - x.amax(-1, keepdim=True) - log_sum[..., None]
     p = log_p.exp()
     slope = -p * (log_p.masked_fill(p == 0, 0) + entropy[..., None])
-    return (grad_entropy[..., None] * slope).to(logits.dtype)
+    return (grad_entropy[..., None] * slope).to(logits.dtype).contiguous()
 
 
 def linear_entropy_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def linear_entropy_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None
     return token_entropy_reference(F.linear(hidden, weight, bias))
 
 
-def linear_entropy_fwd_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def linear_entropy_fwd_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return token_entropy_fwd_reference(F.linear(hidden, weight, bias))
 
 
