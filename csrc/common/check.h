@@ -46,4 +46,9 @@ inline const int32_t* check_offsets(const Tensor& offsets, const char* name, int
   return values;
 }
 
+// The dtype to accumulate in, and to return statistics in: fp64 for fp64, else fp32.
+inline ScalarType accumulator(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 }  // namespace blt

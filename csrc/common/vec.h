@@ -9,8 +9,10 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -35,6 +37,32 @@ typedef float VecF __attribute__((vector_size(kVecBytes)));
 typedef int32_t VecI __attribute__((vector_size(kVecBytes)));
 typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVecBytes / 2)));
+
+// The same for an accumulator type: lanes<double> is half of lanes<float>.
+template <class A>
+struct VecOf {
+  typedef A type __attribute__((vector_size(kVecBytes)));
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> mask_element;
+  typedef mask_element mask __attribute__((vector_size(kVecBytes)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+template <class A>
+using Mask = typename VecOf<A>::mask;
+template <class A>
+inline constexpr int lanes = kVecBytes / static_cast<int>(sizeof(A));
+
+template <class A>
+inline Vec<A> load(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class A>
+inline void store(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -171,6 +199,12 @@ inline VecF exp(VecF x) {
   VecF p = broadcast(kExp2[6]);
   for (int i = 5; i >= 0; --i) p = p * f + kExp2[i];
   return bit_cast<VecF>(bit_cast<VecU>(p) + (bit_cast<VecU>(shifted) << 23));
+}
+
+// fp64: for checks, not for speed.
+inline Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
 }
 
 }  // namespace blt

@@ -27,10 +27,6 @@ constexpr int64_t kRowGrain = 64;      // rows of logits a thread must have to b
 constexpr int64_t kHeadRows = 1024;    // rows in a tile of the output head: 1 MB of fp32 logits
 constexpr int64_t kSumGrain = 16384;   // elements of a running sum
 
-ScalarType accumulator(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Rows with unit stride in the last dimension; a copy only where there is none.
 Tensor unit_rows(const Tensor& x, const char* name) {
   check_dim(x, name, 2);
