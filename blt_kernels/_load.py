@@ -12,8 +12,8 @@ import sys
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import ExtensionFileLoader
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 
 import torch
@@ -96,11 +96,10 @@ def _load_asked(isa: str, available: tuple[str, ...]) -> Loaded:
 
 def _load(isa: str, available: tuple[str, ...]) -> Loaded:
     path = str(_path(isa))
-    spec = spec_from_file_location(_NAME, path, loader=ExtensionFileLoader(_NAME, path))
-    assert spec is not None and spec.loader is not None
+    loader = ExtensionFileLoader(_NAME, path)
     try:
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = module_from_spec(ModuleSpec(_NAME, loader, origin=path))
+        loader.exec_module(module)
     except ImportError as error:
         raise ImportError(f"{path} does not load with torch {torch.__version__}: {error}") from error
     sys.modules[_NAME] = module

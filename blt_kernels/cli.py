@@ -21,7 +21,7 @@ except ModuleNotFoundError as missing:
 from blt_kernels.tools.render import Color
 from blt_kernels.tools.stream import Scheme
 
-EXPECTED = (OSError, ValueError, TypeError, ModuleNotFoundError)
+EXPECTED = (OSError, ValueError, TypeError, ImportError)
 
 
 class _Group(typer.core.TyperGroup):
@@ -132,6 +132,153 @@ def patch(
     rules = Rules(scheme, threshold, target_size, threshold_add, monotonic, max_patch_length, patch_size, byte)
     outputs = patch.Outputs(start, length, max_show, plot, html, json, entropies)
     patch.run(files, rules, outputs, model, color)
+
+
+@app.command()
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Ops to measure; all if not given.")] = None,
+    threads: Annotated[str, typer.Option(help="Numbers of CPU threads, with commas.")] = "1,2",
+    rounds: Annotated[int, typer.Option(help="Times that every implementation is measured.")] = 30,
+    small: Annotated[bool, typer.Option("--small", help="Small inputs, to see that everything runs.")] = False,
+    compile_peers: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile as well.")] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append to this file instead of bench/results/<date>-<device>.csv.")
+    ] = None,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Write the CSV file.")] = True,
+    color: ColorOption = Color.auto,
+) -> None:
+    """Time the ops against the best that one could run instead, and against what the machine can do at all."""
+    from blt_kernels.tools import bench
+
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
+    try:
+        counts = [int(count) for count in threads.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers with commas, got {threads!r}", param_hint="--threads") from None
+    bench.run(
+        ops or [],
+        threads=counts,
+        rounds=rounds,
+        small=small,
+        compile_peers=compile_peers,
+        device=device,
+        csv=csv,
+        save=save,
+        color=color,
+    )
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="entropy, blt or megabyte.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files and directories to learn.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory of the run; runs/MODEL if not given. A run goes on in it.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Size of the model: small or paper.")] = "small",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=JSON", help="Replace a field of the preset: dim=128.")
+    ] = None,
+    patcher: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Entropy model of a BLT; the one in the package if not given.")
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Names to take from directories.")] = None,
+    heldout: Annotated[float, typer.Option(help="Fraction of the files to keep for measuring.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Of the split, the order of the data and the first weights.")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps in all.")] = 3000,
+    batch_bytes: Annotated[int, typer.Option(help="Bytes in a step.")] = 4096,
+    context: Annotated[int, typer.Option(help="The most bytes of a file in one piece.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 3e-3,
+    final_learning_rate: Annotated[float, typer.Option(help="At the last step.")] = 3e-5,
+    warmup: Annotated[int, typer.Option(help="Steps.")] = 50,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bf16: faster on GPUs, and on CPUs with AMX.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    eval_every: Annotated[int, typer.Option(help="Steps between measurements on held-out files.")] = 500,
+    eval_bytes: Annotated[int, typer.Option(help="The most bytes of one; the last one takes all.")] = 1 << 18,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+    checkpoint_seconds: Annotated[float, typer.Option(help="The most seconds between checkpoints.")] = 60.0,
+    color: ColorOption = Color.auto,
+) -> None:
+    """Train a model on files. Killed at any moment, the same command goes on from the last checkpoint."""
+    from blt_kernels.tools import watch
+    from blt_kernels.tools.train import TrainConfig
+
+    config = TrainConfig(
+        model,
+        paths,
+        out or Path("runs", model),
+        preset=preset,
+        overrides=dict(_key_and_json(setting) for setting in set_ or []),
+        patcher=patcher,
+        include=include or ["*"],
+        heldout=heldout,
+        seed=seed,
+        steps=steps,
+        batch_bytes=batch_bytes,
+        context=context,
+        learning_rate=learning_rate,
+        final_learning_rate=final_learning_rate,
+        warmup=warmup,
+        bf16=bf16,
+        device=device,
+        eval_every=eval_every,
+        eval_bytes=eval_bytes,
+        checkpoint_every=checkpoint_every,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    watch.run_train(config, color)
+
+
+def _key_and_json(setting: str) -> tuple[str, Any]:
+    import json
+
+    key, equals, value = setting.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        raise typer.BadParameter(f"expected KEY=JSON, got {setting!r}", param_hint="--set") from None
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The model.safetensors of a run.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files and directories to measure on.")],
+    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Names to take from directories.")] = None,
+    split: Annotated[
+        str, typer.Option(help="all, or heldout or train: one side of what `train` makes of these paths.")
+    ] = "all",
+    heldout: Annotated[float, typer.Option(help="Fraction that was held out in training.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    batch_bytes: Annotated[int, typer.Option(help="Bytes at a time.")] = 16384,
+    context: Annotated[int, typer.Option(help="The most bytes of a file in one piece.")] = 16384,
+    ngram: Annotated[
+        bool, typer.Option("--ngram", help="With --split heldout: measure an order-3 n-gram model of the other side too.")
+    ] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Measure in bf16.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: JsonOption = False,
+    color: ColorOption = Color.auto,
+) -> None:
+    """Measure a trained model in bits per byte."""
+    from blt_kernels.tools import watch
+    from blt_kernels.tools.evaluate import EvalConfig
+
+    config = EvalConfig(
+        checkpoint,
+        paths,
+        include=include or ["*"],
+        split=split,
+        heldout=heldout,
+        seed=seed,
+        batch_bytes=batch_bytes,
+        context=context,
+        ngram=ngram,
+        bf16=bf16,
+        device=device,
+    )
+    watch.run_eval(config, as_json=json, color=color)
 
 
 def main() -> None:

@@ -154,15 +154,17 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def linear(in_features: int, out_features: int) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features, bias=False)
-    return init_normal(layer, in_features)
+    """A matrix drawn from a normal of deviation ``in_features^-0.5``, cut at three deviations."""
+    layer, std = nn.Linear(in_features, out_features, bias=False), in_features**-0.5
+    nn.init.trunc_normal_(layer.weight, std=std, a=-3 * std, b=3 * std)
+    return layer
 
 
-def init_normal(module: nn.Linear | nn.Embedding, fan_in: int) -> nn.Module:
-    """Draw the weight from a normal of deviation ``fan_in^-0.5``, cut at three deviations."""
-    std = fan_in**-0.5
-    nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
-    return module
+def embedding(rows: int, dim: int) -> nn.Embedding:
+    """A table drawn from a normal of deviation 0.5: as large as what a layer adds, so that bytes show through."""
+    table = nn.Embedding(rows, dim)
+    nn.init.trunc_normal_(table.weight, std=0.5, a=-1.5, b=1.5)
+    return table
 
 
 class SelfAttention(nn.Module):

@@ -139,7 +139,10 @@ def poisoned_empty() -> Iterator[None]:
     Reaches every allocation that goes through torch's dispatcher, those of compiled kernels included: an output that a
     kernel forgets to write shows. Uses torch's deterministic mode, whose refusals are turned into warnings.
     """
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

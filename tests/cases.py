@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 
 import blt_kernels as bk
+from blt_kernels.reference import block_causal_attention as block_causal_attention_reference
 from blt_kernels.reference import entropy_patch as entropy_patch_reference
-from blt_kernels.testing import document_lengths, offsets_of, real_text, to_tokens
+from blt_kernels.reference import ngram_hash_embed as ngram_hash_embed_reference
+from blt_kernels.reference import patch_cross_attention as patch_cross_attention_reference
+from blt_kernels.reference import patch_pool as patch_pool_reference
+from blt_kernels.reference import patch_unpool as patch_unpool_reference
+from blt_kernels.testing import document_lengths, offsets_of, ragged_layout, real_text, to_tokens
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = (torch.int64,)
@@ -35,6 +40,7 @@ class OpCase:
     differentiable : names of the arguments with gradients
     dtypes : dtypes to test; of ids where there are no floating arguments
     autocast : does autocast cast the floating arguments?
+    sparse : are gradients sparse? gradcheck and tracing take dense ones only
     trace : is the case put through opcheck and torch.compile? One of a function's cases is enough unless options differ
     inductor : is it compiled by inductor too? Takes many seconds
     """
@@ -47,6 +53,7 @@ class OpCase:
     differentiable: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOATS
     autocast: bool = False
+    sparse: bool = False
     trace: bool = True
     inductor: bool = False
 
@@ -204,9 +211,7 @@ def _entropy_patch_cases() -> list[OpCase]:
             ("logits",),
             trace=False,
         ),
-        OpCase(
-            "topk_patch", "entropy_patch", bk.topk_patch, reference.topk_patch_reference, topk_make
-        ),
+        OpCase("topk_patch", "entropy_patch", bk.topk_patch, reference.topk_patch_reference, topk_make),
     ]
     for alphabet in (1, 5, 64, 260, 1031):
         cases.append(
@@ -243,4 +248,200 @@ def _entropy_patch_cases() -> list[OpCase]:
     return cases
 
 
-CASES = _entropy_patch_cases()
+# --- patch_pool, patch_unpool -----------------------------------------------------------------------------------------
+
+
+def make_layout(num_bytes: int, seed: int, kind: str = "") -> bk.PatchLayout:
+    """Ragged patches; "overflow": with too little room; "tail": with bytes beyond the last document."""
+    if kind == "tail":
+        covered = documents(num_bytes * 2 // 3, seed)
+        return bk.PatchLayout.from_cuts(torch.arange(num_bytes) % 4 == seed % 4, covered)
+    room = num_bytes // 12 + 7 if kind == "overflow" else None  # 7: one for each document
+    return ragged_layout(num_bytes, seed, max_patches=room)
+
+
+def make_patch_pool(reduce: str | tuple[str, ...], kind: str = "") -> Make:
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        x = random_normal(num_bytes, 21, dtype=dtype, seed=seed)
+        if dtype != torch.float64:  # many ties, which gradcheck cannot differentiate
+            x = (x * 2).round() / 2
+        return {"x": x, "layout": make_layout(num_bytes, seed, kind), "reduce": reduce}
+
+    return make
+
+
+def make_patch_unpool(ids: str, kind: str = "") -> Make:
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        layout = make_layout(num_bytes, seed, kind)
+        return {"y": random_normal(layout.capacity, 21, dtype=dtype, seed=seed), "layout": layout, "ids": ids}
+
+    return make
+
+
+def _pooling_cases() -> list[OpCase]:
+    pool, unpool = patch_pool_reference.patch_pool_reference, patch_unpool_reference.patch_unpool_reference
+    everything = ("max", "min", "mean", "sum", "first", "last")
+    pools: list[tuple[str, str | tuple[str, ...], str]] = [
+        ("max", "max", ""),
+        ("all", everything, ""),
+        ("tail", everything, "tail"),
+        ("overflow", ("mean", "max"), "overflow"),
+    ]
+    return [
+        *(
+            OpCase(
+                f"patch_pool[{label}]",
+                "patch_pool",
+                bk.patch_pool,
+                pool,
+                make_patch_pool(reduce, kind),
+                ("x",),
+                trace=not kind,
+            )
+            for label, reduce, kind in pools
+        ),
+        *(
+            OpCase(
+                f"patch_unpool[{ids}{' ' if kind else ''}{kind}]",
+                "patch_unpool",
+                bk.patch_unpool,
+                unpool,
+                make_patch_unpool(ids, kind),
+                ("y",),
+                trace=not kind,
+            )
+            for ids, kind in (("patch", ""), ("decode", ""), ("patch", "tail"), ("decode", "overflow"))
+        ),
+    ]
+
+
+# --- ngram_hash_embed -------------------------------------------------------------------------------------------------
+
+
+def make_ngram_hash_embed(*, fused: bool, byte_table: bool, **options: Any) -> Make:
+    sizes, functions = options.get("ngram_sizes", (3, 4, 5, 6, 7, 8)), options.get("num_functions", 1)
+    low, high = options.get("row_range", (0, 53))
+    count, rows = functions * len(sizes), high - low
+
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        tables = random_normal(count * rows, 9, dtype=dtype, seed=seed)
+        return {
+            **make_tokens()(torch.int64, num_bytes, seed),
+            "tables": tables if fused else list(tables.chunk(count)),
+            **({"byte_table": random_normal(260, 9, dtype=dtype, seed=seed + 1)} if byte_table else {}),
+            **options,
+        }
+
+    return make
+
+
+def _ngram_hash_embed_cases() -> list[OpCase]:
+    reference = ngram_hash_embed_reference
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("fused", {"fused": True, "byte_table": True}),
+        ("list", {"fused": False, "byte_table": False, "ngram_sizes": (2, 4), "num_functions": 2}),
+        ("sparse", {"fused": False, "byte_table": True, "grad": "sparse"}),
+        ("shard", {"fused": True, "byte_table": True, "row_range": (10, 40), "vocab": 53, "ngram_sizes": (1, 3)}),
+    ]
+    embeds = [
+        OpCase(
+            f"ngram_hash_embed[{label}]",
+            "ngram_hash_embed",
+            bk.ngram_hash_embed,
+            reference.ngram_hash_embed_reference,
+            make_ngram_hash_embed(**options),
+            ("tables", "byte_table") if options["byte_table"] else ("tables",),
+            sparse=label == "sparse",
+            trace=label != "sparse",
+        )
+        for label, options in kinds
+    ]
+    make = make_tokens(ngram_sizes=(1, 3, 8), num_functions=2, vocab=1009)
+    hashes = OpCase("ngram_hash", "ngram_hash_embed", bk.ngram_hash, reference.ngram_hash_reference, make, dtypes=IDS)
+    return [*embeds, hashes]
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def make_attention(*, keys: bool = False, groups: int = 4, **options: Any) -> Make:
+    """`keys`: documents have other numbers of keys than of queries, and not all of them are used."""
+
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        lengths = document_lengths(num_bytes, seed)
+        more = [n + (5 * b + seed) % 7 - (n > 3) for b, n in enumerate(lengths)]
+        rows = sum(more) if keys else num_bytes
+        used = torch.tensor([n - (b + seed) % 3 if n > 3 else n for b, n in enumerate(more)], dtype=torch.int32)
+        return {
+            "q": random_normal(num_bytes, 4, 10, dtype=dtype, seed=seed),
+            "k": random_normal(rows, groups, 10, dtype=dtype, seed=seed + 1),
+            "v": random_normal(rows, groups, 10, dtype=dtype, seed=seed + 2),
+            "cu_seqlens_q": offsets_of(lengths),
+            **({"cu_seqlens_k": offsets_of(more), "seqused_k": used} if keys else {}),
+            **options,
+        }
+
+    return make
+
+
+def make_cross_attention(direction: str, kind: str = "", **options: Any) -> Make:
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        layout = make_layout(num_bytes, seed, kind)
+        on_patches, on_bytes = layout.capacity * 2, num_bytes
+        queries, keys = (on_patches, on_bytes) if direction == "encode" else (on_bytes, on_patches)
+        return {
+            "q": random_normal(queries, 3, 10, dtype=dtype, seed=seed),
+            "k": random_normal(keys, 3, 10, dtype=dtype, seed=seed + 1),
+            "v": random_normal(keys, 3, 10, dtype=dtype, seed=seed + 2),
+            "layout": layout,
+            "direction": direction,
+            "queries_per_patch": 2,
+            **options,
+        }
+
+    return make
+
+
+def _attention_cases() -> list[OpCase]:
+    causal, cross = block_causal_attention_reference, patch_cross_attention_reference
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("causal", {"return_lse": True}),
+        ("window", {"window": 5, "groups": 2}),
+        ("both sides", {"window": 4, "causal": False, "scale": 0.5, "groups": 1}),
+        ("keys", {"keys": True, "groups": 2, "window": 9, "return_lse": True}),
+    ]
+    cross_kinds: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("encode", "encode", "", {}),
+        ("decode", "decode", "", {}),
+        ("encode window", "encode", "tail", {"window": 3}),
+        ("decode window", "decode", "overflow", {"window": 3, "scale": 0.5}),
+    ]
+    return [
+        *(
+            OpCase(
+                f"block_causal_attention[{label}]",
+                "block_causal_attention",
+                bk.block_causal_attention,
+                causal.block_causal_attention_reference,
+                make_attention(**options),
+                ("q", "k", "v"),
+                autocast=True,
+            )
+            for label, options in kinds
+        ),
+        *(
+            OpCase(
+                f"patch_cross_attention[{label}]",
+                "patch_cross_attention",
+                bk.patch_cross_attention,
+                cross.patch_cross_attention_reference,
+                make_cross_attention(direction, kind, **options),
+                ("q", "k", "v"),
+                autocast=True,
+            )
+            for label, direction, kind, options in cross_kinds
+        ),
+    ]
+
+
+CASES = [*_entropy_patch_cases(), *_pooling_cases(), *_ngram_hash_embed_cases(), *_attention_cases()]

@@ -24,7 +24,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _same_threads_for_every_test() -> Iterator[None]:
-    threads = torch.get_num_threads()
+def _one_thread() -> Iterator[None]:
+    """Tests are small, and may run beside each other: more threads only wait. Those that ask for more get them."""
+    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)

@@ -119,8 +119,8 @@ def test_override_that_the_machine_cannot_run():
 def test_override_that_was_not_built(bare_package):
     isa = _load.runnable()[-1]
     message = failure(python("-c", SAY_ISA, cwd=bare_package, BLT_KERNELS_ISA=isa))
-    expected = bare_package / f"blt_kernels/_C_{isa}.abi3.so"
-    assert message == f"ImportError: BLT_KERNELS_ISA={isa}: was not built, expected {expected}; what can be loaded: none"
+    path = bare_package / f"blt_kernels/_C_{isa}.abi3.so"
+    assert message == f"ImportError: BLT_KERNELS_ISA={isa}: was not built, expected {path}; what can be loaded: none"
 
 
 def test_without_a_module_the_package_runs_on_its_references(bare_package):

@@ -5,6 +5,7 @@ An op is judged against its reference: `eager` is the reference in the dtype of 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blt_kernels.testing import assert_close, assert_equal, poisoned_empty
 
-SIZES = (0, 1, 2, 3, 19, 300)
+SIZES = (0, 1, 2, 3, 19, 260)
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 TRACE_CASES = pytest.mark.parametrize("case", [c for c in CASES if c.trace], ids=lambda case: case.name)
 GRAD_CASES = pytest.mark.parametrize("case", [c for c in CASES if c.differentiable], ids=lambda case: case.name)
+DENSE_CASES = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.differentiable and not c.sparse], ids=lambda case: case.name
+)
 
 
 # --- means ------------------------------------------------------------------------------------------------------------
@@ -51,7 +55,7 @@ def with_grad(case: OpCase, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(case: OpCase, function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, list[Tensor | None]]:
+def run(case: OpCase, function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, list[Tensor]]:
     """Outputs of `function`, and the gradients of its differentiable arguments for fixed cotangents."""
     arguments = with_grad(case, arguments)
     out = function(**arguments)
@@ -61,12 +65,15 @@ def run(case: OpCase, function: Callable[..., Any], arguments: dict[str, Any]) -
     generator = torch.Generator().manual_seed(0)
     # Powers of two and their negatives: exact in every dtype, so that all runs see the same cotangents.
     cotangents = [
-        (2.0 ** torch.randint(-2, 3, x.shape, generator=generator) * (1 - 2 * torch.randint(2, x.shape, generator=generator)))
-        .to(x.device, x.dtype)
+        (
+            2.0 ** torch.randint(-2, 3, x.shape, generator=generator)
+            * (1 - 2 * torch.randint(2, x.shape, generator=generator))
+        ).to(x.device, x.dtype)
         for x in results
     ]
     leaves = tensors_of({name: arguments[name] for name in case.differentiable})
-    return map_tensors(Tensor.detach, out), list(torch.autograd.grad(results, leaves, cotangents))
+    grads = torch.autograd.grad(results, leaves, cotangents)
+    return map_tensors(Tensor.detach, out), [g.to_dense() if g.is_sparse else g for g in grads]
 
 
 def check(case: OpCase, batch: list[dict[str, Any]], function: Callable[..., Any] | None = None) -> None:
@@ -95,15 +102,17 @@ def check(case: OpCase, batch: list[dict[str, Any]], function: Callable[..., Any
 def plain(case: OpCase, arguments: dict[str, Any]) -> tuple[Any, list[Tensor]]:
     """What the reference gives in the dtype of the arguments.
 
-    In fp64 that is the truth itself, whose error nobody knows. It is taken to be that of fp32 scaled down, and half as
-    much again, because op and truth both have it.
+    In fp64 that is the truth itself, whose error nobody knows. It is taken to be that of fp32 scaled down, four times
+    over, because op and truth both err and one sample says little about the tails. fp64 is there for gradcheck.
     """
     if not any(x.dtype == torch.float64 for x in floats_of(arguments)):
         return run(case, case.reference, arguments)
-    scale = 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    scale = 4 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     rounded = cast(arguments, torch.float32)
     truth, rough, exact = (run(case, case.reference, x) for x in (arguments, rounded, cast(rounded, torch.float64)))
-    return pytree.tree_map(lambda t, r, e: t + (r.double() - e) * scale if t.is_floating_point() else t, truth, rough, exact)
+    return pytree.tree_map(
+        lambda t, r, e: t + (r.double() - e) * scale if t.is_floating_point() else t, truth, rough, exact
+    )
 
 
 def strided(tree: Any, kind: str) -> Any:
@@ -171,10 +180,7 @@ def test_op_against_reference(case: OpCase, device: str) -> None:
 @pytest.mark.parametrize("kind", ["permuted", "offset", "expanded"])
 def test_strides(case: OpCase, kind: str, device: str) -> None:
     arguments = make(case, device, 150, 5)
-    other = strided(arguments, kind)
-    check(case, [arguments, other])
-    if kind != "expanded":
-        assert_equal(run(case, case.function, other)[0], run(case, case.function, arguments)[0])
+    check(case, [arguments, strided(arguments, kind)])
 
 
 @EVERY_CASE
@@ -222,7 +228,7 @@ def test_arguments_are_not_written(case: OpCase, device: str) -> None:
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-@GRAD_CASES
+@DENSE_CASES
 def test_gradcheck(case: OpCase, device: str) -> None:
     arguments = with_grad(case, make(case, device, 12, 10, torch.float64))
     leaves, spec = pytree.tree_flatten({name: arguments[name] for name in case.differentiable})
@@ -298,7 +304,10 @@ def test_autocast(case: OpCase, device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         actual, grads = run(case, case.function, arguments)
         # A model under autocast meets both: parameters in fp32, activations in bf16.
-        mixed = {name: cast(x, torch.bfloat16) if i == 0 and case.autocast else x for i, (name, x) in enumerate(arguments.items())}
+        mixed = {
+            name: cast(x, torch.bfloat16) if i == 0 and case.autocast else x
+            for i, (name, x) in enumerate(arguments.items())
+        }
         from_mixed, _ = run(case, case.function, mixed)
     assert_equal(actual, expected)
     assert_equal(from_mixed, expected)
@@ -331,34 +340,39 @@ def test_cuda_graph(case: OpCase) -> None:
 
 
 def bad_offsets(good: Tensor) -> dict[str, Tensor]:
-    total = int(good[-1])
     swapped = good.clone()
     swapped[1:-1] = good[1:-1].flip(0)
     return {
         "negative": good - 1,
         "beyond the data": good + torch.arange(good.numel(), dtype=good.dtype),
-        "far beyond the data": torch.where(good == total, 2**31 - 1, good).to(good.dtype),
+        "far beyond the data": torch.where(good == good[-1], 2**31 - 1, good).to(good.dtype),
         "falling": swapped,
         "not from 0": torch.cat([good[:1] + 1, good[1:]]),
     }
 
 
+def bad_indices(good: Tensor) -> dict[str, Tensor]:
+    return {"low": torch.full_like(good, -(2**31)), "high": torch.full_like(good, 2**31 - 1), "turned": good.flip(0)}
+
+
 @EVERY_CASE
-def test_bad_offsets_reach_no_memory(case: OpCase) -> None:
-    """A raw operator may be called with offsets that no public function lets through."""
+def test_bad_indices_reach_no_memory(case: OpCase) -> None:
+    """A raw operator may be called with indices that no public function lets through. It must not crash.
+
+    Compiled kernels must name bad document offsets, which everything else is bounded by.
+    """
     arguments = make(case, "cpu", 120, 20)
     for operator, args in raw_calls(case, arguments):
-        names = [a.name for a in operator._schema.arguments]
-        for position, name in enumerate(names):
-            if not name.startswith("cu_seqlens") or args[position] is None:
+        for position, good in enumerate(args):
+            name = operator._schema.arguments[position].name
+            if not isinstance(good, Tensor) or good.is_floating_point():
                 continue
-            for what, bad in bad_offsets(args[position]).items():
+            offsets = name.startswith("cu_seqlens")
+            for bad in (bad_offsets if offsets else bad_indices)(good).values():
                 call = (*args[:position], bad, *args[position + 1 :])
-                if has_cpu_kernel(operator):
+                if offsets and has_cpu_kernel(operator):
                     with pytest.raises(RuntimeError, match=name):
                         operator(*call)
-                    continue
-                try:  # the reference: any Python error will do, a crash of the interpreter will not
-                    operator(*call)
-                except (RuntimeError, IndexError, ValueError):
-                    assert what
+                else:
+                    with contextlib.suppress(RuntimeError, IndexError, ValueError):
+                        operator(*call)

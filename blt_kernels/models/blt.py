@@ -1,3 +1,277 @@
-from blt_kernels.nn import ByteModel
-class BLT(ByteModel): pass
-class BLTConfig: pass
+"""BLT, the byte latent transformer (arXiv 2412.09871): bytes to patches, a transformer over patches, and back to bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from blt_kernels.layout import PatchLayout
+from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig
+from blt_kernels.nn import (
+    ALPHABET,
+    EOS,
+    ByteModel,
+    CrossAttention,
+    TransformerConfig,
+    TransformerLayer,
+    attention_documents,
+    embedding,
+    linear,
+    load_ops,
+    rotary_table,
+    row_positions,
+)
+from blt_kernels.ops import _common
+
+SCHEMES = ("entropy", "space", "static", "byte")
+
+
+@dataclass(frozen=True)
+class BLTConfig:
+    """The defaults are the released 1B model, which has 4.5B parameters more in its hash tables.
+
+    `encoder` and `decoder` work on bytes and share their width, `global_transformer` on patches. A patch is
+    `queries_per_patch` vectors of the local width. `patching` is "entropy" (by `patcher`, with the rules of
+    `blt_kernels.patch_starts`), "space", "static" (every `patch_size` bytes) or "byte"; `patcher` may be None where
+    another scheme or the caller's layouts are used. With `split_documents`, attention also stops after every EOS inside a
+    row, and the global one after the patch that holds it, as in facebookresearch/blt; without it, as in transformers,
+    rows are taken as they are.
+    """
+
+    encoder: TransformerConfig = TransformerConfig(1024, 1, 16, window=512)
+    global_transformer: TransformerConfig = TransformerConfig(2048, 25, 16)
+    decoder: TransformerConfig = TransformerConfig(1024, 9, 16, window=512)
+    patcher: ByteLMConfig | None = ByteLMConfig()
+    vocab_size: int = ALPHABET
+    queries_per_patch: int = 2
+    ngram_sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
+    ngram_vocab: int = 500002
+    num_functions: int = 1
+    cross_attn_all_layers_encoder: bool = False
+    cross_attn_all_layers_decoder: bool = True
+    patching: str = "entropy"
+    patch_size: int = 4
+    threshold: float = 1.335442066192627
+    threshold_add: float | None = None
+    monotonic: bool = False
+    max_patch_length: int | None = None
+    split_documents: bool = False
+
+    def __post_init__(self) -> None:
+        _common.check_choice("patching", self.patching, SCHEMES)
+        if self.encoder.dim != self.decoder.dim:
+            raise ValueError(f"decoder.dim: expected encoder.dim = {self.encoder.dim}, got {self.decoder.dim}")
+
+    @staticmethod
+    def small() -> BLTConfig:
+        """7.8M parameters without the patcher, 3.1M of them in hash tables: trains on a laptop."""
+        return BLTConfig(
+            encoder=TransformerConfig(128, 1, 2, window=128),
+            global_transformer=TransformerConfig(256, 4, 4, window=256),
+            decoder=TransformerConfig(128, 2, 2, window=128),
+            patcher=ByteLMConfig.small(),
+            ngram_vocab=4096,
+        )
+
+
+class LocalEncoder(nn.Module):
+    """Bytes to patches: layers over bytes, max pooling, then cross attention from the patches to their own bytes."""
+
+    def __init__(self, config: BLTConfig, ops: SimpleNamespace) -> None:
+        super().__init__()
+        layer, queries = config.encoder, config.queries_per_patch
+        self.patch_pool, self.queries_per_patch = ops.patch_pool, queries
+        self.all_layers = config.cross_attn_all_layers_encoder
+        self.embed_tokens = embedding(config.vocab_size, layer.dim)
+        self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
+        self.patch_embedding_projection = linear(layer.dim, queries * layer.dim)
+        self.cross_attn_layers = nn.ModuleList(
+            CrossAttention(layer, ops, "encode", queries) for _ in range(layer.num_layers if self.all_layers else 1)
+        )
+
+    def forward(self, x: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
+        """Bytes ``[T, D]`` after the layers, and patches ``[C, K * D]``."""
+        patches = None
+        for i, layer in enumerate(self.layers):
+            x = layer(x, table, documents)
+            if self.all_layers or i == len(self.layers) - 1:
+                if patches is None:
+                    pooled = self.patch_pool(x, layout, "max")
+                    patches = self.patch_embedding_projection(pooled).view(-1, x.shape[-1])  # [C * K, D]
+                cross = self.cross_attn_layers[i if self.all_layers else 0]
+                # The residual twice: the released models were trained so.
+                patches = 2 * patches + cross(patches, x, layout)
+        assert patches is not None  # there is at least one layer
+        return x, patches.unflatten(0, (-1, self.queries_per_patch)).flatten(1)
+
+
+class GlobalTransformer(nn.Module):
+    """Layers over patches."""
+
+    def __init__(self, config: BLTConfig, ops: SimpleNamespace) -> None:
+        super().__init__()
+        layer, width = config.global_transformer, config.queries_per_patch * config.encoder.dim
+        self.token_embedding_projection = nn.Identity() if width == layer.dim else linear(width, layer.dim)
+        self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
+
+    def forward(self, patches: Tensor, table: Tensor, documents: Tensor) -> Tensor:
+        x = self.token_embedding_projection(patches)
+        for layer in self.layers:
+            x = layer(x, table, documents)
+        return x
+
+
+class LocalDecoder(nn.Module):
+    """Patches back to bytes: before each layer, or the first, every byte reads the last patch that closed before it."""
+
+    def __init__(self, config: BLTConfig, ops: SimpleNamespace) -> None:
+        super().__init__()
+        layer, queries = config.decoder, config.queries_per_patch
+        count = layer.num_layers if config.cross_attn_all_layers_decoder else 1
+        self.patch_embedding_projection = linear(config.global_transformer.dim, queries * layer.dim)
+        self.cross_attn_layers = nn.ModuleList(CrossAttention(layer, ops, "decode", queries) for _ in range(count))
+        self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
+        self.norm = nn.RMSNorm(layer.dim, layer.norm_eps)
+
+    def forward(self, x: Tensor, patches: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout) -> Tensor:
+        vectors = self.patch_embedding_projection(patches).view(-1, x.shape[-1])  # [C * K, D]
+        for i, layer in enumerate(self.layers):
+            if i < len(self.cross_attn_layers):
+                x = 2 * x + self.cross_attn_layers[i](x, vectors, layout)
+            x = layer(x, table, documents)
+        return self.norm(x)
+
+
+class BLT(ByteModel):
+    """Byte latent transformer.
+
+    Parameters
+    ----------
+    config : BLTConfig
+    ops : "fused" or "reference"
+        The public ops, or their plain PyTorch specification.
+
+    Notes
+    -----
+    Parameters are named as in transformers' ``BltForCausalLM``, without its prefix ``model.``. The patcher is part of
+    the model and of its files, and is not trained.
+    """
+
+    config_class = BLTConfig
+
+    def __init__(self, config: BLTConfig, ops: str = "fused") -> None:
+        super().__init__()
+        self.config, self.ops = config, load_ops(ops)
+        tables = config.num_functions * len(config.ngram_sizes)
+        self.encoder_hash_tok_embedding = embedding(tables * config.ngram_vocab, config.encoder.dim)
+        self.local_encoder = LocalEncoder(config, self.ops)
+        self.global_transformer = GlobalTransformer(config, self.ops)
+        self.local_decoder = LocalDecoder(config, self.ops)
+        self.lm_head = linear(config.decoder.dim, config.vocab_size)
+        self.patcher = None if config.patcher is None else ByteLM(config.patcher, ops).requires_grad_(False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        layout: PatchLayout | None = None,
+        max_patches: int | None = None,
+    ) -> Tensor:
+        """Logits of the next byte.
+
+        Parameters
+        ----------
+        tokens : int32 or int64 ``[T]`` or ``[B, S]``
+            Ids: byte + 4.
+        cu_seqlens : int32 or int64 ``[R+1]``, optional
+            Rows of packed tokens; one row if None.
+        layout : PatchLayout, optional
+            Patches of these rows; those of `patch` if None.
+        max_patches : int, optional
+            As in `patch`.
+
+        Returns
+        -------
+        ``[*tokens.shape, vocab_size]``
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has the wrong type, dtype, shape or value; the message names it.
+        """
+        _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
+        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        if layout is None:
+            layout = self.patch(ids, rows, max_patches=max_patches)
+        elif (layout.num_bytes, layout.num_documents) != (ids.shape[0], rows.shape[0] - 1):
+            shape = f"{ids.shape[0]} bytes in {rows.shape[0] - 1} rows"
+            raise ValueError(f"layout: expected {shape}, got {layout.num_bytes} in {layout.num_documents}")
+        config, encoder = self.config, self.local_encoder
+        documents, patch_documents = self._documents(ids, rows, layout)
+
+        x = self.ops.ngram_hash_embed(
+            ids,
+            self.encoder_hash_tok_embedding.weight,
+            encoder.embed_tokens.weight,
+            rows,
+            ngram_sizes=config.ngram_sizes,
+            num_functions=config.num_functions,
+        )
+        positions = row_positions(rows, ids.shape[0])
+        x, patches = encoder(x, rotary_table(positions, config.encoder, x.dtype), documents, layout)
+        positions_of_patches = row_positions(layout.cu_patches, layout.capacity)
+        table = rotary_table(positions_of_patches, config.global_transformer, x.dtype)
+        patches = self.global_transformer(patches, table, patch_documents)
+        x = self.local_decoder(x, patches, rotary_table(positions, config.decoder, x.dtype), documents, layout)
+        return self.lm_head(x).view(*tokens.shape, self.config.vocab_size)
+
+    @torch.no_grad()
+    def patch(self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None) -> PatchLayout:
+        """Patches of `tokens` by the scheme of the configuration.
+
+        Their capacity is `max_patches`. If that is None, it is T, and on the CPU as many as there are patches.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has the wrong type, dtype, shape or value, or the scheme needs a patcher and there is none.
+        """
+        _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
+        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        config = self.config
+        if config.patching == "entropy":
+            if self.patcher is None:
+                raise ValueError("layout: expected a PatchLayout, since entropy patching has no patcher; got None")
+            _, layout = self.patcher.patch(
+                ids,
+                rows,
+                threshold=config.threshold,
+                threshold_add=config.threshold_add,
+                monotonic=config.monotonic,
+                max_patch_length=config.max_patch_length,
+                max_patches=max_patches,
+            )
+        elif config.patching == "space":
+            layout = self.ops.space_patch(ids, rows, max_patches=max_patches)
+        else:
+            size = config.patch_size if config.patching == "static" else 1
+            layout = self.ops.static_patch(rows, size=size, num_bytes=ids.shape[0], max_patches=max_patches)
+        if max_patches is None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            layout = layout.compact()
+        return layout
+
+    def _documents(self, ids: Tensor, rows: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
+        """Offsets of the documents that attention stays within: of bytes, and of patches."""
+        if not self.config.split_documents:
+            return rows, layout.cu_patches
+        ends = ids == EOS
+        slot = torch.where(ends, layout.patch_ids, -1) + 1
+        patch_ends = torch.zeros(layout.capacity + 1, dtype=torch.int32, device=ids.device).index_add(0, slot, ends.int())
+        return (
+            attention_documents(ends.roll(1), rows),
+            attention_documents((patch_ends[1:] > 0).roll(1), layout.cu_patches),
+        )

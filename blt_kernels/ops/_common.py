@@ -30,9 +30,13 @@ def check_tensor(name: str, value: object, dims: int | Sequence[int], dtypes: Se
 
 
 def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:
-    """Raise ValueError unless `value` has the `expected` shape (None is any size); `meaning` explains it."""
+    """Raise ValueError unless `value` has the `expected` shape (None is any size).
+
+    `meaning` names the dimensions. It holds no sizes: formatting a symbolic one would fix it for `torch.compile`.
+    """
     if value.dim() != len(expected) or any(e is not None and s != e for s, e in zip(value.shape, expected, strict=True)):
-        raise ValueError(f"{name}: expected shape {meaning}, got {list(value.shape)}")
+        sizes = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name}: expected shape {meaning} = [{sizes}], got {list(value.shape)}")
 
 
 def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
@@ -44,9 +48,11 @@ def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtyp
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is an int or a float."""
+    """Raise unless `value` is an int or a float, and not NaN."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
+    if value != value:
+        raise ValueError(f"{name}: expected a number, got {value!r}")
 
 
 def check_int(name: str, value: object, minimum: int) -> None:
@@ -80,7 +86,7 @@ def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.devic
         if values[0] != 0 or falls or values[-1] > total:
             shown = values if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ending in {values[-1]}"
             raise ValueError(f"{name}: expected offsets that start at 0, never fall and end at most at {total}, got {shown}")
-    return offsets.to(torch.int32)
+    return offsets.to(torch.int32).contiguous()
 
 
 def pack(name: str, data: Tensor, cu_seqlens: Tensor | None, trailing: int) -> tuple[Tensor, Tensor]:

@@ -68,8 +68,8 @@ def block_causal_attention(
 
     Notes
     -----
-    Under autocast q, k and v are cast to the autocast dtype, as in `F.scaled_dot_product_attention`. Queries are aligned
-    with the last keys as in flash attention 2.1 and later, so that a cache of m keys and n new bytes needs no offsets.
+    Under autocast q, k and v are cast to the autocast dtype, as in `F.scaled_dot_product_attention`. The last query is
+    aligned with the last key as in flash attention 2.1 and later: n new bytes and a cache of m keys need no more.
     """
     _common.check_tensor("q", q, (3, 4), _common.FLOATS)
     dims = q.dim()
@@ -77,10 +77,12 @@ def block_causal_attention(
         _common.check_tensor(name, x, dims, _common.FLOATS)
         _common.check_same(name, x, "q", q, dtype=not torch.is_autocast_enabled(q.device.type))
     heads, width = q.shape[-2:]
-    _common.check_shape("k", k, (None,) * (dims - 1) + (width,), f"[..., G, E = {width}] with the E of q")
-    _common.check_shape("v", v, k.shape, f"{list(k.shape)} of k")
-    if width < 1:
-        raise ValueError(f"q: expected a head width E of at least 1, got shape {list(q.shape)}")
+    if k.shape[-1] != width:
+        raise ValueError(f"k: expected the head width E = {width} of q, got shape {list(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected shape {list(k.shape)} of k, got {list(v.shape)}")
+    if heads < 1 or width < 1:
+        raise ValueError(f"q: expected at least one head, of a width of at least 1, got shape {list(q.shape)}")
     if k.shape[-2] < 1 or heads % k.shape[-2]:
         raise ValueError(f"k: expected a number of heads G that divides H = {heads}, got {k.shape[-2]}")
     if window is not None:
@@ -90,20 +92,28 @@ def block_causal_attention(
     if scale is not None:
         _common.check_number("scale", scale)
 
-    if cu_seqlens_k is not None and (dims == 4 or cu_seqlens_q is None):
-        reason = f"q is padded with shape {list(q.shape)}" if dims == 4 else "cu_seqlens_q is None"
-        raise ValueError(f"cu_seqlens_k: expected None, since {reason}")
-    packed_q, offsets_q = _common.pack("q", q, cu_seqlens_q, trailing=2)
-    packed_k, packed_v = (x.flatten(0, 1) if dims == 4 else x for x in (k, v))
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if dims == 4 and offsets is not None:
+            raise ValueError(f"{name}: expected None, since q is padded with shape {list(q.shape)}")
+    if cu_seqlens_q is None and cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_k: expected None, since cu_seqlens_q is None")
+    packed_q, packed_k, packed_v = (x.flatten(0, 1) if dims == 4 else x for x in (q, k, v))
+    if cu_seqlens_q is None:
+        _, offsets_q = _common.pack("q", q, None, trailing=2)
+    else:
+        offsets_q = _common.check_offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], device=q.device)
     offsets_k = None
     if dims == 4:
-        _common.check_shape("k", k, (q.shape[0], None, None, None), f"[B = {q.shape[0]} of q, Sk, G, E]")
+        if k.shape[0] != q.shape[0]:
+            raise ValueError(f"k: expected the B = {q.shape[0]} documents of q, got shape {list(k.shape)}")
         if k.shape[1] != q.shape[1]:
             _, offsets_k = _common.pack("k", k, None, trailing=2)
     elif cu_seqlens_k is not None:
         offsets_k = _common.check_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], device=q.device)
-        count = offsets_q.shape[0]
-        _common.check_shape("cu_seqlens_k", offsets_k, (count,), f"[B + 1 = {count}] of cu_seqlens_q")
+        if offsets_k.shape != offsets_q.shape:
+            raise ValueError(
+                f"cu_seqlens_k: expected {offsets_q.shape[0]} entries, as cu_seqlens_q has, got {offsets_k.shape[0]}"
+            )
     elif k.shape[0] != q.shape[0]:
         raise ValueError(f"cu_seqlens_k: expected offsets, since q has {q.shape[0]} rows and k {k.shape[0]}; got None")
     if seqused_k is not None:
@@ -129,22 +139,19 @@ def _check_seqused(seqused_k: Tensor, offsets_k: Tensor) -> Tensor:
     documents = offsets_k.shape[0] - 1
     _common.check_tensor("seqused_k", seqused_k, 1, _common.INTS)
     _common.check_same("seqused_k", seqused_k, "the data", offsets_k, dtype=False)
-    _common.check_shape("seqused_k", seqused_k, (documents,), f"[B = {documents}]")
+    if seqused_k.shape[0] != documents:
+        raise ValueError(f"seqused_k: expected one entry for each of {documents} documents, got {seqused_k.shape[0]}")
     if seqused_k.device.type == "cpu" and not torch.compiler.is_compiling() and type(seqused_k) is Tensor:
         used, lengths = seqused_k.tolist(), offsets_k.diff().tolist()
         for document, (n, length) in enumerate(zip(used, lengths, strict=True)):
             if not 0 <= n <= length:
-                raise ValueError(
-                    f"seqused_k: expected 0 to {length} keys, the length of document {document}, got {n}"
-                )
-    return seqused_k.to(torch.int32)
+                raise ValueError(f"seqused_k: expected 0 to {length} keys, the length of document {document}, got {n}")
+    return seqused_k.to(torch.int32).contiguous()
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 
-_ARGUMENTS = (
-    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? window, bool causal, float? scale, Tensor? seqused_k"
-)
+_ARGUMENTS = "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? window, bool causal, float? scale, Tensor? seqused_k"
 
 _common.define(
     "block_causal_attention_fwd",

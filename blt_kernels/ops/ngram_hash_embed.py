@@ -46,12 +46,12 @@ def ngram_hash_embed(
         As in `ngram_hash`.
     grad : str
         Gradient of the tables and of `byte_table`: "dense", or "sparse" as from ``nn.Embedding(sparse=True)``, but
-        coalesced: every row that was read once, in rising order. Sparse gradients wait for the device, since their size
-        depends on the data, and are for eager code: `torch.compile` does not trace sparse tensors.
+        coalesced: every row that was read, once, in rising order. Sparse gradients wait for the device, since their
+        size depends on the data.
     row_range : (int, int), optional
-        Shard the tables by rows: `tables` hold only the rows ``lo <= row < hi`` of tables of `vocab` rows, V is
-        ``hi - lo``, and n-grams that hash to other rows add nothing. The sum over shards that cover ``[0, vocab)`` once is
-        the whole embedding: `byte_table`, of which every shard has a copy, is added by the shard with ``lo == 0`` only.
+        Shard the tables by rows: each holds only the rows ``lo <= row < hi`` of a table of `vocab` rows, V is
+        ``hi - lo``, and n-grams that hash to other rows add nothing. The sum over shards that cover ``[0, vocab)`` once
+        is the whole embedding: every shard is given `byte_table`, but only the one with ``lo == 0`` adds it.
     vocab : int, optional
         What hashes are taken modulo: V if None. Needed with `row_range`.
 
@@ -63,12 +63,13 @@ def ngram_hash_embed(
     Raises
     ------
     TypeError, ValueError
-        An argument has the wrong type, dtype, device, shape or value; the message names it. An id outside `byte_table` is
-        found where looking costs nothing, in eager code on the CPU; elsewhere such a byte has no byte embedding.
+        An argument has the wrong type, dtype, device, shape or value; the message names it. An id outside `byte_table`
+        is found where looking costs nothing, in eager code on the CPU; elsewhere such a byte has no byte embedding.
 
     Notes
     -----
-    The BLT paper (arXiv 2412.09871), section 3.2.1. Tables are not divided by their number, as in the released models.
+    The BLT paper (arXiv 2412.09871), section 3.2.1. The sum is not divided by the number of terms, as in
+    facebookresearch/blt.
     """
     sizes = _check_hash(tokens, ngram_sizes, num_functions)
     _common.check_choice("grad", grad, ("dense", "sparse"))
@@ -82,7 +83,10 @@ def ngram_hash_embed(
     if byte_table is not None:
         _common.check_tensor("byte_table", byte_table, 2, _common.FLOATS)
         _common.check_same("byte_table", byte_table, "tables", table_list[0])
-        _common.check_shape("byte_table", byte_table, (None, width), f"[A, D = {width}]")
+        if byte_table.shape[1] != width:
+            raise ValueError(
+                f"byte_table: expected the width D = {width} of tables, got shape {list(byte_table.shape)}"
+            )
         _check_ids(packed, offsets, byte_table.shape[0])
     out = torch.ops.blt_kernels.ngram_hash_embed_fwd(
         packed,
@@ -108,8 +112,8 @@ def ngram_hash(
 ) -> Tensor:
     """Hash the n-grams that end at each byte: the rows that `ngram_hash_embed` reads.
 
-    ``sum_j window[j] * prime**j mod vocab`` in wrapping int64, where the window is the last n ids of the document up to and
-    with byte i, ids of 0 before the document's start, and j = 0 is the oldest.
+    ``sum_j window[j] * prime**j mod vocab`` in wrapping int64, where the window is the n ids of the document that end
+    at byte i, with ids of 0 before the document's start, and j = 0 is the oldest.
 
     Parameters
     ----------
@@ -137,7 +141,7 @@ def ngram_hash(
     _common.check_int("vocab", vocab, 1)
     packed, offsets = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
     hashes = torch.ops.blt_kernels.ngram_hash_fwd(packed, offsets, sizes, num_functions, vocab)
-    return hashes.view(-1, *tokens.shape)
+    return hashes.view(hashes.shape[0], *tokens.shape)
 
 
 def _check_hash(tokens: Tensor, ngram_sizes: Sequence[int], num_functions: int) -> list[int]:
@@ -159,13 +163,17 @@ def _check_tables(tables: Tensor | Sequence[Tensor], count: int, tokens: Tensor)
         raise TypeError(f"tables: expected a tensor or a sequence of tensors, got {type(tables).__name__}")
     table_list = [tables] if isinstance(tables, Tensor) else list(tables)
     if not fused and len(table_list) != count:
-        raise ValueError(f"tables: expected N = num_functions * len(ngram_sizes) = {count} tensors, got {len(table_list)}")
+        meaning = "N = num_functions * len(ngram_sizes)"
+        raise ValueError(f"tables: expected {meaning} = {count} tensors, got {len(table_list)}")
     for i, table in enumerate(table_list):
         name = "tables" if fused else f"tables[{i}]"
         _common.check_tensor(name, table, 2, _common.FLOATS)
         _common.check_same(name, table, "tokens", tokens, dtype=False)
         _common.check_same(name, table, "tables[0]", table_list[0])
-        _common.check_shape(name, table, table_list[0].shape, f"{list(table_list[0].shape)} of tables[0]")
+        if table.shape != table_list[0].shape:
+            raise ValueError(
+                f"{name}: expected shape {list(table_list[0].shape)} of tables[0], got {list(table.shape)}"
+            )
     rows = table_list[0].shape[0]
     if fused and rows % count:
         raise ValueError(f"tables: expected a multiple of N = {count} rows, got shape {list(table_list[0].shape)}")
@@ -206,11 +214,14 @@ def _check_ids(tokens: Tensor, cu_seqlens: Tensor, alphabet: int) -> None:
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
-# tables is one fused tensor or a list of N; row_range is (0, vocab) if None. In backward `fused` says which of the two
-# tables is, and `alphabet` is the number of rows of byte_table, None if it needs no gradient; if it does, it comes last.
+# `tables` is a list of N, or of the fused one alone; row_range is (0, vocab) if None. In backward `fused` says which of
+# the two, and `alphabet` is the number of rows of byte_table if it needs a gradient too, which comes last; else None.
 
 _HASH = "int[] ngram_sizes, int num_functions"
-_BACKWARD = f"Tensor grad_out, Tensor tokens, Tensor cu_seqlens, {_HASH}, int[]? row_range, SymInt vocab, bool fused, SymInt? alphabet"
+_BACKWARD = (
+    f"Tensor grad_out, Tensor tokens, Tensor cu_seqlens, {_HASH},"
+    " int[]? row_range, SymInt vocab, bool fused, SymInt? alphabet"
+)
 
 _common.define(
     "ngram_hash_fwd",
@@ -223,9 +234,7 @@ _common.define(
     " SymInt vocab) -> Tensor out",
     reference.ngram_hash_embed_fwd_reference,
 )
-_common.define(
-    "ngram_hash_embed_bwd", f"({_BACKWARD}) -> Tensor[] grads", reference.ngram_hash_embed_bwd_reference
-)
+_common.define("ngram_hash_embed_bwd", f"({_BACKWARD}) -> Tensor[] grads", reference.ngram_hash_embed_bwd_reference)
 _common.define(
     "ngram_hash_embed_sparse_bwd",
     f"({_BACKWARD}) -> (Tensor[] rows, Tensor[] values)",
@@ -265,7 +274,8 @@ def _(grad_out: Tensor, tokens: Tensor, cu_seqlens: Tensor, *arguments: Any) -> 
 @torch.library.register_fake("blt_kernels::ngram_hash_embed_sparse_bwd")
 def _(grad_out: Tensor, tokens: Tensor, cu_seqlens: Tensor, *arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     read = [torch.library.get_ctx().new_dynamic_size() for _ in _table_sizes(*arguments)]
-    return [tokens.new_empty(n, dtype=torch.int64) for n in read], [grad_out.new_empty(n, grad_out.shape[1]) for n in read]
+    rows = [tokens.new_empty(n, dtype=torch.int64) for n in read]
+    return rows, [grad_out.new_empty(n, grad_out.shape[1]) for n in read]
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def patch_cross_attention(
     Returns
     -------
     dtype and shape of `q`
-        0 for an empty patch, and for a byte that has no patch to read (id -1); they send no gradient either. Accumulated
-        in fp32 (fp64 for fp64 inputs).
+        0 for an empty patch, and for a byte that has no patch to read (id -1); they send no gradient either.
+        Accumulated in fp32 (fp64 for fp64 inputs).
 
     Raises
     ------
@@ -65,8 +65,8 @@ def patch_cross_attention(
 
     Notes
     -----
-    The BLT paper (arXiv 2412.09871), sections 3.2.2 and 3.3.1; the window is that of facebookresearch/blt's masks. Under
-    autocast q, k and v are cast to the autocast dtype, as in `F.scaled_dot_product_attention`.
+    The BLT paper (arXiv 2412.09871), sections 3.2.2 and 3.3.1; the window is that of facebookresearch/blt's masks.
+    Under autocast q, k and v are cast to the autocast dtype, as in `F.scaled_dot_product_attention`.
     """
     _common.check_choice("direction", direction, ("encode", "decode"))
     _common.check_int("queries_per_patch", queries_per_patch, 1)
@@ -76,14 +76,17 @@ def patch_cross_attention(
         _common.check_same(name, x, "q", q, dtype=not torch.is_autocast_enabled(q.device.type))
     check_layout(layout, "q", q)
     heads, width = q.shape[-2:]
-    if width < 1:
-        raise ValueError(f"q: expected a head width E of at least 1, got shape {list(q.shape)}")
+    if heads < 1 or width < 1:
+        raise ValueError(f"q: expected at least one head, of a width of at least 1, got shape {list(q.shape)}")
     packed = tuple(x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
     for name, x in zip("qkv", packed, strict=True):
         on_patches = (name == "q") == encode
         rows = layout.capacity * queries_per_patch if on_patches else layout.num_bytes
-        meaning = f"C * K = {layout.capacity} * {queries_per_patch}" if on_patches else f"T = {rows} bytes of layout"
-        _common.check_shape(name, x, (rows, heads, width), f"[{meaning}, H = {heads}, E = {width}]")
+        if x.shape[0] != rows or x.shape[1] != heads or x.shape[2] != width:
+            meaning = f"C * K = {layout.capacity} * {queries_per_patch}" if on_patches else f"T = {rows}"
+            raise ValueError(
+                f"{name}: expected shape [{meaning}, H = {heads}, E = {width}] to {direction}, got {list(x.shape)}"
+            )
     if window is not None:
         _common.check_int("window", window, 1)
     if scale is not None:
@@ -96,8 +99,8 @@ def patch_cross_attention(
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
-# ids are patch_ids or decode_ids, by the direction. The bytes that meet patch p lie next to each other: encoding, they are
-# [patch_offsets[p-w+1], patch_offsets[p+1]), cut at the start of the document; decoding, they lie within
+# ids are patch_ids or decode_ids, by the direction. The bytes that meet patch p lie next to each other: encoding, they
+# are [patch_offsets[p-w+1], patch_offsets[p+1]), cut at the start of the document; decoding, they lie within
 # [patch_offsets[p], patch_offsets[p+w+1]), cut at its end.
 
 _ARGUMENTS = (

@@ -55,7 +55,8 @@ def patch_pool(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "ma
     for name in names:
         _common.check_choice("reduce", name, _REDUCTIONS)
     packed = x.flatten(0, 1) if x.dim() == 3 else x
-    _common.check_shape("x", packed, (layout.num_bytes, None), f"[T = {layout.num_bytes} bytes of layout, D]")
+    if packed.shape[0] != layout.num_bytes:
+        raise ValueError(f"x: expected the {layout.num_bytes} bytes of layout, got shape {list(x.shape)}")
     return torch.ops.blt_kernels.patch_pool_fwd(packed, layout.patch_offsets, layout.patch_ids, list(names))
 
 

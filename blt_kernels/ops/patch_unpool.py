@@ -1,4 +1,4 @@
-"""patch_unpool: every byte gets the vector of a patch, its own or the one it may read when it predicts the next byte."""
+"""patch_unpool: every byte gets the vector of a patch, its own or the one it may read to predict the next byte."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ def patch_unpool(y: Tensor, layout: PatchLayout, ids: str = "patch") -> Tensor:
     _common.check_tensor("y", y, 2, _common.FLOATS)
     check_layout(layout, "y", y)
     _common.check_choice("ids", ids, ("patch", "decode"))
-    _common.check_shape("y", y, (layout.capacity, None), f"[C = {layout.capacity} patches of layout, D]")
+    if y.shape[0] != layout.capacity:
+        raise ValueError(f"y: expected the capacity of layout, {layout.capacity} patches, got shape {list(y.shape)}")
     chosen = layout.patch_ids if ids == "patch" else layout.decode_ids
     return torch.ops.blt_kernels.patch_unpool_fwd(y, layout.patch_offsets, chosen)
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
-# The bytes whose id is p, by either kind of id, lie next to each other within [patch_offsets[p], patch_offsets[p+2]), cut
-# at the end of the document: one owner a patch sums them in order.
+# The bytes whose id is p, by either kind of id, lie next to each other within [patch_offsets[p], patch_offsets[p+2]),
+# cut at the end of the document: one owner a patch sums them in order.
 
 _common.define(
     "patch_unpool_fwd",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK = 256  # query rows
+_BLOCK = 128  # query rows
 
 
 def block_causal_attention_reference(
@@ -33,9 +33,9 @@ def block_causal_attention_reference(
     if cu_seqlens_q is None:
         cu_seqlens_q = _row_offsets(q)
         cu_seqlens_k = None if k.shape[:-2] == q.shape[:-2] else _row_offsets(k)
-    packed = [x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v)]
+    query, key, value = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
     out, lse = block_causal_attention_fwd_reference(
-        *packed, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k
+        query, key, value, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k
     )
     return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
 
@@ -55,12 +55,14 @@ def block_causal_attention_fwd_reference(
     first, last, live = _visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
     query = _clean(q, first < last) * _scale(q, scale)
     key, value = _clean(k, live), _clean(v, live)
-    aligned = cu_seqlens_k is None and seqused_k is None
-    outs, lses = [query[:0]], [query.new_empty(0, query.shape[1])]
+    if not key.shape[0]:  # a key that nobody sees, so that there is a maximum
+        key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (key, value))
+    aligned = cu_seqlens_k is None and seqused_k is None and k.shape[0] > 0
+    outs, lses = [], []
     with torch.autocast(q.device.type, enabled=False):
         for rows, keys in _blocks(q.shape[0], key.shape[0], window, causal, aligned):
             queries = _by_group(query[rows], key.shape[1])  # [G, H/G * rows, E]
-            hidden = _hidden(keys, first[rows], last[rows], queries)  # [H/G * rows, keys]
+            hidden = _hidden(keys, first[rows], last[rows], q.shape[1] // k.shape[1])  # [H/G * rows, keys]
             scores = torch.bmm(queries, key[keys].permute(1, 2, 0)).masked_fill_(hidden, -torch.inf)
             top = scores.detach().amax(-1, keepdim=True)
             top = top.masked_fill(top == -torch.inf, 0)
@@ -98,14 +100,14 @@ def block_causal_attention_bwd_reference(
     with torch.autocast(q.device.type, enabled=False):
         for rows, keys in _blocks(q.shape[0], key.shape[0], window, causal, aligned):
             queries, grads, shifts, deltas = (_by_group(x[rows], key.shape[1]) for x in (query, grad, shift, delta))
-            hidden = _hidden(keys, first[rows], last[rows], queries)
+            hidden = _hidden(keys, first[rows], last[rows], q.shape[1] // k.shape[1])
             p = torch.bmm(queries, key[keys].permute(1, 2, 0)).sub_(shifts).masked_fill_(hidden, -torch.inf).exp_()
             ds = torch.bmm(grads, value[keys].permute(1, 2, 0)).sub_(deltas).mul_(p)
             grad_q[rows] = _by_row(torch.bmm(ds, key[keys].transpose(0, 1)), query[rows])
             grad_k[keys] += torch.bmm(ds.mT, queries).transpose(0, 1)  # sums over the heads of a group
             grad_v[keys] += torch.bmm(p.mT, grads).transpose(0, 1)
     grad_q *= _scale(q, scale)
-    return grad_q.to(q.dtype), grad_k[: k.shape[0]].to(k.dtype), grad_v[: v.shape[0]].to(v.dtype)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 def _visible(
@@ -143,9 +145,9 @@ def _documents(rows: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _clean(x: Tensor, live: Tensor) -> Tensor:
-    """Rows that are not live, which may hold anything, as zeros, in the accumulator's dtype; at least one row."""
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).masked_fill(~live[:, None, None], 0)
-    return x if x.shape[0] else F.pad(x, (0, 0, 0, 0, 0, 1))
+    """Rows in the accumulator's dtype; those that are not live, which may hold anything, as zeros."""
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.masked_fill(~live[:, None, None], 0)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -153,8 +155,8 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 
 def _blocks(queries: int, keys: int, window: int | None, causal: bool, aligned: bool) -> Iterator[tuple[slice, slice]]:
-    """Blocks of query rows, each with a range of keys that holds all it sees."""
-    for row in range(0, queries, _BLOCK):
+    """Blocks of query rows, at least one, each with a range of keys that holds all it sees."""
+    for row in range(0, max(queries, 1), _BLOCK):
         end = min(row + _BLOCK, queries)
         before, after = 0, keys
         if aligned and window is not None:
@@ -164,11 +166,11 @@ def _blocks(queries: int, keys: int, window: int | None, causal: bool, aligned: 
         yield slice(row, end), slice(before, after)
 
 
-def _hidden(keys: slice, first: Tensor, last: Tensor, queries: Tensor) -> Tensor:
-    """bool ``[H/G * rows, keys]``: the query does not see the key."""
+def _hidden(keys: slice, first: Tensor, last: Tensor, heads: int) -> Tensor:
+    """Where the query does not see the key: bool ``[H/G * rows, keys]``."""
     position = torch.arange(keys.start, keys.stop, device=first.device)
     hidden = (position < first[:, None]) | (position >= last[:, None])
-    return hidden.repeat(queries.shape[1] // first.shape[0], 1)
+    return hidden.repeat(heads, 1)
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -179,7 +181,7 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 def _by_row(x: Tensor, like: Tensor) -> Tensor:
     """``[G, H/G * rows, E]`` back to ``[rows, H, E]``, the shape of `like` but for E."""
     rows, heads = like.shape[:2]
-    return x.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).reshape(rows, heads, x.shape[-1])
+    return x.unflatten(1, (heads // x.shape[0], rows)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _row_offsets(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def ngram_hash_reference(
 ) -> Tensor:
     """Row of every byte's n-grams in each table; see `ops.ngram_hash`."""
     hashes = ngram_hash_fwd_reference(*_packed(tokens, cu_seqlens), ngram_sizes, num_functions, vocab)
-    return hashes.view(-1, *tokens.shape)
+    return hashes.view(hashes.shape[0], *tokens.shape)
 
 
 def ngram_hash_fwd_reference(
@@ -131,7 +131,7 @@ def ngram_hash_embed_sparse_bwd_reference(
     fused: bool,
     alphabet: int | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same gradients as rows in rising order, int64 ``[M]``, and their values ``[M, D]``."""
+    """Give the same gradients as rows in rising order, int64 ``[M]``, and their values ``[M, D]``."""
     all_rows, all_values = [], []
     for size, rows, hits in _lookups(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused, alphabet):
         # Lookups that miss go to one more row, which sorts last and is always there to be cut off.
@@ -177,7 +177,7 @@ def _table_rows(
     vocab: int,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The row of each table that a byte reads, int64 ``[N, T]``, and whether it is there to be read, bool ``[N, T]``."""
+    """Row of each table that a byte reads, int64 ``[N, T]``, and whether it is there to be read, bool ``[N, T]``."""
     low, high = (0, vocab) if row_range is None else row_range
     hashes = ngram_hash_fwd_reference(tokens, cu_seqlens, ngram_sizes, num_functions, vocab)
     inside = _local_index(tokens.shape[0], cu_seqlens) >= 0
@@ -190,7 +190,7 @@ def _table_rows(
 def _byte_rows(
     tokens: Tensor, cu_seqlens: Tensor, row_range: Sequence[int] | None, alphabet: int
 ) -> tuple[Tensor, Tensor]:
-    """The same for the byte table. Of all shards the one that begins at row 0 adds it."""
+    """Row of the byte table, int64 ``[T]``, and whether to read it. Of all shards the one that begins at row 0 does."""
     inside = _local_index(tokens.shape[0], cu_seqlens) >= 0
     known = inside & (tokens >= 0) & (tokens < alphabet)
     return tokens.long().clamp(0, alphabet - 1), known & (row_range is None or row_range[0] == 0)
@@ -201,7 +201,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def _wrap(x: int) -> int:
-    """The int64 that x wraps around to."""
+    """Wrap x around to an int64."""
     return (x + 2**63) % 2**64 - 2**63
 
 

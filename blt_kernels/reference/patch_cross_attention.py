@@ -1,8 +1,8 @@
 """patch_cross_attention in plain PyTorch: the specification of `ops.patch_cross_attention`.
 
-An edge joins a byte with the K vectors of one patch. Without a window a byte has one edge; with a window of w patches it
-has w of them, one for each distance. What lives on the edges of one distance has shape ``[T, K, H, ...]``, on the bytes
-``[T, 1, H, ...]``, on the patches ``[C, K, H, ...]``; so no mask over bytes and patches is ever needed.
+An edge joins a byte with the K vectors of one patch. Without a window a byte has one edge; with a window of w patches
+it has w of them, one for each distance. What lives on the edges of one distance has shape ``[T, K, H, ...]``, on the
+bytes ``[T, 1, H, ...]``, on the patches ``[C, K, H, ...]``; so no mask over bytes and patches is ever needed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def patch_cross_attention_reference(
 ) -> Tensor:
     """Attention between patches and bytes; see `ops.patch_cross_attention`."""
     ids = layout.patch_ids if direction == "encode" else layout.decode_ids
-    packed = [x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v)]
+    query, key, value = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
     out, _lse = patch_cross_attention_fwd_reference(
-        *packed, layout.patch_offsets, layout.cu_patches, ids, direction, queries_per_patch, window, scale
+        query, key, value, layout.patch_offsets, layout.cu_patches, ids, direction, queries_per_patch, window, scale
     )
     return out.view(q.shape)
 
@@ -144,10 +144,10 @@ class _Edges:
         return buffer.scatter_reduce(0, self.patch.view(-1, 1, 1, 1).expand_as(x), x, "amax")[:-1]
 
     def _bytes(self, x: Tensor) -> Tensor:
-        return x.to(_accumulator(x)).unsqueeze(1).where(self.inside, 0)
+        return x.to(_accumulator(x)).contiguous().unsqueeze(1).where(self.inside, 0)
 
     def _patches(self, x: Tensor) -> Tensor:
-        return x.to(_accumulator(x)).unflatten(0, (self.capacity, self.queries_per_patch))
+        return x.to(_accumulator(x)).contiguous().unflatten(0, (self.capacity, self.queries_per_patch))
 
     def _read_patches(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)).index_select(0, self.patch)
@@ -167,7 +167,7 @@ def _graph(
     """All edges, by distance. Encoding, byte i is read by patches ids[i] + d; decoding, it reads patches ids[i] - d."""
     capacity = patch_offsets.shape[0] - 1
     bounds = F.pad(cu_patches, (0, 1)).long()
-    document = torch.searchsorted(cu_patches[1:].contiguous(), ids, right=True)  # of the patch
+    document = torch.searchsorted(cu_patches[1:].contiguous(), ids.contiguous(), right=True)  # of the patch
     low, high = bounds[document], bounds[document + 1]
     inside = ids >= 0
     graph = []

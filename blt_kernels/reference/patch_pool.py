@@ -57,7 +57,8 @@ def patch_pool_bwd_reference(
     grad_x = grads[0].new_zeros(row.shape[0], grads[0].shape[1])
     for i, (name, grad) in enumerate(zip(reduce, grads, strict=True)):
         if name in ("max", "min"):
-            assert x is not None and out is not None
+            assert x is not None
+            assert out is not None
             tie = (x == _read(out.chunk(len(reduce), -1)[i], row)).to(grad.dtype)  # [T, D]
             ties = grad.new_zeros(grad.shape[0] + 1, grad.shape[1]).index_add(0, row, tie)[:-1]
             grad_x += tie * _read(grad / ties, row)

@@ -182,8 +182,8 @@ class StreamCutter:
             assert entropy is not None
             both = torch.cat([self._entropy, entropy.float()])
             self._entropy = both[-CONTEXT:]
-        starts = self.rules.layout(tokens, both, offset - seen).compact().patch_offsets[:-1].long() + (offset - seen)
-        starts = starts[starts >= offset]
+        local = self.rules.layout(tokens, both, offset - seen).compact().patch_offsets[:-1]
+        starts = local[int(torch.searchsorted(local, seen)) :].long() + (offset - seen)
         self.position += len(data)
         if self.rules.max_patch_length is not None:
             starts = self._cut_long_patches(starts, offset)
@@ -210,21 +210,27 @@ def load_model(path: Path | None = None) -> ByteLM:
 
     Raises
     ------
-    FileNotFoundError
-        There is no such file; the message says how to get one.
-    ModuleNotFoundError
-        safetensors is not installed.
+    ImportError
+        safetensors is not installed; the message has the command.
+    ValueError
+        There is no such file, which the message says how to get, or it holds no ByteLM.
     """
-    from blt_kernels.models.byte_lm import ByteLM
+    from blt_kernels.models.byte_lm import BUNDLED, ByteLM
 
-    if path is None:
-        return ByteLM.bundled()
-    if not path.exists():
-        raise FileNotFoundError(
-            f"--model {path}: no such file. Leave the option out to use the model in the package, or train one: "
-            "blt-kernels train entropy PATH..."
-        )
-    return ByteLM.load(path)
+    try:
+        from safetensors import SafetensorError
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("--model: needs safetensors: pip install 'blt-kernels[cli]'") from None
+    file = BUNDLED if path is None else path
+    if not file.is_file():
+        train = "train one: blt-kernels train entropy PATH..."
+        if path is None:
+            raise ValueError(f"--model: the package has no {file.name} in it; install it again, or {train}")
+        raise ValueError(f"--model {path}: expected a file. Leave it out to use the model in the package, or {train}")
+    try:
+        return ByteLM.load(file, dtype=torch.float32).eval()
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"--model {file}: expected a ByteLM in safetensors: {error}") from error
 
 
 def read(source: BinaryIO) -> Iterator[bytes]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
 from blt_kernels.nn import ByteModel
@@ -50,12 +49,12 @@ class TrainConfig:
     include: Sequence[str] = ("*",)
     heldout: float = 0.05
     seed: int = 0
-    steps: int = 2000
-    batch_bytes: int = 8192
+    steps: int = 3000
+    batch_bytes: int = 4096
     context: int = 2048
-    learning_rate: float = 2e-3
-    final_learning_rate: float = 2e-5
-    warmup: int = 100
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 3e-5
+    warmup: int = 50
     weight_decay: float = 0.1
     clip: float = 1.0
     bf16: bool = False
@@ -294,10 +293,10 @@ def draw_curve(log: Path, path: Path) -> None:
 
 
 def _optimizer(model: ByteModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; norms and embeddings do not decay."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decays = [p for name, p in trained if p.dim() == 2 and "embed" not in name]
-    keeps = [p for name, p in trained if p.dim() != 2 or "embed" in name]
+    """AdamW; only matrices decay, not norms and tables."""
+    decays = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
+    ids = {id(p) for p in decays}
+    keeps = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
     groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": keeps, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 

@@ -21,95 +21,95 @@ namespace blt {
 inline constexpr int64_t kRowsAhead = 4;  // distance of the prefetch: the arithmetic on a row hides a line from memory
 inline constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// How a row divides into Pairs.
+// How a row divides into Pairs: `full` elements in whole ones, and a tail, of which `fresh` are the elements that no whole
+// Pair holds. The tail of a row shorter than a Pair is a copy of it.
 template <class T>
 struct RowShape {
-  int64_t width, full;    // elements; those in whole Pairs
-  VecI fresh_a, fresh_b;  // in the overlapping Pair: which elements are new, as all-ones masks
+  int64_t width, full;
+  VecI fresh_a, fresh_b;  // all-ones masks
 
   explicit RowShape(int64_t width) : width(width), full(width / kPair * kPair) {
-    VecI a, b;
-    lane_index<T>(a, b);
-    const VecI seen = VecI{} + static_cast<int32_t>(kPair - (width - full));
-    fresh_a = a >= seen;
-    fresh_b = b >= seen;
+    lane_index<T>(fresh_a, fresh_b);
+    const int32_t seen = static_cast<int32_t>(width < kPair ? 0 : kPair - (width - full));
+    const int32_t end = static_cast<int32_t>(std::min<int64_t>(width, kPair));
+    fresh_a = (fresh_a >= seen) & (fresh_a < end);
+    fresh_b = (fresh_b >= seen) & (fresh_b < end);
   }
   bool ragged() const { return full != width; }
+};
+
+// The last Pair of a row, which starts within the row unless the row is shorter; then it is padded with -inf.
+template <class T>
+struct Tail {
+  alignas(kVecBytes) T copy[kPair];
+  const T* data;
+  Tail(const T* row, const RowShape<T>& shape) : data(shape.width < kPair ? copy : row + shape.width - kPair) {
+    if (data == copy)
+      for (int64_t i = 0; i < kPair; ++i) copy[i] = i < shape.width ? row[i] : T(-kInf);
+  }
+  Tail(const Tail&) = delete;
 };
 
 struct Entropy {
   float entropy, log_sum;
 };
 
-inline VecF select(VecI mask, VecF a, VecF b) { return mask ? a : b; }
-
-// A row shorter than a Pair, padded with -inf.
+// NaN goes unnoticed.
 template <class T>
-struct ShortRow {
-  alignas(kVecBytes) T values[kPair];
-  ShortRow(const T* row, int64_t width) {
-    for (int64_t i = 0; i < kPair; ++i) values[i] = i < width ? row[i] : T(-kInf);
+float row_max(const T* row, const T* tail, const RowShape<T>& shape) {
+  Pair top = load_pair(tail);
+  for (int64_t i = 0; i < shape.full; i += kPair) {
+    const Pair x = load_pair(row + i);
+    top = {max(x.a, top.a), max(x.b, top.b)};
   }
-};
-
-// The maximum of a row of at least a Pair; NaN goes unnoticed.
-template <class T>
-float row_max(const T* row, const RowShape<T>& shape) {
-  Pair top = load_pair(row);
-  const auto raise = [&](Pair x) { top = {max(x.a, top.a), max(x.b, top.b)}; };
-  for (int64_t i = kPair; i < shape.full; i += kPair) raise(load_pair(row + i));
-  if (shape.ragged()) raise(load_pair(row + shape.width - kPair));
   return max(max(top.a, top.b));
 }
 
 template <class T>
 Entropy row_entropy(const T* row, const RowShape<T>& shape) {
-  if (shape.width < kPair) {
-    const ShortRow<T> padded(row, shape.width);
-    return row_entropy(padded.values, RowShape<T>(kPair));
-  }
-  const float m = row_max(row, shape);
-
+  const Tail<T> tail(row, shape);
+  const float m = row_max(row, tail.data, shape);
   Pair s = {VecF{}, VecF{}}, t = {VecF{}, VecF{}};
-  const auto accumulate = [&](Pair x) {
+  const auto accumulate = [&](Pair x, auto keep) {
     const VecF da = max(broadcast(kExpMin), x.a - m), db = max(broadcast(kExpMin), x.b - m);
-    const VecF ea = exp(da), eb = exp(db);
-    s = {s.a + ea, s.b + eb};
-    t = {t.a + ea * da, t.b + eb * db};
+    const Pair e = keep({exp(da), exp(db)});
+    s = {s.a + e.a, s.b + e.b};
+    t = {t.a + e.a * da, t.b + e.b * db};
   };
   for (int64_t i = 0; i < shape.full; i += kPair) {
     prefetch_pair(row + i + kRowsAhead * shape.width);
-    accumulate(load_pair(row + i));
+    accumulate(load_pair(row + i), [](Pair e) { return e; });
   }
-  if (shape.ragged()) {
-    const Pair x = load_pair(row + shape.width - kPair);
-    accumulate({select(shape.fresh_a, x.a, broadcast(-kInf)), select(shape.fresh_b, x.b, broadcast(-kInf))});
-  }
+  if (shape.ragged())
+    accumulate(load_pair(tail.data), [&](Pair e) -> Pair {
+      return {shape.fresh_a ? e.a : VecF{}, shape.fresh_b ? e.b : VecF{}};
+    });
   const float total = sum(s.a + s.b), log_total = std::log(total);
   return {log_total - sum(t.a + t.b) / total, log_total};
 }
 
 template <class T>
-void row_entropy_grad(T* grad, const T* row, const RowShape<T>& shape, float upstream, Entropy e) {
-  if (shape.width < kPair) {
-    const ShortRow<T> padded(row, shape.width);
-    T padded_grad[kPair];
-    row_entropy_grad(padded_grad, padded.values, RowShape<T>(kPair), upstream, e);
-    for (int64_t i = 0; i < shape.width; ++i) grad[i] = padded_grad[i];
-    return;
-  }
-  const float m = row_max(row, shape);
+void row_entropy_grad(T* grad, const T* row, const RowShape<T>& shape, float upstream, Entropy row_value) {
+  const Tail<T> tail(row, shape);
+  const float m = row_max(row, tail.data, shape);
   const auto slope = [&](VecF x) {
-    const VecF log_p = x - m - e.log_sum, d = max(broadcast(kExpMin), log_p);
+    const VecF log_p = x - m - row_value.log_sum, d = max(broadcast(kExpMin), log_p);
     const VecF p = log_p < kExpMin ? VecF{} : exp(d);
-    return -upstream * p * (d + e.entropy);
+    return -upstream * p * (d + row_value.entropy);
   };
-  const auto step = [&](int64_t i) {
-    const Pair x = load_pair(row + i);
-    store_pair(grad + i, {slope(x.a), slope(x.b)});
+  const auto step = [&](T* out, const T* in) {
+    const Pair x = load_pair(in);
+    store_pair(out, {slope(x.a), slope(x.b)});
   };
-  for (int64_t i = 0; i < shape.full; i += kPair) step(i);
-  if (shape.ragged()) step(shape.width - kPair);
+  for (int64_t i = 0; i < shape.full; i += kPair) step(grad + i, row + i);
+  if (!shape.ragged()) return;
+  if (shape.width >= kPair) {
+    step(grad + shape.width - kPair, tail.data);
+  } else {
+    T padded[kPair];
+    step(padded, tail.data);
+    std::copy(padded, padded + shape.width, grad);
+  }
 }
 
 // fp64: for checks, not for speed.
@@ -124,14 +124,17 @@ struct RowShape<double> {
 };
 
 inline Entropy64 row_entropy(const double* row, const RowShape<double>& shape) {
+  constexpr int kParts = 8;  // partial sums: their rounding errors average out
   const double m = *std::max_element(row, row + shape.width);
-  double s = 0, t = 0;
+  double s[kParts] = {}, t[kParts] = {};
   for (int64_t i = 0; i < shape.width; ++i) {
     const double d = row[i] - m, e = std::exp(d);
-    s += e;
-    t += e == 0 ? e : e * d;
+    s[i % kParts] += e;
+    t[i % kParts] += e == 0 ? e : e * d;
   }
-  return {std::log(s) - t / s, std::log(s)};
+  for (int part = kParts / 2; part > 0; part /= 2)
+    for (int i = 0; i < part; ++i) s[i] += s[i + part], t[i] += t[i + part];
+  return {std::log(s[0]) - t[0] / s[0], std::log(s[0])};
 }
 
 inline void row_entropy_grad(double* grad, const double* row, const RowShape<double>& shape, double upstream, Entropy64 e) {
