@@ -6,6 +6,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
+OWN_PYTHON := $(shell command -v $(PYTHON))
 BIN := $(CURDIR)/.venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
@@ -26,8 +27,8 @@ demo: .venv/built  ## Patch a real file, and run it through BLT with our ops and
 	blt-kernels demo
 
 test: .venv/built  ## Run the tests
-	$(say) 'pytest'
-	pytest
+	$(say) 'pytest, on two processes'
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup
 
 bench: .venv/built  ## Time the ops against the best that one could run instead
 	$(say) 'benchmarks; the rows go to bench/results'
@@ -41,13 +42,14 @@ lint: .venv/built  ## Check style and types: ruff, mypy, clang-format
 	clang-format --dry-run --Werror $(SOURCES)
 
 gpu:  ## On a machine with CUDA: build, test and bench with its own python3, offline
-	$(say) 'building with $(shell command -v python3)'
-	@python3 -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: no CUDA device is visible to torch " + torch.__version__)'
-	python3 setup.py --quiet build_ext --inplace
+	@$(OWN_PYTHON) -c 'import importlib.util as u, sys; sys.exit(None if u.find_spec("torch") and \
+	    __import__("torch").cuda.is_available() else "make gpu: $(OWN_PYTHON) has no torch that sees a CUDA device")'
+	$(say) 'building with $(OWN_PYTHON)'
+	$(OWN_PYTHON) setup.py --quiet build_ext --inplace
 	$(say) 'pytest'
-	PYTHONPATH=. python3 -m pytest
+	PYTHONPATH=. $(OWN_PYTHON) -m pytest
 	$(say) 'benchmarks; the rows go to bench/results'
-	PYTHONPATH=. python3 -m blt_kernels bench
+	PYTHONPATH=. $(OWN_PYTHON) -m blt_kernels bench
 
 wheel-check: .venv/built  ## Only the tests of the wheel: from the sdist, contents, stable ABIs, loading
 	$(say) 'sdist, the wheel from it, and its audits'
@@ -79,5 +81,5 @@ clean:  ## Remove everything that was built; .venv stays
 
 .venv/built: .venv/installed CMakeLists.txt setup.py blt_kernels/_version.py $(SOURCES)
 	$(say) 'building the compiled module, and installing the package in .venv'
-	$(PIP) install --no-build-isolation --editable '.[cli,test,dev]'
+	PYTHONWARNINGS='ignore:Editable installation' $(PIP) install --no-build-isolation --editable '.[cli,test,dev]'
 	@touch $@

@@ -175,7 +175,7 @@ def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="entropy, blt or megabyte.")],
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files and directories to learn.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Directory of the run; runs/MODEL if not given. A run goes on in it.")
+        Path | None, typer.Option(metavar="DIR", help="Directory of the run; runs/MODEL if not given.")
     ] = None,
     preset: Annotated[str, typer.Option(help="Size of the model: small or paper.")] = "small",
     set_: Annotated[
@@ -194,6 +194,10 @@ def train(
     final_learning_rate: Annotated[float, typer.Option(help="At the last step.")] = 3e-5,
     warmup: Annotated[int, typer.Option(help="Steps.")] = 50,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bf16: faster on GPUs, and on CPUs with AMX.")] = False,
+    save_bf16: Annotated[bool, typer.Option("--save-bf16", help="Save in bf16: half the size.")] = False,
+    patch_size: Annotated[
+        float, typer.Option(help="Bytes of a patch on average, which the threshold of an entropy model is chosen for.")
+    ] = 4.5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     eval_every: Annotated[int, typer.Option(help="Steps between measurements on held-out files.")] = 500,
     eval_bytes: Annotated[int, typer.Option(help="The most bytes of one; the last one takes all.")] = 1 << 18,
@@ -222,6 +226,8 @@ def train(
         final_learning_rate=final_learning_rate,
         warmup=warmup,
         bf16=bf16,
+        save_bf16=save_bf16,
+        patch_size=patch_size,
         device=device,
         eval_every=eval_every,
         eval_bytes=eval_bytes,
@@ -234,7 +240,7 @@ def train(
 def _key_and_json(setting: str) -> tuple[str, Any]:
     import json
 
-    key, equals, value = setting.partition("=")
+    key, _, value = setting.partition("=")
     try:
         return key, json.loads(value)
     except ValueError:
@@ -252,9 +258,9 @@ def evaluate(
     heldout: Annotated[float, typer.Option(help="Fraction that was held out in training.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     batch_bytes: Annotated[int, typer.Option(help="Bytes at a time.")] = 16384,
-    context: Annotated[int, typer.Option(help="The most bytes of a file in one piece.")] = 16384,
+    context: Annotated[int, typer.Option(help="The most bytes of a file in one piece.")] = 2048,
     ngram: Annotated[
-        bool, typer.Option("--ngram", help="With --split heldout: measure an order-3 n-gram model of the other side too.")
+        bool, typer.Option("--ngram", help="With --split heldout: an order-3 n-gram model of the other side too.")
     ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Measure in bf16.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

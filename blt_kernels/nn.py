@@ -167,7 +167,16 @@ def embedding(rows: int, dim: int) -> nn.Embedding:
     return table
 
 
+class RMSNorm(nn.RMSNorm):
+    """``x / sqrt(mean(x^2) + eps) * weight``, in the weight's dtype: autocast's bf16 activations are widened."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class SelfAttention(nn.Module):
+    """Causal attention within documents, with rotary positions."""
+
     def __init__(self, config: TransformerConfig, ops: SimpleNamespace) -> None:
         super().__init__()
         self.attention, self.window, self.head_dim = ops.block_causal_attention, config.window, config.head_dim
@@ -189,24 +198,24 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.attention, self.head_dim = ops.patch_cross_attention, config.head_dim
         self.direction, self.queries_per_patch = direction, queries_per_patch
-        self.q_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.k_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.q_norm = RMSNorm(config.dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.dim, config.norm_eps)
         self.q_proj = linear(config.dim, config.dim)
-        self.k_proj = linear(config.dim, config.kv_heads * config.head_dim)
-        self.v_proj = linear(config.dim, config.kv_heads * config.head_dim)
+        self.k_proj = linear(config.dim, config.dim)
+        self.v_proj = linear(config.dim, config.dim)
         self.o_proj = linear(config.dim, config.dim)
 
     def forward(self, queries: Tensor, states: Tensor, layout: PatchLayout) -> Tensor:
         states = self.k_norm(states)
         q = self.q_proj(self.q_norm(queries)).unflatten(-1, (-1, self.head_dim))
         k, v = (p(states).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
-        out = self.attention(
-            q, k, v, layout, direction=self.direction, queries_per_patch=self.queries_per_patch
-        )
+        out = self.attention(q, k, v, layout, direction=self.direction, queries_per_patch=self.queries_per_patch)
         return self.o_proj(out.flatten(-2))
 
 
 class FeedForward(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.gate_proj = linear(config.dim, config.hidden_dim)
@@ -218,11 +227,13 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
+    """Attention and feed-forward, each with a norm before and a residual around it."""
+
     def __init__(self, config: TransformerConfig, ops: SimpleNamespace) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = SelfAttention(config, ops)
-        self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, table: Tensor, documents: Tensor) -> Tensor:
@@ -242,7 +253,7 @@ class ByteModel(nn.Module):
     @classmethod
     def from_values(cls: type[Model], values: dict[str, Any], ops: str = "fused") -> Model:
         """A fresh model from its configuration as a dictionary (`asdict`, or JSON)."""
-        return cls(config_from_dict(cls.config_class, values), ops)  # type: ignore[call-arg]
+        return cls(config_from_dict(cls.config_class, values), ops)
 
     def loss(self, tokens: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
         """Bits per byte of next-byte prediction: the mean of ``-log2 p`` over every id that follows another in its row.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,8 @@ def assert_close(
     Parameters
     ----------
     actual, eager : any floating dtype, the same shape and dtype
-        The result to judge, and that of plain PyTorch for the same inputs in the same dtype. Lists of results are judged
-        as one: the error of a handful of numbers is luck.
+        The result to judge, and that of plain PyTorch for the same inputs in the same dtype. Lists of results are
+        judged as one: the error of a handful of numbers is luck.
     truth : the same shape
         The result for the same inputs in fp64. NaN and infinities must stand at the same places in `actual`.
     factor
@@ -103,7 +104,7 @@ def assert_close(
 
 
 def assert_equal(actual: object, expected: object, *, name: str = "output") -> None:
-    """Assert that two pytrees of tensors are the same bit for bit (any NaN equals any NaN), saying where they are not."""
+    """Assert that two pytrees of tensors are the same bit for bit, any NaN equal to any, or say where they are not."""
     actual_leaves, actual_spec = torch.utils._pytree.tree_flatten(actual)
     expected_leaves, expected_spec = torch.utils._pytree.tree_flatten(expected)
     assert actual_spec == expected_spec, f"{name}: structure {actual_spec}, expected {expected_spec}"
@@ -143,14 +144,15 @@ def poisoned_empty() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # a module whose attributes are properties
+    fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
 
 
 # --- ragged data ------------------------------------------------------------------------------------------------------

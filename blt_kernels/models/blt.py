@@ -1,4 +1,4 @@
-"""BLT, the byte latent transformer (arXiv 2412.09871): bytes to patches, a transformer over patches, and back to bytes."""
+"""BLT, the byte latent transformer (arXiv 2412.09871): bytes to patches, a transformer over patches, bytes again."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from blt_kernels.nn import (
     EOS,
     ByteModel,
     CrossAttention,
+    RMSNorm,
     TransformerConfig,
     TransformerLayer,
     attention_documents,
@@ -31,14 +32,14 @@ SCHEMES = ("entropy", "space", "static", "byte")
 
 @dataclass(frozen=True)
 class BLTConfig:
-    """The defaults are the released 1B model, which has 4.5B parameters more in its hash tables.
+    """The defaults are the released 1B model, whose hash tables hold 3.1B parameters more.
 
     `encoder` and `decoder` work on bytes and share their width, `global_transformer` on patches. A patch is
     `queries_per_patch` vectors of the local width. `patching` is "entropy" (by `patcher`, with the rules of
     `blt_kernels.patch_starts`), "space", "static" (every `patch_size` bytes) or "byte"; `patcher` may be None where
-    another scheme or the caller's layouts are used. With `split_documents`, attention also stops after every EOS inside a
-    row, and the global one after the patch that holds it, as in facebookresearch/blt; without it, as in transformers,
-    rows are taken as they are.
+    another scheme or the caller's layouts are used. With `split_documents`, self-attention also stops after every EOS
+    inside a row, and the global one after the patch that holds it, as in facebookresearch/blt; without it, as in
+    transformers, rows are taken as they are.
     """
 
     encoder: TransformerConfig = TransformerConfig(1024, 1, 16, window=512)
@@ -100,7 +101,7 @@ class LocalEncoder(nn.Module):
             if self.all_layers or i == len(self.layers) - 1:
                 if patches is None:
                     pooled = self.patch_pool(x, layout, "max")
-                    patches = self.patch_embedding_projection(pooled).view(-1, x.shape[-1])  # [C * K, D]
+                    patches = self.patch_embedding_projection(pooled).view(-1, x.shape[-1]).to(x.dtype)  # [C * K, D]
                 cross = self.cross_attn_layers[i if self.all_layers else 0]
                 # The residual twice: the released models were trained so.
                 patches = 2 * patches + cross(patches, x, layout)
@@ -118,7 +119,7 @@ class GlobalTransformer(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
 
     def forward(self, patches: Tensor, table: Tensor, documents: Tensor) -> Tensor:
-        x = self.token_embedding_projection(patches)
+        x = self.token_embedding_projection(patches).to(patches.dtype)  # residuals stay wide under autocast
         for layer in self.layers:
             x = layer(x, table, documents)
         return x
@@ -134,7 +135,7 @@ class LocalDecoder(nn.Module):
         self.patch_embedding_projection = linear(config.global_transformer.dim, queries * layer.dim)
         self.cross_attn_layers = nn.ModuleList(CrossAttention(layer, ops, "decode", queries) for _ in range(count))
         self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
-        self.norm = nn.RMSNorm(layer.dim, layer.norm_eps)
+        self.norm = RMSNorm(layer.dim, layer.norm_eps)
 
     def forward(self, x: Tensor, patches: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout) -> Tensor:
         vectors = self.patch_embedding_projection(patches).view(-1, x.shape[-1])  # [C * K, D]
@@ -270,7 +271,8 @@ class BLT(ByteModel):
             return rows, layout.cu_patches
         ends = ids == EOS
         slot = torch.where(ends, layout.patch_ids, -1) + 1
-        patch_ends = torch.zeros(layout.capacity + 1, dtype=torch.int32, device=ids.device).index_add(0, slot, ends.int())
+        counts = torch.zeros(layout.capacity + 1, dtype=torch.int32, device=ids.device)
+        patch_ends = counts.index_add(0, slot, ends.int())
         return (
             attention_documents(ends.roll(1), rows),
             attention_documents((patch_ends[1:] > 0).roll(1), layout.cu_patches),

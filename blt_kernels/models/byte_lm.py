@@ -13,6 +13,7 @@ from blt_kernels.nn import (
     ALPHABET,
     EOS,
     ByteModel,
+    RMSNorm,
     TransformerConfig,
     TransformerLayer,
     attention_documents,
@@ -67,7 +68,7 @@ class ByteLM(ByteModel):
         self.config, self.ops = config, load_ops(ops)
         self.embed_tokens = embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerLayer(config, self.ops) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = linear(config.dim, config.vocab_size)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -111,7 +112,7 @@ class ByteLM(ByteModel):
         max_patch_length: int | None = None,
         max_patches: int | None = None,
     ) -> tuple[Tensor, PatchLayout]:
-        """Entropies and patches of `tokens`: `entropy_patch` of the logits, at the threshold of the configuration if None.
+        """Entropies and patches of `tokens`: `entropy_patch` of the logits, at the configured threshold if None.
 
         Arguments, results and errors are those of `forward` and of `blt_kernels.entropy_patch`.
         """

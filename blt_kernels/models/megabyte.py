@@ -12,6 +12,7 @@ from blt_kernels.layout import PatchLayout
 from blt_kernels.nn import (
     ALPHABET,
     ByteModel,
+    RMSNorm,
     TransformerConfig,
     TransformerLayer,
     embedding,
@@ -25,7 +26,7 @@ from blt_kernels.ops import _common
 
 @dataclass(frozen=True)
 class MegaByteConfig:
-    """The defaults are the paper's 1.3B global and 218M local model. The global width is `patch_size` byte embeddings."""
+    """The defaults are the paper's 1.3B global and 218M local model. `patch_size` byte embeddings make a patch."""
 
     patch_size: int = 8
     global_transformer: TransformerConfig = TransformerConfig(2048, 24, 16)
@@ -35,8 +36,8 @@ class MegaByteConfig:
     def __post_init__(self) -> None:
         _common.check_int("patch_size", self.patch_size, 1)
         if self.global_transformer.dim % self.patch_size:
-            width = self.global_transformer.dim
-            raise ValueError(f"global_transformer.dim: expected a multiple of patch_size = {self.patch_size}, got {width}")
+            expected = f"a multiple of patch_size = {self.patch_size}"
+            raise ValueError(f"global_transformer.dim: expected {expected}, got {self.global_transformer.dim}")
 
     @staticmethod
     def small() -> MegaByteConfig:
@@ -69,12 +70,12 @@ class MegaByte(ByteModel):
         self.global_embed_tokens = embedding(config.vocab_size, wide.dim // size)
         self.global_embed_first = nn.Parameter(torch.randn(wide.dim) / 2)
         self.global_layers = nn.ModuleList(TransformerLayer(wide, self.ops) for _ in range(wide.num_layers))
-        self.global_norm = nn.RMSNorm(wide.dim, wide.norm_eps)
+        self.global_norm = RMSNorm(wide.dim, wide.norm_eps)
         self.global_to_local = linear(wide.dim // size, narrow.dim)
         self.local_embed_tokens = embedding(config.vocab_size, narrow.dim)
         self.local_embed_first = nn.Parameter(torch.randn(narrow.dim) / 2)
         self.local_layers = nn.ModuleList(TransformerLayer(narrow, self.ops) for _ in range(narrow.num_layers))
-        self.norm = nn.RMSNorm(narrow.dim, narrow.norm_eps)
+        self.norm = RMSNorm(narrow.dim, narrow.norm_eps)
         self.lm_head = linear(narrow.dim, config.vocab_size)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -115,7 +116,7 @@ class MegaByte(ByteModel):
         slot = torch.arange(total + count, device=ids.device)
         patch = layout.patch_ids.long().clamp(min=0)
         place = (slot - layout.patch_offsets.long()[patch]) % size  # in its patch
-        # Slot s of a row reads byte s - 1: s bytes and as many slots down the row, and one slot less for every row before.
+        # Slot s of a row reads byte s - 1. There is one slot more than bytes in every row before.
         previous = self.local_embed_tokens(padded[(slot - _row(slot_rows, slot) - 1).clamp(min=0)])
         x = torch.where((place == 0)[:, None], self.local_embed_first, previous) + patches[patch * size + place]
         table = rotary_table(place, self.local_config, x.dtype)

@@ -1,9 +1,9 @@
 """Files as documents of byte ids, and documents as packed batches that are a pure function of (seed, step).
 
-A document is BOS, the bytes of one file (id = byte + 4), EOS. Documents are cut into pieces of at most `context` ids, of
-which the first repeats the last of the piece before: so every id but BOS is predicted once. A batch is the pieces of a
-shuffled epoch end to end, cut every `batch_bytes` ids, with one row of `cu_seqlens` a piece. Files are read when a batch
-needs them; only a table of pieces (24 bytes each) stays in memory.
+A document is BOS, the bytes of one file (id = byte + 4), EOS. Documents are cut into pieces of at most `context` ids,
+of which the first repeats the last of the piece before: so every id but BOS is predicted once. A batch is the pieces of
+a shuffled epoch end to end, cut every `batch_bytes` ids, with one row of `cu_seqlens` a piece. Files are read when a
+batch needs them; only a table of pieces (40 bytes each) stays in memory.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def find_sources(paths: Sequence[str | os.PathLike[str]], include: Sequence[str]
 
 
 def split_sources(sources: Sequence[Source], heldout: float, seed: int) -> tuple[list[Source], list[Source]]:
-    """Split into training and held-out files: a file is held out if its hash with `seed`, as a fraction, is < `heldout`.
+    """Split into training and held-out files: held out is a file whose hash with `seed`, as a fraction, is < `heldout`.
 
     The content alone decides, so that the split is the same wherever the files lie, and for a file in any set of files.
     """
@@ -124,7 +124,7 @@ class PackedBatches:
 
 
 def heldout_batches(sources: Sequence[Source], batch_bytes: int, context: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every document once, in order: pieces as above, packed whole into batches of at most `batch_bytes` ids or one piece."""
+    """Every document once, in order: the pieces as above, packed whole into batches of at most `batch_bytes` ids."""
     rows: list[np.ndarray] = []
     for source in sources:
         for start in range(0, source.size + 1, context - 1):

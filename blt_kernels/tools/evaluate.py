@@ -1,7 +1,7 @@
 """Bits per byte on files, of any model and of the order-3 n-gram baseline.
 
-Only bytes are scored: EOS and BOS are predicted by the models and count for nothing, so that models that know nothing of
-documents can be compared. Every byte is scored once, its context cut as `data.heldout_batches` cuts it.
+Only bytes are scored: that the models predict EOS too counts for nothing, so that models that know nothing of documents
+can be compared. Every byte is scored once, its context cut as `data.heldout_batches` cuts it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from blt_kernels.models import load_model
-from blt_kernels.nn import BYTE_OFFSET, ByteModel, next_byte_targets
+from blt_kernels.models import ByteLM, load_model
+from blt_kernels.nn import BYTE_OFFSET, ByteModel, next_byte_targets, row_positions
+from blt_kernels.ops.entropy_patch import token_entropy
 from blt_kernels.tools import data
 from blt_kernels.tools.ngram import NgramModel
 
@@ -37,7 +38,7 @@ class EvalConfig:
     heldout: float = 0.05
     seed: int = 0
     batch_bytes: int = 16384
-    context: int = 16384
+    context: int = 2048
     ngram: bool = False
     bf16: bool = False
     ops: str = "fused"
@@ -52,7 +53,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`bits_per_byte` over `num_bytes` bytes of `num_files` files; `ngram_bits_per_byte` over the same, if asked for."""
+    """`bits_per_byte` over `num_bytes` of `num_files` files; `ngram_bits_per_byte` over the same, if asked for."""
 
     bits_per_byte: float
     num_bytes: int
@@ -106,3 +107,25 @@ def measure(
             report(done, total, nats / max(done, 1) / math.log(2))
     model.train(training)
     return nats / max(done, 1) / math.log(2), done
+
+
+@torch.no_grad()
+def threshold_for_patch_size(
+    model: ByteLM, sources: Sequence[data.Source], patch_size: float, batch_bytes: int, context: int
+) -> float:
+    """The entropy in nats above which patches of `sources` start if they are to have `patch_size` bytes on average.
+
+    Every row has two starts whatever the entropies are. The threshold lets through as many more as are missing.
+    """
+    device = next(model.parameters()).device
+    free, num_bytes, forced = [], 0, 0
+    for tokens, rows in data.heldout_batches(sources, batch_bytes, context):
+        tokens, rows = tokens.to(device), rows.to(device)
+        entropy = token_entropy(model(tokens, rows))
+        # The entropy of a row's first byte is never read, and after its last byte there is nothing to cut.
+        decides = (row_positions(rows, len(tokens)) > 0) & (next_byte_targets(tokens, rows) >= 0)
+        free.append(entropy[decides])
+        num_bytes, forced = num_bytes + len(tokens), forced + 2 * (len(rows) - 1)
+    entropies = torch.cat(free).sort(descending=True).values
+    wanted = round(num_bytes / patch_size) - forced
+    return float(entropies[min(max(wanted, 0), len(entropies) - 1)])

@@ -1,9 +1,9 @@
 """Training on files, resumable at any moment.
 
 A run is a directory: ``checkpoint.pt`` (model, optimiser, random state, step: replaced atomically), ``log.jsonl``,
-``heldout.txt`` (the files that were held out), and at the end ``model.safetensors`` and ``loss.png``. The data of a step
-is a function of the seed and the step alone, so that a run that was killed and started again with the same options goes on
-from its last checkpoint and ends, on the CPU, in bitwise the same weights.
+``heldout.txt`` (the files that were held out), and at the end ``model.safetensors`` and ``loss.png``. The data of a
+step is a function of the seed and the step alone, so that a run that was killed and started again with the same options
+goes on from its last checkpoint and ends, on the CPU, in bitwise the same weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ import torch
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
 from blt_kernels.nn import ByteModel
 from blt_kernels.tools import data
-from blt_kernels.tools.evaluate import measure
+from blt_kernels.tools.evaluate import measure, threshold_for_patch_size
 
 # Options that decide how a run is watched and stored, not what it computes.
-_FREE = ("paths", "out", "checkpoint_every", "checkpoint_seconds", "log_every", "device")
+_FREE = ("paths", "out", "checkpoint_every", "checkpoint_seconds", "log_every", "device", "patch_size", "save_bf16")
+# What the threshold of an entropy model is chosen on. Rows begin with two short patches: they should be long.
+_THRESHOLD_BYTES, _THRESHOLD_CONTEXT = 1 << 20, 2048
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class TrainConfig:
     never trained on; at most `eval_bytes` of them are measured every `eval_every` steps, all of them at the end.
     `patcher` is the entropy model of a BLT with entropy patching, the bundled one if None.
     A checkpoint is written every `checkpoint_every` steps, and no later than `checkpoint_seconds` after the last.
-    `bf16` is autocast: faster on CPUs with AMX, and on GPUs.
+    `bf16` is autocast: faster on CPUs with AMX, and on GPUs. `save_bf16` halves the size of the final model. An entropy
+    model is saved with the threshold that makes patches of `patch_size` bytes on held-out files, if there are any.
     """
 
     model: str
@@ -58,6 +62,8 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     bf16: bool = False
+    save_bf16: bool = False
+    patch_size: float = 4.5
     ops: str = "fused"
     device: str = "cpu"
     eval_every: int = 500
@@ -99,7 +105,7 @@ class TrainResult:
 
 def build_model(config: TrainConfig) -> ByteModel:
     """A freshly initialised model; the patcher of a BLT is loaded."""
-    config_class = {"entropy": ByteLMConfig, "blt": BLTConfig, "megabyte": MegaByteConfig}[config.model]
+    config_class: Any = {"entropy": ByteLMConfig, "blt": BLTConfig, "megabyte": MegaByteConfig}[config.model]
     values = {**asdict(config_class.small() if config.preset == "small" else config_class()), **config.overrides}
     if config.model == "entropy":
         return ByteLM.from_values(values, config.ops)
@@ -110,6 +116,7 @@ def build_model(config: TrainConfig) -> ByteModel:
     patcher = ByteLM.load(config.patcher, dtype=torch.float32) if config.patcher else ByteLM.bundled()
     threshold = config.overrides.get("threshold", patcher.config.threshold)
     model = BLT.from_values({**values, "patcher": asdict(patcher.config), "threshold": threshold}, config.ops)
+    assert model.patcher is not None  # the configuration has one
     model.patcher.load_state_dict(patcher.state_dict())
     return model
 
@@ -141,9 +148,9 @@ class _Run:
     """One training run: its state, and the files it lives in."""
 
     def __init__(self, config: TrainConfig) -> None:
-        import matplotlib  # noqa: F401  (missing packages should show before the training, not after)
-        import safetensors  # noqa: F401
-
+        for package in ("safetensors", "matplotlib"):  # better missed now than after the training
+            if find_spec(package) is None:
+                raise ImportError(f"training needs {package}: pip install 'blt-kernels[cli]'")
         self.config, self.out = config, Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
         sources = data.find_sources(config.paths, config.include)
@@ -154,7 +161,8 @@ class _Run:
         torch.manual_seed(config.seed)
         self.model = build_model(config).to(config.device).train()
         self.optimizer = _optimizer(self.model, config)
-        self.step, self.seconds, self.heldout_bits = 0, 0.0, None
+        self.step, self.seconds = 0, 0.0
+        self.heldout_bits: float | None = None
         self.saved_step, self.saved_at = 0, time.monotonic()
         if (self.out / "checkpoint.pt").exists():
             self._resume()
@@ -201,12 +209,21 @@ class _Run:
 
     def finish(self) -> TrainResult:
         self._save()
-        bits, size = None, 0
+        config, bits, size = self.config, None, 0
+        if config.save_bf16:  # what is measured is what is saved
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.copy_(parameter.bfloat16())
         if self.heldout_sources:
             bits, size = self._measure(self.heldout_sources)
             self._log({"step": self.step, "heldout_bits_per_byte": bits, "heldout_bytes": size, "final": True})
         path, curve = self.out / "model.safetensors", self.out / "loss.png"
-        self.model.save(path)
+        if isinstance(self.model, ByteLM) and self.heldout_sources:
+            sample = _first(self.heldout_sources, _THRESHOLD_BYTES)
+            context = max(config.context, _THRESHOLD_CONTEXT)
+            threshold = threshold_for_patch_size(self.model, sample, config.patch_size, config.batch_bytes, context)
+            self.model.config = replace(self.model.config, threshold=threshold)
+        self.model.save(path, torch.bfloat16 if config.save_bf16 else None)
         draw_curve(self.out / "log.jsonl", curve)
         return TrainResult(path, curve, bits, size)
 
@@ -311,7 +328,7 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _first(sources: Sequence[data.Source], limit: int) -> list[data.Source]:
-    """The first files up to `limit` bytes in all, at least one. Sources are ordered by digest, so this is a fair sample."""
+    """The first files up to `limit` bytes in all, at least one. They are ordered by digest: a fair sample."""
     chosen, size = [sources[0]], sources[0].size
     for source in sources[1:]:
         size += source.size

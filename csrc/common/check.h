@@ -2,6 +2,7 @@
 // guard memory, for callers of the raw torch.ops too.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -27,18 +28,19 @@ inline void check_size(const Tensor& tensor, const char* name, int64_t dim, int6
                   tensor.size(dim));
 }
 
-inline void check_contiguous(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+// A vector of int32; `values` becomes contiguous.
+inline const int32_t* check_int32(Tensor& values, const char* name) {
+  check_dim(values, name, 1);
+  check_dtype(values, name, ScalarType::Int);
+  values = torch::stable::contiguous(values);
+  return values.const_data_ptr<int32_t>();
 }
 
 // Offsets of documents or patches: int32 [n+1], start at 0, never fall, end at most at `total`.
-inline const int32_t* check_offsets(const Tensor& offsets, const char* name, int64_t total) {
-  check_dim(offsets, name, 1);
-  check_dtype(offsets, name, ScalarType::Int);
-  check_contiguous(offsets, name);
+inline const int32_t* check_offsets(Tensor& offsets, const char* name, int64_t total) {
+  const int32_t* const values = check_int32(offsets, name);
   STD_TORCH_CHECK(offsets.size(0) >= 1, name, ": expected at least one entry");
   STD_TORCH_CHECK(total <= std::numeric_limits<int32_t>::max(), name, ": ", total, " positions do not fit into int32");
-  const int32_t* values = offsets.const_data_ptr<int32_t>();
   bool ordered = values[0] == 0;
   for (int64_t i = 1; i < offsets.size(0); ++i) ordered &= values[i - 1] <= values[i];
   STD_TORCH_CHECK(ordered && values[offsets.size(0) - 1] <= total, name,

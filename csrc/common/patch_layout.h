@@ -26,7 +26,7 @@ inline int32_t decode_id(int32_t patch, int32_t first, bool next_starts) {
 }
 
 template <class Cut>
-LayoutTensors build_layout(const Tensor& cu_seqlens, int64_t num_bytes, std::optional<int64_t> max_patches, Cut cut) {
+LayoutTensors build_layout(Tensor cu_seqlens, int64_t num_bytes, std::optional<int64_t> max_patches, Cut cut) {
   const int32_t* const documents = check_offsets(cu_seqlens, "cu_seqlens", num_bytes);
   const int64_t num_documents = cu_seqlens.size(0) - 1;
   const int64_t capacity = max_patches.value_or(num_bytes);

@@ -389,16 +389,15 @@ void key_grad(const Problem<T>& problem, const Heads<const T>& grad, const A* ls
 
 // --- entries ----------------------------------------------------------------------------------------------------------
 
+// The offsets of an op, which its Visibility points into.
 struct Offsets {
-  const Tensor& q;
-  const std::optional<Tensor>& k;
-  const std::optional<Tensor>& used;
+  Tensor q;
+  std::optional<Tensor> k, used;
 };
 
-Visibility check_visibility(const Tensor& q, const Tensor& k, const Offsets& offsets, std::optional<int64_t> window,
-                            bool causal) {
-  const int64_t documents = offsets.q.size(0) - 1;
+Visibility check_visibility(const Tensor& q, const Tensor& k, Offsets& offsets, std::optional<int64_t> window, bool causal) {
   const int32_t* const cu_q = check_offsets(offsets.q, "cu_seqlens_q", q.size(0));
+  const int64_t documents = offsets.q.size(0) - 1;
   const int32_t* cu_k = cu_q;
   if (offsets.k) {
     cu_k = check_offsets(*offsets.k, "cu_seqlens_k", k.size(0));
@@ -408,11 +407,8 @@ Visibility check_visibility(const Tensor& q, const Tensor& k, const Offsets& off
   }
   const int32_t* used = nullptr;
   if (offsets.used) {
-    check_dim(*offsets.used, "seqused_k", 1);
-    check_dtype(*offsets.used, "seqused_k", ScalarType::Int);
-    check_contiguous(*offsets.used, "seqused_k");
+    used = check_int32(*offsets.used, "seqused_k");
     check_size(*offsets.used, "seqused_k", 0, documents);
-    used = offsets.used->const_data_ptr<int32_t>();
   }
   STD_TORCH_CHECK(!window || *window >= 1, "window: expected a value >= 1, got ", window.value_or(0));
   return {cu_q, cu_k, used, documents, window.value_or(0), causal};
@@ -455,7 +451,8 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(Tensor q, Tensor k, Te
                                                           std::optional<double> scale,
                                                           const std::optional<Tensor>& seqused_k) {
   check_heads(q, k, v);
-  const Visibility visible = check_visibility(q, k, {cu_seqlens_q, cu_seqlens_k, seqused_k}, window, causal);
+  Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k};
+  const Visibility visible = check_visibility(q, k, offsets, window, causal);
   q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, accumulator(q));
@@ -496,7 +493,8 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
     const std::optional<Tensor>& cu_seqlens_k, std::optional<int64_t> window, bool causal, std::optional<double> scale,
     const std::optional<Tensor>& seqused_k) {
   check_heads(q, k, v);
-  const Visibility visible = check_visibility(q, k, {cu_seqlens_q, cu_seqlens_k, seqused_k}, window, causal);
+  Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k};
+  const Visibility visible = check_visibility(q, k, offsets, window, causal);
   for (const auto& [x, name] : {std::pair(&grad_out, "grad_out"), std::pair(&out, "out")}) {
     check_dim(*x, name, 3);
     check_dtype(*x, name, q.scalar_type());

@@ -201,7 +201,7 @@ LayoutTensors delimiter_patch_fwd_cpu(const Tensor& tokens, const Tensor& cu_seq
 }
 
 // Per document, the S // patch_size - 2 highest entropies after the first; the earlier of equal ones, NaN above all.
-LayoutTensors topk_patch_fwd_cpu(const Tensor& entropy, const Tensor& cu_seqlens, int64_t patch_size,
+LayoutTensors topk_patch_fwd_cpu(const Tensor& entropy, Tensor cu_seqlens, int64_t patch_size,
                                  std::optional<int64_t> max_patches) {
   check_dim(entropy, "entropy", 1);
   STD_TORCH_CHECK(patch_size >= 1, "patch_size: expected a value >= 1, got ", patch_size);

@@ -1,0 +1,221 @@
+"""Benches of the entropy_patch family: the shapes of BASELINES, side by side with what users run today.
+
+``blt-kernels bench`` measures the comparisons in turn and writes the results. ``pytest bench/bench_entropy_patch.py``
+puts every implementation through pytest-benchmark, which has more statistics but measures one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import peers
+import timing
+import torch
+import torch.nn.functional as F
+from timing import OURS, Comparison
+from torch import Tensor
+
+import blt_kernels as bk
+from blt_kernels.testing import assert_close, offsets_of, ragged_logits
+
+THRESHOLD = 1.335442066192627  # of the released BLT models
+ALPHABET, HIDDEN = 260, 768
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the inputs are."""
+
+    rows: int = 8
+    length: int = 8192
+    largest: int = 1 << 20
+
+
+def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
+    """All comparisons, of the sizes of BASELINES or of small ones; inputs are made when their turn comes."""
+    sizes = Sizes(2, 512, 1 << 14) if small else Sizes()
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from entropy_comparisons(sizes, device, dtype, compile_peers)
+    yield patch_starts_comparison(sizes, device)
+    yield linear_entropy_comparison(sizes, device)
+    yield from scaling_comparisons(sizes, device)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def starts(lengths: Tensor, size: int) -> list[list[int]]:
+    """Where the patches of each row of `size` bytes start. Lengths are padded with 0, or -1 in transformers."""
+    found = (lengths.cumsum(1) - lengths).tolist()
+    return [sorted({start for start in row if start < size}) for row in found]
+
+
+def entropy_comparisons(sizes: Sizes, device: str, dtype: torch.dtype, compile_peers: bool) -> Iterator[Comparison]:
+    logits = ragged_logits((sizes.rows, sizes.length, ALPHABET), dtype=dtype, device=device)
+    tokens = sizes.rows * sizes.length
+    shape = str(list(logits.shape))
+    read = logits.numel() * logits.element_size()
+
+    def agree(results: dict[str, Any]) -> None:
+        entropy, layout = results[OURS]
+        truth = peers.eager_entropy(logits.double())
+        assert_close(entropy, peers.eager_entropy(logits.float()), truth)
+        expected = starts(layout.to_lengths(), sizes.length)
+        # Steps in bf16 arithmetic flip decisions near the threshold, of which these logits have none.
+        for name in set(results) & {"facebookresearch/blt", "transformers"}:
+            assert starts(results[name][1], sizes.length) == expected, name
+
+    implementations: dict[str, Callable[[], Any]] = {
+        OURS: lambda: bk.entropy_patch(logits, threshold=THRESHOLD),
+        "facebookresearch/blt": lambda: peers.eager_entropy_patch(logits, THRESHOLD),
+    }
+    if steps := peers.transformers_entropy_patch(THRESHOLD):
+        implementations["transformers"] = lambda: steps(logits)
+    if compile_peers:
+        graph = peers.compiled(peers.entropy_and_mask)
+        implementations["torch.compile, mask only"] = lambda: graph(logits, THRESHOLD)
+    # Written: entropy and what backward needs, patch_ids, decode_ids and patch_offsets.
+    work = read + tokens * (4 + 4 + 3 * 4)
+    yield Comparison(
+        "entropy_patch",
+        shape,
+        name_of(dtype),
+        implementations,
+        work,
+        timing.reads(logits),
+        read,
+        agree,
+        device=device,
+    )
+
+    alone: dict[str, Callable[[], Any]] = {
+        OURS: lambda: bk.token_entropy(logits),
+        "eager": lambda: peers.eager_entropy(logits),
+    }
+    if compile_peers:
+        entropy_graph = peers.compiled(peers.eager_entropy)
+        alone["torch.compile"] = lambda: entropy_graph(logits)
+    yield Comparison(
+        "token_entropy",
+        shape,
+        name_of(dtype),
+        alone,
+        read + tokens * 8,
+        timing.reads(logits),
+        read,
+        lambda results: agree({OURS: (results[OURS], bk.patch_starts(results[OURS], threshold=THRESHOLD))}),
+        device=device,
+    )
+
+
+def ragged_entropies(shape: tuple[int, ...], device: str) -> Tensor:
+    """Entropies of which one in 4.5 is above the threshold, without the logits."""
+    generator = torch.Generator().manual_seed(0)
+    high = torch.rand(shape, generator=generator) < 1 / 4.5
+    return torch.where(high, 2.0 + torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)).to(
+        device
+    )
+
+
+def patch_starts_comparison(sizes: Sizes, device: str) -> Comparison:
+    entropy = ragged_entropies((sizes.rows, sizes.length), device)
+
+    def agree(results: dict[str, Any]) -> None:
+        own, theirs = results[OURS].to_lengths(), results["facebookresearch/blt"]
+        assert starts(own, sizes.length) == starts(theirs, sizes.length)
+
+    return Comparison(
+        "patch_starts",
+        str(list(entropy.shape)),
+        "float32",
+        {
+            OURS: lambda: bk.patch_starts(entropy, threshold=THRESHOLD),
+            "facebookresearch/blt": lambda: peers.eager_patch_lengths(entropy, THRESHOLD),
+        },
+        entropy.numel() * (4 + 3 * 4),
+        timing.copies(entropy),
+        entropy.numel() * 8,
+        agree,
+        device=device,
+    )
+
+
+def linear_entropy_comparison(sizes: Sizes, device: str) -> Comparison:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(sizes.rows * sizes.length, HIDDEN, generator=generator).to(device)
+    weight = (torch.randn(ALPHABET, HIDDEN, generator=generator) * 0.1).to(device)
+    flops = 2 * hidden.shape[0] * HIDDEN * ALPHABET
+
+    def agree(results: dict[str, Any]) -> None:
+        truth = peers.eager_entropy(F.linear(hidden.double(), weight.double()))
+        assert_close(results[OURS], results["F.linear, eager entropy"], truth)
+
+    return Comparison(
+        "linear_entropy",
+        f"{list(hidden.shape)} x {list(weight.shape)}",
+        "float32",
+        {
+            OURS: lambda: bk.linear_entropy(hidden, weight),
+            "F.linear, token_entropy": lambda: bk.token_entropy(F.linear(hidden, weight)),
+            "F.linear, eager entropy": lambda: peers.eager_entropy(F.linear(hidden, weight)),
+        },
+        flops,
+        {"torch.mm": lambda: hidden @ weight.T},
+        flops,
+        agree,
+        unit="flop",
+        device=device,
+    )
+
+
+def scaling_comparisons(sizes: Sizes, device: str) -> Iterator[Comparison]:
+    """Layout building alone, from 1k bytes up, in documents of about 1000 bytes."""
+    size = 1024
+    while size <= sizes.largest:
+        entropy = ragged_entropies((size,), device)
+        cu_seqlens = offsets_of([1000] * (size // 1000) + [size % 1000], device=device)
+
+        def ours(entropy: Tensor = entropy, cu_seqlens: Tensor = cu_seqlens) -> bk.PatchLayout:
+            return bk.patch_starts(entropy, cu_seqlens, threshold=THRESHOLD)
+
+        def agree(results: dict[str, Any], size: int = size) -> None:
+            assert int(results[OURS].patch_lengths.sum()) == size
+
+        yield Comparison(
+            "patch_starts scaling",
+            f"[{size}]",
+            "float32",
+            {OURS: ours},
+            size * (4 + 3 * 4),
+            timing.copies(entropy),
+            size * 8,
+            agree,
+            device=device,
+        )
+        size *= 4
+
+
+def remarks(rows: list[timing.Row]) -> list[str]:
+    """What a table of times does not show by itself."""
+    found = []
+    for threads in sorted({row.threads for row in rows}):
+        scaling = [
+            (int(row.shape.strip("[]")), row.median_ms)
+            for row in rows
+            if row.op == "patch_starts scaling" and row.implementation == OURS and row.threads == threads
+        ]
+        if len(scaling) > 1:
+            slope = timing.exponent(*zip(*scaling, strict=True))
+            last = timing.exponent(*zip(*scaling[-2:], strict=True))
+            found.append(
+                f"patch_starts, {threads} threads: time grows as T^{slope:.2f} from {scaling[0][0]} to {scaling[-1][0]}"
+                f" bytes (T^{last:.2f} at the end; 1 is linear, less means fixed cost)"
+            )
+    return found
+
+
+def test_entropy_patch(run_benchmark: Callable[[], None]) -> None:
+    run_benchmark()

@@ -1,0 +1,260 @@
+"""Timing side by side: every implementation once a round, in one process, against a limit measured in the same rounds.
+
+A machine drifts while it is measured. So a time is a median, but a ratio is the median of the ratios within rounds.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import math
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OURS = "blt_kernels"
+RESULTS = Path(__file__).parent / "results"
+SAMPLE_SECONDS = 2e-3  # a shorter function is called in a loop, so that the clock and the loop weigh nothing
+FLUSH_BYTES = 256 << 20  # more than any GPU's L2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One op on one input: what is run, what must agree before anything is timed, and what bounds it.
+
+    Attributes
+    ----------
+    op, shape, dtype : what the row is called
+    implementations : name -> function without arguments; `OURS` is the one that the others are compared with
+    work : bytes that the op must read and write; flops if `unit` is "flop"
+    limits : name -> function without arguments; the fastest, scaled from `limit_work` to `work`, is the limit
+    agree : raises if the results of the implementations, by name, are not the same
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    implementations: dict[str, Callable[[], Any]]
+    work: int
+    limits: dict[str, Callable[[], Any]]
+    limit_work: int
+    agree: Callable[[dict[str, Any]], None]
+    unit: str = "byte"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the results: the columns of the CSV files.
+
+    Attributes
+    ----------
+    bytes : what the op must move; none where the limit is arithmetic, and `gb_per_s` means GFLOP/s
+    share_of_limit : speed as a part of the limit's
+    ratio_to_best_peer : time of the best peer as a multiple of this one's
+    extra_mb : most memory that was held during a call, outputs included
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    threads: int
+    implementation: str
+    median_ms: float
+    bytes: int | None
+    gb_per_s: float
+    share_of_limit: float
+    ratio_to_best_peer: float | None
+    extra_mb: float | None
+
+
+def compare(comparison: Comparison, *, rounds: int, warmup: int = 3) -> list[Row]:
+    """Check that the implementations agree, then time them and the limits in turn.
+
+    Parameters
+    ----------
+    rounds
+        Times that every implementation is measured.
+    warmup
+        Times that it is called before; the first call may compile.
+    """
+    functions = {**comparison.implementations, **{f"limit: {name}": f for name, f in comparison.limits.items()}}
+    results = {name: function() for name, function in comparison.implementations.items()}
+    comparison.agree(results)
+    del results
+    clock = _Clock(comparison.device)
+    repeats = {}
+    for name, function in functions.items():
+        for _ in range(warmup):
+            function()
+        repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(clock.sample(function, 1), 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for turn in range(rounds):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            samples[name].append(clock.sample(functions[name], repeats[name]))
+    return _rows(comparison, functions, samples)
+
+
+def _rows(
+    comparison: Comparison, functions: dict[str, Callable[[], Any]], samples: dict[str, list[float]]
+) -> list[Row]:
+    median = {name: statistics.median(s) for name, s in samples.items()}
+    scale = comparison.work / comparison.limit_work
+    limits = [name for name in samples if name.startswith("limit: ")]
+    limit = min(limits, key=median.__getitem__)
+    peers = [name for name in comparison.implementations if name != OURS]
+    best = min(peers, key=median.__getitem__) if peers else OURS
+    rows = []
+    for name in [*comparison.implementations, limit]:
+        own_scale = 1.0 if name == limit else scale
+        work = comparison.limit_work if name == limit else comparison.work
+        rows.append(
+            Row(
+                comparison.op,
+                comparison.shape,
+                comparison.dtype,
+                torch.get_num_threads(),
+                name,
+                median[name] * 1e3,
+                work if comparison.unit == "byte" else None,
+                work / median[name] / 1e9,
+                own_scale * _ratio(samples[limit], samples[name]),
+                None if name == limit or not peers else _ratio(samples[best], samples[name]),
+                None if name == limit or comparison.device != "cpu" else peak_extra_bytes(functions[name]) / 1e6,
+            )
+        )
+    return rows
+
+
+def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    return statistics.median(n / d for n, d in zip(numerators, denominators, strict=True))
+
+
+class _Clock:
+    """Seconds a call takes: wall clock on the CPU, events around a cold L2 on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+
+    def sample(self, function: Callable[[], Any], repeats: int) -> float:
+        if self.flush is None:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            return (time.perf_counter() - start) / repeats
+        total = 0.0
+        for _ in range(repeats):
+            self.flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            function()
+            end.record()
+            end.synchronize()
+            total += begin.elapsed_time(end) / 1e3
+        return total / repeats
+
+
+def peak_extra_bytes(function: Callable[[], Any]) -> int:
+    """Most bytes that torch's CPU allocator held at a time during a call beyond those held before, outputs included."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        out = function()
+    held = peak = 0
+    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del out
+    return peak
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep what C++ writes to stderr back: the profiler tells of its start and stop there."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def reads(data: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Ways to read every byte of contiguous `data` once: whichever is fastest is the limit of a reading op.
+
+    A reduction of torch is not always the fastest reader, least of all in low precision; so the memory is also read as
+    fp32 and by a dot product with itself.
+    """
+    words = data.detach().flatten().view(torch.float32)
+    candidates: dict[str, Callable[[], Any]] = {
+        "torch.sum": words.sum,
+        "torch.amax": words.amax,
+        "torch.dot": lambda: torch.dot(words, words),
+    }
+    if not data.is_cuda:
+        try:
+            array = words.numpy()
+        except RuntimeError:  # torch works without numpy
+            return candidates
+        candidates["numpy.max"] = array.max
+    return candidates
+
+
+def copies(data: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Copy `data` into memory that is there already: reads and writes its size."""
+    out = torch.empty_like(data)
+    return {"copy": lambda: out.copy_(data)}
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def device_name(device: str = "cpu") -> str:
+    """What results are filed under."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+        model = found[1] if found else platform.processor() or platform.machine()
+        name = f"{model} {torch.backends.cpu.get_cpu_capability()}"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|\bcpu\b|processor|@.*ghz", "", name.lower())).strip("-")
+
+
+def write_csv(rows: Iterable[Row], path: Path | None = None, device: str = "cpu") -> Path:
+    """Append rows to ``bench/results/<date>-<device>.csv``, or to `path`."""
+    path = path or RESULTS / f"{datetime.date.today().isoformat()}-{device_name(device)}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        if new:
+            writer.writeheader()
+        for row in rows:
+            values = asdict(row)
+            writer.writerow(
+                {k: f"{v:.4g}" if isinstance(v, float) else "" if v is None else v for k, v in values.items()}
+            )
+    return path
+
+
+def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    """Slope of log time over log size by least squares: 1 is linear."""
+    x, y = [math.log(s) for s in sizes], [math.log(t) for t in seconds]
+    return statistics.linear_regression(x, y).slope

@@ -1,0 +1,209 @@
+"""Inputs of the ops for `cases.py`: functions of (dtype, num_bytes, seed) that return keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels import PatchLayout
+from blt_kernels.reference.entropy_patch import token_entropy_reference
+from blt_kernels.testing import document_lengths, offsets_of, ragged_layout, real_text, to_tokens
+
+Make = Callable[[torch.dtype, int, int], dict[str, Any]]
+
+
+def random_normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
+    """Normal numbers that `dtype` holds exactly, the same for every seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(*shape).normal_(0, scale, generator=generator).to(dtype)
+
+
+def documents(num_bytes: int, seed: int) -> Tensor:
+    """int32 offsets of ragged documents."""
+    return offsets_of(document_lengths(num_bytes, seed))
+
+
+# --- entropy_patch ----------------------------------------------------------------------------------------------------
+
+
+def spread_logits(num_bytes: int, alphabet: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Logits with entropies from next to nothing to nearly log A."""
+    spread = torch.logspace(-1, 1.3, 17, base=10.0)[torch.arange(num_bytes) * 7 % 17]
+    return (random_normal(num_bytes, alphabet, dtype=torch.float32, seed=seed) * spread[:, None]).to(dtype)
+
+
+def between(values: Tensor) -> float:
+    """The middle of the widest gap in the upper half of `values`: a threshold that rounding does not cross."""
+    upper = values.double().sort().values[values.numel() // 2 :]
+    if upper.numel() < 2:
+        return 1.0
+    gap = int(upper.diff()[: max(1, upper.numel() // 2)].argmax())
+    return float((upper[gap] + upper[gap + 1]) / 2)
+
+
+def robust_rule(entropy: Tensor, rule: dict[str, Any]) -> dict[str, Any]:
+    """`rule` with thresholds that no entropy of fp32 accuracy is on the wrong side of."""
+    rise = entropy.diff()
+    rule = {"threshold": between(rise if rule.get("monotonic") else entropy), **rule}
+    if "threshold_add" in rule:
+        rule["threshold_add"] = between(rise)
+    return rule
+
+
+def make_entropy_patch(share: float | None = None, **rule: Any) -> Make:
+    """`share`: capacity as a part of the bytes, small enough to overflow."""
+
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        logits, cu_seqlens = spread_logits(num_bytes, 67, dtype, seed), documents(num_bytes, seed)
+        capacity = {} if share is None else {"max_patches": int(num_bytes * share) + cu_seqlens.numel() - 1}
+        entropy = token_entropy_reference(logits.double())
+        return {"logits": logits, "cu_seqlens": cu_seqlens, **robust_rule(entropy, rule), **capacity}
+
+    return make
+
+
+def make_patch_starts(share: float | None = None, **rule: Any) -> Make:
+    with_logits = make_entropy_patch(share, **rule)
+
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        arguments = with_logits(torch.float32, num_bytes, seed)
+        logits = arguments.pop("logits")
+        return {"entropy": token_entropy_reference(logits).to(dtype), **arguments}
+
+    return make
+
+
+def make_token_entropy(alphabet: int) -> Make:
+    return lambda dtype, num_bytes, seed: {"logits": spread_logits(num_bytes, alphabet, dtype, seed)}
+
+
+def make_linear_entropy(bias: bool) -> Make:
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        arguments = {
+            "hidden": random_normal(num_bytes, 24, dtype=dtype, seed=seed),
+            "weight": random_normal(37, 24, dtype=dtype, seed=seed + 1, scale=0.4),
+        }
+        return {**arguments, "bias": random_normal(37, dtype=dtype, seed=seed + 2)} if bias else arguments
+
+    return make
+
+
+def make_tokens(**options: Any) -> Make:
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        tokens = to_tokens(real_text(num_bytes, seed), dtype=dtype)
+        tokens[::29] = torch.arange(tokens[::29].numel()) % 4  # special ids
+        return {"tokens": tokens, "cu_seqlens": documents(num_bytes, seed), **options}
+
+    return make
+
+
+def make_offsets(**options: Any) -> Make:
+    return lambda dtype, num_bytes, seed: {
+        "cu_seqlens": documents(num_bytes, seed),
+        "num_bytes": num_bytes,
+        **options,
+    }
+
+
+def make_topk() -> Make:
+    with_rule = make_patch_starts()
+
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        arguments = with_rule(dtype, num_bytes, seed)
+        return {"entropy": arguments["entropy"], "cu_seqlens": arguments["cu_seqlens"], "patch_size": 4}
+
+    return make
+
+
+# --- patch_pool, patch_unpool -----------------------------------------------------------------------------------------
+
+
+def make_layout(num_bytes: int, seed: int, kind: str = "") -> PatchLayout:
+    """Ragged patches; "overflow": with too little room; "tail": with bytes beyond the last document."""
+    if kind == "tail":
+        covered = documents(num_bytes * 2 // 3, seed)
+        return PatchLayout.from_cuts(torch.arange(num_bytes) % 4 == seed % 4, covered)
+    room = num_bytes // 12 + 7 if kind == "overflow" else None  # 7: one for each document
+    return ragged_layout(num_bytes, seed, max_patches=room)
+
+
+def make_patch_pool(reduce: str | tuple[str, ...], kind: str = "") -> Make:
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        x = random_normal(num_bytes, 21, dtype=dtype, seed=seed)
+        if dtype != torch.float64:  # many ties, which gradcheck cannot differentiate
+            x = (x * 2).round() / 2
+        return {"x": x, "layout": make_layout(num_bytes, seed, kind), "reduce": reduce}
+
+    return make
+
+
+def make_patch_unpool(ids: str, kind: str = "") -> Make:
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        layout = make_layout(num_bytes, seed, kind)
+        return {"y": random_normal(layout.capacity, 21, dtype=dtype, seed=seed), "layout": layout, "ids": ids}
+
+    return make
+
+
+# --- ngram_hash_embed -------------------------------------------------------------------------------------------------
+
+
+def make_ngram_hash_embed(*, fused: bool = False, byte_table: bool = True, **options: Any) -> Make:
+    sizes, functions = options.get("ngram_sizes", (3, 4, 5, 6, 7, 8)), options.get("num_functions", 1)
+    low, high = options.get("row_range", (0, 53))
+    count, rows = functions * len(sizes), high - low
+
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        tables = random_normal(count * rows, 9, dtype=dtype, seed=seed)
+        return {
+            **make_tokens()(torch.int64, num_bytes, seed),
+            "tables": tables if fused else list(tables.chunk(count)),
+            **({"byte_table": random_normal(260, 9, dtype=dtype, seed=seed + 1)} if byte_table else {}),
+            **options,
+        }
+
+    return make
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def make_attention(*, keys: bool = False, groups: int = 4, **options: Any) -> Make:
+    """`keys`: documents have other numbers of keys than of queries, and not all of them are used."""
+
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        lengths = document_lengths(num_bytes, seed)
+        more = [n + (5 * b + seed) % 7 - (n > 3) for b, n in enumerate(lengths)]
+        rows = sum(more) if keys else num_bytes
+        used = torch.tensor([n - (b + seed) % 3 if n > 3 else n for b, n in enumerate(more)], dtype=torch.int32)
+        return {
+            "q": random_normal(num_bytes, 4, 10, dtype=dtype, seed=seed),
+            "k": random_normal(rows, groups, 10, dtype=dtype, seed=seed + 1),
+            "v": random_normal(rows, groups, 10, dtype=dtype, seed=seed + 2),
+            "cu_seqlens_q": offsets_of(lengths),
+            **({"cu_seqlens_k": offsets_of(more), "seqused_k": used} if keys else {}),
+            **options,
+        }
+
+    return make
+
+
+def make_cross_attention(direction: str, kind: str = "", **options: Any) -> Make:
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        layout = make_layout(num_bytes, seed, kind)
+        on_patches, on_bytes = layout.capacity * 2, num_bytes
+        queries, keys = (on_patches, on_bytes) if direction == "encode" else (on_bytes, on_patches)
+        return {
+            "q": random_normal(queries, 3, 10, dtype=dtype, seed=seed),
+            "k": random_normal(keys, 3, 10, dtype=dtype, seed=seed + 1),
+            "v": random_normal(keys, 3, 10, dtype=dtype, seed=seed + 2),
+            "layout": layout,
+            "direction": direction,
+            "queries_per_patch": 2,
+            **options,
+        }
+
+    return make

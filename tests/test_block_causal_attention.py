@@ -1,0 +1,421 @@
+"""block_causal_attention: who sees whom by hand, against plain attention, caches, poison, autocast, argument errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from blt_kernels import block_causal_attention
+from blt_kernels.reference import block_causal_attention as reference
+from blt_kernels.testing import assert_close, document_lengths, offsets_of
+
+NAN = float("nan")
+
+
+def randn(*shape: int, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+
+
+def oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: list[int],
+    cu_k: list[int],
+    window: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    used: list[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One document at a time, with a full matrix of scores."""
+    repeat = q.shape[1] // k.shape[1]
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -math.inf, dtype=q.dtype, device=q.device)
+    for b in range(len(cu_q) - 1):
+        rows = slice(cu_q[b], cu_q[b + 1])
+        keys = slice(cu_k[b], cu_k[b + 1] if used is None else cu_k[b] + used[b])
+        n, m = rows.stop - rows.start, keys.stop - keys.start
+        if not n or not m:
+            continue
+        ahead = torch.arange(m, device=q.device) - torch.arange(n, device=q.device)[:, None] - (m - n)
+        seen = torch.ones_like(ahead, dtype=torch.bool)
+        if causal:
+            seen &= ahead <= 0
+        if window is not None:
+            seen &= ahead.abs() < window
+        scores = torch.einsum("qhe,khe->hqk", q[rows], k[keys].repeat_interleave(repeat, 1))
+        scores = (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
+        p = scores.softmax(-1).masked_fill(~seen, 0)
+        out[rows] = torch.einsum("hqk,khe->qhe", p, v[keys].repeat_interleave(repeat, 1))
+        lse[rows] = scores.logsumexp(-1).mT
+    return out, lse
+
+
+def seen_by(device: str, queries: int, keys: int, cu_seqlens_q: Tensor, **options: Any) -> list[list[int]]:
+    """The keys that each query sees: with equal scores and one-hot values a row of the output shows them."""
+    q, k = torch.zeros(queries, 1, keys, device=device), torch.zeros(keys, 1, keys, device=device)
+    v = torch.eye(keys, device=device)[:, None]
+    out, lse = block_causal_attention(q, k, v, cu_seqlens_q, return_lse=True, **options)
+    seen = [row.nonzero().flatten().tolist() for row in out[:, 0]]
+    for row, total, found in zip(out[:, 0], lse[:, 0], seen, strict=True):
+        assert row[found].tolist() == pytest.approx([1 / len(found)] * len(found) if found else [])
+        assert total.item() == pytest.approx(math.log(len(found)) if found else -math.inf)
+    return seen
+
+
+# --- who sees whom ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [4], []]),
+        ({"window": 1}, [[0], [1], [2], [3], [4], []]),
+        ({"window": 2}, [[0], [0, 1], [1, 2], [2, 3], [4], []]),
+        ({"window": 9}, [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [4], []]),
+        ({"causal": False}, [[0, 1, 2, 3]] * 4 + [[4], []]),
+        ({"causal": False, "window": 1}, [[0], [1], [2], [3], [4], []]),
+        ({"causal": False, "window": 2}, [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3], [4], []]),
+    ],
+)
+def test_documents_and_windows(options: dict, expected: list[list[int]], device: str) -> None:
+    """Documents of 4, 0 and 1 bytes and one byte beyond them. A window counts the query itself."""
+    assert seen_by(device, 6, 6, torch.tensor([0, 4, 4, 5], device=device), **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Documents of 2, 3 and 1 queries and 4, 2 and 0 keys: the last query is aligned with the last key.
+        ({}, [[0, 1, 2], [0, 1, 2, 3], [], [4], [4, 5], []]),
+        ({"window": 2}, [[1, 2], [2, 3], [], [4], [4, 5], []]),
+        ({"causal": False}, [[0, 1, 2, 3]] * 2 + [[4, 5]] * 3 + [[]]),
+        ({"causal": False, "window": 2}, [[1, 2, 3], [2, 3], [4], [4, 5], [4, 5], []]),
+        ({"used": [3, 1, 0]}, [[0, 1], [0, 1, 2], [], [], [4], []]),
+        ({"used": [3, 1, 0], "window": 1}, [[1], [2], [], [], [4], []]),
+        ({"used": [0, 2, 0]}, [[], [], [], [4], [4, 5], []]),
+    ],
+)
+def test_alignment_and_used_keys(options: dict, expected: list[list[int]], device: str) -> None:
+    used = options.pop("used", None) if "used" in (options := dict(options)) else None
+    if used is not None:
+        options["seqused_k"] = torch.tensor(used, device=device)
+    cu_seqlens_q, cu_seqlens_k = torch.tensor([0, 2, 5, 6], device=device), torch.tensor([0, 4, 6, 6], device=device)
+    assert seen_by(device, 6, 7, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options) == expected
+
+
+def test_values_by_hand(device: str) -> None:
+    """Weights 1/4 and 3/4 from scores 0 and log 3; two query heads share a key head."""
+    q = torch.tensor([[[0.0], [5.0]], [[1.0], [2.0]]], device=device)  # [2, 2, 1]
+    k = torch.tensor([[[0.0]], [[math.log(3)]]], device=device)
+    v = torch.tensor([[[8.0]], [[16.0]]], device=device)
+    out, lse = block_causal_attention(q, k, v, scale=1.0, return_lse=True)
+    torch.testing.assert_close(out[..., 0].cpu(), torch.tensor([[8.0, 8.0], [14.0, 15.2]]))
+    torch.testing.assert_close(lse.cpu(), torch.tensor([[0.0, 0.0], [math.log(4), math.log(10)]]))
+    half, _ = block_causal_attention(q * 2, k, v, scale=0.5, return_lse=True)
+    torch.testing.assert_close(half, out)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3])
+def test_short_documents(length: int, device: str) -> None:
+    q, k, v = (randn(length, 2, 4, seed=i, device=device).requires_grad_() for i in range(3))
+    for offsets in ([0, length], [0, 0, length, length], [0]):
+        cu = torch.tensor(offsets, device=device)
+        out, lse = block_causal_attention(q, k, v, cu, return_lse=True)
+        expected, expected_lse = oracle(q, k, v, offsets, offsets)
+        torch.testing.assert_close((out, lse), (expected, expected_lse), rtol=1e-12, atol=1e-12)
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+        assert all(g.isfinite().all() for g in grads)
+
+
+def test_no_keys_at_all(device: str) -> None:
+    q, k = torch.ones(3, 2, 4, device=device), torch.ones(0, 2, 4, device=device)
+    q.requires_grad_()
+    cu_seqlens_q, cu_seqlens_k = torch.tensor([0, 3], device=device), torch.tensor([0, 0], device=device)
+    out, lse = block_causal_attention(q, k, k, cu_seqlens_q, cu_seqlens_k, return_lse=True)
+    assert torch.equal(out, torch.zeros_like(q))
+    assert (lse == -math.inf).all()
+    out.sum().backward()
+    assert torch.equal(q.grad, torch.zeros_like(q))
+
+
+# --- against plain attention ------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_any_documents_against_one_at_a_time(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(0, 40), max_size=5))
+    tail = data.draw(st.integers(0, 3))
+    options = {
+        "window": data.draw(st.none() | st.integers(1, 50)),
+        "causal": data.draw(st.booleans()),
+        "scale": data.draw(st.none() | st.floats(0.1, 2)),
+    }
+    groups, repeat = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    key_lengths, used = lengths, None
+    if data.draw(st.booleans()):
+        key_lengths = [data.draw(st.integers(0, 40)) for _ in lengths]
+        used = [data.draw(st.integers(0, n)) for n in key_lengths] if data.draw(st.booleans()) else None
+    cu_q, cu_k = offsets_of(lengths), offsets_of(key_lengths)
+    rows, keys = int(cu_q[-1]) + tail, int(cu_k[-1]) + tail
+    q = randn(rows, groups * repeat, 3, seed=1).requires_grad_()
+    k, v = (randn(keys, groups, 3, seed=i).requires_grad_() for i in (2, 3))
+    out, lse = block_causal_attention(
+        q,
+        k,
+        v,
+        cu_q,
+        None if key_lengths is lengths else cu_k,
+        **options,
+        seqused_k=None if used is None else torch.tensor(used),
+        return_lse=True,
+    )
+    expected, expected_lse = oracle(q, k, v, cu_q.tolist(), cu_k.tolist(), **options, used=used)
+    torch.testing.assert_close((out, lse), (expected, expected_lse), rtol=1e-10, atol=1e-10)
+    grad = randn(*q.shape, seed=4)
+    if expected.requires_grad:
+        ours = torch.autograd.grad(out, (q, k, v), grad)
+        theirs = torch.autograd.grad(expected, (q, k, v), grad, materialize_grads=True)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(None, True), (200, True), (None, False), (90, False)])
+def test_blocks_of_the_reference(window: int | None, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block boundaries are not document boundaries, and change nothing but rounding."""
+    lengths = document_lengths(500, 3)
+    offsets = offsets_of(lengths).tolist()
+    leaves = [randn(500, heads, 6, seed=i).requires_grad_() for i, heads in enumerate((4, 2, 2))]
+    expected, expected_lse = oracle(*leaves, offsets, offsets, window, causal)
+    grad = randn(500, 4, 6, seed=5)
+    expected_grads = torch.autograd.grad(expected, leaves, grad)
+    for block in (reference._BLOCK, 7, 500, 5000):
+        monkeypatch.setattr(reference, "_BLOCK", block)
+        arguments = (offsets_of(lengths), None, window, causal, None, None)
+        out, lse = reference.block_causal_attention_fwd_reference(*leaves, *arguments)
+        torch.testing.assert_close((out, lse), (expected, expected_lse), rtol=1e-10, atol=1e-10)
+        by_autograd = torch.autograd.grad(out, leaves, grad)
+        plain = [x.detach() for x in (grad, *leaves, out, lse)]
+        explicit = reference.block_causal_attention_bwd_reference(*plain, *arguments)
+        torch.testing.assert_close(by_autograd, expected_grads, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(explicit, expected_grads, rtol=1e-9, atol=1e-9)
+
+
+def test_reference_makes_no_square_matrix() -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+            return out
+
+    length, heads, window = 4096, 2, 64
+    q = torch.zeros(length, heads, 8)
+    with torch.no_grad(), Largest() as largest:
+        out, lse = reference.block_causal_attention_reference(q, q, q, window=window, return_lse=True)
+        reference.block_causal_attention_bwd_reference(
+            q, q, q, q, out, lse, torch.tensor([0, length]), None, window, True, None, None
+        )
+    assert largest.numel <= max(length * heads * 8, heads * reference._BLOCK * (reference._BLOCK + window))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 20])
+def test_error_against_eager_attention(dtype: torch.dtype, window: int | None, device: str) -> None:
+    """Outputs and gradients are as close to fp64 as those of matmul, softmax and matmul in the same dtype."""
+    offsets = [0, 150, 150, 151, 300]
+    q, k, v, grad = (randn(300, heads, 16, seed=i, device=device, dtype=dtype) for i, heads in enumerate((4, 2, 2, 4)))
+
+    def ours(*x: Tensor) -> Tensor:
+        return block_causal_attention(*x, torch.tensor(offsets, device=device), window=window)
+
+    def plain(*x: Tensor) -> Tensor:
+        return oracle(*x, offsets, offsets, window)[0]
+
+    results = []
+    for function, cast in ((ours, dtype), (plain, dtype), (plain, torch.float64)):
+        leaves = [x.to(cast).requires_grad_() for x in (q, k, v)]
+        out = function(*leaves)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(cast))])
+    for name, *values in zip(("out", "grad_q", "grad_k", "grad_v"), *results, strict=True):
+        assert_close(*values, name=name)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_agrees_with_torch_attention(window: int | None, device: str) -> None:
+    q, k, v = (randn(2, 50, heads, 8, seed=i, device=device) for i, heads in enumerate((4, 2, 2)))
+    ahead = torch.arange(50, device=device) - torch.arange(50, device=device)[:, None]
+    options = {"attn_mask": (ahead <= 0) & (ahead > -(window or 50)), "enable_gqa": True}
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options).transpose(1, 2)
+    torch.testing.assert_close(block_causal_attention(q, k, v, window=window), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_padded_is_packed(device: str) -> None:
+    q, k = randn(3, 5, 2, 4, device=device), randn(3, 5, 1, 4, seed=1, device=device)
+    cu_seqlens = torch.arange(4, device=device) * 5
+    packed = [x.flatten(0, 1) for x in (q, k, k)]
+    for function in (block_causal_attention, reference.block_causal_attention_reference):
+        out, lse = function(q, k, k, window=3, return_lse=True)
+        flat, flat_lse = function(*packed, cu_seqlens, window=3, return_lse=True)
+        assert torch.equal(out, flat.view_as(q))
+        assert torch.equal(lse, flat_lse.view(3, 5, 2))
+        short, expected = function(q[:, 3:], k, k), function(q, k, k)[:, 3:]
+        torch.testing.assert_close(short, expected, rtol=1e-12, atol=1e-12)
+        one = function(*packed)
+        torch.testing.assert_close(one[:5], function(q, k, k)[0], rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(one[5:10], function(q, k, k)[1])
+
+
+def test_decoding_with_a_cache(device: str) -> None:
+    """Byte by byte, with a cache full of NaN where nothing is written yet."""
+    length, room = 9, 12
+    q, k, v = (randn(2, length, 2, 4, seed=i, device=device) for i in range(3))
+    keys, values = (torch.full((2, room, 2, 4), NAN, dtype=torch.float64, device=device) for _ in range(2))
+    for window in (None, 4):
+        whole = block_causal_attention(q, k, v, window=window)
+        for i in range(length):
+            keys[:, i], values[:, i] = k[:, i], v[:, i]
+            used = torch.full((2,), i + 1, device=device)
+            step = block_causal_attention(q[:, i : i + 1], keys, values, window=window, seqused_k=used)
+            torch.testing.assert_close(step[:, 0], whole[:, i], rtol=1e-12, atol=1e-12)
+
+
+def test_rows_beyond_the_documents_are_not_read(device: str) -> None:
+    leaves = [randn(8, 2, 4, seed=i, device=device) for i in range(3)]
+    grad = randn(8, 2, 4, seed=3, device=device)
+    cu_seqlens = torch.tensor([0, 2, 5], device=device)
+    results = []
+    for poison in (0.0, NAN):
+        for x in (*leaves, grad):
+            x[5:] = poison
+        own = [x.clone().requires_grad_() for x in leaves]
+        out = block_causal_attention(*own, cu_seqlens)
+        results.append([out, *torch.autograd.grad(out, own, grad)])
+        assert all(not x[5:].any() for x in results[-1])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+# --- autograd and autocast --------------------------------------------------------------------------------------------
+
+
+def test_backward_against_autograd_of_the_reference(device: str) -> None:
+    cu_q, cu_k = torch.tensor([0, 7, 7, 12], device=device), torch.tensor([0, 5, 6, 15], device=device)
+    leaves = [randn(n, h, 3, seed=n, device=device).requires_grad_() for n, h in ((13, 4), (16, 2), (16, 2))]
+    options = {"window": 4, "seqused_k": torch.tensor([5, 0, 8], device=device)}
+    out = block_causal_attention(*leaves, cu_q, cu_k, **options)
+    expected = reference.block_causal_attention_reference(*leaves, cu_q, cu_k, **options)
+    grad = randn(13, 4, 3, seed=9, device=device)
+    ours, theirs = (torch.autograd.grad(x, leaves, grad) for x in (out, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert torch.autograd.gradcheck(lambda *x: block_causal_attention(*x, cu_q, cu_k, **options), leaves)
+
+
+def test_lse_is_not_differentiable(device: str) -> None:
+    q = torch.ones(3, 1, 4, device=device, requires_grad=True)
+    for function in (block_causal_attention, reference.block_causal_attention_reference):
+        out, lse = function(q, q, q, return_lse=True)
+        assert out.requires_grad
+        assert not lse.requires_grad
+
+
+def test_autocast_is_that_of_torch_attention(device: str) -> None:
+    q, k, v = (randn(2, 6, 2, 8, seed=i, device=device, dtype=torch.float32).requires_grad_() for i in range(3))
+    grad = randn(2, 6, 2, 8, seed=3, device=device, dtype=torch.bfloat16)
+    with torch.autocast(device, torch.bfloat16):
+        out = block_causal_attention(q, k, v.bfloat16())
+        assert out.dtype == F.scaled_dot_product_attention(q, k, v.bfloat16()).dtype == torch.bfloat16
+        grads = torch.autograd.grad(out, (q, k, v), grad)
+        double = block_causal_attention(q.double(), k.double(), v.double())
+    assert all(g.dtype == torch.float32 for g in grads)
+    assert torch.equal(out, block_causal_attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+    assert torch.equal(double, block_causal_attention(q.double(), k.double(), v.double()))
+
+
+# --- argument errors --------------------------------------------------------------------------------------------------
+
+PACKED = {name: torch.zeros(6, 4 if name == "q" else 2, 8) for name in "qkv"}
+PADDED = {name: torch.zeros(2, 3, 4, 8) for name in "qkv"}
+CU = torch.tensor([0, 2, 6])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": 1}, TypeError, "q: expected a tensor, got int"),
+        ({"q": torch.zeros(6, 4, 8).int()}, TypeError, "q: expected dtype in float32.*got torch.int32"),
+        ({"q": torch.zeros(6, 32)}, ValueError, r"q: expected 3 or 4 dimensions, got shape \[6, 32\]"),
+        (
+            {"q": torch.zeros(6, 4, 0), "k": torch.zeros(6, 2, 0), "v": torch.zeros(6, 2, 0)},
+            ValueError,
+            "q: expected at",
+        ),
+        ({"k": torch.zeros(1, 6, 2, 8)}, ValueError, r"k: expected 3 dimensions, got shape \[1, 6, 2, 8\]"),
+        ({"k": torch.zeros(6, 2, 8).double()}, TypeError, "k: expected dtype torch.float32 of q, got torch.float64"),
+        ({"v": torch.zeros(6, 2, 8, device="meta")}, ValueError, "v: expected device cpu of q, got meta"),
+        ({"k": torch.zeros(6, 2, 9)}, ValueError, r"k: expected the head width E = 8 of q, got shape \[6, 2, 9\]"),
+        ({"v": torch.zeros(6, 4, 8)}, ValueError, r"v: expected shape \[6, 2, 8\] of k, got \[6, 4, 8\]"),
+        (
+            {"k": torch.zeros(6, 3, 8), "v": torch.zeros(6, 3, 8)},
+            ValueError,
+            "k: expected a number of heads G that divides H = 4, got 3",
+        ),
+        (
+            {"k": torch.zeros(5, 2, 8), "v": torch.zeros(5, 2, 8)},
+            ValueError,
+            "cu_seqlens_k: expected offsets, since q has 6 rows and k 5; got None",
+        ),
+        ({"cu_seqlens_q": torch.tensor([0, 7])}, ValueError, "cu_seqlens_q: expected offsets .* at most at 6, got"),
+        ({"cu_seqlens_q": CU.float()}, TypeError, "cu_seqlens_q: expected dtype in int32, int64, got torch.float32"),
+        ({"cu_seqlens_k": torch.tensor([0, 7, 8])}, ValueError, "cu_seqlens_k: expected offsets .* at most at 6, got"),
+        (
+            {"cu_seqlens_k": torch.tensor([0, 6])},
+            ValueError,
+            "cu_seqlens_k: expected 3 entries, as cu_seqlens_q has, got 2",
+        ),
+        (
+            {"cu_seqlens_q": None, "cu_seqlens_k": CU},
+            ValueError,
+            "cu_seqlens_k: expected None, since cu_seqlens_q is None",
+        ),
+        ({**PADDED, "cu_seqlens_q": CU}, ValueError, "cu_seqlens_q: expected None, since q is padded"),
+        (
+            {**PADDED, "cu_seqlens_q": None, "cu_seqlens_k": CU},
+            ValueError,
+            "cu_seqlens_k: expected None, since q is padded",
+        ),
+        (
+            {**PADDED, "q": torch.zeros(1, 3, 4, 8), "cu_seqlens_q": None},
+            ValueError,
+            r"k: expected the B = 1 documents of q, got shape \[2, 3, 4, 8\]",
+        ),
+        ({"window": 0}, ValueError, "window: expected a value >= 1, got 0"),
+        ({"window": 1.5}, TypeError, "window: expected an int, got 1.5"),
+        ({"causal": 1}, TypeError, "causal: expected a bool, got 1"),
+        ({"scale": "1"}, TypeError, "scale: expected a number, got '1'"),
+        ({"seqused_k": [2, 4]}, TypeError, "seqused_k: expected a tensor, got list"),
+        (
+            {"seqused_k": torch.tensor([2.0, 4.0])},
+            TypeError,
+            "seqused_k: expected dtype in int32, int64, got torch.float32",
+        ),
+        ({"seqused_k": torch.tensor([2])}, ValueError, "seqused_k: expected one entry for each of 2 documents, got 1"),
+        (
+            {"seqused_k": torch.tensor([2, 5])},
+            ValueError,
+            "seqused_k: expected 0 to 4 keys, the length of document 1, got 5",
+        ),
+        ({"seqused_k": torch.tensor([-1, 4])}, ValueError, "seqused_k: expected 0 to 2 keys.*document 0, got -1"),
+        ({"seqused_k": torch.zeros(2, dtype=torch.int32, device="meta")}, ValueError, "seqused_k: expected device cpu"),
+    ],
+)
+def test_errors(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        block_causal_attention(**{**PACKED, "cu_seqlens_q": CU, **change})

@@ -1,0 +1,237 @@
+"""PatchLayout: from boundary decisions and from lengths, back to lengths, as a pytree, and in short."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+
+import blt_kernels as bk
+from blt_kernels import PatchLayout
+from blt_kernels.testing import assert_equal, offsets_of, ragged_layout
+
+DOCUMENTS = st.lists(st.lists(st.booleans(), max_size=12), max_size=6)
+
+
+def as_lists(layout: PatchLayout) -> dict[str, Any]:
+    return {f.name: getattr(layout, f.name).tolist() for f in fields(layout)}
+
+
+def from_documents(documents: list[list[bool]], max_patches: int | None = None, tail: int = 0) -> PatchLayout:
+    cuts = [cut for document in documents for cut in document] + [True] * tail
+    return PatchLayout.from_cuts(
+        torch.tensor(cuts, dtype=torch.bool), offsets_of([len(d) for d in documents]), max_patches
+    )
+
+
+def starts_of(document: list[bool]) -> list[int]:
+    return [0, *(i + 1 for i, cut in enumerate(document) if cut)] if document else []
+
+
+# --- from boundary decisions ------------------------------------------------------------------------------------------
+
+
+@given(DOCUMENTS, st.none() | st.integers(0, 16))
+def test_from_cuts_against_brute_force(documents: list[list[bool]], room: int | None) -> None:
+    max_patches = None if room is None else len(documents) + room
+    layout = from_documents(documents, max_patches)
+    sizes = [len(d) for d in documents]
+    assert as_lists(layout) == oracle.layout_of([starts_of(d) for d in documents], sizes, max_patches)
+    assert all(getattr(layout, f.name).dtype == torch.int32 for f in fields(layout) if f.name != "overflowed")
+    assert layout.overflowed.dtype == torch.bool
+
+
+@given(DOCUMENTS, st.integers(1, 5))
+def test_bytes_beyond_the_last_document_belong_to_no_patch(documents: list[list[bool]], tail: int) -> None:
+    layout, without = from_documents(documents, tail=tail), from_documents(documents)
+    size = without.num_bytes
+    assert layout.num_bytes == layout.capacity == size + tail
+    assert layout.patch_ids[size:].tolist() == layout.decode_ids[size:].tolist() == [-1] * tail
+    assert layout.patch_offsets.tolist() == without.patch_offsets.tolist() + [size] * tail
+    for name in ("patch_ids", "decode_ids"):
+        assert getattr(layout, name)[:size].tolist() == getattr(without, name).tolist()
+    assert layout.to_lengths(include_next_byte=True).tolist() == without.to_lengths(include_next_byte=True).tolist()
+
+
+def test_every_later_document_keeps_a_patch() -> None:
+    documents = [[True] * 5, [], [True] * 3, [True]]
+    counts = {room: from_documents(documents, room).cu_patches.diff().tolist() for room in range(4, 10)}
+    assert counts == {
+        4: [2, 0, 1, 1],
+        5: [3, 0, 1, 1],
+        6: [4, 0, 1, 1],
+        7: [5, 0, 1, 1],
+        8: [5, 0, 2, 1],
+        9: [5, 0, 3, 1],
+    }
+    assert [bool(from_documents(documents, room).overflowed) for room in (8, 9)] == [True, False]
+
+
+def test_no_document_and_no_byte() -> None:
+    for layout in (from_documents([]), from_documents([[], []])):
+        assert layout.num_bytes == layout.capacity == int(layout.num_patches) == 0
+        assert layout.to_lengths().shape == (layout.num_documents, 0)
+        assert "no bytes on average" in repr(layout)
+    assert from_documents([]).num_documents == 0
+    assert from_documents([[], []]).to_lengths(include_next_byte=True).tolist() == [[1], [1]]
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+
+@given(DOCUMENTS)
+def test_lengths_both_ways(documents: list[list[bool]]) -> None:
+    layout = from_documents(documents)
+    again = PatchLayout.from_lengths(layout.to_lengths())
+    assert again.to_lengths().tolist() == layout.to_lengths().tolist()
+    # Without the byte to come, whether it opens a patch is lost, and only that.
+    quiet = from_documents([[*d[:-1], False] if d else d for d in documents])
+    assert as_lists(again.compact()) == as_lists(quiet.compact())
+
+
+@given(st.integers(0, 9), st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=5))
+def test_lengths_with_the_byte_to_come_both_ways(size: int, rows: list[list[bool]]) -> None:
+    layout = from_documents([row[:size] for row in rows])
+    lengths = layout.to_lengths(include_next_byte=True)
+    assert lengths.sum(1).tolist() == [size + 1] * len(rows)
+    again = PatchLayout.from_lengths(lengths, seq_len=size)
+    assert as_lists(again.compact()) == as_lists(layout.compact())
+
+
+def test_lengths_by_hand() -> None:
+    lengths = torch.tensor([[1, 3, 2, 0], [1, 1, 1, 3]])
+    layout = PatchLayout.from_lengths(lengths)
+    assert layout.patch_offsets[:8].tolist() == [0, 1, 4, 6, 7, 8, 9, 12]
+    assert layout.decode_ids.tolist() == [0, 0, 0, 1, 1, 1, 3, 4, 5, 5, 5, 5]
+    with_next = PatchLayout.from_lengths(torch.tensor([[1, 3, 2, 1], [1, 1, 1, 4]]), seq_len=6)
+    assert with_next.patch_ids.tolist() == layout.patch_ids.tolist()
+    assert with_next.decode_ids.tolist() == [0, 0, 0, 1, 1, 2, 3, 4, 5, 5, 5, 5]
+    # A row may leave the byte to come out where another counts it.
+    mixed = PatchLayout.from_lengths(torch.tensor([[1, 3, 2, 1], [1, 1, 1, 3]]), seq_len=6)
+    assert as_lists(mixed) == as_lists(with_next)
+
+
+def test_lengths_skip_zeros_in_between() -> None:
+    layout = PatchLayout.from_lengths(torch.tensor([[0, 2, 0, 1]]))
+    assert layout.to_lengths().tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_lengths_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 200], [3, 0]], dtype=dtype))
+    assert layout.cu_seqlens.tolist() == [0, 201, 204]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "seq_len", "error", "message"),
+    [
+        ([[1, 2]], None, TypeError, "lengths.*list"),
+        (torch.ones(1, 2), None, TypeError, "lengths.*float32"),
+        (torch.ones(1, 2, dtype=torch.bool), None, TypeError, "lengths.*bool"),
+        (torch.ones(2, dtype=torch.int64), None, ValueError, r"lengths.*\[B, Pmax\].*\[2\]"),
+        (torch.tensor([[1, -2]]), None, ValueError, "lengths.*-2"),
+        (torch.tensor([[1, 2], [1, 5]]), 3, ValueError, "row 1 sums to 6.*3"),
+        (torch.tensor([[1, 1]]), 3, ValueError, "row 0 sums to 2.*3"),
+    ],
+)
+def test_wrong_lengths_are_named(lengths: Any, seq_len: int | None, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PatchLayout.from_lengths(lengths, seq_len)
+
+
+# --- capacity ---------------------------------------------------------------------------------------------------------
+
+
+def test_compact_trims_the_capacity() -> None:
+    layout = ragged_layout(500, 3)
+    compact = layout.compact()
+    assert compact.capacity == int(layout.num_patches) < layout.capacity
+    assert compact.patch_lengths.min() > 0
+    assert_equal(compact.to_lengths(True), layout.to_lengths(True))
+    assert_equal(compact.compact(), compact)
+
+
+def test_properties() -> None:
+    layout = bk.static_patch(torch.tensor([0, 5, 5, 7]), 3, max_patches=6)
+    assert (layout.num_bytes, layout.num_documents, layout.capacity) == (7, 3, 6)
+    assert layout.num_patches.tolist() == [5]
+    assert layout.num_patches.shape == (1,)
+    assert layout.patch_lengths.tolist() == [1, 3, 1, 1, 1, 0]
+    assert layout.device == torch.device("cpu")
+
+
+def test_repr() -> None:
+    layout = bk.static_patch(torch.tensor([0, 5, 5, 7]), 3, max_patches=6)
+    assert repr(layout) == (
+        "PatchLayout(3 documents, 7 bytes, 5 patches of 1.40 bytes on average, capacity 6, device='cpu')"
+    )
+    assert "overflowed" in repr(bk.byte_patch(torch.tensor([0, 5]), max_patches=2))
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        ragged_layout(5).patch_ids = torch.zeros(5)  # type: ignore[misc]
+
+
+# --- pytree, devices, compilation -------------------------------------------------------------------------------------
+
+
+def test_to_moves_every_tensor(device: str) -> None:
+    layout = ragged_layout(50).to(device)
+    assert {getattr(layout, f.name).device.type for f in fields(layout)} == {device}
+    meta = layout.to("meta")
+    assert meta.device.type == "meta"
+    assert (meta.num_bytes, meta.capacity) == (50, 50)
+    assert "device='meta'" in repr(meta)
+
+
+def test_it_is_a_pytree() -> None:
+    layout = ragged_layout(50)
+    leaves, spec = pytree.tree_flatten({"layout": layout})
+    assert len(leaves) == len(fields(layout))
+    assert_equal(pytree.tree_unflatten(leaves, spec)["layout"], layout)
+    moved = pytree.tree_map(lambda x: x.to("meta"), layout)
+    assert isinstance(moved, PatchLayout)
+    assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
+
+
+def lengths_and_layout(layout: PatchLayout) -> tuple[torch.Tensor, PatchLayout]:
+    return layout.patch_lengths * 2, pytree.tree_map(torch.clone, layout)
+
+
+def test_it_goes_through_torch_compile() -> None:
+    compiled = torch.compile(lengths_and_layout, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (40, 70):
+            layout = ragged_layout(size, size)
+            assert_equal(compiled(layout), lengths_and_layout(layout))
+
+
+def test_from_cuts_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(PatchLayout.from_cuts, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (40, 70):
+            cuts, cu_seqlens = torch.arange(size) % 3 == 0, offsets_of([7, 0, size - 7])
+            assert_equal(compiled(cuts, cu_seqlens), PatchLayout.from_cuts(cuts, cu_seqlens))
+
+
+class Patches(torch.nn.Module):
+    def forward(self, entropy: torch.Tensor) -> PatchLayout:
+        return bk.patch_starts(entropy, threshold=0.5)
+
+
+def test_it_goes_through_torch_export(tmp_path: Any) -> None:
+    entropy = torch.rand(30)
+    size = torch.export.Dim("size", min=2)
+    program = torch.export.export(Patches(), (entropy,), dynamic_shapes=({0: size},))
+    torch.export.save(program, tmp_path / "patches.pt2")
+    loaded = torch.export.load(tmp_path / "patches.pt2").module()
+    for length in (30, 45):
+        entropy = torch.rand(length)
+        assert_equal(loaded(entropy), bk.patch_starts(entropy, threshold=0.5))

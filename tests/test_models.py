@@ -1,0 +1,293 @@
+"""The models: fused against reference, causality, independence of rows, files, and transformers' own BLT."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from blt_kernels import PatchLayout
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, load_model
+from blt_kernels.nn import (
+    EOS,
+    ByteModel,
+    TransformerConfig,
+    attention_documents,
+    next_byte_bits,
+    next_byte_targets,
+    rotary_table,
+    rotate,
+)
+
+WINDOW = 7
+BYTE_LM = ByteLMConfig(dim=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_dim=64, window=WINDOW, threshold=5.1)
+LOCAL = TransformerConfig(32, 2, 2, ffn_dim=64, window=WINDOW)
+SMALL_BLT = BLTConfig(
+    encoder=LOCAL,
+    global_transformer=TransformerConfig(48, 2, 2, ffn_dim=64),
+    decoder=LOCAL,
+    patcher=BYTE_LM,
+    ngram_vocab=97,
+    threshold=5.1,
+)
+CONFIGS: dict[str, tuple[type[ByteModel], object]] = {
+    "byte_lm": (ByteLM, BYTE_LM),
+    "blt": (BLT, SMALL_BLT),
+    "blt_all_encoder_layers": (BLT, dataclasses.replace(SMALL_BLT, cross_attn_all_layers_encoder=True)),
+    "blt_first_decoder_layer": (BLT, dataclasses.replace(SMALL_BLT, cross_attn_all_layers_decoder=False)),
+    "blt_grouped_heads": (BLT, dataclasses.replace(SMALL_BLT, decoder=dataclasses.replace(LOCAL, num_kv_heads=1))),
+    "blt_space": (BLT, dataclasses.replace(SMALL_BLT, patching="space", patcher=None)),
+    "blt_static": (BLT, dataclasses.replace(SMALL_BLT, patching="static", patch_size=3, patcher=None)),
+    "megabyte": (MegaByte, MegaByteConfig(4, TransformerConfig(32, 2, 2, ffn_dim=64), TransformerConfig(48, 2, 2))),
+}
+# One byte, longer and shorter than the window, empty, and lengths around MegaByte's patches of 4.
+LENGTHS = (1, 50, 0, 3, 9, 4, 8, 1)
+
+
+def build(name: str, ops: str = "fused", dtype: torch.dtype = torch.float64, **changes: object) -> ByteModel:
+    cls, config = CONFIGS[name]
+    torch.manual_seed(0)
+    return cls(dataclasses.replace(config, **changes), ops).to(dtype)
+
+
+def documents(lengths: tuple[int, ...] = LENGTHS, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(4, 260, (sum(lengths),), generator=generator)
+    return tokens, torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("padded", [False, True])
+def test_fused_and_reference_agree(name: str, dtype: torch.dtype, padded: bool) -> None:
+    tokens, rows = documents()
+    if padded:
+        tokens, rows = tokens[:60].view(3, 20), None
+    models = [build(name, ops, dtype) for ops in ("fused", "reference")]
+    losses = [model.loss(tokens, rows) for model in models]
+    for loss in losses:
+        loss.backward()
+    # Gradients reach 1e-1 to 1; the two sides sum the same terms in another order, some hundreds of them.
+    tolerance = 200 * torch.finfo(dtype).eps
+    assert losses[0].dtype == dtype
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
+    scale = max(p.grad.abs().max().item() for p in models[1].parameters() if p.grad is not None)
+    for (key, fused), reference in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert (fused.grad is None) == (reference.grad is None) == key.startswith("patcher."), key
+        if fused.grad is not None:
+            torch.testing.assert_close(fused.grad, reference.grad, rtol=0, atol=tolerance * scale, msg=key)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_row_alone_has_the_logits_it_has_among_others(name: str) -> None:
+    model, (tokens, rows) = build(name), documents()
+    packed = model(tokens, rows)
+    for i, length in enumerate(LENGTHS):
+        row = slice(int(rows[i]), int(rows[i + 1]))
+        alone = model(tokens[row])
+        assert alone.shape == (length, 260)
+        torch.testing.assert_close(alone, packed[row], rtol=0, atol=1e-12)
+        torch.testing.assert_close(model(tokens[row][None])[0], packed[row], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_byte_changes_a_logit_before_it(name: str) -> None:
+    model, (tokens, _) = build(name), documents((24,))
+    logits = model(tokens)
+    for i in range(24):
+        changed = tokens.clone()
+        changed[i] = 4 + (changed[i] + 100) % 256
+        other = model(changed)
+        assert torch.equal(other[:i].argmax(-1), logits[:i].argmax(-1))
+        torch.testing.assert_close(other[:i], logits[:i], rtol=0, atol=1e-12)
+        assert not torch.allclose(other[i], logits[i])
+
+
+def test_a_boundary_shows_as_soon_as_it_is_decided_and_not_before() -> None:
+    """Byte i reads the patch that its own entropy closes: that decision changes logits[i:] and nothing before."""
+    model, (tokens, rows) = build("blt"), documents((12,))
+    lengths = ([1, 5, 6], [1, 5, 3, 3], [1, 5, 6, 1])
+    layouts = [PatchLayout.from_lengths(torch.tensor([row]), 12) for row in lengths]
+    whole, cut, closed = (model(tokens, rows, layout=layout) for layout in layouts)
+    different = [~torch.isclose(whole, other).all(-1) for other in (cut, closed)]
+    assert different[0].nonzero().flatten().tolist() == [8, 9, 10, 11]  # the decision after byte 8
+    assert different[1].nonzero().flatten().tolist() == [11]  # the decision after the last byte
+
+
+def test_split_documents_keeps_attention_within_them() -> None:
+    tokens, rows = documents((30,))
+    tokens[11] = EOS
+    changed = tokens.clone()
+    changed[9] = 4 + (changed[9] + 100) % 256
+    for split in (False, True):
+        model = build("byte_lm", split_documents=split)
+        reaches = not torch.allclose(model(tokens, rows)[12:], model(changed, rows)[12:], rtol=0, atol=1e-13)
+        assert reaches != split
+
+
+def test_split_documents_ends_the_global_ones_at_the_patch_that_holds_eos() -> None:
+    """Of a BLT, hashes, patches and cross attention run on through EOS, so the offsets are looked at themselves."""
+    tokens, rows = documents((30, 4))
+    tokens[11] = tokens[20] = tokens[33] = EOS
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 3, 6, 5, 8, 7], [1, 3, 0, 0, 0, 0]]))
+    byte_documents, patch_documents = build("blt", split_documents=True)._documents(tokens, rows, layout)
+    assert byte_documents.tolist() == [0, 12, 21, 30, 34]
+    assert patch_documents.tolist() == [0, 4, 5, 6, 8]
+    one = build("blt", split_documents=True)(tokens, rows, layout=layout)
+    assert not one.equal(build("blt")(tokens, rows, layout=layout))
+
+
+def test_split_documents_is_a_no_op_on_rows_that_are_documents() -> None:
+    tokens, rows = documents((9, 14, 1))
+    tokens[8] = tokens[22] = EOS
+    for name in ("byte_lm", "blt"):
+        assert build(name, split_documents=True)(tokens, rows).equal(build(name)(tokens, rows))
+
+
+def test_attention_documents() -> None:
+    starts = torch.tensor([0, 0, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
+    assert attention_documents(starts, torch.tensor([0, 4, 4, 7])).tolist() == [0, 2, 4, 5, 7]
+    assert attention_documents(starts[:0], torch.tensor([0])).tolist() == [0]
+
+
+def test_targets_and_bits() -> None:
+    tokens = torch.tensor([5, 6, 7, 8, 9, 10], dtype=torch.int32)
+    targets = next_byte_targets(tokens, torch.tensor([0, 3, 3, 4, 5]))
+    assert targets.tolist() == [6, 7, -100, -100, -100, -100]
+    logits = torch.zeros(6, 260)
+    assert next_byte_bits(logits, targets).item() == pytest.approx(math.log2(260))
+    assert next_byte_bits(logits, torch.full_like(targets, -100)).item() == 0
+    logits[0, 6] = 2.0
+    probability = math.exp(2) / (math.exp(2) + 259)
+    expected = (math.log2(260) - math.log2(probability)) / 2
+    assert next_byte_bits(logits, targets).item() == pytest.approx(expected)
+
+
+def test_rotary_positions_by_hand() -> None:
+    config = TransformerConfig(4, 1, 1, rope_theta=100.0)
+    table = rotary_table(torch.tensor([3]), config, torch.float64)
+    turned = rotate(torch.tensor([[[1.0, 0.0, 0.0, 1.0]]], dtype=torch.float64), table)
+    expected = [math.cos(3), math.sin(3), -math.sin(0.3), math.cos(0.3)]
+    torch.testing.assert_close(turned.flatten(), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_file_brings_the_model_back(name: str, tmp_path) -> None:
+    model, (tokens, rows) = build(name, dtype=torch.float32), documents()
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    loaded = load_model(path)
+    assert type(loaded) is type(model)
+    assert loaded.config == model.config
+    assert loaded(tokens, rows).equal(model(tokens, rows))
+    trained = {key: p.requires_grad for key, p in model.named_parameters()}
+    assert {key: p.requires_grad for key, p in loaded.named_parameters()} == trained
+    model.save(path, dtype=torch.bfloat16)
+    assert {p.dtype for p in load_model(path).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(path, dtype=torch.float32).parameters()} == {torch.float32}
+
+
+def test_files_that_do_not_fit_say_why(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    model, path = build("byte_lm"), tmp_path / "model.safetensors"
+    metadata = {"model": "ByteLM", "config": json.dumps(dataclasses.asdict(model.config))}
+    tensors = model.state_dict()
+    tensors["extra"] = tensors.pop("norm.weight")
+    tensors["lm_head.weight"] = torch.zeros(3, 32)
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=r"missing norm.weight.*lm_head.weight of shape \[3, 32\], expected \[260,"):
+        ByteLM.load(path)
+    with pytest.raises(ValueError, match="expected a file of BLT, got 'ByteLM'"):
+        BLT.load(path)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="expected a file of ByteLM, BLT, MegaByte, got None"):
+        load_model(path)
+    save_file(tensors, path, {**metadata, "config": '{"dimension": 3}'})
+    with pytest.raises(ValueError, match="got dimension as well"):
+        ByteLM.load(path)
+
+
+def test_arguments_that_do_not_fit_say_why() -> None:
+    tokens, rows = documents()
+    with pytest.raises(ValueError, match="ops: expected one of 'fused', 'reference', got 'fast'"):
+        build("byte_lm", "fast")
+    with pytest.raises(TypeError, match="tokens: expected dtype in int32, int64"):
+        build("blt")(tokens.float(), rows)
+    with pytest.raises(ValueError, match=r"layout: expected 76 bytes in 8 rows, got 12 in 1"):
+        build("blt")(tokens, rows, layout=PatchLayout.from_lengths(torch.tensor([[1, 11]])))
+    with pytest.raises(ValueError, match="entropy patching has no patcher"):
+        build("blt", patcher=None)(tokens, rows)
+    with pytest.raises(ValueError, match="patching: expected one of"):
+        BLTConfig(patching="words")
+    with pytest.raises(ValueError, match=r"decoder.dim: expected encoder.dim = 1024"):
+        BLTConfig(decoder=LOCAL)
+    with pytest.raises(ValueError, match="num_kv_heads: expected a divisor of num_heads = 4, got 3"):
+        TransformerConfig(32, 1, 4, num_kv_heads=3)
+    with pytest.raises(ValueError, match="expected a multiple of patch_size = 5"):
+        MegaByteConfig(patch_size=5)
+
+
+def test_capacity_does_not_change_a_blt() -> None:
+    model, (tokens, rows) = build("blt"), documents()
+    exact = model(tokens, rows)
+    torch.testing.assert_close(model(tokens, rows, max_patches=len(tokens)), exact, rtol=0, atol=1e-12)
+
+
+def test_sizes_of_the_paper() -> None:
+    """Parameters of the published models, without allocating them."""
+    with torch.device("meta"):
+        blt, entropy_model, megabyte = BLT(BLTConfig()), ByteLM(ByteLMConfig()), MegaByte(MegaByteConfig())
+    counts = {key: sum(p.numel() for p in module.parameters()) for key, module in blt.named_children()}
+    assert counts["encoder_hash_tok_embedding"] == 6 * 500002 * 1024
+    assert 0.95e8 < counts["patcher"] == sum(p.numel() for p in entropy_model.parameters()) < 1.05e8
+    assert 1.2e9 < counts["global_transformer"] < 1.4e9
+    wide = sum(p.numel() for key, p in megabyte.named_parameters() if key.startswith("global_layers"))
+    assert 1.1e9 < wide < 1.4e9
+    assert 1.8e8 < sum(p.numel() for key, p in megabyte.named_parameters() if key.startswith("local_")) < 2.2e8
+
+
+def test_equals_transformers() -> None:
+    """Weights of transformers' BLT, copied under their own names, give its logits, entropies and patches."""
+    transformers = pytest.importorskip("transformers.models.blt")
+    shape = {"num_attention_heads": 2, "intermediate_size": 64}
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    local = {"hidden_size": 32, "hidden_size_global": 48, "rope_parameters": rope, **shape}
+    torch.manual_seed(0)
+    theirs = transformers.BltForCausalLM(
+        transformers.BltConfig(
+            encoder_hash_byte_group_vocab=97,
+            local_attention_window_len=WINDOW,
+            rope_parameters=rope,
+            patcher_config={
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "sliding_window": WINDOW,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+                **shape,
+            },
+            encoder_config={"num_hidden_layers": 1, **local},
+            decoder_config={"num_hidden_layers": 2, **local},
+            global_config={"hidden_size": 48, "num_hidden_layers": 2, "rope_parameters": rope, **shape},
+        )
+    ).eval()
+    config = dataclasses.replace(
+        SMALL_BLT,
+        encoder=dataclasses.replace(LOCAL, num_layers=1),
+        patcher=dataclasses.replace(BYTE_LM, num_kv_heads=None),
+    )
+    ours = BLT(config)
+    ours.load_state_dict({key.removeprefix("model."): value for key, value in theirs.state_dict().items()})
+    tokens = documents((120,))[0].view(1, -1)
+    entropy, _, logits = theirs.model.patcher(tokens)
+    torch.testing.assert_close(ours.patcher(tokens), logits, rtol=0, atol=2e-5)
+    threshold = theirs.config.patching_threshold = entropy.quantile(0.7).item()
+    ours.config = dataclasses.replace(config, threshold=threshold)
+    with torch.no_grad():
+        assert 25 < int(ours.patch(tokens).num_patches) < 45
+        torch.testing.assert_close(ours(tokens), theirs(tokens, use_cache=False).logits, rtol=0, atol=2e-5)

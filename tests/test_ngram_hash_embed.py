@@ -1,0 +1,402 @@
+"""ngram_hash and ngram_hash_embed: hashes by hand, in exact integers and in transformers, gradients, shards, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from blt_kernels import ngram_hash, ngram_hash_embed
+from blt_kernels.reference import ngram_hash_embed as reference
+from blt_kernels.testing import assert_close, document_lengths, offsets_of, real_text, to_tokens
+
+PRIMES = (1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899, 9576890767, 3628273133, 2860486313,
+          5463458053, 3367900313)  # fmt: skip
+SIZES, FUNCTIONS, V, D, A = (3, 1, 5), 2, 41, 4, 260
+N = len(SIZES) * FUNCTIONS
+NAN = float("nan")
+
+
+def exact_hash(document: list[int], i: int, size: int, prime: int, vocab: int) -> int:
+    window = [document[j] if j >= 0 else 0 for j in range(i - size + 1, i + 1)]
+    total = sum(token * prime**j for j, token in enumerate(window))
+    return ((total + 2**63) % 2**64 - 2**63) % vocab
+
+
+def text(num_bytes: int, seed: int = 0, device: str = "cpu") -> Tensor:
+    return to_tokens(real_text(num_bytes, seed), device=device)
+
+
+def parameters(device: str = "cpu", dtype: torch.dtype = torch.float64, rows: int = V) -> tuple[Tensor, Tensor]:
+    """A fused table and a byte table."""
+    generator = torch.Generator().manual_seed(7)
+    tables = torch.randn(N * rows, D, dtype=torch.float64, generator=generator).to(device, dtype)
+    return tables, torch.randn(A, D, dtype=torch.float64, generator=generator).to(device, dtype)
+
+
+def embed(tokens: Tensor, tables: Any, byte_table: Tensor | None = None, *args: Any, **options: Any) -> Tensor:
+    return ngram_hash_embed(tokens, tables, byte_table, *args, ngram_sizes=SIZES, num_functions=FUNCTIONS, **options)
+
+
+# --- hashes -----------------------------------------------------------------------------------------------------------
+
+
+def test_hash_by_hand(device: str) -> None:
+    p = PRIMES[0]
+    tokens = torch.tensor([5, 6, 7, 8, 9], device=device)
+    hashes = ngram_hash(tokens, torch.tensor([0, 3, 4], device=device), ngram_sizes=(1, 2, 3), vocab=10**6)
+    # Documents 5 6 7 and 8; 9 belongs to none. The oldest byte of a window is multiplied by 1.
+    assert hashes.tolist() == [
+        [5, 6, 7, 8, 0],
+        [5 * p % 10**6, (5 + 6 * p) % 10**6, (6 + 7 * p) % 10**6, 8 * p % 10**6, 0],
+        [5 * p**2 % 10**6, (5 * p + 6 * p**2) % 10**6, (5 + 6 * p + 7 * p**2) % 10**6, 8 * p**2 % 10**6, 0],
+    ]
+    # 200 * p**7 wraps around to a negative number; the remainder is the floored one.
+    wrapped = (200 * p**7 + 2**63) % 2**64 - 2**63
+    assert wrapped < 0
+    got = ngram_hash(torch.tensor([200], device=device), ngram_sizes=(8,), vocab=500002)
+    assert got.tolist() == [[wrapped % 500002]]
+
+
+def test_every_prime(device: str) -> None:
+    """By function, then by size."""
+    tokens, sizes = text(30, device=device), (2, 9)
+    hashes = ngram_hash(tokens, ngram_sizes=sizes, num_functions=11, vocab=10007)
+    values = tokens.tolist()
+    expected = [[exact_hash(values, i, n, p, 10007) for i in range(30)] for p in PRIMES for n in sizes]
+    assert hashes.tolist() == expected
+    assert hashes.dtype == torch.int64
+
+
+@given(st.lists(st.lists(st.integers(0, 259), max_size=12), max_size=4), st.integers(1, 12), st.integers(1, 2**40))
+def test_any_documents_in_exact_integers(documents: list[list[int]], size: int, vocab: int) -> None:
+    tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int64)
+    cu_seqlens = offsets_of([len(d) for d in documents])
+    hashes = ngram_hash(tokens, cu_seqlens, ngram_sizes=(size,), num_functions=2, vocab=vocab)
+    expected = [[exact_hash(d, i, size, p, vocab) for d in documents for i in range(len(d))] for p in PRIMES[:2]]
+    assert hashes.tolist() == expected
+
+
+@pytest.mark.parametrize("vocab", [1, 30000, 500002])
+def test_agrees_with_transformers(vocab: int) -> None:
+    blt = pytest.importorskip("transformers.models.blt.modeling_blt")
+    tokens = text(600).view(3, 200)
+    hashes = ngram_hash(tokens, num_functions=3, vocab=vocab).view(3, 6, 3, 200)
+    for function in range(3):
+        for i, size in enumerate(range(3, 9)):
+            theirs = blt.byte_group_hash_function(tokens, size, prime=PRIMES[function], max_hash=vocab)
+            assert torch.equal(hashes[function, i], theirs)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3])
+def test_short_documents(length: int, device: str) -> None:
+    tokens, (tables, byte_table) = text(length, device=device), parameters(device)
+    for offsets in ([0, length], [0, 0, length, length], [0]):
+        cu_seqlens = torch.tensor(offsets, device=device)
+        hashes = ngram_hash(tokens, cu_seqlens, ngram_sizes=SIZES, num_functions=FUNCTIONS, vocab=V)
+        assert hashes.shape == (N, length)
+        leaf = tables.clone().requires_grad_()
+        out = embed(tokens, leaf, byte_table, cu_seqlens)
+        expected = F.embedding(tokens, byte_table) + sum(tables[i * V + h] for i, h in enumerate(hashes))
+        torch.testing.assert_close(out, expected * (len(offsets) > 1), rtol=1e-12, atol=1e-12)
+        out.sum().backward()
+        assert leaf.grad.sum().item() == pytest.approx(N * D * length * (len(offsets) > 1))
+
+
+# --- embeddings -------------------------------------------------------------------------------------------------------
+
+
+def test_embedding_by_hand(device: str) -> None:
+    """Tables of 10, 100 ... times the row; the byte table holds the negative id. One byte beyond the documents."""
+    tokens = torch.tensor([4, 5, 6], device=device)
+    hashes = ngram_hash(tokens, ngram_sizes=(1, 2), num_functions=2, vocab=9)
+    tables = [10.0**i * torch.arange(9.0, device=device)[:, None] for i in range(4)]
+    byte_table = -torch.arange(300.0, device=device)[:, None]
+    cu_seqlens = torch.tensor([0, 2], device=device)
+    out = ngram_hash_embed(tokens, tables, byte_table, cu_seqlens, ngram_sizes=(1, 2), num_functions=2)
+    digits = [sum(10.0**i * h for i, h in enumerate(hashes[:, byte].tolist())) for byte in range(2)]
+    assert out.flatten().tolist() == [digits[0] - 4, digits[1] - 5, 0]
+    without = ngram_hash_embed(tokens, tables, None, cu_seqlens, ngram_sizes=(1, 2), num_functions=2)
+    assert without.flatten().tolist() == [*digits, 0]
+    assert torch.equal(
+        ngram_hash_embed(tokens, torch.cat(tables), byte_table, cu_seqlens, ngram_sizes=(1, 2), num_functions=2), out
+    )
+
+
+def test_padded_is_packed(device: str) -> None:
+    tokens, (tables, byte_table) = text(60, device=device), parameters(device)
+    cu_seqlens = torch.arange(4, device=device) * 20
+    padded, options = tokens.view(3, 20), {"ngram_sizes": SIZES, "num_functions": FUNCTIONS}
+    for hash_, function in (
+        (ngram_hash, ngram_hash_embed),
+        (reference.ngram_hash_reference, reference.ngram_hash_embed_reference),
+    ):
+        hashes = hash_(tokens, cu_seqlens, vocab=V, **options)
+        assert torch.equal(hash_(padded, vocab=V, **options), hashes.view(N, 3, 20))
+        out = function(tokens, tables, byte_table, cu_seqlens, **options)
+        assert torch.equal(function(padded, tables, byte_table, **options), out.view(3, 20, D))
+        assert not torch.equal(function(tokens, tables, byte_table, **options), out), (
+            "without offsets it is one document"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_once(dtype: torch.dtype, device: str) -> None:
+    big = 1 / torch.finfo(dtype).eps * 2  # the next number is 2 more: added one by one, ones are lost
+    tables = [torch.full((5, 1), 1.0, dtype=dtype, device=device) for _ in range(6)]
+    byte_table = torch.full((A, 1), big, dtype=dtype, device=device)
+    out = ngram_hash_embed(text(9, device=device), tables, byte_table)
+    assert (out.double() == big + 6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad", ["dense", "sparse"])
+def test_error_against_looped_embeddings(dtype: torch.dtype, grad: str, device: str) -> None:
+    """What transformers and facebookresearch/blt run: one nn.Embedding after the other."""
+    tokens, (tables, byte_table) = text(400, device=device), parameters(device, dtype)
+    hashes = ngram_hash(tokens, ngram_sizes=SIZES, num_functions=FUNCTIONS, vocab=V)
+
+    def plain(tables: Tensor, byte_table: Tensor) -> Tensor:
+        out = F.embedding(tokens, byte_table)
+        for i, row in enumerate(hashes):
+            out = out + F.embedding(row + i * V, tables)
+        return out
+
+    results = []
+    cotangent = torch.randn(400, D, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    for function, cast in ((lambda *x: embed(tokens, *x, grad=grad), dtype), (plain, dtype), (plain, torch.float64)):
+        leaves = [x.to(cast).requires_grad_() for x in (tables, byte_table)]
+        out = function(*leaves)
+        grads = torch.autograd.grad(out, leaves, cotangent.to(cast))
+        results.append([out.detach(), *(g.to_dense() for g in grads)])
+    for name, *values in zip(("out", "grad_tables", "grad_byte_table"), *results, strict=True):
+        assert_close(*values, name=name)
+
+
+def test_tables_are_not_copied() -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+            return out
+
+    tables, byte_table = parameters(rows=1000)
+    for form in (tables, list(tables.chunk(N))):
+        with Largest() as largest:
+            embed(text(20), form, byte_table)
+            reference.ngram_hash_embed_reference(text(20), form, byte_table, ngram_sizes=SIZES, num_functions=FUNCTIONS)
+        assert largest.numel < 1000
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def all_grads(form: str, grad: str, function: Any = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Leaves and their gradients for ragged documents, whose last bytes belong to none and have NaN gradients."""
+    tables, byte_table = parameters()
+    leaves = [x.clone().requires_grad_() for x in ([tables] if form == "fused" else tables.chunk(N))]
+    byte_leaf = byte_table.clone().requires_grad_()
+    cotangent = torch.randn(93, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    cotangent[90:] = NAN if function is None else 0
+    options = {"ngram_sizes": SIZES, "num_functions": FUNCTIONS, "grad": grad}
+    given_tables = leaves[0] if form == "fused" else leaves
+    cu_seqlens = offsets_of(document_lengths(90, 2))
+    out = (function or ngram_hash_embed)(text(93), given_tables, byte_leaf, cu_seqlens, **options)
+    return [*leaves, byte_leaf], list(torch.autograd.grad(out, [*leaves, byte_leaf], cotangent))
+
+
+@pytest.mark.parametrize("form", ["fused", "list"])
+@pytest.mark.parametrize("grad", ["dense", "sparse"])
+def test_backward_against_autograd_of_the_reference(form: str, grad: str) -> None:
+    leaves, ours = all_grads(form, grad)
+    _, theirs = all_grads(form, grad, reference.ngram_hash_embed_reference)
+    for leaf, own, other in zip(leaves, ours, theirs, strict=True):
+        assert own.layout == other.layout == (torch.strided if grad == "dense" else torch.sparse_coo)
+        assert own.shape == leaf.shape
+        torch.testing.assert_close(own.to_dense(), other.to_dense(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["fused", "list"])
+def test_sparse_gradients_are_coalesced(form: str) -> None:
+    _, dense = all_grads(form, "dense")
+    leaves, sparse = all_grads(form, "sparse")
+    for leaf, whole, part in zip(leaves, dense, sparse, strict=True):
+        assert part.is_coalesced()
+        torch.sparse_coo_tensor(part.indices(), part.values(), part.shape, is_coalesced=True, check_invariants=True)
+        rows = part.indices()[0]
+        assert torch.equal(rows, rows.unique())
+        assert torch.equal(part.to_dense(), whole)
+        assert torch.equal(rows, whole.any(1).nonzero()[:, 0])
+        leaf.grad = part
+    torch.optim.SparseAdam(leaves).step()
+
+
+def test_gradcheck() -> None:
+    tables, byte_table = parameters(rows=3)
+    tokens = text(12) % 7
+    leaves = [tables.requires_grad_(), byte_table[:7].clone().requires_grad_()]
+    assert torch.autograd.gradcheck(lambda *x: embed(tokens, *x), leaves, fast_mode=True)
+    chunks = [x.detach().clone().requires_grad_() for x in tables.chunk(N)]
+    assert torch.autograd.gradcheck(lambda *x: embed(tokens, list(x)), chunks, fast_mode=True)
+
+
+@pytest.mark.parametrize("grad", ["dense", "sparse"])
+def test_frozen_parameters_get_no_gradient(grad: str) -> None:
+    tables, byte_table = parameters()
+    chunks = [x.clone() for x in tables.chunk(N)]
+    chunks[2].requires_grad_()
+    embed(text(30), chunks, byte_table, grad=grad).sum().backward()
+    assert [x.grad is not None for x in (*chunks, byte_table)] == [i == 2 for i in range(N + 1)]
+    expected = torch.zeros(V, D, dtype=torch.float64)
+    for row in ngram_hash(text(30), ngram_sizes=SIZES, num_functions=FUNCTIONS, vocab=V)[2]:
+        expected[row] += 1
+    assert torch.equal(chunks[2].grad.to_dense(), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_with_sparse_gradients(backend: str) -> None:
+    torch._dynamo.reset()
+    function = torch.compile(lambda *x: embed(*x, grad="sparse"), fullgraph=True, dynamic=True, backend=backend)
+    for num_bytes in (20, 50):
+        tables, byte_table = (x.requires_grad_() for x in parameters())
+        function(text(num_bytes), tables, byte_table).sum().backward()
+        own = tables.grad
+        tables.grad = None
+        embed(text(num_bytes), tables, byte_table).sum().backward()
+        assert own.layout == torch.sparse_coo
+        assert torch.equal(own.to_dense(), tables.grad)
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["fused", "list"])
+@pytest.mark.parametrize("grad", ["dense", "sparse"])
+def test_shards_add_up(form: str, grad: str, device: str) -> None:
+    """Every rank holds some rows of every table and a copy of the byte table; an all-reduce adds the outputs."""
+    tables, byte_table = (x.to(device) for x in parameters())
+    tokens, cu_seqlens = text(90, device=device), offsets_of(document_lengths(88, 2), device=device)
+    whole = [x.requires_grad_() for x in (tables, byte_table)]
+    expected = embed(tokens, *whole, cu_seqlens)
+    cotangent = torch.randn(90, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(device)
+    grad_tables, grad_byte_table = torch.autograd.grad(expected, whole, cotangent)
+    total = 0
+    for low, high in ((0, 1), (1, 30), (30, V)):
+        rows = tables.detach().view(N, V, D)[:, low:high]
+        shard = [rows.flatten(0, 1).clone()] if form == "fused" else [x.clone() for x in rows]
+        leaves = [*(x.requires_grad_() for x in shard), byte_table.detach().clone().requires_grad_()]
+        given_tables = leaves[0] if form == "fused" else leaves[:-1]
+        out = embed(tokens, given_tables, leaves[-1], cu_seqlens, row_range=(low, high), vocab=V, grad=grad)
+        total = total + out
+        *own, own_byte = (g.to_dense() for g in torch.autograd.grad(out, leaves, cotangent))
+        expected_rows = grad_tables.view(N, V, D)[:, low:high].flatten(0, 1)
+        torch.testing.assert_close(torch.cat(own), expected_rows, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(own_byte, grad_byte_table * (low == 0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- ids and argument errors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [-1, A, 2**40])
+def test_ids_outside_the_byte_table(bad: int) -> None:
+    """An error in eager code on the CPU; where looking would cost, no byte embedding. Beyond the documents all go."""
+    tables, byte_table = parameters()
+    tokens = text(20)
+    tokens[7] = bad
+    with pytest.raises(ValueError, match=f"tokens: expected ids from 0 to 259, the rows of byte_table, got {bad}"):
+        embed(tokens, tables, byte_table)
+    assert embed(tokens, tables).shape == (20, D)
+    assert torch.equal(
+        embed(tokens, tables, byte_table, torch.tensor([0, 7]))[:7], embed(tokens[:7], tables, byte_table)
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(embed, fullgraph=True, backend="eager")(tokens, tables, byte_table)
+    assert torch.equal(compiled[7], embed(tokens, tables)[7])
+
+
+GOOD = {"tokens": torch.arange(10), "tables": torch.zeros(12, 3), "byte_table": torch.zeros(260, 3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tokens": [1, 2]}, TypeError, "tokens: expected a tensor, got list"),
+        ({"tokens": torch.zeros(10)}, TypeError, "tokens: expected dtype in int32, int64, got torch.float32"),
+        ({"tokens": torch.zeros(1, 1, 1).long()}, ValueError, "tokens: expected 1 or 2 dimensions, got shape"),
+        ({"tables": 3}, TypeError, "tables: expected a tensor or a sequence of tensors, got int"),
+        ({"tables": [torch.zeros(2, 3)] * 5}, ValueError, r"tables: expected N = .* = 6 tensors, got 5"),
+        ({"tables": [torch.zeros(2, 3)] * 5 + [1]}, TypeError, r"tables\[5\]: expected a tensor, got int"),
+        (
+            {"tables": [torch.zeros(2, 3)] * 5 + [torch.zeros(3, 3)]},
+            ValueError,
+            r"tables\[5\]: expected shape \[2, 3\] of tables\[0\], got \[3, 3\]",
+        ),
+        (
+            {"tables": [torch.zeros(2, 3)] * 5 + [torch.zeros(2, 3).half()]},
+            TypeError,
+            r"tables\[5\]: expected dtype torch.float32 of tables\[0\], got torch.float16",
+        ),
+        ({"tables": torch.zeros(12)}, ValueError, r"tables: expected 2 dimensions, got shape \[12\]"),
+        ({"tables": torch.zeros(12, 3).int()}, TypeError, "tables: expected dtype in float32.*got torch.int32"),
+        ({"tables": torch.zeros(13, 3)}, ValueError, r"tables: expected a multiple of N = 6 rows, got shape \[13, 3\]"),
+        ({"tables": torch.zeros(0, 3)}, ValueError, r"tables: expected at least one row a table, got shape \[0, 3\]"),
+        ({"tables": torch.zeros(12, 3, device="meta")}, ValueError, "tables: expected device cpu of tokens, got meta"),
+        ({"byte_table": torch.zeros(260)}, ValueError, r"byte_table: expected 2 dimensions, got shape \[260\]"),
+        ({"byte_table": torch.zeros(260, 4)}, ValueError, r"byte_table: expected the width D = 3 of tables, got shape"),
+        ({"byte_table": torch.zeros(260, 3).half()}, TypeError, "byte_table: expected dtype torch.float32 of tables"),
+        ({"byte_table": torch.zeros(0, 3)}, ValueError, "byte_table: expected at least one row, got 0"),
+        ({"cu_seqlens": torch.tensor([0, 11])}, ValueError, "cu_seqlens: expected offsets .* at most at 10, got"),
+        (
+            {"tokens": torch.ones(2, 5).long(), "cu_seqlens": torch.tensor([0, 5])},
+            ValueError,
+            "cu_seqlens: expected None",
+        ),
+        ({"ngram_sizes": ()}, TypeError, r"ngram_sizes: expected a sequence of at least one int, got \(\)"),
+        ({"ngram_sizes": 3}, TypeError, "ngram_sizes: expected a sequence of at least one int, got 3"),
+        ({"ngram_sizes": (3, 0)}, ValueError, "ngram_sizes: expected a value >= 1, got 0"),
+        ({"ngram_sizes": ("3",)}, TypeError, "ngram_sizes: expected an int, got '3'"),
+        ({"num_functions": 0}, ValueError, "num_functions: expected a value >= 1, got 0"),
+        ({"num_functions": 12}, ValueError, "num_functions: expected at most 11, got 12"),
+        ({"grad": "none"}, ValueError, "grad: expected one of 'dense', 'sparse', got 'none'"),
+        ({"vocab": 3}, ValueError, "vocab: expected None or the 2 rows of a table, since row_range is None, got 3"),
+        ({"row_range": (0, 2)}, ValueError, "vocab: expected the number of rows of a whole table, since row_range is"),
+        ({"row_range": 2, "vocab": 9}, TypeError, r"row_range: expected a pair of ints \(lo, hi\), got 2"),
+        ({"row_range": (0.0, 2), "vocab": 9}, TypeError, "row_range: expected an int, got 0.0"),
+        ({"row_range": (-1, 1), "vocab": 9}, ValueError, "row_range: expected a value >= 0, got -1"),
+        (
+            {"row_range": (8, 10), "vocab": 9},
+            ValueError,
+            r"row_range: expected 0 <= lo < hi <= vocab = 9, got \(8, 10\)",
+        ),
+        ({"row_range": (2, 2), "vocab": 9}, ValueError, r"row_range: expected 0 <= lo < hi <= vocab = 9, got \(2, 2\)"),
+        ({"row_range": (0, 3), "vocab": 9}, ValueError, r"row_range: expected hi - lo = 2, the rows of a table, got"),
+    ],
+)
+def test_errors(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ngram_hash_embed(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tokens": None}, TypeError, "tokens: expected a tensor, got NoneType"),
+        ({"vocab": 0}, ValueError, "vocab: expected a value >= 1, got 0"),
+        ({"vocab": 2.5}, TypeError, "vocab: expected an int, got 2.5"),
+        ({"num_functions": True}, TypeError, "num_functions: expected an int, got True"),
+        ({"ngram_sizes": []}, TypeError, r"ngram_sizes: expected a sequence of at least one int, got \[\]"),
+    ],
+)
+def test_hash_errors(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ngram_hash(**{"tokens": torch.arange(10), "vocab": 5, **change})

@@ -1,0 +1,315 @@
+"""patch_cross_attention: who reads whom by hand, against a mask, empty patches, poison, autocast, argument errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from blt_kernels import PatchLayout, patch_cross_attention
+from blt_kernels.reference import patch_cross_attention as reference
+from blt_kernels.testing import assert_close, ragged_layout
+
+NAN = float("nan")
+K = 2
+
+
+def worked_layout(device: str = "cpu") -> PatchLayout:
+    """Documents of 5, 0, 2 and 1 bytes, one byte beyond them; patches 0 | 1 2 | 3 4, then 5 6, then 7; room for 6."""
+    cuts = torch.tensor([True, False, True, False, False, False, False, False, True], device=device)
+    return PatchLayout.from_cuts(cuts, torch.tensor([0, 5, 5, 7, 8], dtype=torch.int32, device=device), 6)
+
+
+def randn(*shape: int, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+
+
+def inputs(layout: PatchLayout, direction: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """q, k, v and a gradient of the output."""
+    sides = [layout.capacity * K, layout.num_bytes]
+    queries, keys = sides if direction == "encode" else sides[::-1]
+    rows = (queries, keys, keys, queries)
+    return [randn(n, 3, 4, seed=i, device=str(layout.device), dtype=dtype) for i, n in enumerate(rows)]
+
+
+def mask(layout: PatchLayout, direction: str, window: int | None) -> Tensor:
+    """The dense mask of facebookresearch/blt, within documents: kv_patch <= q_patch < kv_patch + window."""
+    byte = torch.arange(layout.num_bytes, device=layout.device)
+    patch = torch.arange(layout.capacity, device=layout.device).repeat_interleave(K)
+    of_byte = torch.searchsorted(layout.cu_seqlens[1:], byte.int(), right=True)
+    of_patch = torch.searchsorted(layout.cu_patches[1:], patch.int(), right=True)
+    if direction == "encode":
+        q_patch, kv_patch = patch[:, None], layout.patch_ids[None]
+        same = (of_patch[:, None] == of_byte) & (layout.patch_ids >= 0)
+    else:
+        q_patch, kv_patch = layout.decode_ids[:, None], patch[None]
+        same = (of_byte[:, None] == of_patch) & (layout.decode_ids >= 0)[:, None]
+    return (kv_patch <= q_patch) & (q_patch < kv_patch + (window or 1)) & same
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None = None) -> Tensor:
+    scores = torch.einsum("qhe,khe->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    p = scores.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0)
+    return torch.einsum("hqk,khe->qhe", p, v)
+
+
+def read_by(layout: PatchLayout, direction: str, **options: Any) -> list[list[int]]:
+    """The rows of k that each row of q reads: with equal scores and one-hot values a row of the output shows them."""
+    sides = [layout.capacity * K, layout.num_bytes]
+    queries, keys = sides if direction == "encode" else sides[::-1]
+    q, k = (torch.zeros(n, 1, keys, device=layout.device) for n in (queries, keys))
+    v = torch.eye(keys, device=layout.device)[:, None]
+    out = patch_cross_attention(q, k, v, layout, direction=direction, queries_per_patch=K, **options)
+    read = [row.nonzero().flatten().tolist() for row in out[:, 0]]
+    for row, rows in zip(out[:, 0], read, strict=True):
+        assert row[rows].tolist() == pytest.approx([1 / len(rows)] * len(rows) if rows else [])
+    return read
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        (None, [[0], [1, 2], [3, 4], [5, 6], [7], []]),
+        (1, [[0], [1, 2], [3, 4], [5, 6], [7], []]),
+        (2, [[0], [0, 1, 2], [1, 2, 3, 4], [5, 6], [7], []]),
+        (9, [[0], [0, 1, 2], [0, 1, 2, 3, 4], [5, 6], [7], []]),
+    ],
+)
+def test_encode_reads_the_bytes_of_the_patch(window: int | None, expected: list[list[int]], device: str) -> None:
+    read = read_by(worked_layout(device), "encode", window=window)
+    assert read == [bytes_ for bytes_ in expected for _ in range(K)]
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        # decode ids: 0 0 1 1 1, then a document of one patch that is never complete, twice; vectors 2p and 2p + 1
+        (None, [[0, 1], [0, 1], [2, 3], [2, 3], [2, 3], [], [], [], []]),
+        (2, [[0, 1], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [], [], [], []]),
+        (9, [[0, 1], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [], [], [], []]),
+    ],
+)
+def test_decode_reads_the_vectors_of_the_patch(window: int | None, expected: list[list[int]], device: str) -> None:
+    layout = worked_layout(device)
+    assert layout.decode_ids.tolist() == [0, 0, 1, 1, 1, -1, -1, -1, -1]
+    assert read_by(layout, "decode", window=window) == expected
+
+
+def test_values_by_hand(device: str) -> None:
+    """Patches 0 | 1 2 with weights 1/4 and 3/4 from scores 0 and log 3."""
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 2]], device=device))
+    on_bytes = torch.tensor([7.0, 0.0, math.log(3)], device=device).view(3, 1, 1)
+    values = torch.tensor([4.0, 8.0, 16.0], device=device).view(3, 1, 1)
+    ones = torch.ones(2, 1, 1, device=device)
+    options = {"direction": "encode", "queries_per_patch": 1}
+    out = patch_cross_attention(ones, on_bytes, values, layout, **options)
+    assert out.flatten().tolist() == pytest.approx([4, 14])
+    assert patch_cross_attention(ones / 2, on_bytes, values, layout, scale=2.0, **options).flatten().tolist() == (
+        pytest.approx([4, 14])
+    )
+    # K = 2 vectors of patch 0, read by bytes 0 and 1; byte 2 continues patch 1, so it still reads patch 0.
+    vectors = torch.tensor([0.0, math.log(3), 5.0, 5.0], device=device).view(4, 1, 1)
+    values = torch.tensor([8.0, 16.0, 1.0, 1.0], device=device).view(4, 1, 1)
+    queries = torch.tensor([1.0, 0.0, 2.0], device=device).view(3, 1, 1)
+    out = patch_cross_attention(queries, vectors, values, layout, direction="decode", queries_per_patch=2)
+    assert out.flatten().tolist() == pytest.approx([14, 12, 15.2])
+
+
+@given(st.data())
+def test_any_layout_against_a_mask(data: st.DataObject) -> None:
+    num_bytes, seed = data.draw(st.integers(0, 80)), data.draw(st.integers(0, 1000))
+    direction = data.draw(st.sampled_from(["encode", "decode"]))
+    window, scale = data.draw(st.none() | st.integers(1, 6)), data.draw(st.none() | st.floats(0.1, 2))
+    room = data.draw(st.sampled_from([None, 8 + num_bytes // 20]))
+    layout = ragged_layout(num_bytes, seed, max_patches=room)
+    *leaves, grad = inputs(layout, direction)
+    for x in leaves:
+        x.requires_grad_()
+    options = {"direction": direction, "queries_per_patch": K, "window": window, "scale": scale}
+    out = patch_cross_attention(*leaves, layout, **options)
+    expected = masked_attention(*leaves, mask(layout, direction, window), scale)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    ours, theirs = (torch.autograd.grad(x, leaves, grad) for x in (out, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("num_bytes", [0, 1, 2, 3])
+def test_short_documents(direction: str, num_bytes: int, device: str) -> None:
+    cuts = torch.ones(num_bytes, dtype=torch.bool, device=device)
+    for offsets in ([0, num_bytes], [0, 0, num_bytes], [0]):
+        for room in (len(offsets) - 1, num_bytes + 2):
+            cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+            layout = PatchLayout.from_cuts(cuts, cu_seqlens, room)
+            for window in (None, 2):
+                *leaves, grad = inputs(layout, direction)
+                for x in leaves:
+                    x.requires_grad_()
+                out = patch_cross_attention(*leaves, layout, direction=direction, queries_per_patch=K, window=window)
+                seen = mask(layout, direction, window)
+                expected = masked_attention(*leaves, seen) if seen.numel() else torch.zeros_like(out)
+                torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+                assert all(g.isfinite().all() for g in torch.autograd.grad(out, leaves, grad))
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("window", [None, 2])
+def test_nobody_reads_rows_without_a_partner(direction: str, window: int | None, device: str) -> None:
+    """Bytes beyond the documents, patches beyond P, and the other side's gradients for them."""
+    layout = worked_layout(device)
+    results = []
+    for poison in (0.0, NAN):
+        q, k, v, grad = inputs(layout, direction)
+        on_bytes, on_patches = ((k, v), (q, grad)) if direction == "encode" else ((q, grad), (k, v))
+        for x in on_bytes:
+            x[8:] = poison
+        for x in on_patches:
+            x[5 * K :] = poison
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = patch_cross_attention(*leaves, layout, direction=direction, queries_per_patch=K, window=window)
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+        for x, first in zip(results[-1], (q, q, k, v), strict=True):
+            assert not x[(5 * K if first.shape[0] == layout.capacity * K else 8) :].any()
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_against_torch_attention(direction: str, dtype: torch.dtype, device: str) -> None:
+    """Outputs and gradients are as close to fp64 as those of `scaled_dot_product_attention` with a mask."""
+    # The mask of a row without a partner would make NaN of it: give every row one.
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 3, 5, 2, 9], [1, 1, 8, 4, 6]], device=device))
+    *leaves, grad = inputs(layout, direction, dtype)
+    seen = mask(layout, direction, 2)
+    assert seen.any(1).all()
+
+    def plain(*x: Tensor) -> Tensor:
+        q, k, v = (y.transpose(0, 1) for y in x)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(0, 1)
+
+    def ours(*x: Tensor) -> Tensor:
+        return patch_cross_attention(*x, layout, direction=direction, queries_per_patch=K, window=2)
+
+    results = []
+    for function, cast in ((ours, dtype), (plain, dtype), (plain, torch.float64)):
+        own = [x.to(cast).requires_grad_() for x in leaves]
+        out = function(*own)
+        results.append([out.detach(), *torch.autograd.grad(out, own, grad.to(cast))])
+    for name, *values in zip(("out", "grad_q", "grad_k", "grad_v"), *results, strict=True):
+        assert_close(*values, name=name)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_padded_is_packed(direction: str, device: str) -> None:
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 4], [2, 3]], device=device))
+    q, k, v, _ = inputs(layout, direction)
+    options = {"direction": direction, "queries_per_patch": K}
+    padded = [x.view(2, 5, 3, 4) if x.shape[0] == 10 else x for x in (q, k, v)]
+    for function in (patch_cross_attention, reference.patch_cross_attention_reference):
+        out = function(*padded, layout, **options)
+        assert out.shape == padded[0].shape
+        assert torch.equal(out.view_as(q), function(q, k, v, layout, **options))
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_backward_against_autograd_of_the_reference(direction: str, window: int | None, device: str) -> None:
+    layout = ragged_layout(30, 5, max_patches=16, device=device)
+    *leaves, grad = inputs(layout, direction)
+    for x in leaves:
+        x.requires_grad_()
+    options = {"direction": direction, "queries_per_patch": K, "window": window}
+    out = patch_cross_attention(*leaves, layout, **options)
+    expected = reference.patch_cross_attention_reference(*leaves, layout, **options)
+    ours, theirs = (torch.autograd.grad(x, leaves, grad) for x in (out, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert torch.autograd.gradcheck(lambda *x: patch_cross_attention(*x, layout, **options), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_reference_makes_no_matrix_of_bytes_and_patches(direction: str) -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+            return out
+
+    layout = ragged_layout(3000)
+    *leaves, _ = inputs(layout, direction)
+    with Largest() as largest:
+        reference.patch_cross_attention_reference(*leaves, layout, direction=direction, queries_per_patch=K, window=2)
+    assert largest.numel <= 3001 * K * 3 * 4
+
+
+def test_autocast_is_that_of_torch_attention(device: str) -> None:
+    layout = ragged_layout(20, device=device)
+    q, k, v, grad = inputs(layout, "encode", torch.float32)
+    options = {"direction": "encode", "queries_per_patch": K}
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with torch.autocast(device, torch.bfloat16):
+        out = patch_cross_attention(q, k.bfloat16(), v, layout, **options)
+        grads = torch.autograd.grad(out, leaves, grad.bfloat16())
+        double = patch_cross_attention(q.double(), k.double(), v.double(), layout, **options)
+    assert out.dtype == torch.bfloat16
+    assert double.dtype == torch.float64
+    assert all(g.dtype == torch.float32 for g in grads)
+    assert torch.equal(out, patch_cross_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), layout, **options))
+
+
+# --- argument errors --------------------------------------------------------------------------------------------------
+
+ENCODE = {"q": torch.zeros(40, 3, 4), "k": torch.zeros(20, 3, 4), "v": torch.zeros(20, 3, 4), "direction": "encode"}
+DECODE = {"q": torch.zeros(20, 3, 4), "k": torch.zeros(40, 3, 4), "v": torch.zeros(40, 3, 4), "direction": "decode"}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"direction": "up"}, ValueError, "direction: expected one of 'encode', 'decode', got 'up'"),
+        ({"queries_per_patch": 0}, ValueError, "queries_per_patch: expected a value >= 1, got 0"),
+        ({"queries_per_patch": 2.0}, TypeError, "queries_per_patch: expected an int, got 2.0"),
+        ({"q": 1}, TypeError, "q: expected a tensor, got int"),
+        ({"k": torch.zeros(20, 3, 4).int()}, TypeError, "k: expected dtype in float32.*got torch.int32"),
+        ({"k": torch.zeros(20, 3, 4).half()}, TypeError, "k: expected dtype torch.float32 of q, got torch.float16"),
+        ({"v": torch.zeros(20, 3, 4, device="meta")}, ValueError, "v: expected device cpu of q, got meta"),
+        ({"q": torch.zeros(2, 20, 3, 4)}, ValueError, r"q: expected 3 dimensions, got shape \[2, 20, 3, 4\]"),
+        ({**DECODE, "k": torch.zeros(2, 20, 3, 4)}, ValueError, r"k: expected 3 dimensions, got shape \[2, 20, 3, 4\]"),
+        ({"k": torch.zeros(20, 12)}, ValueError, r"k: expected 3 or 4 dimensions, got shape \[20, 12\]"),
+        ({"q": torch.zeros(40, 3, 0)}, ValueError, "q: expected at least one head, of a width of at least 1, got"),
+        (
+            {"q": torch.zeros(20, 3, 4)},
+            ValueError,
+            r"q: expected shape \[C \* K = 20 \* 2, H = 3, E = 4\] to encode, got \[20, 3, 4\]",
+        ),
+        (
+            {"k": torch.zeros(20, 1, 4)},
+            ValueError,
+            r"k: expected shape \[T = 20, H = 3, E = 4\] to encode, got \[20, 1, 4\]",
+        ),
+        ({"v": torch.zeros(3, 7, 3, 4)}, ValueError, r"v: expected shape \[T = 20, .* to encode, got \[21, 3, 4\]"),
+        ({**DECODE, "q": torch.zeros(40, 3, 4)}, ValueError, r"q: expected shape \[T = 20, .* to decode, got \[40"),
+        (
+            {**DECODE, "v": torch.zeros(40, 3, 5)},
+            ValueError,
+            r"v: expected shape \[C \* K = 20 \* 2, .* got \[40, 3, 5",
+        ),
+        ({"layout": (1, 2)}, TypeError, "layout: expected a PatchLayout, got tuple"),
+        ({"layout": ragged_layout(20).to("meta")}, ValueError, "layout: expected device cpu of q, got meta"),
+        ({"window": 0}, ValueError, "window: expected a value >= 1, got 0"),
+        ({"window": "2"}, TypeError, "window: expected an int, got '2'"),
+        ({"scale": True}, TypeError, "scale: expected a number, got True"),
+    ],
+)
+def test_errors(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        patch_cross_attention(**{**ENCODE, "layout": ragged_layout(20), "queries_per_patch": K, **change})

@@ -1,0 +1,232 @@
+"""patch_pool: hand-worked patches, ties, NaN, edges, agreement with what BLT runs, and every argument error."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blt_kernels import PatchLayout, patch_pool
+from blt_kernels.reference.patch_pool import patch_pool_reference
+from blt_kernels.testing import assert_close, ragged_layout
+
+ALL = ("max", "min", "mean", "sum", "first", "last")
+NAN, INF = float("nan"), float("inf")
+
+
+def worked_layout(device: str = "cpu") -> PatchLayout:
+    """Documents of 4, 0 and 1 bytes and 2 bytes beyond them; patches 0 | 1 2 3 | 4, room for two more."""
+    cuts = torch.tensor([True, False, False, False, False, False, False], device=device)
+    return PatchLayout.from_cuts(cuts, torch.tensor([0, 4, 4, 5], dtype=torch.int32, device=device), 5)
+
+
+def oracle(x: torch.Tensor, layout: PatchLayout, reduce: str) -> torch.Tensor:
+    """One patch at a time."""
+    functions = {
+        "max": lambda rows: rows.amax(0),
+        "min": lambda rows: rows.amin(0),
+        "mean": lambda rows: rows.mean(0),
+        "sum": lambda rows: rows.sum(0),
+        "first": lambda rows: rows[0],
+        "last": lambda rows: rows[-1],
+    }
+    out = x.new_zeros(layout.capacity, x.shape[1])
+    for patch, (start, end) in enumerate(pairwise(layout.patch_offsets.tolist())):
+        if start < end:
+            out[patch] = functions[reduce](x[start:end])
+    return out
+
+
+def test_hand_worked(device: str) -> None:
+    x = torch.tensor([[5.0], [-3.0], [7.0], [2.0], [-1.0], [NAN], [INF]], device=device)
+    expected = {
+        "max": [5, 7, -1, 0, 0],
+        "min": [5, -3, -1, 0, 0],
+        "mean": [5, 2, -1, 0, 0],
+        "sum": [5, 6, -1, 0, 0],
+        "first": [5, -3, -1, 0, 0],
+        "last": [5, 2, -1, 0, 0],
+    }
+    layout = worked_layout(device)
+    for reduce, values in expected.items():
+        assert patch_pool(x, layout, reduce).flatten().tolist() == values, reduce
+    assert torch.equal(patch_pool(x, layout), patch_pool(x, layout, "max"))
+    assert torch.equal(patch_pool(x, layout, ("max",)), patch_pool(x, layout, "max"))
+
+
+def test_gradients_by_hand(device: str) -> None:
+    values = [5.0, -3.0, 7.0, 2.0, -1.0, NAN, INF]
+    expected = {
+        "max": [1, 0, 10, 0, 100, 0, 0],
+        "min": [1, 10, 0, 0, 100, 0, 0],
+        "mean": [1, 10 / 3, 10 / 3, 10 / 3, 100, 0, 0],
+        "sum": [1, 10, 10, 10, 100, 0, 0],
+        "first": [1, 10, 0, 0, 100, 0, 0],
+        "last": [1, 0, 0, 10, 100, 0, 0],
+    }
+    grad_out = torch.tensor([[1.0], [10.0], [100.0], [1000.0], [NAN]], dtype=torch.float64, device=device)
+    for reduce, grads in expected.items():
+        x = torch.tensor(values, dtype=torch.float64, device=device)[:, None].requires_grad_()
+        patch_pool(x, worked_layout(device), reduce).backward(grad_out)
+        assert x.grad.flatten().tolist() == grads, reduce
+
+
+def test_several_reductions_come_in_the_given_order(device: str) -> None:
+    layout = ragged_layout(50, device=device)
+    x = torch.randn(50, 3, device=device)
+    for names in (ALL, ["mean", "min", "max"], ("last", "last")):
+        expected = torch.cat([patch_pool(x, layout, name) for name in names], -1)
+        assert torch.equal(patch_pool(x, layout, names), expected)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0, -INF])
+def test_ties_share_the_gradient(value: float, device: str) -> None:
+    """Also ties at 0, where scatter_reduce counts the zero that its output starts from."""
+    layout = worked_layout(device)
+    for reduce, sign in (("max", 1), ("min", -1)):
+        column = sign * torch.tensor([9.0, value, value, -INF, value, 0, 0], device=device)
+        x = column[:, None].to(torch.bfloat16).requires_grad_()
+        out = patch_pool(x, layout, reduce)
+        assert out.flatten().tolist() == [sign * 9, sign * value, sign * value, 0, 0]
+        out[:3].sum().backward()
+        share = 1 / 3 if value == -INF else 0.5
+        third = share if value == -INF else 0
+        torch.testing.assert_close(
+            x.grad.flatten().double().cpu(),
+            torch.tensor([1, share, share, third, 1, 0, 0]).double(),
+            rtol=2**-8,
+            atol=0,
+        )
+
+
+def test_nan_stays_in_its_patch_and_column(device: str) -> None:
+    x = torch.arange(14.0, dtype=torch.float64, device=device).view(7, 2)
+    x[2, 1] = NAN
+    for reduce in ("max", "min", "mean", "sum"):
+        leaf = x.clone().requires_grad_()
+        out = patch_pool(leaf, worked_layout(device), reduce)
+        assert out.isnan().nonzero().tolist() == [[1, 1]]
+        out.sum().backward()
+        hit = [[1, 1], [2, 1], [3, 1]] if reduce in ("max", "min") else []
+        assert leaf.grad.isnan().nonzero().tolist() == hit
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 2, 3])
+def test_short_documents(num_bytes: int, device: str) -> None:
+    x = torch.randn(num_bytes, 2, dtype=torch.float64, device=device, requires_grad=True)
+    for room in (1, num_bytes + 1):
+        cuts = torch.ones(num_bytes, dtype=torch.bool, device=device)
+        layout = PatchLayout.from_cuts(cuts, torch.tensor([0, num_bytes], dtype=torch.int32, device=device), room)
+        out = patch_pool(x, layout, ALL)
+        expected = torch.cat([oracle(x, layout, name) for name in ALL], -1)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=0)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert grad.shape == x.shape
+        assert grad.isfinite().all()
+
+
+def test_no_documents_at_all(device: str) -> None:
+    layout = PatchLayout.from_cuts(
+        torch.ones(3, dtype=torch.bool, device=device), torch.zeros(1, dtype=torch.int32, device=device), 2
+    )
+    x = torch.full((3, 4), NAN, device=device, requires_grad=True)
+    out = patch_pool(x, layout, ALL)
+    assert torch.equal(out, torch.zeros(2, 24, device=device))
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@given(st.integers(0, 120), st.integers(0, 1000), st.sampled_from(ALL), st.booleans())
+def test_any_layout_against_one_patch_at_a_time(num_bytes: int, seed: int, reduce: str, overflow: bool) -> None:
+    layout = ragged_layout(num_bytes, seed, max_patches=8 + num_bytes // 20 if overflow else None)
+    x = torch.randn(num_bytes, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(patch_pool(x, layout, reduce), oracle(x, layout, reduce), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduce", ["amax", "amin", "mean"])
+def test_agrees_with_padded_scatter_reduce(reduce: str, device: str) -> None:
+    """What facebookresearch/blt and transformers run, forward and backward."""
+    rows, length, width = 3, 40, 5
+    lengths = torch.tensor([[1, 9, 30, 0], [1, 1, 1, 37], [1, 39, 0, 0]], device=device)
+    layout = PatchLayout.from_lengths(lengths, seq_len=length)
+    x = torch.randn(rows, length, width, dtype=torch.float64, device=device, requires_grad=True)
+    ids = (torch.arange(length, device=device) >= lengths.cumsum(1)[..., None]).sum(1)
+    index = ids[..., None].expand_as(x)
+    padded = torch.zeros(rows, 4, width, dtype=torch.float64, device=device)
+    padded = padded.scatter_reduce(1, index, x, reduce, include_self=False)
+    ours = patch_pool(x, layout, reduce.removeprefix("a"))
+    expected = padded[lengths > 0]
+    torch.testing.assert_close(ours[: expected.shape[0]], expected, rtol=1e-12, atol=0)
+    assert not ours[expected.shape[0] :].any()
+    grad = torch.randn_like(expected)
+    theirs = torch.autograd.grad(expected, x, grad)
+    torch.testing.assert_close(torch.autograd.grad(ours[: grad.shape[0]], x, grad), theirs, rtol=1e-12, atol=0)
+
+
+def test_padded_is_packed(device: str) -> None:
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 4], [2, 3]], device=device))
+    x = torch.randn(2, 5, 3, device=device)
+    assert torch.equal(patch_pool(x, layout, ALL), patch_pool(x.flatten(0, 1), layout, ALL))
+    assert torch.equal(patch_pool_reference(x, layout, ALL), patch_pool_reference(x.flatten(0, 1), layout, ALL))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_accumulates_in_fp32(dtype: torch.dtype, device: str) -> None:
+    layout = PatchLayout.from_lengths(torch.tensor([[4096]], device=device))
+    x = torch.ones(4096, 1, dtype=dtype, device=device)  # in bf16, 256 + 1 is 256
+    assert patch_pool(x, layout, ("sum", "mean")).tolist() == [[4096, 1]] + [[0, 0]] * (layout.capacity - 1)
+
+
+@pytest.mark.parametrize("reduce", [*ALL, ALL])
+def test_backward_against_autograd_of_the_reference(reduce: str | tuple[str, ...], device: str) -> None:
+    layout = ragged_layout(80, 3, device=device)
+    x = torch.randn(80, 4, dtype=torch.float64, device=device, requires_grad=True)
+    out, reference = patch_pool(x, layout, reduce), patch_pool_reference(x, layout, reduce)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(out, reference, rtol=1e-12, atol=1e-12)
+    ours, theirs = torch.autograd.grad(out, x, grad), torch.autograd.grad(reference, x, grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: patch_pool(x, layout, reduce), x, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_against_fp64(dtype: torch.dtype, device: str) -> None:
+    layout = ragged_layout(500, 4, device=device)
+    x = torch.randn(500, 16, device=device).to(dtype)
+    for reduce in ALL:
+        eager, truth = patch_pool_reference(x, layout, reduce), patch_pool_reference(x.double(), layout, reduce)
+        assert_close(patch_pool(x, layout, reduce), eager, truth, name=reduce)
+
+
+@pytest.mark.parametrize(("reduce", "kept"), [("mean", 0), (("sum", "first"), 0), ("max", 2), (("mean", "min"), 2)])
+def test_keeps_activations_only_for_ties(reduce: str | tuple[str, ...], kept: int, device: str) -> None:
+    saved = []
+    x = torch.randn(30, 4, device=device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        patch_pool(x, ragged_layout(30, device=device), reduce)
+    assert sum(t.is_floating_point() for t in saved) == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
+        ({"x": torch.zeros(20, 3, dtype=torch.int64)}, TypeError, "x: expected dtype in float32.*got torch.int64"),
+        ({"x": torch.zeros(20)}, ValueError, r"x: expected 2 or 3 dimensions, got shape \[20\]"),
+        ({"x": torch.zeros(19, 3)}, ValueError, r"x: expected the 20 bytes of layout, got shape \[19, 3\]"),
+        ({"x": torch.zeros(3, 7, 3)}, ValueError, r"x: expected the 20 bytes of layout, got shape \[3, 7, 3\]"),
+        ({"x": torch.zeros(20, 3, device="meta")}, ValueError, "layout: expected device meta of x, got cpu"),
+        ({"layout": None}, TypeError, "layout: expected a PatchLayout, got NoneType"),
+        ({"reduce": "amax"}, ValueError, "reduce: expected one of 'max', 'min', .*got 'amax'"),
+        ({"reduce": ("max", "median")}, ValueError, "reduce: expected one of .*got 'median'"),
+        ({"reduce": ()}, TypeError, r"reduce: expected a string or a sequence of at least one, got \(\)"),
+        ({"reduce": 1}, TypeError, "reduce: expected a string or a sequence of at least one, got 1"),
+    ],
+)
+def test_errors(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {"x": torch.zeros(20, 3), "layout": ragged_layout(20), "reduce": "max"}
+    with pytest.raises(error, match=message):
+        patch_pool(**{**arguments, **change})

@@ -1,0 +1,128 @@
+"""patch_unpool: hand-worked ids of both kinds, edges, the segment sum of its gradient, and every argument error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blt_kernels import PatchLayout, patch_unpool
+from blt_kernels.reference.patch_unpool import patch_unpool_reference
+from blt_kernels.testing import ragged_layout
+
+NAN = float("nan")
+
+
+def worked_layout(last_cut: bool, device: str = "cpu") -> PatchLayout:
+    """Documents of 5, 0, 2 and 1 bytes and one byte beyond them; patches 0 | 1 2 | 3 4, then 5 6, then 7.
+
+    `last_cut`: the byte after the first document would start a patch.
+    """
+    cuts = torch.tensor([True, False, True, False, last_cut, False, False, False, True], device=device)
+    cu_seqlens = torch.tensor([0, 5, 5, 7, 8], dtype=torch.int32, device=device)
+    return PatchLayout.from_cuts(cuts, cu_seqlens, 6)
+
+
+@pytest.mark.parametrize("last_cut", [False, True])
+def test_hand_worked(last_cut: bool, device: str) -> None:
+    y = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0], [NAN]], dtype=torch.float64, device=device)
+    layout = worked_layout(last_cut, device)
+    # Byte i of a document may read the last patch that ends at i or before; what has none reads zeros.
+    expected = {"patch": [1, 2, 2, 3, 3, 4, 4, 5, 0], "decode": [1, 1, 2, 2, 3 if last_cut else 2, 0, 0, 0, 0]}
+    readers = {"patch": [1, 2, 2, 2, 1, 0], "decode": [2, 2, 1, 0, 0, 0] if last_cut else [2, 3, 0, 0, 0, 0]}
+    for ids, values in expected.items():
+        leaf = y.clone().requires_grad_()
+        out = patch_unpool(leaf, layout, ids)
+        assert out.flatten().tolist() == values, ids
+        grad_out = torch.ones_like(out)
+        if ids == "patch":
+            grad_out[8] = NAN  # no gradient is sent from beyond the last document
+        out.backward(grad_out)
+        assert leaf.grad.flatten().tolist() == readers[ids], ids
+    assert torch.equal(patch_unpool(y, layout), patch_unpool(y, layout, "patch"))
+
+
+def test_gradient_is_the_sum_over_readers(device: str) -> None:
+    layout = worked_layout(True, device)
+    grad_out = 2.0 ** torch.arange(9, dtype=torch.float64, device=device)[:, None]
+    expected = {"patch": [1, 2 + 4, 8 + 16, 32 + 64, 128, 0], "decode": [1 + 2, 4 + 8, 16, 0, 0, 0]}
+    for ids, values in expected.items():
+        y = torch.zeros(6, 1, dtype=torch.float64, device=device, requires_grad=True)
+        patch_unpool(y, layout, ids).backward(grad_out)
+        assert y.grad.flatten().tolist() == values, ids
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 2, 3])
+@pytest.mark.parametrize("ids", ["patch", "decode"])
+def test_short_documents(num_bytes: int, ids: str, device: str) -> None:
+    cuts = torch.ones(num_bytes, dtype=torch.bool, device=device)
+    for room in (1, num_bytes + 1):
+        layout = PatchLayout.from_cuts(cuts, torch.tensor([0, num_bytes], dtype=torch.int32, device=device), room)
+        y = torch.arange(1.0, room + 1, device=device)[:, None].requires_grad_()
+        out = patch_unpool(y, layout, ids)
+        if room > num_bytes:  # every byte is a patch, and complete at once
+            assert out.flatten().tolist() == list(range(1, num_bytes + 1))
+        else:  # one patch, which is complete only if nothing overflowed
+            read = ids == "patch" or num_bytes == 1
+            assert out.flatten().tolist() == [1.0 if read else 0.0] * num_bytes
+        out.sum().backward()
+        assert y.grad.sum() == out.count_nonzero()
+
+
+@given(st.integers(0, 120), st.integers(0, 1000), st.sampled_from(["patch", "decode"]), st.booleans())
+def test_any_layout_against_one_byte_at_a_time(num_bytes: int, seed: int, ids: str, overflow: bool) -> None:
+    layout = ragged_layout(num_bytes, seed, max_patches=8 + num_bytes // 20 if overflow else None)
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randn(layout.capacity, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    chosen = (layout.patch_ids if ids == "patch" else layout.decode_ids).tolist()
+    out = patch_unpool(y, layout, ids)
+    grad = torch.randn(num_bytes, 3, dtype=torch.float64, generator=generator)
+    (grad_y,) = torch.autograd.grad(out, y, grad)
+    expected = torch.zeros_like(y)
+    for i, p in enumerate(chosen):
+        assert torch.equal(out[i], y[p] if p >= 0 else torch.zeros(3, dtype=torch.float64))
+        if p >= 0:
+            expected[p] += grad[i]
+    torch.testing.assert_close(grad_y, expected, rtol=1e-12, atol=1e-12)
+    offsets = [*layout.patch_offsets.tolist(), num_bytes]
+    assert all(offsets[p] <= i < offsets[p + 2] for i, p in enumerate(chosen) if p >= 0), "what the kernels rely on"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradient_accumulates_in_fp32(dtype: torch.dtype, device: str) -> None:
+    layout = PatchLayout.from_lengths(torch.tensor([[4096]], device=device)).compact()
+    y = torch.zeros(1, 1, dtype=dtype, device=device, requires_grad=True)
+    for function in (patch_unpool, patch_unpool_reference):
+        (grad,) = torch.autograd.grad(function(y, layout).sum(), y)
+        assert grad.item() == 4096  # in bf16, 256 + 1 is 256
+
+
+@pytest.mark.parametrize("ids", ["patch", "decode"])
+def test_backward_against_autograd_of_the_reference(ids: str, device: str) -> None:
+    layout = ragged_layout(80, 3, device=device)
+    y = torch.randn(80, 4, dtype=torch.float64, device=device, requires_grad=True)
+    out, reference = patch_unpool(y, layout, ids), patch_unpool_reference(y, layout, ids)
+    assert torch.equal(out, reference)
+    grad = torch.randn_like(out)
+    ours, theirs = torch.autograd.grad(out, y, grad), torch.autograd.grad(reference, y, grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda y: patch_unpool(y, layout, ids), y, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"y": None}, TypeError, "y: expected a tensor, got NoneType"),
+        ({"y": torch.zeros(20, 3, dtype=torch.int32)}, TypeError, "y: expected dtype in float32.*got torch.int32"),
+        ({"y": torch.zeros(2, 10, 3)}, ValueError, r"y: expected 2 dimensions, got shape \[2, 10, 3\]"),
+        ({"y": torch.zeros(19, 3)}, ValueError, r"y: expected the capacity of layout, 20 patches, got shape \[19, 3\]"),
+        ({"y": torch.zeros(20, 3, device="meta")}, ValueError, "layout: expected device meta of y, got cpu"),
+        ({"layout": "x"}, TypeError, "layout: expected a PatchLayout, got str"),
+        ({"ids": "byte"}, ValueError, "ids: expected one of 'patch', 'decode', got 'byte'"),
+    ],
+)
+def test_errors(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {"y": torch.zeros(20, 3), "layout": ragged_layout(20), "ids": "patch"}
+    with pytest.raises(error, match=message):
+        patch_unpool(**{**arguments, **change})

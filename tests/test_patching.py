@@ -1,0 +1,222 @@
+"""Every patching rule against an oracle in plain Python, on every kind of bytes, and its properties."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import fields
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_entropy_patch import RULES
+from torch import Tensor
+
+import blt_kernels as bk
+from blt_kernels.testing import (
+    SCRIPTS,
+    assert_equal,
+    binary,
+    invalid_utf8,
+    offsets_of,
+    ragged_logits,
+    real_text,
+    to_tokens,
+)
+
+
+def as_lists(layout: bk.PatchLayout) -> dict[str, Any]:
+    return {f.name: getattr(layout, f.name).tolist() for f in fields(layout)}
+
+
+def packed(documents: list[list[float]]) -> tuple[Tensor, Tensor]:
+    values = [x for document in documents for x in document]
+    return torch.tensor(values, dtype=torch.float32), offsets_of([len(d) for d in documents])
+
+
+def ids(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
+    values = [x for document in documents for x in document]
+    return torch.tensor(values, dtype=torch.int64), offsets_of([len(d) for d in documents])
+
+
+# --- against the oracle -----------------------------------------------------------------------------------------------
+
+# Few different values, so that equal neighbours, rises and thresholds that are hit exactly are frequent.
+ENTROPIES = st.one_of(
+    st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 5.5]),
+    st.floats(0, 6, width=32),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+)
+DOCUMENTS = st.lists(st.lists(ENTROPIES, max_size=12), max_size=5)
+FINITE_DOCUMENTS = st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 5.5]), max_size=16), max_size=5)
+TOKENS = st.lists(st.lists(st.one_of(st.integers(0, 259), st.sampled_from([3, 36, 69, 74])), max_size=16), max_size=5)
+THRESHOLDS = st.one_of(st.sampled_from([0.0, 0.5, 1.0, -0.5]), st.floats(-1, 6))
+ANY_RULE = st.fixed_dictionaries(
+    {
+        "threshold": THRESHOLDS,
+        "threshold_add": st.none() | THRESHOLDS,
+        "monotonic": st.booleans(),
+        "max_patch_length": st.none() | st.integers(1, 6),
+    }
+)
+ROOM = st.none() | st.integers(0, 20)
+
+
+def capacity(room: int | None, documents: list[list[Any]]) -> int | None:
+    return None if room is None else len(documents) + room
+
+
+def check_scheme(layout: bk.PatchLayout, starts: list[list[int]], sizes: list[int], max_patches: int | None) -> None:
+    assert as_lists(layout) == oracle.layout_of(starts, sizes, max_patches)
+    if not bool(layout.overflowed):
+        for include_next_byte in (False, True):
+            rows = [oracle.lengths_of(s, n, include_next_byte) for s, n in zip(starts, sizes, strict=True)]
+            width = max(map(len, rows), default=0)
+            expected = [row + [0] * (width - len(row)) for row in rows]
+            assert layout.to_lengths(include_next_byte).tolist() == expected
+
+
+@given(DOCUMENTS, ANY_RULE, ROOM)
+def test_patch_starts_against_oracle(documents: list[list[float]], rule: dict[str, Any], room: int | None) -> None:
+    entropy, cu_seqlens = packed(documents)
+    max_patches = capacity(room, documents)
+    layout = bk.patch_starts(entropy, cu_seqlens, **rule, max_patches=max_patches)
+    starts = [oracle.entropy_starts(d, **rule) for d in documents]
+    check_scheme(layout, starts, [len(d) for d in documents], max_patches)
+
+
+@given(TOKENS, ROOM)
+def test_space_patch_against_oracle(documents: list[list[int]], room: int | None) -> None:
+    max_patches = capacity(room, documents)
+    layout = bk.space_patch(*ids(documents), max_patches=max_patches)
+    check_scheme(layout, [oracle.space_starts(d) for d in documents], [len(d) for d in documents], max_patches)
+
+
+@given(TOKENS, st.integers(0, 259) | st.sampled_from([3, 36]), ROOM)
+def test_delimiter_patch_against_oracle(documents: list[list[int]], id: int, room: int | None) -> None:
+    tokens, cu_seqlens = ids(documents)
+    max_patches = capacity(room, documents)
+    layout = bk.delimiter_patch(tokens, id, cu_seqlens, max_patches=max_patches)
+    starts = [oracle.delimiter_starts(d, id) for d in documents]
+    check_scheme(layout, starts, [len(d) for d in documents], max_patches)
+
+
+@given(st.lists(st.integers(0, 30), max_size=5), st.integers(1, 8), st.integers(1, 8), ROOM)
+def test_static_patch_against_oracle(sizes: list[int], size: int, first: int, room: int | None) -> None:
+    max_patches = None if room is None else len(sizes) + room
+    layout = bk.static_patch(offsets_of(sizes), size, first, max_patches=max_patches)
+    check_scheme(layout, [oracle.static_starts(n, size, first) for n in sizes], sizes, max_patches)
+    if size == first == 1:
+        assert_equal(bk.byte_patch(offsets_of(sizes), max_patches=max_patches), layout)
+
+
+@given(FINITE_DOCUMENTS, st.integers(1, 6), ROOM)
+def test_topk_patch_against_oracle(documents: list[list[float]], patch_size: int, room: int | None) -> None:
+    entropy, cu_seqlens = packed(documents)
+    max_patches = capacity(room, documents)
+    layout = bk.topk_patch(entropy, patch_size, cu_seqlens, max_patches=max_patches)
+    starts = [oracle.topk_starts(d, patch_size) for d in documents]
+    check_scheme(layout, starts, [len(d) for d in documents], max_patches)
+
+
+# --- every scheme on every kind of bytes ------------------------------------------------------------------------------
+
+CONTENT = {
+    **{name: text.encode() for name, text in SCRIPTS.items()},
+    "sources": real_text(3000, 1),
+    "invalid UTF-8": invalid_utf8(1500),
+    "binary": binary(1500),
+    "empty": b"",
+    "one byte": b"\xff",
+}
+
+
+@pytest.mark.parametrize("data", CONTENT.values(), ids=CONTENT)
+def test_every_scheme_on_every_content(data: bytes) -> None:
+    tokens = to_tokens(data)
+    size = len(data)
+    entropy = (tokens * 37 % 101).float() / 25  # any function of the content
+    values, id = entropy.tolist(), int(tokens[size // 2]) if size else 0
+    schemes = {
+        "space": (bk.space_patch(tokens), oracle.space_starts(tokens.tolist())),
+        "delimiter": (bk.delimiter_patch(tokens, id), oracle.delimiter_starts(tokens.tolist(), id)),
+        "static": (bk.static_patch(torch.tensor([0, size]), 6), oracle.static_starts(size, 6)),
+        "byte": (bk.byte_patch(torch.tensor([0, size])), oracle.static_starts(size, 1)),
+        "topk": (bk.topk_patch(entropy, 5), oracle.topk_starts(values, 5)),
+    }
+    for name, rule in RULES.items():
+        schemes[name] = (bk.patch_starts(entropy, **rule), oracle.entropy_starts(values, **rule))
+    for name, (layout, starts) in schemes.items():
+        assert layout.patch_offsets[: int(layout.num_patches)].tolist() == [s for s in starts if s < size], name
+        expected = oracle.lengths_of(starts, size, True)
+        assert layout.to_lengths(include_next_byte=True).tolist() == [expected], name
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+
+
+@given(DOCUMENTS, ANY_RULE, ROOM)
+def test_patches_fill_their_documents(documents: list[list[float]], rule: dict[str, Any], room: int | None) -> None:
+    entropy, cu_seqlens = packed(documents)
+    layout = bk.patch_starts(entropy, cu_seqlens, **rule, max_patches=capacity(room, documents))
+    sizes = [len(d) for d in documents]
+    assert layout.to_lengths().sum(1).tolist() == sizes
+    offsets = set(layout.patch_offsets.tolist())
+    assert offsets >= set(cu_seqlens.tolist()), "a patch crosses the edge of a document"
+    counts = layout.cu_patches.diff()
+    assert ((counts > 0) == (cu_seqlens.diff() > 0)).all(), "a document without a patch, or a patch of no document"
+    assert (layout.patch_lengths[: int(layout.num_patches)] > 0).all()
+    assert (layout.patch_lengths[int(layout.num_patches) :] == 0).all()
+    if rule["max_patch_length"] and not bool(layout.overflowed):
+        assert (layout.patch_lengths <= rule["max_patch_length"]).all()
+
+
+@given(DOCUMENTS, ANY_RULE)
+def test_packed_is_each_document_alone(documents: list[list[float]], rule: dict[str, Any]) -> None:
+    entropy, cu_seqlens = packed(documents)
+    together = bk.patch_starts(entropy, cu_seqlens, **rule)
+    patches = together.cu_patches.tolist()
+    for b, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        alone = bk.patch_starts(entropy[start:end], **rule)
+        assert (alone.patch_ids + patches[b]).tolist() == together.patch_ids[start:end].tolist()
+        decode = torch.where(alone.decode_ids < 0, -1, alone.decode_ids + patches[b])
+        assert decode.tolist() == together.decode_ids[start:end].tolist()
+
+
+@given(st.integers(0, 4), st.integers(0, 12), ANY_RULE, st.integers(0, 9))
+def test_padded_is_packed(rows: int, size: int, rule: dict[str, Any], seed: int) -> None:
+    logits = ragged_logits((rows, size, 11), seed)
+    cu_seqlens = torch.arange(rows + 1) * size
+    entropy, layout = bk.entropy_patch(logits, **rule)
+    flat_entropy, flat_layout = bk.entropy_patch(logits.flatten(0, 1), cu_seqlens, **rule)
+    assert entropy.shape == (rows, size)
+    assert_equal((entropy.flatten(), layout), (flat_entropy, flat_layout))
+    assert_equal(bk.token_entropy(logits), entropy)
+    assert_equal(bk.patch_starts(entropy, **rule), layout)
+    tokens = (logits[..., 0] * 60).long().clamp(-100, 100) + 104
+    assert_equal(bk.space_patch(tokens), bk.space_patch(tokens.flatten(), cu_seqlens))
+    assert_equal(bk.delimiter_patch(tokens, 104), bk.delimiter_patch(tokens.flatten(), 104, cu_seqlens))
+    assert_equal(bk.topk_patch(entropy, 3), bk.topk_patch(entropy.flatten(), 3, cu_seqlens))
+
+
+@given(FINITE_DOCUMENTS, st.floats(0, 3), st.floats(0, 3))
+def test_a_higher_threshold_gives_fewer_patches(documents: list[list[float]], a: float, b: float) -> None:
+    entropy, cu_seqlens = packed(documents)
+    fine, coarse = (bk.patch_starts(entropy, cu_seqlens, threshold=t) for t in sorted((a, b)))
+    assert set(fine.patch_offsets.tolist()) >= set(coarse.patch_offsets.tolist())
+    assert int(fine.num_patches) >= int(coarse.num_patches)
+
+
+@given(FINITE_DOCUMENTS, THRESHOLDS)
+def test_a_boundary_needs_no_later_byte(documents: list[list[float]], threshold: float) -> None:
+    """Streaming: patches of a prefix are those of the whole, the last one apart, which may go on."""
+    for document in documents:
+        entropy = torch.tensor(document)
+        whole = bk.patch_starts(entropy, threshold=threshold, max_patch_length=5)
+        for size in range(1, len(document)):
+            prefix = bk.patch_starts(entropy[:size], threshold=threshold, max_patch_length=5)
+            assert prefix.patch_ids.tolist() == whole.patch_ids[:size].tolist()
+            assert prefix.decode_ids.tolist() == whole.decode_ids[:size].tolist()

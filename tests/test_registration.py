@@ -1,0 +1,163 @@
+"""Every op has all of its parts, under one name and with the same arguments everywhere (DESIGN, sections 1 and 5)."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from cases import CASES
+from test_ops import has_cpu_kernel, make, raw_calls
+
+import blt_kernels
+from blt_kernels import _load
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(blt_kernels.__file__).parent
+OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
+NAMES = sorted(
+    n.removeprefix("blt_kernels::") for n in torch._C._dispatch_get_all_op_names() if n[:13] == "blt_kernels::"
+)
+EVERY_OP = pytest.mark.parametrize("op", OPS)
+EVERY_OPERATOR = pytest.mark.parametrize("operator", NAMES)
+COMPILED = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} & set(OPS)
+
+
+def overload(operator: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.blt_kernels, operator).default
+
+
+def schema_arguments(operator: str) -> list[str]:
+    return [a.name for a in overload(operator)._schema.arguments]
+
+
+def reference_of(op: str) -> ModuleType:
+    return importlib.import_module(f"blt_kernels.reference.{op}")
+
+
+def op_of(operator: str) -> str:
+    """The file that defines an operator."""
+    owners = [op for op in OPS if f'"{operator}"' in (PACKAGE / "ops" / f"{op}.py").read_text()]
+    assert len(owners) == 1, f"{operator} is named in {owners}"
+    return owners[0]
+
+
+def has(operator: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::{operator}", key)
+
+
+def test_all_six_ops_are_there() -> None:
+    assert OPS == [
+        "block_causal_attention",
+        "entropy_patch",
+        "ngram_hash_embed",
+        "patch_cross_attention",
+        "patch_pool",
+        "patch_unpool",
+    ]
+
+
+@EVERY_OP
+def test_an_op_has_its_files(op: str) -> None:
+    files = [f"blt_kernels/reference/{op}.py", f"tests/test_{op}.py"]
+    if op in COMPILED:
+        files.append(f"bench/bench_{op}.py")
+    assert [f for f in files if not (ROOT / f).exists()] == []
+    assert [c.name for c in CASES if c.op == op], "not listed in tests/cases.py"
+
+
+@EVERY_OP
+def test_an_op_is_public_and_documented(op: str) -> None:
+    function = getattr(blt_kernels, op)
+    assert op in blt_kernels.__all__
+    assert function is getattr(importlib.import_module(f"blt_kernels.ops.{op}"), op)
+    for section in ("Parameters", "Returns", "Raises"):
+        assert f"\n    {section}\n    ---" in function.__doc__
+
+
+@pytest.mark.parametrize("name", [n for n in blt_kernels.__all__ if inspect.isfunction(getattr(blt_kernels, n))])
+def test_a_public_function_takes_what_its_reference_takes(name: str) -> None:
+    function = getattr(blt_kernels, name)
+    assert all(p.annotation is not p.empty for p in inspect.signature(function).parameters.values())
+    reference = getattr(reference_of(function.__module__.split(".")[-1]), f"{name}_reference", None)
+    if name == "byte_patch":  # static_patch with a size of 1
+        assert reference is None
+        return
+    assert reference is not None
+    assert set(inspect.signature(function).parameters) == set(inspect.signature(reference).parameters)
+    assert name in {c.function.__name__ for c in CASES}, "not listed in tests/cases.py"
+
+
+@EVERY_OPERATOR
+def test_an_operator_takes_the_arguments_of_its_reference_in_order(operator: str) -> None:
+    module = reference_of(op_of(operator))
+    names = (f"{operator}_reference", f"{operator.removesuffix('_fwd')}_reference")
+    reference = next(getattr(module, n) for n in names if hasattr(module, n))
+    assert schema_arguments(operator) == list(inspect.signature(reference).parameters)
+
+
+@EVERY_OPERATOR
+def test_an_operator_has_a_reference_a_fake_and_a_backward(operator: str) -> None:
+    assert has(operator, "CompositeExplicitAutograd"), "no reference"
+    assert has(operator, "Meta"), "no fake"
+    assert operator.endswith(("_fwd", "_bwd"))
+    if operator.endswith("_bwd"):
+        assert operator.replace("_sparse_bwd", "_bwd").replace("_bwd", "_fwd") in NAMES
+    else:
+        differentiates = f"{operator.removesuffix('_fwd')}_bwd" in NAMES or operator == "entropy_patch_fwd"
+        assert has(operator, "Autograd") == differentiates
+
+
+@EVERY_OPERATOR
+def test_a_compiled_op_is_compiled_whole(operator: str) -> None:
+    """One owner for an op on a device: all of its operators have a kernel on the CPU, or none has."""
+    op = op_of(operator)
+    if _load.loaded().isa is None:
+        pytest.skip("no compiled module")
+    assert has_cpu_kernel(overload(operator)) == (op in COMPILED)
+    if op not in COMPILED:
+        return
+    source = (ROOT / "csrc" / "cpu" / f"{op}.cpp").read_text()
+    entry = re.search(rf"\b{operator}_cpu\(([^)]*)\)\s*{{", source)
+    assert entry, f"csrc/cpu/{op}.cpp defines no {operator}_cpu"
+    assert [a.split()[-1].lstrip("&*") for a in entry[1].split(",")] == schema_arguments(operator)
+
+
+def test_cases_reach_every_operator() -> None:
+    reached, differentiable = set(), set()
+    for case in CASES:
+        for operator, _ in raw_calls(case, make(case, "cpu", 20, 0)):
+            name = operator.name().removeprefix("blt_kernels::")
+            reached.add(name)
+            if case.differentiable and name.endswith("_fwd"):
+                differentiable.add(name)
+    assert sorted(reached) == NAMES
+    assert {n for n in NAMES if n.endswith("_fwd") and has(n, "Autograd")} == differentiable
+
+
+def imported(path: Path) -> set[str]:
+    """The modules and names of this package that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name.startswith("blt_kernels")}
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"),
+    [
+        ("reference", ("blt_kernels.layout.",)),
+        ("ops", ("blt_kernels.layout.", "blt_kernels.ops.", "blt_kernels.reference", "blt_kernels.triton")),
+    ],
+)
+def test_imports_go_one_way(folder: str, allowed: tuple[str, ...]) -> None:
+    for path in (PACKAGE / folder).glob("*.py"):
+        assert [name for name in imported(path) if not name.startswith(allowed)] == [], path

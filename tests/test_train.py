@@ -1,0 +1,362 @@
+"""Data, training and evaluation on files, and the n-gram baseline."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blt_kernels.models import ByteLM, load_model
+from blt_kernels.nn import BOS, EOS
+from blt_kernels.tools import data, train
+from blt_kernels.tools.evaluate import EvalConfig, evaluate, measure
+from blt_kernels.tools.ngram import NgramModel
+from blt_kernels.tools.train import TrainConfig
+
+TINY = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64, "window": 16}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Thirty small files with a pattern to learn, and things that must be left out."""
+    root = tmp_path / "corpus"
+    (root / "deep" / "__pycache__").mkdir(parents=True)
+    for i in range(30):
+        (root / "deep" / f"{i}.txt").write_text(f"file {i}: " + f"the quick brown fox {i}; " * (5 + i))
+    (root / "same.txt").write_bytes((root / "deep" / "3.txt").read_bytes())
+    (root / "binary.bin").write_bytes(b"\0\1\2")
+    (root / "empty.txt").write_bytes(b"")
+    (root / "deep" / "__pycache__" / "x.txt").write_text("cached")
+    return root
+
+
+def config(corpus: Path, out: Path, **changes: object) -> TrainConfig:
+    options = {"steps": 12, "batch_bytes": 256, "context": 64, "warmup": 2, "overrides": TINY, "heldout": 0.2}
+    return TrainConfig(**{"model": "entropy", "paths": [corpus], "out": out, "eval_every": 5, **options, **changes})
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_sources_are_files_with_something_to_learn(corpus: Path) -> None:
+    sources = data.find_sources([corpus])
+    assert {source.path.name for source in sources} == {f"{i}.txt" for i in range(30)}
+    assert data.find_sources([corpus], ["1?.txt"])[0].path.name.startswith("1")
+    assert data.find_sources([corpus / "binary.bin"])[0].size == 3  # a file that is named is taken
+    assert data.find_sources([corpus / "deep", corpus / "same.txt"]) == sources
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        data.find_sources([corpus / "nowhere"])
+    with pytest.raises(ValueError, match="no files to read"):
+        data.find_sources([corpus], ["*.rs"])
+
+
+def test_the_split_is_disjoint_complete_and_a_matter_of_content(corpus: Path) -> None:
+    sources = data.find_sources([corpus])
+    train_side, held = data.split_sources(sources, 0.3, seed=1)
+    assert not {s.digest for s in train_side} & {s.digest for s in held}
+    assert sorted(s.digest for s in train_side + held) == [s.digest for s in sources]
+    assert 2 <= len(held) <= 18
+    (corpus / "deep").rename(corpus / "moved")
+    moved = data.split_sources(data.find_sources([corpus / "moved"]), 0.3, seed=1)[1]
+    assert [s.digest for s in moved] == [s.digest for s in held]
+    assert data.split_sources(sources, 0.3, seed=2)[1] != held
+    assert data.split_sources(sources, 0.0, seed=1)[1] == data.split_sources(sources, 1.0, seed=1)[0] == []
+
+
+def document(source: data.Source) -> list[int]:
+    return [BOS, *(byte + 4 for byte in source.path.read_bytes()), EOS]
+
+
+def test_an_epoch_holds_every_piece_once_in_shuffled_order(corpus: Path) -> None:
+    sources = data.find_sources([corpus])
+    batches = data.PackedBatches(sources, batch_bytes=100, context=40, seed=3)
+    expected = []
+    for source in sources:
+        ids = document(source)
+        expected += [ids[start : start + 40] for start in range(0, len(ids) - 1, 39)]
+    epochs = []
+    for epoch in range(2):
+        stream: list[int] = []
+        for step in range(batches.batches_per_epoch):
+            tokens, rows = batches.batch(epoch * batches.batches_per_epoch + step)
+            assert tokens.dtype == rows.dtype == torch.int32
+            assert len(tokens) == rows[-1] == 100
+            assert rows[0] == 0
+            assert (rows.diff() > 0).all()
+            stream += tokens.tolist()
+        epochs.append(stream)
+        order = batches._order
+        assert stream == [i for piece in order for i in expected[piece]][: len(stream)]
+        assert sorted(order) == list(range(len(expected)))
+    assert epochs[0] != epochs[1]
+    assert len(epochs[0]) > sum(map(len, expected)) - 100
+
+
+def test_batches_are_a_function_of_seed_and_step(corpus: Path) -> None:
+    sources = data.find_sources([corpus])
+    one, two = (data.PackedBatches(sources, 100, 40, seed=0) for _ in range(2))
+    late = two.batch(150)
+    for step in (0, 1, 150):
+        batch = one.batch(step)
+    assert all(a.equal(b) for a, b in zip(batch, late, strict=True))
+    assert not data.PackedBatches(sources, 100, 40, seed=1).batch(150)[0].equal(late[0])
+    whole = data.PackedBatches(sources[:1], 1 << 20, 1 << 20, seed=0)
+    assert whole.batch(5)[0].tolist() == document(sources[0])
+
+
+def test_heldout_batches_predict_every_byte_once(corpus: Path) -> None:
+    sources = data.find_sources([corpus])
+    pairs = 0
+    for tokens, rows in data.heldout_batches(sources, 100, 40):
+        assert len(tokens) <= 100
+        pairs += int((rows.diff() - 1).sum())
+    assert pairs == sum(source.size + 1 for source in sources)
+
+
+def test_a_file_that_shrinks_is_named(corpus: Path) -> None:
+    source = data.find_sources([corpus])[0]
+    source.path.write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"{source.path}.*has become shorter"):
+        data.read_ids(source, 0, source.size + 2)
+
+
+# --- the n-gram baseline ----------------------------------------------------------------------------------------------
+
+
+def test_ngram_probabilities_sum_to_one(corpus: Path) -> None:
+    model = NgramModel.train(data.find_sources([corpus]))
+    seen = [sum((byte + 4) * 260 ** (3 - j) for j, byte in enumerate(text)) for text in (b"the", b"fox")]
+    unseen = [(7 * 260 + 8) * 260**2 + 9 * 260, (BOS * 260**2 + BOS * 260 + BOS) * 260]
+    for context in seen + unseen:
+        p = model.probability(context + 4 + np.arange(256))
+        assert p.sum() == pytest.approx(1, abs=1e-12)
+        assert p.min() > 0
+
+
+def test_ngram_by_hand(tmp_path: Path) -> None:
+    """Of the file "ab": P(a) after three BOS, by Witten-Bell at each order."""
+    (tmp_path / "f").write_bytes(b"ab")
+    model = NgramModel.train(data.find_sources([tmp_path]))
+    order0 = (1 + 2 / 256) / 4  # two bytes, two different, one of them a
+    order1 = (1 + order0) / 2  # BOS was followed by one byte, once
+    order2 = (1 + order1) / 2
+    order3 = (1 + order2) / 2
+    window = ((BOS * 260 + BOS) * 260 + BOS) * 260 + ord("a") + 4
+    assert model.probability(np.array([window]))[0] == pytest.approx(order3)
+    assert model.measure(data.find_sources([tmp_path])) == pytest.approx(-math.log2(order3), abs=0.5)
+
+
+def test_ngram_blocks_do_not_show(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = data.find_sources([corpus])
+    whole = NgramModel.train(sources[2:]).measure(sources[:2])
+    monkeypatch.setattr("blt_kernels.tools.ngram._BLOCK", 7)
+    assert NgramModel.train(sources[2:]).measure(sources[:2]) == pytest.approx(whole, rel=1e-12)
+    assert 0.5 < whole < 8
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["entropy", "blt", "megabyte"])
+def test_training_learns_and_leaves_everything_behind(model: str, corpus: Path, tmp_path: Path) -> None:
+    local = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64, "window": 16}
+    wide = {"dim": 48, "num_layers": 1, "num_heads": 2, "ffn_dim": 64}
+    overrides = {
+        "entropy": TINY,
+        "blt": {"encoder": local, "global_transformer": wide, "decoder": local, "ngram_vocab": 64, "patching": "space"},
+        "megabyte": {"global_transformer": wide, "local_transformer": local},
+    }[model]
+    options = config(corpus, tmp_path / "run", model=model, overrides=overrides, steps=25, learning_rate=1e-2)
+    seen: list[train.Progress] = []
+    result = train.train(options, seen.append)
+    assert [progress.step for progress in seen] == list(range(1, 26))
+    assert result.heldout_bits < seen[0].bits_per_byte - 3
+    assert seen[-1].heldout_bits is not None
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
+        "checkpoint.pt",
+        "heldout.txt",
+        "log.jsonl",
+        "loss.png",
+        "model.safetensors",
+    ]
+    assert result.curve.read_bytes().startswith(b"\x89PNG")
+    held = data.split_sources(data.find_sources([corpus]), 0.2, 0)[1]
+    assert (tmp_path / "run" / "heldout.txt").read_text().splitlines() == [str(source.path) for source in held]
+    lines = train.read_log(tmp_path / "run" / "log.jsonl")
+    assert lines[-1] == {
+        "step": 25,
+        "heldout_bits_per_byte": result.heldout_bits,
+        "heldout_bytes": sum(source.size for source in held),
+        "final": True,
+    }
+    evaluation = evaluate(EvalConfig(result.model, [corpus], split="heldout", heldout=0.2, context=64, ngram=True))
+    assert evaluation.bits_per_byte == pytest.approx(result.heldout_bits, rel=1e-5)
+    assert (evaluation.num_bytes, evaluation.num_files) == (result.heldout_bytes, len(held))
+    assert evaluation.ngram_bits_per_byte == pytest.approx(
+        NgramModel.train(data.split_sources(data.find_sources([corpus]), 0.2, 0)[0]).measure(held)
+    )
+
+
+_CHILD = """
+import sys, time
+from pathlib import Path
+from blt_kernels.tools import train
+sys.path.insert(0, sys.argv[1])
+from test_train import resumable
+options = resumable(Path(sys.argv[2]), Path(sys.argv[3]))
+train.train(options, lambda now: (print(now.step, flush=True), time.sleep(0.02)))
+"""
+
+
+def resumable(corpus: Path, out: Path) -> TrainConfig:
+    return config(corpus, out, steps=30, eval_every=7, checkpoint_every=4)
+
+
+def run_here(corpus: Path, out: Path) -> list[int]:
+    steps: list[int] = []
+    train.train(resumable(corpus, out), lambda now: steps.append(now.step))
+    return steps
+
+
+def kill_after(step: int, corpus: Path, out: Path) -> list[int]:
+    """Start the run in a process of its own and kill it after `step`; returns the steps it took."""
+    command = [sys.executable, "-c", _CHILD, str(Path(__file__).parent), str(corpus), str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    steps = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout:
+            steps.append(int(line))
+            if steps[-1] == step:
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    return steps
+
+
+def test_a_killed_run_goes_on_to_bitwise_the_same_weights(corpus: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    assert run_here(corpus, tmp_path / "whole") == list(range(1, 31))
+    killed = tmp_path / "killed"
+    assert kill_after(11, corpus, killed) == list(range(1, 12))
+    with (killed / "log.jsonl").open("a") as log:
+        log.write('{"step": 11, "bits_')  # a kill may cut a line short
+    (killed / "checkpoint.pt.part").write_bytes(b"half a checkpoint")
+    steps = run_here(corpus, killed)
+    assert 8 <= steps[0] - 1 <= 11  # at most checkpoint_every = 4 steps are lost
+    assert steps == list(range(steps[0], 31))
+    one, two = (load_model(tmp_path / name / "model.safetensors").state_dict() for name in ("whole", "killed"))
+    assert all(one[key].equal(two[key]) for key in one)
+    logs = [train.read_log(tmp_path / name / "log.jsonl") for name in ("whole", "killed")]
+    timeless = [[{key: line[key] for key in line if "second" not in key} for line in log] for log in logs]
+    assert timeless[0] == timeless[1]
+    assert run_here(corpus, killed) == []  # a finished run stays finished
+
+
+def test_checkpoints_come_by_time_too(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train._Run(config(corpus, tmp_path, checkpoint_every=1000, checkpoint_seconds=5.0))
+    now = time.monotonic()
+    for elapsed, saved in ((0, 0), (4, 0), (6, 3), (8, 3), (12, 5)):
+        monkeypatch.setattr(time, "monotonic", lambda elapsed=elapsed: now + elapsed)
+        run.record(run.advance(), 1.0)
+        assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == saved
+
+
+def test_a_run_with_other_options_is_refused(corpus: Path, tmp_path: Path) -> None:
+    train.train(config(corpus, tmp_path / "run", steps=2))
+    with pytest.raises(ValueError, match=r"holds a run with other options \(steps=2, learning_rate=0.003\)"):
+        train.train(config(corpus, tmp_path / "run", steps=3, learning_rate=1e-2))
+    (corpus / "more.txt").write_text("more")
+    with pytest.raises(ValueError, match=r"other options \(files\)"):
+        train.train(config(corpus, tmp_path / "run", steps=2))
+    with pytest.raises(ValueError, match="expected the fields of ByteLMConfig, got depth as well"):
+        train.train(config(corpus, tmp_path / "other", overrides={"depth": 3}))
+    with pytest.raises(ValueError, match="are held out at 1"):
+        train.train(config(corpus, tmp_path / "other", heldout=1.0))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_end() -> None:
+    options = TrainConfig("entropy", [], Path(), steps=100, warmup=10, learning_rate=1.0, final_learning_rate=0.1)
+    rates = [train._learning_rate(options, step) for step in range(100)]
+    assert rates[:11] == pytest.approx([*np.arange(0.1, 1.05, 0.1), 1.0])
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_measuring_does_not_count_eos(corpus: Path) -> None:
+    sources = data.find_sources([corpus])
+    model = ByteLM.from_values(TINY)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    bits, size = measure(model, sources, 256, 64)
+    assert bits == pytest.approx(math.log2(260), rel=1e-6)
+    assert size == sum(source.size for source in sources)
+
+
+def test_the_threshold_makes_patches_of_the_size_asked_for(corpus: Path, tmp_path: Path) -> None:
+    result = train.train(config(corpus, tmp_path / "run", patch_size=3.0, save_bf16=True, steps=20))
+    model = ByteLM.load(result.model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    held = data.split_sources(data.find_sources([corpus]), 0.2, 0)[1]
+    model = model.float()
+    assert measure(model, held, 256, 64)[0] == pytest.approx(result.heldout_bits, rel=1e-6)  # saved as it was measured
+    patches = num_bytes = 0
+    for tokens, rows in data.heldout_batches(held, 256, 2048):
+        patches += int(model.patch(tokens, rows)[1].num_patches)
+        num_bytes += len(tokens)
+    assert num_bytes / patches == pytest.approx(3.0, rel=0.01)
+
+
+def test_options_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model: expected"):
+        TrainConfig("gpt", [], tmp_path)
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        TrainConfig("entropy", [], tmp_path, steps=0)
+    with pytest.raises(ValueError, match="ngram: expected split='heldout'"):
+        EvalConfig(tmp_path, [], ngram=True)
+    with pytest.raises(ValueError, match="split: expected"):
+        EvalConfig(tmp_path, [], split="test")
+
+
+def test_logs_are_json_lines(corpus: Path, tmp_path: Path) -> None:
+    train.train(config(corpus, tmp_path / "run", log_every=3))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3, 5, 6, 9, 10, 12, 12]
+    assert set(lines[1]) == {"step", "bits_per_byte", "learning_rate", "bytes_per_second", "seconds"}
+
+
+def test_the_commands(corpus: Path, tmp_path: Path) -> None:
+    """`train` and `eval` from the command line, with the options that the model card names."""
+    from typer.testing import CliRunner
+
+    from blt_kernels.cli import app
+
+    out = tmp_path / "run"
+    small = [f"--set={key}={value}" for key, value in TINY.items()]
+    options = ["--heldout", "0.2", "--include", "*.txt", "--context", "64"]
+    steps = ["--steps", "6", "--batch-bytes", "256", "--eval-every", "3", "--bf16", "--out", str(out)]
+    runner = CliRunner()
+    trained = runner.invoke(app, ["train", "entropy", str(corpus), *options, *steps, *small])
+    assert trained.exit_code == 0, trained.output
+    assert "step 6/6: " in trained.output
+    assert "bytes/s, held out " in trained.output
+    assert load_model(out / "model.safetensors").config.dim == 32
+    measured = runner.invoke(
+        app, ["eval", str(out / "model.safetensors"), str(corpus), *options, "--split", "heldout", "--ngram", "--json"]
+    )
+    assert measured.exit_code == 0, measured.output
+    result = json.loads(measured.output)
+    assert 0 < result["ngram_bits_per_byte"] < 8 < result["bits_per_byte"] + 4
+    assert f"over {result['num_bytes']:,} bytes" in trained.output
+    wrong = runner.invoke(app, ["train", "entropy", str(corpus), "--set", "dim"])
+    assert wrong.exit_code == 2
+    assert "expected KEY=JSON, got 'dim'" in wrong.output
