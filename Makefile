@@ -18,7 +18,7 @@ say := @printf '\033[1m==> %s\033[0m\n'
 .PHONY: help demo test bench lint gpu wheel-check sanitize clean
 
 help:  ## Show this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/built  ## Patch a real file, and run it through BLT with our ops and with plain PyTorch
 	$(say) 'what is installed and loaded'
@@ -47,9 +47,9 @@ gpu:  ## On a machine with CUDA: build, test and bench with its own python3, off
 	$(say) 'building with $(OWN_PYTHON)'
 	$(OWN_PYTHON) setup.py --quiet build_ext --inplace
 	$(say) 'pytest'
-	PYTHONPATH=. $(OWN_PYTHON) -m pytest
+	PYTHONPATH=$(CURDIR) $(OWN_PYTHON) -m pytest
 	$(say) 'benchmarks; the rows go to bench/results'
-	PYTHONPATH=. $(OWN_PYTHON) -m blt_kernels bench
+	PYTHONPATH=$(CURDIR) $(OWN_PYTHON) -m blt_kernels bench
 
 wheel-check: .venv/built  ## Only the tests of the wheel: from the sdist, contents, stable ABIs, loading
 	$(say) 'sdist, the wheel from it, and its audits'
@@ -74,7 +74,8 @@ clean:  ## Remove everything that was built; .venv stays
 
 .venv/installed: constraints.txt pyproject.toml
 	$(say) 'making .venv with $(PYTHON) from constraints.txt (once; a few minutes)'
-	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "constraints.txt is for Python >= 3.11: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	    "$(PYTHON) is older than 3.11, which constraints.txt is for: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install setuptools cmake ninja torch
 	@touch $@

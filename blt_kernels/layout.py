@@ -22,16 +22,16 @@ class PatchLayout:
     Attributes
     ----------
     patch_offsets : int32 ``[C+1]``
-        Patch ``p`` is bytes ``[patch_offsets[p], patch_offsets[p+1])``. Beyond ``P`` every offset is the end of the last
-        document, so that tail patches are empty.
+        Patch ``p`` is bytes ``[patch_offsets[p], patch_offsets[p+1])``. Beyond ``P`` every offset is the end of the
+        last document, so that tail patches are empty.
     cu_patches : int32 ``[B+1]``
         Document ``b`` owns patches ``[cu_patches[b], cu_patches[b+1])``; ``cu_patches[-1]`` is ``P``.
     patch_ids : int32 ``[T]``
         The patch of each byte; -1 for bytes beyond the last document.
     decode_ids : int32 ``[T]``
-        The patch whose global output byte ``i`` may read when it predicts byte ``i + 1``: (patch of byte ``i + 1``) - 1,
-        where the byte after a document's last one belongs to a new patch if the boundary decision after the last byte
-        says so. -1 where there is none: it reads zeros and sends no gradient.
+        The patch whose global output byte ``i`` may read when it predicts byte ``i + 1``: the one before the patch of
+        byte ``i + 1``. The byte after a document's last one belongs to a new patch if the boundary decision after the
+        last byte says so. -1 where there is none: it reads zeros and sends no gradient.
     cu_seqlens : int32 ``[B+1]``
         Document ``b`` is bytes ``[cu_seqlens[b], cu_seqlens[b+1])``.
     overflowed : bool ``[1]``
@@ -109,8 +109,8 @@ class PatchLayout:
         int64 ``[B, Pmax]``
             One row a document, zeros on the right.
         """
-        cu_patches, cu_seqlens = self.cu_patches.long(), self.cu_seqlens.long()
-        counts, seqlens = cu_patches.diff(), cu_seqlens.diff()
+        cu_patches = self.cu_patches.long()
+        counts = cu_patches.diff()
         widths = counts
         if include_next_byte:
             opens = self._next_byte_opens_patch()

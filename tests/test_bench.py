@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -70,6 +71,26 @@ def test_peak_memory_counts_what_is_held_at_a_time(timing: ModuleType) -> None:
     entropy = torch.rand(5000)
     out_bytes = 4 * (5001 + 2 + 5000 + 5000) + 1
     assert out_bytes <= timing.peak_extra_bytes(lambda: patch_starts(entropy, threshold=0.5)) < out_bytes + 1000
+
+
+def test_command_goes_on_after_a_wrong_result(timing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def agree(results: dict[str, int]) -> None:
+        assert results[timing.OURS] == 1, "they differ"
+
+    def comparisons(**_options: object) -> list[object]:
+        make = partial(
+            timing.Comparison, shape="[]", dtype="int", work=1, limits={"none": int}, limit_work=1, agree=agree
+        )
+        return [
+            make(op="wrong", implementations={timing.OURS: int}),
+            make(op="right", implementations={timing.OURS: lambda: 1}),
+        ]
+
+    monkeypatch.setattr(importlib.import_module("bench_entropy_patch"), "comparisons", comparisons)
+    result = CliRunner().invoke(cli.app, ["bench", "entropy_patch", "--rounds", "1", "--threads", "1", "--no-save"])
+    assert result.exit_code == 1
+    assert "wrong [] int: they differ" in result.output
+    assert "right  []  int  1 threads" in result.output
 
 
 def test_exponent(timing: ModuleType) -> None:

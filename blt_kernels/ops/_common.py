@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from blt_kernels.layout import PatchLayout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64)
@@ -34,7 +37,8 @@ def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meanin
 
     `meaning` names the dimensions. It holds no sizes: formatting a symbolic one would fix it for `torch.compile`.
     """
-    if value.dim() != len(expected) or any(e is not None and s != e for s, e in zip(value.shape, expected, strict=True)):
+    fits = value.dim() == len(expected) and all(e in (None, s) for s, e in zip(value.shape, expected, strict=True))
+    if not fits:
         sizes = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{name}: expected shape {meaning} = [{sizes}], got {list(value.shape)}")
 
@@ -69,6 +73,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_layout(layout: object, name: str, value: Tensor) -> None:
+    """Raise unless `layout` is a PatchLayout on the device of `value`."""
+    if not isinstance(layout, PatchLayout):
+        raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
+    check_same("layout", layout.patch_offsets, name, value, dtype=False)
+
+
 def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.device) -> Tensor:
     """Check document offsets and return them as int32.
 
@@ -82,10 +93,11 @@ def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.devic
         raise ValueError(f"{name}: expected device {device} of the data, got {offsets.device}")
     if device.type == "cpu" and not torch.compiler.is_compiling() and type(offsets) is Tensor:
         values = offsets.tolist()
-        falls = any(a > b for a, b in zip(values, values[1:]))  # noqa: B905
+        falls = any(a > b for a, b in pairwise(values))
         if values[0] != 0 or falls or values[-1] > total:
             shown = values if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ending in {values[-1]}"
-            raise ValueError(f"{name}: expected offsets that start at 0, never fall and end at most at {total}, got {shown}")
+            expected = f"offsets that start at 0, never fall and end at most at {total}"
+            raise ValueError(f"{name}: expected {expected}, got {shown}")
     return offsets.to(torch.int32).contiguous()
 
 

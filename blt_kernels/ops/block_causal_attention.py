@@ -119,19 +119,10 @@ def block_causal_attention(
     if seqused_k is not None:
         seqused_k = _check_seqused(seqused_k, offsets_q if offsets_k is None else offsets_k)
     out, lse = torch.ops.blt_kernels.block_causal_attention_fwd(
-        *autocast(packed_q, packed_k, packed_v), offsets_q, offsets_k, window, causal, scale, seqused_k
+        *_common.autocast(packed_q, packed_k, packed_v), offsets_q, offsets_k, window, causal, scale, seqused_k
     )
     out = out.view(q.shape)
     return (out, lse.view(q.shape[:-1])) if return_lse else out
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the autocast dtype where autocast is on, fp64 excepted, as torch does for its matrix products."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _check_seqused(seqused_k: Tensor, offsets_k: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ def entropy_patch(
 ) -> tuple[Tensor, PatchLayout]:
     """Cut bytes into patches where the next byte is hard to predict, straight from the logits.
 
-    One pass over the logits gives the entropies (see `token_entropy`); `patch_starts` describes the rules. The entropies
-    are differentiable in the logits, the layout is not.
+    One pass over the logits gives the entropies (see `token_entropy`); `patch_starts` describes the rules. The
+    entropies are differentiable in the logits, the layout is not.
 
     Parameters
     ----------
@@ -73,8 +73,8 @@ def entropy_patch(
 def token_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of ``softmax(logits)`` over the last dimension.
 
-    ``H = logsumexp(x) - sum softmax(x) x``, computed around the row's maximum. Entries of -inf have probability 0 and add
-    nothing; a row with NaN or +inf, or with nothing but -inf, gives NaN. The gradient is ``-p (log p + H)``.
+    ``H = logsumexp(x) - sum softmax(x) x``, computed around the row's maximum. Entries of -inf have probability 0 and
+    add nothing; a row with NaN or +inf, or with nothing but -inf, gives NaN. The gradient is ``-p (log p + H)``.
 
     Parameters
     ----------
@@ -275,10 +275,10 @@ def delimiter_patch(
 def topk_patch(
     entropy: Tensor, patch_size: int, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None
 ) -> PatchLayout:
-    """Cut after the highest entropies so that patches have `patch_size` bytes on average. Not causal: for analysis only.
+    """Cut after the highest entropies, into patches of `patch_size` bytes on average. Not causal: for analysis only.
 
-    A document of S bytes is cut after its ``S // patch_size - 2`` highest entropies, the first byte's aside; the earlier
-    of equal ones wins.
+    A document of S bytes is cut after its ``S // patch_size - 2`` highest entropies, the first byte's aside; the
+    earlier of equal ones wins.
 
     Parameters
     ----------
@@ -485,12 +485,6 @@ def _linear_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> 
     return grad_hidden, grad_weight, None if bias is None else grad_bias
 
 
-torch.library.register_autograd(
-    "blt_kernels::token_entropy_fwd", _token_entropy_backward, setup_context=_save_logits
-)
-torch.library.register_autograd(
-    "blt_kernels::entropy_patch_fwd", _entropy_patch_backward, setup_context=_save_logits
-)
-torch.library.register_autograd(
-    "blt_kernels::linear_entropy_fwd", _linear_entropy_backward, setup_context=_save_linear
-)
+torch.library.register_autograd("blt_kernels::token_entropy_fwd", _token_entropy_backward, setup_context=_save_logits)
+torch.library.register_autograd("blt_kernels::entropy_patch_fwd", _entropy_patch_backward, setup_context=_save_logits)
+torch.library.register_autograd("blt_kernels::linear_entropy_fwd", _linear_entropy_backward, setup_context=_save_linear)

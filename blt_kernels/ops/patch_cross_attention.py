@@ -13,8 +13,6 @@ from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _common
-from blt_kernels.ops.block_causal_attention import autocast
-from blt_kernels.ops.patch_pool import check_layout
 from blt_kernels.reference import patch_cross_attention as reference
 
 
@@ -74,7 +72,7 @@ def patch_cross_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         _common.check_tensor(name, x, 3 if (name == "q") == encode else (3, 4), _common.FLOATS)
         _common.check_same(name, x, "q", q, dtype=not torch.is_autocast_enabled(q.device.type))
-    check_layout(layout, "q", q)
+    _common.check_layout(layout, "q", q)
     heads, width = q.shape[-2:]
     if heads < 1 or width < 1:
         raise ValueError(f"q: expected at least one head, of a width of at least 1, got shape {list(q.shape)}")
@@ -93,7 +91,14 @@ def patch_cross_attention(
         _common.check_number("scale", scale)
     ids = layout.patch_ids if encode else layout.decode_ids
     out, _lse = torch.ops.blt_kernels.patch_cross_attention_fwd(
-        *autocast(*packed), layout.patch_offsets, layout.cu_patches, ids, direction, queries_per_patch, window, scale
+        *_common.autocast(*packed),
+        layout.patch_offsets,
+        layout.cu_patches,
+        ids,
+        direction,
+        queries_per_patch,
+        window,
+        scale,
     )
     return out.view(q.shape)
 

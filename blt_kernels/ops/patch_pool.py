@@ -48,7 +48,7 @@ def patch_pool(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "ma
     The BLT paper (arXiv 2412.09871), section 3.2.2: patch representations start as pooled bytes.
     """
     _common.check_tensor("x", x, (2, 3), _common.FLOATS)
-    check_layout(layout, "x", x)
+    _common.check_layout(layout, "x", x)
     names = [reduce] if isinstance(reduce, str) else reduce
     if not isinstance(names, (list, tuple)) or not names:
         raise TypeError(f"reduce: expected a string or a sequence of at least one, got {reduce!r}")
@@ -58,13 +58,6 @@ def patch_pool(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "ma
     if packed.shape[0] != layout.num_bytes:
         raise ValueError(f"x: expected the {layout.num_bytes} bytes of layout, got shape {list(x.shape)}")
     return torch.ops.blt_kernels.patch_pool_fwd(packed, layout.patch_offsets, layout.patch_ids, list(names))
-
-
-def check_layout(layout: object, name: str, value: Tensor) -> None:
-    """Raise unless `layout` is a PatchLayout on the device of `value`."""
-    if not isinstance(layout, PatchLayout):
-        raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
-    _common.check_same("layout", layout.patch_offsets, name, value, dtype=False)
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------

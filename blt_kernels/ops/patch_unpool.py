@@ -9,7 +9,6 @@ from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _common
-from blt_kernels.ops.patch_pool import check_layout
 from blt_kernels.reference import patch_unpool as reference
 
 
@@ -37,7 +36,7 @@ def patch_unpool(y: Tensor, layout: PatchLayout, ids: str = "patch") -> Tensor:
         An argument has the wrong type, dtype, device, shape or value; the message names it.
     """
     _common.check_tensor("y", y, 2, _common.FLOATS)
-    check_layout(layout, "y", y)
+    _common.check_layout(layout, "y", y)
     _common.check_choice("ids", ids, ("patch", "decode"))
     if y.shape[0] != layout.capacity:
         raise ValueError(f"y: expected the capacity of layout, {layout.capacity} patches, got shape {list(y.shape)}")

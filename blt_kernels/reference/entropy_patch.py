@@ -21,7 +21,7 @@ def token_entropy_reference(logits: Tensor) -> Tensor:
 
 
 def token_entropy_fwd_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy and ``log_sum = logsumexp(x - max x)``: without the maximum it keeps the digits that the gradient needs."""
+    """Entropy and ``log_sum = logsumexp(x - max x)``, which keeps the digits that the gradient needs."""
     x = logits.to(_accumulator(logits))
     log_p = x.log_softmax(-1)
     p = log_p.exp()
@@ -132,10 +132,12 @@ def delimiter_patch_reference(
 def topk_patch_reference(
     entropy: Tensor, cu_seqlens: Tensor, patch_size: int, max_patches: int | None = None
 ) -> PatchLayout:
-    """Patches end at the S // patch_size - 2 highest entropies of a document, the first byte aside; the earlier wins ties."""
+    """Patches end at the S // patch_size - 2 highest entropies after the first byte; the earlier wins ties."""
     num_bytes = entropy.shape[0]
     local = _local_index(num_bytes, cu_seqlens)
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(num_bytes, device=entropy.device), right=True)
+    document = torch.searchsorted(
+        cu_seqlens[1:].contiguous(), torch.arange(num_bytes, device=entropy.device), right=True
+    )
     # Bytes by document, then first bytes last, then entropy from high to low: stable sorts, least significant first.
     order = entropy.float().sort(descending=True, stable=True).indices
     order = order[(local[order] == 0).long().sort(stable=True).indices]

@@ -64,7 +64,8 @@ def run(
     Raises
     ------
     FileNotFoundError, ValueError
-        There are no benches, or none of that name; a value is out of range.
+        There are no benches, or none of that name; a value is out of range; results of some implementations disagree,
+        which then were not timed.
     """
     folder = find_benches()
     known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
@@ -78,7 +79,7 @@ def run(
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     timing = importlib.import_module("timing")
-    out, rows = console(color), []
+    out, rows, wrong = console(color), [], []
     before = torch.get_num_threads()
     try:
         for count in threads:
@@ -86,8 +87,12 @@ def run(
             for op in ops or known:
                 module = importlib.import_module(f"bench_{op}")
                 for new in _measure(module, timing, rounds, small=small, device=device, compile_peers=compile_peers):
-                    out.print(_table(new))
-                    rows += new
+                    if isinstance(new, str):
+                        out.print(f"not timed, since results disagree: {new}", style="red", markup=False)
+                        wrong.append(new)
+                    else:
+                        out.print(_table(new))
+                        rows += new
     finally:
         torch.set_num_threads(before)
     for op in ops or known:
@@ -99,13 +104,21 @@ def run(
     )
     if save:
         out.print(f"wrote {timing.write_csv(rows, csv, device)}", soft_wrap=True)
+    if wrong:
+        raise ValueError(f"{len(wrong)} comparisons were not timed, since their results disagree")
 
 
-def _measure(module: ModuleType, timing: ModuleType, rounds: int, **options: Any) -> Iterator[list[Any]]:
-    """The rows of every comparison; those of one op that differ in shape alone come together."""
-    comparisons = module.comparisons(**options)
-    for _, group in groupby(comparisons, key=lambda c: (c.op, c.dtype)):
-        yield [row for comparison in group for row in timing.compare(comparison, rounds=rounds)]
+def _measure(module: ModuleType, timing: ModuleType, rounds: int, **options: Any) -> Iterator[list[Any] | str]:
+    """The rows of every comparison, or how its results disagree. Those of one op that differ in shape come together."""
+    for (op, dtype), group in groupby(module.comparisons(**options), key=lambda c: (c.op, c.dtype)):
+        rows = []
+        for comparison in group:
+            try:
+                rows += timing.compare(comparison, rounds=rounds)
+            except AssertionError as error:
+                yield f"{op} {comparison.shape} {dtype}: {error}"
+        if rows:
+            yield rows
 
 
 def _table(rows: list[Any]) -> Table:

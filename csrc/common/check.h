@@ -19,8 +19,8 @@ inline void check_dim(const Tensor& tensor, const char* name, int64_t dim) {
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype),
+                  ", got ", torch::headeronly::toString(tensor.scalar_type()));
 }
 
 inline void check_size(const Tensor& tensor, const char* name, int64_t dim, int64_t size) {

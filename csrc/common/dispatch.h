@@ -37,8 +37,7 @@ decltype(auto) dispatch_int(torch::headeronly::ScalarType dtype, const char* nam
   switch (dtype) {
     case ScalarType::Int: return f(Tag<int32_t>{});
     case ScalarType::Long: return f(Tag<int64_t>{});
-    default:
-      STD_TORCH_CHECK(false, name, ": expected dtype int32 or int64, got ", torch::headeronly::toString(dtype));
+    default: STD_TORCH_CHECK(false, name, ": expected dtype int32 or int64, got ", torch::headeronly::toString(dtype));
   }
 }
 

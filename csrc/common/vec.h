@@ -191,7 +191,7 @@ inline constexpr float kExpMin = -87.0f;  // exp(kExpMin) is 1e-38, the smallest
 inline VecF exp(VecF x) {
   constexpr float kLog2e = 0x1.715476p+0f;
   constexpr float kRound = 0x1.8p+23f;  // adding it leaves round(x log2 e) in the low bits
-  constexpr float kExp2[] = {1.0f,           0x1.62e430p-1f, 0x1.ebfbdcp-3f, 0x1.c6aee8p-5f,
+  constexpr float kExp2[] = {1.0f,           0x1.62e430p-1f,  0x1.ebfbdcp-3f, 0x1.c6aee8p-5f,
                              0x1.3b2d4cp-7f, 0x1.5f3e54p-10f, 0x1.41fbbcp-13f};
   const VecF shifted = x * kLog2e + kRound;
   const VecF n = shifted - kRound;

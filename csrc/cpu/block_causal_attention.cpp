@@ -61,7 +61,8 @@ const A* gather_rows(A* rows, const Heads<const T>& x, int64_t head, int64_t beg
 
 // block[e][lane] = factor * x[begin + lane][e]; lanes from `count` on are 0.
 template <class T, class A>
-void transpose_in(A* block, const Heads<const T>& x, int64_t head, int64_t begin, int64_t count, int64_t width, A factor) {
+void transpose_in(A* block, const Heads<const T>& x, int64_t head, int64_t begin, int64_t count, int64_t width,
+                  A factor) {
   for (int64_t lane = 0; lane < kWidth<A>; ++lane)
     for (int64_t e = 0; e < width; ++e)
       block[e * kWidth<A> + lane] = lane < count ? factor * static_cast<A>(x.row(begin + lane, head)[e]) : A(0);
@@ -227,7 +228,8 @@ Vec<A> clamped_exp(Vec<A> x) {
 // --- forward ----------------------------------------------------------------------------------------------------------
 
 template <class T, class A>
-void attend(const Problem<T>& problem, const Heads<T>& out, A* lse, int64_t head, const Tile& tile, Scratch<A> scratch) {
+void attend(const Problem<T>& problem, const Heads<T>& out, A* lse, int64_t head, const Tile& tile,
+            Scratch<A> scratch) {
   constexpr A kNone = -std::numeric_limits<A>::infinity();
   const int64_t width = problem.width, group = problem.group_of(head), count = tile.lanes.end - tile.lanes.begin;
   A* const queries = scratch.take(width * kWidth<A>);
@@ -243,7 +245,8 @@ void attend(const Problem<T>& problem, const Heads<T>& out, A* lse, int64_t head
   for (int64_t begin = 0; begin < tile.work(); begin += kStep) {
     const int64_t end = std::min(begin + kStep, tile.work());
     {
-      const A* const rows = gather_rows<T, A>(gathered, problem.k, group, tile.streamed.begin + begin, end - begin, width);
+      const A* const rows =
+          gather_rows<T, A>(gathered, problem.k, group, tile.streamed.begin + begin, end - begin, width);
       product(scores, end - begin, rows, width, 1, queries, width, false);
     }
     const bool masked = !keys.all_see(begin, end);
@@ -274,7 +277,8 @@ void attend(const Problem<T>& problem, const Heads<T>& out, A* lse, int64_t head
         store(cell, load(cell) * decay);
       }
     }
-    const A* const rows = gather_rows<T, A>(gathered, problem.v, group, tile.streamed.begin + begin, end - begin, width);
+    const A* const rows =
+        gather_rows<T, A>(gathered, problem.v, group, tile.streamed.begin + begin, end - begin, width);
     product(sums, width, rows, 1, width, scores, end - begin, true);
   }
 
@@ -291,8 +295,8 @@ void attend(const Problem<T>& problem, const Heads<T>& out, A* lse, int64_t head
 
 // dq of the queries in the lanes. delta_i = g_i . out_i.
 template <class T, class A>
-void query_grad(const Problem<T>& problem, const Heads<const T>& grad, const A* lse, const A* delta, const Heads<T>& grad_q,
-                int64_t head, const Tile& tile, Scratch<A> scratch) {
+void query_grad(const Problem<T>& problem, const Heads<const T>& grad, const A* lse, const A* delta,
+                const Heads<T>& grad_q, int64_t head, const Tile& tile, Scratch<A> scratch) {
   const int64_t width = problem.width, group = problem.group_of(head), count = tile.lanes.end - tile.lanes.begin;
   A* const queries = scratch.take(width * kWidth<A>);
   A* const grads = scratch.take(width * kWidth<A>);
@@ -313,10 +317,12 @@ void query_grad(const Problem<T>& problem, const Heads<const T>& grad, const A* 
   for (int64_t begin = 0; begin < tile.work(); begin += kStep) {
     const int64_t end = std::min(begin + kStep, tile.work());
     {
-      const A* const rows = gather_rows<T, A>(gathered, problem.v, group, tile.streamed.begin + begin, end - begin, width);
+      const A* const rows =
+          gather_rows<T, A>(gathered, problem.v, group, tile.streamed.begin + begin, end - begin, width);
       product(slopes, end - begin, rows, width, 1, grads, width, false);
     }
-    const A* const rows = gather_rows<T, A>(gathered, problem.k, group, tile.streamed.begin + begin, end - begin, width);
+    const A* const rows =
+        gather_rows<T, A>(gathered, problem.k, group, tile.streamed.begin + begin, end - begin, width);
     product(scores, end - begin, rows, width, 1, queries, width, false);
     const bool masked = !keys.all_see(begin, end);
     for (int64_t j = begin; j < end; ++j)
@@ -335,8 +341,8 @@ void query_grad(const Problem<T>& problem, const Heads<const T>& grad, const A* 
 
 // dk and dv of the keys in the lanes, summed over the query heads of their group.
 template <class T, class A>
-void key_grad(const Problem<T>& problem, const Heads<const T>& grad, const A* lse, const A* delta, const Heads<T>& grad_k,
-              const Heads<T>& grad_v, int64_t group, const Tile& tile, Scratch<A> scratch) {
+void key_grad(const Problem<T>& problem, const Heads<const T>& grad, const A* lse, const A* delta,
+              const Heads<T>& grad_k, const Heads<T>& grad_v, int64_t group, const Tile& tile, Scratch<A> scratch) {
   const int64_t width = problem.width, count = tile.lanes.end - tile.lanes.begin;
   A* const keys = scratch.take(width * kWidth<A>);
   A* const values = scratch.take(width * kWidth<A>);
@@ -366,7 +372,8 @@ void key_grad(const Problem<T>& problem, const Heads<const T>& grad, const A* ls
       for (int64_t row = begin; row < end; ++row) {
         while (problem.visible.cu_q[b + 1] <= row) ++b;
         const Range seen = problem.visible.keys(row, b);
-        const A first = static_cast<A>(seen.begin - tile.lanes.begin), last = static_cast<A>(seen.end - tile.lanes.begin);
+        const A first = static_cast<A>(seen.begin - tile.lanes.begin),
+                last = static_cast<A>(seen.end - tile.lanes.begin);
         const A row_lse = lse[row * problem.heads + head], row_delta = delta[row * problem.heads + head];
         for (int c = 0; c < kColumns; ++c) {
           const int64_t cell = (row - begin) * kWidth<A> + c * lanes<A>;
@@ -395,7 +402,8 @@ struct Offsets {
   std::optional<Tensor> k, used;
 };
 
-Visibility check_visibility(const Tensor& q, const Tensor& k, Offsets& offsets, std::optional<int64_t> window, bool causal) {
+Visibility check_visibility(const Tensor& q, const Tensor& k, Offsets& offsets, std::optional<int64_t> window,
+                            bool causal) {
   const int32_t* const cu_q = check_offsets(offsets.q, "cu_seqlens_q", q.size(0));
   const int64_t documents = offsets.q.size(0) - 1;
   const int32_t* cu_k = cu_q;
@@ -422,14 +430,21 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_dtype(v, "v", q.scalar_type());
   for (int dim = 0; dim < 3; ++dim) check_size(v, "v", dim, k.size(dim));
   check_size(k, "k", 2, q.size(2));
-  STD_TORCH_CHECK(k.size(1) >= 1 && q.size(1) % k.size(1) == 0, "k: expected a number of heads that divides ", q.size(1),
-                  ", got ", k.size(1));
+  STD_TORCH_CHECK(k.size(1) >= 1 && q.size(1) % k.size(1) == 0, "k: expected a number of heads that divides ",
+                  q.size(1), ", got ", k.size(1));
 }
 
 template <class T>
-Problem<T> problem_of(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale, Visibility visible) {
-  return {heads_of<T>(q), heads_of<T>(k), heads_of<T>(v), q.size(1), k.size(1), q.size(2),
-          scale.value_or(1 / std::sqrt(static_cast<double>(q.size(2)))), visible};
+Problem<T> problem_of(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale,
+                      Visibility visible) {
+  return {heads_of<T>(q),
+          heads_of<T>(k),
+          heads_of<T>(v),
+          q.size(1),
+          k.size(1),
+          q.size(2),
+          scale.value_or(1 / std::sqrt(static_cast<double>(q.size(2)))),
+          visible};
 }
 
 template <class T>
@@ -476,7 +491,8 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(Tensor q, Tensor k, Te
 
 // delta[i][head] = grad_i . out_i
 template <class T, class A>
-void dot_rows(const Heads<const T>& grad, const Heads<const T>& out, int64_t rows, int64_t heads, int64_t width, A* delta) {
+void dot_rows(const Heads<const T>& grad, const Heads<const T>& out, int64_t rows, int64_t heads, int64_t width,
+              A* delta) {
   parallel_for(rows * heads, kSerialWork / 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* const g = grad.row(i / heads, i % heads);
@@ -488,10 +504,12 @@ void dot_rows(const Heads<const T>& grad, const Heads<const T>& out, int64_t row
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
-    Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, const Tensor& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, std::optional<int64_t> window, bool causal, std::optional<double> scale,
-    const std::optional<Tensor>& seqused_k) {
+std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(Tensor grad_out, Tensor q, Tensor k, Tensor v,
+                                                                  Tensor out, Tensor lse, const Tensor& cu_seqlens_q,
+                                                                  const std::optional<Tensor>& cu_seqlens_k,
+                                                                  std::optional<int64_t> window, bool causal,
+                                                                  std::optional<double> scale,
+                                                                  const std::optional<Tensor>& seqused_k) {
   check_heads(q, k, v);
   Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k};
   const Visibility visible = check_visibility(q, k, offsets, window, causal);
@@ -514,7 +532,8 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
     using A = accumulator_t<T>;
     const Problem<T> problem = problem_of<T>(q, k, v, scale, visible);
     const Heads<const T> grads = heads_of<T>(grad_out);
-    const Heads<T> grads_q = output_heads<T>(grad_q), grads_k = output_heads<T>(grad_k), grads_v = output_heads<T>(grad_v);
+    const Heads<T> grads_q = output_heads<T>(grad_q), grads_k = output_heads<T>(grad_k),
+                   grads_v = output_heads<T>(grad_v);
     const A* const lses = lse.const_data_ptr<A>();
     A* const deltas = delta.mutable_data_ptr<A>();
     const int64_t width = problem.width, rows = visible.cu_q[visible.documents];

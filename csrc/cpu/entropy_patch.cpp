@@ -23,9 +23,9 @@
 namespace blt {
 namespace {
 
-constexpr int64_t kRowGrain = 64;      // rows of logits a thread must have to be worth waking
-constexpr int64_t kHeadRows = 1024;    // rows in a tile of the output head: 1 MB of fp32 logits
-constexpr int64_t kSumGrain = 16384;   // elements of a running sum
+constexpr int64_t kRowGrain = 64;     // rows of logits a thread must have to be worth waking
+constexpr int64_t kHeadRows = 1024;   // rows in a tile of the output head: 1 MB of fp32 logits
+constexpr int64_t kSumGrain = 16384;  // elements of a running sum
 
 // Rows with unit stride in the last dimension; a copy only where there is none.
 Tensor unit_rows(const Tensor& x, const char* name) {
@@ -90,7 +90,8 @@ Tensor token_entropy_bwd_cpu(Tensor grad_entropy, const Tensor& logits, Tensor e
     using T = typename decltype(tag)::type;
     using A = accumulator_t<T>;
     entropy_grad_rows<T>(grad, rows, row_values<A>(grad_entropy, "grad_entropy", rows.size(0)),
-                         row_values<A>(entropy, "entropy", rows.size(0)), row_values<A>(log_sum, "log_sum", rows.size(0)));
+                         row_values<A>(entropy, "entropy", rows.size(0)),
+                         row_values<A>(log_sum, "log_sum", rows.size(0)));
   });
   return grad;
 }
@@ -110,7 +111,8 @@ LayoutTensors starts_from_entropy(const auto* entropy, const Tensor& cu_seqlens,
   const auto h = [=](int64_t t) { return static_cast<float>(entropy[t]); };
   const auto build = [&](auto cut) {
     if (!rules.max_patch_length) return build_layout(cu_seqlens, num_bytes, max_patches, cut);
-    STD_TORCH_CHECK(*rules.max_patch_length >= 1, "max_patch_length: expected at least 1, got ", *rules.max_patch_length);
+    STD_TORCH_CHECK(*rules.max_patch_length >= 1, "max_patch_length: expected at least 1, got ",
+                    *rules.max_patch_length);
     // A cut at the length limit starts the count anew, just as a cut by the rule does.
     return build_layout(cu_seqlens, num_bytes, max_patches,
                         [=, limit = *rules.max_patch_length, length = int64_t{0}](int64_t t, int64_t i) mutable {
@@ -120,12 +122,12 @@ LayoutTensors starts_from_entropy(const auto* entropy, const Tensor& cu_seqlens,
                           return starts;
                         });
   };
-  if (rules.monotonic) return build([=](int64_t t, int64_t i) { return (i < 2) | (h(t) - h(t - (i > 0)) > threshold); });
+  if (rules.monotonic)
+    return build([=](int64_t t, int64_t i) { return (i < 2) | (h(t) - h(t - (i > 0)) > threshold); });
   if (rules.threshold_add) {
     const float add = static_cast<float>(*rules.threshold_add);
-    return build([=](int64_t t, int64_t i) {
-      return (i < 2) | ((i > 2) & (h(t) - h(t - (i > 0)) > add) & (h(t) > threshold));
-    });
+    return build(
+        [=](int64_t t, int64_t i) { return (i < 2) | ((i > 2) & (h(t) - h(t - (i > 0)) > add) & (h(t) > threshold)); });
   }
   return build([=](int64_t t, int64_t i) { return (i == 0) | (h(t) > threshold); });
 }

@@ -21,7 +21,8 @@ template <class A>
 inline constexpr int64_t kWidth = kColumns * lanes<A>;
 
 template <int kCount, class A>
-inline void product_rows(A* out, const A* left, int64_t row_stride, int64_t step, const A* right, int64_t depth, bool add) {
+inline void product_rows(A* out, const A* left, int64_t row_stride, int64_t step, const A* right, int64_t depth,
+                         bool add) {
   Vec<A> sums[kCount][kColumns];
   for (int i = 0; i < kCount; ++i)
     for (int c = 0; c < kColumns; ++c) sums[i][c] = add ? load(out + i * kWidth<A> + c * lanes<A>) : Vec<A>{};
@@ -39,8 +40,8 @@ inline void product_rows(A* out, const A* left, int64_t row_stride, int64_t step
 
 // out[i] (+)= sum over d of left[i * row_stride + d * step] * right[d], for i < rows; out and right are Blocks.
 template <class A>
-inline void product(A* out, int64_t rows, const A* left, int64_t row_stride, int64_t step, const A* right, int64_t depth,
-                    bool add) {
+inline void product(A* out, int64_t rows, const A* left, int64_t row_stride, int64_t step, const A* right,
+                    int64_t depth, bool add) {
   static_assert(kRows == 6, "the switch has a case for every remainder");
   const auto run = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t i) {
     product_rows<kCount>(out + i * kWidth<A>, left + i * row_stride, row_stride, step, right, depth, add);

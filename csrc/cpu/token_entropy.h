@@ -81,9 +81,8 @@ Entropy row_entropy(const T* row, const RowShape<T>& shape) {
     accumulate(load_pair(row + i), [](Pair e) { return e; });
   }
   if (shape.ragged())
-    accumulate(load_pair(tail.data), [&](Pair e) -> Pair {
-      return {shape.fresh_a ? e.a : VecF{}, shape.fresh_b ? e.b : VecF{}};
-    });
+    accumulate(load_pair(tail.data),
+               [&](Pair e) -> Pair { return {shape.fresh_a ? e.a : VecF{}, shape.fresh_b ? e.b : VecF{}}; });
   const float total = sum(s.a + s.b), log_total = std::log(total);
   return {log_total - sum(t.a + t.b) / total, log_total};
 }
@@ -137,7 +136,8 @@ inline Entropy64 row_entropy(const double* row, const RowShape<double>& shape) {
   return {std::log(s[0]) - t[0] / s[0], std::log(s[0])};
 }
 
-inline void row_entropy_grad(double* grad, const double* row, const RowShape<double>& shape, double upstream, Entropy64 e) {
+inline void row_entropy_grad(double* grad, const double* row, const RowShape<double>& shape, double upstream,
+                             Entropy64 e) {
   const double m = *std::max_element(row, row + shape.width);
   for (int64_t i = 0; i < shape.width; ++i) {
     const double log_p = row[i] - m - e.log_sum, p = std::exp(log_p);
