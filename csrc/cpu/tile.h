@@ -1,7 +1,8 @@
 // Products of small matrices whose last dimension lies across the vector lanes.
 //
 // A Block is a row-major matrix with kWidth<A> columns: as many as kColumns vectors hold. `product` keeps kRows rows of
-// the result in registers and streams the other factor one scalar at a time, so it may have any strides and is never
+// the result in registers, adding them to what is there only at the end (long sums are sums of short ones, which keeps
+// their rounding errors low), and streams the other factor one scalar at a time, so it may have any strides and is never
 // packed: for each step of the sum there are kColumns loads and kRows broadcasts for kRows * kColumns multiply-adds.
 #pragma once
 
@@ -23,9 +24,7 @@ inline constexpr int64_t kWidth = kColumns * lanes<A>;
 template <int kCount, class A>
 inline void product_rows(A* out, const A* left, int64_t row_stride, int64_t step, const A* right, int64_t depth,
                          bool add) {
-  Vec<A> sums[kCount][kColumns];
-  for (int i = 0; i < kCount; ++i)
-    for (int c = 0; c < kColumns; ++c) sums[i][c] = add ? load(out + i * kWidth<A> + c * lanes<A>) : Vec<A>{};
+  Vec<A> sums[kCount][kColumns] = {};
   for (int64_t d = 0; d < depth; ++d) {
     Vec<A> row[kColumns];
     for (int c = 0; c < kColumns; ++c) row[c] = load(right + d * kWidth<A> + c * lanes<A>);
@@ -35,7 +34,10 @@ inline void product_rows(A* out, const A* left, int64_t row_stride, int64_t step
     }
   }
   for (int i = 0; i < kCount; ++i)
-    for (int c = 0; c < kColumns; ++c) store(out + i * kWidth<A> + c * lanes<A>, sums[i][c]);
+    for (int c = 0; c < kColumns; ++c) {
+      A* const cell = out + i * kWidth<A> + c * lanes<A>;
+      store(cell, add ? load(cell) + sums[i][c] : sums[i][c]);
+    }
 }
 
 // out[i] (+)= sum over d of left[i * row_stride + d * step] * right[d], for i < rows; out and right are Blocks.
