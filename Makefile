@@ -27,8 +27,8 @@ demo: .venv/built  ## Patch a real file, and run it through BLT with our ops and
 	blt-kernels demo
 
 test: .venv/built  ## Run the tests
-	$(say) 'pytest, on two processes'
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup
+	$(say) 'pytest, two files at a time'
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 bench: .venv/built  ## Time the ops against the best that one could run instead
 	$(say) 'benchmarks; the rows go to bench/results'

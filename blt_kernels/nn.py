@@ -288,7 +288,10 @@ class ByteModel(nn.Module):
         metadata = {"format": "pt", "model": type(self).__name__, "config": json.dumps(asdict(self.config))}
         path = Path(path)
         part = path.with_name(path.name + ".part")
+        part.touch()
+        mode = part.stat().st_mode  # the user's default, which safetensors does not keep
         safetensors.torch.save_file(tensors, part, metadata)
+        part.chmod(mode)
         os.replace(part, path)
 
     @classmethod

@@ -150,10 +150,6 @@ def test_a_module_that_does_not_load(bare_package):
 # --- what is built ----------------------------------------------------------------------------------------------------
 
 
-# One process builds the wheel, whatever the number that tests run in.
-WHEEL = pytest.mark.xdist_group("wheel")
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel, built from the sdist as an installer would."""
@@ -165,13 +161,11 @@ def wheel(tmp_path_factory):
     return path
 
 
-@WHEEL
 def test_wheel_serves_every_python(wheel):
     name = f"blt_kernels-{re.escape(__version__)}-cp310-abi3-"
     assert re.match(name + (r"linux_x86_64\.whl" if sys.platform == "linux" and X86 else ""), wheel.name)
 
 
-@WHEEL
 def test_wheel_contents(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {name for name in names if name.endswith(".so")}
@@ -180,7 +174,6 @@ def test_wheel_contents(wheel):
     assert names - modules == {f"blt_kernels/{path.relative_to(PACKAGE).as_posix()}" for path in sources}
 
 
-@WHEEL
 def test_wheel_runs_where_it_is_installed(wheel, tmp_path):
     passed(python("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path), str(wheel)))
     script = RUN_OPS + "print(k.__file__)"
@@ -189,7 +182,6 @@ def test_wheel_runs_where_it_is_installed(wheel, tmp_path):
     assert Path(path).is_relative_to(tmp_path)
 
 
-@WHEEL
 def test_wheel_keeps_to_the_stable_abis(wheel, tmp_path):
     pytest.importorskip("abi3audit")
     torch_abi_audit = Path(sys.executable).with_name("torch-abi-audit")

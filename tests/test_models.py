@@ -12,7 +12,9 @@ from torch import Tensor
 
 from blt_kernels import PatchLayout
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, load_model
+from blt_kernels.models.byte_lm import BUNDLED
 from blt_kernels.nn import (
+    BOS,
     EOS,
     ByteModel,
     TransformerConfig,
@@ -291,3 +293,27 @@ def test_equals_transformers() -> None:
     with torch.no_grad():
         assert 25 < int(ours.patch(tokens).num_patches) < 45
         torch.testing.assert_close(ours(tokens), theirs(tokens, use_cache=False).logits, rtol=0, atol=2e-5)
+
+
+SNIPPET = b"""
+    def read(self, path, encoding=None):
+        \"\"\"Return the contents of the file as a string.\"\"\"
+        if not os.path.exists(path):
+            raise ValueError("no such file: %r" % path)
+        with open(path, encoding=encoding) as f:
+            for line in f:
+                self.lines.append(line.strip())
+        return self.lines
+"""
+
+
+def test_the_bundled_model_knows_python() -> None:
+    model = ByteLM.bundled()
+    assert BUNDLED.stat().st_size <= 4_000_000
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    tokens = torch.tensor([BOS, *(byte + 4 for byte in SNIPPET)])
+    with torch.no_grad():
+        assert model.loss(tokens) < 2
+        _, layout = model.patch(tokens)
+        assert chr(int(model(tokens[: SNIPPET.index(b"turn the") + 1])[-1].argmax()) - 4) == "t"
+    assert 3 < len(tokens) / int(layout.num_patches) < 7

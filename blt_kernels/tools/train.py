@@ -291,18 +291,24 @@ def draw_curve(log: Path, path: Path) -> None:
 
     lines = read_log(log)
     train_lines = [line for line in lines if "bits_per_byte" in line]
-    held_lines = [line for line in lines if "heldout_bits_per_byte" in line]
+    held_lines = [line for line in lines if "heldout_bits_per_byte" in line and "final" not in line]
+    final = [(line["step"], line["heldout_bits_per_byte"]) for line in lines if "final" in line]
     steps, losses = [line["step"] for line in train_lines], [line["bits_per_byte"] for line in train_lines]
     smooth: list[float] = []
     for loss in losses:
-        smooth.append(loss if not smooth else 0.9 * smooth[-1] + 0.1 * loss)
+        share = max(0.1, 2 / (len(smooth) + 2))  # a wider average as it goes on
+        smooth.append(loss if not smooth else smooth[-1] + share * (loss - smooth[-1]))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)
     axes.plot(steps, smooth, color="C0", label="training")
     if held_lines:
         held = [line["heldout_bits_per_byte"] for line in held_lines]
-        axes.plot([line["step"] for line in held_lines], held, "o-", color="C1", markersize=4, label="held out")
+        axes.plot(
+            [line["step"] for line in held_lines], held, "o-", color="C1", markersize=4, label="held out, a sample"
+        )
+    if final:
+        axes.plot(*final[-1], "*", color="C3", markersize=10, label=f"held out, all: {final[-1][1]:.3f}")
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, min(8.5, max([1.0, *losses]))))
     axes.grid(alpha=0.3)
     axes.legend()

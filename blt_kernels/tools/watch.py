@@ -24,7 +24,8 @@ def run_train(config: train.TrainConfig, color: Color = Color.auto) -> None:
 
         def report(now: train.Progress) -> None:
             nonlocal smooth
-            smooth = now.bits_per_byte if smooth is None else 0.95 * smooth + 0.05 * now.bits_per_byte
+            share = max(0.05, 1 / now.step)
+            smooth = now.bits_per_byte if smooth is None else (1 - share) * smooth + share * now.bits_per_byte
             text = f"{smooth:.3f} bits/byte, {now.bytes_per_second:,.0f} bytes/s"
             if now.heldout_bits is not None:
                 text += f", held out {now.heldout_bits:.3f}"
