@@ -25,7 +25,7 @@ EXPECTED = (OSError, ValueError, TypeError, ImportError)
 
 
 class _Group(typer.core.TyperGroup):
-    """Tells errors that a user can cause in one line, exit code 1. BLT_KERNELS_TRACEBACK=1 shows where they come from."""
+    """Tells errors that a user can cause in one line, exit code 1. BLT_KERNELS_TRACEBACK=1 shows from where."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -55,7 +55,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ColorOption = Annotated[Color, typer.Option("--color", help="Colours: auto uses them on a terminal unless NO_COLOR is set.")]
+ColorOption = Annotated[
+    Color, typer.Option("--color", help="Colours: auto uses them on a terminal unless NO_COLOR is set.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for other programs to read.")]
 
 
@@ -85,8 +87,8 @@ def doctor(json: JsonOption = False, color: ColorOption = Color.auto) -> None:
 
 
 @app.command(
-    epilog="Without colours, patches are separated by │. Characters that a boundary cuts, and bytes that are no text, are "
-    "shown in hexadecimal: ⟨E2⟩."
+    epilog="Without colours, patches are separated by │. Characters that a boundary cuts, and bytes that are no text, "
+    "are shown in hexadecimal: ⟨E2⟩."
 )
 def patch(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files to cut; - is standard input.")],
@@ -98,27 +100,31 @@ def patch(
         float | None, typer.Option(help="Find the threshold that makes patches of this many bytes on average.")
     ] = None,
     monotonic: Annotated[bool, typer.Option("--monotonic", help="Compare the rise of the entropy.")] = False,
-    threshold_add: Annotated[
-        float | None, typer.Option(help="Nats that the entropy must rise by as well.")
-    ] = None,
+    threshold_add: Annotated[float | None, typer.Option(help="Nats that the entropy must rise by as well.")] = None,
     max_patch_length: Annotated[int | None, typer.Option(help="Cut longer patches, in bytes.")] = None,
     patch_size: Annotated[int | None, typer.Option(help="Bytes, for static and topk; 4 if not given.")] = None,
     delimiter: Annotated[
         str | None, typer.Option(help="The byte that ends a patch: one character, or 0x0A; a newline if not given.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Entropy model, safetensors; the one in the package if not given.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Entropy model, safetensors; the one in the package if not given."),
     ] = None,
     start: Annotated[int, typer.Option(help="First byte to draw.")] = 0,
     length: Annotated[
-        int | None, typer.Option(help="Bytes to draw; if not given: all that --max-show allows, 200 in a plot, 20000 in a page.")
+        int | None,
+        typer.Option(help="Bytes to draw; if not given: all that --max-show allows, 200 in a plot, 20000 in a page."),
     ] = None,
     max_show: Annotated[int, typer.Option(help="The most bytes to draw in the terminal.")] = 4000,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw entropies, threshold and boundaries: .png, .svg or .pdf.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page that tells about bytes one points at.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON lines: the file, every patch, the statistics.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page that tells about bytes one points at.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON lines: the file, every patch, the statistics.")
+    ] = False,
     entropies: Annotated[
         bool, typer.Option("--entropies", help="Put entropies into the JSON; compute them for any scheme.")
     ] = False,
@@ -135,15 +141,34 @@ def patch(
 
 
 @app.command()
+def demo(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="File to cut; one of the standard library if not given.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Times that every op is measured.")] = 5,
+    color: ColorOption = Color.auto,
+) -> None:
+    """Cut a real file into patches, then run it through BLT: fused ops against their plain PyTorch references."""
+    from blt_kernels.tools import demo
+
+    demo.run(file, rounds=rounds, color=color)
+
+
+@app.command()
 def bench(
-    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Ops to measure; all if not given.")] = None,
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP]...", help="Ops to measure; all if not given.")
+    ] = None,
     threads: Annotated[str, typer.Option(help="Numbers of CPU threads, with commas.")] = "1,2",
     rounds: Annotated[int, typer.Option(help="Times that every implementation is measured.")] = 30,
     small: Annotated[bool, typer.Option("--small", help="Small inputs, to see that everything runs.")] = False,
-    compile_peers: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile as well.")] = True,
+    compile_peers: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Measure torch.compile as well.")
+    ] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Append to this file instead of bench/results/<date>-<device>.csv.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Append to this file instead of bench/results/<date>-<device>.csv."),
     ] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write the CSV file.")] = True,
     color: ColorOption = Color.auto,

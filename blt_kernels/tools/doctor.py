@@ -1,10 +1,41 @@
-"""``blt-kernels doctor``: what is installed and which kernels run where."""
+"""``blt-kernels doctor``: what is installed, which kernels run where, and what would bring the missing ones."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from blt_kernels.tools.render import Color
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from blt_kernels import _load
+from blt_kernels.models.byte_lm import BUNDLED
+from blt_kernels.tools.render import Color, console
+
+# The operator that stands for each public op.
+OPS = {
+    "entropy_patch": "entropy_patch_fwd",
+    "token_entropy": "token_entropy_fwd",
+    "linear_entropy": "linear_entropy_fwd",
+    "patch_starts": "patch_starts_fwd",
+    "space_patch": "space_patch_fwd",
+    "static_patch, byte_patch": "static_patch_fwd",
+    "delimiter_patch": "delimiter_patch_fwd",
+    "topk_patch": "topk_patch_fwd",
+    "patch_pool": "patch_pool_fwd",
+    "patch_unpool": "patch_unpool_fwd",
+    "ngram_hash": "ngram_hash_fwd",
+    "ngram_hash_embed": "ngram_hash_embed_fwd",
+    "block_causal_attention": "block_causal_attention_fwd",
+    "patch_cross_attention": "patch_cross_attention_fwd",
+}
+DEVICES = ("CPU", "CUDA")
+EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "cli", "safetensors": "cli"}
 
 
 def package_version() -> str:
@@ -15,6 +46,85 @@ def package_version() -> str:
         return "source tree"
 
 
+def owner(operator: str, device: str) -> str:
+    """Who computes ``blt_kernels::operator`` on a device: "C++ (v4)", or "reference" where no kernel is registered."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::{operator}", device):
+        return f"C++ ({_load.loaded().isa})"
+    return "reference"
+
+
+def report() -> dict[str, Any]:
+    """All that `run` prints, as plain data."""
+    loaded = _load.loaded()
+    missing = []
+    if loaded.isa is None:
+        missing.append({"what": f"compiled kernels: {loaded.reason}", "command": "pip install --no-build-isolation ."})
+    for package, extra in EXTRAS.items():
+        if importlib.util.find_spec(package) is None:
+            missing.append(
+                {"what": f"{package}, for the command line", "command": f"pip install 'blt-kernels[{extra}]'"}
+            )
+    if not BUNDLED.is_file():
+        missing.append({"what": "the entropy model of the package", "command": "blt-kernels train entropy PATH..."})
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        missing.append({"what": "a C++ compiler, for builds and torch.compile", "command": "apt install g++"})
+    return {
+        "versions": {
+            "blt_kernels": package_version(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _installed("triton"),
+            "CUDA of torch": torch.version.cuda,
+            "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "threads": torch.get_num_threads(),
+            "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "module": {
+            "isa": loaded.isa,
+            "path": loaded.path,
+            "reason": loaded.reason,
+            "available": list(loaded.available),
+        },
+        "ops": {name: {device: owner(operator, device) for device in DEVICES} for name, operator in OPS.items()},
+        "missing": missing,
+    }
+
+
 def run(*, as_json: bool, color: Color) -> int:
-    """Print the report and return the exit code: 0 if the ops can be used."""
+    """Print the report and return the exit code: 0, since without kernels the references do the work."""
+    facts = report()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    out = console(color)
+    versions = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts["versions"].items():
+        versions.add_row(name, escape(str(value)) if value is not None else "none")
+    module = facts["module"]
+    if module["isa"]:
+        built = ", ".join(module["available"])
+        versions.add_row("compiled module", escape(f"{module['isa']}, from {module['path']}"))
+        versions.add_row("", f"this machine can load {built}; BLT_KERNELS_ISA chooses")
+    else:
+        versions.add_row("compiled module", escape(f"none: {module['reason']}"))
+    out.print(versions)
+    owners = Table(title="who computes each op", title_justify="left")
+    owners.add_column("op")
+    for device in DEVICES:
+        owners.add_column(device)
+    for name, by_device in facts["ops"].items():
+        owners.add_row(name, *by_device.values())
+    out.print(owners)
+    out.print('"reference" is plain PyTorch: right, differentiable and slow. No kernels for CUDA exist yet.')
+    for item in facts["missing"]:
+        out.print(escape(f"missing: {item['what']}. To get it: {item['command']}"))
+    if not facts["missing"]:
+        out.print("Nothing is missing.")
     return 0
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

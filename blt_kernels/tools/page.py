@@ -29,8 +29,8 @@ def build(title: str, window: Window, statistics: Statistics, rules: Rules) -> s
         shown = f"All {total:,} bytes are shown."
     else:
         shown = (
-            f"Shown: bytes {window.start:,} to {window.start + size:,} of {total:,}. The numbers above are about the whole "
-            "file; --start and --length choose another part."
+            f"Shown: bytes {window.start:,} to {window.start + size:,} of {total:,}. The numbers above are about the "
+            "whole file; --start and --length choose another part."
         )
     facts = [("scheme", f"{rules.scheme.value}: {rules.describe()}"), ("bytes", f"{total:,}")]
     facts.append(("patches", f"{statistics.patches:,}"))

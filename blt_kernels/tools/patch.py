@@ -58,10 +58,12 @@ class Outputs:
 
     def check(self, files: list[str]) -> None:
         """Raise ValueError naming an option that cannot work, before any time is spent."""
-        for name, value, least in (("start", self.start, 0), ("length", self.length, 1), ("max-show", self.max_show, 0)):
+        numbers = (("start", self.start, 0), ("length", self.length, 1), ("max-show", self.max_show, 0))
+        for name, value, least in numbers:
             if value is not None and value < least:
                 raise ValueError(f"--{name} {value}: expected a number of bytes of at least {least}")
-        for name, path, suffixes in (("plot", self.plot, (".png", ".svg", ".pdf")), ("html", self.html, (".html", ".htm"))):
+        paths = (("plot", self.plot, (".png", ".svg", ".pdf")), ("html", self.html, (".html", ".htm")))
+        for name, path, suffixes in paths:
             if path is None:
                 continue
             if path.suffix.lower() not in suffixes:
@@ -70,8 +72,12 @@ class Outputs:
                 raise ValueError(f"--{name} {path}: expected an existing folder, {path.parent} is none")
             if len(files) != 1:
                 raise ValueError(f"--{name} {path}: expected one FILE, got {len(files)}")
+            if files[0] != STDIN and path.exists() and path.samefile(files[0]):
+                raise ValueError(f"--{name} {path}: expected another file than the one to read")
         if files.count(STDIN) > 1:
             raise ValueError("FILE -: expected standard input once")
+        if STDIN in files and sys.stdin is None:
+            raise ValueError("FILE -: expected an open standard input")
 
     def window(self) -> Window:
         """The bytes to keep, enough for every output."""
@@ -120,14 +126,16 @@ class Statistics:
 
     @property
     def mean(self) -> float | None:
+        """Mean patch length; None without patches."""
         return self.bytes / self.patches if self.patches else None
 
     @property
     def median(self) -> float | None:
+        """Median patch length; None without patches."""
         if not self.patches:
             return None
         low, high, seen = (self.patches - 1) // 2, self.patches // 2, 0
-        middle = []
+        middle: list[int] = []
         for length in sorted(self.lengths):
             seen += self.lengths[length]
             middle += [length] * ((seen > low) + (seen > high) - len(middle))
@@ -137,6 +145,7 @@ class Statistics:
 
     @property
     def entropy(self) -> float | None:
+        """Mean entropy of a byte; None where none was computed."""
         return self._entropy_sum / self._entropy_count if self._entropy_count else None
 
     def histogram(self) -> list[tuple[str, int]]:
@@ -185,6 +194,7 @@ class Window:
 
     @property
     def stop(self) -> int:
+        """The offset after the last byte."""
         return self.start + self.length
 
     def add(self, piece: Piece) -> None:
@@ -257,8 +267,8 @@ class JsonLines:
         values = self._entropy[: bounds[-1] - first].tolist()
         self._entropy = self._entropy[bounds[-1] - first :]
         for a, b in pairwise(bounds):
-            record = {"type": "patch", "offset": a, "length": b - a, "entropy": [round(h, 6) for h in values[a - first : b - first]]}
-            self.out.write(json.dumps(record) + "\n")
+            entropy = [round(h, 6) for h in values[a - first : b - first]]
+            self.out.write(json.dumps({"type": "patch", "offset": a, "length": b - a, "entropy": entropy}) + "\n")
 
 
 def run(files: list[str], rules: Rules, outputs: Outputs, model_path: Path | None, color: render.Color) -> None:
@@ -285,14 +295,15 @@ def run(files: list[str], rules: Rules, outputs: Outputs, model_path: Path | Non
 def _show(
     name: str, source: BinaryIO, rules: Rules, outputs: Outputs, model: ByteLM | None, color: render.Color
 ) -> None:
-    title = "standard input" if name == STDIN else name
+    source_name = "standard input" if name == STDIN else name
+    title = render.printable(source_name)
     statistics, window = Statistics(), outputs.window()
     lines = JsonLines(sys.stdout, outputs.entropies) if outputs.as_json else None
     began = time.perf_counter()
     with render.progress(title, _size(source), hidden=outputs.as_json and sys.stdout.isatty()) as advance:
         used, pieces = cut(_counted(read(source), advance), rules, model)
         if lines is not None:
-            _print_record({"type": "file", "file": title, "rule": used.describe(), **used.record()})
+            _print_record({"type": "file", "file": source_name, "rule": used.describe(), **used.record()})
         for piece in pieces:
             statistics.add(piece)
             window.add(piece)
@@ -305,7 +316,7 @@ def _show(
     if rules.target_size is not None and statistics.bytes > SAMPLE_SIZE:
         notes.append(f"threshold found on the first {SAMPLE_SIZE:,} of {statistics.bytes:,} bytes")
     if window.length and outputs.start >= max(statistics.bytes, 1):
-        raise ValueError(f"--start {outputs.start}: expected an offset below the size of {title}, {statistics.bytes} bytes")
+        raise ValueError(f"--start {outputs.start}: expected less than the size of {title}, {statistics.bytes} bytes")
     if lines is not None:
         lines.finish(statistics.bytes)
         _print_record({"type": "statistics", **statistics.record(), "notes": notes})

@@ -50,8 +50,9 @@ def write(path: Path, title: str, window: Window, statistics: Statistics, rules:
         axis.set_ylabel("entropy (nats)" if window.entropy is not None else "patch length (bytes)")
     axes[-1].set_xlabel("offset (bytes)" if size > LABELLED else "bytes of the file, offset below")
     shown = f"bytes {window.start:,} to {window.start + size:,} of {statistics.bytes:,}"
-    mean = "" if statistics.mean is None else f"; {statistics.patches:,} patches, {statistics.mean:.2f} bytes on average"
-    figure.suptitle(f"{title}: {rules.describe()}\n{shown}{mean}", fontsize=11, parse_math=False)
+    if statistics.mean is not None:
+        shown += f"; {statistics.patches:,} patches, {statistics.mean:.2f} bytes on average"
+    figure.suptitle(f"{title}: {rules.describe()}\n{shown}", fontsize=11, parse_math=False)
     figure.savefig(path, dpi=110)
 
 
@@ -75,8 +76,8 @@ def _draw_row(axis: Any, window: Window, curve: list[float], rules: Rules, begin
     axis.spines[["top", "right"]].set_visible(False)
     if not labelled:
         return
-    shown = [glyph for glyph in glyphs(window) if begin <= glyph.offset < end]
-    axis.set_xticks([glyph.offset for glyph in shown], [_label(glyph) for glyph in shown], family="monospace", parse_math=False)
+    labels = {glyph.offset: _label(glyph) for glyph in glyphs(window) if begin <= glyph.offset < end}
+    axis.set_xticks(list(labels), list(labels.values()), family="monospace", parse_math=False)
     axis.tick_params(axis="x", length=0, labelsize=8)
     below = axis.secondary_xaxis(-0.13)
     below.set_xticks([offset for offset in at if offset % 10 == 0])

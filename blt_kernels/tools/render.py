@@ -77,12 +77,12 @@ class Glyph:
 def glyphs(window: Window) -> list[Glyph]:
     """Turn the bytes of a window into readable glyphs, none of which crosses a patch boundary.
 
-    A character is shown where its first byte is. Where a boundary cuts it, its remaining bytes are shown in hexadecimal,
-    ``⟨97A5⟩``, in the patch that they belong to. So are bytes that are not UTF-8.
+    A character is shown where its first byte is. Where a boundary cuts it, its remaining bytes are shown in
+    hexadecimal, ``⟨97A5⟩``, in the patch that they belong to. So are bytes that are not UTF-8.
     """
     found, data, i = [], window.data, 0
     starts = set(window.bounds[1:])
-    patch = window.first_patch - (window.start in starts)
+    patch = window.first_patch
     size_of_rest = 0  # bytes left of a character that has been shown
     while i < len(data):
         patch += window.start + i in starts
@@ -122,6 +122,11 @@ def _show(character: bytes) -> tuple[str, bool]:
     return (text, False) if text.isprintable() else (f"⟨U+{ord(text):04X}⟩", True)
 
 
+def printable(name: str) -> str:
+    """A file's name; characters that could steer a terminal, or that have no encoding, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def draw(console: Console, title: str, window: Window, total: int) -> None:
     """Print the patches of a window in alternating colours, or separated by bars where there are none."""
     text = Text()
@@ -149,8 +154,8 @@ def print_statistics(console: Console, statistics: Statistics, rules: Rules, not
     facts = [("scheme", f"{rules.scheme.value}: {rules.describe()}")]
     facts += [("bytes", f"{statistics.bytes:,}"), ("patches", f"{statistics.patches:,}")]
     if statistics.patches:
-        spread = f"mean {statistics.mean:.2f}, median {statistics.median:g}, min {record['min']:,}, max {record['max']:,}"
-        facts.append(("patch length", f"{spread} bytes"))
+        middle = f"mean {statistics.mean:.2f}, median {statistics.median:g}"
+        facts.append(("patch length", f"{middle}, min {record['min']:,}, max {record['max']:,} bytes"))
     if statistics.entropy is not None:
         facts.append(("entropy", f"mean {statistics.entropy:.3f} nats ({statistics.entropy / math.log(2):.3f} bits)"))
     if record["bytes_per_second"]:

@@ -1,7 +1,8 @@
 """Patches of files and streams of any size, in bounded memory.
 
 Bytes flow through generators in pieces: `read` -> `with_entropy` (the model, in blocks on a fixed grid) -> `cut` (the
-rule, on the public ops) -> whatever counts, draws or prints. How a source happens to be split never shows in the result.
+rule, on the public ops) -> whatever counts, draws or prints. How a source happens to be split never shows in the
+result.
 """
 
 from __future__ import annotations
@@ -77,19 +78,19 @@ class Rules:
         for name, schemes in _OPTIONS.items():
             value = getattr(self, name)
             if value is not None and value is not False and self.scheme not in schemes:
-                expected = " or ".join(s.value for s in schemes)
-                raise ValueError(f"{_flag(name, value)}: expected --scheme {expected}, got --scheme {self.scheme.value}")
+                expected, got = " or ".join(s.value for s in schemes), self.scheme.value
+                raise ValueError(f"{_flag(name, value)}: expected --scheme {expected}, got --scheme {got}")
         for name in ("threshold", "threshold_add"):
             value = getattr(self, name)
-            if value is not None and math.isnan(value):
-                raise ValueError(f"{_flag(name, value)}: expected a number of nats")
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{_flag(name, value)}: expected a finite number of nats")
         for name in ("max_patch_length", "patch_size"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < 1 << 31:
                 raise ValueError(f"{_flag(name, value)}: expected a number of bytes from 1 to 2147483647")
         if self.target_size is not None:
             if not (self.target_size >= 1 and math.isfinite(self.target_size)):
-                raise ValueError(f"{_flag('target_size', self.target_size)}: expected a mean patch size of at least 1 byte")
+                raise ValueError(f"{_flag('target_size', self.target_size)}: expected a mean of at least 1 byte")
             if self.threshold is not None:
                 raise ValueError(f"{_flag('target_size', self.target_size)}: expected no --threshold beside it")
         if self.monotonic and self.threshold_add is not None:
@@ -186,16 +187,16 @@ class StreamCutter:
         starts = local[int(torch.searchsorted(local, seen)) :].long() + (offset - seen)
         self.position += len(data)
         if self.rules.max_patch_length is not None:
-            starts = self._cut_long_patches(starts, offset)
+            starts = self._cut_long_patches(starts, offset, self.rules.max_patch_length)
         return Piece(offset, data, entropy, starts)
 
-    def _cut_long_patches(self, starts: Tensor, offset: int) -> Tensor:
+    def _cut_long_patches(self, starts: Tensor, offset: int, longest: int) -> Tensor:
         at = torch.arange(offset, self.position)
         begin = torch.full_like(at, self._patch_start)
         begin[starts - offset] = starts
         begin = begin.cummax(0).values
         self._patch_start = int(begin[-1])
-        return at[(at - begin) % self.rules.max_patch_length == 0]
+        return at[(at - begin) % longest == 0]
 
 
 def to_tokens(data: bytes) -> Tensor:
@@ -272,11 +273,12 @@ def with_entropy(pieces: Iterable[bytes], model: ByteLM) -> Iterator[tuple[bytes
 
 
 def find_threshold(entropy: Tensor, rules: Rules) -> float:
-    """The threshold, by bisection, at which the mean patch size of entropies ``[T]`` is nearest to ``rules.target_size``.
+    """The threshold at which the mean patch size of entropies ``[T]`` is nearest to ``rules.target_size``.
 
-    A higher threshold never makes more patches, whatever the rule.
+    By bisection: a higher threshold never makes more patches, whatever the rule.
     """
-    assert rules.target_size is not None
+    target = rules.target_size
+    assert target is not None
     data = bytes(entropy.shape[0])
 
     def size(threshold: float) -> float:
@@ -288,11 +290,11 @@ def find_threshold(entropy: Tensor, rules: Rules) -> float:
     low, high = -top, top  # rises lie between the two, and so do entropies
     for _ in range(40):
         middle = (low + high) / 2
-        if size(middle) < rules.target_size:
+        if size(middle) < target:
             low = middle
         else:
             high = middle
-    return min((low, high), key=lambda threshold: abs(size(threshold) - rules.target_size))
+    return min((low, high), key=lambda threshold: abs(size(threshold) - target))
 
 
 def cut(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None = None) -> tuple[Rules, Iterator[Piece]]:
@@ -356,7 +358,7 @@ def _cut_topk(pieces: Iterable[bytes], rules: Rules, model: ByteLM) -> Iterator[
 
 
 def parse_byte(name: str, text: str) -> int:
-    """The byte that `text` stands for: one ASCII character, an escape such as ``\\n``, or two digits after ``0x``."""
+    r"""The byte that `text` stands for: one ASCII character, an escape such as ``\n``, or two digits after ``0x``."""
     escapes = {r"\n": 10, r"\t": 9, r"\r": 13, r"\0": 0}
     if text in escapes:
         return escapes[text]
