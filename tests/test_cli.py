@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def _plain_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "BLT_KERNELS_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(tmp_path)
 
 
@@ -223,7 +225,7 @@ def shown(*args: object) -> str:
 
 def test_patches_are_separated(text: str) -> None:
     starts = [*starts_of(bk.space_patch(to_tokens(TEXT))), len(TEXT)]
-    pieces = [TEXT[a:b].decode() for a, b in zip(starts, starts[1:], strict=False)]
+    pieces = [TEXT[a:b].decode() for a, b in pairwise(starts)]
     assert shown(text, "--scheme=space") == "│".join(pieces).replace("\n", "↵\n").replace("\t", "␉")
 
 
@@ -355,10 +357,11 @@ class Page(HTMLParser):
             self.data = json.loads(data)
 
 
-@pytest.mark.parametrize("content", [*CONTENT, "markup"])
+@pytest.mark.parametrize("content", [*CONTENT, "ascii", "markup"])
 @pytest.mark.parametrize("scheme", ["entropy", "space"])
 def test_html(content: str, scheme: str) -> None:
-    data = {**CONTENT, "markup": b"</pre><script>alert('$x')</script>&amp;\"${y}"}[content]
+    markup = b"</pre><script>alert('$x')</script>&amp;\"${y}"
+    data = {**CONTENT, "ascii": TEXT, "markup": markup}[content]
     name = saved(data, "<script>alert(1)<&.txt" if content == "markup" else "input.txt")
     result = run("patch", name, "--scheme", scheme, "--html", "page.html", "--json")
     assert result.exit_code == 0, result.output
@@ -374,9 +377,8 @@ def test_html(content: str, scheme: str) -> None:
     assert bytes.fromhex(page.data["bytes"]) == data
     assert page.data["bounds"] == [*(patch["offset"] for patch in patches), len(data)]
     assert (page.data["entropy"] is not None) == (scheme == "entropy" and data != b"")
-    if content in ("sources", "markup"):
-        expected = data.decode().replace("\n", "↵\n").replace("\t", "␉")
-        assert page.pre == expected
+    if content in ("ascii", "markup"):
+        assert page.pre == data.decode().replace("\n", "↵\n").replace("\t", "␉")
 
 
 def test_html_of_a_part(text: str) -> None:
@@ -397,6 +399,11 @@ def pixels(image: np.ndarray, color: str) -> int:
     return int((np.abs(image[..., :3] - wanted).max(-1) < 0.02).sum())
 
 
+def red_pixels(image: np.ndarray) -> int:
+    """Those of the threshold, thin and dashed, so that its colour is mixed with what is behind it."""
+    return int((image[..., 0] - image[..., 1:3].max(-1) > 0.2).sum())
+
+
 @pytest.mark.parametrize("content", CONTENT)
 def test_png(content: str) -> None:
     data = CONTENT[content]
@@ -409,7 +416,7 @@ def test_png(content: str) -> None:
     assert pixels(image, "#000000") > 50  # letters
     if len(data) > 1:
         assert pixels(image, "#1f5fa8") > 100  # the curve
-        assert pixels(image, "#c0392b") > 100  # the threshold
+        assert red_pixels(image) > 100  # the threshold
         assert pixels(image, "#dcebff") > 1000  # patches, in both colours
         assert pixels(image, "#fff0d0") > 1000
 
@@ -420,7 +427,7 @@ def test_plot_of_lengths_and_of_many_bytes() -> None:
     blt("patch", file, "--scheme=space", "--plot=many.png", "--length=1200")
     few, many = (matplotlib.image.imread(name) for name in ("few.png", "many.png"))
     assert pixels(few, "#1f5fa8") > 100
-    assert pixels(few, "#c0392b") == 0  # no threshold
+    assert red_pixels(few) == 0  # no threshold
     assert pixels(many, "#1f5fa8") > 100
     assert few.shape == many.shape  # one row each
 
@@ -455,7 +462,7 @@ def test_plot_formats(text: str, suffix: str, magic: bytes) -> None:
         ("input.txt --start -1", "--start -1: expected a number of bytes of at least 0"),
         ("input.txt --length 0", "--length 0: expected a number of bytes of at least 1"),
         ("input.txt --max-show -1", "--max-show -1: expected a number of bytes of at least 0"),
-        ("input.txt --start 999 --scheme byte", "--start 999: expected less than the size of input.txt, 210 bytes"),
+        ("input.txt --start 999 --scheme byte", "--start 999: expected less than the size of input.txt, 204 bytes"),
         ("input.txt --plot x.jpg", "--plot x.jpg: expected a name ending in .png or .svg or .pdf"),
         ("input.txt --html x.png", "--html x.png: expected a name ending in .html or .htm"),
         ("input.txt --plot no/x.png", "--plot no/x.png: expected an existing folder, no is none"),
@@ -560,9 +567,10 @@ print(f"grown by {peak() - before} kB")
 def test_memory_does_not_grow_with_the_file() -> None:
     some = real_text(1 << 18)
     small, large = saved(some * 16, "small"), saved(some * 160, "large")  # 4 and 40 MiB
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed pages go back at once: no fragmentation is measured
     out = subprocess.run(
         [sys.executable, "-c", MEASURE, small, large],
-        env={**os.environ, **ENVIRONMENT, "PYTHONIOENCODING": "ascii:replace"},
+        env={**os.environ, **ENVIRONMENT, **at_once, "PYTHONIOENCODING": "ascii:replace"},
         capture_output=True,
         text=True,
         check=True,
