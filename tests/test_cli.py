@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import blt_kernels as bk
-from blt_kernels.cli import app
+from blt_kernels.cli import app, main
 from blt_kernels.models import ByteLM
 from blt_kernels.models.byte_lm import ByteLMConfig
 from blt_kernels.testing import SCRIPTS, binary, invalid_utf8, real_text
@@ -35,7 +35,6 @@ from blt_kernels.tools.patch import Window
 from blt_kernels.tools.render import glyphs, printable
 from blt_kernels.tools.stream import load_model, to_tokens, with_entropy
 
-ROOT = Path(__file__).parent.parent
 TEXT = b'It was the best of times; it was <b>"the worst"</b> & so on:\n\tx = 1\n' * 3
 SCHEMES = ("entropy", "space", "static", "byte", "delimiter", "topk")
 CONTENT = {
@@ -240,8 +239,8 @@ def test_window(text: str) -> None:
 
 
 def test_bytes_that_are_no_text() -> None:
-    data = "é\x00\x7f\x1b[31m‮你".encode() + b"\xff\xe4"
-    assert shown(saved(data), "--scheme=delimiter") == "é␀␡␛[31m⟨U+202E⟩你⟨FF⟩⟨E4⟩\n"
+    data = "aé\x00\x7f\x1b[31m\u202e你".encode() + b"\xff\xe4"
+    assert shown(saved(data), "--scheme=delimiter") == "a│é␀␡␛[31m⟨U+202E⟩你⟨FF⟩⟨E4⟩\n"
     assert shown(saved("é你".encode()), "--scheme=byte") == "é│⟨A9⟩│你│⟨BD⟩│⟨A0⟩\n"
 
 
@@ -404,7 +403,7 @@ def red_pixels(image: np.ndarray) -> int:
     return int((image[..., 0] - image[..., 1:3].max(-1) > 0.2).sum())
 
 
-@pytest.mark.parametrize("content", CONTENT)
+@pytest.mark.parametrize("content", ["scripts", "invalid", "empty", "one byte"])
 def test_png(content: str) -> None:
     data = CONTENT[content]
     result = run("patch", saved(data), "--plot", "plot.png", "--max-show=0")
@@ -524,18 +523,38 @@ def test_version() -> None:
 
 # --- as a program -----------------------------------------------------------------------------------------------------
 
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"PYTHONPATH": str(Path(bk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_terminal_without_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["blt-kernels", "patch", saved("a 你".encode()), "--scheme=space"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out.flush()
+    assert end.value.code == 0
+    assert b"\na? ??" in out.buffer.getvalue()
+
+
+def test_a_closed_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "argv", ["blt-kernels", "patch", "-", "--scheme=space"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "blt-kernels patch: FILE -: expected an open standard input\n"
 
 
 def test_pipes() -> None:
-    """Bytes that are no text come in by a pipe; the terminal knows ASCII only, and goes away after a line."""
+    """Bytes that are no text come in by a pipe; who reads the output goes away after a line."""
     data = "naïve\n".encode() + b"\xff\x00" + b"word " * 200_000
     process = subprocess.Popen(
         [sys.executable, "-m", "blt_kernels", "patch", "-", "--scheme=space", "--json"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, **ENVIRONMENT, "PYTHONIOENCODING": "ascii"},
+        env={**os.environ, **ENVIRONMENT},
     )
     assert process.stdin
     assert process.stdout
@@ -578,7 +597,7 @@ def test_memory_does_not_grow_with_the_file() -> None:
     assert f"bytes         {160 * len(some):,}\n" in out
     grown = re.search(r"grown by (\d+) kB", out)
     assert grown
-    assert int(grown[1]) < 16 << 10  # the file alone is 36 MiB larger
+    assert int(grown[1]) < 8 << 10  # the file alone is 36 MiB larger
 
 
 # --- doctor and demo --------------------------------------------------------------------------------------------------

@@ -91,10 +91,10 @@ def test_pieces_make_the_whole(rules: Rules, data: bytes, sizes: list[int], more
     assert pieced(rules, data, entropy, sizes) == whole(rules, data, entropy)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000])
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 500])
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_pieces_make_the_whole_on_every_kind_of_bytes(rules: Rules, size: int) -> None:
-    data = real_text(900) + "".join(SCRIPTS.values()).encode()[:600] + invalid_utf8(300) + binary(300)
+    data = real_text(200) + "".join(SCRIPTS.values()).encode()[:300] + invalid_utf8(150) + binary(150)
     entropy = torch.rand(len(data), generator=torch.Generator().manual_seed(0)) * 4
     starts = whole(rules, data, entropy)
     assert starts[0] == 0

@@ -2,14 +2,13 @@
 //
 //   s_ij = scale q_i . k_j for the keys [first_i, last_i) that query i sees,  lse_i = log sum_j exp s_ij
 //   out_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i)
-//   ds_ij = p_ij (g_i . v_j - g_i . out_i),  dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij g_i
+//   ds_ij = p_ij (g_i . v_j - g_i . out_i)
+//   dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij g_i
 //
 // Tiling. kWidth queries of one head lie across the vector lanes; keys and values are streamed past them as scalars, in
-// steps of kStep keys. So the softmax is vertical: maxima and sums are lanes, and no scores are shuffled. first and last never fall from one query to the next, so a tile of queries may span documents: it
-// reads the keys from its first query's first to its last query's last, and only steps that some query sees in part are
-// masked. A tile stops at a document's end only where unused cache rows, which may hold anything, lie between documents.
+// steps of kStep keys. So the softmax is vertical: maxima and sums are lanes, and no scores are shuffled. Only steps that
+// some query of the tile sees in part are masked. visible_tiles.h has the tiles and shares them among the threads.
 // The backward has two passes without atomics: dq with queries across the lanes, dk and dv with keys across them.
-// Work: items are (head, tile); threads get runs of items with equal numbers of (query, key) steps.
 // Flops: 4 E a (query, key) pair forward; 14 E backward, of which 4 E recompute scores a second time for the second pass.
 
 #include <torch/csrc/stable/library.h>
@@ -18,20 +17,22 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <optional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
 #include "../common/parallel.h"
 #include "tile.h"
+#include "visible_tiles.h"
 
 namespace blt {
 namespace {
 
-constexpr int64_t kStep = 64;               // streamed rows in a step
-constexpr int64_t kSerialWork = 16 * 1024;  // (lane, streamed row) pairs below which a thread is not worth waking
+constexpr int64_t kStep = 64;        // streamed rows in a step
+constexpr int64_t kRowGrain = 1024;  // rows of dot products a thread must have to be worth waking
 
 // A [T, heads, E] tensor with unit stride in E.
 template <class T>
@@ -75,110 +76,6 @@ void transpose_out(const Heads<T>& x, int64_t head, int64_t begin, int64_t count
   for (int64_t lane = 0; lane < count; ++lane)
     for (int64_t e = 0; e < width; ++e)
       x.row(begin + lane, head)[e] = static_cast<T>(factor[lane] * block[e * kWidth<A> + lane]);
-}
-
-struct Range {
-  int64_t begin, end;
-};
-
-// Which keys a query sees.
-struct Visibility {
-  const int32_t* cu_q;
-  const int32_t* cu_k;
-  const int32_t* used;  // keys of each document that count, or null
-  int64_t documents, window;
-  bool causal;
-
-  int64_t document_of(int64_t row) const { return std::upper_bound(cu_q + 1, cu_q + documents + 1, row) - cu_q - 1; }
-
-  // Of a row of document b.
-  Range keys(int64_t row, int64_t b) const {
-    const int64_t begin = cu_k[b];
-    const int64_t end = used ? std::min<int64_t>(begin + std::max(used[b], 0), cu_k[b + 1]) : cu_k[b + 1];
-    const int64_t aligned = row + end - cu_q[b + 1];
-    const int64_t reach = window > 0 ? window : std::numeric_limits<int32_t>::max();
-    const int64_t first = std::max(begin, aligned - reach + 1);
-    const int64_t last = std::min(end, causal ? aligned + 1 : aligned + reach);
-    return {first, std::max(first, last)};
-  }
-};
-
-// Rows in the lanes, and the rows that are streamed past them.
-struct Tile {
-  Range lanes, streamed;
-  int64_t work() const { return streamed.end - streamed.begin; }
-};
-
-// Tiles of queries, with the keys that their queries see; rows beyond the last document are in none.
-std::vector<Tile> query_tiles(const Visibility& visible, int64_t width) {
-  std::vector<Tile> tiles;
-  const int64_t rows = visible.cu_q[visible.documents];
-  for (int64_t begin = 0, b = 0; begin < rows;) {
-    while (visible.cu_q[b + 1] <= begin) ++b;
-    int64_t end = std::min(rows, begin + width);
-    if (visible.used) end = std::min<int64_t>(end, visible.cu_q[b + 1]);
-    Range keys = visible.keys(begin, b);
-    for (int64_t row = begin + 1, c = b; row < end; ++row) {
-      while (visible.cu_q[c + 1] <= row) ++c;
-      const Range seen = visible.keys(row, c);
-      if (seen.begin == seen.end) continue;
-      keys = keys.begin == keys.end ? seen : Range{std::min(keys.begin, seen.begin), std::max(keys.end, seen.end)};
-    }
-    tiles.push_back({{begin, end}, keys});
-    begin = end;
-  }
-  return tiles;
-}
-
-// Tiles of keys, with the queries that see them. Both ends of what a tile of queries sees never fall.
-std::vector<Tile> key_tiles(const std::vector<Tile>& queries, int64_t keys, int64_t width) {
-  std::vector<Tile> tiles;
-  auto first = queries.begin();
-  for (int64_t begin = 0; begin < keys; begin += width) {
-    Tile tile = {{begin, std::min(keys, begin + width)}, {0, 0}};
-    while (first != queries.end() && (first->work() == 0 || first->streamed.end <= begin)) ++first;
-    for (auto q = first; q != queries.end() && (q->work() == 0 || q->streamed.begin < tile.lanes.end); ++q) {
-      if (q->work() == 0) continue;
-      if (tile.work() == 0) tile.streamed.begin = q->lanes.begin;
-      tile.streamed.end = q->lanes.end;
-    }
-    tiles.push_back(tile);
-  }
-  return tiles;
-}
-
-// Blocks that a thread works in: take() hands out whole cache lines of its share of one allocation.
-template <class A>
-struct Scratch {
-  A* next;
-  static int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
-  A* take(int64_t size) {
-    A* const begin = next;
-    next += padded(size);
-    return begin;
-  }
-};
-
-// Calls f(head, tile, scratch) for all heads and tiles, with equal shares of the work for the threads. `size` elements
-// of scratch are enough for f; the rest of the allocation is padding.
-template <class A, class F>
-void for_each_item(const Tensor& like, int64_t heads, const std::vector<Tile>& tiles, int64_t size, F f) {
-  const int64_t count = static_cast<int64_t>(tiles.size());
-  std::vector<int64_t> before(count + 1, 0);  // work before each tile, with one unit for its own rows
-  for (int64_t t = 0; t < count; ++t) before[t + 1] = before[t] + tiles[t].work() + 1;
-  const int64_t total = heads * before[count];
-  const int64_t threads = total * kWidth<A> <= kSerialWork ? 1 : torch::stable::get_num_threads();
-  size += 10 * 16;
-  Tensor memory = torch::stable::new_empty(like, {threads * size}, accumulator(like));
-  A* const scratch = memory.mutable_data_ptr<A>();
-  parallel_for(threads, 1, [&](int64_t first, int64_t last) {
-    const int64_t begin = total * first / threads, end = total * last / threads;
-    for (int64_t head = 0; head < heads; ++head)
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t start = head * before[count] + before[t];
-        if (begin <= start && start < end) f(head, tiles[t], Scratch<A>{scratch + first * size});
-      }
-  });
 }
 
 template <class T>
@@ -493,7 +390,7 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(Tensor q, Tensor k, Te
 template <class T, class A>
 void dot_rows(const Heads<const T>& grad, const Heads<const T>& out, int64_t rows, int64_t heads, int64_t width,
               A* delta) {
-  parallel_for(rows * heads, kSerialWork / 16, [&](int64_t begin, int64_t end) {
+  parallel_for(rows * heads, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* const g = grad.row(i / heads, i % heads);
       const T* const o = out.row(i / heads, i % heads);

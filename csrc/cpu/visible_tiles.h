@@ -1,0 +1,128 @@
+// Which keys a query of packed documents sees, the tiles that this makes, and their shares among the threads.
+//
+// The keys of a query are an interval, neither end of which falls from one query to the next. So a tile of queries may
+// span documents: it reads the keys from its first query's first to its last query's last. It stops at a document's end
+// only where unused cache rows, which may hold anything, lie between documents. Threads get runs of (head, tile) items
+// with equal numbers of streamed rows, so one long document among short ones keeps all of them busy.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../common/check.h"
+#include "../common/parallel.h"
+#include "tile.h"
+
+namespace blt {
+
+// (lane, streamed row) pairs below which a second thread is not worth waking.
+inline constexpr int64_t kSerialWork = 16 * 1024;
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Which keys a query sees.
+struct Visibility {
+  const int32_t* cu_q;
+  const int32_t* cu_k;
+  const int32_t* used;  // keys of each document that count, or null
+  int64_t documents, window;
+  bool causal;
+
+  int64_t document_of(int64_t row) const { return std::upper_bound(cu_q + 1, cu_q + documents + 1, row) - cu_q - 1; }
+
+  // Of a row of document b.
+  Range keys(int64_t row, int64_t b) const {
+    const int64_t begin = cu_k[b];
+    const int64_t end = used ? std::min<int64_t>(begin + std::max(used[b], 0), cu_k[b + 1]) : cu_k[b + 1];
+    const int64_t aligned = row + end - cu_q[b + 1];
+    const int64_t reach = window > 0 ? window : std::numeric_limits<int32_t>::max();
+    const int64_t first = std::max(begin, aligned - reach + 1);
+    const int64_t last = std::min(end, causal ? aligned + 1 : aligned + reach);
+    return {first, std::max(first, last)};
+  }
+};
+
+// Rows in the lanes, and the rows that are streamed past them.
+struct Tile {
+  Range lanes, streamed;
+  int64_t work() const { return streamed.end - streamed.begin; }
+};
+
+// Tiles of queries, with the keys that their queries see; rows beyond the last document are in none.
+inline std::vector<Tile> query_tiles(const Visibility& visible, int64_t width) {
+  std::vector<Tile> tiles;
+  const int64_t rows = visible.cu_q[visible.documents];
+  for (int64_t begin = 0, b = 0; begin < rows;) {
+    while (visible.cu_q[b + 1] <= begin) ++b;
+    int64_t end = std::min(rows, begin + width);
+    if (visible.used) end = std::min<int64_t>(end, visible.cu_q[b + 1]);
+    Range keys = visible.keys(begin, b);
+    for (int64_t row = begin + 1, c = b; row < end; ++row) {
+      while (visible.cu_q[c + 1] <= row) ++c;
+      const Range seen = visible.keys(row, c);
+      if (seen.begin == seen.end) continue;
+      keys = keys.begin == keys.end ? seen : Range{std::min(keys.begin, seen.begin), std::max(keys.end, seen.end)};
+    }
+    tiles.push_back({{begin, end}, keys});
+    begin = end;
+  }
+  return tiles;
+}
+
+// Tiles of keys, with the queries that see them. Both ends of what a tile of queries sees never fall.
+inline std::vector<Tile> key_tiles(const std::vector<Tile>& queries, int64_t keys, int64_t width) {
+  std::vector<Tile> tiles;
+  auto first = queries.begin();
+  for (int64_t begin = 0; begin < keys; begin += width) {
+    Tile tile = {{begin, std::min(keys, begin + width)}, {0, 0}};
+    while (first != queries.end() && (first->work() == 0 || first->streamed.end <= begin)) ++first;
+    for (auto q = first; q != queries.end() && (q->work() == 0 || q->streamed.begin < tile.lanes.end); ++q) {
+      if (q->work() == 0) continue;
+      if (tile.work() == 0) tile.streamed.begin = q->lanes.begin;
+      tile.streamed.end = q->lanes.end;
+    }
+    tiles.push_back(tile);
+  }
+  return tiles;
+}
+
+// Blocks that a thread works in: take() hands out whole cache lines of its share of one allocation.
+template <class A>
+struct Scratch {
+  A* next;
+  static int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
+  A* take(int64_t size) {
+    A* const begin = next;
+    next += padded(size);
+    return begin;
+  }
+};
+
+// Calls f(head, tile, scratch) for all heads and tiles, with equal shares of the work for the threads. `size` elements
+// of scratch are enough for f; the rest of the allocation is padding.
+template <class A, class F>
+void for_each_item(const Tensor& like, int64_t heads, const std::vector<Tile>& tiles, int64_t size, F f) {
+  const int64_t count = static_cast<int64_t>(tiles.size());
+  std::vector<int64_t> before(count + 1, 0);  // work before each tile, with one unit for its own rows
+  for (int64_t t = 0; t < count; ++t) before[t + 1] = before[t] + tiles[t].work() + 1;
+  const int64_t total = heads * before[count];
+  const int64_t threads = total * kWidth<A> <= kSerialWork ? 1 : torch::stable::get_num_threads();
+  size += 10 * 16;
+  Tensor memory = torch::stable::new_empty(like, {threads * size}, accumulator(like));
+  A* const scratch = memory.mutable_data_ptr<A>();
+  parallel_for(threads, 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = total * first / threads, end = total * last / threads;
+    for (int64_t head = 0; head < heads; ++head)
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t start = head * before[count] + before[t];
+        if (begin <= start && start < end) f(head, tiles[t], Scratch<A>{scratch + first * size});
+      }
+  });
+}
+
+}  // namespace blt
