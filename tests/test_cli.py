@@ -314,6 +314,13 @@ def test_glyphs_are_the_bytes(data: bytes, cuts: set[int], start: int) -> None:
         assert [g.text for g in found if not g.mark] == [c for c in text if c.isprintable()]
 
 
+@pytest.mark.parametrize(("length", "bounds"), [(4, [0, 1, 5]), (5, [0, 1, 5]), (6, [0, 1, 5, 9]), (9, [0, 1, 5, 9])])
+def test_narrow_windows_hold_whole_patches(length: int, bounds: list[int]) -> None:
+    window = Window(0, 9, b"012345678", [0.5] * 9, 0, [0, 1, 5, 9]).narrow(length)
+    assert (window.data, window.entropy) == (b"012345678"[:length], [0.5] * length)
+    assert window.bounds == bounds
+
+
 def test_printable() -> None:
     assert printable("naïve 你.txt") == "naïve 你.txt"
     assert printable("a\n\x1b[0m\udcff") == r"a\n\x1b[0m\udcff"
@@ -369,6 +376,7 @@ def test_html(content: str, scheme: str) -> None:
     html = Path("page.html").read_text(encoding="utf-8")
     page = Page(html)
     assert page.tags["script"] == 2  # the data and ours
+    assert not re.search(r"<i [^>]*>([<>]|&(?!(lt|gt|amp|quot|#x27);))", html)
     assert page.title == f"{name} - patches"
     assert page.patches == len(patches)
     assert not page.attributes & {"src", "href", "onclick", "onload"}
