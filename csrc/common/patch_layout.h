@@ -19,12 +19,6 @@ namespace blt {
 
 using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The patch whose output a byte of `patch` may read: the one before the next byte's, -1 before the document's first.
-inline int32_t decode_id(int32_t patch, int32_t first, bool next_starts) {
-  const int32_t id = patch - !next_starts;
-  return id < first ? -1 : id;
-}
-
 template <class Cut>
 LayoutTensors build_layout(Tensor cu_seqlens, int64_t num_bytes, std::optional<int64_t> max_patches, Cut cut) {
   const int32_t* const documents = check_offsets(cu_seqlens, "cu_seqlens", num_bytes);
@@ -59,16 +53,17 @@ LayoutTensors build_layout(Tensor cu_seqlens, int64_t num_bytes, std::optional<i
       offsets[first] = static_cast<int32_t>(begin);
       for (int64_t t = begin; t < end - 1; ++t) {
         const bool wanted = cut(t, t - begin);
-        const int32_t id = std::min(patch, limit - 1);
-        ids[t] = id;
-        decodes[t] = decode_id(id, first, wanted & (patch + 1 < limit));
+        ids[t] = std::min(patch, limit - 1);
         offsets[std::min(patch + 1, limit)] = static_cast<int32_t>(t + 1);  // overwritten unless a patch starts there
         patch += wanted;
       }
       const bool dropped = patch >= limit;
       patch = std::min(patch, limit - 1);
       ids[end - 1] = patch;
-      decodes[end - 1] = decode_id(patch, first, cut(end - 1, end - 1 - begin) & !dropped);
+      // The patch before the next byte's, where that is in the document.
+      const auto decode_id = [first](int32_t next_patch) { return next_patch > first ? next_patch - 1 : -1; };
+      std::transform(ids + begin + 1, ids + end, decodes + begin, decode_id);
+      decodes[end - 1] = decode_id(patch + (cut(end - 1, end - 1 - begin) & !dropped));
       any_dropped |= dropped;
       next = patch + 1;
     }
