@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -45,6 +46,16 @@ inline const int32_t* check_offsets(Tensor& offsets, const char* name, int64_t t
   for (int64_t i = 1; i < offsets.size(0); ++i) ordered &= values[i - 1] <= values[i];
   STD_TORCH_CHECK(ordered && values[offsets.size(0) - 1] <= total, name,
                   ": expected offsets that start at 0, never fall and end at most at ", total);
+  return values;
+}
+
+// Ids of patches: int32 [n], each from -1, which is none, to `count` - 1.
+inline const int32_t* check_ids(Tensor& ids, const char* name, int64_t count) {
+  const int32_t* const values = check_int32(ids, name);
+  int32_t low = -1, high = -1;
+  for (int64_t i = 0; i < ids.size(0); ++i) low = std::min(low, values[i]), high = std::max(high, values[i]);
+  STD_TORCH_CHECK(low >= -1 && high < count, name, ": expected ids from -1 to ", count - 1, ", got ",
+                  low < -1 ? low : high);
   return values;
 }
 

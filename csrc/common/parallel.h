@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace blt {
@@ -15,6 +16,25 @@ void parallel_for(int64_t size, int64_t grain, const F& f) {
   } else {
     torch::stable::parallel_for(0, size, grain, f);
   }
+}
+
+// Calls f(first, last) for runs of segments, segment s being [offsets[s], offsets[s+1]), with equal shares of the work for
+// the threads: a segment costs one step and its length.
+template <class F>
+void parallel_segments(const int32_t* offsets, int64_t segments, int64_t grain, const F& f) {
+  const auto before = [=](int64_t s) { return offsets[s] - offsets[0] + s; };
+  const auto segment_at = [=](int64_t work) {
+    int64_t low = 0, high = segments;  // the first segment with before(s) >= work
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      before(middle) < work ? low = middle + 1 : high = middle;
+    }
+    return low;
+  };
+  parallel_for(before(segments), grain, [&](int64_t begin, int64_t end) {
+    const int64_t first = segment_at(begin), last = segment_at(end);
+    if (first < last) f(first, last);
+  });
 }
 
 }  // namespace blt

@@ -1,8 +1,8 @@
-// Vectors of fp32 as wide as the instruction set that this file is compiled for: 4, 8 or 16 lanes.
+// Vectors of fp32 as wide as the instruction set that this file is compiled for: 4, 8 or 16 lanes. Half as many of fp64.
 //
 // Compiler vectors carry the arithmetic, so the code is the same for every instruction set; intrinsics appear only where
 // a conversion has an instruction of its own. The unit of loading and storing is a Pair: two vectors, 2 * kLanes
-// elements. A Pair of bf16 holds the even elements in `a` and the odd ones in `b`, which takes one instruction a vector
+// elements of fp32 and below, half as many of fp64. A Pair of bf16 holds the even elements in `a` and the odd ones in `b`, which takes one instruction a vector
 // instead of two; loops that treat all elements alike never notice, and `lane_index` tells those that must.
 #pragma once
 
@@ -31,7 +31,6 @@ inline constexpr int kVecBytes = 32;
 inline constexpr int kVecBytes = 16;
 #endif
 inline constexpr int kLanes = kVecBytes / 4;
-inline constexpr int kPair = 2 * kLanes;
 
 typedef float VecF __attribute__((vector_size(kVecBytes)));
 typedef int32_t VecI __attribute__((vector_size(kVecBytes)));
@@ -95,9 +94,15 @@ inline float max(VecF v) {
   return fold(v, [](float a, float b) { return a > b ? a : b; });
 }
 
-struct Pair {
-  VecF a, b;
+template <class A>
+struct PairOf {
+  Vec<A> a, b;
 };
+using Pair = PairOf<float>;
+
+inline constexpr int kPair = 2 * kLanes;
+template <class A>
+inline constexpr int pair_lanes = 2 * lanes<A>;
 
 // Which element of a Pair of T each lane holds.
 template <class T>
@@ -140,6 +145,8 @@ inline VecF load_half(const Half* p) {
 #endif
 }
 
+inline PairOf<double> load_pair(const double* p) { return {load(p), load(p + lanes<double>)}; }
+
 inline Pair load_pair(const Half* p) { return {load_half(p), load_half(p + kLanes)}; }
 
 // Asks for the lines of a Pair; an address beyond the data does no harm.
@@ -153,6 +160,11 @@ inline void prefetch_pair(const T* p) {
 inline void store_pair(float* p, Pair x) {
   std::memcpy(p, &x.a, sizeof(VecF));
   std::memcpy(p + kLanes, &x.b, sizeof(VecF));
+}
+
+inline void store_pair(double* p, PairOf<double> x) {
+  store(p, x.a);
+  store(p + lanes<double>, x.b);
 }
 
 // Round to nearest even, into the upper half of each lane; NaN stays NaN.

@@ -14,10 +14,12 @@
 #include <numeric>
 #include <vector>
 
+#include "../common/alloc.h"
 #include "../common/check.h"
 #include "../common/dispatch.h"
 #include "../common/parallel.h"
 #include "../common/patch_layout.h"
+#include "../common/rows.h"
 #include "token_entropy.h"
 
 namespace blt {
@@ -27,11 +29,10 @@ constexpr int64_t kRowGrain = 64;     // rows of logits a thread must have to be
 constexpr int64_t kHeadRows = 1024;   // rows in a tile of the output head: 1 MB of fp32 logits
 constexpr int64_t kSumGrain = 16384;  // elements of a running sum
 
-// Rows with unit stride in the last dimension; a copy only where there is none.
-Tensor unit_rows(const Tensor& x, const char* name) {
-  check_dim(x, name, 2);
-  STD_TORCH_CHECK(x.size(1) >= 1, name, ": expected at least one column");
-  return x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x);
+Tensor check_logits(const Tensor& logits) {
+  const Tensor rows = unit_rows(logits, "logits");
+  STD_TORCH_CHECK(rows.size(1) >= 1, "logits: expected at least one column");
+  return rows;
 }
 
 // entropy[i], log_sum[i] of logits[i]; the outputs are contiguous, the logits have unit stride in a row.
@@ -63,7 +64,7 @@ void entropy_grad_rows(const Tensor& grad, const Tensor& logits, const accumulat
 }
 
 std::tuple<Tensor, Tensor> token_entropy_fwd_cpu(const Tensor& logits) {
-  const Tensor rows = unit_rows(logits, "logits");
+  const Tensor rows = check_logits(logits);
   Tensor entropy = torch::stable::new_empty(rows, {rows.size(0)}, accumulator(rows));
   Tensor log_sum = torch::stable::new_empty(rows, {rows.size(0)}, accumulator(rows));
   dispatch_float(rows.scalar_type(), "logits", [&](auto tag) {
@@ -84,8 +85,8 @@ const A* row_values(Tensor& values, const char* name, int64_t rows) {
 }
 
 Tensor token_entropy_bwd_cpu(Tensor grad_entropy, const Tensor& logits, Tensor entropy, Tensor log_sum) {
-  const Tensor rows = unit_rows(logits, "logits");
-  Tensor grad = torch::stable::new_empty(rows, {rows.size(0), rows.size(1)});
+  const Tensor rows = check_logits(logits);
+  Tensor grad = new_output(rows, {rows.size(0), rows.size(1)});
   dispatch_float(rows.scalar_type(), "logits", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulator_t<T>;
@@ -304,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd_cpu(Tensor grad_entropy, c
                                                           Tensor entropy, Tensor log_sum) {
   check_head(hidden, weight, bias);
   const int64_t rows = hidden.size(0), alphabet = weight.size(0), width = weight.size(1);
-  Tensor grad_hidden = torch::stable::new_empty(hidden, {rows, width});
+  Tensor grad_hidden = new_output(hidden, {rows, width});
   Tensor weight_sum = torch::stable::new_zeros(weight, {alphabet, width}, accumulator(weight));
   Tensor bias_sum = torch::stable::new_zeros(weight, {alphabet}, accumulator(weight));
   dispatch_float(hidden.scalar_type(), "hidden", [&](auto tag) {
