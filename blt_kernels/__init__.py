@@ -1,10 +1,11 @@
 """blt_kernels: kernels for byte-latent language models (BLT, MegaByte), as torch ops.
 
 Every name below is a function on tensors, apart from `PatchLayout`, the ragged layout that they share. The models are
-in `blt_kernels.models`, the layers in `blt_kernels.nn`, test helpers in `blt_kernels.testing`.
+in `blt_kernels.models`, the layers in `blt_kernels.nn`, optimizers for large tables in `blt_kernels.optim`, test helpers
+in `blt_kernels.testing`.
 """
 
-from blt_kernels import _load
+from blt_kernels import _load, optim
 from blt_kernels._version import __version__
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops.block_causal_attention import block_causal_attention
@@ -36,6 +37,7 @@ __all__ = [
     "linear_entropy",
     "ngram_hash",
     "ngram_hash_embed",
+    "optim",
     "patch_cross_attention",
     "patch_pool",
     "patch_starts",

@@ -161,6 +161,9 @@ def bench(
     ] = None,
     threads: Annotated[str, typer.Option(help="Numbers of CPU threads, with commas.")] = "1,2",
     rounds: Annotated[int, typer.Option(help="Times that every implementation is measured.")] = 30,
+    budget: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Measure a slow implementation no longer, but three times.")
+    ] = 10.0,
     small: Annotated[bool, typer.Option("--small", help="Small inputs, to see that everything runs.")] = False,
     compile_peers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Measure torch.compile as well.")
@@ -168,9 +171,9 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     csv: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Append to this file instead of bench/results/<date>-<device>.csv."),
+        typer.Option(metavar="FILE", help="Add to this file instead of bench/results/<date>-<device>.csv."),
     ] = None,
-    save: Annotated[bool, typer.Option("--save/--no-save", help="Write the CSV file.")] = True,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Write the CSV file and pictures.")] = True,
     color: ColorOption = Color.auto,
 ) -> None:
     """Time the ops against the best that one could run instead, and against what the machine can do at all."""
@@ -186,6 +189,7 @@ def bench(
         ops or [],
         threads=counts,
         rounds=rounds,
+        budget=budget,
         small=small,
         compile_peers=compile_peers,
         device=device,

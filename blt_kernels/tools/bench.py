@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from blt_kernels.tools.render import Color, console
@@ -37,6 +38,7 @@ def run(
     *,
     threads: list[int],
     rounds: int,
+    budget: float,
     small: bool,
     compile_peers: bool,
     device: str,
@@ -54,12 +56,14 @@ def run(
         Numbers of CPU threads to measure with, one after the other.
     rounds
         Times that every implementation is measured.
+    budget
+        Seconds after which a slow implementation is measured no more; at least three times in any case.
     small, compile_peers, device
         Passed to the benches: small inputs, peers through torch.compile as well, "cpu" or "cuda".
     csv
-        File to append the rows to; ``bench/results/<date>-<device>.csv`` if None.
+        File to add the rows to; ``bench/results/<date>-<device>.csv`` if None. Pictures go beside it.
     save
-        Write the rows at all.
+        Write the rows and pictures at all.
 
     Raises
     ------
@@ -80,45 +84,65 @@ def run(
         sys.path.insert(0, str(folder))
     timing = importlib.import_module("timing")
     out, rows, wrong = console(color), [], []
+    path = csv or timing.csv_path(device)
     before = torch.get_num_threads()
     try:
         for count in threads:
             torch.set_num_threads(count)
             for op in ops or known:
                 module = importlib.import_module(f"bench_{op}")
-                for new in _measure(module, timing, rounds, small=small, device=device, compile_peers=compile_peers):
+                options = {"small": small, "device": device, "compile_peers": compile_peers}
+                for new in _measure(module, partial(timing.compare, rounds=rounds, budget=budget), **options):
                     if isinstance(new, str):
                         out.print(f"not timed, since results disagree: {new}", style="red", markup=False)
                         wrong.append(new)
                     else:
                         out.print(_table(new))
                         rows += new
+                        if save:  # at once, so that an end half way loses nothing
+                            timing.write_csv(new, path)
     finally:
         torch.set_num_threads(before)
-    for op in ops or known:
-        for line in importlib.import_module(f"bench_{op}").remarks(rows):
-            out.print(line)
+    modules = {op: importlib.import_module(f"bench_{op}") for op in ops or known}
+    for module in modules.values():
+        for line in module.remarks(rows):
+            out.print(line, soft_wrap=True)
     out.print(
         "Medians of interleaved rounds. Share: of the limit, the fastest of several ways to read, copy or multiply as "
-        "much. Ratio: times that the best peer takes as long."
+        "much. Ratio: times that the best peer takes as long. Extra MB: the most held during a call, outputs included."
     )
-    if save:
-        out.print(f"wrote {timing.write_csv(rows, csv, device)}", soft_wrap=True)
+    if save and rows:
+        out.print(f"wrote {path}", soft_wrap=True)
+        for op, module in modules.items():
+            if hasattr(module, "plot"):
+                _plot(module, rows, path.with_name(f"{path.stem}-{op}.png"), out)
     if wrong:
         raise ValueError(f"{len(wrong)} comparisons were not timed, since their results disagree")
 
 
-def _measure(module: ModuleType, timing: ModuleType, rounds: int, **options: Any) -> Iterator[list[Any] | str]:
+def _measure(module: ModuleType, compare: Callable[..., list[Any]], **options: Any) -> Iterator[list[Any] | str]:
     """The rows of every comparison, or how its results disagree. Those of one op that differ in shape come together."""
-    for (op, dtype), group in groupby(module.comparisons(**options), key=lambda c: (c.op, c.dtype)):
-        rows = []
-        for comparison in group:
-            try:
-                rows += timing.compare(comparison, rounds=rounds)
-            except AssertionError as error:
-                yield f"{op} {comparison.shape} {dtype}: {error}"
-        if rows:
+    rows: list[Any] = []
+    for comparison in module.comparisons(**options):
+        if rows and (rows[0].op, rows[0].dtype) != (comparison.op, comparison.dtype):
             yield rows
+            rows = []
+        try:
+            rows += compare(comparison)
+        except AssertionError as error:
+            yield f"{comparison.op} {comparison.shape} {comparison.dtype}: {error}"
+        del comparison  # it may hold gigabytes, which go before the next inputs are made
+    if rows:
+        yield rows
+
+
+def _plot(module: ModuleType, rows: list[Any], path: Path, out: Console) -> None:
+    try:
+        module.plot(rows, path)
+    except ModuleNotFoundError as missing:
+        out.print(f"no {path.name}: it needs {missing.name}, pip install 'blt-kernels[cli]'", soft_wrap=True)
+    else:
+        out.print(f"wrote {path}", soft_wrap=True)
 
 
 def _table(rows: list[Any]) -> Table:

@@ -35,7 +35,24 @@ inline void map_row(Out* out, int64_t width, const F& f, const In*... in) {
   for (; c < width; ++c) out[c] = static_cast<Out>(f(static_cast<A>(in[c])...));
 }
 
-// The functions that rows are mapped with.
+// sum of row[c]^2 for c < width
+template <class A, class T>
+inline A sum_of_squares(const T* row, int64_t width) {
+  PairOf<A> sums = {};
+  int64_t c = 0;
+  for (; c + pair_lanes<A> <= width; c += pair_lanes<A>) {
+    const PairOf<A> x = load_pair(row + c);
+    sums.a += x.a * x.a;
+    sums.b += x.b * x.b;
+  }
+  const Vec<A> both = sums.a + sums.b;
+  A sum = 0;
+  for (int i = 0; i < lanes<A>; ++i) sum += both[i];
+  for (; c < width; ++c) sum += static_cast<A>(row[c]) * static_cast<A>(row[c]);
+  return sum;
+}
+
+// Functions to map rows with.
 inline constexpr auto kSame = [](auto x) { return x; };
 inline constexpr auto kAdd = [](auto x, auto y) { return x + y; };
 

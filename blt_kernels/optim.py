@@ -1,0 +1,175 @@
+"""Optimizers for embedding tables of gigabytes: a step costs what its sparse gradient costs.
+
+They take the gradients of ``ngram_hash_embed(..., grad="sparse")`` or of ``nn.Embedding(sparse=True)``, and touch no row
+that has none. Other parameters of a model need an optimizer of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels.ops import _common
+from blt_kernels.reference import optim as reference
+
+
+class _SparseOptimizer(torch.optim.Optimizer):
+    """A rule that is applied to the rows of each table that have a gradient."""
+
+    def __init__(self, params: Iterable[Any], **defaults: float) -> None:
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add tables with options of their own, which are checked."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in self.defaults:
+            _common.check_number(name, group[name])
+            if group[name] < 0:
+                raise ValueError(f"{name}: expected a value >= 0, got {group[name]}")
+        for table in group["params"]:
+            _common.check_tensor("params", table, 2, _common.FLOATS)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the rows that have a gradient.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss anew, with gradients.
+
+        Returns
+        -------
+        what `closure` returned, or None
+
+        Raises
+        ------
+        TypeError
+            A gradient is dense.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for table in group["params"]:
+                if table.grad is None:
+                    continue
+                if table.grad.layout != torch.sparse_coo or table.grad.sparse_dim() != 1:
+                    raise TypeError(
+                        f"params: expected sparse gradients of rows, as of ngram_hash_embed(..., grad='sparse'), got "
+                        f"one with layout {table.grad.layout} for a table of shape {list(table.shape)}"
+                    )
+                grad = table.grad.coalesce()
+                self._update(table, grad.indices()[0], grad.values(), group)
+        return loss
+
+    def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class SGD(_SparseOptimizer):
+    """Stochastic gradient descent: ``table[r] -= lr * g`` for the rows r with a gradient g.
+
+    Parameters
+    ----------
+    params : iterable of tensors or of dicts
+        Tables ``[V, D]``; fp32, bf16, fp16 or fp64.
+    lr : float
+        Learning rate.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, shape or value; the message names it.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:
+        super().__init__(params, lr=lr)
+
+    def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
+        torch.ops.blt_kernels.sgd_step(table, rows, values, group["lr"])
+
+
+class RowwiseAdagrad(_SparseOptimizer):
+    """Adagrad with one number of state for each row, the sum of mean squared gradients.
+
+    For the rows r with a gradient g of D values: ``sum[r] += mean(g**2)``, then
+    ``table[r] -= lr * g / (sqrt(sum[r]) + eps)``.
+
+    Parameters
+    ----------
+    params : iterable of tensors or of dicts
+        Tables ``[V, D]``; fp32, bf16, fp16 or fp64.
+    lr : float
+        Learning rate.
+    eps : float
+        Added to the root.
+    initial_accumulator_value : float
+        Where the sums begin.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, shape or value; the message names it.
+
+    Notes
+    -----
+    The rule is FBGEMM's exact row-wise Adagrad (arXiv 2101.05615). State and arithmetic are fp32 (fp64 for fp64 tables),
+    and stay so when a state dict is loaded.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        eps: float = 1e-8,
+        initial_accumulator_value: float = 0.0,
+    ) -> None:
+        super().__init__(params, lr=lr, eps=eps, initial_accumulator_value=initial_accumulator_value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; the sums keep their dtype, whatever that of the tables."""
+        super().load_state_dict(state_dict)
+        numbers = (i for group in state_dict["param_groups"] for i in group["params"])
+        tables = (table for group in self.param_groups for table in group["params"])
+        for number, table in zip(numbers, tables, strict=True):
+            if number in state_dict["state"]:
+                self.state[table]["sum"] = state_dict["state"][number]["sum"].to(table.device, copy=True)
+
+    def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[table]
+        if not state:
+            dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
+            start = group["initial_accumulator_value"]
+            state["sum"] = torch.full((table.shape[0],), start, dtype=dtype, device=table.device)
+        torch.ops.blt_kernels.rowwise_adagrad_step(table, state["sum"], rows, values, group["lr"], group["eps"])
+
+
+# --- schemas, references and fakes ------------------------------------------------------------------------------------
+# rows are unique and in rising order.
+
+_common.define(
+    "sgd_step",
+    "(Tensor(a!) table, Tensor rows, Tensor values, float lr) -> ()",
+    reference.sgd_step_reference,
+)
+_common.define(
+    "rowwise_adagrad_step",
+    "(Tensor(a!) table, Tensor(b!) sums, Tensor rows, Tensor values, float lr, float eps) -> ()",
+    reference.rowwise_adagrad_step_reference,
+)
+
+
+@torch.library.register_fake("blt_kernels::sgd_step")
+def _(table: Tensor, rows: Tensor, values: Tensor, lr: float) -> None:
+    return None
+
+
+@torch.library.register_fake("blt_kernels::rowwise_adagrad_step")
+def _(table: Tensor, sums: Tensor, rows: Tensor, values: Tensor, lr: float, eps: float) -> None:
+    return None

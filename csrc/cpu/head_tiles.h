@@ -1,0 +1,212 @@
+// Products of a few rows with a few rows, in as many heads at once as a vector has lanes.
+//
+// A Table holds one number a head for each pair of rows (i, j): cell (i, j) is a vector across heads. So a softmax over
+// i or j is vertical, and there is nothing to shuffle in it. Rows are [heads, E]: all heads of a row lie side by side and
+// are read in that order.
+//   dots:      table_ij = factor * x_i . y_j. Products are summed in vectors along E, then the vectors of lanes<A> heads
+//              are transposed while they are folded, at about two shuffles a dot product.
+//   sum_rows:  out_j = sum_i table_ij x_i, in registers along E.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "../common/check.h"
+#include "../common/dispatch.h"
+#include "../common/vec.h"
+
+namespace blt {
+
+inline constexpr int64_t kRows = 16;              // rows that a table has on either side, unless the other has fewer
+inline constexpr int64_t kCells = kRows * kRows;  // pairs of rows in a table
+
+template <class A>
+using Table = A[kCells * lanes<A>];
+
+// A [rows, heads, E] tensor with unit stride in E.
+template <class T>
+struct HeadRows {
+  T* data;
+  int64_t row_stride, head_stride;
+  HeadRows from(int64_t row, int64_t head) const {
+    return {data + row * row_stride + head * head_stride, row_stride, head_stride};
+  }
+  T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
+};
+
+// The heads of a table, and the width of one.
+struct HeadShape {
+  int64_t heads, width;
+};
+
+// Where the numbers of a table lie: that of rows i and j is at i * i_step + j * j_step, in vectors.
+struct Steps {
+  int64_t i, j;
+};
+
+// --- parts of vectors -------------------------------------------------------------------------------------------------
+
+// The first `count` elements of a pair; the others are 0.
+template <class T>
+auto load_part(const T* p, int64_t count) {
+  T padded[pair_lanes<accumulator_t<T>>] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return load_pair(padded);
+}
+
+template <class T>
+void store_part(T* p, PairOf<accumulator_t<T>> x, int64_t count) {
+  T padded[pair_lanes<accumulator_t<T>>];
+  store_pair(padded, x);
+  std::memcpy(p, padded, count * sizeof(T));
+}
+
+template <int... kIndex, class V>
+V shuffle(V x, V y, std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, y, kIndex...);
+#else
+  return __builtin_shuffle(x, y, Mask<std::decay_t<decltype(x[0])>>{kIndex...});
+#endif
+}
+
+// Lanes without bit kStep: x_i + x_(i + kStep); lanes with it: y_i + y_(i - kStep).
+template <int kStep, int... kLane, class V>
+V fold_two(V x, V y, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  const V low = shuffle(x, y, std::integer_sequence<int, (kLane & kStep ? kCount + kLane - kStep : kLane)...>{});
+  const V high = shuffle(x, y, std::integer_sequence<int, (kLane & kStep ? kCount + kLane : kLane + kStep)...>{});
+  return low + high;
+}
+
+// Lane i of the result is the sum of the lanes of v[i]. Overwrites v.
+template <class A, int kStep = lanes<A> / 2>
+Vec<A> lane_sums(Vec<A>* v) {
+  for (int i = 0; i < kStep; ++i)
+    v[i] = fold_two<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, lanes<A>>{});
+  if constexpr (kStep > 1) return lane_sums<A, kStep / 2>(v);
+  return v[0];
+}
+
+// --- products ---------------------------------------------------------------------------------------------------------
+
+template <int kI, int kJ, class T, class A = accumulator_t<T>>
+void dots_block(A* table, Steps steps, const HeadRows<const T>& x, const HeadRows<const T>& y, HeadShape shape,
+                A factor) {
+  Vec<A> sums[kI][kJ][lanes<A>];
+  for (int64_t head = 0; head < lanes<A>; ++head) {
+    PairOf<A> sum[kI][kJ] = {};
+    const auto add = [&](const auto& load, int64_t e) {
+      PairOf<A> right[kJ];
+      for (int j = 0; j < kJ; ++j) right[j] = load(y.at(j, head) + e);
+      for (int i = 0; i < kI; ++i) {
+        const PairOf<A> left = load(x.at(i, head) + e);
+        for (int j = 0; j < kJ; ++j) sum[i][j].a += left.a * right[j].a, sum[i][j].b += left.b * right[j].b;
+      }
+    };
+    if (head < shape.heads) {
+      int64_t e = 0;
+      for (; e + pair_lanes<A> <= shape.width; e += pair_lanes<A>) add([](const T* p) { return load_pair(p); }, e);
+      if (e < shape.width) add([&](const T* p) { return load_part(p, shape.width - e); }, e);
+    }
+    for (int i = 0; i < kI; ++i)
+      for (int j = 0; j < kJ; ++j) sums[i][j][head] = sum[i][j].a + sum[i][j].b;
+  }
+  for (int i = 0; i < kI; ++i)
+    for (int j = 0; j < kJ; ++j)
+      store(table + (i * steps.i + j * steps.j) * lanes<A>, factor * lane_sums<A>(sums[i][j]));
+}
+
+// table_ij = factor * x_i . y_j for rows i < m and j < n; j runs fastest. Lanes beyond the heads are 0.
+template <class T, class A = accumulator_t<T>>
+void dots(A* table, const HeadRows<const T>& x, int64_t m, const HeadRows<const T>& y, int64_t n, HeadShape shape,
+          A factor) {
+  for (int64_t i = 0; i < m; i += 2)
+    for (int64_t j = 0; j < n; j += 2) {
+      A* const cell = table + (i * n + j) * lanes<A>;
+      const auto left = x.from(i, 0), right = y.from(j, 0);
+      if (i + 1 < m && j + 1 < n) dots_block<2, 2>(cell, {n, 1}, left, right, shape, factor);
+      else if (i + 1 < m) dots_block<2, 1>(cell, {n, 1}, left, right, shape, factor);
+      else if (j + 1 < n) dots_block<1, 2>(cell, {n, 1}, left, right, shape, factor);
+      else dots_block<1, 1>(cell, {n, 1}, left, right, shape, factor);
+    }
+}
+
+// Sums that more than one table adds to, kRows rows of lanes<A> heads: allocated when the first of them is met.
+template <class A>
+class Partial {
+ public:
+  Partial(const Tensor& like, int64_t width)
+      : like_(like), padded_((width + pair_lanes<A> - 1) / pair_lanes<A> * pair_lanes<A>) {}
+  A* at(int64_t row, int64_t head) {
+    if (!data_) {
+      memory_ = torch::stable::new_empty(like_, {kRows * lanes<A> * padded_}, accumulator(like_));
+      data_ = memory_.template mutable_data_ptr<A>();
+    }
+    return data_ + (row * lanes<A> + head) * padded_;
+  }
+
+ private:
+  const Tensor& like_;
+  int64_t padded_;
+  Tensor memory_;
+  A* data_ = nullptr;
+};
+
+// Does a sum start with these rows, and is it finished with them?
+struct Stage {
+  bool first, last;
+};
+
+template <int kJ, class T, class A = accumulator_t<T>>
+void sum_rows_block(const HeadRows<T>& out, Partial<A>& partial, int64_t row, const HeadRows<const T>& x,
+                    int64_t count, const A* table, Steps steps, HeadShape shape, Stage stage) {
+  for (int64_t head = 0; head < shape.heads; ++head)
+    for (int64_t e = 0; e < shape.width; e += pair_lanes<A>) {
+      const int64_t left = shape.width - e;
+      PairOf<A> sums[kJ] = {};
+      if (!stage.first)
+        for (int j = 0; j < kJ; ++j) sums[j] = load_pair(partial.at(row + j, head) + e);
+      for (int64_t i = 0; i < count; ++i) {
+        const T* const p = x.at(i, head) + e;
+        const PairOf<A> term = left >= pair_lanes<A> ? load_pair(p) : load_part(p, left);
+        for (int j = 0; j < kJ; ++j) {
+          const A weight = table[(i * steps.i + j * steps.j) * lanes<A> + head];
+          sums[j].a += weight * term.a;
+          sums[j].b += weight * term.b;
+        }
+      }
+      for (int j = 0; j < kJ; ++j) {
+        T* const p = out.at(row + j, head) + e;
+        if (!stage.last) store_pair(partial.at(row + j, head) + e, sums[j]);
+        else if (left >= pair_lanes<A>) store_pair(p, sums[j]);
+        else store_part(p, sums[j], left);
+      }
+    }
+}
+
+// out_j = sum over i of table_ij x_i, for i < count and j < rows; sums that go on from or into other tables are partial.
+template <class T, class A = accumulator_t<T>>
+void sum_rows(const HeadRows<T>& out, Partial<A>& partial, int64_t rows, const HeadRows<const T>& x, int64_t count,
+              const A* table, Steps steps, HeadShape shape, Stage stage) {
+  for (int64_t j = 0; j < rows; j += 4)
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t size = std::min(kRows, count - i);
+      const Stage here = {stage.first && i == 0, stage.last && i + size == count};
+      const A* const cell = table + (i * steps.i + j * steps.j) * lanes<A>;
+      const auto run = [&]<int kJ>(std::integral_constant<int, kJ>) {
+        sum_rows_block<kJ, T>(out, partial, j, x.from(i, 0), size, cell, steps, shape, here);
+      };
+      switch (std::min<int64_t>(4, rows - j)) {
+        case 1: run(std::integral_constant<int, 1>{}); break;
+        case 2: run(std::integral_constant<int, 2>{}); break;
+        case 3: run(std::integral_constant<int, 3>{}); break;
+        case 4: run(std::integral_constant<int, 4>{}); break;
+      }
+    }
+}
+
+}  // namespace blt
