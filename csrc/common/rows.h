@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "check.h"
+#include "dispatch.h"
 #include "vec.h"
 
 namespace blt {
@@ -35,6 +36,57 @@ inline void map_row(Out* out, int64_t width, const F& f, const In*... in) {
   for (; c < width; ++c) out[c] = static_cast<Out>(f(static_cast<A>(in[c])...));
 }
 
+// Functions to map rows with.
+inline constexpr auto kSame = [](auto x) { return x; };
+inline constexpr auto kAdd = [](auto x, auto y) { return x + y; };
+
+// out[c] (+)= sum over begin <= n < end of row(n)[c], for the columns of kPairs pairs.
+template <int kPairs, class A, class Out, class Row>
+inline void sum_columns(Out* out, const Row& row, int64_t begin, int64_t end, int64_t column, bool add) {
+  PairOf<A> sums[kPairs] = {};
+  for (int64_t n = begin; n < end; ++n)
+    for (int k = 0; k < kPairs; ++k) {
+      const PairOf<A> x = load_pair(row(n) + column + k * pair_lanes<A>);
+      sums[k] = {sums[k].a + x.a, sums[k].b + x.b};
+    }
+  for (int k = 0; k < kPairs; ++k) {
+    Out* const to = out + k * pair_lanes<A>;
+    const PairOf<A> before = add ? load_pair(to) : PairOf<A>{};
+    store_pair(to, PairOf<A>{before.a + sums[k].a, before.b + sums[k].b});
+  }
+}
+
+// The same for `width` columns from `column` on. Several rows are read side by side, so their misses overlap.
+template <class A, class Out, class Row>
+inline void sum_few_rows(Out* out, const Row& row, int64_t begin, int64_t end, int64_t column, int64_t width,
+                         bool add) {
+  constexpr int kPairs = 4;
+  int64_t c = 0;
+  for (; c + kPairs * pair_lanes<A> <= width; c += kPairs * pair_lanes<A>)
+    sum_columns<kPairs, A>(out + c, row, begin, end, column + c, add);
+  for (; c + pair_lanes<A> <= width; c += pair_lanes<A>) sum_columns<1, A>(out + c, row, begin, end, column + c, add);
+  for (; c < width; ++c) {
+    A sum = 0;
+    for (int64_t n = begin; n < end; ++n) sum += static_cast<A>(row(n)[column + c]);
+    out[c] = static_cast<Out>(add ? static_cast<A>(out[c]) + sum : sum);
+  }
+}
+
+// out[c] = sum over n < count of row(n)[c] for c < width. Long sums are sums of short ones, which keeps rounding errors low.
+template <class T, class Row>
+inline void sum_rows(T* out, int64_t width, int64_t count, const Row& row) {
+  using A = accumulator_t<T>;
+  constexpr int64_t kFew = 16, kPanel = 1024;
+  if (count <= kFew) return sum_few_rows<A>(out, row, 0, count, 0, width, false);
+  alignas(kVecBytes) A sums[kPanel];
+  for (int64_t c = 0; c < width; c += kPanel) {
+    const int64_t columns = std::min(kPanel, width - c);
+    for (int64_t n = 0; n < count; n += kFew)
+      sum_few_rows<A>(sums, row, n, std::min(n + kFew, count), c, columns, n > 0);
+    map_row<A>(out + c, columns, kSame, sums);
+  }
+}
+
 // sum of row[c]^2 for c < width
 template <class A, class T>
 inline A sum_of_squares(const T* row, int64_t width) {
@@ -51,9 +103,5 @@ inline A sum_of_squares(const T* row, int64_t width) {
   for (; c < width; ++c) sum += static_cast<A>(row[c]) * static_cast<A>(row[c]);
   return sum;
 }
-
-// Functions to map rows with.
-inline constexpr auto kSame = [](auto x) { return x; };
-inline constexpr auto kAdd = [](auto x, auto y) { return x + y; };
 
 }  // namespace blt

@@ -28,7 +28,6 @@ namespace blt {
 namespace {
 
 constexpr int64_t kHashGrain = 2048;  // bytes to hash that a thread must have to be worth waking
-constexpr int64_t kPanel = 1024;      // columns that are summed at a time, in L1
 
 Tensor ngram_hash_fwd_cpu(const Tensor& tokens, Tensor cu_seqlens, const std::vector<int64_t>& ngram_sizes,
                           int64_t num_functions, int64_t vocab) {
@@ -69,23 +68,6 @@ Shard check_shard(const std::optional<std::vector<int64_t>>& row_range, int64_t 
 
 // --- forward ----------------------------------------------------------------------------------------------------------
 
-// out[c] = sum over n < count of rows[n][c]
-template <class T>
-void sum_rows(T* out, const T* const* rows, int64_t count, int64_t width) {
-  using A = accumulator_t<T>;
-  alignas(kVecBytes) A sum[kPanel];
-  for (int64_t c = 0; c < width; c += kPanel) {
-    const int64_t columns = std::min(kPanel, width - c);
-    if (count == 0) {
-      std::fill_n(out + c, columns, T(0));
-      continue;
-    }
-    map_row<A>(sum, columns, kSame, rows[0] + c);
-    for (int64_t n = 1; n < count; ++n) map_row<A>(sum, columns, kAdd, sum, rows[n] + c);
-    map_row<A>(out + c, columns, kSame, sum);
-  }
-}
-
 // The first row of every table. A fused tensor holds one table after the other.
 template <class T>
 std::vector<const T*> table_rows(const std::vector<Tensor>& tables, int64_t count, int64_t rows) {
@@ -101,8 +83,7 @@ std::vector<const T*> table_rows(const std::vector<Tensor>& tables, int64_t coun
 Tensor ngram_hash_embed_fwd_cpu(const Tensor& tokens, std::vector<Tensor> tables, std::optional<Tensor> byte_table,
                                 Tensor cu_seqlens, const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
                                 [[maybe_unused]] const std::string& grad,
-                                const std::optional<std::vector<int64_t>>& row_range,
-                                int64_t vocab) {
+                                const std::optional<std::vector<int64_t>>& row_range, int64_t vocab) {
   const Ngrams ngrams = check_ngrams(tokens, cu_seqlens, ngram_sizes, num_functions, vocab);
   const Shard shard = check_shard(row_range, vocab);
   const int64_t count = ngrams.tables();
@@ -140,8 +121,9 @@ Tensor ngram_hash_embed_fwd_cpu(const Tensor& tokens, std::vector<Tensor> tables
           if (byte_rows && id[t] >= 0 && id[t] < alphabet) rows[found++] = byte_rows + id[t] * byte_stride;
           for (int64_t n = 0; n < count; ++n)
             if (shard.has(hashes[n]))
-              rows[found++] = first_rows[n] + (static_cast<int64_t>(hashes[n]) - shard.low) * tables[fused ? 0 : n].stride(0);
-          sum_rows(to + t * width, rows.data(), found, width);
+              rows[found++] =
+                  first_rows[n] + (static_cast<int64_t>(hashes[n]) - shard.low) * tables[fused ? 0 : n].stride(0);
+          sum_rows(to + t * width, width, found, [&](int64_t n) { return rows[n]; });
         });
       });
     });
@@ -204,17 +186,11 @@ TableGrads check_backward(const Tensor& grad_out, const Tensor& tokens, Tensor& 
   return {rows, torch::stable::contiguous(tokens), ngrams, check_shard(row_range, vocab), fused, alphabet};
 }
 
-// out[c] = sum of grad[readers[i].byte][c] over i < count
+// out = sum of the gradients of all bytes that read the g-th row
 template <class T>
-void sum_readers(T* out, const T* grad, int64_t stride, const Reader* readers, int64_t count, int64_t width) {
-  using A = accumulator_t<T>;
-  alignas(kVecBytes) A sum[kPanel];
-  for (int64_t c = 0; c < width; c += kPanel) {
-    const int64_t columns = std::min(kPanel, width - c);
-    map_row<A>(sum, columns, kSame, grad + readers[0].byte * stride + c);
-    for (int64_t i = 1; i < count; ++i) map_row<A>(sum, columns, kAdd, sum, grad + readers[i].byte * stride + c);
-    map_row<A>(out + c, columns, kSame, sum);
-  }
+void sum_readers(T* out, int64_t width, const T* grad, int64_t stride, const ReadRows& read, int64_t g) {
+  const Reader* const reader = read.readers + read.starts[g];
+  sum_rows(out, width, read.starts[g + 1] - read.starts[g], [=](int64_t i) { return grad + reader[i].byte * stride; });
 }
 
 std::vector<Tensor> ngram_hash_embed_bwd_cpu(const Tensor& grad_out, const Tensor& tokens, Tensor cu_seqlens,
@@ -240,8 +216,7 @@ std::vector<Tensor> ngram_hash_embed_bwd_cpu(const Tensor& grad_out, const Tenso
       parallel_segments(read.starts, read.count, row_grain(width), [&](int64_t first, int64_t last) {
         for (int64_t g = first; g < last; ++g) {
           const int64_t row = read.row(g), next = g + 1 < read.count ? read.row(g + 1) : rows;
-          sum_readers(to + row * width, from, stride, read.readers + read.starts[g], read.starts[g + 1] - read.starts[g],
-                      width);
+          sum_readers(to + row * width, width, from, stride, read, g);
           std::fill(to + (row + 1) * width, to + next * width, T(0));
         }
       });
@@ -277,8 +252,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd
       parallel_segments(read.starts, read.count, row_grain(width), [&](int64_t first, int64_t last) {
         for (int64_t g = first; g < last; ++g) {
           row[g] = grads.first_row(n) + read.row(g);
-          sum_readers(value + g * width, from, stride, read.readers + read.starts[g], read.starts[g + 1] - read.starts[g],
-                      width);
+          sum_readers(value + g * width, width, from, stride, read, g);
         }
       });
       written[slot] += read.count;

@@ -202,7 +202,8 @@ Tensor patch_pool_bwd_cpu(const Tensor& grad_out, const std::optional<Tensor>& x
   const int64_t kinds = static_cast<int64_t>(reductions.size()), width = grads.size(1) / kinds;
   check_size(grads, "grad_out", 1, width * kinds);
   std::optional<Tensor> inputs, results;
-  if (std::any_of(reductions.begin(), reductions.end(), [](Reduce r) { return r == Reduce::kMax || r == Reduce::kMin; })) {
+  if (std::any_of(reductions.begin(), reductions.end(),
+                  [](Reduce r) { return r == Reduce::kMax || r == Reduce::kMin; })) {
     STD_TORCH_CHECK(x && out, "x, out: expected tensors, since reduce has max or min");
     inputs = unit_rows(*x, "x"), results = unit_rows(*out, "out");
     check_dtype(*inputs, "x", grads.scalar_type());

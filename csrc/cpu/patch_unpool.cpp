@@ -44,7 +44,6 @@ Tensor patch_unpool_fwd_cpu(const Tensor& y, Tensor patch_offsets, Tensor ids) {
 }
 
 Tensor patch_unpool_bwd_cpu(const Tensor& grad_out, Tensor patch_offsets, Tensor ids) {
-  constexpr int64_t kPanel = 1024;  // columns that are summed at a time, in L1
   const Tensor rows = unit_rows(grad_out, "grad_out");
   const int32_t* const offsets = check_offsets(patch_offsets, "patch_offsets", rows.size(0));
   const int64_t width = rows.size(1), stride = rows.stride(0), patches = patch_offsets.size(0) - 1;
@@ -53,21 +52,15 @@ Tensor patch_unpool_bwd_cpu(const Tensor& grad_out, Tensor patch_offsets, Tensor
   Tensor grad_y = new_output(rows, {patches, width});
   dispatch_float(rows.scalar_type(), "grad_out", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using A = accumulator_t<T>;
     const T* const from = rows.const_data_ptr<T>();
     T* const to = grad_y.mutable_data_ptr<T>();
     parallel_segments(offsets, patches, row_grain(width), [&](int64_t first, int64_t last) {
-      alignas(kVecBytes) A sum[kPanel];
       for (int64_t p = first; p < last; ++p) {
         const int32_t* const limit = id + offsets[std::min(p + 2, patches)];
         const int32_t* const begin = std::find(id + offsets[p], limit, p);
         const int32_t* const end = std::find_if(begin, limit, [p](int32_t i) { return i != p; });
-        for (int64_t c = 0; c < width; c += kPanel) {
-          const int64_t columns = std::min(kPanel, width - c);
-          std::fill_n(sum, columns, A(0));
-          for (const int32_t* t = begin; t < end; ++t) map_row<A>(sum, columns, kAdd, sum, from + (t - id) * stride + c);
-          map_row<A>(to + p * width + c, columns, kSame, sum);
-        }
+        const T* const rows_of_patch = from + (begin - id) * stride;
+        sum_rows(to + p * width, width, end - begin, [=](int64_t i) { return rows_of_patch + i * stride; });
       }
     });
   });
