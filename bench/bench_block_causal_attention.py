@@ -3,72 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import peers
 import timing
 import torch
+from common import assert_agree, name_of, name_of_pass, normal, steps
+from peers import block_causal_attention as peers
 from timing import OURS, Comparison
 from torch import Tensor
 
 import blt_kernels as bk
-from blt_kernels.testing import assert_close, offsets_of
+from blt_kernels.testing import offsets_of
 
 DOCUMENTS = [1098, 315, 5504, 375, 118, 782]
 SMALL = [40, 1, 0, 75]
-HEADS, WIDTH, WINDOW = 16, 64, 512
+HEADS, GROUPS, WIDTH, WINDOW = 16, 4, 64, 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is attended: documents of these lengths, `key_heads` for HEADS query heads, all or the last `window`."""
+
+    lengths: list[int]
+    window: int | None = None
+    key_heads: int = HEADS
+    dtype: torch.dtype = torch.float32
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
     """Yield forward and backward, whole and windowed; inputs are made when their turn comes."""
     lengths = SMALL if small else DOCUMENTS
-    window = 16 if small else WINDOW
-    for dtype in (torch.float32, torch.bfloat16):
+    whole = Case(lengths)
+    half = Case(lengths, dtype=torch.bfloat16)
+    windowed = Case(lengths, window=16 if small else WINDOW)
+    for case in (whole, half, windowed):
         for backward in (False, True):
-            yield comparison(lengths, None, dtype, device, backward, compile_peers)
-    yield comparison(lengths, window, torch.float32, device, False, compile_peers)
+            yield comparison(case, device, backward, compile_peers)
+    yield comparison(Case(lengths, key_heads=GROUPS), device, False, compile_peers)
 
 
-def comparison(
-    lengths: list[int], window: int | None, dtype: torch.dtype, device: str, backward: bool, compile_peers: bool
-) -> Comparison:
-    generator = torch.Generator().manual_seed(0)
-    size = (sum(lengths), HEADS, WIDTH)
-    q, k, v, grad = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(4))
+def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> Comparison:
+    lengths, window, size = case.lengths, case.window, sum(case.lengths)
+    q, k, v, grad = (
+        normal(size, heads, WIDTH, seed=seed, dtype=case.dtype, device=device)
+        for seed, heads in enumerate((HEADS, case.key_heads, case.key_heads, HEADS))
+    )
+    inputs = tuple(x.requires_grad_(backward) for x in (q, k, v))
     cu_seqlens = offsets_of(lengths, device=device)
-    if backward:
-        q, k, v = (x.requires_grad_() for x in (q, k, v))
 
-    def steps(attention: Callable[..., Tensor]) -> Callable[[], Any]:
-        def run() -> Any:
-            out = attention(q, k, v)
-            return torch.autograd.grad(out, (q, k, v), grad) if backward else out
-
-        return run
+    def run(attention: Callable[..., Tensor]) -> Callable[[], Any]:
+        return steps(lambda: attention(*inputs), inputs, grad if backward else None)
 
     implementations = {
-        OURS: steps(lambda q, k, v: bk.block_causal_attention(q, k, v, cu_seqlens, window=window)),
-        "SDPA, dense mask": steps(peers.masked_attention(cu_seqlens, window)),
-        "SDPA by document": steps(peers.attention_by_document(lengths, window)),
+        OURS: run(lambda q, k, v: bk.block_causal_attention(q, k, v, cu_seqlens, window=window)),
+        "SDPA, dense mask": run(peers.masked_attention(cu_seqlens, window)),
+        "SDPA by document": run(peers.attention_by_document(lengths, window)),
     }
     if compile_peers and not (backward and device == "cpu"):  # flex_attention has no backward on the CPU
-        implementations["flex_attention"] = steps(peers.flex_attention(cu_seqlens, window))
+        implementations["flex_attention"] = run(peers.flex_attention(cu_seqlens, window))
     pairs = sum(min(i + 1, window or n) for n in lengths for i in range(n))
     flops = (14 if backward else 4) * pairs * HEADS * WIDTH  # 2 products forward; 5 more, recomputing one, backward
-    side = 2048 if len(lengths) == len(DOCUMENTS) else 128
-    square = torch.randn(side, side, generator=generator).to(device, dtype)
+    side = 2048 if lengths == DOCUMENTS else 128
+    square = normal(side, side, dtype=case.dtype, device=device)
 
     def agree(results: dict[str, Any]) -> None:
-        q64, k64, v64 = (x.detach().double().requires_grad_(backward) for x in (q, k, v))
-        exact = peers.attention_by_document(lengths, window)(q64, k64, v64)
-        truth = torch.autograd.grad(exact, (q64, k64, v64), grad.double()) if backward else exact
-        assert_close(results[OURS], results["SDPA by document"], truth)
+        # The first key head and the query heads that read it: all of them in fp64 take longer than the measurement.
+        heads = (HEADS // case.key_heads, 1, 1)
+        exact_inputs = tuple(
+            x[:, :n].detach().double().requires_grad_(backward) for x, n in zip(inputs, heads, strict=True)
+        )
+        exact = peers.attention_by_document(lengths, window)(*exact_inputs)
+        if backward:
+            truth = torch.autograd.grad(exact, exact_inputs, grad[:, : heads[0]].double())
+            shown = {name: [x[:, :n] for x, n in zip(r, heads, strict=True)] for name, r in results.items()}
+        else:
+            truth, shown = (exact,), {name: [r[:, : heads[0]]] for name, r in results.items()}
+        assert_agree(shown, truth, "SDPA by document")
 
-    name = f"{'window ' + str(window) + ' ' if window else ''}{list(size)} in {len(lengths)} documents"
+    grouping = f"{HEADS}/{case.key_heads} heads, " if case.key_heads != HEADS else ""
     return Comparison(
-        f"block_causal_attention {'fwd+bwd' if backward else 'fwd'}",
-        name,
-        str(dtype).removeprefix("torch."),
+        f"block_causal_attention {name_of_pass(backward)}",
+        f"{f'window {window}, ' if window else ''}{grouping}{list(q.shape)} in {len(lengths)} documents",
+        name_of(case.dtype),
         implementations,
         flops,
         {"torch.mm": lambda: square @ square},

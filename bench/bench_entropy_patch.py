@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import peers
 import timing
 import torch
 import torch.nn.functional as F
+from common import name_of, ragged_entropies
+from peers import compiled
+from peers import entropy_patch as peers
 from timing import OURS, Comparison
 from torch import Tensor
 
 import blt_kernels as bk
-from blt_kernels.testing import assert_close, offsets_of, ragged_logits
+from blt_kernels.testing import assert_close, ragged_logits
 
 THRESHOLD = 1.335442066192627  # of the released BLT models
 ALPHABET, HIDDEN = 260, 768
@@ -30,21 +32,15 @@ class Sizes:
 
     rows: int = 8
     length: int = 8192
-    largest: int = 1 << 20
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
     """All comparisons, of the sizes of BASELINES or of small ones; inputs are made when their turn comes."""
-    sizes = Sizes(2, 512, 1 << 14) if small else Sizes()
+    sizes = Sizes(2, 512) if small else Sizes()
     for dtype in (torch.float32, torch.bfloat16):
         yield from entropy_comparisons(sizes, device, dtype, compile_peers)
     yield patch_starts_comparison(sizes, device)
     yield linear_entropy_comparison(sizes, device)
-    yield from scaling_comparisons(sizes, device)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def starts(lengths: Tensor, size: int) -> list[list[int]]:
@@ -75,7 +71,7 @@ def entropy_comparisons(sizes: Sizes, device: str, dtype: torch.dtype, compile_p
     if steps := peers.transformers_entropy_patch(THRESHOLD):
         implementations["transformers"] = lambda: steps(logits)
     if compile_peers:
-        graph = peers.compiled(peers.entropy_and_mask)
+        graph = compiled(peers.entropy_and_mask)
         implementations["torch.compile, mask only"] = lambda: graph(logits, THRESHOLD)
     # Written: entropy and what backward needs, patch_ids, decode_ids and patch_offsets.
     work = read + tokens * (4 + 4 + 3 * 4)
@@ -96,7 +92,7 @@ def entropy_comparisons(sizes: Sizes, device: str, dtype: torch.dtype, compile_p
         "eager": lambda: peers.eager_entropy(logits),
     }
     if compile_peers:
-        entropy_graph = peers.compiled(peers.eager_entropy)
+        entropy_graph = compiled(peers.eager_entropy)
         alone["torch.compile"] = lambda: entropy_graph(logits)
     yield Comparison(
         "token_entropy",
@@ -111,17 +107,8 @@ def entropy_comparisons(sizes: Sizes, device: str, dtype: torch.dtype, compile_p
     )
 
 
-def ragged_entropies(shape: tuple[int, ...], device: str) -> Tensor:
-    """Entropies of which one in 4.5 is above the threshold, without the logits."""
-    generator = torch.Generator().manual_seed(0)
-    high = torch.rand(shape, generator=generator) < 1 / 4.5
-    return torch.where(high, 2.0 + torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)).to(
-        device
-    )
-
-
 def patch_starts_comparison(sizes: Sizes, device: str) -> Comparison:
-    entropy = ragged_entropies((sizes.rows, sizes.length), device)
+    entropy = ragged_entropies(sizes.rows, sizes.length, device=device)
 
     def agree(results: dict[str, Any]) -> None:
         own, theirs = results[OURS].to_lengths(), results["facebookresearch/blt"]
@@ -171,50 +158,9 @@ def linear_entropy_comparison(sizes: Sizes, device: str) -> Comparison:
     )
 
 
-def scaling_comparisons(sizes: Sizes, device: str) -> Iterator[Comparison]:
-    """Layout building alone, from 1k bytes up, in documents of about 1000 bytes."""
-    size = 1024
-    while size <= sizes.largest:
-        entropy = ragged_entropies((size,), device)
-        cu_seqlens = offsets_of([1000] * (size // 1000) + [size % 1000], device=device)
-
-        def ours(entropy: Tensor = entropy, cu_seqlens: Tensor = cu_seqlens) -> bk.PatchLayout:
-            return bk.patch_starts(entropy, cu_seqlens, threshold=THRESHOLD)
-
-        def agree(results: dict[str, Any], size: int = size) -> None:
-            assert int(results[OURS].patch_lengths.sum()) == size
-
-        yield Comparison(
-            "patch_starts scaling",
-            f"[{size}]",
-            "float32",
-            {OURS: ours},
-            size * (4 + 3 * 4),
-            timing.copies(entropy),
-            size * 8,
-            agree,
-            device=device,
-        )
-        size *= 4
-
-
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """What a table of times does not show by itself."""
-    found = []
-    for threads in sorted({row.threads for row in rows}):
-        scaling = [
-            (int(row.shape.strip("[]")), row.median_ms)
-            for row in rows
-            if row.op == "patch_starts scaling" and row.implementation == OURS and row.threads == threads
-        ]
-        if len(scaling) > 1:
-            slope = timing.exponent(*zip(*scaling, strict=True))
-            last = timing.exponent(*zip(*scaling[-2:], strict=True))
-            found.append(
-                f"patch_starts, {threads} threads: time grows as T^{slope:.2f} from {scaling[0][0]} to {scaling[-1][0]}"
-                f" bytes (T^{last:.2f} at the end; 1 is linear, less means fixed cost)"
-            )
-    return found
+    """Nothing that the tables do not show."""
+    return []
 
 
 def test_entropy_patch(run_benchmark: Callable[[], None]) -> None:

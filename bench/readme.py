@@ -4,35 +4,53 @@ from __future__ import annotations
 
 import csv
 import sys
-from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS, LIMIT = "blt_kernels", "limit: "
+FORWARD, BACKWARD = " fwd", " fwd+bwd"
 
 
 def table(path: Path) -> str:
-    """One line for every comparison of ours with a peer or a limit, with the largest number of threads measured."""
+    """One line for every op and input, forward and backward side by side, with the most threads measured.
+
+    What has no pass in its name stands under forward. Scaling is told elsewhere.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     threads = max((row["threads"] for row in rows), key=int)
-    rows = [row for row in rows if row["threads"] == threads and "scaling" not in row["op"]]
+    groups: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = {}
+    for row in rows:
+        if row["threads"] == threads and "scaling" not in row["op"]:
+            backward = row["op"].endswith(BACKWARD)
+            op = row["op"].removesuffix(BACKWARD if backward else FORWARD)
+            key = f"`{op}`", f"{row['shape']} {row['dtype']}"
+            groups.setdefault(key, {}).setdefault(BACKWARD if backward else FORWARD, []).append(row)
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     lines = [
-        f"`{path.relative_to(ROOT)}`, {threads} threads, medians of interleaved rounds in one process:",
+        f"`{shown}`, {threads} threads: milliseconds, medians of interleaved rounds in one process; in brackets the"
+        " share of what the machine can read, copy or multiply; then how many times longer the best peer takes.",
         "",
-        "| op | input | ours, ms | best peer | its time / ours | share of the limit |",
-        "|---|---|---:|---|---:|---:|",
+        "| op | input | forward | best peer | forward + backward | best peer |",
+        "|---|---|---:|---|---:|---|",
     ]
-    for (op, shape, dtype), group in groupby(rows, key=lambda row: (row["op"], row["shape"], row["dtype"])):
-        by_name = {row["implementation"]: row for row in group}
-        ours = by_name.pop(OURS)
-        peers = {name: float(row["median_ms"]) for name, row in by_name.items() if not name.startswith(LIMIT)}
-        best = min(peers, key=peers.__getitem__, default="none")
-        ratio = f"{peers[best] / float(ours['median_ms']):.1f}" if peers else ""
-        share = f"{float(ours['share_of_limit']):.0%}" if ours["share_of_limit"] else ""
-        lines.append(f"| `{op}` | {shape} {dtype} | {float(ours['median_ms']):.3g} | {best} | {ratio} | {share} |")
+    for (op, inputs), passes in groups.items():
+        cells = [*cells_of(passes.get(FORWARD, [])), *cells_of(passes.get(BACKWARD, []))]
+        lines.append(f"| {op} | {inputs} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def cells_of(rows: list[dict[str, str]]) -> tuple[str, str]:
+    """Our time, and the best peer with its ratio; both empty where nothing was measured."""
+    by_name = {row["implementation"]: row for row in rows}
+    if OURS not in by_name:
+        return "", ""
+    ours = by_name.pop(OURS)
+    peers = {name: float(row["median_ms"]) for name, row in by_name.items() if not name.startswith(LIMIT)}
+    best = min(peers, key=peers.__getitem__, default=None)
+    time = f"{float(ours['median_ms']):.3g} ({float(ours['share_of_limit']):.0%})"
+    return time, f"{best}: {float(ours['ratio_to_best_peer']):.2g}" if best else ""
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Timing side by side: every implementation once a round, in one process, against a limit measured in the same rounds.
 
 A machine drifts while it is measured. So a time is a median, but a ratio is the median of the ratios within rounds.
+What takes seconds a call drops out when its budget is spent: its ratios are of the rounds that it took part in.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ import torch
 OURS = "blt_kernels"
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 2e-3  # a shorter function is called in a loop, so that the clock and the loop weigh nothing
+SLOW_SECONDS = 0.2  # a longer function is warm after one call
+FEWEST_SAMPLES = 3  # whatever the budget
+BUDGET_SECONDS = 5.0
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2
 
 
@@ -62,6 +66,7 @@ class Row:
     share_of_limit : speed as a part of the limit's
     ratio_to_best_peer : time of the best peer as a multiple of this one's
     extra_mb : most memory that was held during a call, outputs included
+    rounds : how many samples the median is of
     """
 
     op: str
@@ -75,9 +80,10 @@ class Row:
     share_of_limit: float
     ratio_to_best_peer: float | None
     extra_mb: float | None
+    rounds: int
 
 
-def compare(comparison: Comparison, *, rounds: int, warmup: int = 3) -> list[Row]:
+def compare(comparison: Comparison, *, rounds: int, warmup: int = 3, budget: float = BUDGET_SECONDS) -> list[Row]:
     """Check that the implementations agree, then time them and the limits in turn.
 
     Parameters
@@ -85,25 +91,34 @@ def compare(comparison: Comparison, *, rounds: int, warmup: int = 3) -> list[Row
     rounds
         Times that every implementation is measured.
     warmup
-        Times that it is called before; the first call may compile.
+        Times that it is called before, after the call whose result is checked, which may compile; once if it is slow.
+    budget
+        Seconds of measurement after which an implementation that has `FEWEST_SAMPLES` is left out of later rounds.
     """
     functions = {**comparison.implementations, **{f"limit: {name}": f for name, f in comparison.limits.items()}}
     results = {name: function() for name, function in comparison.implementations.items()}
     comparison.agree(results)
     del results
     clock = _Clock(comparison.device)
-    repeats = {}
-    for name, function in functions.items():
-        for _ in range(warmup):
-            function()
-        repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(clock.sample(function, 1), 1e-9)))
+    repeats = {name: _warm_up(clock, function, warmup) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            samples[name].append(clock.sample(functions[name], repeats[name]))
+            spent = sum(samples[name]) * repeats[name]
+            if len(samples[name]) < FEWEST_SAMPLES or spent < budget:
+                samples[name].append(clock.sample(functions[name], repeats[name]))
     return _rows(comparison, functions, samples)
+
+
+def _warm_up(clock: _Clock, function: Callable[[], Any], times: int) -> int:
+    """Call a function until it is warm, and return how many calls make a sample."""
+    for _ in range(times + 1):
+        seconds = clock.sample(function, 1)
+        if seconds > SLOW_SECONDS:
+            break
+    return max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9)))
 
 
 def _rows(
@@ -132,13 +147,15 @@ def _rows(
                 own_scale * _ratio(samples[limit], samples[name]),
                 None if name == limit or not peers else _ratio(samples[best], samples[name]),
                 None if name == limit or comparison.device != "cpu" else peak_extra_bytes(functions[name]) / 1e6,
+                len(samples[name]),
             )
         )
     return rows
 
 
 def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    return statistics.median(n / d for n, d in zip(numerators, denominators, strict=True))
+    """Of the rounds that both took part in: who drops out does not come back."""
+    return statistics.median(n / d for n, d in zip(numerators, denominators, strict=False))
 
 
 class _Clock:
@@ -237,24 +254,34 @@ def device_name(device: str = "cpu") -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|\bcpu\b|processor|@.*ghz", "", name.lower())).strip("-")
 
 
-def write_csv(rows: Iterable[Row], path: Path | None = None, device: str = "cpu") -> Path:
-    """Append rows to ``bench/results/<date>-<device>.csv``, or to `path`."""
-    path = path or RESULTS / f"{datetime.date.today().isoformat()}-{device_name(device)}.csv"
+def csv_path(device: str = "cpu") -> Path:
+    """Where results of today go: ``bench/results/<date>-<device>.csv``."""
+    return RESULTS / f"{datetime.date.today().isoformat()}-{device_name(device)}.csv"
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    """Add rows to a file. What it has of comparisons that were measured again is replaced."""
+    new = [
+        {k: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for k, v in asdict(row).items()}
+        for row in rows
+    ]
+    measured = {_key(row) for row in new}
+    old = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            old = [row for row in csv.DictReader(file) if _key(row) not in measured]
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        if new:
-            writer.writeheader()
-        for row in rows:
-            values = asdict(row)
-            writer.writerow(
-                {k: f"{v:.4g}" if isinstance(v, float) else "" if v is None else v for k, v in values.items()}
-            )
-    return path
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], restval="")
+        writer.writeheader()
+        writer.writerows(old + new)
+
+
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    return row["op"], row["shape"], row["dtype"], row["threads"]
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """Slope of log time over log size by least squares: 1 is linear."""
+    """Slope of log time, or memory, over log size by least squares: 1 is linear."""
     x, y = [math.log(s) for s in sizes], [math.log(t) for t in seconds]
     return statistics.linear_regression(x, y).slope

@@ -1,8 +1,8 @@
 """blt_kernels: kernels for byte-latent language models (BLT, MegaByte), as torch ops.
 
 Every name below is a function on tensors, apart from `PatchLayout`, the ragged layout that they share. The models are
-in `blt_kernels.models`, the layers in `blt_kernels.nn`, optimizers for large tables in `blt_kernels.optim`, test helpers
-in `blt_kernels.testing`.
+in `blt_kernels.models`, the layers in `blt_kernels.nn`, optimizers for large tables in `blt_kernels.optim`, helpers for
+tests in `blt_kernels.testing`.
 """
 
 from blt_kernels import _load, optim

@@ -163,7 +163,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Times that every implementation is measured.")] = 30,
     budget: Annotated[
         float, typer.Option(metavar="SECONDS", help="Measure a slow implementation no longer, but three times.")
-    ] = 10.0,
+    ] = 5.0,
     small: Annotated[bool, typer.Option("--small", help="Small inputs, to see that everything runs.")] = False,
     compile_peers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Measure torch.compile as well.")

@@ -1,7 +1,7 @@
 """Optimizers for embedding tables of gigabytes: a step costs what its sparse gradient costs.
 
-They take the gradients of ``ngram_hash_embed(..., grad="sparse")`` or of ``nn.Embedding(sparse=True)``, and touch no row
-that has none. Other parameters of a model need an optimizer of their own.
+They take the gradients of ``ngram_hash_embed(..., grad="sparse")`` or of ``nn.Embedding(sparse=True)``, and touch no
+row that has none. Other parameters of a model need an optimizer of their own.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class RowwiseAdagrad(_SparseOptimizer):
 
     Notes
     -----
-    The rule is FBGEMM's exact row-wise Adagrad (arXiv 2101.05615). State and arithmetic are fp32 (fp64 for fp64 tables),
-    and stay so when a state dict is loaded.
+    The rule is FBGEMM's exact row-wise Adagrad (arXiv 2101.05615). State and arithmetic are fp32 (fp64 for fp64
+    tables), and stay so when a state dict is loaded.
     """
 
     def __init__(

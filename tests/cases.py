@@ -33,6 +33,7 @@ from blt_kernels.reference.patch_unpool import patch_unpool_reference
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = (torch.int64,)
+WIDE = 149  # columns: several vectors of every instruction set, side by side and alone, and some left over
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,12 @@ POOLING = [
     _pool("all", inputs.make_patch_pool(_EVERY)),
     _pool("tail", inputs.make_patch_pool(_EVERY, "tail"), trace=False),
     _pool("overflow", inputs.make_patch_pool(("mean", "max"), "overflow"), trace=False),
+    _pool("wide", inputs.make_patch_pool(_EVERY, width=WIDE), trace=False),
     _unpool("patch", inputs.make_patch_unpool("patch")),
     _unpool("decode", inputs.make_patch_unpool("decode")),
     _unpool("patch, tail", inputs.make_patch_unpool("patch", "tail"), trace=False),
     _unpool("decode, overflow", inputs.make_patch_unpool("decode", "overflow"), trace=False),
+    _unpool("decode, wide", inputs.make_patch_unpool("decode", width=WIDE), trace=False),
 ]
 
 # --- ngram_hash_embed -------------------------------------------------------------------------------------------------
@@ -138,6 +141,8 @@ NGRAM_HASH_EMBED = [
     _embed("fused", _make_embed(fused=True), _BOTH),
     _embed("list", _make_embed(byte_table=False, ngram_sizes=(2, 4), num_functions=2), ("tables",)),
     _embed("sparse", _make_embed(grad="sparse"), _BOTH, sparse=True, trace=False),
+    _embed("wide", _make_embed(fused=True, width=WIDE), _BOTH, trace=False),
+    _embed("sparse, wide", _make_embed(grad="sparse", width=WIDE), _BOTH, sparse=True, trace=False),
     _embed("shard", _make_embed(fused=True, row_range=(10, 40), vocab=53, ngram_sizes=(1, 3)), _BOTH),
     OpCase(
         "ngram_hash_embed",
@@ -174,10 +179,13 @@ ATTENTION = [
     _attention("window", _make_attention(window=5, groups=2)),
     _attention("both sides", _make_attention(window=4, causal=False, scale=0.5, groups=1)),
     _attention("keys", _make_attention(keys=True, groups=2, window=9, return_lse=True)),
+    _attention("wide", _make_attention(width=80, groups=2), trace=False),
     _cross("encode", _make_cross("encode")),
     _cross("decode", _make_cross("decode")),
     _cross("encode, window", _make_cross("encode", "tail", window=3)),
     _cross("decode, window", _make_cross("decode", "overflow", window=3, scale=0.5)),
+    _cross("encode, wide", _make_cross("encode", width=80), trace=False),
+    _cross("decode, wide", _make_cross("decode", width=80), trace=False),
 ]
 
 CASES = [*ENTROPY_PATCH, *POOLING, *NGRAM_HASH_EMBED, *ATTENTION]

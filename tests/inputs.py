@@ -130,9 +130,9 @@ def make_layout(num_bytes: int, seed: int, kind: str = "") -> PatchLayout:
     return ragged_layout(num_bytes, seed, max_patches=room)
 
 
-def make_patch_pool(reduce: str | tuple[str, ...], kind: str = "") -> Make:
+def make_patch_pool(reduce: str | tuple[str, ...], kind: str = "", width: int = 21) -> Make:
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
-        x = random_normal(num_bytes, 21, dtype=dtype, seed=seed)
+        x = random_normal(num_bytes, width, dtype=dtype, seed=seed)
         if dtype != torch.float64:  # many ties, which gradcheck cannot differentiate
             x = (x * 2).round() / 2
         return {"x": x, "layout": make_layout(num_bytes, seed, kind), "reduce": reduce}
@@ -140,10 +140,10 @@ def make_patch_pool(reduce: str | tuple[str, ...], kind: str = "") -> Make:
     return make
 
 
-def make_patch_unpool(ids: str, kind: str = "") -> Make:
+def make_patch_unpool(ids: str, kind: str = "", width: int = 21) -> Make:
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         layout = make_layout(num_bytes, seed, kind)
-        return {"y": random_normal(layout.capacity, 21, dtype=dtype, seed=seed), "layout": layout, "ids": ids}
+        return {"y": random_normal(layout.capacity, width, dtype=dtype, seed=seed), "layout": layout, "ids": ids}
 
     return make
 
@@ -151,17 +151,17 @@ def make_patch_unpool(ids: str, kind: str = "") -> Make:
 # --- ngram_hash_embed -------------------------------------------------------------------------------------------------
 
 
-def make_ngram_hash_embed(*, fused: bool = False, byte_table: bool = True, **options: Any) -> Make:
+def make_ngram_hash_embed(*, fused: bool = False, byte_table: bool = True, width: int = 9, **options: Any) -> Make:
     sizes, functions = options.get("ngram_sizes", (3, 4, 5, 6, 7, 8)), options.get("num_functions", 1)
     low, high = options.get("row_range", (0, 53))
     count, rows = functions * len(sizes), high - low
 
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
-        tables = random_normal(count * rows, 9, dtype=dtype, seed=seed)
+        tables = random_normal(count * rows, width, dtype=dtype, seed=seed)
         return {
             **make_tokens()(torch.int64, num_bytes, seed),
             "tables": tables if fused else list(tables.chunk(count)),
-            **({"byte_table": random_normal(260, 9, dtype=dtype, seed=seed + 1)} if byte_table else {}),
+            **({"byte_table": random_normal(260, width, dtype=dtype, seed=seed + 1)} if byte_table else {}),
             **options,
         }
 
@@ -171,7 +171,7 @@ def make_ngram_hash_embed(*, fused: bool = False, byte_table: bool = True, **opt
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-def make_attention(*, keys: bool = False, groups: int = 4, **options: Any) -> Make:
+def make_attention(*, keys: bool = False, groups: int = 4, width: int = 10, **options: Any) -> Make:
     """`keys`: documents have other numbers of keys than of queries, and not all of them are used."""
 
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
@@ -180,9 +180,9 @@ def make_attention(*, keys: bool = False, groups: int = 4, **options: Any) -> Ma
         rows = sum(more) if keys else num_bytes
         used = torch.tensor([n - (b + seed) % 3 if n > 3 else n for b, n in enumerate(more)], dtype=torch.int32)
         return {
-            "q": random_normal(num_bytes, 4, 10, dtype=dtype, seed=seed),
-            "k": random_normal(rows, groups, 10, dtype=dtype, seed=seed + 1),
-            "v": random_normal(rows, groups, 10, dtype=dtype, seed=seed + 2),
+            "q": random_normal(num_bytes, 4, width, dtype=dtype, seed=seed),
+            "k": random_normal(rows, groups, width, dtype=dtype, seed=seed + 1),
+            "v": random_normal(rows, groups, width, dtype=dtype, seed=seed + 2),
             "cu_seqlens_q": offsets_of(lengths),
             **({"cu_seqlens_k": offsets_of(more), "seqused_k": used} if keys else {}),
             **options,
@@ -191,15 +191,15 @@ def make_attention(*, keys: bool = False, groups: int = 4, **options: Any) -> Ma
     return make
 
 
-def make_cross_attention(direction: str, kind: str = "", **options: Any) -> Make:
+def make_cross_attention(direction: str, kind: str = "", width: int = 10, **options: Any) -> Make:
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         layout = make_layout(num_bytes, seed, kind)
         on_patches, on_bytes = layout.capacity * 2, num_bytes
         queries, keys = (on_patches, on_bytes) if direction == "encode" else (on_bytes, on_patches)
         return {
-            "q": random_normal(queries, 3, 10, dtype=dtype, seed=seed),
-            "k": random_normal(keys, 3, 10, dtype=dtype, seed=seed + 1),
-            "v": random_normal(keys, 3, 10, dtype=dtype, seed=seed + 2),
+            "q": random_normal(queries, 3, width, dtype=dtype, seed=seed),
+            "k": random_normal(keys, 3, width, dtype=dtype, seed=seed + 1),
+            "v": random_normal(keys, 3, width, dtype=dtype, seed=seed + 2),
             "layout": layout,
             "direction": direction,
             "queries_per_patch": 2,

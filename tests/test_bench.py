@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +49,18 @@ def test_a_wrong_result_is_not_timed(timing: ModuleType) -> None:
         timing.compare(wrong, rounds=1)
 
 
+def test_agreement_judges_ours_and_every_peer(timing: ModuleType) -> None:
+    assert_agree = importlib.import_module("common").assert_agree
+    truth = torch.linspace(1, 2, 100, dtype=torch.float64)
+    rounded = truth.float()
+    for wrong in (timing.OURS, "peer"):
+        results = {timing.OURS: [rounded], "eager": [rounded], "peer": [rounded]}
+        assert_agree(results, [truth], "eager")
+        results[wrong] = [rounded * 1.01]
+        with pytest.raises(AssertionError):
+            assert_agree(results, [truth], "eager")
+
+
 def test_figures(timing: ModuleType) -> None:
     """Shares and ratios from given times: 2 ms against 4 and 6, with a limit of 1 ms for half of the bytes."""
     functions = {timing.OURS: int, "slow": int, "slower": int}
@@ -58,6 +72,122 @@ def test_figures(timing: ModuleType) -> None:
     assert (ours.median_ms, ours.gb_per_s, ours.share_of_limit, ours.ratio_to_best_peer) == (2.0, 4.0, 1.0, 2.0)
     assert (slow.share_of_limit, slow.ratio_to_best_peer) == (0.5, 1.0)
     assert (limit.bytes, limit.gb_per_s, limit.ratio_to_best_peer) == (4_000_000, 4.0, None)
+    assert {row.rounds for row in (ours, slow, limit)} == {3}
+
+
+def test_ratios_are_of_the_rounds_that_both_took_part_in(timing: ModuleType) -> None:
+    functions = {timing.OURS: int, "slow": int}
+    comparison = timing.Comparison("op", "[1]", "int", functions, 1, {"copy": int}, 1, lambda _: None, device="x")
+    drifting = [1e-3, 1e-3, 4e-3, 4e-3, 4e-3]  # the machine slows down after the slow one has dropped out
+    times = {timing.OURS: drifting, "slow": [3e-3, 3e-3], "limit: copy": [1e-3] * 5}
+    ours, slow, _ = timing._rows(comparison, functions, times)
+    assert (ours.median_ms, ours.ratio_to_best_peer, ours.rounds) == (4.0, 3.0, 5)
+    assert (slow.median_ms, slow.ratio_to_best_peer, slow.rounds) == (3.0, 1.0, 2)
+
+
+def test_slow_implementations_drop_out(timing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that believes what functions say they take: 0.5 s of a budget of 2 s, and more than all of it."""
+    calls: dict[str, int] = {}
+
+    def takes(name: str, seconds: float) -> Callable[[], float]:
+        def function() -> float:
+            calls[name] = calls.get(name, 0) + 1
+            return seconds
+
+        return function
+
+    monkeypatch.setattr(timing._Clock, "sample", lambda self, function, repeats: function())
+    functions = {timing.OURS: takes("ours", 0.01), "slow": takes("slow", 0.5), "slower": takes("slower", 30.0)}
+    limits = {"copy": takes("copy", 0.001)}
+    comparison = timing.Comparison("op", "[1]", "int", functions, 1, limits, 1, lambda _: None, device="x")
+    rows = timing.compare(comparison, rounds=20, warmup=3, budget=2.0)
+    assert {row.implementation: row.rounds for row in rows} == {
+        timing.OURS: 20,
+        "slow": 4,
+        "slower": timing.FEWEST_SAMPLES,
+        "limit: copy": 20,
+    }
+    # A call whose result is checked, and the calls that warm up, of which the last tells how long one takes.
+    assert {name: calls[name] - rounds for name, rounds in (("ours", 20), ("slow", 4), ("slower", 3))} == {
+        "ours": 1 + 4,
+        "slow": 1 + 1,
+        "slower": 1 + 1,
+    }
+
+
+def test_csv_replaces_what_was_measured_again(timing: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "rows.csv"
+    first = timing.Row("op", "[1]", "int", 1, timing.OURS, 2.0, 1, 1.0, 1.0, None, None, 3)
+    timing.write_csv([first, replace(first, implementation="peer"), replace(first, threads=2)], path)
+    timing.write_csv([replace(first, median_ms=3.0)], path)
+    with path.open() as file:
+        rows = [(row["implementation"], row["threads"], row["median_ms"]) for row in csv.DictReader(file)]
+    assert rows == [(timing.OURS, "2", "2"), (timing.OURS, "1", "3")]
+    path.write_text("op,shape,dtype,threads,implementation\nold,[1],int,1,peer\n")
+    timing.write_csv([first], path)
+    assert path.read_text().splitlines()[1] == "old,[1],int,1,peer,,,,,,,"
+
+
+def test_readme_has_a_line_for_every_input(timing: ModuleType, tmp_path: Path) -> None:
+    def rows(op: str, dtype: str, ours: float, *, peer: bool = True) -> list[object]:
+        row = timing.Row(op, "[8]", dtype, 2, timing.OURS, ours, 1, 1.0, 0.5, 4.0 if peer else None, None, 3)
+        limit = replace(row, implementation="limit: copy", median_ms=0.1)
+        peers = [replace(row, implementation=n, median_ms=t * ours) for n, t in (("slow", 9), ("fast", 4))]
+        return [row, *(peers if peer else []), limit]
+
+    measured = [*rows("pool fwd", "int", 1.5), *rows("pool fwd+bwd", "int", 2.5), *rows("pool fwd+bwd", "half", 3.5)]
+    measured += [*rows("layout", "int", 0.25, peer=False), *rows("pool fwd, scaling with bytes", "int", 1.0)]
+    timing.write_csv([*measured, replace(measured[0], threads=1, median_ms=77.0)], tmp_path / "rows.csv")
+    table = importlib.import_module("readme").table(tmp_path / "rows.csv").splitlines()
+    assert "2 threads" in table[0]
+    assert table[4:] == [
+        "| `pool` | [8] int | 1.5 (50%) | fast: 4 | 2.5 (50%) | fast: 4 |",
+        "| `pool` | [8] half |  |  | 3.5 (50%) | fast: 4 |",
+        "| `layout` | [8] int | 0.25 (50%) |  |  |  |",
+    ]
+
+
+def test_scaling_fits_exponents(timing: ModuleType) -> None:
+    bench = importlib.import_module("bench_scaling")
+    row = timing.Row("op fwd, scaling with bytes", "", "int", 2, timing.OURS, 1.0, 1, 1.0, 1.0, None, 1.0, 3)
+    rows = [
+        replace(row, shape=f"{size} bytes", median_ms=float(size**2), extra_mb=float(size)) for size in (10, 100, 1000)
+    ]
+    rows.append(replace(rows[0], implementation="limit: copy", median_ms=1e9))
+    rows += [
+        replace(row, op="op fwd, scaling with documents", shape=f"{n} documents", median_ms=ms)
+        for n, ms in ((1, 2.0), (10, 3.0))
+    ]
+    assert bench.remarks(rows) == [
+        "op fwd, 2 threads, 10 to 1000 bytes: time T^2.00 (2.00 at the end), memory T^1.00 (1.00 at the end)",
+        "op fwd, 2 threads, 1 to 10 documents: the slowest takes 1.50 times as long as the fastest",
+    ]
+
+
+def test_command_draws_scaling(timing: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bench = importlib.import_module("bench_scaling")
+    for ops in ("ALL", "ON_PATCHES", "ON_DOCUMENTS"):
+        monkeypatch.setattr(bench, ops, {"patch_pool max": bench.patch_pool})
+    path = tmp_path / "rows.csv"
+    arguments = ["bench", "scaling", "--small", "--rounds", "1", "--threads", "1", "--csv", str(path)]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "patch_pool max fwd+bwd, 1 threads, 256 to 1024 bytes: time T^" in result.output
+    assert path.exists()
+    assert (tmp_path / "rows-scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_masked_attention_has_the_mask_of_transformers(timing: ModuleType) -> None:
+    theirs = pytest.importorskip("transformers.models.blt.modeling_blt")._prepare_patch_cross_attention_mask
+    additive_mask = importlib.import_module("peers.patch_cross_attention").additive_mask
+    ids = torch.tensor([[0, 1, 1, 3, 3, 3], [0, 0, 1, 2, 3, 4]])
+    vectors = torch.arange(5).repeat_interleave(2).expand(2, -1)
+    for dtype in (torch.float32, torch.bfloat16):
+        encode = theirs(ids, 5, 6, patches_as_queries=True, cross_attn_k=2, dtype=dtype)
+        assert torch.equal(additive_mask(vectors, ids, dtype), encode)
+        decode = theirs(ids, 5, 6, patches_as_queries=False, cross_attn_k=2, dtype=dtype)
+        assert torch.equal(additive_mask(ids, vectors, dtype), decode)
 
 
 def test_peak_memory_counts_what_is_held_at_a_time(timing: ModuleType) -> None:

@@ -240,6 +240,24 @@ def test_sparse_gradients_are_coalesced(form: str) -> None:
     torch.optim.SparseAdam(leaves).step()
 
 
+@pytest.mark.parametrize("grad", ["dense", "sparse"])
+@pytest.mark.parametrize(("num_functions", "width"), [(11, 40), (1, 1100)])
+def test_many_tables_long_sums_and_wide_rows(num_functions: int, width: int, grad: str, device: str) -> None:
+    """67 rows a byte, and up to 3000 bytes a row: numbers are whole, so sums are exact in any order."""
+    sizes, rows = (1, 2, 3, 4, 5, 30), 3
+    tokens = text(3000, device=device)
+    tables = torch.randint(-9, 9, (num_functions * len(sizes) * rows, width), device=device).float().requires_grad_()
+    byte_table = torch.randint(-9, 9, (A, width), device=device).float().requires_grad_()
+    cotangent = torch.randint(-9, 9, (3000, width), device=device).float()
+    results = []
+    for function in (ngram_hash_embed, reference.ngram_hash_embed_reference):
+        out = function(tokens, tables, byte_table, ngram_sizes=sizes, num_functions=num_functions, grad=grad)
+        grads = torch.autograd.grad(out, (tables, byte_table), cotangent)
+        results.append([out, *(g.to_dense() for g in grads)])
+    for own, expected in zip(*results, strict=True):
+        assert torch.equal(own, expected)
+
+
 def test_gradcheck() -> None:
     tables, byte_table = parameters(rows=3)
     tokens = text(12) % 7

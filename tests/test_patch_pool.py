@@ -102,15 +102,19 @@ def test_ties_share_the_gradient(value: float, device: str) -> None:
         )
 
 
-def test_nan_stays_in_its_patch_and_column(device: str) -> None:
-    x = torch.arange(14.0, dtype=torch.float64, device=device).view(7, 2)
-    x[2, 1] = NAN
+@pytest.mark.parametrize("width", [2, 150])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("byte", [1, 2, 3])
+def test_nan_stays_in_its_patch_and_column(byte: int, dtype: torch.dtype, width: int, device: str) -> None:
+    x = torch.arange(7.0 * width, device=device).view(7, width).to(dtype)
+    column = width // 2
+    x[byte, column] = NAN
     for reduce in ("max", "min", "mean", "sum"):
         leaf = x.clone().requires_grad_()
         out = patch_pool(leaf, worked_layout(device), reduce)
-        assert out.isnan().nonzero().tolist() == [[1, 1]]
+        assert out.isnan().nonzero().tolist() == [[1, column]]
         out.sum().backward()
-        hit = [[1, 1], [2, 1], [3, 1]] if reduce in ("max", "min") else []
+        hit = [[1, column], [2, column], [3, column]] if reduce in ("max", "min") else []
         assert leaf.grad.isnan().nonzero().tolist() == hit
 
 
@@ -199,6 +203,17 @@ def test_error_against_fp64(dtype: torch.dtype, device: str) -> None:
     for reduce in ALL:
         eager, truth = patch_pool_reference(x, layout, reduce), patch_pool_reference(x.double(), layout, reduce)
         assert_close(patch_pool(x, layout, reduce), eager, truth, name=reduce)
+
+
+@pytest.mark.parametrize(("num_bytes", "width"), [(5000, 3), (4000, 33), (40, 2100)])
+def test_long_patches_and_wide_rows(num_bytes: int, width: int, device: str) -> None:
+    layout = PatchLayout.from_lengths(torch.tensor([[1, num_bytes - 20, 19]], device=device)).compact()
+    x = (torch.randn(num_bytes, width, device=device) * 8).round().requires_grad_()  # exact sums, many ties
+    out, expected = patch_pool(x, layout, ALL), patch_pool_reference(x, layout, ALL)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)  # a mean is rounded
+    grad = torch.ones_like(out)
+    theirs = torch.autograd.grad(patch_pool_reference(x.double(), layout, ALL), x, grad.double())
+    torch.testing.assert_close(torch.autograd.grad(out, x, grad), theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("reduce", "kept"), [("mean", 0), (("sum", "first"), 0), ("max", 2), (("mean", "min"), 2)])

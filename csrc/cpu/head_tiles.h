@@ -94,44 +94,56 @@ Vec<A> lane_sums(Vec<A>* v) {
 // --- products ---------------------------------------------------------------------------------------------------------
 
 template <int kI, int kJ, class T, class A = accumulator_t<T>>
-void dots_block(A* table, Steps steps, const HeadRows<const T>& x, const HeadRows<const T>& y, HeadShape shape,
-                A factor) {
+void dots_block(A* table, Steps steps, HeadRows<const T> x, HeadRows<const T> y,
+                HeadRows<const T> next, HeadShape shape, A factor) {
   Vec<A> sums[kI][kJ][lanes<A>];
   for (int64_t head = 0; head < lanes<A>; ++head) {
-    PairOf<A> sum[kI][kJ] = {};
-    const auto add = [&](const auto& load, int64_t e) {
-      PairOf<A> right[kJ];
-      for (int j = 0; j < kJ; ++j) right[j] = load(y.at(j, head) + e);
-      for (int i = 0; i < kI; ++i) {
-        const PairOf<A> left = load(x.at(i, head) + e);
-        for (int j = 0; j < kJ; ++j) sum[i][j].a += left.a * right[j].a, sum[i][j].b += left.b * right[j].b;
-      }
-    };
+    Vec<A> sum[kI][kJ];
+    for (int i = 0; i < kI; ++i)
+      for (int j = 0; j < kJ; ++j) sum[i][j] = Vec<A>{};
     if (head < shape.heads) {
       int64_t e = 0;
-      for (; e + pair_lanes<A> <= shape.width; e += pair_lanes<A>) add([](const T* p) { return load_pair(p); }, e);
-      if (e < shape.width) add([&](const T* p) { return load_part(p, shape.width - e); }, e);
+      for (; e + pair_lanes<A> <= shape.width; e += pair_lanes<A>) {
+        if (next.data)
+          for (int j = 0; j < kJ; ++j) prefetch_pair(next.at(j, head) + e);
+        PairOf<A> right[kJ];
+        for (int j = 0; j < kJ; ++j) right[j] = load_pair(y.at(j, head) + e);
+        for (int i = 0; i < kI; ++i) {
+          const PairOf<A> left = load_pair(x.at(i, head) + e);
+          for (int j = 0; j < kJ; ++j) sum[i][j] += left.a * right[j].a, sum[i][j] += left.b * right[j].b;
+        }
+      }
+      if (e < shape.width)
+        for (int i = 0; i < kI; ++i)
+          for (int j = 0; j < kJ; ++j) {
+            const PairOf<A> left = load_part(x.at(i, head) + e, shape.width - e);
+            const PairOf<A> right = load_part(y.at(j, head) + e, shape.width - e);
+            sum[i][j] += left.a * right.a + left.b * right.b;
+          }
     }
     for (int i = 0; i < kI; ++i)
-      for (int j = 0; j < kJ; ++j) sums[i][j][head] = sum[i][j].a + sum[i][j].b;
+      for (int j = 0; j < kJ; ++j) sums[i][j][head] = sum[i][j];
   }
   for (int i = 0; i < kI; ++i)
     for (int j = 0; j < kJ; ++j)
       store(table + (i * steps.i + j * steps.j) * lanes<A>, factor * lane_sums<A>(sums[i][j]));
 }
 
-// table_ij = factor * x_i . y_j for rows i < m and j < n; j runs fastest. Lanes beyond the heads are 0.
+// table_ij = factor * x_i . y_j for rows i < m and j < n; j runs fastest. Lanes beyond the heads are 0. Asks for n rows
+// of `next` meanwhile: the strides from row to row are too long for the hardware to foresee.
 template <class T, class A = accumulator_t<T>>
-void dots(A* table, const HeadRows<const T>& x, int64_t m, const HeadRows<const T>& y, int64_t n, HeadShape shape,
-          A factor) {
+void dots(A* table, HeadRows<const T> x, int64_t m, HeadRows<const T> y, int64_t n, HeadRows<const T> next,
+          HeadShape shape, A factor) {
   for (int64_t i = 0; i < m; i += 2)
     for (int64_t j = 0; j < n; j += 2) {
-      A* const cell = table + (i * n + j) * lanes<A>;
-      const auto left = x.from(i, 0), right = y.from(j, 0);
-      if (i + 1 < m && j + 1 < n) dots_block<2, 2>(cell, {n, 1}, left, right, shape, factor);
-      else if (i + 1 < m) dots_block<2, 1>(cell, {n, 1}, left, right, shape, factor);
-      else if (j + 1 < n) dots_block<1, 2>(cell, {n, 1}, left, right, shape, factor);
-      else dots_block<1, 1>(cell, {n, 1}, left, right, shape, factor);
+      const auto run = [&]<int kI, int kJ>(std::integer_sequence<int, kI, kJ>) {
+        dots_block<kI, kJ>(table + (i * n + j) * lanes<A>, {n, 1}, x.from(i, 0), y.from(j, 0),
+                           i == 0 ? next.from(j, 0) : HeadRows<const T>{}, shape, factor);
+      };
+      if (i + 1 < m && j + 1 < n) run(std::integer_sequence<int, 2, 2>{});
+      else if (i + 1 < m) run(std::integer_sequence<int, 2, 1>{});
+      else if (j + 1 < n) run(std::integer_sequence<int, 1, 2>{});
+      else run(std::integer_sequence<int, 1, 1>{});
     }
 }
 
@@ -141,12 +153,12 @@ class Partial {
  public:
   Partial(const Tensor& like, int64_t width)
       : like_(like), padded_((width + pair_lanes<A> - 1) / pair_lanes<A> * pair_lanes<A>) {}
-  A* at(int64_t row, int64_t head) {
+  HeadRows<A> rows() {
     if (!data_) {
       memory_ = torch::stable::new_empty(like_, {kRows * lanes<A> * padded_}, accumulator(like_));
       data_ = memory_.template mutable_data_ptr<A>();
     }
-    return data_ + (row * lanes<A> + head) * padded_;
+    return {data_, lanes<A> * padded_, padded_};
   }
 
  private:
@@ -159,46 +171,55 @@ class Partial {
 // Does a sum start with these rows, and is it finished with them?
 struct Stage {
   bool first, last;
+  bool whole() const { return first && last; }
 };
 
+// Everything by value: stores may alias what a reference leads to, and then nothing stays in registers.
 template <int kJ, class T, class A = accumulator_t<T>>
-void sum_rows_block(const HeadRows<T>& out, Partial<A>& partial, int64_t row, const HeadRows<const T>& x,
-                    int64_t count, const A* table, Steps steps, HeadShape shape, Stage stage) {
-  for (int64_t head = 0; head < shape.heads; ++head)
-    for (int64_t e = 0; e < shape.width; e += pair_lanes<A>) {
-      const int64_t left = shape.width - e;
-      PairOf<A> sums[kJ] = {};
-      if (!stage.first)
-        for (int j = 0; j < kJ; ++j) sums[j] = load_pair(partial.at(row + j, head) + e);
-      for (int64_t i = 0; i < count; ++i) {
-        const T* const p = x.at(i, head) + e;
-        const PairOf<A> term = left >= pair_lanes<A> ? load_pair(p) : load_part(p, left);
+void sum_rows_block(HeadRows<T> out, HeadRows<A> partial, HeadRows<const T> x, int64_t count, const A* table,
+                    Steps steps, HeadShape shape, Stage stage) {
+  for (int64_t head = 0; head < shape.heads; ++head) {
+    const auto sum = [&](int64_t e, const auto& load, const auto& save) {
+      PairOf<A> sums[kJ];
+      for (int j = 0; j < kJ; ++j) sums[j] = {Vec<A>{}, Vec<A>{}};
+      const T* row = x.at(0, head) + e;
+      const A* weight = table + head;
+      for (int64_t i = 0; i < count; ++i, row += x.row_stride, weight += steps.i * lanes<A>) {
+        const PairOf<A> term = load(row);
         for (int j = 0; j < kJ; ++j) {
-          const A weight = table[(i * steps.i + j * steps.j) * lanes<A> + head];
-          sums[j].a += weight * term.a;
-          sums[j].b += weight * term.b;
+          sums[j].a += weight[j * steps.j * lanes<A>] * term.a;
+          sums[j].b += weight[j * steps.j * lanes<A>] * term.b;
         }
       }
       for (int j = 0; j < kJ; ++j) {
-        T* const p = out.at(row + j, head) + e;
-        if (!stage.last) store_pair(partial.at(row + j, head) + e, sums[j]);
-        else if (left >= pair_lanes<A>) store_pair(p, sums[j]);
-        else store_part(p, sums[j], left);
+        if (!stage.first) {  // a sum of sums: rounding errors stay small
+          const PairOf<A> before = load_pair(partial.at(j, head) + e);
+          sums[j] = {sums[j].a + before.a, sums[j].b + before.b};
+        }
+        if (stage.last) save(out.at(j, head) + e, sums[j]);
+        else store_pair(partial.at(j, head) + e, sums[j]);
       }
-    }
+    };
+    int64_t e = 0;
+    for (; e + pair_lanes<A> <= shape.width; e += pair_lanes<A>)
+      sum(e, [](const T* p) { return load_pair(p); }, [](T* p, PairOf<A> pair) { store_pair(p, pair); });
+    if (const int64_t rest = shape.width - e)
+      sum(e, [=](const T* p) { return load_part(p, rest); }, [=](T* p, PairOf<A> pair) { store_part(p, pair, rest); });
+  }
 }
 
 // out_j = sum over i of table_ij x_i, for i < count and j < rows; sums that go on from or into other tables are partial.
 template <class T, class A = accumulator_t<T>>
-void sum_rows(const HeadRows<T>& out, Partial<A>& partial, int64_t rows, const HeadRows<const T>& x, int64_t count,
-              const A* table, Steps steps, HeadShape shape, Stage stage) {
+void sum_rows(HeadRows<T> out, Partial<A>& partial, int64_t rows, HeadRows<const T> x, int64_t count, const A* table,
+              Steps steps, HeadShape shape, Stage stage) {
   for (int64_t j = 0; j < rows; j += 4)
     for (int64_t i = 0; i < count; i += kRows) {
       const int64_t size = std::min(kRows, count - i);
       const Stage here = {stage.first && i == 0, stage.last && i + size == count};
+      const HeadRows<A> running = here.whole() ? HeadRows<A>{} : partial.rows().from(j, 0);
       const A* const cell = table + (i * steps.i + j * steps.j) * lanes<A>;
       const auto run = [&]<int kJ>(std::integral_constant<int, kJ>) {
-        sum_rows_block<kJ, T>(out, partial, j, x.from(i, 0), size, cell, steps, shape, here);
+        sum_rows_block<kJ, T>(out.from(j, 0), running, x.from(i, 0), size, cell, steps, shape, here);
       };
       switch (std::min<int64_t>(4, rows - j)) {
         case 1: run(std::integral_constant<int, 1>{}); break;

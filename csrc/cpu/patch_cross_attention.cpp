@@ -89,14 +89,15 @@ struct Softmax {
       const Vec<A> s = load(scores + j * lanes<A>);
       top = s > top ? s : top;
     }
-    total *= clamped_exp<A>(before - shift());
-    for (int64_t j = 0; j < count; ++j) total += clamped_exp<A>(load(scores + j * lanes<A>) - shift());
+    Vec<A> sum = {};
+    for (int64_t j = 0; j < count; ++j) sum += clamped_exp<A>(load(scores + j * lanes<A>) - shift());
+    total = total * clamped_exp<A>(before - shift()) + sum;
   }
   void weigh(A* scores, int64_t count) const {
-    const Vec<A> factor = total == 0 ? Vec<A>{} : 1 / total;
+    const Vec<A> divisor = total == 0 ? Vec<A>{} + 1 : total;
     for (int64_t j = 0; j < count; ++j) {
       A* const cell = scores + j * lanes<A>;
-      store(cell, clamped_exp<A>(load(cell) - shift()) * factor);
+      store(cell, clamped_exp<A>(load(cell) - shift()) / divisor);
     }
   }
 };
@@ -110,7 +111,7 @@ void attend(const Problem<T>& problem, const Output<T>& output, Rows queries, Ro
   Softmax<A> softmax[kRows];
   const int64_t m = queries.size(), step = kCells / m;
   const auto score = [&](int64_t key, int64_t n) {
-    dots(table, problem.q.from(queries.begin, head), m, problem.k.from(key, head), n, shape, problem.scale);
+    dots(table, problem.q.from(queries.begin, head), m, problem.k.from(key, head), n, problem.v.from(key, head), shape, problem.scale);
   };
   for (int64_t key = keys.begin; key < keys.end; key += step) {
     const int64_t n = std::min(step, keys.end - key);
@@ -167,21 +168,33 @@ void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const Block
   alignas(kVecBytes) Table<A> weights;
   alignas(kVecBytes) Table<A> slopes;
   const int64_t m = tile.queries.size(), n = tile.keys.size();
+  // Where a tile has all the keys of its queries, g_i . out_i is a sum over them, and out need not be read.
+  const bool all_keys = wanted.queries && query_stage.whole();
   const auto q = problem.q.from(tile.queries.begin, head), g = grads.grad_out.from(tile.queries.begin, head);
-  const auto out = grads.out.from(tile.queries.begin, head);
   const auto k = problem.k.from(tile.keys.begin, head), v = problem.v.from(tile.keys.begin, head);
-  dots(weights, q, m, k, n, shape, problem.scale);
-  dots(slopes, g, m, v, n, shape, A(1));
+  dots(weights, q, m, k, n, v, shape, problem.scale);
+  dots(slopes, g, m, v, n, {}, shape, A(1));
   for (int64_t i = 0; i < m; ++i) {
-    alignas(kVecBytes) A delta[lanes<A>], lse[lanes<A>] = {};
-    dots(delta, g.from(i, 0), 1, out.from(i, 0), 1, shape, A(1));
+    A* const p = weights + i * n * lanes<A>;
+    A* const ds = slopes + i * n * lanes<A>;
+    alignas(kVecBytes) A lse[lanes<A>] = {}, delta[lanes<A>];
     std::copy_n(grads.lse + (tile.queries.begin + i) * problem.heads + head, shape.heads, lse);
-    for (int64_t j = 0; j < n; ++j) {
-      A* const p = weights + (i * n + j) * lanes<A>;
-      A* const ds = slopes + (i * n + j) * lanes<A>;
-      const Vec<A> weight = clamped_exp<A>(load(p) - load(lse));
-      store(p, weight);
-      store(ds, weight * (load(ds) - load(delta)) * problem.scale);
+    Vec<A> total = {}, sum = {};
+    for (int64_t j = 0; j < n * lanes<A>; j += lanes<A>) {
+      const Vec<A> weight = clamped_exp<A>(load(p + j) - load(lse));
+      store(p + j, weight);
+      total += weight;
+      sum += weight * load(ds + j);
+    }
+    if (!all_keys) {
+      dots(delta, g.from(i, 0), 1, grads.out.from(tile.queries.begin + i, head), 1, {}, shape, A(1));
+      total = Vec<A>{} + 1, sum = load(delta);
+    }
+    // lse is rounded, so the weights do not quite sum to 1 until they are divided by their sum.
+    for (int64_t j = 0; j < n * lanes<A>; j += lanes<A>) {
+      const Vec<A> weight = load(p + j) / total;
+      store(p + j, weight);
+      store(ds + j, weight * (load(ds + j) - sum / total) * problem.scale);
     }
   }
   if (wanted.queries)

@@ -1,0 +1,66 @@
+"""Peers of the entropy_patch family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def eager_entropy(logits: Tensor) -> Tensor:
+    """The entropy of facebookresearch/blt, in the dtype of the logits."""
+    log_p = F.log_softmax(logits, dim=-1)
+    return -(log_p * log_p.exp()).sum(-1)
+
+
+def eager_patch_lengths(entropy: Tensor, threshold: float) -> Tensor:
+    """facebookresearch/blt: entropies ``[B, S]`` to padded lengths, by a mask, start ids and their differences."""
+    rows, size = entropy.shape
+    mask = (entropy.float()[:, 1:] > threshold)[:, :-1]
+    # Start ids of ragged rows by one boolean selection: as many sentinels as there are bytes without a start.
+    position = torch.arange(2, size, device=entropy.device).expand(rows, -1)
+    candidates = torch.cat((position, torch.full_like(position, size)), 1)
+    starts = candidates[torch.cat((mask, ~mask), 1)].view(rows, -1)[:, : mask.sum(1).max()]
+    first = torch.tensor([0, 1], device=entropy.device).expand(rows, -1)
+    starts = torch.cat((first, starts, torch.full_like(first[:, :1], size)), 1)
+    lengths = starts.diff()
+    _check_lengths(lengths)
+    used = int((lengths != 0).any(0).sum())
+    lengths = lengths[:, :used]
+    assert int(lengths.sum()) == rows * size
+    return lengths
+
+
+def _check_lengths(lengths: Tensor) -> None:
+    assert bool((lengths >= 0).all())
+    zero = F.pad(lengths[:, :-1] == 0, (1, 0))
+    assert not bool(((lengths != 0) & zero).any())
+
+
+def eager_entropy_patch(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """facebookresearch/blt: logits ``[B, S, A]`` to entropies and padded patch lengths."""
+    entropy = eager_entropy(logits)
+    return entropy, eager_patch_lengths(entropy, threshold)
+
+
+def transformers_entropy_patch(threshold: float) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """The steps of transformers' BLT patcher after its model, or None if it is not installed."""
+    try:
+        from transformers.models.blt.modeling_blt import BltPatcher, process_patch_lengths
+    except ImportError:
+        return None
+
+    def steps(logits: Tensor) -> tuple[Tensor, Tensor]:
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        lengths = BltPatcher.patch_lengths_from_entropies(entropy, entropy.shape[1], patch_size=4, threshold=threshold)
+        return entropy, process_patch_lengths(lengths, None)
+
+    return steps
+
+
+def entropy_and_mask(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """As much of the work as torch.compile takes in one graph: the patches themselves depend on the data."""
+    entropy = eager_entropy(logits)
+    return entropy, entropy > threshold
