@@ -628,7 +628,7 @@ def test_doctor_names_every_operator() -> None:
     registered = {
         name.removeprefix("blt_kernels::")
         for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("blt_kernels::") and name.endswith("_fwd")
+        if name.startswith("blt_kernels::") and name.endswith(("_fwd", "_step"))
     }
     assert set(doctor.OPS.values()) == registered
 

@@ -33,6 +33,8 @@ OPS = {
     "ngram_hash_embed": "ngram_hash_embed_fwd",
     "block_causal_attention": "block_causal_attention_fwd",
     "patch_cross_attention": "patch_cross_attention_fwd",
+    "optim.SGD": "sgd_step",
+    "optim.RowwiseAdagrad": "rowwise_adagrad_step",
 }
 DEVICES = ("CPU", "CUDA")
 EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "cli", "safetensors": "cli"}
