@@ -66,7 +66,8 @@ sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedB
 	$(say) 'op tests with sanitizers'
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize/site \
-	    pytest tests/test_entropy_patch.py tests/test_ops.py -k "not compile and not inductor and not opcheck"
+	    pytest tests/test_ops.py tests/test_optim.py $$(ls blt_kernels/ops/[!_]*.py | xargs -n 1 basename | sed "s,^,tests/test_,") \
+	    -k "not compile and not inductor and not opcheck"
 
 clean:  ## Remove everything that was built; .venv stays
 	rm -rf build dist blt_kernels/*.so *.egg-info .venv/built

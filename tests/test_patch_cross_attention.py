@@ -1,8 +1,9 @@
-"""patch_cross_attention: who reads whom by hand, against a mask, empty patches, poison, autocast, argument errors."""
+"""patch_cross_attention: who reads whom by hand, against a mask, empty patches, poison, tiles, argument errors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -264,6 +265,131 @@ def test_autocast_is_that_of_torch_attention(device: str) -> None:
     assert double.dtype == torch.float64
     assert all(g.dtype == torch.float32 for g in grads)
     assert torch.equal(out, patch_cross_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), layout, **options))
+
+
+# --- tiles, threads, raw operators ------------------------------------------------------------------------------------
+
+
+def long_layout(device: str = "cpu") -> PatchLayout:
+    """Patches of 1, 700, 16, 17, 130, 3 and 33 bytes in documents of 701, 33 and 166; 4 bytes beyond, room for 9."""
+    starts = [0, 1, 701, 717, 734, 864, 867]
+    cuts = torch.zeros(904, dtype=torch.bool)
+    cuts[[s - 1 for s in starts[1:]]] = True  # a cut follows a byte
+    offsets = torch.tensor([0, 701, 734, 900], dtype=torch.int32)
+    layout = PatchLayout.from_cuts(cuts.to(device), offsets.to(device), 9)
+    assert layout.patch_offsets.tolist() == [*starts, 900, 900, 900]
+    return layout
+
+
+def arguments(
+    layout: PatchLayout, direction: str, vectors: int, heads: int, width: int, window: int | None = None
+) -> tuple[list[Tensor], list[Any]]:
+    """q, k, v and a gradient in fp64, and what the raw operators take after them."""
+    sides = [layout.capacity * vectors, layout.num_bytes]
+    queries, keys = sides if direction == "encode" else sides[::-1]
+    rows = (queries, keys, keys, queries)
+    tensors = [randn(n, heads, width, seed=i, device=str(layout.device)) for i, n in enumerate(rows)]
+    ids = layout.patch_ids if direction == "encode" else layout.decode_ids
+    return tensors, [layout.patch_offsets, layout.cu_patches, ids, direction, vectors, window, None]
+
+
+def run_raw(tensors: list[Tensor], rest: list[Any]) -> list[Tensor]:
+    """out, lse and the three gradients, from the raw operators."""
+    q, k, v, grad = tensors
+    out, lse = torch.ops.blt_kernels.patch_cross_attention_fwd(q, k, v, *rest)
+    return [out, lse, *torch.ops.blt_kernels.patch_cross_attention_bwd(grad, q, k, v, out, lse, *rest)]
+
+
+def run_reference(tensors: list[Tensor], rest: list[Any]) -> list[Tensor]:
+    q, k, v, grad = tensors
+    out, lse = reference.patch_cross_attention_fwd_reference(q, k, v, *rest)
+    return [out, lse, *reference.patch_cross_attention_bwd_reference(grad, q, k, v, out, lse, *rest)]
+
+
+def check_raw(tensors: list[Tensor], rest: list[Any]) -> None:
+    names, results = ("out", "lse", "grad_q", "grad_k", "grad_v"), run_raw(tensors, rest)
+    expected, exact = run_reference(tensors, rest), run_reference([x.double() for x in tensors], rest)
+    for name, *values in zip(names, results, expected, exact, strict=True):
+        if tensors[0].dtype == torch.float64:
+            torch.testing.assert_close(
+                *values[:2], rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        else:
+            assert_close(*values, name=name)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("window", [None, 2, 1000])
+@pytest.mark.parametrize("vectors", [1, 2, 15, 16, 17, 33])
+def test_patches_and_windows_longer_than_a_tile(direction: str, window: int | None, vectors: int, device: str) -> None:
+    """A tile holds 16 rows by 16, or more of one side where there are fewer of the other."""
+    tensors, rest = arguments(long_layout(device), direction, vectors, 2, 3, window)
+    check_raw(tensors, rest)
+    check_raw([x.half() for x in tensors], rest)  # sums that more than one tile adds to stay in fp32
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "width"), [(1, 1), (1, 64), (5, 33), (16, 31), (17, 8), (33, 96)])
+def test_heads_and_widths_that_fill_no_vector(
+    direction: str, dtype: torch.dtype, heads: int, width: int, device: str
+) -> None:
+    tensors, rest = arguments(ragged_layout(60, 4, max_patches=40, device=device), direction, 3, heads, width)
+    check_raw([x.to(dtype) for x in tensors], rest)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_bitwise_the_same_with_more_threads(direction: str, window: int | None, device: str) -> None:
+    """Enough work to be shared, in documents and patches of very different lengths."""
+    tensors, rest = arguments(ragged_layout(2500, 3, device=device), direction, 2, 4, 64, window)
+    tensors = [x.float() for x in tensors]
+    alone = run_raw(tensors, rest)
+    torch.set_num_threads(2)
+    assert all(torch.equal(*pair) for pair in zip(alone, run_raw(tensors, rest), strict=True))
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize(
+    ("position", "bad", "message"),
+    [
+        (0, lambda x: x + 1, "patch_offsets"),
+        (0, lambda x: x.flip(0), "patch_offsets"),
+        (0, lambda x: x * 2, "patch_offsets"),
+        (0, lambda x: x[:-1], "rows|cu_patches"),
+        (
+            0,
+            lambda x: x.clone().index_fill_(0, torch.tensor([x.numel() - 1]), 904),
+            "ids",
+        ),  # the last patch is not empty
+        (1, lambda x: x + 1, "cu_patches"),
+        (1, lambda x: x * 2, "cu_patches"),
+        (1, lambda x: x[:-1], "ids"),
+        (2, lambda x: x + 1, "ids"),
+        (2, lambda x: x.flip(0), "ids"),
+        (2, lambda x: x[:-1], "ids"),
+        (2, lambda x: torch.full_like(x, 2**31 - 1), "ids"),
+        (2, lambda x: x.long(), "ids"),
+        (3, lambda _: "up", "direction"),
+        (4, lambda _: 0, "queries_per_patch"),
+        (4, lambda _: 2**62, "rows"),
+        (5, lambda _: 0, "window"),
+    ],
+)
+def test_a_raw_operator_refuses_what_does_not_fit_together(
+    direction: str, position: int, bad: Callable[[Any], Any], message: str
+) -> None:
+    """Nothing is read or written by offsets and ids that have not been checked."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("blt_kernels::patch_cross_attention_fwd", "CPU"):
+        pytest.skip("no compiled kernel")
+    tensors, rest = arguments(long_layout(), direction, 2, 1, 4)
+    good = run_raw(tensors, rest)
+    rest[position] = bad(rest[position])
+    q, k, v, grad = tensors
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.blt_kernels.patch_cross_attention_fwd(q, k, v, *rest)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.blt_kernels.patch_cross_attention_bwd(grad, q, k, v, *good[:2], *rest)
 
 
 # --- argument errors --------------------------------------------------------------------------------------------------

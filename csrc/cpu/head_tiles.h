@@ -1,17 +1,19 @@
 // Products of a few rows with a few rows, in as many heads at once as a vector has lanes.
 //
-// A Table holds one number a head for each pair of rows (i, j): cell (i, j) is a vector across heads. So a softmax over
-// i or j is vertical, and there is nothing to shuffle in it. Rows are [heads, E]: all heads of a row lie side by side and
-// are read in that order.
-//   dots:      table_ij = factor * x_i . y_j. Products are summed in vectors along E, then the vectors of lanes<A> heads
-//              are transposed while they are folded, at about two shuffles a dot product.
-//   sum_rows:  out_j = sum_i table_ij x_i, in registers along E.
+// A Table holds one number a head for each pair of rows (i, j): cell (i, j) is a vector across heads. So a softmax
+// over i or j is vertical, and there is nothing to shuffle in it. Rows are [heads, E]: all heads of a row lie side by
+// side and are read in that order.
+//   dots:           table_ij = factor * x_i . y_j. Products are summed in vectors along E, then the vectors of lanes<A>
+//                   heads are transposed while they are folded, at about two shuffles a dot product.
+//   weighted_sums:  out_j = sum_i table_ij x_i, in registers along E.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
+#include <type_traits>
 #include <utility>
 
 #include "../common/check.h"
@@ -47,7 +49,7 @@ struct Steps {
   int64_t i, j;
 };
 
-// --- parts of vectors -------------------------------------------------------------------------------------------------
+// --- parts of vectors ------------------------------------------------------------------------------------------------
 
 // The first `count` elements of a pair; the others are 0.
 template <class T>
@@ -91,11 +93,11 @@ Vec<A> lane_sums(Vec<A>* v) {
   return v[0];
 }
 
-// --- products ---------------------------------------------------------------------------------------------------------
+// --- products --------------------------------------------------------------------------------------------------------
 
 template <int kI, int kJ, class T, class A = accumulator_t<T>>
-void dots_block(A* table, Steps steps, HeadRows<const T> x, HeadRows<const T> y,
-                HeadRows<const T> next, HeadShape shape, A factor) {
+void dots_block(A* table, int64_t n, HeadRows<const T> x, HeadRows<const T> y, HeadRows<const T> next, HeadShape shape,
+                A factor) {
   Vec<A> sums[kI][kJ][lanes<A>];
   for (int64_t head = 0; head < lanes<A>; ++head) {
     Vec<A> sum[kI][kJ];
@@ -125,8 +127,7 @@ void dots_block(A* table, Steps steps, HeadRows<const T> x, HeadRows<const T> y,
       for (int j = 0; j < kJ; ++j) sums[i][j][head] = sum[i][j];
   }
   for (int i = 0; i < kI; ++i)
-    for (int j = 0; j < kJ; ++j)
-      store(table + (i * steps.i + j * steps.j) * lanes<A>, factor * lane_sums<A>(sums[i][j]));
+    for (int j = 0; j < kJ; ++j) store(table + (i * n + j) * lanes<A>, factor * lane_sums<A>(sums[i][j]));
 }
 
 // table_ij = factor * x_i . y_j for rows i < m and j < n; j runs fastest. Lanes beyond the heads are 0. Asks for n rows
@@ -137,13 +138,17 @@ void dots(A* table, HeadRows<const T> x, int64_t m, HeadRows<const T> y, int64_t
   for (int64_t i = 0; i < m; i += 2)
     for (int64_t j = 0; j < n; j += 2) {
       const auto run = [&]<int kI, int kJ>(std::integer_sequence<int, kI, kJ>) {
-        dots_block<kI, kJ>(table + (i * n + j) * lanes<A>, {n, 1}, x.from(i, 0), y.from(j, 0),
-                           i == 0 ? next.from(j, 0) : HeadRows<const T>{}, shape, factor);
+        dots_block<kI, kJ>(table + (i * n + j) * lanes<A>, n, x.from(i, 0), y.from(j, 0),
+                           i == 0 && next.data ? next.from(j, 0) : HeadRows<const T>{}, shape, factor);
       };
-      if (i + 1 < m && j + 1 < n) run(std::integer_sequence<int, 2, 2>{});
-      else if (i + 1 < m) run(std::integer_sequence<int, 2, 1>{});
-      else if (j + 1 < n) run(std::integer_sequence<int, 1, 2>{});
-      else run(std::integer_sequence<int, 1, 1>{});
+      if (i + 1 < m && j + 1 < n)
+        run(std::integer_sequence<int, 2, 2>{});
+      else if (i + 1 < m)
+        run(std::integer_sequence<int, 2, 1>{});
+      else if (j + 1 < n)
+        run(std::integer_sequence<int, 1, 2>{});
+      else
+        run(std::integer_sequence<int, 1, 1>{});
     }
 }
 
@@ -154,18 +159,14 @@ class Partial {
   Partial(const Tensor& like, int64_t width)
       : like_(like), padded_((width + pair_lanes<A> - 1) / pair_lanes<A> * pair_lanes<A>) {}
   HeadRows<A> rows() {
-    if (!data_) {
-      memory_ = torch::stable::new_empty(like_, {kRows * lanes<A> * padded_}, accumulator(like_));
-      data_ = memory_.template mutable_data_ptr<A>();
-    }
-    return {data_, lanes<A> * padded_, padded_};
+    if (!memory_) memory_ = torch::stable::new_empty(like_, {kRows * lanes<A> * padded_}, accumulator(like_));
+    return {memory_->template mutable_data_ptr<A>(), lanes<A> * padded_, padded_};
   }
 
  private:
   const Tensor& like_;
   int64_t padded_;
-  Tensor memory_;
-  A* data_ = nullptr;
+  std::optional<Tensor> memory_;
 };
 
 // Does a sum start with these rows, and is it finished with them?
@@ -176,8 +177,8 @@ struct Stage {
 
 // Everything by value: stores may alias what a reference leads to, and then nothing stays in registers.
 template <int kJ, class T, class A = accumulator_t<T>>
-void sum_rows_block(HeadRows<T> out, HeadRows<A> partial, HeadRows<const T> x, int64_t count, const A* table,
-                    Steps steps, HeadShape shape, Stage stage) {
+void weighted_sums_block(HeadRows<T> out, HeadRows<A> partial, HeadRows<const T> x, int64_t count, const A* table,
+                         Steps steps, HeadShape shape, Stage stage) {
   for (int64_t head = 0; head < shape.heads; ++head) {
     const auto sum = [&](int64_t e, const auto& load, const auto& save) {
       PairOf<A> sums[kJ];
@@ -196,8 +197,10 @@ void sum_rows_block(HeadRows<T> out, HeadRows<A> partial, HeadRows<const T> x, i
           const PairOf<A> before = load_pair(partial.at(j, head) + e);
           sums[j] = {sums[j].a + before.a, sums[j].b + before.b};
         }
-        if (stage.last) save(out.at(j, head) + e, sums[j]);
-        else store_pair(partial.at(j, head) + e, sums[j]);
+        if (stage.last)
+          save(out.at(j, head) + e, sums[j]);
+        else
+          store_pair(partial.at(j, head) + e, sums[j]);
       }
     };
     int64_t e = 0;
@@ -208,10 +211,11 @@ void sum_rows_block(HeadRows<T> out, HeadRows<A> partial, HeadRows<const T> x, i
   }
 }
 
-// out_j = sum over i of table_ij x_i, for i < count and j < rows; sums that go on from or into other tables are partial.
+// out_j = sum over i of table_ij x_i, for i < count and j < rows; sums that go on from or into other tables are
+// partial.
 template <class T, class A = accumulator_t<T>>
-void sum_rows(HeadRows<T> out, Partial<A>& partial, int64_t rows, HeadRows<const T> x, int64_t count, const A* table,
-              Steps steps, HeadShape shape, Stage stage) {
+void weighted_sums(HeadRows<T> out, Partial<A>& partial, int64_t rows, HeadRows<const T> x, int64_t count,
+                   const A* table, Steps steps, HeadShape shape, Stage stage) {
   for (int64_t j = 0; j < rows; j += 4)
     for (int64_t i = 0; i < count; i += kRows) {
       const int64_t size = std::min(kRows, count - i);
@@ -219,7 +223,7 @@ void sum_rows(HeadRows<T> out, Partial<A>& partial, int64_t rows, HeadRows<const
       const HeadRows<A> running = here.whole() ? HeadRows<A>{} : partial.rows().from(j, 0);
       const A* const cell = table + (i * steps.i + j * steps.j) * lanes<A>;
       const auto run = [&]<int kJ>(std::integral_constant<int, kJ>) {
-        sum_rows_block<kJ, T>(out.from(j, 0), running, x.from(i, 0), size, cell, steps, shape, here);
+        weighted_sums_block<kJ, T>(out.from(j, 0), running, x.from(i, 0), size, cell, steps, shape, here);
       };
       switch (std::min<int64_t>(4, rows - j)) {
         case 1: run(std::integral_constant<int, 1>{}); break;

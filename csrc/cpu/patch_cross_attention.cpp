@@ -5,15 +5,17 @@
 //   ds_ij = scale p_ij (g_i . v_j - g_i . out_i)
 //   dq_i = sum_j ds_ij k_j,  dk_j = sum_i ds_ij q_i,  dv_j = sum_i p_ij g_i
 //
-// Queries that read the same keys make a block with them, mostly K by a handful (patch_readers.h), and a block is nothing
-// but small dense attention, for as many heads at once as a vector has lanes (head_tiles.h). A thread owns a run of
-// patches with all heads of their rows, so every tensor is read and written once, from front to back. Blocks with more
-// pairs of rows than a table has cells are cut into tiles.
-// The backward does the queries and the keys of a patch in one pass where they read each other only; with a window the
-// keys of a patch are in a block of their own with all queries that read them. Every gradient has one owner: no atomics.
+// Queries that read the same keys make a block with them, mostly K by a handful (patch_readers.h), and a block is
+// nothing but small dense attention, for as many heads at once as a vector has lanes (head_tiles.h). A thread owns a
+// run of patches with all heads of their rows, so every tensor is read and written once, from front to back. Blocks
+// with more pairs of rows than a table has cells are cut into tiles. The backward does the queries and the keys of a
+// patch in one pass where they read each other only; with a window the keys of a patch are in a block of their own
+// with all queries that read them. Every gradient has one owner: no atomics.
 //
-// Bytes moved: forward q, k, v, out, lse once; backward q, k, v, grad_out, out and the gradients once. Flops a (query, key)
-// pair and head: 4 E forward, 10 E backward; one in four bytes moved, so memory is the limit.
+// Bytes moved: forward q, k, v, out, lse once; backward q, k, v, grad_out and the gradients once, and out where a
+// query has more keys than a tile. Flops a (query, key) pair and head: 4 E forward, 10 E backward. With K = 2 in fp32
+// that is about one flop a byte, so memory is the limit. With a window of w the pairs grow w-fold, and keys are read w
+// times from the cache.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -52,7 +54,8 @@ Vec<A> clamped_exp(Vec<A> x) {
 // Calls f(first head, shape) for groups of as many heads as a vector has lanes.
 template <class A, class F>
 void for_each_group(int64_t heads, int64_t width, const F& f) {
-  for (int64_t head = 0; head < heads; head += lanes<A>) f(head, HeadShape{std::min<int64_t>(lanes<A>, heads - head), width});
+  for (int64_t head = 0; head < heads; head += lanes<A>)
+    f(head, HeadShape{std::min<int64_t>(lanes<A>, heads - head), width});
 }
 
 template <class T>
@@ -60,7 +63,7 @@ void clear(const HeadRows<T>& x, Rows rows, int64_t heads, int64_t width) {
   for (int64_t i = rows.begin; i < rows.end; ++i) std::fill_n(x.at(i, 0), heads * width, T(0));
 }
 
-// --- forward ----------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Output {
@@ -102,7 +105,7 @@ struct Softmax {
   }
 };
 
-// At most kRows queries in one group of heads.
+// At most kRows queries in one group of heads. Two passes over the keys: the softmax, then the values.
 template <class T>
 void attend(const Problem<T>& problem, const Output<T>& output, Rows queries, Rows keys, int64_t head, HeadShape shape,
             Partial<accumulator_t<T>>& partial) {
@@ -111,7 +114,8 @@ void attend(const Problem<T>& problem, const Output<T>& output, Rows queries, Ro
   Softmax<A> softmax[kRows];
   const int64_t m = queries.size(), step = kCells / m;
   const auto score = [&](int64_t key, int64_t n) {
-    dots(table, problem.q.from(queries.begin, head), m, problem.k.from(key, head), n, problem.v.from(key, head), shape, problem.scale);
+    dots(table, problem.q.from(queries.begin, head), m, problem.k.from(key, head), n, problem.v.from(key, head), shape,
+         problem.scale);
   };
   for (int64_t key = keys.begin; key < keys.end; key += step) {
     const int64_t n = std::min(step, keys.end - key);
@@ -127,8 +131,8 @@ void attend(const Problem<T>& problem, const Output<T>& output, Rows queries, Ro
     const int64_t n = std::min(step, keys.end - key);
     if (keys.size() > step) score(key, n);  // else the scores are still there
     for (int64_t i = 0; i < m; ++i) softmax[i].weigh(table + i * n * lanes<A>, n);
-    sum_rows<T>(output.out.from(queries.begin, head), partial, m, problem.v.from(key, head), n, table, {1, n}, shape,
-                {key == keys.begin, key + n == keys.end});
+    weighted_sums<T>(output.out.from(queries.begin, head), partial, m, problem.v.from(key, head), n, table, {1, n},
+                     shape, {key == keys.begin, key + n == keys.end});
   }
 }
 
@@ -142,7 +146,7 @@ void attend_block(const Problem<T>& problem, const Output<T>& output, const Bloc
   });
 }
 
-// --- backward ---------------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Gradients {
@@ -198,10 +202,10 @@ void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const Block
     }
   }
   if (wanted.queries)
-    sum_rows<T>(grads.q.from(tile.queries.begin, head), partials.q, m, k, n, slopes, {1, n}, shape, query_stage);
+    weighted_sums<T>(grads.q.from(tile.queries.begin, head), partials.q, m, k, n, slopes, {1, n}, shape, query_stage);
   if (wanted.keys) {
-    sum_rows<T>(grads.k.from(tile.keys.begin, head), partials.k, n, q, m, slopes, {n, 1}, shape, key_stage);
-    sum_rows<T>(grads.v.from(tile.keys.begin, head), partials.v, n, g, m, weights, {n, 1}, shape, key_stage);
+    weighted_sums<T>(grads.k.from(tile.keys.begin, head), partials.k, n, q, m, slopes, {n, 1}, shape, key_stage);
+    weighted_sums<T>(grads.v.from(tile.keys.begin, head), partials.v, n, g, m, weights, {n, 1}, shape, key_stage);
   }
 }
 
@@ -239,7 +243,7 @@ void grad_block(const Problem<T>& problem, const Gradients<T>& grads, const Bloc
   });
 }
 
-// --- entries ----------------------------------------------------------------------------------------------------------
+// --- entries ---------------------------------------------------------------------------------------------------------
 
 Tensor unit_stride(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : torch::stable::contiguous(x); }
 
@@ -271,8 +275,8 @@ Readers check_arguments(const Tensor& q, const Tensor& k, const Tensor& v, Tenso
   const bool encode = direction == "encode";
   const Tensor& on_bytes = encode ? k : q;
   const Tensor& on_patches = encode ? q : k;
-  const Readers readers = check_readers(patch_offsets, cu_patches, ids, direction, on_bytes.size(0), queries_per_patch,
-                                        window);
+  const Readers readers =
+      check_readers(patch_offsets, cu_patches, ids, direction, on_bytes.size(0), queries_per_patch, window);
   const int64_t rows = on_patches.size(0), capacity = readers.capacity;
   STD_TORCH_CHECK(capacity == 0 ? rows == 0 : rows % capacity == 0 && rows / capacity == queries_per_patch,
                   encode ? "q" : "k", ": expected ", capacity, " * ", queries_per_patch, " rows, got ", rows);
@@ -281,8 +285,9 @@ Readers check_arguments(const Tensor& q, const Tensor& k, const Tensor& v, Tenso
 
 template <class T>
 Problem<T> problem_of(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
-  return {rows_of<T>(q), rows_of<T>(k), rows_of<T>(v), q.size(1), q.size(2),
-          static_cast<accumulator_t<T>>(scale.value_or(1 / std::sqrt(static_cast<double>(q.size(2)))))};
+  return {rows_of<T>(q), rows_of<T>(k),
+          rows_of<T>(v), q.size(1),
+          q.size(2),     static_cast<accumulator_t<T>>(scale.value_or(1 / std::sqrt(static_cast<double>(q.size(2)))))};
 }
 
 std::tuple<Tensor, Tensor> patch_cross_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor patch_offsets,
@@ -346,8 +351,10 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cpu(Tensor grad_out
       });
     });
     const Rows unread = {readers.offsets[readers.capacity], readers.num_bytes};
-    if (readers.encode) clear(grads.k, unread, heads, width), clear(grads.v, unread, heads, width);
-    else clear(grads.q, unread, heads, width);
+    if (readers.encode)
+      clear(grads.k, unread, heads, width), clear(grads.v, unread, heads, width);
+    else
+      clear(grads.q, unread, heads, width);
   });
   return {grad_q, grad_k, grad_v};
 }

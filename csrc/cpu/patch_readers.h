@@ -1,14 +1,15 @@
 // Who reads whom in patch_cross_attention: blocks of consecutive queries that all read the same consecutive keys.
 //
-// Encoding, the K queries of patch p read the bytes of patches (p - window, p]. Decoding, the bytes with decode id d read
-// the K vectors of patches (d - window, d]; these bytes lie next to each other. Either way the queries of a patch make one
-// block with the keys they read, and the keys of a patch another one with the queries that read them; without a window
-// the two are the same.
+// Encoding, the K queries of patch p read the bytes of patches (p - window, p]. Decoding, the bytes with decode id d
+// read the K vectors of patches (d - window, d]; these bytes lie next to each other. Either way the queries of a patch
+// make one block with the keys they read, and the keys of a patch another one with the queries that read them; without
+// a window the two are the same.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
 #include "../common/check.h"
@@ -83,8 +84,8 @@ struct Readers {
   }
 };
 
-// The ids must be those of the offsets, since blocks are found by either: encoding, byte t of patch p has id p; decoding,
-// p or that of the patch before, -1 if there is none in the document, and they never fall within a document.
+// The ids must be those of the offsets, since blocks are found by either: encoding, byte t of patch p has id p;
+// decoding, p or that of the patch before, -1 if there is none in the document, and they never fall within a document.
 inline void check_ids(const Readers& r) {
   bool valid = r.offsets[r.capacity] == r.offsets[r.cu_patches[r.documents]];
   r.for_each_patch(0, r.cu_patches[r.documents], [&](int64_t p, const Document& document) {
