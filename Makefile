@@ -55,6 +55,7 @@ wheel-check: .venv/built  ## Only the tests of the wheel: from the sdist, conten
 	$(say) 'sdist, the wheel from it, and its audits'
 	pytest tests/test_build.py
 
+OP_TESTS := $(patsubst blt_kernels/ops/%,tests/test_%,$(filter-out %/__init__.py %/_common.py,$(wildcard blt_kernels/ops/*.py)))
 sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(say) 'building with sanitizers'
 	cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DBLT_KERNELS_SANITIZE=ON \
@@ -66,8 +67,7 @@ sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedB
 	$(say) 'op tests with sanitizers'
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize/site \
-	    pytest tests/test_ops.py tests/test_optim.py $$(ls blt_kernels/ops/[!_]*.py | xargs -n 1 basename | sed "s,^,tests/test_,") \
-	    -k "not compile and not inductor and not opcheck"
+	    pytest tests/test_ops.py tests/test_optim.py $(OP_TESTS) -k "not compile and not inductor and not opcheck"
 
 clean:  ## Remove everything that was built; .venv stays
 	rm -rf build dist blt_kernels/*.so *.egg-info .venv/built

@@ -1,39 +1,50 @@
 // Products of small matrices whose last dimension lies across the vector lanes.
 //
-// A Block is a row-major matrix with kWidth<A> columns: as many as kColumns vectors hold. `product` keeps kRows rows of
+// A Block is a row-major matrix with kWidth<A> columns: as many as kColumns vectors hold. `product` keeps kRegisterRows rows of
 // the result in registers, adding them to what is there only at the end (long sums are sums of short ones, which keeps
 // their rounding errors low), and streams the other factor one scalar at a time, so it may have any strides and is never
-// packed: for each step of the sum there are kColumns loads and kRows broadcasts for kRows * kColumns multiply-adds.
+// packed: for each step of the sum there are kColumns loads and kRegisterRows broadcasts for kRegisterRows * kColumns multiply-adds.
 #pragma once
 
 #include "../common/vec.h"
 
 namespace blt {
 
-// 32 vector registers with AVX-512, 16 without: kRows * kColumns accumulators, kColumns loads and a broadcast must fit.
+// 32 vector registers with AVX-512, 16 without: kRegisterRows * kColumns accumulators, kColumns loads and a broadcast must fit.
 #if defined(__AVX512F__)
 inline constexpr int kColumns = 4;
 #else
 inline constexpr int kColumns = 2;
 #endif
-inline constexpr int kRows = 6;
+inline constexpr int kRegisterRows = 6;
 
 template <class A>
 inline constexpr int64_t kWidth = kColumns * lanes<A>;
 
+// The loops over registers are unrolled by hand of the compiler: it keeps an array in registers only if every index is
+// a constant.
 template <int kCount, class A>
 inline void product_rows(A* out, const A* left, int64_t row_stride, int64_t step, const A* right, int64_t depth,
                          bool add) {
-  Vec<A> sums[kCount][kColumns] = {};
+  Vec<A> sums[kCount][kColumns];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) sums[i][c] = Vec<A>{};
   for (int64_t d = 0; d < depth; ++d) {
     Vec<A> row[kColumns];
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) row[c] = load(right + d * kWidth<A> + c * lanes<A>);
+#pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
       const A scalar = left[i * row_stride + d * step];
+#pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) sums[i][c] += scalar * row[c];
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
       A* const cell = out + i * kWidth<A> + c * lanes<A>;
       store(cell, add ? load(cell) + sums[i][c] : sums[i][c]);
@@ -44,12 +55,12 @@ inline void product_rows(A* out, const A* left, int64_t row_stride, int64_t step
 template <class A>
 inline void product(A* out, int64_t rows, const A* left, int64_t row_stride, int64_t step, const A* right,
                     int64_t depth, bool add) {
-  static_assert(kRows == 6, "the switch has a case for every remainder");
+  static_assert(kRegisterRows == 6, "the switch has a case for every remainder");
   const auto run = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t i) {
     product_rows<kCount>(out + i * kWidth<A>, left + i * row_stride, row_stride, step, right, depth, add);
   };
   int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) run(std::integral_constant<int, kRows>{}, i);
+  for (; i + kRegisterRows <= rows; i += kRegisterRows) run(std::integral_constant<int, kRegisterRows>{}, i);
   switch (rows - i) {
     case 5: run(std::integral_constant<int, 5>{}, i); break;
     case 4: run(std::integral_constant<int, 4>{}, i); break;

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "../common/check.h"
@@ -18,12 +19,30 @@
 
 namespace blt {
 
+inline constexpr int64_t kStep = 64;  // streamed rows in a step
+
 // (lane, streamed row) pairs below which a second thread is not worth waking.
 inline constexpr int64_t kSerialWork = 16 * 1024;
 
+// An item of work is a few tiles, so that each streamed row that is gathered serves all of them: as many as fit into
+// kBlockBytes, which is meant to leave room in a cache of the second level, and into kMaxRows lanes.
+inline constexpr int64_t kBlockBytes = 512 * 1024, kMaxRows = 512;
+template <class A>
+inline constexpr int64_t kMaxTiles = kMaxRows / kWidth<A>;
+
+// Tiles of an item with so many blocks of E * kWidth elements each.
+template <class A>
+int64_t tiles_of_item(int64_t blocks, int64_t width) {
+  const int64_t fit = kBlockBytes / (blocks * width * kWidth<A> * static_cast<int64_t>(sizeof(A)));
+  return std::clamp<int64_t>(fit, 1, kMaxTiles<A>);
+}
+
 struct Range {
   int64_t begin, end;
+  int64_t size() const { return end - begin; }
 };
+
+inline Range overlap(const Range& a, const Range& b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 
 // Which keys a query sees.
 struct Visibility {
@@ -52,6 +71,8 @@ struct Tile {
   Range lanes, streamed;
   int64_t work() const { return streamed.end - streamed.begin; }
 };
+
+inline Range keys_of(std::span<const Tile> tiles) { return {tiles.front().streamed.begin, tiles.back().streamed.end}; }
 
 // Tiles of queries, with the keys that their queries see; rows beyond the last document are in none.
 inline std::vector<Tile> query_tiles(const Visibility& visible, int64_t width) {
@@ -101,26 +122,38 @@ struct Scratch {
     next += padded(size);
     return begin;
   }
+  A* zeros(int64_t size) {
+    A* const begin = take(size);
+    std::fill(begin, begin + size, A(0));
+    return begin;
+  }
 };
 
-// Calls f(head, tile, scratch) for all heads and tiles, with equal shares of the work for the threads. `size` elements
-// of scratch are enough for f; the rest of the allocation is padding.
+// Calls f(head, tiles, scratch) for all heads and runs of tiles that overlap in what they stream, with equal shares of
+// the work for the threads. A tile needs `blocks` blocks of [E][lane] in scratch, an item two blocks of [step][lane] and
+// two of [step][E].
 template <class A, class F>
-void for_each_item(const Tensor& like, int64_t heads, const std::vector<Tile>& tiles, int64_t size, F f) {
+void for_each_item(const Tensor& like, int64_t heads, const std::vector<Tile>& tiles, int64_t blocks, int64_t width,
+                   F f) {
+  const int64_t most = tiles_of_item<A>(blocks, width);
+  const int64_t size = Scratch<A>::padded(width * kWidth<A>) * blocks * most + 2 * kStep * kWidth<A> +
+                       2 * Scratch<A>::padded(kStep * width);
   const int64_t count = static_cast<int64_t>(tiles.size());
   std::vector<int64_t> before(count + 1, 0);  // work before each tile, with one unit for its own rows
   for (int64_t t = 0; t < count; ++t) before[t + 1] = before[t] + tiles[t].work() + 1;
   const int64_t total = heads * before[count];
   const int64_t threads = total * kWidth<A> <= kSerialWork ? 1 : torch::stable::get_num_threads();
-  size += 10 * 16;
   Tensor memory = torch::stable::new_empty(like, {threads * size}, accumulator(like));
   A* const scratch = memory.mutable_data_ptr<A>();
   parallel_for(threads, 1, [&](int64_t first, int64_t last) {
     const int64_t begin = total * first / threads, end = total * last / threads;
     for (int64_t head = 0; head < heads; ++head)
-      for (int64_t t = 0; t < count; ++t) {
+      for (int64_t t = 0, next; t < count; t = next) {
+        for (next = t + 1; next < count && next - t < most; ++next)
+          if (tiles[next].streamed.begin >= tiles[next - 1].streamed.end || tiles[next].work() == 0) break;
         const int64_t start = head * before[count] + before[t];
-        if (begin <= start && start < end) f(head, tiles[t], Scratch<A>{scratch + first * size});
+        if (begin <= start && start < end)
+          f(head, std::span<const Tile>(&tiles[t], static_cast<size_t>(next - t)), Scratch<A>{scratch + first * size});
       }
   });
 }
