@@ -89,8 +89,7 @@ template <class A>
 void weigh_rows(A* scores, A* slopes, const Range* seen, const A* lse, const A* delta, int64_t stride, int64_t rows,
                 A factor, const Range& keys) {
   Vec<A> number[kColumns];
-  for (int c = 0; c < kColumns; ++c)
-    for (int i = 0; i < lanes<A>; ++i) number[c][i] = static_cast<A>(c * lanes<A> + i);
+  for (int c = 0; c < kColumns; ++c) number[c] = lane_numbers<A>(c);
   for (int64_t i = 0; i < rows; ++i) {
     const bool masked = keys.begin < seen[i].begin || seen[i].end < keys.end;
     const A first = static_cast<A>(seen[i].begin - keys.begin), last = static_cast<A>(seen[i].end - keys.begin);

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
+#include <utility>
 
 #include "tile.h"
 #include "visible_tiles.h"
@@ -56,29 +56,31 @@ inline void store_as(T* p, Vec<A> x) {
   }
 }
 
-// Of a square of vectors: log2(lanes) rounds that exchange halves of pairs of rows.
-template <class A>
+// Of a square of vectors: log2(lanes) rounds, in which pairs of rows exchange halves.
+template <class A, int kHalf = 1>
 inline void transpose(Vec<A> (&rows)[lanes<A>]) {
-#pragma GCC unroll 4
-  for (int half = 1; half < lanes<A>; half *= 2) {
-    Mask<A> low, high;  // of the lanes of a pair, numbered one behind the other
-#pragma GCC unroll 16
-    for (int j = 0; j < lanes<A>; ++j) {
-      low[j] = j & half ? lanes<A> + j - half : j;
-      high[j] = j & half ? lanes<A> + j : j + half;
-    }
+  if constexpr (kHalf < lanes<A>) {
+    // Lanes of two rows, numbered one behind the other.
+    const auto low = []<int... kLane>(std::integer_sequence<int, kLane...>) {
+      return Mask<A>{(kLane & kHalf ? lanes<A> + kLane - kHalf : kLane)...};
+    }(std::make_integer_sequence<int, lanes<A>>{});
+    const Mask<A> high = low + kHalf;
 #pragma GCC unroll 16
     for (int i = 0; i < lanes<A>; ++i)
-      if (!(i & half)) {
-        const Vec<A> a = rows[i], b = rows[i + half];
+      if (!(i & kHalf)) {
+        const Vec<A> a = rows[i], b = rows[i + kHalf];
         rows[i] = __builtin_shuffle(a, b, low);
-        rows[i + half] = __builtin_shuffle(a, b, high);
+        rows[i + kHalf] = __builtin_shuffle(a, b, high);
       }
+    transpose<A, 2 * kHalf>(rows);
   }
 }
 
-// exp for x of at most 88; below kExpMin it stays at exp(kExpMin), next to nothing.
-inline VecF bounded_exp(VecF x) { return exp(max(broadcast(kExpMin), x)); }
+// exp for x of at most 88, and 0 below kExpMin: products with subnormal weights would take a hundred times as long.
+inline VecF bounded_exp(VecF x) {
+  const VecF low = broadcast(kExpMin);
+  return x < low ? VecF{} : exp(max(low, x));
+}
 inline Vec<double> bounded_exp(Vec<double> x) { return exp(x); }
 
 template <class M>
@@ -91,6 +93,24 @@ inline bool any(M mask) {
 
 template <class A>
 inline constexpr A kNone = -std::numeric_limits<A>::infinity();
+
+// The number in a Block's row of each lane of vector c.
+template <class A>
+inline Vec<A> lane_numbers(int c) {
+  Vec<A> numbers;
+  for (int i = 0; i < lanes<A>; ++i) numbers[i] = static_cast<A>(c * lanes<A> + i);
+  return numbers;
+}
+
+// Folds the lanes in halves.
+template <class A, class F>
+inline A fold_lanes(Vec<A> x, F f) {
+  A cells[lanes<A>];
+  std::memcpy(cells, &x, sizeof(x));
+  for (int half = lanes<A> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) cells[i] = f(cells[i], cells[i + half]);
+  return cells[0];
+}
 
 // --- rows in and out of blocks ----------------------------------------------------------------------------------------
 
@@ -106,6 +126,25 @@ void gather_rows(A* block, const Heads<const T>& x, int64_t head, const Range& r
   }
 }
 
+// Block `chunk` of the columns of rows: block[i][lane] = x[rows.begin + i][chunk * kWidth + lane]; 0 beyond E.
+// The same of the next head is likely to be next.
+template <class T, class A>
+void gather_chunk(A* block, const Heads<const T>& x, int64_t head, const Range& rows, int64_t width, int64_t chunk) {
+  const int64_t begin = chunk * kWidth<A>;
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    const T* const row = x.row(rows.begin + i, head) + begin;
+    for (int64_t e = 0; e < kWidth<A>; e += 64 / sizeof(T)) __builtin_prefetch(row + x.head_stride + e);
+    for (int64_t lane = 0; lane < kWidth<A>; lane += lanes<A>) {
+      A* const cells = block + i * kWidth<A> + lane;
+      if (begin + lane + lanes<A> <= width)
+        store(cells, load_as<A>(row + lane));
+      else
+        for (int64_t l = 0; l < lanes<A>; ++l)
+          cells[l] = begin + lane + l < width ? static_cast<A>(row[lane + l]) : A(0);
+    }
+  }
+}
+
 // block[e][lane] = factor * x[rows.begin + lane][e]; lanes behind the rows are 0.
 template <class T, class A>
 A* transpose_in(A* block, const Heads<const T>& x, int64_t head, const Range& rows, int64_t width, A factor) {
@@ -114,9 +153,11 @@ A* transpose_in(A* block, const Heads<const T>& x, int64_t head, const Range& ro
   for (int64_t lane = 0; lane < kWidth<A>; lane += lanes<A>) {
     for (int64_t e = 0; e < whole; e += lanes<A>) {
       Vec<A> square[lanes<A>];
+#pragma GCC unroll 16
       for (int i = 0; i < lanes<A>; ++i)
         square[i] = lane + i < count ? factor * load_as<A>(x.row(begin + lane + i, head) + e) : Vec<A>{};
       transpose<A>(square);
+#pragma GCC unroll 16
       for (int i = 0; i < lanes<A>; ++i) store(block + (e + i) * kWidth<A> + lane, square[i]);
     }
     for (int64_t i = lane; i < lane + lanes<A>; ++i)
@@ -135,6 +176,7 @@ void transpose_out(const Heads<T>& x, int64_t head, const Range& rows, int64_t w
     const int64_t end = std::min<int64_t>(count, lane + lanes<A>);
     for (int64_t e = 0; e < whole; e += lanes<A>) {
       Vec<A> square[lanes<A>];
+#pragma GCC unroll 16
       for (int i = 0; i < lanes<A>; ++i) square[i] = load(block + (e + i) * kWidth<A> + lane);
       transpose<A>(square);
       for (int64_t i = lane; i < end; ++i) store_as<T, A>(x.row(begin + i, head) + e, factor[i] * square[i - lane]);

@@ -27,6 +27,7 @@
 #include "../common/dispatch.h"
 #include "../common/parallel.h"
 #include "attention_backward.h"
+#include "attention_decode.h"
 #include "attention_forward.h"
 
 namespace blt {
@@ -124,11 +125,28 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(Tensor q, Tensor k, Te
     const Problem<T> problem = problem_of<T>(q, k, v, scale, visible);
     const Heads<T> rows = output_heads<T>(out);
     A* const lses = lse.mutable_data_ptr<A>();
+    const int64_t width = problem.width;
     fill_rows(out, visible.cu_q[visible.documents], T(0));
     fill_rows(lse, visible.cu_q[visible.documents], -std::numeric_limits<A>::infinity());
-    for_each_item<A>(q, problem.heads, query_tiles(visible, kWidth<A>), 2, problem.width,
+    const int64_t shared = problem.heads / problem.groups;
+    std::vector<Tile> many = query_tiles(visible, kWidth<A>), few;
+    int64_t most = 0;  // queries in a tile of few
+    std::erase_if(many, [&](const Tile& tile) {
+      const bool is_few = tile.lanes.size() <= kFew<A> && problem.heads * tile.lanes.size() <= kMaxRows;
+      if (is_few) few.push_back(tile), most = std::max(most, tile.lanes.size());
+      return is_few;
+    });
+    for_each_item<A>(q, problem.heads, many, tiles_of_item<A>(2, width), kWidth<A>, tile_scratch<A>(2, width),
                      [&](int64_t head, std::span<const Tile> tiles, Scratch<A> scratch) {
                        attend<T, A>(problem, rows, lses, head, tiles, scratch);
+                     });
+    // Groups are split only as far as there are threads for them.
+    const int64_t parts = std::min<int64_t>(problem.groups, torch::stable::get_num_threads());
+    const int64_t groups = (problem.groups + parts - 1) / parts;  // of a part
+    for_each_item<A>(q, parts, few, 1, problem.heads / parts * kFewCost, few_scratch<A>(groups, shared * most, width),
+                     [&](int64_t part, std::span<const Tile> tiles, Scratch<A> scratch) {
+                       const Range own = {problem.groups * part / parts, problem.groups * (part + 1) / parts};
+                       attend_few<T, A>(problem, rows, lses, own, tiles[0], scratch);
                      });
   });
   return {out, lse};
@@ -181,17 +199,17 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(Tensor grad_ou
                    grads_v = output_heads<T>(grad_v);
     A* const deltas = delta.mutable_data_ptr<A>();
     const Saved<T, A> saved = {grads, lse.const_data_ptr<A>(), deltas};
-    const int64_t rows = visible.cu_q[visible.documents];
+    const int64_t width = problem.width, rows = visible.cu_q[visible.documents];
     fill_rows(grad_q, rows, T(0));
-    dot_rows(grads, heads_of<T>(out), rows, problem.heads, problem.width, deltas);
+    dot_rows(grads, heads_of<T>(out), rows, problem.heads, width, deltas);
     const std::vector<Tile> tiles = query_tiles(visible, kWidth<A>);
-    for_each_item<A>(q, problem.heads, tiles, 3, problem.width,
-                     [&](int64_t head, std::span<const Tile> tiles, Scratch<A> scratch) {
-                       query_grad<T, A>(problem, saved, grads_q, head, tiles, scratch);
+    for_each_item<A>(q, problem.heads, tiles, tiles_of_item<A>(3, width), kWidth<A>, tile_scratch<A>(3, width),
+                     [&](int64_t head, std::span<const Tile> run, Scratch<A> scratch) {
+                       query_grad<T, A>(problem, saved, grads_q, head, run, scratch);
                      });
-    for_each_item<A>(q, problem.groups, key_tiles(tiles, k.size(0), kWidth<A>), 4, problem.width,
-                     [&](int64_t group, std::span<const Tile> tiles, Scratch<A> scratch) {
-                       key_grad<T, A>(problem, saved, grads_k, grads_v, group, tiles, scratch);
+    for_each_item<A>(q, problem.groups, key_tiles(tiles, k.size(0), kWidth<A>), tiles_of_item<A>(4, width), kWidth<A>,
+                     tile_scratch<A>(4, width), [&](int64_t group, std::span<const Tile> run, Scratch<A> scratch) {
+                       key_grad<T, A>(problem, saved, grads_k, grads_v, group, run, scratch);
                      });
   });
   return {grad_q, grad_k, grad_v};

@@ -129,20 +129,25 @@ struct Scratch {
   }
 };
 
-// Calls f(head, tiles, scratch) for all heads and runs of tiles that overlap in what they stream, with equal shares of
-// the work for the threads. A tile needs `blocks` blocks of [E][lane] in scratch, an item two blocks of [step][lane] and
-// two of [step][E].
+// Elements of scratch for an item of tiles with so many blocks of [E][lane] each: with two of [step][lane] and of [step][E].
+template <class A>
+int64_t tile_scratch(int64_t blocks, int64_t width) {
+  return Scratch<A>::padded(width * kWidth<A>) * blocks * tiles_of_item<A>(blocks, width) +
+         2 * (kStep * kWidth<A> + Scratch<A>::padded(kStep * width));
+}
+
+// Calls f(head, tiles, scratch) for all heads and runs of at most `most` tiles that overlap in what they stream, with
+// equal shares of the work for the threads. A streamed row costs as much as `cost` (lane, row) pairs; f gets `size`
+// elements of scratch.
 template <class A, class F>
-void for_each_item(const Tensor& like, int64_t heads, const std::vector<Tile>& tiles, int64_t blocks, int64_t width,
-                   F f) {
-  const int64_t most = tiles_of_item<A>(blocks, width);
-  const int64_t size = Scratch<A>::padded(width * kWidth<A>) * blocks * most + 2 * kStep * kWidth<A> +
-                       2 * Scratch<A>::padded(kStep * width);
+void for_each_item(const Tensor& like, int64_t heads, const std::vector<Tile>& tiles, int64_t most, int64_t cost,
+                   int64_t size, F f) {
+  if (tiles.empty()) return;
   const int64_t count = static_cast<int64_t>(tiles.size());
   std::vector<int64_t> before(count + 1, 0);  // work before each tile, with one unit for its own rows
   for (int64_t t = 0; t < count; ++t) before[t + 1] = before[t] + tiles[t].work() + 1;
   const int64_t total = heads * before[count];
-  const int64_t threads = total * kWidth<A> <= kSerialWork ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = total * cost <= kSerialWork ? 1 : torch::stable::get_num_threads();
   Tensor memory = torch::stable::new_empty(like, {threads * size}, accumulator(like));
   A* const scratch = memory.mutable_data_ptr<A>();
   parallel_for(threads, 1, [&](int64_t first, int64_t last) {
