@@ -7,6 +7,7 @@ What takes seconds a call drops out when its budget is spent: its ratios are of 
 from __future__ import annotations
 
 import csv
+import ctypes
 import datetime
 import math
 import os
@@ -15,7 +16,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -159,13 +160,18 @@ def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
 
 
 class _Clock:
-    """Seconds a call takes: wall clock on the CPU, events around a cold L2 on a GPU."""
+    """Seconds a call takes: wall clock on the CPU, events around a cold L2 on a GPU.
+
+    On the CPU the heap is trimmed before each sample. Else large outputs are now fresh pages of the system and now
+    memory that somebody freed before, which differ by as much as most ops take.
+    """
 
     def __init__(self, device: str) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
 
     def sample(self, function: Callable[[], Any], repeats: int) -> float:
         if self.flush is None:
+            _trim_heap()
             start = time.perf_counter()
             for _ in range(repeats):
                 function()
@@ -180,6 +186,12 @@ class _Clock:
             end.synchronize()
             total += begin.elapsed_time(end) / 1e3
         return total / repeats
+
+
+def _trim_heap() -> None:
+    """Give free memory back to the system, where the C library can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_extra_bytes(function: Callable[[], Any]) -> int:
