@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -301,6 +302,112 @@ def test_rows_beyond_the_documents_are_not_read(device: str) -> None:
         results.append([out, *torch.autograd.grad(out, own, grad)])
         assert all(not x[5:].any() for x in results[-1])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [1, 20, 64, 130])
+@pytest.mark.parametrize("queries", [1, 3, 16, 17, 63, 65])
+def test_few_queries_with_a_cache(queries: int, width: int, device: str) -> None:
+    """Few queries and many take different paths, which agree; unused rows of the cache hold NaN."""
+    room, used = 180, [150, queries, 0]
+    cu_q, cu_k = [0, queries, 2 * queries, 2 * queries + 1], [0, room, 2 * room, 3 * room]
+    q = randn(cu_q[-1], 6, width, device=device)
+    k, v = (randn(cu_k[-1], 2, width, seed=i, device=device) for i in (1, 2))
+    for document, n in enumerate(used):
+        for x in (k, v):
+            x[cu_k[document] + n : cu_k[document + 1]] = NAN
+    offsets = [torch.tensor(x, device=device) for x in (cu_q, cu_k, used)]
+    for options in ({}, {"window": 70}, {"causal": False}, {"scale": -0.3}, {"scale": 0.0}):
+        results = block_causal_attention(q, k, v, *offsets[:2], seqused_k=offsets[2], return_lse=True, **options)
+        expected = oracle(q, k, v, cu_q, cu_k, used=used, **options)
+        torch.testing.assert_close(results, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("lengths", [[64, 63, 65], [511, 1, 513], [129, 0, 700]])
+@pytest.mark.parametrize("window", [None, 1, 64, 100])
+def test_lengths_around_the_tiles(lengths: list[int], window: int | None, device: str) -> None:
+    offsets = offsets_of(lengths).tolist()
+    leaves = [randn(offsets[-1], heads, 5, seed=i, device=device).requires_grad_() for i, heads in enumerate((2, 1, 1))]
+    out, lse = block_causal_attention(*leaves, torch.tensor(offsets, device=device), window=window, return_lse=True)
+    expected, expected_lse = oracle(*leaves, offsets, offsets, window)
+    torch.testing.assert_close((out, lse), (expected, expected_lse), rtol=1e-11, atol=1e-11)
+    grad = randn(*out.shape, seed=7, device=device)
+    ours, theirs = (torch.autograd.grad(x, leaves, grad) for x in (out, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("width", [8, 48, 256])
+def test_many_tiny_documents(width: int, device: str) -> None:
+    lengths = [n % 7 for n in range(150)]
+    offsets = offsets_of(lengths).tolist()
+    leaves = [randn(offsets[-1], heads, width, seed=i, device=device) for i, heads in enumerate((4, 2, 2))]
+    leaves = [x.requires_grad_() for x in leaves]
+    out = block_causal_attention(*leaves, torch.tensor(offsets, device=device))
+    expected, _ = oracle(*leaves, offsets, offsets)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
+    grad = randn(*out.shape, seed=7, device=device)
+    ours, theirs = (torch.autograd.grad(x, leaves, grad) for x in (out, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_nothing(dtype: torch.dtype) -> None:
+    """Shares of the work end at tiles, so every bit is the same: for long documents, and for a step of decoding."""
+    lengths = [700, 1, 150, 0, 300]
+    offsets = offsets_of(lengths)
+    q, k, v, grad = (randn(1151, heads, 64, seed=i, dtype=dtype) for i, heads in enumerate((4, 2, 2, 4)))
+    last = torch.tensor((2, 1, 1, 0, 3)).cumsum(0)
+    few = torch.cat((torch.zeros(1, dtype=torch.int64), last))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = block_causal_attention(*leaves, offsets, window=400, return_lse=True)
+        step = block_causal_attention(q[: few[-1]], k, v, few, offsets, seqused_k=torch.tensor(lengths))
+        results.append([out, lse, step, *torch.autograd.grad(out, leaves, grad)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_queries_without_keys_are_not_read(device: str) -> None:
+    """The first two of four queries are aligned with keys before the first of two."""
+    q, k, v, grad = (randn(n, 2, 4, seed=n, device=device) for n in (4, 2, 2, 4))
+    cu_q, cu_k = torch.tensor([0, 4], device=device), torch.tensor([0, 2], device=device)
+    results = []
+    for poison in (0.0, NAN):
+        q[:2], grad[:2] = poison, poison
+        own = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = block_causal_attention(*own, cu_q, cu_k)
+        results.append([out, *torch.autograd.grad(out, own, grad)])
+        assert not any(x[:2].any() for x in results[-1][:2])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("slope", [-0.5, 0.5])
+def test_scores_far_apart(slope: float, device: str) -> None:
+    """Weights of next to nothing, and a largest score that rises at every key, up to 150.
+
+    Backward starts from the rounded lse, as torch's own flash attention does, which with such scores is what errs most.
+    """
+    q = torch.ones(300, 1, 64, device=device)
+    k = (torch.arange(300, device=device) * slope / 64)[:, None, None].expand(300, 1, 64).contiguous()
+    v, grad = (randn(300, 1, 64, seed=i, device=device, dtype=torch.float32) for i in (1, 2))
+
+    def torchs_own(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
+
+    def run(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = function(*leaves, scale=1.0)
+        return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    truth = run(reference.block_causal_attention_reference, torch.float64)
+    ours, *eager = (
+        [(x - y).abs().max() for x, y in zip(run(function, torch.float32), truth, strict=True)]
+        for function in (block_causal_attention, reference.block_causal_attention_reference, torchs_own)
+    )
+    for error, *others in zip(ours, *eager, strict=True):
+        assert error <= 2 * max(others)
 
 
 # --- autograd and autocast --------------------------------------------------------------------------------------------

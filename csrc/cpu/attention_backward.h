@@ -139,6 +139,9 @@ void key_grad(const Problem<T>& problem, const Saved<T, A>& saved, const Heads<T
       for (int64_t row = begin; row < step.end; ++row) {
         while (problem.visible.cu_q[b + 1] <= row) ++b;
         seen[row - begin] = problem.visible.keys(row, b);
+        if (seen[row - begin].size() > 0) continue;
+        std::fill_n(queries + (row - begin) * width, width, A(0));  // may hold anything
+        std::fill_n(grads + (row - begin) * width, width, A(0));
       }
       for (size_t t = 0; t < tiles.size(); ++t) {
         const Range rows = overlap(step, tiles[t].streamed);

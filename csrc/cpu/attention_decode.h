@@ -26,12 +26,13 @@ int64_t chunks_of(int64_t width) {
 // Elements of scratch: what is known of one group, and all of it.
 template <class A>
 int64_t few_state(int64_t rows, int64_t width) {
-  return 2 * chunks_of<A>(width) * rows * kWidth<A> + 2 * Scratch<A>::padded(rows);
+  return 2 * Scratch<A>::padded(chunks_of<A>(width) * rows * kWidth<A>) + 2 * Scratch<A>::padded(rows);
 }
 
 template <class A>
 int64_t few_scratch(int64_t groups, int64_t rows, int64_t width) {
-  return (chunks_of<A>(width) * kWidth<A> + rows) * kWidth<A> + groups * few_state<A>(rows, width);
+  return chunks_of<A>(width) * kWidth<A> * kWidth<A> + Scratch<A>::padded(rows * kWidth<A>) +
+         groups * few_state<A>(rows, width);
 }
 
 // What is known of the softmax of the rows of a group.
