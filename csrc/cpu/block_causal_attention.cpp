@@ -7,7 +7,8 @@
 //
 // Tiling. kWidth queries of one head lie across the vector lanes; keys and values are streamed past them as scalars, in
 // steps of kStep keys. So the softmax is vertical: maxima and sums are lanes, and no scores are shuffled. Only steps that
-// some query of the tile sees in part are masked. visible_tiles.h has the tiles and shares them among the threads.
+// some query of the tile sees in part are masked. visible_tiles.h has the tiles and shares them among the threads. Tiles
+// of few queries, as in decoding with a cache, have the width across the lanes instead (attention_decode.h).
 // The backward has two passes without atomics: dq with queries across the lanes, dk and dv with keys across them.
 // Flops: 4 E a (query, key) pair forward; 14 E backward, of which 4 E recompute scores a second time for the second pass.
 
