@@ -179,7 +179,7 @@ ATTENTION = [
     _attention("window", _make_attention(window=5, groups=2)),
     _attention("both sides", _make_attention(window=4, causal=False, scale=0.5, groups=1)),
     _attention("keys", _make_attention(keys=True, groups=2, window=9, return_lse=True)),
-    _attention("wide", _make_attention(width=80, groups=2), trace=False),
+    _attention("wide", _make_attention(width=96, groups=2), trace=False),
     _cross("encode", _make_cross("encode")),
     _cross("decode", _make_cross("decode")),
     _cross("encode, window", _make_cross("encode", "tail", window=3)),

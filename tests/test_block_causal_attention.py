@@ -410,6 +410,36 @@ def test_scores_far_apart(slope: float, device: str) -> None:
         assert error <= 2 * max(others)
 
 
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_in_half_precision(dtype: torch.dtype, width: int, device: str) -> None:
+    """Long and short documents, whole and windowed, with a scale of either sign: at most twice the reference's error."""
+    cu_seqlens = offsets_of([1, 130, 0, 64, 333, 17], device=device)
+    q, k, v = (randn(548, heads, width, seed=heads, device=device, dtype=dtype) for heads in (4, 2, 2))
+    q[545:], k[545:], v[545:] = NAN, NAN, NAN  # beyond the last document
+    for options in ({}, {"window": 70}, {"scale": -0.2}, {"causal": False}):
+        out = block_causal_attention(q, k, v, cu_seqlens, **options)
+        eager, truth = (
+            reference.block_causal_attention_reference(*(x.to(cast) for x in (q, k, v)), cu_seqlens, **options)
+            for cast in (dtype, torch.float64)
+        )
+        assert_close(out, eager, truth, name=str(options))
+        assert not out[545:].any()
+
+
+@pytest.mark.parametrize("row", [0, 100, 400])
+def test_nan_in_bf16_reaches_those_that_see_it(row: int, device: str) -> None:
+    cu_seqlens = offsets_of([300, 200], device=device)
+    q, k, v = (randn(500, 2, 64, seed=i, device=device, dtype=torch.bfloat16) for i in range(3))
+    clean = block_causal_attention(q, k, v, cu_seqlens)
+    k[row, 1, 5] = NAN
+    out = block_causal_attention(q, k, v, cu_seqlens)
+    end = 300 if row < 300 else 500
+    assert out[row:end, 1].isnan().all()
+    out[row:end, 1] = clean[row:end, 1]
+    assert torch.equal(out, clean)
+
+
 # --- autograd and autocast --------------------------------------------------------------------------------------------
 
 

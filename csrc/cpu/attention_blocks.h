@@ -38,9 +38,13 @@ inline Vec<A> load_as(const T* p) {
   } else if constexpr (std::is_same_v<T, Half>) {
     return load_half(p);
   } else {
+#if defined(__AVX512F__)  // what the compiler makes of the conversion below takes it in quarters
+    return bit_cast<VecF>((VecU)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+#else
     VecU16 bits;
     std::memcpy(&bits, p, sizeof(bits));
     return bit_cast<VecF>(__builtin_convertvector(bits, VecU) << 16);
+#endif
   }
 }
 

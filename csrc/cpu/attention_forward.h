@@ -67,6 +67,20 @@ void weigh(A* scores, const Range& keys, A factor, QueryBlock<A>& block, int64_t
   for (int c = 0; c < kColumns; ++c) block.total[c] = total[c];
 }
 
+// out and lse of the queries of a tile.
+template <class T, class A>
+void finish(const Problem<T>& problem, const Heads<T>& out, A* lse, int64_t head, const Tile& tile,
+            const QueryBlock<A>& block) {
+  const Range& rows = tile.lanes;
+  A share[kWidth<A>];
+  for (int64_t lane = 0; lane < kWidth<A>; ++lane) {
+    const A total = block.total[lane / lanes<A>][lane % lanes<A>], top = block.top[lane / lanes<A>][lane % lanes<A>];
+    share[lane] = top == kNone<A> ? 0 : 1 / total;
+    if (lane < rows.size()) lse[(rows.begin + lane) * problem.heads + head] = top + std::log(total);
+  }
+  transpose_out(out, head, rows, problem.width, block.sums, share);
+}
+
 // out and lse of the queries of some tiles, whose keys overlap: each step of keys is gathered once for all of them.
 template <class T, class A>
 void attend(const Problem<T>& problem, const Heads<T>& out, A* lse, int64_t head, std::span<const Tile> tiles,
@@ -106,17 +120,7 @@ void attend(const Problem<T>& problem, const Heads<T>& out, A* lse, int64_t head
     }
   }
 
-  for (size_t t = 0; t < tiles.size(); ++t) {
-    const QueryBlock<A>& block = blocks[t];
-    const Range& rows = tiles[t].lanes;
-    A share[kWidth<A>];
-    for (int64_t lane = 0; lane < kWidth<A>; ++lane) {
-      const A total = block.total[lane / lanes<A>][lane % lanes<A>], top = block.top[lane / lanes<A>][lane % lanes<A>];
-      share[lane] = top == kNone<A> ? 0 : 1 / total;
-      if (lane < rows.size()) lse[(rows.begin + lane) * problem.heads + head] = top + std::log(total);
-    }
-    transpose_out(out, head, rows, width, block.sums, share);
-  }
+  for (size_t t = 0; t < tiles.size(); ++t) finish(problem, out, lse, head, tiles[t], blocks[t]);
 }
 
 }  // namespace blt

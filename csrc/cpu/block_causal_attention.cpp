@@ -8,7 +8,8 @@
 // Tiling. kWidth queries of one head lie across the vector lanes; keys and values are streamed past them as scalars, in
 // steps of kStep keys. So the softmax is vertical: maxima and sums are lanes, and no scores are shuffled. Only steps that
 // some query of the tile sees in part are masked. visible_tiles.h has the tiles and shares them among the threads. Tiles
-// of few queries, as in decoding with a cache, have the width across the lanes instead (attention_decode.h).
+// of few queries, as in decoding with a cache, have the width across the lanes instead (attention_decode.h), and in bf16
+// the forward's products run in AMX where the processor has it (attention_amx.h).
 // The backward has two passes without atomics: dq with queries across the lanes, dk and dv with keys across them.
 // Flops: 4 E a (query, key) pair forward; 14 E backward, of which 4 E recompute scores a second time for the second pass.
 
@@ -27,9 +28,9 @@
 #include "../common/check.h"
 #include "../common/dispatch.h"
 #include "../common/parallel.h"
+#include "attention_amx.h"
 #include "attention_backward.h"
 #include "attention_decode.h"
-#include "attention_forward.h"
 
 namespace blt {
 namespace {
@@ -137,9 +138,15 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(Tensor q, Tensor k, Te
       if (is_few) few.push_back(tile), most = std::max(most, tile.lanes.size());
       return is_few;
     });
-    for_each_item<A>(q, problem.heads, many, tiles_of_item<A>(2, width), kWidth<A>, tile_scratch<A>(2, width),
+    int64_t size = tile_scratch<A>(2, width);
+    auto run = attend<T, A>;
+#if BLT_AMX
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (has_amx() && width % kTileDepth == 0) run = attend_amx, size += amx_scratch(width);
+#endif
+    for_each_item<A>(q, problem.heads, many, tiles_of_item<A>(2, width), kWidth<A>, size,
                      [&](int64_t head, std::span<const Tile> tiles, Scratch<A> scratch) {
-                       attend<T, A>(problem, rows, lses, head, tiles, scratch);
+                       run(problem, rows, lses, head, tiles, scratch);
                      });
     // Groups are split only as far as there are threads for them.
     const int64_t parts = std::min<int64_t>(problem.groups, torch::stable::get_num_threads());
