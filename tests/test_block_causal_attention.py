@@ -413,7 +413,7 @@ def test_scores_far_apart(slope: float, device: str) -> None:
 @pytest.mark.parametrize("width", [32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_in_half_precision(dtype: torch.dtype, width: int, device: str) -> None:
-    """Long and short documents, whole and windowed, with a scale of either sign: at most twice the reference's error."""
+    """Long and short documents, whole and windowed, scales of either sign: at most twice the error of the reference."""
     cu_seqlens = offsets_of([1, 130, 0, 64, 333, 17], device=device)
     q, k, v = (randn(548, heads, width, seed=heads, device=device, dtype=dtype) for heads in (4, 2, 2))
     q[545:], k[545:], v[545:] = NAN, NAN, NAN  # beyond the last document
