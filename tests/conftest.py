@@ -7,20 +7,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from backends import BACKENDS, use
 from hypothesis import HealthCheck, settings
 
 # No deadline: the first call of an op may compile or load something.
-settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True)
+# Fixtures may be shared by all examples: `device` holds no state, and threads are set once.
+shared = [HealthCheck.function_scoped_fixture]
+settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, suppress_health_check=shared)
 settings.register_profile("long", max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Every device that this machine has."""
-    return request.param
+@pytest.fixture(params=BACKENDS)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of the tensors, once for every backend: the reference and the emulator run on "cpu"."""
+    with use(request.param) as device:
+        yield device
 
 
 @pytest.fixture(autouse=True)

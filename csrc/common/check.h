@@ -29,6 +29,12 @@ inline void check_size(const Tensor& tensor, const char* name, int64_t dim, int6
                   tensor.size(dim));
 }
 
+// Rows with unit stride in the last dimension; a copy only where there is none.
+inline Tensor unit_rows(const Tensor& x, const char* name) {
+  check_dim(x, name, 2);
+  return x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x);
+}
+
 // A vector of int32; `values` becomes contiguous.
 inline const int32_t* check_int32(Tensor& values, const char* name) {
   check_dim(values, name, 1);

@@ -12,12 +12,6 @@
 
 namespace blt {
 
-// Rows with unit stride in the last dimension; a copy only where there is none.
-inline Tensor unit_rows(const Tensor& x, const char* name) {
-  check_dim(x, name, 2);
-  return x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x);
-}
-
 // Rows that a thread must have to be worth waking, for rows of `width` elements.
 inline int64_t row_grain(int64_t width) {
   constexpr int64_t kElements = 32 * 1024;

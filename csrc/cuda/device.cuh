@@ -1,0 +1,187 @@
+// What every kernel shares: number types, vectors of memory, reductions over the lanes of a warp, shared memory.
+//
+// Kernels see no torch and no header of the host, so that nvcc, NVRTC and, for the emulator, the host's compiler all take
+// them. Without __CUDACC__ the emulator's headers stand in for what CUDA has built in.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#ifndef __CUDACC__
+#include "../emulator/device.h"
+#endif
+
+namespace blt {
+
+#ifdef __CUDACC__
+__device__ __forceinline__ void check_aligned(const void*, int) {}
+#else
+inline void check_aligned(const void* pointer, size_t bytes) { emulator::fault_if_misaligned(pointer, bytes); }
+#endif
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i32 = int;
+using i64 = long long;
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+inline constexpr int kWarp = 32;
+inline constexpr u32 kAllLanes = 0xffffffffu;
+
+// --- numbers ----------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+// The type in which numbers of type T are computed with: fp64 for fp64, else fp32.
+template <class T>
+using acc_t = typename Accumulator<T>::type;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(fp16 x) { return __half2float(x); }
+
+// From acc_t<T> to T, to nearest even.
+template <class T>
+__device__ __forceinline__ T narrow(acc_t<T> x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ bf16 narrow<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ fp16 narrow<fp16>(float x) {
+  return __float2half_rn(x);
+}
+
+template <class T>
+__device__ __forceinline__ T least(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+__device__ __forceinline__ T most(T a, T b) {
+  return a < b ? b : a;
+}
+template <class T>
+__host__ __device__ constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+// --- vectors of memory ------------------------------------------------------------------------------------------------
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<1> {
+  using type = u8;
+};
+template <>
+struct Word<2> {
+  using type = u16;
+};
+template <>
+struct Word<4> {
+  using type = u32;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// kSize numbers that one access moves: 1 to 16 bytes.
+template <class T, int kSize>
+struct alignas(sizeof(T) * kSize) Pack {
+  T values[kSize];
+  __device__ __forceinline__ T& operator[](int i) { return values[i]; }
+  __device__ __forceinline__ const T& operator[](int i) const { return values[i]; }
+};
+
+// The pack at `from`, which has its alignment.
+template <int kSize, class T>
+__device__ __forceinline__ Pack<T, kSize> load(const T* from) {
+  using Bits = typename Word<sizeof(T) * kSize>::type;
+  check_aligned(from, sizeof(Bits));
+  union {
+    Bits bits;
+    Pack<T, kSize> pack;
+  } both = {*reinterpret_cast<const Bits*>(from)};
+  return both.pack;
+}
+
+// The same for what is read once: the first to leave the caches.
+template <int kSize, class T>
+__device__ __forceinline__ Pack<T, kSize> load_once(const T* from) {
+  using Bits = typename Word<sizeof(T) * kSize>::type;
+  check_aligned(from, sizeof(Bits));
+  union {
+    Bits bits;
+    Pack<T, kSize> pack;
+  } both = {__ldcs(reinterpret_cast<const Bits*>(from))};
+  return both.pack;
+}
+
+template <int kSize, class T>
+__device__ __forceinline__ void store(T* to, const Pack<T, kSize>& pack) {
+  using Bits = typename Word<sizeof(T) * kSize>::type;
+  check_aligned(to, sizeof(Bits));
+  union {
+    Pack<T, kSize> pack;
+    Bits bits;
+  } both = {pack};
+  *reinterpret_cast<Bits*>(to) = both.bits;
+}
+
+// --- warps and blocks -------------------------------------------------------------------------------------------------
+
+// fold(... fold(x_0, x_1) ..., x_n) over every kLanes neighbouring lanes, in each of them, in an order that is always the
+// same. All lanes of the warp take part.
+template <int kLanes = kWarp, class T, class Fold>
+__device__ __forceinline__ T warp_fold(T x, Fold fold) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) x = fold(x, __shfl_xor_sync(kAllLanes, x, distance));
+  return x;
+}
+
+template <int kLanes = kWarp, class T>
+__device__ __forceinline__ T warp_sum(T x) {
+  return warp_fold<kLanes>(x, [](T a, T b) { return a + b; });
+}
+
+// The sum of x over this lane and those before it.
+template <class T>
+__device__ __forceinline__ T warp_prefix_sum(T x) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const T before = __shfl_up_sync(kAllLanes, x, distance);
+    if (lane >= distance) x += before;
+  }
+  return x;
+}
+
+// The block's dynamic shared memory, as the launch made room for: launch with `.shared = sizeof(S)`.
+template <class S>
+__device__ __forceinline__ S& shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 bytes[];
+  return *reinterpret_cast<S*>(bytes);
+#else
+  return *static_cast<S*>(emulator::dynamic_shared(sizeof(S)));
+#endif
+}
+
+}  // namespace blt

@@ -1,0 +1,233 @@
+// What CUDA has built in, for kernels that the host's compiler compiles: see emulator.h.
+#pragma once
+
+#include <vector_types.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <source_location>
+#include <type_traits>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __align__
+#undef __constant__
+#undef __grid_constant__
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __constant__ static const
+#define __align__(n) alignas(n)
+// One for all blocks, which run one after the other. Its contents are taken for unwritten when a block begins.
+#define __shared__ static
+
+namespace blt::emulator {
+
+using Site = std::source_location;
+
+// Where the current thread is.
+uint3 thread_index();
+uint3 block_index();
+uint3 block_size();
+uint3 grid_size();
+
+void* dynamic_shared(size_t bytes);
+void barrier(const Site& site);
+void fault_if_misaligned(const void* pointer, size_t bytes);
+[[noreturn]] void trap(const char* what, const Site& site);
+
+// What the lanes of a mask bring to a meeting, in a warp: all see it once all are there.
+enum class Meeting { kSync, kVote, kShuffle, kMatch, kReduce };
+struct Brought {
+  uint64_t values[32];
+};
+Brought meet(Meeting kind, uint32_t mask, uint64_t value, const Site& site);
+int lane();
+[[noreturn]] void fault_of_lane(int source, uint32_t mask, const Site& site);
+
+template <class T>
+T shuffle(uint32_t mask, T value, int source, const Site& site) {
+  static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const Brought brought = meet(Meeting::kShuffle, mask, bits, site);
+  if ((mask >> source & 1) == 0) fault_of_lane(source, mask, site);
+  std::memcpy(&value, &brought.values[source], sizeof(T));
+  return value;
+}
+
+template <class T, class Fold>
+T reduce(uint32_t mask, T value, Fold fold, const Site& site) {
+  const Brought brought = meet(Meeting::kReduce, mask, static_cast<uint32_t>(value), site);
+  bool first = true;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) {
+      const T other = static_cast<T>(static_cast<uint32_t>(brought.values[i]));
+      value = first ? other : fold(value, other);
+      first = false;
+    }
+  return value;
+}
+
+}  // namespace blt::emulator
+
+#define threadIdx (::blt::emulator::thread_index())
+#define blockIdx (::blt::emulator::block_index())
+#define blockDim (::blt::emulator::block_size())
+#define gridDim (::blt::emulator::grid_size())
+
+// --- barriers, votes, shuffles ----------------------------------------------------------------------------------------
+
+inline void __syncthreads(const blt::emulator::Site site = blt::emulator::Site::current()) {
+  blt::emulator::barrier(site);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, const blt::emulator::Site site = blt::emulator::Site::current()) {
+  blt::emulator::meet(blt::emulator::Meeting::kSync, mask, 0, site);
+}
+inline unsigned __ballot_sync(unsigned mask, int vote,
+                              const blt::emulator::Site site = blt::emulator::Site::current()) {
+  const auto brought = blt::emulator::meet(blt::emulator::Meeting::kVote, mask, vote != 0, site);
+  unsigned votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= (mask >> i & 1 ? static_cast<unsigned>(brought.values[i]) : 0) << i;
+  return votes;
+}
+inline int __any_sync(unsigned mask, int vote, const blt::emulator::Site site = blt::emulator::Site::current()) {
+  return __ballot_sync(mask, vote, site) != 0;
+}
+inline int __all_sync(unsigned mask, int vote, const blt::emulator::Site site = blt::emulator::Site::current()) {
+  return __ballot_sync(mask, vote, site) == mask;
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+              const blt::emulator::Site site = blt::emulator::Site::current()) {
+  const int first = blt::emulator::lane() & ~(width - 1);
+  return blt::emulator::shuffle(mask, value, first + (source & (width - 1)), site);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
+                  const blt::emulator::Site site = blt::emulator::Site::current()) {
+  const int lane = blt::emulator::lane(), source = lane ^ bits;
+  // Beyond the lane's own group: groups before it can be read, those behind cannot.
+  return blt::emulator::shuffle(mask, value, source >= (lane & ~(width - 1)) + width ? lane : source, site);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32,
+                 const blt::emulator::Site site = blt::emulator::Site::current()) {
+  const int lane = blt::emulator::lane(), source = lane - static_cast<int>(distance);
+  return blt::emulator::shuffle(mask, value, source < (lane & ~(width - 1)) ? lane : source, site);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32,
+                   const blt::emulator::Site site = blt::emulator::Site::current()) {
+  const int lane = blt::emulator::lane(), source = lane + static_cast<int>(distance);
+  return blt::emulator::shuffle(mask, value, source >= (lane & ~(width - 1)) + width ? lane : source, site);
+}
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value,
+                          const blt::emulator::Site site = blt::emulator::Site::current()) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const auto brought = blt::emulator::meet(blt::emulator::Meeting::kMatch, mask, bits, site);
+  unsigned same = 0;
+  for (int i = 0; i < 32; ++i) same |= static_cast<unsigned>((mask >> i & 1) && brought.values[i] == bits) << i;
+  return same;
+}
+template <class T>
+T __reduce_add_sync(unsigned mask, T value, const blt::emulator::Site site = blt::emulator::Site::current()) {
+  return blt::emulator::reduce(mask, value, [](T a, T b) { return static_cast<T>(a + b); }, site);
+}
+template <class T>
+T __reduce_max_sync(unsigned mask, T value, const blt::emulator::Site site = blt::emulator::Site::current()) {
+  return blt::emulator::reduce(mask, value, [](T a, T b) { return a < b ? b : a; }, site);
+}
+template <class T>
+T __reduce_min_sync(unsigned mask, T value, const blt::emulator::Site site = blt::emulator::Site::current()) {
+  return blt::emulator::reduce(mask, value, [](T a, T b) { return b < a ? b : a; }, site);
+}
+
+// --- memory -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
+template <class T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+// Integers only: the order of floating point sums would be left to chance.
+template <class T>
+T atomicAdd(T* to, std::type_identity_t<T> value) {
+  static_assert(std::is_integral_v<T>, "sums of floating point numbers by atomics are not deterministic");
+  const T old = *to;
+  *to = old + value;
+  return old;
+}
+template <class T>
+T atomicMax(T* to, std::type_identity_t<T> value) {
+  const T old = *to;
+  *to = old < value ? value : old;
+  return old;
+}
+template <class T>
+T atomicMin(T* to, std::type_identity_t<T> value) {
+  const T old = *to;
+  *to = value < old ? value : old;
+  return old;
+}
+template <class T>
+T atomicOr(T* to, std::type_identity_t<T> value) {
+  const T old = *to;
+  *to = old | value;
+  return old;
+}
+template <class T>
+T atomicExch(T* to, std::type_identity_t<T> value) {
+  const T old = *to;
+  *to = value;
+  return old;
+}
+template <class T>
+T atomicCAS(T* to, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  const T old = *to;
+  if (old == expected) *to = value;
+  return old;
+}
+
+// --- arithmetic -------------------------------------------------------------------------------------------------------
+
+inline float __expf(float x) { return expf(x); }
+inline float __logf(float x) { return logf(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1 / x; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
+inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
+}
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}

@@ -1,0 +1,31 @@
+// blt_emulator: importing it registers the emulated kernels as blt_emulated::<op>; the functions are for tests.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "emulator.h"
+
+namespace py = pybind11;
+using namespace blt::emulator;
+
+PYBIND11_MODULE(blt_emulator, module) {
+  module.doc() = "CUDA kernels of blt_kernels on the CPU, for tests.";
+  py::class_<Launch>(module, "Launch", "What a launch did; read and written are bytes of whole sectors of 32.")
+      .def_readonly("kernel", &Launch::kernel)
+      .def_readonly("blocks", &Launch::blocks)
+      .def_readonly("rows", &Launch::rows)
+      .def_readonly("threads", &Launch::threads)
+      .def_readonly("shared", &Launch::shared)
+      .def_readonly("read", &Launch::read)
+      .def_readonly("written", &Launch::written)
+      .def_readonly("loaded", &Launch::loaded)
+      .def_readonly("stored", &Launch::stored);
+  py::enum_<Order>(module, "Order")
+      .value("FORWARD", Order::kForward)
+      .value("BACKWARD", Order::kBackward)
+      .value("RANDOM", Order::kRandom);
+  module.def("set_order", &set_order, py::arg("order"), py::arg("seed") = 0, "In what order blocks and threads run.");
+  module.def("kernels", &kernels, "Every kernel that a launcher may launch.");
+  module.def(
+      "take_launches", [] { return std::exchange(launches(), {}); }, "The launches since the last call, which it forgets.");
+}
