@@ -1,4 +1,5 @@
-// Launchers of patch_pool.cuh. A grid of one thread for each patch and kPack columns.
+// Launchers of patch_pool.cuh. A thread for each patch and kPack columns; for at least one patch in the backward, whose
+// threads zero what no patch covers.
 
 #include "patch_pool.cuh"
 
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "../common/launch.h"
+#include "row_launch.h"
 
 namespace blt {
 namespace {
@@ -37,11 +39,6 @@ void dispatch_kinds(const Reductions& reductions, F&& f) {
   f(KindsConstant<Kinds::kSums>{});
 }
 
-// Blocks for one thread for each patch and pack of columns; at least one patch, which zeroes what no patch covers.
-int64_t pool_blocks(const PatchRows& rows, int pack) {
-  return ceil_div<int64_t>(std::max<int64_t>(rows.patches, 1) * ceil_div<int64_t>(rows.width, pack), kPoolThreads);
-}
-
 Tensor patch_pool_fwd_cuda(const Tensor& x, Tensor patch_offsets, const Tensor& patch_ids,
                            const std::vector<std::string>& reduce) {
   const Tensor rows = unit_rows(x, "x");
@@ -59,7 +56,7 @@ Tensor patch_pool_fwd_cuda(const Tensor& x, Tensor patch_offsets, const Tensor& 
     dispatch_pack<T>({address(from), row_bytes(rows), bytes_of<T>(width)}, [&](auto pack) {
       dispatch_kinds(reductions, [&](auto kinds) {
         device.launch<patch_pool_fwd_kernel<T, pack(), kinds()>>(
-            {.blocks = pool_blocks(shape, pack), .threads = kPoolThreads}, from, shape, reductions,
+            row_shape(patches, width, pack), from, shape, reductions,
             device.write<T>(out));
       });
     });
@@ -102,7 +99,7 @@ Tensor patch_pool_bwd_cuda(const Tensor& grad_out, const std::optional<Tensor>& 
                      [&](auto pack) {
                        dispatch_kinds(reductions, [&](auto kinds) {
                          device.launch<patch_pool_bwd_kernel<T, pack(), kinds()>>(
-                             {.blocks = pool_blocks(shape, pack), .threads = kPoolThreads}, grad, from, pooled, shape,
+                             row_shape(std::max<int64_t>(patches, 1), width, pack), grad, from, pooled, shape,
                              grads.stride(0), out_stride, reductions, device.write<T>(grad_x));
                        });
                      });

@@ -13,13 +13,12 @@
 // again. Roofline: a memory copy; about 8 instructions for a number.
 #pragma once
 
-#include "device.cuh"
+#include "patch_rows.cuh"
 
 namespace blt {
 
 enum class Reduce : int { kMax, kMin, kMean, kSum, kFirst, kLast };
 
-inline constexpr int kPoolThreads = 256;
 inline constexpr int kMaxReductions = 16;
 
 // The reductions of a tuple in their order, four bits each.
@@ -41,32 +40,6 @@ enum class Kinds : int {
   kAll,
 };
 
-// Ragged rows: x[bytes][width] with `stride` elements from row to row, cut into patches.
-struct PatchRows {
-  const i32* offsets;  // [patches + 1]
-  i64 bytes, patches, width, stride;
-};
-
-struct PatchRange {
-  i64 begin, end;
-};
-
-// The bytes of patch p; inside x whatever the offsets are.
-__device__ __forceinline__ PatchRange patch_range(const PatchRows& rows, i64 p) {
-  const i64 begin = least(most<i64>(rows.offsets[p], 0), rows.bytes);
-  return {begin, least(most<i64>(rows.offsets[p + 1], begin), rows.bytes)};
-}
-
-// The patch and the first column of a thread, of a grid of `groups` threads for each patch.
-struct PatchColumns {
-  i64 patch, column;
-};
-template <int kPack>
-__device__ __forceinline__ PatchColumns columns_of_thread(i64 width) {
-  const i64 thread = static_cast<i64>(blockIdx.x) * kPoolThreads + threadIdx.x, packs = ceil_div<i64>(width, kPack);
-  return {thread / packs, thread % packs * kPack};
-}
-
 // The larger and the smaller of two, NaN if either is.
 template <class A>
 __device__ __forceinline__ A larger(A best, A x) {
@@ -82,20 +55,13 @@ struct Folded {
   A max[kPack], min[kPack], sum[kPack];
 };
 
-template <class T, int kPack, int kAhead>
-__device__ __forceinline__ void load_rows(Pack<T, kPack> (&ahead)[kAhead], const T* x, i64 stride, i64 row, i64 end) {
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i)
-    if (row + i < end) ahead[i] = load<kPack>(x + (row + i) * stride);
-}
-
 template <class T, int kPack, Kinds kKinds>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kRowThreads, 2)
     patch_pool_fwd_kernel(const T* x, PatchRows rows, Reductions reductions, T* out) {
   using A = acc_t<T>;
   constexpr int kAhead = 4;
   constexpr bool kHasMax = kKinds != Kinds::kSums, kHasMin = kKinds == Kinds::kAll;
-  const auto [patch, column] = columns_of_thread<kPack>(rows.width);
+  const auto [patch, column] = owned_by_thread<kPack>(rows.width);
   if (patch >= rows.patches) return;
   const auto [begin, end] = patch_range(rows, patch);
   const T* const from = x + column;
@@ -155,7 +121,7 @@ __device__ __forceinline__ A tie_share(A x, A best, A share) {
 
 template <class T, int kPack, class A>
 __device__ __forceinline__ Shares<T, A, kPack> shares_of(const T* grad_out, const T* out, i64 grad_stride,
-                                                         i64 out_stride, const PatchColumns& at, i64 width, A length,
+                                                         i64 out_stride, const Owned& at, i64 width, A length,
                                                          const Reductions& reductions) {
   Shares<T, A, kPack> shares;
 #pragma unroll
@@ -164,9 +130,9 @@ __device__ __forceinline__ Shares<T, A, kPack> shares_of(const T* grad_out, cons
   for (int r = 0; r < reductions.count; ++r) {
     const Reduce reduce = reductions[r];
     const i64 column = r * width + at.column;
-    const Pack<T, kPack> grad = load<kPack>(grad_out + at.patch * grad_stride + column);
-    if (reduce == Reduce::kMax) shares.highest = load<kPack>(out + at.patch * out_stride + column);
-    if (reduce == Reduce::kMin) shares.lowest = load<kPack>(out + at.patch * out_stride + column);
+    const Pack<T, kPack> grad = load<kPack>(grad_out + at.group * grad_stride + column);
+    if (reduce == Reduce::kMax) shares.highest = load<kPack>(out + at.group * out_stride + column);
+    if (reduce == Reduce::kMin) shares.lowest = load<kPack>(out + at.group * out_stride + column);
 #pragma unroll
     for (int c = 0; c < kPack; ++c) {
       const A g = widen(grad[c]);
@@ -185,21 +151,21 @@ __device__ __forceinline__ Shares<T, A, kPack> shares_of(const T* grad_out, cons
 
 // x may be null unless there is a maximum or a minimum. Bytes behind the last patch get zeros, spread over all patches.
 template <class T, int kPack, Kinds kKinds>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kRowThreads)
     patch_pool_bwd_kernel(const T* grad_out, const T* x, const T* out, PatchRows rows, i64 grad_stride, i64 out_stride,
                           Reductions reductions, T* grad_x) {
   using A = acc_t<T>;
-  constexpr int kAhead = 8;
+  constexpr int kAhead = 4;
   constexpr bool kHasMax = kKinds != Kinds::kSums, kHasMin = kKinds == Kinds::kAll, kHasEnds = kKinds != Kinds::kMax;
-  const PatchColumns at = columns_of_thread<kPack>(rows.width);
-  if (at.patch >= most<i64>(rows.patches, 1)) return;
+  const Owned at = owned_by_thread<kPack>(rows.width);
+  if (at.group >= most<i64>(rows.patches, 1)) return;
   T* const to = grad_x + at.column;
   const Pack<T, kPack> zeros = {};
   const i64 covered = rows.patches > 0 ? least(most<i64>(rows.offsets[rows.patches], 0), rows.bytes) : 0;
-  for (i64 row = covered + at.patch; row < rows.bytes; row += most<i64>(rows.patches, 1))
+  for (i64 row = covered + at.group; row < rows.bytes; row += most<i64>(rows.patches, 1))
     store(to + row * rows.width, zeros);
   if (rows.patches == 0) return;
-  const auto [begin, end] = patch_range(rows, at.patch);
+  const auto [begin, end] = patch_range(rows, at.group);
   if (begin == end) return;
 
   const T* const from = x + at.column;

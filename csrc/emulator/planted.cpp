@@ -1,0 +1,178 @@
+// Kernels with one fault each, and some without, for the tests of the emulator: blt_emulated::planted(name, x) -> out.
+// x is float [n], out float [n]; blocks have 64 threads.
+
+#include <algorithm>
+#include <string>
+
+#include "../common/launch.h"
+
+namespace blt {
+namespace {
+
+constexpr int kThreads = 64;
+
+__device__ i64 my_index() { return static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x; }
+
+// Sound: a sum over the block through shared memory, written by each thread of it.
+__global__ void block_sum_kernel(const float* x, i64 n, float* out) {
+  __shared__ float partial[kThreads];
+  const i64 i = my_index();
+  partial[threadIdx.x] = i < n ? x[i] : 0;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) partial[threadIdx.x] += partial[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (i < n) out[i] = partial[0];
+}
+
+// Sound: the sums of halves of a warp, with masks of their own; threads behind the end leave early, a whole warp of them.
+__global__ void half_warp_kernel(const float* x, i64 n, float* out) {
+  const i64 i = my_index();
+  if (i / kWarp * kWarp >= n) return;
+  float sum = i < n ? x[i] : 0;
+  const u32 mask = threadIdx.x % kWarp < 16 ? 0xffffu : 0xffff0000u;
+  for (int distance = 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(mask, sum, distance);
+  if (i < n) out[i] = sum;
+}
+
+// Sound: dynamic shared memory, a vote, atomics on integers.
+struct Counts {
+  int votes, arrivals;
+};
+__global__ void counts_kernel(const float* x, i64 n, float* out) {
+  Counts& counts = shared_memory<Counts>();
+  if (threadIdx.x == 0) counts = {0, 0};
+  __syncthreads();
+  const i64 i = my_index();
+  const u32 positive = __ballot_sync(kAllLanes, i < n && x[i] > 0);
+  if (threadIdx.x % kWarp == 0) atomicAdd(&counts.votes, __popc(positive));
+  atomicAdd(&counts.arrivals, 1);
+  __syncthreads();
+  if (i < n) out[i] = static_cast<float>(counts.votes + 1000 * counts.arrivals);
+}
+
+// A race: the neighbour's value before the barrier.
+__global__ void race_kernel(const float* x, i64 n, float* out) {
+  __shared__ float values[kThreads];
+  const i64 i = my_index();
+  values[threadIdx.x] = 0;
+  __syncthreads();
+  values[threadIdx.x] = i < n ? x[i] : 0;
+  const float neighbour = values[(threadIdx.x + 1) % kThreads];
+  if (i < n) out[i] = neighbour;
+}
+
+__global__ void divergent_barrier_kernel(const float*, i64, float*) {
+  if (threadIdx.x != 7) __syncthreads();
+}
+
+__global__ void two_barriers_kernel(const float*, i64, float*) {
+  if (threadIdx.x < 32)
+    __syncthreads();
+  else
+    __syncthreads();
+}
+
+__global__ void exited_lane_kernel(const float* x, i64, float* out) {
+  if (threadIdx.x == 3) return;
+  out[0] = warp_sum(x[0]);
+}
+
+__global__ void missing_lane_kernel(const float* x, i64, float* out) {
+  if (threadIdx.x != 3) out[0] = __shfl_xor_sync(kAllLanes, x[0], 1);
+  __syncthreads();
+}
+
+__global__ void outside_mask_kernel(const float* x, i64, float* out) {
+  if (threadIdx.x < 16) out[0] = __shfl_sync(0xffffu, x[0], 20);
+}
+
+__global__ void not_in_mask_kernel(const float* x, i64, float* out) {
+  if (threadIdx.x < 16) out[0] = __shfl_sync(0xffu, x[0], 0);
+}
+
+__global__ void different_meetings_kernel(const float* x, i64, float* out) {
+  if (threadIdx.x % 2 == 0)
+    out[0] = __shfl_sync(kAllLanes, x[0], 0);
+  else
+    __syncwarp();
+}
+
+__global__ void unwritten_static_kernel(const float*, i64, float* out) {
+  __shared__ float values[kThreads];
+  if (threadIdx.x > 0) values[threadIdx.x] = 1;
+  __syncthreads();
+  out[0] = values[threadIdx.x];
+}
+
+__global__ void unwritten_dynamic_kernel(const float*, i64, float* out) {
+  Counts& counts = shared_memory<Counts>();
+  if (threadIdx.x == 0) counts.votes = 1;
+  __syncthreads();
+  out[0] = static_cast<float>(counts.arrivals);
+}
+
+// Written by the block before, which is not this one.
+__global__ void other_blocks_shared_kernel(const float*, i64, float* out) {
+  Counts& counts = shared_memory<Counts>();
+  if (blockIdx.x == 0) counts.votes = 1;
+  __syncthreads();
+  out[0] = static_cast<float>(counts.votes);
+}
+
+__global__ void too_little_shared_kernel(const float*, i64, float* out) {
+  auto& large = shared_memory<float[1024]>();
+  large[threadIdx.x] = 0;
+  out[0] = large[threadIdx.x];
+}
+
+__global__ void read_behind_kernel(const float* x, i64 n, float* out) { out[0] = x[n]; }
+__global__ void read_before_kernel(const float* x, i64, float* out) { out[0] = x[-1]; }
+__global__ void write_behind_kernel(const float*, i64 n, float* out) { out[n] = 1; }
+__global__ void write_input_kernel(const float* x, i64, float*) { const_cast<float*>(x)[0] = 1; }
+__global__ void null_kernel(const float*, i64, float* out) {
+  const float* volatile nothing = nullptr;
+  out[0] = nothing[0];
+}
+__global__ void misaligned_kernel(const float* x, i64, float* out) { store(out, load<4>(x + 1)); }
+
+Tensor planted(std::string name, const Tensor& x) {
+  const Device device(x);
+  Tensor out = device_output(x, {x.size(0)});
+  const i64 n = x.size(0);
+  const Shape shape = {.blocks = std::max<int64_t>(ceil_div<int64_t>(n, kThreads), 2), .threads = kThreads,
+                       .shared = sizeof(Counts)};
+#define BLT_PLANTED(kernel) \
+  if (name == #kernel) device.launch<kernel##_kernel>(shape, device.read<float>(x), n, device.write<float>(out));
+  BLT_PLANTED(block_sum)
+  BLT_PLANTED(half_warp)
+  BLT_PLANTED(counts)
+  BLT_PLANTED(race)
+  BLT_PLANTED(divergent_barrier)
+  BLT_PLANTED(two_barriers)
+  BLT_PLANTED(exited_lane)
+  BLT_PLANTED(missing_lane)
+  BLT_PLANTED(outside_mask)
+  BLT_PLANTED(not_in_mask)
+  BLT_PLANTED(different_meetings)
+  BLT_PLANTED(unwritten_static)
+  BLT_PLANTED(unwritten_dynamic)
+  BLT_PLANTED(other_blocks_shared)
+  BLT_PLANTED(too_little_shared)
+  BLT_PLANTED(read_behind)
+  BLT_PLANTED(read_before)
+  BLT_PLANTED(write_behind)
+  BLT_PLANTED(write_input)
+  BLT_PLANTED(null)
+  BLT_PLANTED(misaligned)
+#undef BLT_PLANTED
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(blt_emulated, m) { m.def("planted(str name, Tensor x) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(blt_emulated, CPU, m) { m.impl("planted", TORCH_BOX(&planted)); }
+
+}  // namespace blt

@@ -1,0 +1,112 @@
+"""The emulator runs sound kernels as a GPU would, and names kernel, block and thread of each planted fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from backends import emulator
+from torch import Tensor
+
+# kernel -> what the message says, apart from where
+FAULTS = {
+    "divergent_barrier": r"planted.cpp:\d+: a barrier that 1 of 64 threads do not reach",
+    "two_barriers": r"planted.cpp:\d+: a barrier while other threads are at that of planted.cpp:\d+",
+    "exited_lane": r"device.cuh:\d+: lane 3 of the mask has ended",
+    "missing_lane": r"planted.cpp:\d+: waits for lanes of its mask that do not come",
+    "outside_mask": r"planted.cpp:\d+: a value from lane 20, which is not in the mask 0xffff",
+    "not_in_mask": r"planted.cpp:\d+: its own lane is not in the mask",
+    "different_meetings": r"planted.cpp:\d+: other lanes of the mask do something else",
+    "unwritten_static": r"shared memory read before it was written, 4 bytes at 0x",
+    "unwritten_dynamic": r"shared memory read before it was written, 4 bytes at 0x",
+    "other_blocks_shared": r"shared memory read before it was written, 4 bytes at 0x",
+    "too_little_shared": r"wants 4096 bytes of shared memory, was launched with 8",
+    "read_behind": r"a read outside of every tensor, 4 bytes at 0x",
+    "read_before": r"a read outside of every tensor, 4 bytes at 0x",
+    "write_behind": r"a write outside of every tensor, 4 bytes at 0x",
+    "write_input": r"a write of a tensor that is only read, 4 bytes at 0x",
+    "null": r"a read outside of every tensor, 4 bytes at 0",
+    "misaligned": r"an access out of alignment, 16 bytes at 0x",
+}
+
+
+def planted(name: str, x: Tensor) -> Tensor:
+    emulator()
+    return torch.ops.blt_emulated.planted(name, x)
+
+
+@pytest.fixture(params=["FORWARD", "BACKWARD", "RANDOM"])
+def order(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Threads and blocks run in this order."""
+    module = emulator()
+    module.set_order(getattr(module.Order, request.param), 5)
+    yield request.param
+    module.set_order(module.Order.FORWARD)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_named(name: str, order: str) -> None:
+    where = rf"blt::.*{name}_kernel, block \(\d, 0, 0\), thread \(\d+, 0, 0\): "
+    with pytest.raises(RuntimeError, match=where + FAULTS[name]):
+        planted(name, torch.ones(100))
+
+
+def test_a_fault_leaves_the_emulator_usable() -> None:
+    x = torch.arange(128.0)
+    for name in FAULTS:
+        with pytest.raises(RuntimeError):
+            planted(name, x)
+        assert torch.equal(planted("block_sum", x), x.view(2, 64).sum(1).repeat_interleave(64))
+
+
+@pytest.mark.parametrize("n", [1, 31, 64, 65, 200])
+def test_barriers_and_shared_memory(n: int, order: str) -> None:
+    x = torch.arange(float(n))
+    padded = torch.nn.functional.pad(x, (0, -n % 64)).view(-1, 64)
+    assert torch.equal(planted("block_sum", x), padded.sum(1).repeat_interleave(64)[:n])
+
+
+@pytest.mark.parametrize("n", [1, 16, 33, 64, 130])
+def test_shuffles_in_parts_of_a_warp(n: int, order: str) -> None:
+    x = torch.arange(float(n))
+    padded = torch.nn.functional.pad(x, (0, -n % 16)).view(-1, 16)
+    assert torch.equal(planted("half_warp", x), padded.sum(1).repeat_interleave(16)[:n])
+
+
+def test_votes_and_atomics(order: str) -> None:
+    x = torch.randn(150)
+    padded = torch.nn.functional.pad(x, (0, 42)).view(-1, 64)
+    expected = (padded > 0).sum(1) + 64000.0
+    assert torch.equal(planted("counts", x), expected.repeat_interleave(64)[:150])
+
+
+def test_orders_reveal_races() -> None:
+    x = torch.arange(128.0)
+    seen = []
+    module = emulator()
+    for name in ("FORWARD", "BACKWARD"):
+        module.set_order(getattr(module.Order, name))
+        seen.append(planted("race", x))
+    module.set_order(module.Order.FORWARD)
+    assert not torch.equal(*seen)
+
+
+def test_traffic_is_counted_in_sectors() -> None:
+    module = emulator()
+    module.take_launches()
+    planted("half_warp", torch.ones(256))
+    (launch,) = module.take_launches()
+    assert "half_warp_kernel" in launch.kernel
+    assert (launch.blocks, launch.rows, launch.threads) == (4, 1, 64)
+    assert launch.loaded == launch.stored == 1024
+    assert 1024 <= launch.read <= 1024 + 4 * 32  # a tensor may begin inside a sector
+    assert 1024 <= launch.written <= 1024 + 4 * 32
+    assert module.take_launches() == []
+
+
+def test_every_kernel_is_known_by_name() -> None:
+    names = emulator().kernels()
+    assert len(names) == len(set(names))
+    assert {"blt::patch_pool_fwd_kernel<__nv_bfloat16, 8, blt::Kinds::kMax>"} <= set(names)
