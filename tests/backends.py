@@ -22,7 +22,8 @@ import blt_kernels  # noqa: F401  (defines the operators)
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = Path(os.environ.get("BLT_KERNELS_EMULATOR", ROOT / "build" / "emulator" / "blt_emulator.so"))
-BACKENDS = ["cpu", "reference", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+BACKENDS = [*DEVICES, "reference", "emulated"]
 
 
 def operators() -> list[str]:
@@ -53,10 +54,21 @@ def emulated() -> list[str]:
 
 
 @contextmanager
-def use(backend: str) -> Iterator[str]:
-    """Run the operators on `backend` while this is open; gives the device that tensors must be on."""
-    if backend in ("cpu", "cuda"):
-        yield backend
+def order(name: str, seed: int = 0) -> Iterator[None]:
+    """Run emulated blocks and threads in this order: "FORWARD", "BACKWARD" or "RANDOM"."""
+    orders = emulator().Order
+    emulator().set_order(getattr(orders, name), seed)
+    try:
+        yield
+    finally:
+        emulator().set_order(orders.FORWARD)
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run the operators on `backend` while this is open."""
+    if backend in DEVICES:
+        yield
         return
     library = torch.library.Library("blt_kernels", "IMPL")
     with warnings.catch_warnings():
@@ -64,7 +76,7 @@ def use(backend: str) -> Iterator[str]:
         for name, kernel in _kernels(backend).items():
             library.impl(name, kernel, "CPU")
     try:
-        yield "cpu"
+        yield
     finally:
         library._destroy()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from backends import BACKENDS, use
+from backends import BACKENDS, DEVICES, use
 from hypothesis import HealthCheck, settings
 
 # No deadline: the first call of an op may compile or load something.
@@ -19,10 +19,22 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(params=BACKENDS)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What runs the operators: "cpu", "reference", "emulated" or "cuda"."""
+    with use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(backend: str) -> str:
     """The device of the tensors, once for every backend: the reference and the emulator run on "cpu"."""
-    with use(request.param) as device:
-        yield device
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+@pytest.fixture(params=DEVICES)
+def installed(request: pytest.FixtureRequest) -> str:
+    """Every device that this machine has, with the kernels that the package loads: for tests of what torch makes of them."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from backends import emulator
+from backends import emulator, order
 from torch import Tensor
 
 # kernel -> what the message says, apart from where
@@ -37,17 +36,14 @@ def planted(name: str, x: Tensor) -> Tensor:
     return torch.ops.blt_emulated.planted(name, x)
 
 
-@pytest.fixture(params=["FORWARD", "BACKWARD", "RANDOM"])
-def order(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Threads and blocks run in this order."""
-    module = emulator()
-    module.set_order(getattr(module.Order, request.param), 5)
-    yield request.param
-    module.set_order(module.Order.FORWARD)
+@pytest.fixture(params=["FORWARD", "BACKWARD", "RANDOM"], autouse=True)
+def _order(request: pytest.FixtureRequest) -> Iterator[None]:
+    with order(request.param, seed=5):
+        yield
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_are_named(name: str, order: str) -> None:
+def test_faults_are_named(name: str) -> None:
     where = rf"blt::.*{name}_kernel, block \(\d, 0, 0\), thread \(\d+, 0, 0\): "
     with pytest.raises(RuntimeError, match=where + FAULTS[name]):
         planted(name, torch.ones(100))
@@ -62,20 +58,20 @@ def test_a_fault_leaves_the_emulator_usable() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 31, 64, 65, 200])
-def test_barriers_and_shared_memory(n: int, order: str) -> None:
+def test_barriers_and_shared_memory(n: int) -> None:
     x = torch.arange(float(n))
     padded = torch.nn.functional.pad(x, (0, -n % 64)).view(-1, 64)
     assert torch.equal(planted("block_sum", x), padded.sum(1).repeat_interleave(64)[:n])
 
 
 @pytest.mark.parametrize("n", [1, 16, 33, 64, 130])
-def test_shuffles_in_parts_of_a_warp(n: int, order: str) -> None:
+def test_shuffles_in_parts_of_a_warp(n: int) -> None:
     x = torch.arange(float(n))
     padded = torch.nn.functional.pad(x, (0, -n % 16)).view(-1, 16)
     assert torch.equal(planted("half_warp", x), padded.sum(1).repeat_interleave(16)[:n])
 
 
-def test_votes_and_atomics(order: str) -> None:
+def test_votes_and_atomics() -> None:
     x = torch.randn(150)
     padded = torch.nn.functional.pad(x, (0, 42)).view(-1, 64)
     expected = (padded > 0).sum(1) + 64000.0
@@ -85,11 +81,9 @@ def test_votes_and_atomics(order: str) -> None:
 def test_orders_reveal_races() -> None:
     x = torch.arange(128.0)
     seen = []
-    module = emulator()
     for name in ("FORWARD", "BACKWARD"):
-        module.set_order(getattr(module.Order, name))
-        seen.append(planted("race", x))
-    module.set_order(module.Order.FORWARD)
+        with order(name):
+            seen.append(planted("race", x))
     assert not torch.equal(*seen)
 
 
