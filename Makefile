@@ -9,13 +9,13 @@ PYTHON ?= python3
 OWN_PYTHON := $(shell command -v $(PYTHON))
 BIN := $(CURDIR)/.venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PATH := $(BIN):$(PATH)
 
 say := @printf '\033[1m==> %s\033[0m\n'
 
-.PHONY: help demo test bench lint gpu wheel-check sanitize clean
+.PHONY: help demo test bench lint gpu cuda-check wheel-check sanitize clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,9 +26,20 @@ demo: .venv/built  ## Patch a real file, and run it through BLT with our ops and
 	$(say) 'a real file in patches, then BLT: fused ops against reference'
 	blt-kernels demo
 
-test: .venv/built  ## Run the tests
-	$(say) 'pytest, two files at a time'
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+EMULATOR := build/emulator/blt_emulator.so
+test: .venv/built $(EMULATOR)  ## Run the tests, those of the CUDA kernels on the emulator
+	$(say) 'pytest, two tests at a time'
+	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
+
+$(EMULATOR): .venv/installed CMakeLists.txt $(SOURCES)
+	$(say) 'building the emulator'
+	$(PIP) install pybind11
+	cmake -S . -B build/emulator -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DBLT_KERNELS_EMULATOR=ON
+	cmake --build build/emulator --target blt_emulator
+
+cuda-check: .venv/built  ## Compile the CUDA kernels for every GPU, without one: no spills, no stack frames
+	$(say) 'nvcc and ptxas'
+	python tests/cuda_check.py
 
 bench: .venv/built  ## Time the ops against the best that one could run instead
 	$(say) 'benchmarks; the rows go to bench/results'
@@ -78,10 +89,10 @@ clean:  ## Remove everything that was built; .venv stays
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	    "$(PYTHON) is older than 3.11, which constraints.txt is for: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install setuptools cmake ninja torch
+	$(PIP) install setuptools cmake ninja torch nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 	@touch $@
 
 .venv/built: .venv/installed CMakeLists.txt setup.py blt_kernels/_version.py $(SOURCES)
 	$(say) 'building the compiled module, and installing the package in .venv'
-	PYTHONWARNINGS='ignore:Editable installation' $(PIP) install --no-build-isolation --editable '.[cli,test,dev]'
+	PYTHONWARNINGS='ignore:Editable installation' $(PIP) install --no-build-isolation --editable '.[cli,test,dev,jit]'
 	@touch $@

@@ -5,7 +5,7 @@ in `blt_kernels.models`, the layers in `blt_kernels.nn`, optimizers for large ta
 tests in `blt_kernels.testing`.
 """
 
-from blt_kernels import _load, optim
+from blt_kernels import _cuda, _load, optim
 from blt_kernels._version import __version__
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops.block_causal_attention import block_causal_attention
@@ -26,6 +26,7 @@ from blt_kernels.ops.patch_pool import patch_pool
 from blt_kernels.ops.patch_unpool import patch_unpool
 
 _load.load()
+_cuda.load()
 
 __all__ = [
     "PatchLayout",

@@ -1,11 +1,16 @@
-// blt_kernels._C: an empty module. Importing it loads the shared object, whose static initialisers register the kernels
-// linked in beside this file (STABLE_TORCH_LIBRARY_IMPL) with torch.
+// blt_kernels._C, _C_cuda and _C_jit: empty modules. Importing one loads the shared object, whose static initialisers
+// register the kernels linked in beside this file (STABLE_TORCH_LIBRARY_IMPL) with torch.
 
 #include <Python.h>
 
+#define BLT_KERNELS_STRING_(x) #x
+#define BLT_KERNELS_STRING(x) BLT_KERNELS_STRING_(x)
+#define BLT_KERNELS_INIT_(x) PyInit_##x
+#define BLT_KERNELS_INIT(x) BLT_KERNELS_INIT_(x)
+
 static PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
-    "blt_kernels._C",
+    "blt_kernels." BLT_KERNELS_STRING(BLT_KERNELS_MODULE),
     "The compiled kernels of blt_kernels, reached through torch.ops.blt_kernels.",
     0,        // no state
     nullptr,  // no functions
@@ -15,4 +20,4 @@ static PyModuleDef definition = {
     nullptr,
 };
 
-PyMODINIT_FUNC PyInit__C() { return PyModuleDef_Init(&definition); }
+PyMODINIT_FUNC BLT_KERNELS_INIT(BLT_KERNELS_MODULE)() { return PyModuleDef_Init(&definition); }

@@ -64,26 +64,26 @@ BY_RULE_AND_SIZE = [
 
 
 @pytest.mark.parametrize(("rule", "size", "expected"), BY_RULE_AND_SIZE)
-def test_rules_by_hand(rule: str, size: int, expected: list[int]) -> None:
-    layout = bk.patch_starts(torch.tensor(ENTROPY[:size]), **RULES[rule])
+def test_rules_by_hand(rule: str, size: int, expected: list[int], device: str) -> None:
+    layout = bk.patch_starts(torch.tensor(ENTROPY[:size], device=device), **RULES[rule])
     assert layout.to_lengths(include_next_byte=True).tolist() == [expected]
 
 
-def test_threshold_add_suppresses_start_3_only() -> None:
-    rising = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+def test_threshold_add_suppresses_start_3_only(device: str) -> None:
+    rising = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], device=device)
     layout = bk.patch_starts(rising, threshold=0.5, threshold_add=0.5)
     assert layout.to_lengths(include_next_byte=True).tolist() == [[1, 1, 2, 1, 1, 1]]
     assert bk.patch_starts(rising, threshold=0.5, monotonic=True).to_lengths().tolist() == [[1] * 6]
 
 
-def test_the_threshold_is_strict() -> None:
-    entropy = torch.tensor([0.0, 0.5, 0.5, 0.75, 0.5])
+def test_the_threshold_is_strict(device: str) -> None:
+    entropy = torch.tensor([0.0, 0.5, 0.5, 0.75, 0.5], device=device)
     assert bk.patch_starts(entropy, threshold=0.5).to_lengths().tolist() == [[1, 3, 1]]
     assert bk.patch_starts(entropy, threshold=0.25, monotonic=True).to_lengths().tolist() == [[1, 1, 3]]
 
 
-def test_long_patches_are_cut_from_the_left() -> None:
-    flat = torch.zeros(10)
+def test_long_patches_are_cut_from_the_left(device: str) -> None:
+    flat = torch.zeros(10, device=device)
     limits = {"threshold": 1.0, "max_patch_length": 4}
     assert bk.patch_starts(flat, **limits).to_lengths().tolist() == [[1, 4, 4, 1]]
     assert bk.patch_starts(flat, **limits).to_lengths(include_next_byte=True).tolist() == [[1, 4, 4, 2]]
@@ -93,9 +93,9 @@ def test_long_patches_are_cut_from_the_left() -> None:
     assert ones.to_lengths(include_next_byte=True).tolist() == [[1] * 11]
 
 
-def test_all_fields_by_hand() -> None:
-    entropy = torch.tensor([9.0, 0.0, 2.0, 0.0, 9.0, 9.0, 2.0])
-    layout = bk.patch_starts(entropy, offsets_of([4, 0, 1, 2]), threshold=1.0)
+def test_all_fields_by_hand(device: str) -> None:
+    entropy = torch.tensor([9.0, 0.0, 2.0, 0.0, 9.0, 9.0, 2.0], device=device)
+    layout = bk.patch_starts(entropy, offsets_of([4, 0, 1, 2], device=device), threshold=1.0)
     assert {f.name: getattr(layout, f.name).tolist() for f in fields(layout)} == {
         "patch_offsets": [0, 1, 3, 4, 5, 6, 7, 7],
         "cu_patches": [0, 3, 3, 4, 6],
@@ -106,23 +106,23 @@ def test_all_fields_by_hand() -> None:
     }
 
 
-def test_capacity_by_hand() -> None:
-    entropy = torch.full((9,), 5.0)
-    layout = bk.patch_starts(entropy, offsets_of([5, 0, 3, 1]), threshold=1.0, max_patches=6)
+def test_capacity_by_hand(device: str) -> None:
+    entropy = torch.full((9,), 5.0, device=device)
+    layout = bk.patch_starts(entropy, offsets_of([5, 0, 3, 1], device=device), threshold=1.0, max_patches=6)
     # 5 + 3 + 1 patches are wanted. The first document takes 4 and leaves one for each of the other two.
     assert layout.to_lengths().tolist() == [[1, 1, 1, 2], [0, 0, 0, 0], [3, 0, 0, 0], [1, 0, 0, 0]]
     assert layout.patch_ids.tolist() == [0, 1, 2, 3, 3, 4, 4, 4, 5]
     # A document that lost starts has none for its byte to come either.
     assert layout.decode_ids.tolist() == [0, 1, 2, 2, 2, -1, -1, -1, 5]
     assert layout.overflowed.tolist() == [True]
-    fits = bk.patch_starts(entropy, offsets_of([5, 0, 3, 1]), threshold=1.0, max_patches=9)
+    fits = bk.patch_starts(entropy, offsets_of([5, 0, 3, 1], device=device), threshold=1.0, max_patches=9)
     assert fits.overflowed.tolist() == [False]
     assert fits.decode_ids.tolist() == list(range(9))
 
 
-def test_space_by_hand() -> None:
+def test_space_by_hand(device: str) -> None:
     def lengths(data: bytes) -> list[int]:
-        return bk.space_patch(to_tokens(data)).to_lengths(include_next_byte=True)[0].tolist()
+        return bk.space_patch(to_tokens(data, device=device)).to_lengths(include_next_byte=True)[0].tolist()
 
     assert lengths("ab, cd  é€ x-1\n".encode()) == [1, 2, 4, 4, 3, 2, 2, 1]
     assert lengths(b"ab,") == [1, 2, 1]
@@ -130,50 +130,50 @@ def test_space_by_hand() -> None:
     assert lengths(b"a") == [1, 1]
     assert lengths(b"") == [1]
     assert lengths(b"  a ") == [1, 3, 1]
-    specials = torch.tensor([70, 2, 70, 1, 1, 80])
+    specials = torch.tensor([70, 2, 70, 1, 1, 80], device=device)
     assert bk.space_patch(specials).to_lengths(include_next_byte=True).tolist() == [[1, 1, 2, 1, 2]]
 
 
-def test_static_and_byte_by_hand() -> None:
-    cu_seqlens = torch.tensor([0, 10, 10, 11, 15])
-    static = bk.static_patch(cu_seqlens, 4)
+def test_static_and_byte_by_hand(device: str) -> None:
+    cu_seqlens = torch.tensor([0, 10, 10, 11, 15], device=device)
+    static = bk.static_patch(cu_seqlens, 4, num_bytes=15)
     assert static.to_lengths().tolist() == [[1, 4, 4, 1], [0] * 4, [1, 0, 0, 0], [1, 3, 0, 0]]
-    megabyte = bk.static_patch(cu_seqlens, 4, first=4)
+    megabyte = bk.static_patch(cu_seqlens, 4, first=4, num_bytes=15)
     assert megabyte.to_lengths().tolist() == [[4, 4, 2], [0] * 3, [1, 0, 0], [4, 0, 0]]
     assert megabyte.decode_ids.tolist() == [-1, -1, -1, 0, 0, 0, 0, 1, 1, 1, -1, -1, -1, -1, 4]
-    assert bk.byte_patch(cu_seqlens).patch_offsets.tolist() == list(range(16))
+    assert bk.byte_patch(cu_seqlens, num_bytes=15).patch_offsets.tolist() == list(range(16))
     assert bk.byte_patch(cu_seqlens, num_bytes=20).patch_ids.tolist() == [*range(15), *[-1] * 5]
 
 
-def test_delimiter_by_hand() -> None:
-    tokens = torch.tensor([70, 3, 70, 70, 3, 3, 70])
+def test_delimiter_by_hand(device: str) -> None:
+    tokens = torch.tensor([70, 3, 70, 70, 3, 3, 70], device=device)
     assert bk.delimiter_patch(tokens, 3).to_lengths(include_next_byte=True).tolist() == [[1, 1, 3, 1, 2]]
     assert bk.delimiter_patch(tokens[:2], 3).to_lengths(include_next_byte=True).tolist() == [[1, 1, 1]]
-    assert bk.delimiter_patch(torch.tensor([3, 70, 3]), 3).to_lengths().tolist() == [[1, 2]]
+    assert bk.delimiter_patch(torch.tensor([3, 70, 3], device=device), 3).to_lengths().tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize(
     ("size", "expected"),
     [(10, [1, 4, 1, 2, 3]), (9, [1, 4, 1, 4]), (8, [1, 4, 1, 3]), (4, [1, 4]), (3, [1, 3]), (1, [1, 1])],
 )
-def test_topk_by_hand(size: int, expected: list[int]) -> None:
-    layout = bk.topk_patch(torch.tensor(ENTROPY[:size]), 2)
+def test_topk_by_hand(size: int, expected: list[int], device: str) -> None:
+    layout = bk.topk_patch(torch.tensor(ENTROPY[:size], device=device), 2)
     assert layout.to_lengths(include_next_byte=True).tolist() == [expected]
 
 
-def test_bf16_is_compared_in_fp32() -> None:
+def test_bf16_is_compared_in_fp32(device: str) -> None:
     # The BLT threshold rounds to this very number in bf16, where it would not be above itself.
-    entropy = torch.tensor([0.0, 1.3359375, 0.0], dtype=torch.bfloat16)
+    entropy = torch.tensor([0.0, 1.3359375, 0.0], dtype=torch.bfloat16, device=device)
     assert bk.patch_starts(entropy, threshold=BLT_THRESHOLD).to_lengths().tolist() == [[1, 1, 1]]
-    just_below = torch.tensor([0.0, 1.3354419469833374, 0.0])  # one fp32 ulp below
+    just_below = torch.tensor([0.0, 1.3354419469833374, 0.0], device=device)  # one fp32 ulp below
     for dtype in (torch.float32, torch.float64):
         assert bk.patch_starts(just_below.to(dtype), threshold=BLT_THRESHOLD).to_lengths().tolist() == [[1, 2]]
 
 
-def test_topk_with_nan_takes_it_for_the_highest() -> None:
-    entropy = torch.tensor([0.0, 1.0, math.nan, 2.0, math.inf, 1.0, 0.0, 3.0])
+def test_topk_with_nan_takes_it_for_the_highest(device: str) -> None:
+    entropy = torch.tensor([0.0, 1.0, math.nan, 2.0, math.inf, 1.0, 0.0, 3.0], device=device)
     assert bk.topk_patch(entropy, 2).to_lengths().tolist() == [[1, 2, 2, 3]]
-    everything = bk.topk_patch(torch.full((4000,), math.nan), 3)
+    everything = bk.topk_patch(torch.full((4000,), math.nan, device=device), 3)
     assert int(everything.num_patches) == 4000 // 3 - 2 + 2
 
 

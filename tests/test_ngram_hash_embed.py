@@ -1,9 +1,13 @@
-"""ngram_hash and ngram_hash_embed: hashes by hand, in exact integers and in transformers, gradients, shards, errors."""
+"""ngram_hash and ngram_hash_embed: hashes by hand, in exact integers and in transformers, gradients, shards, errors.
+
+Last, what only the emulator can tell of the CUDA kernels: bytes moved, orders, values of arguments that make no sense.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import backends
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,18 +80,26 @@ def test_every_prime(device: str) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 259), max_size=12), max_size=4), st.integers(1, 12), st.integers(1, 2**40))
-def test_any_documents_in_exact_integers(documents: list[list[int]], size: int, vocab: int) -> None:
-    tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int64)
-    cu_seqlens = offsets_of([len(d) for d in documents])
+def test_any_documents_in_exact_integers(documents: list[list[int]], size: int, vocab: int, device: str) -> None:
+    tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int64, device=device)
+    cu_seqlens = offsets_of([len(d) for d in documents], device=device)
     hashes = ngram_hash(tokens, cu_seqlens, ngram_sizes=(size,), num_functions=2, vocab=vocab)
     expected = [[exact_hash(d, i, size, p, vocab) for d in documents for i in range(len(d))] for p in PRIMES[:2]]
     assert hashes.tolist() == expected
 
 
+@pytest.mark.parametrize("vocab", [1, 2, 3, 256, 2**31 - 1, 2**32 + 1, 2**62, 2**62 + 1, 2**63 - 1])
+def test_every_kind_of_remainder(vocab: int, device: str) -> None:
+    tokens = torch.tensor([2**31 - 1, -(2**31), 0, 259, 4, 4, 4, 4, 4, -1], dtype=torch.int32, device=device)
+    values = tokens.tolist()
+    expected = [[exact_hash(values, i, n, PRIMES[0], vocab) for i in range(10)] for n in (1, 2, 8)]
+    assert ngram_hash(tokens, ngram_sizes=(1, 2, 8), vocab=vocab).tolist() == expected
+
+
 @pytest.mark.parametrize("vocab", [1, 30000, 500002])
-def test_agrees_with_transformers(vocab: int) -> None:
+def test_agrees_with_transformers(vocab: int, device: str) -> None:
     blt = pytest.importorskip("transformers.models.blt.modeling_blt")
-    tokens = text(600).view(3, 200)
+    tokens = text(600, device=device).view(3, 200)
     hashes = ngram_hash(tokens, num_functions=3, vocab=vocab).view(3, 6, 3, 200)
     for function in range(3):
         for i, size in enumerate(range(3, 9)):
@@ -200,25 +212,25 @@ def test_tables_are_not_copied() -> None:
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def all_grads(form: str, grad: str, function: Any = None) -> tuple[list[Tensor], list[Tensor]]:
+def all_grads(form: str, grad: str, device: str, function: Any = None) -> tuple[list[Tensor], list[Tensor]]:
     """Leaves and their gradients for ragged documents, whose last bytes belong to none and have NaN gradients."""
-    tables, byte_table = parameters()
+    tables, byte_table = parameters(device)
     leaves = [x.clone().requires_grad_() for x in ([tables] if form == "fused" else tables.chunk(N))]
     byte_leaf = byte_table.clone().requires_grad_()
-    cotangent = torch.randn(93, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    cotangent = torch.randn(93, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(device)
     cotangent[90:] = NAN if function is None else 0
     options = {"ngram_sizes": SIZES, "num_functions": FUNCTIONS, "grad": grad}
     given_tables = leaves[0] if form == "fused" else leaves
-    cu_seqlens = offsets_of(document_lengths(90, 2))
-    out = (function or ngram_hash_embed)(text(93), given_tables, byte_leaf, cu_seqlens, **options)
+    cu_seqlens = offsets_of(document_lengths(90, 2), device=device)
+    out = (function or ngram_hash_embed)(text(93, device=device), given_tables, byte_leaf, cu_seqlens, **options)
     return [*leaves, byte_leaf], list(torch.autograd.grad(out, [*leaves, byte_leaf], cotangent))
 
 
 @pytest.mark.parametrize("form", ["fused", "list"])
 @pytest.mark.parametrize("grad", ["dense", "sparse"])
-def test_backward_against_autograd_of_the_reference(form: str, grad: str) -> None:
-    leaves, ours = all_grads(form, grad)
-    _, theirs = all_grads(form, grad, reference.ngram_hash_embed_reference)
+def test_backward_against_autograd_of_the_reference(form: str, grad: str, device: str) -> None:
+    leaves, ours = all_grads(form, grad, device)
+    _, theirs = all_grads(form, grad, device, reference.ngram_hash_embed_reference)
     for leaf, own, other in zip(leaves, ours, theirs, strict=True):
         assert own.layout == other.layout == (torch.strided if grad == "dense" else torch.sparse_coo)
         assert own.shape == leaf.shape
@@ -226,9 +238,9 @@ def test_backward_against_autograd_of_the_reference(form: str, grad: str) -> Non
 
 
 @pytest.mark.parametrize("form", ["fused", "list"])
-def test_sparse_gradients_are_coalesced(form: str) -> None:
-    _, dense = all_grads(form, "dense")
-    leaves, sparse = all_grads(form, "sparse")
+def test_sparse_gradients_are_coalesced(form: str, device: str) -> None:
+    _, dense = all_grads(form, "dense", device)
+    leaves, sparse = all_grads(form, "sparse", device)
     for leaf, whole, part in zip(leaves, dense, sparse, strict=True):
         assert part.is_coalesced()
         torch.sparse_coo_tensor(part.indices(), part.values(), part.shape, is_coalesced=True, check_invariants=True)
@@ -238,6 +250,47 @@ def test_sparse_gradients_are_coalesced(form: str) -> None:
         assert torch.equal(rows, whole.any(1).nonzero()[:, 0])
         leaf.grad = part
     torch.optim.SparseAdam(leaves).step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 8, 24])
+def test_rows_of_larger_tensors(width: int, dtype: torch.dtype, device: str) -> None:
+    """Strides, starts out of alignment, int32 ids; each bitwise what contiguous tensors give."""
+    wide = torch.randn(N * V + A + 300, width + 9, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    for first in (0, 1, 8):
+        strided = wide[:, first : first + width].split([N * V, A, 300])
+        results = []
+        for tables, byte_table, cotangent in (strided, [x.clone() for x in strided]):
+            leaves = [x.detach().requires_grad_() for x in (tables, byte_table)]
+            out = embed(text(300, device=device).int(), *leaves)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, cotangent)])
+        for own, expected in zip(*results, strict=True):
+            assert torch.equal(own, expected)
+
+
+@given(
+    st.lists(st.integers(0, 90), min_size=1, max_size=4),
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.sampled_from(["dense", "sparse"]),
+    st.booleans(),
+)
+def test_any_gradient(lengths: list[int], rows: int, width: int, grad: str, fused: bool, device: str) -> None:
+    """Few rows, hence long runs; whole numbers, so that sums are exact in any order."""
+    generator, total = torch.Generator().manual_seed(sum(lengths) + rows), sum(lengths)
+    tokens = torch.randint(4, 7, (total + 2,), generator=generator).to(device)
+    cotangent = torch.randint(-9, 9, (total + 2, width), generator=generator).to(device, torch.float32)
+    cu_seqlens = offsets_of(lengths, device=device)
+    tables = torch.zeros(N * rows, width, device=device)
+    results = []
+    for function in (ngram_hash_embed, reference.ngram_hash_embed_reference):
+        leaves = [x.clone().requires_grad_() for x in ([tables] if fused else tables.chunk(N))]
+        byte_leaf = torch.zeros(7, width, device=device, requires_grad=True)
+        given_tables, options = leaves[0] if fused else leaves, {"ngram_sizes": SIZES, "num_functions": FUNCTIONS}
+        out = function(tokens, given_tables, byte_leaf, cu_seqlens, grad=grad, **options)
+        results.append([g.to_dense() for g in torch.autograd.grad(out, [*leaves, byte_leaf], cotangent)])
+    for own, expected in zip(*results, strict=True):
+        assert torch.equal(own, expected)
 
 
 @pytest.mark.parametrize("grad", ["dense", "sparse"])
@@ -258,9 +311,9 @@ def test_many_tables_long_sums_and_wide_rows(num_functions: int, width: int, gra
         assert torch.equal(own, expected)
 
 
-def test_gradcheck() -> None:
-    tables, byte_table = parameters(rows=3)
-    tokens = text(12) % 7
+def test_gradcheck(device: str) -> None:
+    tables, byte_table = parameters(device, rows=3)
+    tokens = text(12, device=device) % 7
     leaves = [tables.requires_grad_(), byte_table[:7].clone().requires_grad_()]
     assert torch.autograd.gradcheck(lambda *x: embed(tokens, *x), leaves, fast_mode=True)
     chunks = [x.detach().clone().requires_grad_() for x in tables.chunk(N)]
@@ -268,14 +321,14 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("grad", ["dense", "sparse"])
-def test_frozen_parameters_get_no_gradient(grad: str) -> None:
-    tables, byte_table = parameters()
+def test_frozen_parameters_get_no_gradient(grad: str, device: str) -> None:
+    (tables, byte_table), tokens = parameters(device), text(30, device=device)
     chunks = [x.clone() for x in tables.chunk(N)]
     chunks[2].requires_grad_()
-    embed(text(30), chunks, byte_table, grad=grad).sum().backward()
+    embed(tokens, chunks, byte_table, grad=grad).sum().backward()
     assert [x.grad is not None for x in (*chunks, byte_table)] == [i == 2 for i in range(N + 1)]
-    expected = torch.zeros(V, D, dtype=torch.float64)
-    for row in ngram_hash(text(30), ngram_sizes=SIZES, num_functions=FUNCTIONS, vocab=V)[2]:
+    expected = torch.zeros(V, D, dtype=torch.float64, device=device)
+    for row in ngram_hash(tokens, ngram_sizes=SIZES, num_functions=FUNCTIONS, vocab=V)[2]:
         expected[row] += 1
     assert torch.equal(chunks[2].grad.to_dense(), expected)
 
@@ -418,3 +471,115 @@ def test_errors(change: dict, error: type[Exception], message: str) -> None:
 def test_hash_errors(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ngram_hash(**{"tokens": torch.arange(10), "vocab": 5, **change})
+
+
+# --- the CUDA kernels on the emulator ---------------------------------------------------------------------------------
+
+LARGE = {"ngram_sizes": [3, 4, 5, 6, 7, 8], "num_functions": 1}  # of BLT
+EMULATED_BACKWARD = ["ngram_hash_embed_bwd", "ngram_hash_embed_sparse_bwd"]
+
+
+def emulated(op: str, *arguments: Any) -> tuple[Any, list[Any]]:
+    """What an operator gives, and its launches."""
+    backends.emulator().take_launches()
+    result = getattr(torch.ops.blt_emulated, op)(*arguments)
+    return result, backends.emulator().take_launches()
+
+
+def random_tokens(num_bytes: int) -> Tensor:
+    return torch.randint(4, A, (num_bytes,), generator=torch.Generator().manual_seed(2))
+
+
+def assert_traffic(launches: list[Any], minimum: float) -> None:
+    moved = sum(launch.read + launch.written for launch in launches)
+    assert 0.9 * minimum <= moved <= 1.1 * minimum, {x.kernel: (x.read, x.written) for x in launches}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic_of_the_embedding(dtype: torch.dtype) -> None:
+    backends.emulator()
+    num_bytes, rows, width, tables = 256, 5000, 512, 6
+    weights, byte_table = torch.ones(tables * rows, width, dtype=dtype), torch.ones(A, width, dtype=dtype)
+    cu_seqlens = torch.tensor([0, 100, num_bytes], dtype=torch.int32)
+    arguments = (cu_seqlens, *LARGE.values())
+    out, launches = emulated(
+        "ngram_hash_embed_fwd", random_tokens(num_bytes), [weights], byte_table, *arguments, "dense", None, rows
+    )
+    assert (out == tables + 1).all()
+    assert len(launches) == 1
+    assert_traffic(launches, num_bytes * (8 + (tables + 2) * width * dtype.itemsize))
+    _, launches = emulated("ngram_hash_fwd", random_tokens(4096), *arguments, rows)
+    assert_traffic(launches, 4096 * 8 * (1 + tables))
+
+
+@pytest.mark.parametrize("op", EMULATED_BACKWARD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic_of_the_gradient(dtype: torch.dtype, op: str) -> None:
+    """Rows are read once a list and written once; sorting 10 bits takes two passes."""
+    backends.emulator()
+    num_bytes, rows, width, lists = 512, 1000, 768, 7
+    grad_out = torch.ones(num_bytes, width, dtype=dtype)
+    cu_seqlens = torch.tensor([0, 100, num_bytes], dtype=torch.int32)
+    result, launches = emulated(
+        op, grad_out, random_tokens(num_bytes), cu_seqlens, *LARGE.values(), None, rows, True, A
+    )
+    values = result if op.endswith("embed_bwd") else result[1]
+    assert sum(x.sum(dtype=torch.float64).item() for x in values) == lists * num_bytes * width
+    rows_moved = lists * num_bytes + sum(x.shape[0] for x in values)
+    assert_traffic(launches, rows_moved * width * dtype.itemsize + lists * num_bytes * (8 + 2 * 24 + 8))
+
+
+@pytest.mark.parametrize(("rows", "passes"), [(1, 1), (255, 1), (256, 2), (65535, 2), (65536, 3)])
+def test_only_digits_of_the_rows_are_sorted(rows: int, passes: int) -> None:
+    backends.emulator()
+    arguments = (torch.ones(9, 1), random_tokens(9), torch.tensor([0, 9], dtype=torch.int32), [2], 1, None, rows, True)
+    _, launches = emulated("ngram_hash_embed_bwd", *arguments, None)
+    assert sum("scatter" in launch.kernel for launch in launches) == passes
+
+
+@pytest.mark.parametrize("width", [8, 5])
+def test_every_order_of_blocks_and_threads_gives_the_same(width: int) -> None:
+    """Tiles, chunks and long runs: 2500 bytes of text, some 500 of which are spaces."""
+    num_bytes, rows = 2500, 300
+    generator = torch.Generator().manual_seed(4)
+    weights, byte_table = (torch.randn(n, width, generator=generator) for n in (6 * rows, A))
+    grad_out = torch.randn(num_bytes, width, generator=generator)
+    cu_seqlens = torch.tensor([0, 1000, 1000, 2499], dtype=torch.int32)
+
+    def run() -> list[Tensor]:
+        hashing = (cu_seqlens, *LARGE.values())
+        arguments = (grad_out, text(num_bytes), *hashing, None, rows, True, A)
+        return tree_leaves(
+            [
+                emulated("ngram_hash_embed_fwd", text(num_bytes), [weights], byte_table, *hashing, "dense", None, rows),
+                *(emulated(op, *arguments)[0] for op in EMULATED_BACKWARD),
+            ]
+        )
+
+    backends.emulator()
+    expected = [x for x in run() if isinstance(x, Tensor)]
+    for name in ("BACKWARD", "RANDOM"):
+        with backends.order(name, seed=5):
+            got = [x for x in run() if isinstance(x, Tensor)]
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), name
+
+
+@pytest.mark.parametrize("offsets", [[5, 3, -7, 2**31 - 1], [-(2**31), 2**31 - 1], [9, 9, 9], [0, 2**30, 4, 20], [0]])
+def test_offsets_and_ids_that_make_no_sense_are_survived(offsets: list[int]) -> None:
+    """Results are arbitrary, but nothing outside the tensors is touched, which the emulator would report."""
+    backends.emulator()
+    tokens = torch.randint(-(2**63), 2**63 - 1, (2100,), generator=torch.Generator().manual_seed(6))
+    hashing = (torch.tensor(offsets, dtype=torch.int32), [1, 30, 4], 2)
+    emulated("ngram_hash_fwd", tokens, *hashing, 7)
+    emulated("ngram_hash_embed_fwd", tokens, [torch.ones(42, 3)], torch.ones(A, 3), *hashing, "dense", None, 7)
+    for op in EMULATED_BACKWARD:
+        emulated(op, torch.ones(2100, 3), tokens, *hashing, [2, 5], 7, False, A)
+
+
+def test_too_many_tables_for_a_launch_are_refused() -> None:
+    backends.emulator()
+    tokens, cu_seqlens = random_tokens(5), torch.tensor([0, 5], dtype=torch.int32)
+    hashes, _ = emulated("ngram_hash_fwd", tokens, cu_seqlens, [1] * 128, 1, 9)
+    assert hashes.shape == (128, 5)
+    with pytest.raises(RuntimeError, match="ngram_sizes: expected 1 to 128 tables on CUDA, got 1 functions of 129 sizes"):
+        emulated("ngram_hash_fwd", tokens, cu_seqlens, [1] * 129, 1, 9)

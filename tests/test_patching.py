@@ -32,14 +32,18 @@ def as_lists(layout: bk.PatchLayout) -> dict[str, Any]:
     return {f.name: getattr(layout, f.name).tolist() for f in fields(layout)}
 
 
-def packed(documents: list[list[float]]) -> tuple[Tensor, Tensor]:
+def packed(documents: list[list[float]], device: str) -> tuple[Tensor, Tensor]:
     values = [x for document in documents for x in document]
-    return torch.tensor(values, dtype=torch.float32), offsets_of([len(d) for d in documents])
+    return torch.tensor(values, dtype=torch.float32, device=device), offsets_of(
+        [len(d) for d in documents], device=device
+    )
 
 
-def ids(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
+def ids(documents: list[list[int]], device: str) -> tuple[Tensor, Tensor]:
     values = [x for document in documents for x in document]
-    return torch.tensor(values, dtype=torch.int64), offsets_of([len(d) for d in documents])
+    return torch.tensor(values, dtype=torch.int64, device=device), offsets_of(
+        [len(d) for d in documents], device=device
+    )
 
 
 # --- against the oracle -----------------------------------------------------------------------------------------------
@@ -80,8 +84,10 @@ def check_scheme(layout: bk.PatchLayout, starts: list[list[int]], sizes: list[in
 
 
 @given(DOCUMENTS, ANY_RULE, ROOM)
-def test_patch_starts_against_oracle(documents: list[list[float]], rule: dict[str, Any], room: int | None) -> None:
-    entropy, cu_seqlens = packed(documents)
+def test_patch_starts_against_oracle(
+    device: str, documents: list[list[float]], rule: dict[str, Any], room: int | None
+) -> None:
+    entropy, cu_seqlens = packed(documents, device)
     max_patches = capacity(room, documents)
     layout = bk.patch_starts(entropy, cu_seqlens, **rule, max_patches=max_patches)
     starts = [oracle.entropy_starts(d, **rule) for d in documents]
@@ -89,15 +95,15 @@ def test_patch_starts_against_oracle(documents: list[list[float]], rule: dict[st
 
 
 @given(TOKENS, ROOM)
-def test_space_patch_against_oracle(documents: list[list[int]], room: int | None) -> None:
+def test_space_patch_against_oracle(device: str, documents: list[list[int]], room: int | None) -> None:
     max_patches = capacity(room, documents)
-    layout = bk.space_patch(*ids(documents), max_patches=max_patches)
+    layout = bk.space_patch(*ids(documents, device), max_patches=max_patches)
     check_scheme(layout, [oracle.space_starts(d) for d in documents], [len(d) for d in documents], max_patches)
 
 
 @given(TOKENS, st.integers(0, 259) | st.sampled_from([3, 36]), ROOM)
-def test_delimiter_patch_against_oracle(documents: list[list[int]], id: int, room: int | None) -> None:
-    tokens, cu_seqlens = ids(documents)
+def test_delimiter_patch_against_oracle(device: str, documents: list[list[int]], id: int, room: int | None) -> None:
+    tokens, cu_seqlens = ids(documents, device)
     max_patches = capacity(room, documents)
     layout = bk.delimiter_patch(tokens, id, cu_seqlens, max_patches=max_patches)
     starts = [oracle.delimiter_starts(d, id) for d in documents]
@@ -105,17 +111,20 @@ def test_delimiter_patch_against_oracle(documents: list[list[int]], id: int, roo
 
 
 @given(st.lists(st.integers(0, 30), max_size=5), st.integers(1, 8), st.integers(1, 8), ROOM)
-def test_static_patch_against_oracle(sizes: list[int], size: int, first: int, room: int | None) -> None:
+def test_static_patch_against_oracle(device: str, sizes: list[int], size: int, first: int, room: int | None) -> None:
     max_patches = None if room is None else len(sizes) + room
-    layout = bk.static_patch(offsets_of(sizes), size, first, max_patches=max_patches)
+    cu_seqlens, num_bytes = offsets_of(sizes, device=device), sum(sizes)
+    layout = bk.static_patch(cu_seqlens, size, first, num_bytes=num_bytes, max_patches=max_patches)
     check_scheme(layout, [oracle.static_starts(n, size, first) for n in sizes], sizes, max_patches)
     if size == first == 1:
-        assert_equal(bk.byte_patch(offsets_of(sizes), max_patches=max_patches), layout)
+        assert_equal(bk.byte_patch(cu_seqlens, num_bytes=num_bytes, max_patches=max_patches), layout)
 
 
 @given(FINITE_DOCUMENTS, st.integers(1, 6), ROOM)
-def test_topk_patch_against_oracle(documents: list[list[float]], patch_size: int, room: int | None) -> None:
-    entropy, cu_seqlens = packed(documents)
+def test_topk_patch_against_oracle(
+    device: str, documents: list[list[float]], patch_size: int, room: int | None
+) -> None:
+    entropy, cu_seqlens = packed(documents, device)
     max_patches = capacity(room, documents)
     layout = bk.topk_patch(entropy, patch_size, cu_seqlens, max_patches=max_patches)
     starts = [oracle.topk_starts(d, patch_size) for d in documents]
@@ -135,16 +144,17 @@ CONTENT = {
 
 
 @pytest.mark.parametrize("data", CONTENT.values(), ids=CONTENT)
-def test_every_scheme_on_every_content(data: bytes) -> None:
-    tokens = to_tokens(data)
+def test_every_scheme_on_every_content(data: bytes, device: str) -> None:
+    tokens = to_tokens(data, device=device)
     size = len(data)
+    whole = torch.tensor([0, size], device=device)
     entropy = (tokens * 37 % 101).float() / 25  # any function of the content
     values, id = entropy.tolist(), int(tokens[size // 2]) if size else 0
     schemes = {
         "space": (bk.space_patch(tokens), oracle.space_starts(tokens.tolist())),
         "delimiter": (bk.delimiter_patch(tokens, id), oracle.delimiter_starts(tokens.tolist(), id)),
-        "static": (bk.static_patch(torch.tensor([0, size]), 6), oracle.static_starts(size, 6)),
-        "byte": (bk.byte_patch(torch.tensor([0, size])), oracle.static_starts(size, 1)),
+        "static": (bk.static_patch(whole, 6, num_bytes=size), oracle.static_starts(size, 6)),
+        "byte": (bk.byte_patch(whole, num_bytes=size), oracle.static_starts(size, 1)),
         "topk": (bk.topk_patch(entropy, 5), oracle.topk_starts(values, 5)),
     }
     for name, rule in RULES.items():
@@ -159,8 +169,10 @@ def test_every_scheme_on_every_content(data: bytes) -> None:
 
 
 @given(DOCUMENTS, ANY_RULE, ROOM)
-def test_patches_fill_their_documents(documents: list[list[float]], rule: dict[str, Any], room: int | None) -> None:
-    entropy, cu_seqlens = packed(documents)
+def test_patches_fill_their_documents(
+    device: str, documents: list[list[float]], rule: dict[str, Any], room: int | None
+) -> None:
+    entropy, cu_seqlens = packed(documents, device)
     layout = bk.patch_starts(entropy, cu_seqlens, **rule, max_patches=capacity(room, documents))
     sizes = [len(d) for d in documents]
     assert layout.to_lengths().sum(1).tolist() == sizes
@@ -175,8 +187,8 @@ def test_patches_fill_their_documents(documents: list[list[float]], rule: dict[s
 
 
 @given(DOCUMENTS, ANY_RULE)
-def test_packed_is_each_document_alone(documents: list[list[float]], rule: dict[str, Any]) -> None:
-    entropy, cu_seqlens = packed(documents)
+def test_packed_is_each_document_alone(device: str, documents: list[list[float]], rule: dict[str, Any]) -> None:
+    entropy, cu_seqlens = packed(documents, device)
     together = bk.patch_starts(entropy, cu_seqlens, **rule)
     patches = together.cu_patches.tolist()
     for b, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
@@ -187,9 +199,9 @@ def test_packed_is_each_document_alone(documents: list[list[float]], rule: dict[
 
 
 @given(st.integers(0, 4), st.integers(0, 12), ANY_RULE, st.integers(0, 9))
-def test_padded_is_packed(rows: int, size: int, rule: dict[str, Any], seed: int) -> None:
-    logits = ragged_logits((rows, size, 11), seed)
-    cu_seqlens = torch.arange(rows + 1) * size
+def test_padded_is_packed(device: str, rows: int, size: int, rule: dict[str, Any], seed: int) -> None:
+    logits = ragged_logits((rows, size, 11), seed, device=device)
+    cu_seqlens = torch.arange(rows + 1, device=device) * size
     entropy, layout = bk.entropy_patch(logits, **rule)
     flat_entropy, flat_layout = bk.entropy_patch(logits.flatten(0, 1), cu_seqlens, **rule)
     assert entropy.shape == (rows, size)
@@ -203,18 +215,18 @@ def test_padded_is_packed(rows: int, size: int, rule: dict[str, Any], seed: int)
 
 
 @given(FINITE_DOCUMENTS, st.floats(0, 3), st.floats(0, 3))
-def test_a_higher_threshold_gives_fewer_patches(documents: list[list[float]], a: float, b: float) -> None:
-    entropy, cu_seqlens = packed(documents)
+def test_a_higher_threshold_gives_fewer_patches(device: str, documents: list[list[float]], a: float, b: float) -> None:
+    entropy, cu_seqlens = packed(documents, device)
     fine, coarse = (bk.patch_starts(entropy, cu_seqlens, threshold=t) for t in sorted((a, b)))
     assert set(fine.patch_offsets.tolist()) >= set(coarse.patch_offsets.tolist())
     assert int(fine.num_patches) >= int(coarse.num_patches)
 
 
 @given(FINITE_DOCUMENTS, THRESHOLDS)
-def test_a_boundary_needs_no_later_byte(documents: list[list[float]], threshold: float) -> None:
+def test_a_boundary_needs_no_later_byte(device: str, documents: list[list[float]], threshold: float) -> None:
     """Streaming: patches of a prefix are those of the whole, the last one apart, which may go on."""
     for document in documents:
-        entropy = torch.tensor(document)
+        entropy = torch.tensor(document, device=device)
         whole = bk.patch_starts(entropy, threshold=threshold, max_patch_length=5)
         for size in range(1, len(document)):
             prefix = bk.patch_starts(entropy[:size], threshold=threshold, max_patch_length=5)

@@ -20,8 +20,8 @@ def eager_entropy(logits: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("alphabet", [2, 64, 260, 1000])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
-def test_entropy_is_at_least_as_accurate_as_eager_fp32(alphabet: int, scale: float) -> None:
-    logits = torch.randn(4096, alphabet, generator=torch.Generator().manual_seed(alphabet)) * scale
+def test_entropy_is_at_least_as_accurate_as_eager_fp32(alphabet: int, scale: float, device: str) -> None:
+    logits = torch.randn(1000, alphabet, generator=torch.Generator().manual_seed(alphabet)).to(device) * scale
     truth = eager_entropy(logits.double())
     assert_close(bk.token_entropy(logits), eager_entropy(logits), truth, factor=1.0)
     entropy, _ = bk.entropy_patch(logits, threshold=1.0)
@@ -29,8 +29,8 @@ def test_entropy_is_at_least_as_accurate_as_eager_fp32(alphabet: int, scale: flo
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_logits_lose_nothing_more(dtype: torch.dtype) -> None:
-    logits = ragged_logits((2000, 260), dtype=dtype)
+def test_low_precision_logits_lose_nothing_more(dtype: torch.dtype, device: str) -> None:
+    logits = ragged_logits((1000, 260), dtype=dtype, device=device)
     truth = eager_entropy(logits.double())
     out = bk.token_entropy(logits)
     assert out.dtype == torch.float32
@@ -38,22 +38,22 @@ def test_low_precision_logits_lose_nothing_more(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e4, -1e4, 3e38])
-def test_entropy_of_equal_logits_is_log_alphabet(shift: float) -> None:
+def test_entropy_of_equal_logits_is_log_alphabet(shift: float, device: str) -> None:
     for alphabet in (1, 2, 7, 260):
-        out = bk.token_entropy(torch.full((3, alphabet), shift))
-        torch.testing.assert_close(out, torch.full((3,), math.log(alphabet)), rtol=3e-7, atol=1e-7)
+        out = bk.token_entropy(torch.full((3, alphabet), shift, device=device))
+        torch.testing.assert_close(out, torch.full((3,), math.log(alphabet), device=device), rtol=3e-7, atol=1e-7)
 
 
-def test_entropy_by_hand() -> None:
-    logits = torch.tensor([[0.0, math.log(3.0)], [-math.inf, 0.0]], dtype=torch.float64)
+def test_entropy_by_hand(device: str) -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)], [-math.inf, 0.0]], dtype=torch.float64, device=device)
     expected = [math.log(4) - 0.75 * math.log(3), 0.0]
-    torch.testing.assert_close(bk.token_entropy(logits), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(bk.token_entropy(logits), torch.tensor(expected, dtype=torch.float64, device=device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("alphabet", [5, 260])
-def test_infinite_and_nan_logits(dtype: torch.dtype, alphabet: int) -> None:
-    logits = ragged_logits((7, alphabet), dtype=torch.float32).to(dtype)
+def test_infinite_and_nan_logits(dtype: torch.dtype, alphabet: int, device: str) -> None:
+    logits = ragged_logits((7, alphabet), dtype=torch.float32, device=device).to(dtype)
     masked = logits.clone()
     masked[:, [0, -1]] = -math.inf
     out = bk.token_entropy(masked)
@@ -71,9 +71,9 @@ def test_infinite_and_nan_logits(dtype: torch.dtype, alphabet: int) -> None:
     assert layout.to_lengths(include_next_byte=True).tolist() == [[1, 5, 1, 1]]
 
 
-def test_masked_logits_get_no_gradient() -> None:
-    logits = ragged_logits((4, 9)).requires_grad_()
-    masked = logits.masked_fill(torch.arange(9) == 3, -math.inf)
+def test_masked_logits_get_no_gradient(device: str) -> None:
+    logits = ragged_logits((4, 9), device=device).requires_grad_()
+    masked = logits.masked_fill(torch.arange(9, device=device) == 3, -math.inf)
     masked.retain_grad()
     bk.token_entropy(masked).sum().backward()
     assert masked.grad is not None
@@ -84,24 +84,24 @@ def test_masked_logits_get_no_gradient() -> None:
     torch.testing.assert_close(masked.grad[:, [0, 1, 2, 4, 5, 6, 7, 8]].double(), rest.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_large_logits_neither_overflow_nor_vanish() -> None:
-    logits = torch.tensor([[3e38, -3e38, 0.0], [88.0, 89.0, 90.0], [-1e30, -1e30, -2e30]])
+def test_large_logits_neither_overflow_nor_vanish(device: str) -> None:
+    logits = torch.tensor([[3e38, -3e38, 0.0], [88.0, 89.0, 90.0], [-1e30, -1e30, -2e30]], device=device)
     assert_close(
         bk.token_entropy(logits), eager_entropy(logits.double()).float(), eager_entropy(logits.double()), factor=4
     )
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 0), (2, 3, 4)])
-def test_token_and_linear_entropy_take_any_leading_shape(leading: tuple[int, ...]) -> None:
-    hidden, weight = torch.randn(*leading, 6), torch.randn(5, 6)
+def test_token_and_linear_entropy_take_any_leading_shape(leading: tuple[int, ...], device: str) -> None:
+    hidden, weight = torch.randn(*leading, 6, device=device), torch.randn(5, 6, device=device)
     out = bk.linear_entropy(hidden, weight)
     assert out.shape == leading
     torch.testing.assert_close(out, bk.token_entropy(hidden @ weight.T), rtol=1e-4, atol=1e-5)
 
 
-def test_linear_entropy_is_no_less_accurate_at_the_size_of_a_model() -> None:
+def test_linear_entropy_is_no_less_accurate_at_the_size_of_a_model(device: str) -> None:
     generator = torch.Generator().manual_seed(1)
-    hidden, weight, bias = (torch.randn(*s, generator=generator) for s in ((300, 768), (260, 768), (260,)))
+    hidden, weight, bias = (torch.randn(*s, generator=generator).to(device) for s in ((300, 768), (260, 768), (260,)))
     weight *= 0.05
     truth = eager_entropy(torch.nn.functional.linear(hidden.double(), weight.double(), bias.double()))
     eager = eager_entropy(torch.nn.functional.linear(hidden, weight, bias))

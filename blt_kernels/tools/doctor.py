@@ -13,7 +13,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from blt_kernels import _load
+from blt_kernels import _cuda, _load
 from blt_kernels.models.byte_lm import BUNDLED
 from blt_kernels.tools.render import Color, console
 
@@ -51,7 +51,7 @@ def package_version() -> str:
 def owner(operator: str, device: str) -> str:
     """Who computes ``blt_kernels::operator`` on a device: "C++ (v4)", or "reference" where no kernel is registered."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::{operator}", device):
-        return f"C++ ({_load.loaded().isa})"
+        return f"CUDA ({_cuda.load().compiler})" if device == "CUDA" else f"C++ ({_load.loaded().isa})"
     return "reference"
 
 
@@ -61,6 +61,9 @@ def report() -> dict[str, Any]:
     missing = []
     if loaded.isa is None:
         missing.append({"what": f"compiled kernels: {loaded.reason}", "command": "pip install --no-build-isolation ."})
+    cuda = _cuda.load()
+    if torch.cuda.is_available() and cuda.compiler is None:
+        missing.append({"what": f"CUDA kernels: {cuda.reason}", "command": "pip install 'blt-kernels[jit]'"})
     for package, extra in EXTRAS.items():
         if importlib.util.find_spec(package) is None:
             missing.append(
@@ -87,6 +90,7 @@ def report() -> dict[str, Any]:
             "reason": loaded.reason,
             "available": list(loaded.available),
         },
+        "cuda": {"compiler": cuda.compiler, "path": cuda.path, "reason": cuda.reason},
         "ops": {name: {device: owner(operator, device) for device in DEVICES} for name, operator in OPS.items()},
         "missing": missing,
     }
@@ -109,6 +113,11 @@ def run(*, as_json: bool, color: Color) -> int:
         versions.add_row("", f"this machine can load {built}; BLT_KERNELS_ISA chooses")
     else:
         versions.add_row("compiled module", escape(f"none: {module['reason']}"))
+    if facts["cuda"]["compiler"]:
+        versions.add_row("CUDA kernels", escape(f"by {facts['cuda']['compiler']}, from {facts['cuda']['path']}"))
+        versions.add_row("", "BLT_KERNELS_CUDA chooses: nvcc, nvrtc or none")
+    else:
+        versions.add_row("CUDA kernels", escape(f"none: {facts['cuda']['reason']}"))
     out.print(versions)
     owners = Table(title="who computes each op", title_justify="left")
     owners.add_column("op")
@@ -117,7 +126,7 @@ def run(*, as_json: bool, color: Color) -> int:
     for name, by_device in facts["ops"].items():
         owners.add_row(name, *by_device.values())
     out.print(owners)
-    out.print('"reference" is plain PyTorch: right, differentiable and slow. No kernels for CUDA exist yet.')
+    out.print('"reference" is plain PyTorch: right, differentiable and slow.')
     for item in facts["missing"]:
         out.print(escape(f"missing: {item['what']}. To get it: {item['command']}"))
     if not facts["missing"]:

@@ -63,11 +63,11 @@ class Device {
     (void)x;
   }
 #else
-      : guard_(x.get_device_index()) {
+      : index_(x.get_device_index()), guard_(index_) {
 #if defined(__CUDACC__)
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_) == 0, "no current CUDA stream");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_) == 0, "no current CUDA stream");
 #else
-    stream_ = jit::current_stream(x.get_device_index());
+    stream_ = jit::current_stream(index_);
 #endif
   }
 #endif
@@ -124,7 +124,7 @@ class Device {
     emulator::launch(emulator::Known<kKernel>::entry, shape.blocks, shape.rows, shape.threads, shape.shared, call, &run);
 #else
     void* packed[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-    jit::launch(jit::Known<kKernel>::entry, shape.blocks, shape.rows, shape.threads, shape.shared, packed, stream_);
+    jit::launch(jit::Known<kKernel>::entry, index_, shape.blocks, shape.rows, shape.threads, shape.shared, packed, stream_);
 #endif
   }
 
@@ -137,6 +137,7 @@ class Device {
   }
   mutable emulator::Scope scope_;
 #else
+  int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 #endif

@@ -122,6 +122,23 @@ __device__ __forceinline__ Pack<T, kSize> load(const T* from) {
   return both.pack;
 }
 
+// The same not taken apart yet. While packs of 2-byte numbers wait for each other, they take half the registers so.
+template <class T, int kSize>
+using Bits = typename Word<sizeof(T) * kSize>::type;
+template <int kSize, class T>
+__device__ __forceinline__ Bits<T, kSize> load_bits(const T* from) {
+  check_aligned(from, sizeof(T) * kSize);
+  return *reinterpret_cast<const Bits<T, kSize>*>(from);
+}
+template <class T, int kSize>
+__device__ __forceinline__ Pack<T, kSize> unpack(const Bits<T, kSize>& bits) {
+  union {
+    Bits<T, kSize> bits;
+    Pack<T, kSize> pack;
+  } both = {bits};
+  return both.pack;
+}
+
 // The same for what is read once: the first to leave the caches.
 template <int kSize, class T>
 __device__ __forceinline__ Pack<T, kSize> load_once(const T* from) {

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   if (patch >= rows.patches) return;
   const auto [begin, end] = patch_range(rows, patch);
   const T* const from = x + column;
-  Folded<A, kPack> folded;
+  Folded<A, kPack> folded = {};
   for (i64 row = begin; row < end; row += kAhead) {
     Pack<T, kPack> ahead[kAhead];
     load_rows(ahead, from, rows.stride, row, end);

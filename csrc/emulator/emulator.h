@@ -12,17 +12,11 @@
 #include <string_view>
 #include <vector>
 
+#include "../common/kernel_name.h"
+
 namespace blt::emulator {
 
 // --- kernels and launches ---------------------------------------------------------------------------------------------
-
-// "blt::name<types>" of a kernel, from the signature of this function.
-template <auto kKernel>
-std::string_view kernel_name() {
-  const std::string_view signature = __PRETTY_FUNCTION__;
-  const size_t begin = signature.find("kKernel = ") + 10;
-  return signature.substr(begin, signature.find("; std::string_view", begin) - begin);
-}
 
 // Every kernel that some launcher may launch has an entry, whether it was launched or not.
 struct Entry {
@@ -32,7 +26,7 @@ const Entry* add_entry(std::string_view name);
 
 template <auto kKernel>
 struct Known {
-  static inline const Entry* const entry = add_entry(kernel_name<kKernel>());
+  static inline const Entry* const entry = add_entry(names::kernel_name<kKernel>());
 };
 
 // What a launch did. Bytes are what would cross from L2: whole sectors of 32 bytes, each counted once a block unless it

@@ -1,0 +1,214 @@
+// Launchers of entropy_patch.cuh: entropies, and every way to cut bytes into patches.
+
+#include "entropy_patch.cuh"
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "../common/launch.h"
+
+namespace blt {
+namespace {
+
+using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using EntropyTensors = std::tuple<Tensor, Tensor>;
+
+// --- entropies --------------------------------------------------------------------------------------------------------
+
+Tensor check_logits(const Tensor& logits) {
+  const Tensor rows = unit_rows(logits, "logits");
+  STD_TORCH_CHECK(rows.size(1) >= 1, "logits: expected at least one column");
+  return rows;
+}
+
+template <class T>
+LogitRows<T> logit_rows(const Device& device, const Tensor& rows) {
+  return {device.read<T>(rows), rows.size(0), rows.size(1), rows.stride(0)};
+}
+
+template <class T>
+Shape entropy_grid(int64_t rows) {
+  return {.blocks = ceil_div<int64_t>(rows * row_lanes(sizeof(T)), kEntropyThreads), .threads = kEntropyThreads};
+}
+
+EntropyTensors token_entropy_fwd_cuda(const Tensor& logits) {
+  const Tensor rows = check_logits(logits);
+  const Device device(rows);
+  Tensor entropy = device_output(rows, {rows.size(0)}, accumulator(rows));
+  Tensor log_sum = device_output(rows, {rows.size(0)}, accumulator(rows));
+  dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    device.launch<token_entropy_fwd_kernel<T>>(entropy_grid<T>(rows.size(0)), logit_rows<T>(device, rows),
+                                               device.write<acc_t<T>>(entropy), device.write<acc_t<T>>(log_sum));
+  });
+  return {entropy, log_sum};
+}
+
+// One value for each row of logits, contiguous: a gradient that was expanded from a scalar is copied.
+Tensor row_values(const Tensor& values, const char* name, const Tensor& rows) {
+  check_dim(values, name, 1);
+  check_size(values, name, 0, rows.size(0));
+  check_dtype(values, name, accumulator(rows));
+  return torch::stable::contiguous(values);
+}
+
+Tensor token_entropy_bwd_cuda(const Tensor& grad_entropy, const Tensor& logits, const Tensor& entropy,
+                              const Tensor& log_sum) {
+  const Tensor rows = check_logits(logits);
+  const Tensor upstream = row_values(grad_entropy, "grad_entropy", rows);
+  const Tensor entropies = row_values(entropy, "entropy", rows), log_sums = row_values(log_sum, "log_sum", rows);
+  const Device device(rows);
+  Tensor grad = device_output(rows, {rows.size(0), rows.size(1)});
+  dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    device.launch<token_entropy_bwd_kernel<T>>(entropy_grid<T>(rows.size(0)), device.read<A>(upstream),
+                                               logit_rows<T>(device, rows), device.read<A>(entropies),
+                                               device.read<A>(log_sums), device.write<T>(grad));
+  });
+  return grad;
+}
+
+// --- layouts ----------------------------------------------------------------------------------------------------------
+
+Documents check_documents(const Device& device, Tensor& cu_seqlens, int64_t bytes) {
+  check_int32(cu_seqlens, "cu_seqlens");
+  const int64_t count = count_of(cu_seqlens, "cu_seqlens");
+  STD_TORCH_CHECK(bytes <= std::numeric_limits<int32_t>::max() - 2 * kChunk, "cu_seqlens: ", bytes,
+                  " positions do not fit into int32");
+  return {device.read<i32>(cu_seqlens), count, static_cast<i32>(bytes)};
+}
+
+template <class Rule>
+LayoutTensors build_layout(const Device& device, const Rule& rule, const Documents& documents, const Tensor& cu_seqlens,
+                           std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
+  const int64_t bytes = documents.bytes, capacity = max_patches.value_or(bytes);
+  STD_TORCH_CHECK(capacity >= 0, "max_patches: expected a value >= 0, got ", capacity);
+  STD_TORCH_CHECK(!max_patch_length || *max_patch_length >= 1, "max_patch_length: expected at least 1, got ",
+                  max_patch_length.value_or(0));
+  const i32 limit = static_cast<i32>(std::min<int64_t>(max_patch_length.value_or(kNoLimit), kNoLimit));
+  Tensor patch_offsets = device_output(cu_seqlens, {capacity + 1});
+  Tensor cu_patches = device_output(cu_seqlens, {documents.count + 1});
+  Tensor patch_ids = device_output(cu_seqlens, {bytes});
+  Tensor decode_ids = device_output(cu_seqlens, {bytes});
+  Tensor overflowed = device_output(cu_seqlens, {1}, ScalarType::Bool);
+
+  const int64_t chunks = bytes / kChunk + 1;
+  Tensor cuts = device_output(cu_seqlens, {chunks, kChunkWords});
+  Tensor summaries = device_output(cu_seqlens, {chunks, static_cast<int64_t>(sizeof(ChunkSummary) / sizeof(i32))});
+  u32* const cut_words = device.write<u32>(cuts);
+  ChunkSummary* const chunk_summaries = device.write<ChunkSummary>(summaries);
+  device.launch<patch_counts_kernel<Rule>>({.blocks = chunks, .threads = kLayoutThreads}, rule, documents, limit,
+                                           cut_words, chunk_summaries);
+  const LayoutOutputs out = {device.write<i32>(patch_offsets), device.write<i32>(cu_patches),
+                             device.write<i32>(patch_ids),     device.write<i32>(decode_ids),
+                             device.write<bool>(overflowed),   capacity};
+  const int64_t fillers = ceil_div<int64_t>(capacity + 1, kChunk);
+  device.launch<patch_layout_kernel>({.blocks = std::max(chunks, fillers), .threads = kLayoutThreads}, documents, limit,
+                                     cut_words, chunk_summaries, static_cast<i32>(chunks), out);
+  return {patch_offsets, cu_patches, patch_ids, decode_ids, overflowed};
+}
+
+LayoutTensors patch_starts_fwd_cuda(const Tensor& entropy, Tensor cu_seqlens, double threshold,
+                                    std::optional<double> threshold_add, bool monotonic,
+                                    std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
+  check_dim(entropy, "entropy", 1);
+  const Tensor values = torch::stable::contiguous(entropy);
+  const Device device(values);
+  const Documents documents = check_documents(device, cu_seqlens, values.size(0));
+  const EntropyMode mode = monotonic       ? EntropyMode::kMonotonic
+                           : threshold_add ? EntropyMode::kBoth
+                                           : EntropyMode::kGlobal;
+  return dispatch_device_float(values.scalar_type(), "entropy", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const EntropyRule<T> rule = {device.read<T>(values), static_cast<float>(threshold),
+                                 static_cast<float>(threshold_add.value_or(0)), mode};
+    return build_layout(device, rule, documents, cu_seqlens, max_patch_length, max_patches);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cuda(
+    const Tensor& logits, const Tensor& cu_seqlens, double threshold, std::optional<double> threshold_add,
+    bool monotonic, std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
+  auto scores = token_entropy_fwd_cuda(logits);
+  auto layout = patch_starts_fwd_cuda(std::get<0>(scores), cu_seqlens, threshold, threshold_add, monotonic,
+                                      max_patch_length, max_patches);
+  return std::tuple_cat(std::move(scores), std::move(layout));
+}
+
+// f(Tag<integer>) for ids of type int32 or int64.
+template <class F>
+LayoutTensors dispatch_ids(const Tensor& tokens, F&& f) {
+  if (tokens.scalar_type() == ScalarType::Int) return f(Tag<i32>{});
+  check_dtype(tokens, "tokens", ScalarType::Long);
+  return f(Tag<i64>{});
+}
+
+LayoutTensors space_patch_fwd_cuda(const Tensor& tokens, Tensor cu_seqlens, std::optional<int64_t> max_patches) {
+  check_dim(tokens, "tokens", 1);
+  const Tensor ids = torch::stable::contiguous(tokens);
+  const Device device(ids);
+  const Documents documents = check_documents(device, cu_seqlens, ids.size(0));
+  return dispatch_ids(ids, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return build_layout(device, SpaceRule<T>{device.read<T>(ids)}, documents, cu_seqlens, std::nullopt, max_patches);
+  });
+}
+
+LayoutTensors static_patch_fwd_cuda(Tensor cu_seqlens, int64_t num_bytes, int64_t size, int64_t first,
+                                    std::optional<int64_t> max_patches) {
+  STD_TORCH_CHECK(num_bytes >= 0, "num_bytes: expected a value >= 0, got ", num_bytes);
+  STD_TORCH_CHECK(size >= 1 && first >= 1, "size, first: expected values >= 1, got ", size, " and ", first);
+  const Device device(cu_seqlens);
+  const Documents documents = check_documents(device, cu_seqlens, num_bytes);
+  const auto clamped = [](int64_t x) { return static_cast<i32>(std::min<int64_t>(x, kNoLimit)); };
+  return build_layout(device, StaticRule{clamped(size), clamped(first)}, documents, cu_seqlens, std::nullopt,
+                      max_patches);
+}
+
+LayoutTensors delimiter_patch_fwd_cuda(const Tensor& tokens, Tensor cu_seqlens, int64_t id,
+                                       std::optional<int64_t> max_patches) {
+  check_dim(tokens, "tokens", 1);
+  const Tensor ids = torch::stable::contiguous(tokens);
+  const Device device(ids);
+  const Documents documents = check_documents(device, cu_seqlens, ids.size(0));
+  return dispatch_ids(ids, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return build_layout(device, DelimiterRule<T>{device.read<T>(ids), id}, documents, cu_seqlens, std::nullopt,
+                        max_patches);
+  });
+}
+
+LayoutTensors topk_patch_fwd_cuda(const Tensor& entropy, Tensor cu_seqlens, int64_t patch_size,
+                                  std::optional<int64_t> max_patches) {
+  check_dim(entropy, "entropy", 1);
+  STD_TORCH_CHECK(patch_size >= 1, "patch_size: expected a value >= 1, got ", patch_size);
+  const Tensor values = torch::stable::contiguous(entropy);
+  const Device device(values);
+  const Documents documents = check_documents(device, cu_seqlens, values.size(0));
+  Tensor cuts = device_output(values, {values.size(0)}, ScalarType::Byte);
+  u8* const chosen = device.write<u8>(cuts);
+  dispatch_device_float(values.scalar_type(), "entropy", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    device.launch<topk_cuts_kernel<T>>({.blocks = documents.count, .threads = kTopkThreads}, device.read<T>(values),
+                                       documents, static_cast<i32>(std::min<int64_t>(patch_size, kNoLimit)), chosen);
+  });
+  return build_layout(device, GivenRule{chosen}, documents, cu_seqlens, std::nullopt, max_patches);
+}
+
+}  // namespace
+
+BLT_KERNELS_IMPL(m) {
+  m.impl("token_entropy_fwd", TORCH_BOX(&token_entropy_fwd_cuda));
+  m.impl("token_entropy_bwd", TORCH_BOX(&token_entropy_bwd_cuda));
+  m.impl("entropy_patch_fwd", TORCH_BOX(&entropy_patch_fwd_cuda));
+  m.impl("patch_starts_fwd", TORCH_BOX(&patch_starts_fwd_cuda));
+  m.impl("space_patch_fwd", TORCH_BOX(&space_patch_fwd_cuda));
+  m.impl("static_patch_fwd", TORCH_BOX(&static_patch_fwd_cuda));
+  m.impl("delimiter_patch_fwd", TORCH_BOX(&delimiter_patch_fwd_cuda));
+  m.impl("topk_patch_fwd", TORCH_BOX(&topk_patch_fwd_cuda));
+}
+
+}  // namespace blt

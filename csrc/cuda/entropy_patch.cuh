@@ -1,0 +1,132 @@
+// entropy_patch: the rules by which bytes are cut into patches, for patch_layout.cuh to ask.
+//
+//   rule(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
+//
+// From logits to a layout in three launches: token_entropy_fwd_kernel, patch_counts_kernel with an EntropyRule,
+// patch_layout_kernel. Bytes: those of the logits, of their entropies (8 written and 4 read a row), and of the layout.
+// topk_patch, for analysis only, decides in a launch of its own: one block for each document, 34 passes over it.
+#pragma once
+
+#include "patch_layout.cuh"
+#include "token_entropy.cuh"
+
+namespace blt {
+
+enum class EntropyMode : int { kGlobal, kMonotonic, kBoth };
+
+// Compared in fp32 whatever T is. entropy[0] of a document is never looked at, except to be ignored.
+template <class T>
+struct EntropyRule {
+  const T* entropy;
+  float threshold, threshold_add;
+  EntropyMode mode;
+
+  __device__ __forceinline__ float at(i32 t) const { return static_cast<float>(widen(entropy[t])); }
+  __device__ __forceinline__ bool operator()(i32 t, i32 i) const {
+    if (i <= 0) return true;
+    const float h = at(t);
+    if (mode == EntropyMode::kGlobal) return h > threshold;
+    if (i == 1) return true;
+    const float rise = h - at(t - 1);
+    if (mode == EntropyMode::kMonotonic) return rise > threshold;
+    return i > 2 && rise > threshold_add && h > threshold;
+  }
+};
+
+// ASCII letters and digits, and UTF-8 continuation bytes, go on with a patch; everything else is space-like. Ids are
+// byte + 4; those below are special.
+template <class T>
+struct SpaceRule {
+  const T* tokens;
+
+  __device__ __forceinline__ static bool space_like(T token) {
+    const T byte = token - 4;
+    const bool digit = byte >= '0' && byte <= '9', upper = byte >= 'A' && byte <= 'Z', lower = byte >= 'a' && byte <= 'z';
+    return !(digit || upper || lower || (byte >= 0x80 && byte < 0xc0));
+  }
+  __device__ __forceinline__ bool operator()(i32 t, i32 i) const {
+    return i <= 0 || tokens[t] < 4 || (space_like(tokens[t]) && !space_like(tokens[t - 1]));
+  }
+};
+
+struct StaticRule {
+  i32 size, first;
+  __device__ __forceinline__ bool operator()(i32, i32 i) const {
+    const i32 after = i + 1;
+    return after >= first && static_cast<u32>(after - first) % static_cast<u32>(size) == 0;
+  }
+};
+
+template <class T>
+struct DelimiterRule {
+  const T* tokens;
+  i64 id;
+  __device__ __forceinline__ bool operator()(i32 t, i32 i) const { return i <= 0 || tokens[t] == id; }
+};
+
+// Decisions that were made before.
+struct GivenRule {
+  const u8* cuts;
+  __device__ __forceinline__ bool operator()(i32 t, i32 i) const { return i <= 0 || cuts[t] != 0; }
+};
+
+// --- topk_patch -------------------------------------------------------------------------------------------------------
+
+inline constexpr int kTopkThreads = 256;
+
+// The order of floating point numbers as one of integers, NaN above all, 0 equal to -0.
+__device__ __forceinline__ u32 rank_of(float x) {
+  if (x != x) return 0xffffffffu;
+  const u32 bits = __float_as_uint(x + 0.0f);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// The sum of x over the threads before this one, and over all of them. Barriers keep calls apart.
+__device__ __forceinline__ i32 block_prefix(i32 x, i32& total) {
+  __shared__ i32 sums[kTopkThreads / kWarp];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const i32 until = warp_prefix_sum(x);
+  __syncthreads();
+  if (lane == kWarp - 1) sums[warp] = until;
+  __syncthreads();
+  i32 before = until - x;
+  total = 0;
+  for (int w = 0; w < kTopkThreads / kWarp; ++w) {
+    if (w < warp) before += sums[w];
+    total += sums[w];
+  }
+  return before;
+}
+
+// cuts[t] = is byte t, which is not the first of its document, among the `size / patch_size - 2` of highest entropy? The
+// earlier of equal ones wins. The last of the ranks that win is found bit by bit.
+template <class T>
+__global__ void __launch_bounds__(kTopkThreads)
+    topk_cuts_kernel(const T* entropy, Documents documents, i32 patch_size, u8* cuts) {
+  const i32 end = most(0, least(documents.offsets[blockIdx.x + 1], documents.bytes));
+  const i32 begin = most(0, least(documents.offsets[blockIdx.x], end));
+  const i32 wanted = (end - begin) / patch_size - 2;
+  const auto rank = [=](i32 t) { return rank_of(static_cast<float>(widen(entropy[t]))); };
+  const auto count_from = [&](u32 bound) {
+    i32 own = 0, total;
+    for (i32 t = begin + 1 + static_cast<i32>(threadIdx.x); t < end; t += kTopkThreads) own += rank(t) >= bound;
+    block_prefix(own, total);
+    return total;
+  };
+  u32 last = 0;
+  if (wanted > 0)
+    for (int bit = 31; bit >= 0; --bit)
+      if (count_from(last | 1u << bit) >= wanted) last |= 1u << bit;
+  i32 equals = wanted <= 0 ? 0 : last == 0xffffffffu ? wanted : wanted - count_from(last + 1);  // of rank `last`
+  for (i32 from = begin; from < end; from += kTopkThreads) {
+    const i32 t = from + static_cast<i32>(threadIdx.x);
+    const u32 own = t > begin && t < end ? rank(t) : 0;
+    const bool counts = t > begin && t < end && wanted > 0;
+    i32 total;
+    const i32 before = block_prefix(counts && own == last, total);
+    if (t < end) cuts[t] = counts && (own > last || (own == last && before < equals));
+    equals -= total;
+  }
+}
+
+}  // namespace blt

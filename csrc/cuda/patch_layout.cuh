@@ -1,0 +1,325 @@
+// From boundary decisions to the tensors of a PatchLayout, in two kernels: what PatchLayout.from_cuts specifies.
+//
+//   rule(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
+//
+// How it becomes parallel. Call starts at the first byte of a document `firsts` and all other starts `inners`.
+//   - A document that is not empty always has its first, so R = C - (all firsts) patches are left for inners, and giving
+//     them out in the order of the bytes is what from_cuts does: patch of byte t = firsts up to t + min(inners up to t, R) - 1.
+//     So the whole layout follows from two running counts.
+//   - Where the patches of a rule must not be longer than m, a byte t starts a patch after it if t - j is a multiple of m,
+//     with j the last byte up to t for which the rule itself says so: a running maximum. Without a limit m is so large that
+//     only t = j is. Every document's first byte is a j (the rules that have a limit say so), so none crosses documents.
+// patch_counts_kernel asks the rule, keeps its answers as bits, and leaves a summary of each chunk of bytes. The j before a
+// chunk is not known then, but only the bytes before the chunk's first own j, its `head`, depend on it, and how many of them
+// start patches is a quotient: patch_layout_kernel gets all counts before its chunk from the summaries alone.
+//
+// Tiling: a block owns a chunk of 2048 bytes, 64 words of 32 bits; lanes are the bytes of a word in ballots, and a warp
+// scans 64 words. Documents that begin in a chunk are found by a search of 32 probes a step and marked as bits in shared
+// memory: nothing costs time for documents that are elsewhere, empty ones in any number included.
+// Bytes, for each of T: what the rule reads (4 of an fp32 entropy), 8 for two ids, 1/8 each way for the bits; 4 for each of C
+// patches and 8 for each document. Each block of the second kernel reads all summaries, 16 bytes a chunk: 8 KB for a million
+// bytes. Roofline: a memory copy that is 1/40 of what the logits take.
+#pragma once
+
+#include "device.cuh"
+
+namespace blt {
+
+inline constexpr int kLayoutThreads = 512;
+inline constexpr int kLayoutWarps = kLayoutThreads / kWarp;
+inline constexpr int kChunkWords = 64;
+inline constexpr int kChunk = kChunkWords * 32;
+inline constexpr i32 kNoLimit = 0x7fffffff;
+
+// Bytes [offsets[b], offsets[b+1]) are document b; `bytes` of them at most, and fewer than 2^31 - 2 kChunk.
+struct Documents {
+  const i32* offsets;  // [count + 1]
+  i64 count;
+  i32 bytes;
+};
+
+// Positions are relative to the chunk. "Inners" are counted by the byte before them.
+struct alignas(16) ChunkSummary {
+  i32 last;    // the last byte for which the rule says yes, absolute; -1 if there is none
+  u16 head;    // bytes before the first such byte, as far as an inner can follow them
+  u16 inners;  // behind the head
+  u16 tail;    // inners since the last document that begins here
+  u16 firsts;
+};
+
+__device__ __forceinline__ u32 bits_before(int bit) { return (1u << bit) - 1; }
+__device__ __forceinline__ u32 bits_until(int bit) { return bits_before(bit) | 1u << bit; }
+__device__ __forceinline__ i32 highest_bit(u32 word) { return 31 - __clz(static_cast<int>(word)); }
+
+// The first of `size` sorted values that is at least `bound`, or `size`. All lanes of the warp take part.
+__device__ __forceinline__ i64 lower_bound(const i32* values, i64 size, i32 bound) {
+  i64 low = 0, high = size;
+  while (low < high) {
+    const i64 step = ceil_div<i64>(high - low, kWarp), probe = low + threadIdx.x % kWarp * step;
+    const int below = __popc(__ballot_sync(kAllLanes, probe < high && values[probe] < bound));
+    high = least(high, low + below * step);
+    if (below > 0) low += (below - 1) * step + 1;
+  }
+  return low;
+}
+
+// Bits for the bytes of a chunk, and what is known before each word: [kChunkWords] is what is known behind the chunk.
+struct ChunkBits {
+  u32 begins[kChunkWords + 1];  // documents begin here, or the last one ends; one word more, to look ahead
+  u32 cuts[kChunkWords];        // the rule says yes
+  u32 inners[kChunkWords];      // an inner follows
+  i32 begin_before[kChunkWords + 1], cut_before[kChunkWords + 1];  // the last one before a word, absolute
+  i32 inners_before[kChunkWords + 1], firsts_before[kChunkWords + 1];
+
+  __device__ __forceinline__ bool begins_at(int i) const { return begins[i / 32] >> i % 32 & 1; }
+  __device__ __forceinline__ i32 inners_until(int i) const {
+    return inners_before[i / 32] + __popc(inners[i / 32] & bits_before(i % 32));
+  }
+};
+
+// before[w] = the last set bit before word w, or `none`. One warp.
+__device__ __forceinline__ void scan_last(const u32* words, i32 start, i32 none, i32* before) {
+  const int lane = threadIdx.x % kWarp, w = 2 * lane;
+  const auto last = [=](int i) { return words[i] != 0 ? start + i * 32 + highest_bit(words[i]) : -1; };
+  const i32 first_word = last(w);
+  i32 until = most(first_word, last(w + 1));
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const i32 other = __shfl_up_sync(kAllLanes, until, distance);
+    if (lane >= distance) until = most(until, other);
+  }
+  i32 earlier = __shfl_up_sync(kAllLanes, until, 1);
+  earlier = most(none, lane == 0 ? -1 : earlier);
+  before[w] = earlier;
+  before[w + 1] = most(earlier, first_word);
+  if (lane == kWarp - 1) before[kChunkWords] = most(none, until);
+}
+
+// before[w] = how many bits are set before word w, up to byte `size` of the chunk. One warp.
+__device__ __forceinline__ void scan_count(const u32* words, i32 size, i32* before) {
+  const int lane = threadIdx.x % kWarp, w = 2 * lane;
+  const auto count = [=](int i) {
+    const i32 bits = size - i * 32;
+    return bits <= 0 ? 0 : __popc(bits >= 32 ? words[i] : words[i] & bits_before(bits));
+  };
+  const i32 first_word = count(w), both = first_word + count(w + 1), until = warp_prefix_sum(both);
+  before[w] = until - both;
+  before[w + 1] = until - both + first_word;
+  if (lane == kWarp - 1) before[kChunkWords] = until;
+}
+
+struct ChunkPlace {
+  i32 start, end;  // of the chunk, and of the last document
+  i64 document;    // the first that begins in the chunk or behind it
+  i32 open;        // where the document that goes on into the chunk began, or -1
+};
+
+// Fills begins, begin_before and firsts_before. Ends in a barrier.
+__device__ __forceinline__ ChunkPlace mark_documents(ChunkBits& bits, const Documents& documents, i32 start) {
+  const int thread = threadIdx.x;
+  if (thread <= kChunkWords) bits.begins[thread] = 0;
+  const i32 end = most(0, least(documents.offsets[documents.count], documents.bytes));
+  const i64 document = lower_bound(documents.offsets, documents.count + 1, start);
+  // Offsets that are garbage must not lead out of the bytes before the chunk.
+  const i32 open = document > 0 && start > 0 ? most(0, least(documents.offsets[document - 1], start - 1)) : -1;
+  __syncthreads();
+  for (i64 b = document + thread; b <= documents.count; b += kLayoutThreads) {
+    const i32 at = documents.offsets[b] - start;
+    if (at > kChunk) break;
+    if (at >= 0) atomicOr(&bits.begins[at / 32], 1u << at % 32);
+  }
+  __syncthreads();
+  if (thread / kWarp == 0) scan_last(bits.begins, start, open, bits.begin_before);
+  if (thread / kWarp == 1) scan_count(bits.begins, end - start, bits.firsts_before);
+  __syncthreads();
+  return {start, end, document, open};
+}
+
+// The last set bit up to bit `lane` of word w, absolute.
+__device__ __forceinline__ i32 last_until(const u32* words, const i32* before, i32 start, int w, int lane) {
+  const u32 set = words[w] & bits_until(lane);
+  return set != 0 ? start + w * 32 + highest_bit(set) : before[w];
+}
+
+// Does a patch start behind byte t, as far as the rule and the limit say? Not behind one that no cut precedes.
+__device__ __forceinline__ bool starts_behind(const ChunkBits& bits, i32 start, i32 limit, int w, int lane) {
+  const i32 cut = last_until(bits.cuts, bits.cut_before, start, w, lane);
+  return cut >= 0 && static_cast<u32>(start + w * 32 + lane - cut) % static_cast<u32>(limit) == 0;
+}
+
+// Fills cut_before, inners and inners_before from the cuts and the last cut before the chunk. Ends in a barrier.
+__device__ __forceinline__ void find_inners(ChunkBits& bits, const ChunkPlace& place, i32 cut_before, i32 limit) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (warp == 0) scan_last(bits.cuts, place.start, cut_before, bits.cut_before);
+  __syncthreads();
+  for (int w = warp; w < kChunkWords; w += kLayoutWarps) {
+    const int i = w * 32 + lane;
+    const bool inner = starts_behind(bits, place.start, limit, w, lane) && !bits.begins_at(i + 1);
+    const u32 vote = __ballot_sync(kAllLanes, inner && place.start + i < place.end);
+    if (lane == 0) bits.inners[w] = vote;
+  }
+  __syncthreads();
+  if (warp == 0) scan_count(bits.inners, kChunk, bits.inners_before);
+  __syncthreads();
+}
+
+// --- first kernel: the rule, and a summary of each chunk --------------------------------------------------------------
+
+// Chunks cover the positions 0 to T. cuts[chunk][kChunkWords], summaries[chunk].
+template <class Rule>
+__global__ void __launch_bounds__(kLayoutThreads)
+    patch_counts_kernel(Rule rule, Documents documents, i32 limit, u32* cuts, ChunkSummary* summaries) {
+  __shared__ ChunkBits bits;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const i32 start = static_cast<i32>(blockIdx.x) * kChunk;
+  const ChunkPlace place = mark_documents(bits, documents, start);
+  for (int w = warp; w < kChunkWords; w += kLayoutWarps) {
+    const i32 t = start + w * 32 + lane;
+    const i32 begin = most(0, last_until(bits.begins, bits.begin_before, start, w, lane));
+    const u32 vote = __ballot_sync(kAllLanes, t < place.end && rule(t, t - begin));
+    if (lane == 0) bits.cuts[w] = cuts[static_cast<i64>(blockIdx.x) * kChunkWords + w] = vote;
+  }
+  __syncthreads();
+  find_inners(bits, place, -1, limit);
+  if (warp != 0) return;
+  i32 head = least(kChunk, most(0, place.end - start));
+  for (int w = lane; w < kChunkWords; w += kWarp)
+    if (bits.cuts[w] != 0) head = least(head, w * 32 + __ffs(static_cast<int>(bits.cuts[w])) - 1);
+  head = warp_fold(head, [](i32 a, i32 b) { return least(a, b); });
+  if (head > 0 && bits.begins_at(head)) --head;
+  if (lane != 0) return;
+  const i32 last_begin = bits.begin_before[kChunkWords] - start, inners = bits.inners_before[kChunkWords];
+  const i32 tail = last_begin < 0 ? 0 : inners - bits.inners_until(last_begin);
+  summaries[blockIdx.x] = {bits.cut_before[kChunkWords], static_cast<u16>(head), static_cast<u16>(inners),
+                           static_cast<u16>(tail), static_cast<u16>(bits.firsts_before[kChunkWords])};
+}
+
+// --- second kernel: the layout ----------------------------------------------------------------------------------------
+
+struct LayoutOutputs {
+  i32* patch_offsets;  // [capacity + 1]
+  i32* cu_patches;     // [documents + 1]
+  i32 *patch_ids, *decode_ids;  // [bytes]
+  bool* overflowed;    // [1]
+  i64 capacity;
+};
+
+// What is known before a chunk, and of all chunks together.
+struct Counts {
+  i32 all_firsts, all_inners;
+  i32 firsts, inners;  // before the chunk
+  i32 open_inners;     // before the document that goes on into the chunk
+  i32 cut;             // the last byte before the chunk for which the rule says yes, or -1
+};
+
+// Each thread takes neighbouring chunks; their cuts become known by a scan over the threads. Ends in a barrier.
+__device__ __forceinline__ void sum_chunks(Counts& counts, const ChunkSummary* summaries, i32 chunks, i32 limit,
+                                           i32 chunk, i32 open_chunk) {
+  __shared__ i32 last_of_warp[kLayoutWarps];
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  const i32 each = ceil_div(chunks, kLayoutThreads);
+  const i32 from = least(chunks, thread * each), to = least(chunks, from + each);
+  i32 last = -1;
+  for (i32 c = from; c < to; ++c) last = most(last, summaries[c].last);
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const i32 other = __shfl_up_sync(kAllLanes, last, distance);
+    if (lane >= distance) last = most(last, other);
+  }
+  if (lane == kWarp - 1) last_of_warp[warp] = last;
+  if (thread == 0) counts = {0, 0, 0, 0, 0, -1};
+  __syncthreads();
+  i32 cut = __shfl_up_sync(kAllLanes, last, 1);
+  if (lane == 0) cut = -1;
+  for (int w = 0; w < warp; ++w) cut = most(cut, last_of_warp[w]);
+
+  Counts sums = {0, 0, 0, 0, 0, -1};
+  for (i32 c = from; c < to; ++c) {
+    const ChunkSummary summary = summaries[c];
+    const i32 before = c * kChunk - 1 - cut;  // bytes since the last cut
+    i32 inners = summary.inners;
+    if (cut >= 0) inners += (before + summary.head) / limit - before / limit;
+    if (c == chunk) counts.cut = cut;
+    sums.all_firsts += summary.firsts;
+    sums.all_inners += inners;
+    if (c < chunk) sums.firsts += summary.firsts, sums.inners += inners;
+    if (c <= open_chunk) sums.open_inners += c == open_chunk ? inners - summary.tail : inners;
+    cut = most(cut, summary.last);
+  }
+  const auto add = [&](i32& total, i32 own) {
+    const i32 sum = warp_sum(own);
+    if (lane == 0) atomicAdd(&total, sum);
+  };
+  add(counts.all_firsts, sums.all_firsts);
+  add(counts.all_inners, sums.all_inners);
+  add(counts.firsts, sums.firsts);
+  add(counts.inners, sums.inners);
+  add(counts.open_inners, sums.open_inners);
+  __syncthreads();
+}
+
+// Blocks beyond the last chunk only fill patch_offsets.
+static __global__ void __launch_bounds__(kLayoutThreads)
+    patch_layout_kernel(Documents documents, i32 limit, const u32* cuts, const ChunkSummary* summaries, i32 chunks,
+                        LayoutOutputs out) {
+  __shared__ ChunkBits bits;
+  __shared__ Counts counts;
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  const i32 chunk = static_cast<i32>(blockIdx.x), start = least(chunk, chunks) * kChunk;
+  const ChunkPlace place = mark_documents(bits, documents, start);
+  sum_chunks(counts, summaries, chunks, limit, chunk, place.open < 0 ? -1 : place.open / kChunk);
+  const i32 room = static_cast<i32>(most<i64>(0, out.capacity - counts.all_firsts));
+  const i64 patches = static_cast<i64>(counts.all_firsts) + least(counts.all_inners, room);
+  for (i64 p = static_cast<i64>(chunk) * kChunk + thread; p < (chunk + i64{1}) * kChunk; p += kLayoutThreads)
+    if (p >= patches && p <= out.capacity) out.patch_offsets[p] = place.end;
+  if (chunk == 0 && thread == 0) *out.overflowed = counts.all_inners > room;
+  if (chunk >= chunks) return;
+
+  if (thread < kChunkWords) bits.cuts[thread] = cuts[static_cast<i64>(chunk) * kChunkWords + thread];
+  __syncthreads();
+  find_inners(bits, place, counts.cut, limit);
+  const auto inners_until = [&](int i) { return counts.inners + bits.inners_until(i); };
+  // In garbage there may be more documents than patches.
+  const auto in_range = [&](i32 patch) { return static_cast<i32>(least<i64>(patch, out.capacity - 1)); };
+  const auto start_patch = [&](i32 patch, i32 t) {
+    if (patch >= 0 && patch < out.capacity) out.patch_offsets[patch] = t;
+  };
+
+  for (i64 b = place.document + thread; b <= documents.count; b += kLayoutThreads) {
+    const i32 at = documents.offsets[b] - start;
+    if (at >= kChunk) break;
+    if (at < 0) continue;
+    const u32 firsts = bits.begins[at / 32] & bits_before(at % 32);
+    out.cu_patches[b] = in_range(counts.firsts + bits.firsts_before[at / 32] + __popc(firsts) - 1 +
+                                 least(inners_until(at), room)) + 1;
+  }
+
+  for (int w = warp; w < kChunkWords; w += kLayoutWarps) {
+    const int i = w * 32 + lane;
+    const i32 t = start + i;
+    if (t >= documents.bytes) break;
+    if (t >= place.end) {
+      out.patch_ids[t] = out.decode_ids[t] = -1;
+      continue;
+    }
+    const i32 firsts = counts.firsts + bits.firsts_before[w] + __popc(bits.begins[w] & bits_until(lane));
+    const i32 inners = inners_until(i), inners_behind = inners + (bits.inners[w] >> lane & 1);
+    const i32 kept = least(inners, room), kept_behind = least(inners_behind, room);
+    const i32 begin = last_until(bits.begins, bits.begin_before, start, w, lane) - start;
+    const i32 inners_of_earlier = begin >= 0 ? inners_until(begin) : counts.open_inners;
+    const i32 kept_of_earlier = least(inners_of_earlier, room);
+    const i32 patch = firsts - 1 + kept;
+    // The patches that the document has had when the next byte begins.
+    i32 kept_next = kept_behind;
+    if (bits.begins_at(i + 1)) {
+      const bool dropped = inners > room && inners > inners_of_earlier;
+      kept_next = kept + (!dropped && starts_behind(bits, start, limit, w, lane));
+    }
+    out.patch_ids[t] = in_range(patch);
+    out.decode_ids[t] = kept_next > kept_of_earlier ? in_range(firsts - 2 + kept_next) : -1;
+    if (bits.begins_at(i)) start_patch(patch, t);
+    if (kept_behind > kept) start_patch(patch + 1, t + 1);
+  }
+}
+
+}  // namespace blt

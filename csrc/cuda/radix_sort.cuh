@@ -1,0 +1,197 @@
+// Readers of rows sorted by row, several lists of the same length at once, and where each row's run of them begins.
+//
+// Least significant digit first, stable, kBits a pass: tiles count their digits (radix_count_kernel, or whoever writes the
+// readers), the counts become places (radix_scan_kernel), and every tile puts its readers there (radix_scatter_kernel). A
+// grid has a row for each list. Ranks inside a tile come from warps in order: a warp matches 32 neighbouring readers at a
+// time, so that equal digits keep their order without an atomic; counting adds integers, whose order is of no matter.
+// Runs are found in two kernels: tiles count where rows change, then each sums the counts of the tiles before it.
+//
+// Bytes a pass: 8 read to count, 8 read and 8 written to move a reader; 2 * 4 << kBits for each tile's counts. A pass is
+// some 20 times smaller than what the rows themselves are worth, and stays in L2. Registers: at most 48, for 5 blocks an SM.
+#pragma once
+
+#include "device.cuh"
+
+namespace blt {
+
+inline constexpr int kSortBits = 8;
+inline constexpr int kSortThreads = 256;
+inline constexpr int kSortItems = 8;  // of a thread
+inline constexpr int kSortTile = kSortThreads * kSortItems;
+
+// A row of a table and a byte that reads it.
+struct alignas(8) Reader {
+  u32 row, byte;
+};
+
+// The sum of x over the threads of the block before this one, and over all of them. Ends with a barrier.
+struct Placed {
+  u32 before, total;
+};
+__device__ __forceinline__ Placed block_sums(u32 x) {
+  constexpr int kWarps = kSortThreads / kWarp;
+  __shared__ u32 sums[kWarps];
+  const int warp = threadIdx.x / kWarp;
+  const u32 sum = warp_prefix_sum(x);
+  if (threadIdx.x % kWarp == kWarp - 1) sums[warp] = sum;
+  __syncthreads();
+  Placed placed = {sum - x, 0};
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) placed.before += sums[w];
+    placed.total += sums[w];
+  }
+  __syncthreads();
+  return placed;
+}
+
+// How often each digit occurs in a tile: for one block, in shared memory.
+template <int kBits>
+struct DigitCounts {
+  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
+  u32 counts[1 << kBits];
+
+  __device__ __forceinline__ void clear() {
+    counts[threadIdx.x] = 0;
+    __syncthreads();
+  }
+  __device__ __forceinline__ void add(u32 row, int shift) { atomicAdd(&counts[row >> shift & ((1 << kBits) - 1)], 1u); }
+  // To [lists][tiles][digits].
+  __device__ __forceinline__ void store(u32* to) const {
+    __syncthreads();
+    const i64 tile = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
+    to[(tile << kBits) + threadIdx.x] = counts[threadIdx.x];
+  }
+};
+
+template <int kBits>
+__global__ void __launch_bounds__(kSortThreads, 6)
+    radix_count_kernel(const Reader* readers, i64 count, int shift, u32* counts) {
+  __shared__ DigitCounts<kBits> digits;
+  const Reader* const list = readers + blockIdx.y * count;
+  const i64 first = static_cast<i64>(blockIdx.x) * kSortTile + threadIdx.x;
+  digits.clear();
+#pragma unroll
+  for (int r = 0; r < kSortItems; ++r) {
+    const i64 i = first + r * kSortThreads;
+    if (i < count) digits.add(list[i].row, shift);
+  }
+  digits.store(counts);
+}
+
+// counts[list][tile][digit] becomes the place of the tile's first reader with that digit. A block for each list.
+template <int kBits>
+__global__ void __launch_bounds__(kSortThreads, 6) radix_scan_kernel(u32* counts, i64 tiles) {
+  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
+  constexpr int kAhead = 8;
+  u32* const own = counts + (blockIdx.x * tiles << kBits) + threadIdx.x;
+  u32 sum = 0;
+#pragma unroll 8
+  for (i64 tile = 0; tile < tiles; ++tile) sum += own[tile << kBits];
+  u32 place = block_sums(sum).before;
+  for (i64 tile = 0; tile < tiles; tile += kAhead) {
+    u32 ahead[kAhead] = {};
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (tile + i < tiles) ahead[i] = own[(tile + i) << kBits];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (tile + i >= tiles) break;
+      own[(tile + i) << kBits] = place;
+      place += ahead[i];
+    }
+  }
+}
+
+template <int kBits>
+__global__ void __launch_bounds__(kSortThreads, 5)
+    radix_scatter_kernel(const Reader* from, i64 count, int shift, const u32* places, Reader* to) {
+  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
+  constexpr int kWarps = kSortThreads / kWarp, kDigits = 1 << kBits;
+  __shared__ u32 next[kWarps][kDigits + 1];  // the last is for readers that are not there
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const i64 first = static_cast<i64>(blockIdx.x) * kSortTile + warp * (kWarp * kSortItems) + lane;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) next[w][threadIdx.x] = 0;
+  if (threadIdx.x < kWarps) next[threadIdx.x][kDigits] = 0;
+  Reader readers[kSortItems];
+#pragma unroll
+  for (int r = 0; r < kSortItems; ++r)
+    if (first + r * kWarp < count) readers[r] = from[blockIdx.y * count + first + r * kWarp];
+  __syncthreads();
+  // Among the readers of the warp with the same digit.
+  u32 ranks[kSortItems];
+#pragma unroll
+  for (int r = 0; r < kSortItems; ++r) {
+    const u32 digit = first + r * kWarp < count ? readers[r].row >> shift & (kDigits - 1) : kDigits;
+    const u32 equal = __match_any_sync(kAllLanes, digit), before = equal & ((1u << lane) - 1);
+    ranks[r] = next[warp][digit] + __popc(before);
+    __syncwarp();
+    if (before == 0) next[warp][digit] += __popc(equal);
+    __syncwarp();
+  }
+  __syncthreads();
+  const i64 tile = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
+  u32 place = places[(tile << kBits) + threadIdx.x];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const u32 here = next[w][threadIdx.x];
+    next[w][threadIdx.x] = place;
+    place += here;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kSortItems; ++r)
+    if (first + r * kWarp < count)
+      to[blockIdx.y * count + next[warp][readers[r].row >> shift & (kDigits - 1)] + ranks[r]] = readers[r];
+}
+
+// --- runs -------------------------------------------------------------------------------------------------------------
+
+// Bit r: a run begins at the r-th of a thread's kItems neighbouring readers.
+template <int kItems>
+__device__ __forceinline__ u32 run_begins(const Reader* list, i64 count, i64 first) {
+  u32 begins = 0, before = first > 0 && first < count ? list[first - 1].row : 0;
+#pragma unroll
+  for (int r = 0; r < kItems; ++r) {
+    if (first + r >= count) break;
+    const u32 row = list[first + r].row;
+    if (first + r == 0 || row != before) begins |= 1u << r;
+    before = row;
+  }
+  return begins;
+}
+
+template <int kItems>
+__global__ void __launch_bounds__(kSortThreads, 6) run_count_kernel(const Reader* readers, i64 count, u32* counts) {
+  const i64 first = (static_cast<i64>(blockIdx.x) * kSortThreads + threadIdx.x) * kItems;
+  const u32 total = block_sums(__popc(run_begins<kItems>(readers + blockIdx.y * count, count, first))).total;
+  if (threadIdx.x == 0) counts[static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x] = total;
+}
+
+// starts[list][count + 1]: where each run begins, then where the last one ends. totals[list]: runs of rows but `none`, which
+// sorts last.
+template <int kItems>
+__global__ void __launch_bounds__(kSortThreads, 6)
+    run_starts_kernel(const Reader* readers, i64 count, u32 none, const u32* counts, u32* starts, i32* totals) {
+  const Reader* const list = readers + blockIdx.y * count;
+  const i64 first = (static_cast<i64>(blockIdx.x) * kSortThreads + threadIdx.x) * kItems;
+  u32 runs = 0;
+  for (u32 tile = threadIdx.x; tile < blockIdx.x; tile += kSortThreads)
+    runs += counts[static_cast<i64>(blockIdx.y) * gridDim.x + tile];
+  const u32 before = block_sums(runs).total;
+  const u32 begins = run_begins<kItems>(list, count, first);
+  const Placed placed = block_sums(__popc(begins));
+  u32* const to = starts + blockIdx.y * (count + 1);
+  u32 run = before + placed.before;
+#pragma unroll
+  for (int r = 0; r < kItems; ++r)
+    if (begins >> r & 1) to[run++] = static_cast<u32>(first + r);
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
+    const u32 all = before + placed.total;
+    to[all] = static_cast<u32>(count);
+    totals[blockIdx.y] = static_cast<i32>(all - (list[count - 1].row == none ? 1 : 0));
+  }
+}
+
+}  // namespace blt

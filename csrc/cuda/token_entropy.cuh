@@ -1,0 +1,267 @@
+// token_entropy: the entropy of each row of logits, and its gradient. In fp32 (fp64 for fp64 rows):
+//
+//   m = max x,  d = x - m,  s = sum exp(d),  log_sum = log s,  H = log_sum - (sum exp(d) d) / s
+//   grad_x = -grad_H p (log p + H),  log p = d - log_sum
+//
+// Entries of -inf add nothing. A row with NaN or +inf, or with nothing but -inf, gives NaN.
+//
+// Tiling: a few neighbouring lanes own a row, 8 for 16-bit numbers, and keep a tile of it in registers: all of it up to 320
+// logits. All loads of a tile are in flight together. Its maximum is found first; sums of the tiles before it, if there are
+// any, are rescaled to it (the online logsumexp, with the sum of exp(d) d beside it). What a row has before its first
+// 16-byte boundary and behind its last is read element by element, at most 14 of 260 in bf16, so every alphabet and
+// alignment takes the same path. The lanes of a row add up in an order that is always the same.
+//
+// Bytes: forward reads the logits once and writes 8 a row. Backward reads them once and writes the gradient, plus 12 a row;
+// rows longer than a tile are read twice. Roofline: a memory copy. 8 instructions for a logit and about 30 for a row make
+// some 80 of a warp for 260 logits in bf16, below what a warp's share of the memory takes.
+// Registers: at most 64 in forward, so that 4 blocks of 256 fit on an SM, with 64 KB of loads in flight; 80 in backward, 3
+// blocks.
+#pragma once
+
+#include "device.cuh"
+
+namespace blt {
+
+inline constexpr int kEntropyThreads = 256;
+
+// Powers of what is cheapest: of 2 in fp32, where it is one instruction, of e in fp64. Logarithms are in their units.
+//   exp(d) = power(kPerNat<A> d)
+template <class A>
+inline constexpr A kPerNat = 1;
+template <>
+inline constexpr float kPerNat<float> = 1.4426950408889634f;
+template <class A>
+inline constexpr A kNats = 1;
+template <>
+inline constexpr float kNats<float> = 0.6931471805599453f;
+
+__device__ __forceinline__ double power(double x) { return exp(x); }
+__device__ __forceinline__ float power(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+__device__ __forceinline__ double natural_log(double x) { return log(x); }
+__device__ __forceinline__ float natural_log(float x) { return logf(x); }
+
+// Finite, and its power is 0: what takes the place of log 0 in 0 log 0.
+template <class A>
+inline constexpr A kLogOfZero = -2000;
+
+template <class A>
+__device__ __forceinline__ A minus_infinity() {
+  return static_cast<A>(-__int_as_float(0x7f800000));
+}
+
+// The maximum to subtract from a row: of a row of -inf none, so that x - m is -inf and not NaN.
+template <class A>
+__device__ __forceinline__ A finite_max(A m) {
+  return m == minus_infinity<A>() ? A(0) : m;
+}
+
+// sum exp(d) and sum exp(d) d of numbers d = x - m, the latter in units of kPerNat; m is common to all lanes of the row.
+template <class A>
+struct EntropySums {
+  A max = minus_infinity<A>(), s = 0, t = 0;
+
+  // From now on with respect to m, which is no smaller than max.
+  __device__ __forceinline__ void rescale(A m) {
+    const A y = (max - finite_max(m)) * kPerNat<A>, e = power(y);
+    t = (t + s * most(y, kLogOfZero<A>)) * e;
+    s *= e;
+    max = m;
+  }
+  __device__ __forceinline__ void add(A x) {
+    const A y = (x - finite_max(max)) * kPerNat<A>, e = power(y);
+    s += e;
+    t += e * most(y, kLogOfZero<A>);
+  }
+  __device__ __forceinline__ A log_sum() const { return natural_log(s); }
+  __device__ __forceinline__ A entropy() const { return natural_log(s) - t * kNats<A> / s; }
+};
+
+// The maximum of numbers; NaN goes unnoticed. 16-bit numbers are compared two at a time.
+template <class T>
+struct Maximum {
+  T best = minus_infinity<T>();
+  __device__ __forceinline__ void add(T x) { best = best < x ? x : best; }
+  template <int kSize>
+  __device__ __forceinline__ void add(const Pack<T, kSize>& pack) {
+#pragma unroll
+    for (int c = 0; c < kSize; ++c) add(pack[c]);
+  }
+  __device__ __forceinline__ T value() const { return best; }
+};
+
+__device__ __forceinline__ __nv_bfloat162 both(bf16 a, bf16 b) { return __halves2bfloat162(a, b); }
+__device__ __forceinline__ __half2 both(fp16 a, fp16 b) { return __halves2half2(a, b); }
+
+template <class T>
+struct PairMaximum {
+  decltype(both(T(), T())) best = both(narrow<T>(minus_infinity<float>()), narrow<T>(minus_infinity<float>()));
+  __device__ __forceinline__ void add(T x) { best = __hmax2(best, both(x, x)); }
+  template <int kSize>
+  __device__ __forceinline__ void add(const Pack<T, kSize>& pack) {
+#pragma unroll
+    for (int c = 0; c < kSize; c += 2) best = __hmax2(best, both(pack[c], pack[c + 1]));
+  }
+  __device__ __forceinline__ float value() const { return most(widen(best.x), widen(best.y)); }
+};
+template <>
+struct Maximum<bf16> : PairMaximum<bf16> {};
+template <>
+struct Maximum<fp16> : PairMaximum<fp16> {};
+
+// logits[rows][alphabet] with `stride` elements from row to row.
+template <class T>
+struct LogitRows {
+  const T* data;
+  i64 rows, alphabet, stride;
+};
+
+// How many lanes own a row of numbers of `size` bytes.
+__host__ __device__ constexpr int row_lanes(int size) { return size == 2 ? 8 : size == 4 ? 16 : 32; }
+
+// One lane's share of a row: every kLanes-th pack of the aligned part, and every kLanes-th of the edge elements around it.
+template <class T>
+struct RowLane {
+  static constexpr int kPack = 16 / sizeof(T), kLanes = row_lanes(sizeof(T)), kPacks = 5;
+  static constexpr int kEdges = ceil_div(2 * (kPack - 1), kLanes);
+  static constexpr i64 kTile = kLanes * kPacks;  // packs
+  const T* row;
+  int lane;
+  i64 head, packs, edges;  // elements before the first pack, packs, elements in none
+  Pack<T, kPack> held[kPacks];
+  T held_edges[kEdges];
+
+  // A row of no elements where it is beyond the last.
+  __device__ __forceinline__ RowLane(const LogitRows<T>& logits, i64 index) {
+    const i64 size = index < logits.rows ? logits.alphabet : 0;
+    row = logits.data + least(index, logits.rows - 1) * logits.stride;
+    lane = threadIdx.x % kLanes;
+    const i64 past = static_cast<i64>(reinterpret_cast<u64>(row) / sizeof(T) % kPack);
+    head = least(size, (kPack - past) % kPack);
+    packs = (size - head) / kPack;
+    edges = size - packs * kPack;
+  }
+  // The same for all lanes of a warp, whose rows may be aligned differently.
+  static __device__ __forceinline__ i64 tiles(const LogitRows<T>& logits) {
+    return most<i64>(1, ceil_div<i64>(logits.alphabet / kPack, kTile));
+  }
+  __device__ __forceinline__ i64 pack_index(i64 tile, int p) const { return tile * kTile + p * kLanes + lane; }
+  __device__ __forceinline__ i64 pack_column(i64 tile, int p) const { return head + pack_index(tile, p) * kPack; }
+  __device__ __forceinline__ i64 edge_column(int e) const {
+    const i64 edge = e * kLanes + lane;
+    return edge < head ? edge : edge + packs * kPack;
+  }
+  __device__ __forceinline__ bool has_pack(i64 tile, int p) const { return pack_index(tile, p) < packs; }
+  // Edges belong to tile 0.
+  __device__ __forceinline__ bool has_edge(i64 tile, int e) const { return tile == 0 && e * kLanes + lane < edges; }
+
+  __device__ __forceinline__ void read(i64 tile) {
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+      if (has_pack(tile, p)) held[p] = load_once<kPack>(row + pack_column(tile, p));
+#pragma unroll
+    for (int e = 0; e < kEdges; ++e)
+      if (has_edge(tile, e)) held_edges[e] = row[edge_column(e)];
+  }
+  template <class F>
+  __device__ __forceinline__ void each(i64 tile, F f) const {
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+      if (has_pack(tile, p)) {
+#pragma unroll
+        for (int c = 0; c < kPack; ++c) f(widen(held[p][c]));
+      }
+#pragma unroll
+    for (int e = 0; e < kEdges; ++e)
+      if (has_edge(tile, e)) f(widen(held_edges[e]));
+  }
+  // The maximum of the tile over the lanes of the row; NaN goes unnoticed.
+  __device__ __forceinline__ acc_t<T> tile_max(i64 tile) const {
+    Maximum<T> m;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+      if (has_pack(tile, p)) m.add(held[p]);
+#pragma unroll
+    for (int e = 0; e < kEdges; ++e)
+      if (has_edge(tile, e)) m.add(held_edges[e]);
+    return warp_fold<kLanes>(m.value(), [](auto a, auto b) { return most(a, b); });
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 4)
+    token_entropy_fwd_kernel(LogitRows<T> logits, acc_t<T>* entropy, acc_t<T>* log_sum) {
+  using A = acc_t<T>;
+  constexpr int kLanes = RowLane<T>::kLanes;
+  const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
+  RowLane<T> row(logits, index);
+  const i64 tiles = RowLane<T>::tiles(logits);
+  EntropySums<A> sums;
+  for (i64 tile = 0; tile < tiles; ++tile) {
+    row.read(tile);
+    sums.rescale(most(sums.max, row.tile_max(tile)));
+    row.each(tile, [&](A x) { sums.add(x); });
+  }
+  sums.s = warp_sum<kLanes>(sums.s);
+  sums.t = warp_sum<kLanes>(sums.t);
+  if (row.lane == 0 && index < logits.rows) {
+    entropy[index] = sums.entropy();
+    log_sum[index] = sums.log_sum();
+  }
+}
+
+// grad_logits is contiguous. Its packs are stored whole where they are aligned, which all are if the logits are contiguous.
+template <class T>
+__global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
+    token_entropy_bwd_kernel(const acc_t<T>* grad_entropy, LogitRows<T> logits, const acc_t<T>* entropy,
+                             const acc_t<T>* log_sum, T* grad_logits) {
+  using A = acc_t<T>;
+  constexpr int kLanes = RowLane<T>::kLanes, kPack = RowLane<T>::kPack;
+  const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
+  const bool there = index < logits.rows;
+  RowLane<T> row(logits, index);
+  const i64 tiles = RowLane<T>::tiles(logits);
+  A m = minus_infinity<A>();
+  for (i64 tile = 0; tile < tiles; ++tile) {
+    row.read(tile);
+    m = most(m, row.tile_max(tile));
+  }
+  const A upstream = there ? -grad_entropy[index] : 0, h = there ? entropy[index] * kPerNat<A> : 0;
+  const A shift = there ? log_sum[index] * kPerNat<A> : 0, nats = upstream * kNats<A>;
+  const auto slope = [=](T x) {
+    const A log_p = (widen(x) - m) * kPerNat<A> - shift, p = power(log_p);
+    return narrow<T>(nats * p * (most(log_p, kLogOfZero<A>) + h));
+  };
+  T* const to = grad_logits + (there ? index * logits.alphabet : 0);
+  const bool aligned = (reinterpret_cast<u64>(to) - reinterpret_cast<u64>(row.row)) % 16 == 0;
+  for (i64 tile = 0; tile < tiles; ++tile) {
+    if (tiles > 1) row.read(tile);
+#pragma unroll
+    for (int p = 0; p < RowLane<T>::kPacks; ++p) {
+      if (!row.has_pack(tile, p)) continue;
+      Pack<T, kPack> grad;
+#pragma unroll
+      for (int c = 0; c < kPack; ++c) grad[c] = slope(row.held[p][c]);
+      T* const at = to + row.pack_column(tile, p);
+      if (aligned) {
+        store(at, grad);
+      } else {
+#pragma unroll
+        for (int c = 0; c < kPack; ++c) at[c] = grad[c];
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < RowLane<T>::kEdges; ++e)
+      if (row.has_edge(tile, e)) to[row.edge_column(e)] = slope(row.held_edges[e]);
+  }
+}
+
+}  // namespace blt

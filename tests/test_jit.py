@@ -1,0 +1,114 @@
+"""Every CUDA kernel compiles under NVRTC, which needs no GPU; the launchers name them as NVRTC does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from backends import emulator
+
+from blt_kernels import _cuda, _jit
+
+ARCH = "sm_90a"
+POOL = "blt::patch_pool_fwd_kernel<float, 4, blt::Kinds::kMax>"
+
+
+@pytest.fixture(scope="module")
+def names() -> list[str]:
+    return _jit.Launchers(str(_cuda.path_of("_C_jit"))).kernels()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BLT_KERNELS_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_the_launchers_are_those_of_the_emulator(names: list[str]) -> None:
+    """One launch code: the same kernels, by the same names."""
+    assert POOL in names
+    assert len(set(names)) == len(names)
+    assert set(names) == {n for n in emulator().kernels() if "anonymous" not in n}
+
+
+def test_every_kernel_compiles(names: list[str], cache: Path) -> None:
+    symbols, cubin = _jit.compile_kernels(names, ARCH)
+    assert list(symbols) == names
+    assert len(set(symbols.values())) == len(names)
+    assert cubin[:4] == b"\x7fELF"
+    assert all(symbol.encode() in cubin for symbol in symbols.values())
+
+
+def test_a_kernel_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _jit.compile_kernels([POOL], ARCH)
+    assert len(list(cache.iterdir())) == 1
+    from cupy.cuda import nvrtc
+
+    monkeypatch.setattr(nvrtc, "createProgram", None)
+    assert _jit.compile_kernels([POOL], ARCH) == first
+    with pytest.raises(TypeError):
+        _jit.compile_kernels([POOL], "sm_80")  # another GPU, another kernel
+
+
+def test_changed_sources_are_compiled_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _jit.compile_kernels([POOL], ARCH)
+    changed = tmp_path / "include"
+    changed.mkdir()
+    for path in _jit.HEADERS.glob("*.cuh"):
+        (changed / path.name).write_text(path.read_text() + "\n// changed\n")
+    monkeypatch.setattr(_jit, "HEADERS", changed)
+    _jit.compile_kernels([POOL], ARCH)
+    assert len(list(cache.glob("*.cubin"))) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLT_KERNELS_CACHE", "/proc/no/such/folder")
+    assert _jit.compile_kernels([POOL], ARCH)[1][:4] == b"\x7fELF"
+
+
+def test_errors_show_the_log(cache: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)NVRTC does not compile blt::no_such_kernel.*no_such_kernel"):
+        _jit.compile_kernels(["blt::no_such_kernel<float>"], ARCH)
+    assert list(cache.iterdir()) == []
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert _jit.missing() is None
+    monkeypatch.setattr(_jit, "HEADERS", tmp_path)
+    assert "has no kernels" in (_jit.missing() or "")
+    with pytest.raises(RuntimeError, match="no kernel can be compiled: .* has no kernels"):
+        _jit.compile_kernels([POOL], ARCH)
+    monkeypatch.setattr(_jit.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'blt-kernels[jit]'" in (_jit.missing() or "")
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [((8, 0), "sm_80"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"), ((12, 0), "sm_120")]
+)
+def test_architecture(capability: tuple[int, int], name: str) -> None:
+    assert _jit.architecture(capability) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("cuda", "BLT_KERNELS_CUDA: expected one of nvcc, nvrtc, none, got 'cuda'"),
+        ("nvcc", "BLT_KERNELS_CUDA=nvcc: torch was built without CUDA"),
+        ("nvrtc", "BLT_KERNELS_CUDA=nvrtc: torch was built without CUDA"),
+    ],
+)
+def test_choices_that_cannot_be_had(value: str, message: str) -> None:
+    import torch
+
+    if torch.version.cuda is not None and value != "cuda":
+        pytest.skip("torch has CUDA here")
+    done = subprocess.run(
+        [sys.executable, "-c", "import blt_kernels"],
+        env=os.environ | {"BLT_KERNELS_CUDA": value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.strip().splitlines()[-1] == f"ImportError: {message}"
