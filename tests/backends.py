@@ -64,6 +64,19 @@ def order(name: str, seed: int = 0) -> Iterator[None]:
         emulator().set_order(orders.FORWARD)
 
 
+def launches(function: Callable[[], Any]) -> list[Any]:
+    """What the emulated kernels did that `function` launched, one by one."""
+    with use("emulated"):
+        emulator().take_launches()
+        function()
+        return emulator().take_launches()
+
+
+def traffic(function: Callable[[], Any]) -> int:
+    """Bytes that the emulated kernels of `function` read and wrote, in whole sectors of 32."""
+    return sum(launch.read + launch.written for launch in launches(function))
+
+
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Run the operators on `backend` while this is open."""

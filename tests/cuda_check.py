@@ -91,7 +91,9 @@ def compile_launcher(source: Path, folder: Path) -> str:
 
 def demangle(symbols: list[str]) -> list[str]:
     """Names in C++, without parameters."""
-    text = subprocess.run(["c++filt", "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["c++filt", "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True
+    ).stdout
     return [line.removeprefix("void ").removeprefix("blt::") for line in text.splitlines()]
 
 
@@ -105,7 +107,9 @@ def wide_loads_of(cubin: Path) -> set[str]:
     """The symbols whose code has a 128-bit load from global memory."""
     sass = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"Function : (\w+)", sass)[1:]
-    return {name for name, code in zip(parts[::2], parts[1::2], strict=True) if re.search(r"\bLDG\.E(\.\w+)*\.128", code)}
+    return {
+        name for name, code in zip(parts[::2], parts[1::2], strict=True) if re.search(r"\bLDG\.E(\.\w+)*\.128", code)
+    }
 
 
 def kernels_of(source: Path) -> list[Kernel]:
@@ -151,7 +155,10 @@ def main() -> None:
             print(f"{'kernel':84} threads  shared  {'registers':>15} {'warps':>15}")
             for name in sorted({k.name for k in kernels}):
                 own = [k for k in kernels if k.name == name]
-                registers, warps = (" ".join(f"{v:4}" for v in values) for values in zip(*[(k.registers, k.warps) for k in own], strict=True))
+                registers, warps = (
+                    " ".join(f"{v:4}" for v in values)
+                    for values in zip(*[(k.registers, k.warps) for k in own], strict=True)
+                )
                 faults = [f"sm_{k.arch}: {fault}" for k in own for fault in k.faults()]
                 print(f"{name:84} {own[0].threads:7} {own[0].shared:7}  {registers:>15} {warps:>15}", *faults)
                 failed += bool(faults)

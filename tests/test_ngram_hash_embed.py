@@ -80,7 +80,7 @@ def test_every_prime(device: str) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 259), max_size=12), max_size=4), st.integers(1, 12), st.integers(1, 2**40))
-def test_any_documents_in_exact_integers(documents: list[list[int]], size: int, vocab: int, device: str) -> None:
+def test_any_documents_in_exact_integers(device: str, documents: list[list[int]], size: int, vocab: int) -> None:
     tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int64, device=device)
     cu_seqlens = offsets_of([len(d) for d in documents], device=device)
     hashes = ngram_hash(tokens, cu_seqlens, ngram_sizes=(size,), num_functions=2, vocab=vocab)
@@ -275,7 +275,7 @@ def test_rows_of_larger_tensors(width: int, dtype: torch.dtype, device: str) -> 
     st.sampled_from(["dense", "sparse"]),
     st.booleans(),
 )
-def test_any_gradient(lengths: list[int], rows: int, width: int, grad: str, fused: bool, device: str) -> None:
+def test_any_gradient(device: str, lengths: list[int], rows: int, width: int, grad: str, fused: bool) -> None:
     """Few rows, hence long runs; whole numbers, so that sums are exact in any order."""
     generator, total = torch.Generator().manual_seed(sum(lengths) + rows), sum(lengths)
     tokens = torch.randint(4, 7, (total + 2,), generator=generator).to(device)
@@ -500,7 +500,7 @@ def test_traffic_of_the_embedding(dtype: torch.dtype) -> None:
     backends.emulator()
     num_bytes, rows, width, tables = 256, 5000, 512, 6
     weights, byte_table = torch.ones(tables * rows, width, dtype=dtype), torch.ones(A, width, dtype=dtype)
-    cu_seqlens = torch.tensor([0, 100, num_bytes], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 100, num_bytes, 4096], dtype=torch.int32)
     arguments = (cu_seqlens, *LARGE.values())
     out, launches = emulated(
         "ngram_hash_embed_fwd", random_tokens(num_bytes), [weights], byte_table, *arguments, "dense", None, rows
@@ -581,5 +581,7 @@ def test_too_many_tables_for_a_launch_are_refused() -> None:
     tokens, cu_seqlens = random_tokens(5), torch.tensor([0, 5], dtype=torch.int32)
     hashes, _ = emulated("ngram_hash_fwd", tokens, cu_seqlens, [1] * 128, 1, 9)
     assert hashes.shape == (128, 5)
-    with pytest.raises(RuntimeError, match="ngram_sizes: expected 1 to 128 tables on CUDA, got 1 functions of 129 sizes"):
+    with pytest.raises(
+        RuntimeError, match="ngram_sizes: expected 1 to 128 tables on CUDA, got 1 functions of 129 sizes"
+    ):
         emulated("ngram_hash_fwd", tokens, cu_seqlens, [1] * 129, 1, 9)

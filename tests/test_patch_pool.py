@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from backends import traffic
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,9 +145,11 @@ def test_no_documents_at_all(device: str) -> None:
 
 
 @given(st.integers(0, 120), st.integers(0, 1000), st.sampled_from(ALL), st.booleans())
-def test_any_layout_against_one_patch_at_a_time(num_bytes: int, seed: int, reduce: str, overflow: bool) -> None:
-    layout = ragged_layout(num_bytes, seed, max_patches=8 + num_bytes // 20 if overflow else None)
-    x = torch.randn(num_bytes, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def test_any_layout_against_one_patch_at_a_time(
+    device: str, num_bytes: int, seed: int, reduce: str, overflow: bool
+) -> None:
+    layout = ragged_layout(num_bytes, seed, max_patches=8 + num_bytes // 20 if overflow else None, device=device)
+    x = torch.randn(num_bytes, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(device)
     torch.testing.assert_close(patch_pool(x, layout, reduce), oracle(x, layout, reduce), rtol=1e-12, atol=1e-12)
 
 
@@ -223,6 +226,29 @@ def test_keeps_activations_only_for_ties(reduce: str | tuple[str, ...], kept: in
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         patch_pool(x, ragged_layout(30, device=device), reduce)
     assert sum(t.is_floating_point() for t in saved) == kept
+
+
+@pytest.mark.parametrize(("reduce", "reads_x"), [("max", 1), ("mean", 0), (ALL, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic(reduce: str | tuple[str, ...], reads_x: int, dtype: torch.dtype) -> None:
+    """The CUDA kernels read x and write out once; backward reads grad_out, and x and out for extremes, once too."""
+    layout = ragged_layout(700).compact()
+    x = torch.randn(700, 512).to(dtype).requires_grad_()
+    out = patch_pool(x, layout, reduce)
+    grad = torch.randn_like(out)
+    size = x.element_size()
+    index = 8 * layout.capacity
+    assert traffic(lambda: patch_pool(x.detach(), layout, reduce)) <= 1.1 * (size * (x.numel() + out.numel()) + index)
+    backward = traffic(lambda: torch.autograd.grad(patch_pool(x, layout, reduce), x, grad))
+    forward = traffic(lambda: patch_pool(x.detach(), layout, reduce))
+    least = size * (x.numel() * (1 + reads_x) + out.numel()) + index
+    if reads_x:
+        least += size * layout.capacity * 512 * sum(name in ("max", "min") for name in _names(reduce))
+    assert backward - forward <= 1.1 * least
+
+
+def _names(reduce: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (reduce,) if isinstance(reduce, str) else reduce
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import traffic
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,17 +72,19 @@ def test_short_documents(num_bytes: int, ids: str, device: str) -> None:
 
 
 @given(st.integers(0, 120), st.integers(0, 1000), st.sampled_from(["patch", "decode"]), st.booleans())
-def test_any_layout_against_one_byte_at_a_time(num_bytes: int, seed: int, ids: str, overflow: bool) -> None:
-    layout = ragged_layout(num_bytes, seed, max_patches=8 + num_bytes // 20 if overflow else None)
+def test_any_layout_against_one_byte_at_a_time(
+    device: str, num_bytes: int, seed: int, ids: str, overflow: bool
+) -> None:
+    layout = ragged_layout(num_bytes, seed, max_patches=8 + num_bytes // 20 if overflow else None, device=device)
     generator = torch.Generator().manual_seed(seed)
-    y = torch.randn(layout.capacity, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    y = torch.randn(layout.capacity, 3, dtype=torch.float64, generator=generator).to(device).requires_grad_()
     chosen = (layout.patch_ids if ids == "patch" else layout.decode_ids).tolist()
     out = patch_unpool(y, layout, ids)
-    grad = torch.randn(num_bytes, 3, dtype=torch.float64, generator=generator)
+    grad = torch.randn(num_bytes, 3, dtype=torch.float64, generator=generator).to(device)
     (grad_y,) = torch.autograd.grad(out, y, grad)
     expected = torch.zeros_like(y)
     for i, p in enumerate(chosen):
-        assert torch.equal(out[i], y[p] if p >= 0 else torch.zeros(3, dtype=torch.float64))
+        assert torch.equal(out[i], y[p] if p >= 0 else torch.zeros_like(y[0]))
         if p >= 0:
             expected[p] += grad[i]
     torch.testing.assert_close(grad_y, expected, rtol=1e-12, atol=1e-12)
@@ -108,6 +111,20 @@ def test_backward_against_autograd_of_the_reference(ids: str, device: str) -> No
     ours, theirs = torch.autograd.grad(out, y, grad), torch.autograd.grad(reference, y, grad)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(lambda y: patch_unpool(y, layout, ids), y, fast_mode=True)
+
+
+@pytest.mark.parametrize("ids", ["patch", "decode"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic(ids: str, dtype: torch.dtype) -> None:
+    """The CUDA kernels read and write every row about once, forward and backward."""
+    layout = ragged_layout(700).compact()
+    y = torch.randn(layout.capacity, 512).to(dtype).requires_grad_()
+    grad = torch.randn(700, 512).to(dtype)
+    forward = traffic(lambda: patch_unpool(y.detach(), layout, ids))
+    least = y.element_size() * (y.numel() + grad.numel()) + 4 * 700
+    assert forward <= 1.1 * least
+    both = traffic(lambda: torch.autograd.grad(patch_unpool(y, layout, ids), y, grad))
+    assert both - forward <= 1.1 * (least + 8 * layout.capacity)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from backends import emulated, emulator
 from cases import CASES
 from test_ops import has_cpu_kernel, make, raw_calls
 
@@ -131,6 +132,34 @@ def test_a_compiled_op_is_compiled_whole(operator: str) -> None:
     entry = re.search(rf"\b{operator}_cpu\(([^)]*)\)\s*{{", source)
     assert entry, f"csrc/cpu/{op}.cpp defines no {operator}_cpu"
     assert [a.split()[-1].lstrip("&*") for a in entry[1].split(",")] == schema_arguments(operator)
+
+
+CUDA = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+
+
+def test_the_ops_that_cuda_cpp_owns() -> None:
+    assert sorted(CUDA) == sorted(set(DEFINED_IN) - {"block_causal_attention"}), "attention is Triton's on a GPU"
+
+
+@EVERY_OPERATOR
+def test_an_op_has_all_of_its_cuda_kernels(operator: str) -> None:
+    """Launchers are registered under CUDA in ``_C_cuda`` and ``_C_jit``, and for the emulator, from one source."""
+    op = op_of(operator)
+    assert (operator in emulated()) == (op in CUDA)
+    if op not in CUDA:
+        return
+    source = (ROOT / "csrc" / "cuda" / f"{op}.cu").read_text()
+    entry = re.search(rf"\b{operator}_cuda\(([^)]*)\)\s*{{", source)
+    assert entry, f"csrc/cuda/{op}.cu defines no {operator}_cuda"
+    assert [a.split()[-1].lstrip("&*") for a in entry[1].split(",")] == schema_arguments(operator)
+
+
+def test_kernels_are_named_after_their_op() -> None:
+    stems = {n.removesuffix(end) for n in NAMES for end in ("_fwd", "_bwd", "_step")} | CUDA
+    shared = ("radix_sort", "patch_layout")
+    for kernel in emulator().kernels():
+        name = kernel.split("<")[0].removeprefix("blt::")
+        assert "anonymous" in name or (name.endswith("_kernel") and name.startswith((*stems, *shared))), kernel
 
 
 def test_cases_reach_every_operator() -> None:

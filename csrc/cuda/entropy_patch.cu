@@ -17,15 +17,18 @@ using EntropyTensors = std::tuple<Tensor, Tensor>;
 
 // --- entropies --------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kMaxAlphabet = int64_t{1} << 30;
+
 Tensor check_logits(const Tensor& logits) {
   const Tensor rows = unit_rows(logits, "logits");
-  STD_TORCH_CHECK(rows.size(1) >= 1, "logits: expected at least one column");
+  STD_TORCH_CHECK(rows.size(1) >= 1 && rows.size(1) <= kMaxAlphabet, "logits: expected 1 to ", kMaxAlphabet,
+                  " columns, got ", rows.size(1));
   return rows;
 }
 
 template <class T>
 LogitRows<T> logit_rows(const Device& device, const Tensor& rows) {
-  return {device.read<T>(rows), rows.size(0), rows.size(1), rows.stride(0)};
+  return {device.read<T>(rows), rows.size(0), rows.stride(0), static_cast<i32>(rows.size(1))};
 }
 
 template <class T>

@@ -15,9 +15,8 @@
 // A sparse gradient has one for each run. Bytes: a row read for each byte and list, each row of the gradient written once;
 // beside that, for each byte and list, 8 bytes written and 24 a pass of the sort, and 8 to look at readers at the end.
 //
-// Roofline: memory; some 30 instructions for 16 bytes. Registers: at most 64 in forward, for 8 blocks of 128 threads
-// an SM: with 7 loads of 16 bytes in flight each that is 114 KB, 3 times what hides the latency of the memory. At most 72 in
-// backward, for 7 blocks.
+// Roofline: memory; some 30 instructions for 16 bytes. Registers: at most 72, for 7 blocks of 128 threads an SM: with
+// 7 loads of 16 bytes in flight each that is 100 KB, more than twice what hides the latency of the memory.
 #pragma once
 
 #include "ngram_hash.cuh"
@@ -105,7 +104,7 @@ __device__ __forceinline__ void store_sum(T* to, const acc_t<T> (&sum)[kPack]) {
 // --- forward ----------------------------------------------------------------------------------------------------------
 
 template <class T, class Id, int kPack>
-__global__ void __launch_bounds__(kEmbedThreads, 8)
+__global__ void __launch_bounds__(kEmbedThreads, 7)
     ngram_hash_embed_fwd_kernel(Text<Id> text, __grid_constant__ const Ngrams ngrams, Shard shard,
                                 __grid_constant__ const TableRows<const T> tables, i64 width, T* out) {
   __shared__ i64 starts[kEmbedBytes];

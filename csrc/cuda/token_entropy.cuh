@@ -121,7 +121,8 @@ struct Maximum<fp16> : PairMaximum<fp16> {};
 template <class T>
 struct LogitRows {
   const T* data;
-  i64 rows, alphabet, stride;
+  i64 rows, stride;
+  i32 alphabet;
 };
 
 // How many lanes own a row of numbers of `size` bytes.
@@ -132,38 +133,38 @@ template <class T>
 struct RowLane {
   static constexpr int kPack = 16 / sizeof(T), kLanes = row_lanes(sizeof(T)), kPacks = 5;
   static constexpr int kEdges = ceil_div(2 * (kPack - 1), kLanes);
-  static constexpr i64 kTile = kLanes * kPacks;  // packs
+  static constexpr i32 kTile = kLanes * kPacks;  // packs
   const T* row;
   int lane;
-  i64 head, packs, edges;  // elements before the first pack, packs, elements in none
+  i32 head, packs, edges;  // elements before the first pack, packs, elements in none
   Pack<T, kPack> held[kPacks];
   T held_edges[kEdges];
 
   // A row of no elements where it is beyond the last.
   __device__ __forceinline__ RowLane(const LogitRows<T>& logits, i64 index) {
-    const i64 size = index < logits.rows ? logits.alphabet : 0;
+    const i32 size = index < logits.rows ? logits.alphabet : 0;
     row = logits.data + least(index, logits.rows - 1) * logits.stride;
     lane = threadIdx.x % kLanes;
-    const i64 past = static_cast<i64>(reinterpret_cast<u64>(row) / sizeof(T) % kPack);
+    const i32 past = static_cast<i32>(reinterpret_cast<u64>(row) / sizeof(T) % kPack);
     head = least(size, (kPack - past) % kPack);
     packs = (size - head) / kPack;
     edges = size - packs * kPack;
   }
   // The same for all lanes of a warp, whose rows may be aligned differently.
-  static __device__ __forceinline__ i64 tiles(const LogitRows<T>& logits) {
-    return most<i64>(1, ceil_div<i64>(logits.alphabet / kPack, kTile));
+  static __device__ __forceinline__ i32 tiles(const LogitRows<T>& logits) {
+    return most(1, ceil_div<i32>(logits.alphabet / kPack, kTile));
   }
-  __device__ __forceinline__ i64 pack_index(i64 tile, int p) const { return tile * kTile + p * kLanes + lane; }
-  __device__ __forceinline__ i64 pack_column(i64 tile, int p) const { return head + pack_index(tile, p) * kPack; }
-  __device__ __forceinline__ i64 edge_column(int e) const {
-    const i64 edge = e * kLanes + lane;
+  __device__ __forceinline__ i32 pack_index(i32 tile, int p) const { return tile * kTile + p * kLanes + lane; }
+  __device__ __forceinline__ i32 pack_column(i32 tile, int p) const { return head + pack_index(tile, p) * kPack; }
+  __device__ __forceinline__ i32 edge_column(int e) const {
+    const i32 edge = e * kLanes + lane;
     return edge < head ? edge : edge + packs * kPack;
   }
-  __device__ __forceinline__ bool has_pack(i64 tile, int p) const { return pack_index(tile, p) < packs; }
+  __device__ __forceinline__ bool has_pack(i32 tile, int p) const { return pack_index(tile, p) < packs; }
   // Edges belong to tile 0.
-  __device__ __forceinline__ bool has_edge(i64 tile, int e) const { return tile == 0 && e * kLanes + lane < edges; }
+  __device__ __forceinline__ bool has_edge(i32 tile, int e) const { return tile == 0 && e * kLanes + lane < edges; }
 
-  __device__ __forceinline__ void read(i64 tile) {
+  __device__ __forceinline__ void read(i32 tile) {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p)
       if (has_pack(tile, p)) held[p] = load_once<kPack>(row + pack_column(tile, p));
@@ -172,7 +173,7 @@ struct RowLane {
       if (has_edge(tile, e)) held_edges[e] = row[edge_column(e)];
   }
   template <class F>
-  __device__ __forceinline__ void each(i64 tile, F f) const {
+  __device__ __forceinline__ void each(i32 tile, F f) const {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p)
       if (has_pack(tile, p)) {
@@ -184,7 +185,7 @@ struct RowLane {
       if (has_edge(tile, e)) f(widen(held_edges[e]));
   }
   // The maximum of the tile over the lanes of the row; NaN goes unnoticed.
-  __device__ __forceinline__ acc_t<T> tile_max(i64 tile) const {
+  __device__ __forceinline__ acc_t<T> tile_max(i32 tile) const {
     Maximum<T> m;
 #pragma unroll
     for (int p = 0; p < kPacks; ++p)
@@ -203,9 +204,9 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 4)
   constexpr int kLanes = RowLane<T>::kLanes;
   const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
   RowLane<T> row(logits, index);
-  const i64 tiles = RowLane<T>::tiles(logits);
+  const i32 tiles = RowLane<T>::tiles(logits);
   EntropySums<A> sums;
-  for (i64 tile = 0; tile < tiles; ++tile) {
+  for (i32 tile = 0; tile < tiles; ++tile) {
     row.read(tile);
     sums.rescale(most(sums.max, row.tile_max(tile)));
     row.each(tile, [&](A x) { sums.add(x); });
@@ -228,9 +229,9 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
   const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
   const bool there = index < logits.rows;
   RowLane<T> row(logits, index);
-  const i64 tiles = RowLane<T>::tiles(logits);
+  const i32 tiles = RowLane<T>::tiles(logits);
   A m = minus_infinity<A>();
-  for (i64 tile = 0; tile < tiles; ++tile) {
+  for (i32 tile = 0; tile < tiles; ++tile) {
     row.read(tile);
     m = most(m, row.tile_max(tile));
   }
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
   };
   T* const to = grad_logits + (there ? index * logits.alphabet : 0);
   const bool aligned = (reinterpret_cast<u64>(to) - reinterpret_cast<u64>(row.row)) % 16 == 0;
-  for (i64 tile = 0; tile < tiles; ++tile) {
+  for (i32 tile = 0; tile < tiles; ++tile) {
     if (tiles > 1) row.read(tile);
 #pragma unroll
     for (int p = 0; p < RowLane<T>::kPacks; ++p) {
