@@ -52,15 +52,22 @@ lint: .venv/built  ## Check style and types: ruff, mypy, clang-format
 	mypy
 	clang-format --dry-run --Werror $(SOURCES)
 
-gpu:  ## On a machine with CUDA: build, test and bench with its own python3, offline
+GPU_PYTHON = PYTHONPATH=$(CURDIR) $(OWN_PYTHON)
+SANITIZER := compute-sanitizer --error-exitcode 1 --kernel-name kernel_substring=blt
+gpu:  ## On a machine with CUDA: build, test, sanitize and bench with its own python3, offline
 	@$(OWN_PYTHON) -c 'import importlib.util as u, sys; sys.exit(None if u.find_spec("torch") and \
 	    __import__("torch").cuda.is_available() else "make gpu: $(OWN_PYTHON) has no torch that sees a CUDA device")'
 	$(say) 'building with $(OWN_PYTHON)'
-	$(OWN_PYTHON) setup.py --quiet build_ext --inplace
-	$(say) 'pytest'
-	PYTHONPATH=$(CURDIR) $(OWN_PYTHON) -m pytest
+	BLT_KERNELS_CUDA_ARCHS="$$($(OWN_PYTHON) -c 'from blt_kernels import _jit; import torch; \
+	    print(_jit.architecture(torch.cuda.get_device_capability())[3:])')" $(OWN_PYTHON) setup.py --quiet build_ext --inplace
+	$(say) 'pytest on CUDA tensors'
+	BLT_KERNELS_BACKENDS=cuda $(GPU_PYTHON) -m pytest -q -n 8 --dist worksteal tests -k 'cuda or nvcc'
+	$(say) 'compute-sanitizer'
+	for tool in memcheck racecheck synccheck initcheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(CURDIR) \
+	        $(SANITIZER) --tool $$tool $(OWN_PYTHON) tests/cuda_cases.py || exit 1; done
 	$(say) 'benchmarks; the rows go to bench/results'
-	PYTHONPATH=$(CURDIR) $(OWN_PYTHON) -m blt_kernels bench
+	$(GPU_PYTHON) -m blt_kernels bench --device cuda --rounds 15 --budget 1
 
 wheel-check: .venv/built  ## Only the tests of the wheel: from the sdist, contents, stable ABIs, loading
 	$(say) 'sdist, the wheel from it, and its audits'

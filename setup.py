@@ -51,6 +51,8 @@ class CMakeBuild(build_ext):
         package = Path(self.get_ext_fullpath("blt_kernels._C")).resolve().parent
         configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DBLT_KERNELS_TORCH_DIR={torch}"]
+        if archs := os.environ.get("BLT_KERNELS_CUDA_ARCHS"):
+            configure.append(f"-DBLT_KERNELS_CUDA_ARCHS={archs.replace(' ', ';').replace(',', ';')}")
         for command in (configure, [cmake, "--build", build], [cmake, "--install", build, "--prefix", package]):
             if subprocess.run(command).returncode:
                 raise SystemExit("blt_kernels: the build failed; the messages above say where")

@@ -39,6 +39,8 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
     sizes = Sizes(2, 512) if small else Sizes()
     for dtype in (torch.float32, torch.bfloat16):
         yield from entropy_comparisons(sizes, device, dtype, compile_peers)
+    if device == "cuda" and not small:  # a GPU is through with the others before it is busy
+        yield from entropy_comparisons(Sizes(rows=128), device, torch.bfloat16, compile_peers)
     yield patch_starts_comparison(sizes, device)
     yield linear_entropy_comparison(sizes, device)
 

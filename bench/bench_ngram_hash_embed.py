@@ -6,12 +6,12 @@ The tables take 6 GB forward. Forward and backward together have smaller ones: a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timing
 import torch
-from common import assert_agree, nbytes, normal, steps
+from common import assert_agree, name_of, nbytes, normal, steps
 from peers import ngram_hash_embed as peers
 from timing import OURS, Comparison
 from torch import Tensor
@@ -33,11 +33,14 @@ class Sizes:
     vocab: int = 500002
     trained_vocab: int = 100002
     width: int = 512
+    dtype: torch.dtype = torch.float32
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
     """Yield the hash, forward, and both kinds of gradient; inputs are made when their turn comes."""
     sizes = Sizes(2, 256, 1009, 499, 32) if small else Sizes()
+    if device == "cuda":
+        sizes = replace(sizes, width=2 * sizes.width, dtype=torch.bfloat16)
     yield hash_comparison(sizes, device)
     yield forward_comparison(sizes, device)
     for grad in ("dense", "sparse"):
@@ -93,8 +96,9 @@ def inputs(sizes: Sizes, vocab: int, trained: bool, device: str) -> Inputs:
     tokens = text(sizes, device)
     hashes = bk.ngram_hash(tokens, ngram_sizes=NGRAMS, vocab=vocab).flatten(1)
     rows = (hashes + torch.arange(len(NGRAMS), device=device)[:, None] * vocab).T.contiguous()
-    fused = torch.empty(len(NGRAMS) * vocab, sizes.width, device=device).uniform_(-1, 1).requires_grad_(trained)
-    return Inputs(tokens, rows, fused, normal(ALPHABET, sizes.width, device=device).requires_grad_(trained))
+    fused = torch.empty(len(NGRAMS) * vocab, sizes.width, dtype=sizes.dtype, device=device).uniform_(-1, 1)
+    byte_table = normal(ALPHABET, sizes.width, dtype=sizes.dtype, device=device)
+    return Inputs(tokens, rows, fused.requires_grad_(trained), byte_table.requires_grad_(trained))
 
 
 def implementations(data: Inputs, grad: Tensor | None, sparse: bool) -> dict[str, Callable[[], Any]]:
@@ -118,7 +122,7 @@ def implementations(data: Inputs, grad: Tensor | None, sparse: bool) -> dict[str
 
 def forward_comparison(sizes: Sizes, device: str) -> Comparison:
     data = inputs(sizes, sizes.vocab, False, device)
-    out = torch.empty(*data.tokens.shape, sizes.width, device=device)
+    out = torch.empty(*data.tokens.shape, sizes.width, dtype=sizes.dtype, device=device)
 
     def agree(results: dict[str, Any]) -> None:
         truth = data.byte_table[:, :SAMPLE].double()[data.tokens]
@@ -129,7 +133,7 @@ def forward_comparison(sizes: Sizes, device: str) -> Comparison:
     return Comparison(
         "ngram_hash_embed fwd",
         f"{list(data.tokens.shape)}, {len(NGRAMS)} x [{sizes.vocab}, {sizes.width}]",
-        "float32",
+        name_of(sizes.dtype),
         implementations(data, None, False),
         nbytes(data.tokens) + nbytes(out) * (2 + len(NGRAMS)),
         timing.copies(out),
@@ -141,7 +145,7 @@ def forward_comparison(sizes: Sizes, device: str) -> Comparison:
 
 def backward_comparison(sizes: Sizes, kind: str, device: str) -> Comparison:
     data = inputs(sizes, sizes.trained_vocab, True, device)
-    grad = normal(*data.tokens.shape, sizes.width, seed=1, device=device)
+    grad = normal(*data.tokens.shape, sizes.width, seed=1, dtype=sizes.dtype, device=device)
 
     def agree(results: dict[str, Any]) -> None:
         few = grad.flatten(0, 1)[:, :SAMPLE].double()
@@ -156,11 +160,11 @@ def backward_comparison(sizes: Sizes, kind: str, device: str) -> Comparison:
 
     # Forward as above. Backward reads the gradient for each table, and writes the rows that were read; all, if dense.
     written = data.fused.shape[0] if kind == "dense" else data.rows.unique().numel()
-    work = nbytes(data.tokens) * 2 + nbytes(grad) * (3 + 2 * len(NGRAMS)) + written * sizes.width * 4
+    work = nbytes(data.tokens) * 2 + nbytes(grad) * (3 + 2 * len(NGRAMS)) + written * sizes.width * grad.element_size()
     return Comparison(
         f"ngram_hash_embed {kind} fwd+bwd",
         f"{list(data.tokens.shape)}, {len(NGRAMS)} x [{sizes.trained_vocab}, {sizes.width}]",
-        "float32",
+        name_of(sizes.dtype),
         implementations(data, grad, kind == "sparse"),
         work,
         timing.copies(grad),

@@ -30,6 +30,15 @@ from torch import Tensor
 import blt_kernels as bk
 
 VECTORS, HEADS, WIDTH = 2, 16, 64
+CASES = {  # rows, direction, dtype
+    "cpu": (
+        (1, "encode", torch.float32),
+        (1, "decode", torch.float32),
+        (4, "encode", torch.float32),
+        (1, "encode", torch.bfloat16),
+    ),
+    "cuda": ((8, "encode", torch.bfloat16), (8, "decode", torch.bfloat16), (1, "encode", torch.float32)),
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +54,7 @@ class Case:
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
     """Yield forward and backward of every case; inputs are made when their turn comes."""
     length = 96 if small else 8192
-    for rows, direction, dtype in (
-        (1, "encode", torch.float32),
-        (1, "decode", torch.float32),
-        (4, "encode", torch.float32),
-        (1, "encode", torch.bfloat16),
-    ):
+    for rows, direction, dtype in CASES[device]:
         for backward in (False, True):
             yield comparison(Case(rows, direction, dtype, length), device, backward, compile_peers)
 

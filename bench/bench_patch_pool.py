@@ -25,7 +25,7 @@ CASES = (
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
     """Yield forward and backward of every case, then bf16 against fp32; inputs are made when their turn comes."""
-    shape = (2, 256, 32) if small else (8, 8192, 512)
+    shape = (2, 256, 32) if small else (8, 8192, 512 if device == "cpu" else 1024)
     for reduce, dtype in CASES:
         for backward in (False, True):
             yield comparison(shape, reduce, dtype, device, backward)

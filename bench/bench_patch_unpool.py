@@ -18,7 +18,7 @@ import blt_kernels as bk
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
     """Yield forward and backward of both kinds of ids; inputs are made when their turn comes."""
-    shape = (2, 256, 32) if small else (8, 8192, 512)
+    shape = (2, 256, 32) if small else (8, 8192, 512 if device == "cpu" else 1024)
     for kind, dtype in (("patch", torch.float32), ("decode", torch.float32), ("patch", torch.bfloat16)):
         for backward in (False, True):
             yield comparison(shape, kind, dtype, device, backward)

@@ -1,7 +1,7 @@
 """CUDA kernels compiled by NVRTC when they are first launched, for machines with a driver and without ``_C_cuda``.
 
-``_C_jit`` holds the launchers, which ask for a kernel by its name, such as ``blt::patch_pool_fwd_kernel<float, 4>``. The
-sources are the headers that ``_C_cuda`` is built from. Compiled kernels stay in ``BLT_KERNELS_CACHE``, by default
+``_C_jit`` holds the launchers, which ask for a kernel by its name, such as ``blt::patch_unpool_fwd_kernel<float, 4>``.
+The sources are the headers that ``_C_cuda`` is built from. Compiled kernels stay in ``BLT_KERNELS_CACHE``, by default
 ``~/.cache/blt_kernels``, under a hash of all that they depend on.
 """
 
@@ -61,8 +61,8 @@ def compile_kernels(names: Sequence[str], arch: str) -> tuple[dict[str, str], by
     key = hashlib.sha256(repr((nvrtc.getVersion(), options, sorted(names), sorted(sources.items()))).encode())
     cached = _cache_folder() / f"{key.hexdigest()}.cubin"
     if cached.exists():
-        *symbols, cubin = cached.read_bytes().split(b"\n", len(names))
-        return dict(zip(names, (s.decode() for s in symbols), strict=True)), cubin
+        *lines, code = cached.read_bytes().split(b"\n", len(names))
+        return dict(zip(names, (line.decode() for line in lines), strict=True)), code
 
     main = "".join(f'#include "{name}"\n' for name in sources)
     texts = tuple(text.encode() for text in sources.values())

@@ -33,7 +33,7 @@ def device(backend: str) -> str:
 
 @pytest.fixture(params=DEVICES)
 def installed(request: pytest.FixtureRequest) -> str:
-    """Every device that this machine has, with the kernels that the package loads: for tests of what torch makes of them."""
+    """Every device that this machine has, with the kernels that the package loads: to test what torch makes of them."""
     return request.param
 
 

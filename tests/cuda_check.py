@@ -1,7 +1,7 @@
 """``make cuda-check``: compile every CUDA kernel for every GPU architecture, without a GPU, and look at the result.
 
-For each kernel it prints registers, static shared memory and the warps that may be on a multiprocessor at a time. It fails
-on a spill, a stack frame, or a kernel for 16-byte accesses (a `kPack` of 16 bytes in its name) without a 128-bit load.
+For each kernel it prints registers, static shared memory and the warps that may be on a multiprocessor at a time. It
+fails on a spill, a stack frame, or a kernel for 16-byte accesses (a pack of 16 bytes in its name) without a 128-bit load.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Kernel:
 def torch_headers() -> Path:
     """The headers of the installed torch."""
     spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None, "torch is not installed"
+    if spec is None or spec.origin is None:
+        sys.exit("cuda-check: torch is not installed")
     return Path(spec.origin).parent / "include"
 
 

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from backends import emulator
 
 from blt_kernels import _cuda, _jit
+from blt_kernels.testing import assert_equal
 
 ARCH = "sm_90a"
 POOL = "blt::patch_pool_fwd_kernel<float, 4, blt::Kinds::kMax>"
@@ -79,7 +81,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert _jit.missing() is None
     monkeypatch.setattr(_jit, "HEADERS", tmp_path)
     assert "has no kernels" in (_jit.missing() or "")
-    with pytest.raises(RuntimeError, match="no kernel can be compiled: .* has no kernels"):
+    with pytest.raises(RuntimeError, match=r"no kernel can be compiled: .* has no kernels"):
         _jit.compile_kernels([POOL], ARCH)
     monkeypatch.setattr(_jit.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'blt-kernels[jit]'" in (_jit.missing() or "")
@@ -101,8 +103,6 @@ def test_architecture(capability: tuple[int, int], name: str) -> None:
     ],
 )
 def test_choices_that_cannot_be_had(value: str, message: str) -> None:
-    import torch
-
     if torch.version.cuda is not None and value != "cuda":
         pytest.skip("torch has CUDA here")
     done = subprocess.run(
@@ -112,3 +112,16 @@ def test_choices_that_cannot_be_had(value: str, message: str) -> None:
         text=True,
     )
     assert done.stderr.strip().splitlines()[-1] == f"ImportError: {message}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nvrtc_gives_what_nvcc_gives(tmp_path: Path) -> None:
+    """The same sources, launched by the same code: bitwise the same results."""
+    results = []
+    for compiler in ("nvcc", "nvrtc"):
+        path = tmp_path / f"{compiler}.pt"
+        command = [sys.executable, str(Path(__file__).with_name("cuda_cases.py")), str(path)]
+        done = subprocess.run(command, env=os.environ | {"BLT_KERNELS_CUDA": compiler}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.append(torch.load(path))
+    assert_equal(*results)

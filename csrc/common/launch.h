@@ -118,13 +118,14 @@ class Device {
 #elif defined(BLT_KERNELS_EMULATE)
     // Parameters are copied out of sight of the emulator, which allows kernels nothing of the launcher's stack.
     const auto run = [&]() __attribute__((no_sanitize("thread"))) { kKernel(arguments...); };
-    const auto call = [](const void* f) __attribute__((no_sanitize("thread"))) {
-      (*static_cast<const decltype(run)*>(f))();
-    };
-    emulator::launch(emulator::Known<kKernel>::entry, shape.blocks, shape.rows, shape.threads, shape.shared, call, &run);
+    const auto call = [](const void* f)
+                          __attribute__((no_sanitize("thread"))) { (*static_cast<const decltype(run)*>(f))(); };
+    emulator::launch(emulator::Known<kKernel>::entry, shape.blocks, shape.rows, shape.threads, shape.shared, call,
+                     &run);
 #else
     void* packed[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-    jit::launch(jit::Known<kKernel>::entry, index_, shape.blocks, shape.rows, shape.threads, shape.shared, packed, stream_);
+    jit::launch(jit::Known<kKernel>::entry, index_, shape.blocks, shape.rows, shape.threads, shape.shared, packed,
+                stream_);
 #endif
   }
 

@@ -35,6 +35,14 @@ namespace blt {
 
 inline constexpr int kAttentionThreads = 128;
 
+// Blocks on a multiprocessor with `slices` slices in registers for each row that is held, and twice as many numbers for
+// all else.
+template <class S, int kHeld>
+constexpr int attention_blocks(int slices) {
+  const int words = slices * kHeld * S::kSize * static_cast<int>(sizeof(typename S::A) / sizeof(float));
+  return words <= 16 ? 5 : words <= 32 ? 4 : words <= 64 ? 3 : 2;
+}
+
 template <class T>
 struct CrossAttention {
   HeadRows<const T> q, k, v;
@@ -104,7 +112,7 @@ __device__ __forceinline__ void attend(const CrossAttention<typename S::T>& prob
                                        const CrossOutput<typename S::T>& output, const RowRange& queries,
                                        const RowRange& keys, const Task& task) {
   using A = typename S::A;
-  constexpr int kAhead = 4;
+  constexpr int kAhead = S::kAhead;
   constexpr A kNone = -INFINITY;
   Slice<S> q[kHeld], sums[kHeld];
   A top[kHeld], shift[kHeld] = {}, total[kHeld] = {};
@@ -170,7 +178,7 @@ __device__ __forceinline__ void skip(const CrossOutput<typename S::T>& output, i
 }
 
 template <class S, int kHeld>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, attention_blocks<S, kHeld>(2))
     patch_cross_attention_fwd_kernel(CrossAttention<typename S::T> problem, Readers readers,
                                      CrossOutput<typename S::T> output) {
   const Task task = task_of_lane<S>(problem.heads, problem.width);

@@ -57,7 +57,7 @@ __device__ __forceinline__ void sum_softmax(Softmax<typename S::A> (&softmax)[kH
                                             const CrossAttention<typename S::T>& problem, const Slice<S> (&q)[kHeld],
                                             const Slice<S> (&g)[kHeld], const RowRange& keys, const Task& task) {
   using A = typename S::A;
-  constexpr int kAhead = 4;
+  constexpr int kAhead = S::kAhead;
   A total[kHeld] = {}, sum[kHeld] = {};
   for (i64 row = keys.begin; row < keys.end; row += kAhead) {
     Raw<S> k[kAhead], v[kAhead];
@@ -86,7 +86,7 @@ __device__ __forceinline__ void grad_rows(const CrossAttention<typename S::T>& p
                                           const CrossGradients<typename S::T>& grads, const RowRange& held,
                                           const RowRange& streamed, const Task& task) {
   using A = typename S::A;
-  constexpr int kAhead = 2;
+  constexpr int kAhead = S::kAhead;
   constexpr bool kHoldsQueries = kPass == Pass::kEncode || kPass == Pass::kQueries;
   Slice<S> a[kHeld], b[kHeld], grad_a[kHeld], grad_b[kHeld];
   Softmax<A> softmax[kHeld];
@@ -151,7 +151,7 @@ __device__ __forceinline__ void grad_rows(const CrossAttention<typename S::T>& p
 }
 
 template <class S, int kHeld, Pass kPass>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, attention_blocks<S, kHeld>(4))
     patch_cross_attention_bwd_kernel(CrossAttention<typename S::T> problem, Readers readers,
                                      CrossGradients<typename S::T> grads) {
   const Task task = task_of_lane<S>(problem.heads, problem.width);

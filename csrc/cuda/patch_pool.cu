@@ -55,9 +55,8 @@ Tensor patch_pool_fwd_cuda(const Tensor& x, Tensor patch_offsets, const Tensor& 
     const PatchRows shape = {device.read<i32>(patch_offsets), rows.size(0), patches, width, rows.stride(0)};
     dispatch_pack<T>({address(from), row_bytes(rows), bytes_of<T>(width)}, [&](auto pack) {
       dispatch_kinds(reductions, [&](auto kinds) {
-        device.launch<patch_pool_fwd_kernel<T, pack(), kinds()>>(
-            row_shape(patches, width, pack), from, shape, reductions,
-            device.write<T>(out));
+        device.launch<patch_pool_fwd_kernel<T, pack(), kinds()>>(row_shape(patches, width, pack), from, shape,
+                                                                 reductions, device.write<T>(out));
       });
     });
   });

@@ -125,8 +125,7 @@ __device__ __forceinline__ Shares<T, A, kPack> shares_of(const T* grad_out, cons
                                                          const Reductions& reductions) {
   Shares<T, A, kPack> shares;
 #pragma unroll
-  for (int c = 0; c < kPack; ++c)
-    shares.all[c] = shares.first[c] = shares.last[c] = shares.max[c] = shares.min[c] = 0;
+  for (int c = 0; c < kPack; ++c) shares.all[c] = shares.first[c] = shares.last[c] = shares.max[c] = shares.min[c] = 0;
   for (int r = 0; r < reductions.count; ++r) {
     const Reduce reduce = reductions[r];
     const i64 column = r * width + at.column;

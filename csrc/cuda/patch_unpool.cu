@@ -21,9 +21,9 @@ Tensor patch_unpool_fwd_cuda(const Tensor& y, Tensor patch_offsets, Tensor ids) 
     using T = typename decltype(tag)::type;
     const T* const from = device.read<T>(rows);
     dispatch_pack<T>({address(from), row_bytes(rows), bytes_of<T>(width)}, [&](auto pack) {
-      device.launch<patch_unpool_fwd_kernel<T, pack()>>(
-          row_shape(ceil_div<int64_t>(bytes, kUnpoolRows), width, pack), from, device.read<i32>(ids), bytes,
-          rows.size(0), width, rows.stride(0), device.write<T>(out));
+      device.launch<patch_unpool_fwd_kernel<T, pack()>>(row_shape(ceil_div<int64_t>(bytes, kUnpoolRows), width, pack),
+                                                        from, device.read<i32>(ids), bytes, rows.size(0), width,
+                                                        rows.stride(0), device.write<T>(out));
     });
   });
   return out;

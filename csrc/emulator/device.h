@@ -132,8 +132,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32,
   return blt::emulator::shuffle(mask, value, source >= (lane & ~(width - 1)) + width ? lane : source, site);
 }
 template <class T>
-unsigned __match_any_sync(unsigned mask, T value,
-                          const blt::emulator::Site site = blt::emulator::Site::current()) {
+unsigned __match_any_sync(unsigned mask, T value, const blt::emulator::Site site = blt::emulator::Site::current()) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   const auto brought = blt::emulator::meet(blt::emulator::Meeting::kMatch, mask, bits, site);
@@ -225,9 +224,7 @@ inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
-}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }

@@ -127,8 +127,8 @@ struct Machine {
   std::vector<Launch> launches;
 
   Machine() {
-    void* const memory = mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* const memory =
+        mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stacks of the emulator");
     stacks = reinterpret_cast<uintptr_t>(memory);
     shared_bytes = std::make_unique<std::byte[]>(kMaxShared + 128);
@@ -308,8 +308,8 @@ void visit(const void* pointer, size_t bytes, bool write) {
   if (m.dynamic_memory.holds(at)) return visit_shared(m.dynamic_memory, at, bytes, write);
   if (m.static_memory.holds(at)) return visit_shared(m.static_memory, at, bytes, write);
   if (!write && m.constants.holds(at, bytes)) return;
-  const bool read_only = std::any_of(m.tensors.begin(), m.tensors.end(),
-                                     [&](const Range& tensor) { return tensor.holds(at, bytes); });
+  const bool read_only =
+      std::any_of(m.tensors.begin(), m.tensors.end(), [&](const Range& tensor) { return tensor.holds(at, bytes); });
   fault(std::string(write ? "a write" : "a read") +
         (read_only ? " of a tensor that is only read, " : " outside of every tensor, ") + bytes_at(at, bytes));
 }
@@ -333,11 +333,12 @@ void set_order(Order order, uint64_t seed) {
   machine().random.seed(seed);
 }
 
-void launch(const Entry* entry, int64_t blocks, int64_t rows, int threads, int64_t shared,
-            void (*kernel)(const void*), const void* parameters) {
+void launch(const Entry* entry, int64_t blocks, int64_t rows, int threads, int64_t shared, void (*kernel)(const void*),
+            const void* parameters) {
   Machine& m = machine();
   const std::string name(entry->name);
-  if (threads < 1 || threads > kMaxThreads) throw std::runtime_error(name + ": " + std::to_string(threads) + " threads");
+  if (threads < 1 || threads > kMaxThreads)
+    throw std::runtime_error(name + ": " + std::to_string(threads) + " threads");
   if (shared < 0 || shared > static_cast<int64_t>(kMaxShared))
     throw std::runtime_error(name + ": " + std::to_string(shared) + " bytes of shared memory");
   Launch& record = m.launches.emplace_back(Launch{name, blocks, rows, threads, shared});
@@ -407,7 +408,8 @@ Brought meet(Meeting kind, uint32_t mask, uint64_t value, const Site& site) {
       fault(text(site) + ": lane " + std::to_string(i) + " of the mask " +
             (first + i >= m.threads ? "is not there" : "has ended"));
   auto& warp = m.warps[m.current / 32];
-  auto at = std::find_if(warp.begin(), warp.end(), [&](const Gathering& g) { return g.mask == mask && g.arrived != mask; });
+  auto at =
+      std::find_if(warp.begin(), warp.end(), [&](const Gathering& g) { return g.mask == mask && g.arrived != mask; });
   if (at == warp.end()) at = warp.insert(warp.end(), Gathering{kind, mask});
   if (at->kind != kind) fault(text(site) + ": other lanes of the mask do something else");
   at->arrived |= 1u << lane;
@@ -443,12 +445,12 @@ void fault_if_misaligned(const void* pointer, size_t bytes) {
 
 extern "C" {
 using blt::emulator::visit;
-#define BLT_VISIT(bytes)                                                        \
-  void __tsan_read##bytes(void* at) { visit(at, bytes, false); }                \
-  void __tsan_write##bytes(void* at) { visit(at, bytes, true); }                \
-  void __tsan_unaligned_read##bytes(void* at) { visit(at, bytes, false); }      \
-  void __tsan_unaligned_write##bytes(void* at) { visit(at, bytes, true); }      \
-  void __tsan_volatile_read##bytes(void* at) { visit(at, bytes, false); }       \
+#define BLT_VISIT(bytes)                                                   \
+  void __tsan_read##bytes(void* at) { visit(at, bytes, false); }           \
+  void __tsan_write##bytes(void* at) { visit(at, bytes, true); }           \
+  void __tsan_unaligned_read##bytes(void* at) { visit(at, bytes, false); } \
+  void __tsan_unaligned_write##bytes(void* at) { visit(at, bytes, true); } \
+  void __tsan_volatile_read##bytes(void* at) { visit(at, bytes, false); }  \
   void __tsan_volatile_write##bytes(void* at) { visit(at, bytes, true); }
 BLT_VISIT(1)
 BLT_VISIT(2)
@@ -459,15 +461,15 @@ BLT_VISIT(16)
 void __tsan_read_range(void* at, size_t bytes) { visit(at, bytes, false); }
 void __tsan_write_range(void* at, size_t bytes) { visit(at, bytes, true); }
 // Of shared pointers in launchers; kernels have their atomics in device.h.
-#define BLT_ATOMIC(bits)                                                                                             \
-  uint##bits##_t __tsan_atomic##bits##_load(const uint##bits##_t* at, int) {                                         \
-    return __atomic_load_n(at, __ATOMIC_SEQ_CST);                                                                    \
-  }                                                                                                                  \
-  void __tsan_atomic##bits##_store(uint##bits##_t* at, uint##bits##_t value, int) {                                  \
-    __atomic_store_n(at, value, __ATOMIC_SEQ_CST);                                                                   \
-  }                                                                                                                  \
-  uint##bits##_t __tsan_atomic##bits##_fetch_add(uint##bits##_t* at, uint##bits##_t value, int) {                    \
-    return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);                                                          \
+#define BLT_ATOMIC(bits)                                                                          \
+  uint##bits##_t __tsan_atomic##bits##_load(const uint##bits##_t* at, int) {                      \
+    return __atomic_load_n(at, __ATOMIC_SEQ_CST);                                                 \
+  }                                                                                               \
+  void __tsan_atomic##bits##_store(uint##bits##_t* at, uint##bits##_t value, int) {               \
+    __atomic_store_n(at, value, __ATOMIC_SEQ_CST);                                                \
+  }                                                                                               \
+  uint##bits##_t __tsan_atomic##bits##_fetch_add(uint##bits##_t* at, uint##bits##_t value, int) { \
+    return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);                                       \
   }
 BLT_ATOMIC(8)
 BLT_ATOMIC(32)

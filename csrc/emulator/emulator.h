@@ -38,8 +38,8 @@ struct Launch {
 };
 
 // Runs kernel(parameters) in every thread. Throws what the first fault says.
-void launch(const Entry* entry, int64_t blocks, int64_t rows, int threads, int64_t shared,
-            void (*kernel)(const void*), const void* parameters);
+void launch(const Entry* entry, int64_t blocks, int64_t rows, int threads, int64_t shared, void (*kernel)(const void*),
+            const void* parameters);
 
 // The tensors that kernels may access, until it goes.
 class Scope {

@@ -27,5 +27,6 @@ PYBIND11_MODULE(blt_emulator, module) {
   module.def("set_order", &set_order, py::arg("order"), py::arg("seed") = 0, "In what order blocks and threads run.");
   module.def("kernels", &kernels, "Every kernel that a launcher may launch.");
   module.def(
-      "take_launches", [] { return std::exchange(launches(), {}); }, "The launches since the last call, which it forgets.");
+      "take_launches", [] { return std::exchange(launches(), {}); },
+      "The launches since the last call, which it forgets.");
 }

@@ -78,22 +78,24 @@ void* current_stream(int32_t device) {
 void launch(Entry* entry, int32_t device, int64_t blocks, int64_t rows, int threads, int64_t shared, void** arguments,
             void* stream) {
   static const Driver driver;
-  constexpr int kMaxDynamicSharedBytes = 8;      // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+  constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
   constexpr int64_t kWithoutAsking = 48 << 10;
   void* const function = function_of(*entry, device);
   if (shared > kWithoutAsking)
     driver.check(driver.set_attribute(function, kMaxDynamicSharedBytes, static_cast<int>(shared)), *entry);
-  driver.check(driver.launch(function, static_cast<unsigned>(blocks), static_cast<unsigned>(rows), 1,
-                             static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(shared), stream, arguments,
-                             nullptr),
-               *entry);
+  driver.check(
+      driver.launch(function, static_cast<unsigned>(blocks), static_cast<unsigned>(rows), 1,
+                    static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(shared), stream, arguments, nullptr),
+      *entry);
 }
 
 // --- called from Python -----------------------------------------------------------------------------------------------
 
 extern "C" {
 __attribute__((visibility("default"))) void blt_kernels_jit_use(Compile function) { compile = function; }
-__attribute__((visibility("default"))) int64_t blt_kernels_jit_count() { return static_cast<int64_t>(entries().size()); }
+__attribute__((visibility("default"))) int64_t blt_kernels_jit_count() {
+  return static_cast<int64_t>(entries().size());
+}
 __attribute__((visibility("default"))) const char* blt_kernels_jit_name(int64_t i) {
   return entries().at(static_cast<size_t>(i)).name.c_str();
 }

@@ -1,0 +1,32 @@
+"""Run every case of `cases.py` once on a GPU, forward and backward: for compute-sanitizer, and to compare two builds.
+
+``python tests/cuda_cases.py [FILE]`` writes all results to FILE.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from cases import CASES
+from test_ops import make, run, tensors_of
+
+from blt_kernels import _cuda
+
+
+def main() -> None:
+    """Run the cases on bytes enough for several blocks, and on none."""
+    results = {}
+    for case in CASES:
+        for dtype in case.dtypes:
+            for num_bytes in (0, 300):
+                out, grads = run(case, case.function, make(case, "cuda", num_bytes, 21, dtype))
+                results[f"{case.name} {dtype} {num_bytes}"] = [x.cpu() for x in (*tensors_of(out), *grads)]
+    torch.cuda.synchronize()
+    if len(sys.argv) > 1:
+        torch.save(results, sys.argv[1])
+    print(f"{len(results)} runs by {_cuda.load().compiler}")
+
+
+if __name__ == "__main__":
+    main()
