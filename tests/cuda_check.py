@@ -1,7 +1,7 @@
 """``make cuda-check``: compile every CUDA kernel for every GPU architecture, without a GPU, and look at the result.
 
 For each kernel it prints registers, static shared memory and the warps that may be on a multiprocessor at a time. It
-fails on a spill, a stack frame, or a kernel for 16-byte accesses (a pack of 16 bytes in its name) without a 128-bit load.
+fails on a spill, a stack frame, or a kernel for 16-byte accesses (a pack of 16 bytes in its name) with no 128-bit load.
 """
 
 from __future__ import annotations
