@@ -15,11 +15,23 @@ struct Saved {
   const A* delta;  // [Tq, H]
 };
 
-template <class A>
+// The queries of a Tile across the lanes; T is what the factors are kept in.
+template <class A, class T = A>
 struct QueryGradBlock {
-  A *queries, *grads, *sums;  // [E][lane]
+  T *queries, *grads;  // [E][lane]
+  A* sums;             // [E][lane]
   alignas(kVecBytes) A lse[kWidth<A>], delta[kWidth<A>];
   LaneKeys<A> keys;
+
+  template <class U>
+  void set(const Problem<U>& problem, const Saved<U, A>& saved, int64_t head, const Tile& tile, int64_t origin) {
+    keys.set(problem.visible, tile, origin);
+    for (int64_t lane = 0; lane < kWidth<A>; ++lane) {
+      const int64_t i = (tile.lanes.begin + lane) * problem.heads + head;
+      lse[lane] = lane < tile.lanes.size() ? saved.lse[i] : 0;
+      delta[lane] = lane < tile.lanes.size() ? saved.delta[i] : 0;
+    }
+  }
 };
 
 // dq of the queries of some tiles, whose keys overlap.
@@ -40,12 +52,7 @@ void query_grad(const Problem<T>& problem, const Saved<T, A>& saved, const Heads
     block.queries = transpose_in<T, A>(scratch.take(width * kWidth<A>), problem.q, head, rows, width, 1);
     block.grads = transpose_in<T, A>(scratch.take(width * kWidth<A>), saved.grad, head, rows, width, 1);
     block.sums = scratch.zeros(width * kWidth<A>);
-    block.keys.set(problem.visible, tiles[t], streamed.begin);
-    for (int64_t lane = 0; lane < kWidth<A>; ++lane) {
-      const int64_t i = (rows.begin + lane) * problem.heads + head;
-      block.lse[lane] = lane < rows.size() ? saved.lse[i] : 0;
-      block.delta[lane] = lane < rows.size() ? saved.delta[i] : 0;
-    }
+    block.set(problem, saved, head, tiles[t], streamed.begin);
   }
 
   for (int64_t begin = streamed.begin; begin < streamed.end; begin += kStep) {
@@ -79,9 +86,10 @@ void query_grad(const Problem<T>& problem, const Saved<T, A>& saved, const Heads
   for (size_t t = 0; t < tiles.size(); ++t) transpose_out(grad_q, head, tiles[t].lanes, width, blocks[t].sums, share);
 }
 
-template <class A>
+template <class A, class T = A>
 struct KeyGradBlock {
-  A *keys, *values, *key_sums, *value_sums;  // [E][lane]
+  T *keys, *values;          // [E][lane]
+  A *key_sums, *value_sums;  // [E][lane]
 };
 
 // scores and slopes [rows][lane], which come in as q . k and grad . v, become p and ds. seen: the keys of each row.

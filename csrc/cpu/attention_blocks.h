@@ -82,8 +82,8 @@ inline void transpose(Vec<A> (&rows)[lanes<A>]) {
 
 // exp for x of at most 88, and 0 below kExpMin: products with subnormal weights would take a hundred times as long.
 inline VecF bounded_exp(VecF x) {
-  const VecF low = broadcast(kExpMin);
-  return x < low ? VecF{} : exp(max(low, x));
+  const VecF p = exp(x);  // of any bits below kExpMin
+  return x < broadcast(kExpMin) ? VecF{} : p;
 }
 inline Vec<double> bounded_exp(Vec<double> x) { return exp(x); }
 

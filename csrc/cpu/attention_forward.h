@@ -18,12 +18,14 @@ struct QueryBlock {
   A* sums;     // [E][lane], of weights times values
   Vec<A> top[kColumns], total[kColumns];
   LaneKeys<A> keys;
+  Vec<A> shift(int c) const { return top[c] == kNone<A> ? Vec<A>{} : top[c]; }
 };
 
-// scores [keys][lane] become weights; the sums are rescaled where the top has changed.
+// Before scores [keys][lane] become weights: those that are not seen become kNone, and tops follow the largest, with
+// the sums rescaled.
 template <bool kMasked, class A>
-void weigh(A* scores, const Range& keys, A factor, QueryBlock<A>& block, int64_t width) {
-  Vec<A> peak[kColumns], total[kColumns], shift[kColumns];
+void raise_tops(A* scores, const Range& keys, A factor, QueryBlock<A>& block, int64_t width) {
+  Vec<A> peak[kColumns];
 #pragma GCC unroll 4
   for (int c = 0; c < kColumns; ++c) peak[c] = Vec<A>{} + kNone<A>;
   for (int64_t j = keys.begin; j < keys.end; ++j)
@@ -50,16 +52,29 @@ void weigh(A* scores, const Range& keys, A factor, QueryBlock<A>& block, int64_t
         store(cell, load(cell) * decay);
       }
     }
-    shift[c] = block.top[c] == kNone<A> ? Vec<A>{} : block.top[c];
-    total[c] = block.total[c];
   }
+}
+
+// exp(factor * score - shift), and 0 for kNone.
+template <bool kMasked, class V, class A>
+inline V weight(V score, A factor, V shift) {
+  const V p = bounded_exp(factor * score - shift);
+  if constexpr (kMasked) return score == kNone<A> ? V{} : p;
+  return p;
+}
+
+// scores [keys][lane] become weights; the sums are rescaled where the top has changed.
+template <bool kMasked, class A>
+void weigh(A* scores, const Range& keys, A factor, QueryBlock<A>& block, int64_t width) {
+  raise_tops<kMasked>(scores, keys, factor, block, width);
+  Vec<A> total[kColumns], shift[kColumns];
+#pragma GCC unroll 4
+  for (int c = 0; c < kColumns; ++c) shift[c] = block.shift(c), total[c] = block.total[c];
   for (int64_t j = 0; j < keys.end - keys.begin; ++j)
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) {
       A* const cell = scores + j * kWidth<A> + c * lanes<A>;
-      const Vec<A> s = load(cell);
-      Vec<A> p = bounded_exp(factor * s - shift[c]);
-      if constexpr (kMasked) p = s == kNone<A> ? Vec<A>{} : p;
+      const Vec<A> p = weight<kMasked>(load(cell), factor, shift[c]);
       store(cell, p);
       total[c] += p;
     }

@@ -9,7 +9,7 @@
 // steps of kStep keys. So the softmax is vertical: maxima and sums are lanes, and no scores are shuffled. Only steps that
 // some query of the tile sees in part are masked. visible_tiles.h has the tiles and shares them among the threads. Tiles
 // of few queries, as in decoding with a cache, have the width across the lanes instead (attention_decode.h), and in bf16
-// the forward's products run in AMX where the processor has it (attention_amx.h).
+// the products run in AMX where the processor has it (attention_amx.h, attention_amx_backward.h).
 // The backward has two passes without atomics: dq with queries across the lanes, dk and dv with keys across them.
 // Flops: 4 E a (query, key) pair forward; 14 E backward, of which 4 E recompute scores a second time for the second pass.
 
@@ -29,6 +29,7 @@
 #include "../common/dispatch.h"
 #include "../common/parallel.h"
 #include "attention_amx.h"
+#include "attention_amx_backward.h"
 #include "attention_backward.h"
 #include "attention_decode.h"
 
@@ -142,7 +143,8 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(Tensor q, Tensor k, Te
     auto run = attend<T, A>;
 #if BLT_AMX
     if constexpr (std::is_same_v<T, BFloat16>)
-      if (has_amx() && width % kTileDepth == 0) run = attend_amx, size += amx_scratch(width);
+      if (has_amx() && width % kTileDepth == 0)
+        run = attend_amx, size = amx_scratch(kForwardBlocks, kForwardGathered, width);
 #endif
     for_each_item<A>(q, problem.heads, many, tiles_of_item<A>(2, width), kWidth<A>, size,
                      [&](int64_t head, std::span<const Tile> tiles, Scratch<A> scratch) {
@@ -211,13 +213,26 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(Tensor grad_ou
     fill_rows(grad_q, rows, T(0));
     dot_rows(grads, heads_of<T>(out), rows, problem.heads, width, deltas);
     const std::vector<Tile> tiles = query_tiles(visible, kWidth<A>);
-    for_each_item<A>(q, problem.heads, tiles, tiles_of_item<A>(3, width), kWidth<A>, tile_scratch<A>(3, width),
+    int64_t query_size = tile_scratch<A>(3, width), key_size = tile_scratch<A>(4, width);
+    int64_t query_blocks = 3, key_blocks = 4;
+    auto run_queries = query_grad<T, A>;
+    auto run_keys = key_grad<T, A>;
+#if BLT_AMX
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (has_amx() && width % kTileDepth == 0) {
+        run_queries = query_grad_amx, run_keys = key_grad_amx;
+        query_blocks = kQueryGradBlocks, key_blocks = kKeyGradBlocks;
+        query_size = amx_scratch(query_blocks, kQueryGradGathered, width);
+        key_size = amx_scratch(key_blocks, kKeyGradGathered, width);
+      }
+#endif
+    for_each_item<A>(q, problem.heads, tiles, tiles_of_item<A>(query_blocks, width), kWidth<A>, query_size,
                      [&](int64_t head, std::span<const Tile> run, Scratch<A> scratch) {
-                       query_grad<T, A>(problem, saved, grads_q, head, run, scratch);
+                       run_queries(problem, saved, grads_q, head, run, scratch);
                      });
-    for_each_item<A>(q, problem.groups, key_tiles(tiles, k.size(0), kWidth<A>), tiles_of_item<A>(4, width), kWidth<A>,
-                     tile_scratch<A>(4, width), [&](int64_t group, std::span<const Tile> run, Scratch<A> scratch) {
-                       key_grad<T, A>(problem, saved, grads_k, grads_v, group, run, scratch);
+    for_each_item<A>(q, problem.groups, key_tiles(tiles, k.size(0), kWidth<A>), tiles_of_item<A>(key_blocks, width),
+                     kWidth<A>, key_size, [&](int64_t group, std::span<const Tile> run, Scratch<A> scratch) {
+                       run_keys(problem, saved, grads_k, grads_v, group, run, scratch);
                      });
   });
   return {grad_q, grad_k, grad_v};

@@ -67,9 +67,14 @@ Tensor token_entropy_bwd_cuda(const Tensor& grad_entropy, const Tensor& logits, 
   dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    device.launch<token_entropy_bwd_kernel<T>>(entropy_grid<T>(rows.size(0)), device.read<A>(upstream),
-                                               logit_rows<T>(device, rows), device.read<A>(entropies),
-                                               device.read<A>(log_sums), device.write<T>(grad));
+    const LogitRows<T> in = logit_rows<T>(device, rows);
+    T* const out = device.write<T>(grad);
+    const int64_t apart = (address(out) - address(in.data)) | (row_bytes(grad) - row_bytes(rows));
+    const auto launch = [&](auto aligned) {
+      device.launch<token_entropy_bwd_kernel<T, aligned()>>(entropy_grid<T>(rows.size(0)), device.read<A>(upstream), in,
+                                                            device.read<A>(entropies), device.read<A>(log_sums), out);
+    };
+    apart % 16 == 0 ? launch(std::true_type{}) : launch(std::false_type{});
   });
   return grad;
 }

@@ -20,6 +20,7 @@ struct Split {
   using A = acc_t<T>;
   static constexpr int kPack = kPack_, kPacks = kPacks_, kLanes = kLanes_;
   static constexpr int kSize = kPack * kPacks, kHeads = kWarp / kLanes;
+  static constexpr int kAhead = kPacks > 2 ? 1 : 2;  // rows under way at once
   static_assert(kLanes <= kWarp && (kLanes & (kLanes - 1)) == 0, "groups must fill a warp, and fold by halves");
 };
 

@@ -217,8 +217,7 @@ Tensor sort_readers(const Device& device, const TableGrads& grads) {
   });
   device.write<Reader>(to);
   for (int shift = 0; shift < static_cast<int>(std::bit_width(grads.none())); shift += kSortBits) {
-    if (shift > 0)
-      device.launch<radix_count_kernel<kSortBits>>(grid, device.read<Reader>(from), bytes, shift, places);
+    if (shift > 0) device.launch<radix_count_kernel<kSortBits>>(grid, device.read<Reader>(from), bytes, shift, places);
     device.launch<radix_scan_kernel<kSortBits>>({.blocks = lists, .threads = kSortThreads}, places, tiles);
     device.launch<radix_scatter_kernel<kSortBits>>(grid, device.read<Reader>(from), bytes, shift, places,
                                                    device.write<Reader>(to));
@@ -235,8 +234,8 @@ void with_readers(const Device& device, const TableGrads& grads, const Tensor& s
   dispatch_device_float(grads.grad_out.scalar_type(), "grad_out", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* const grad = device.read<T>(grads.grad_out);
-    const Readers<T> readers = {
-        device.read<Reader>(sorted), grads.bytes(), grad, grads.grad_out.stride(0), width, device.write<acc_t<T>>(sums)};
+    const Readers<T> readers = {device.read<Reader>(sorted), grads.bytes(), grad,
+                                grads.grad_out.stride(0),    width,         device.write<acc_t<T>>(sums)};
     dispatch_pack<T>({address(grad), row_bytes(grads.grad_out), bytes_of<T>(width)}, [&](auto pack) {
       if (width > 0)
         device.launch<ngram_chunk_sums_kernel<T, pack()>>({.blocks = chunks, .threads = kEmbedThreads, .rows = lists},

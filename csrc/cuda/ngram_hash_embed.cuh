@@ -71,8 +71,8 @@ struct RowWalk {
 
 // sum += the kPack numbers at row_of(i) for i in [begin, end), one after the other; nothing where that is null.
 template <class T, int kPack, class RowOf>
-__device__ __forceinline__ void add_rows(acc_t<T> (&sum)[kPack], i64 begin, i64 end, const RowOf& row_of) {
-  for (i64 i = begin; i < end; i += kAhead) {
+__device__ __forceinline__ void add_rows(acc_t<T> (&sum)[kPack], u32 begin, u32 end, const RowOf& row_of) {
+  for (u32 i = begin; i < end; i += kAhead) {
     Bits<T, kPack> ahead[kAhead] = {};
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kEmbedThreads, 7)
     const T* const* const own = rows + at.row * lists;
     const int column = at.pack * kPack;
     acc_t<T> sum[kPack] = {};
-    add_rows<T>(sum, 0, lists, [=](i64 i) { return own[i] == nullptr ? nullptr : own[i] + column; });
+    add_rows<T>(sum, 0, lists, [=](u32 i) { return own[i] == nullptr ? nullptr : own[i] + column; });
     store_sum<T>(out + (first + at.row) * width + column, sum);
   }
 }
@@ -163,19 +163,19 @@ struct Readers {
 
 // sum += the rows that readers [begin, end) of a list send to kPack columns.
 template <class T, int kPack>
-__device__ __forceinline__ void add_readers(acc_t<T> (&sum)[kPack], const Readers<T>& from, int list, i64 begin,
-                                            i64 end, int column) {
+__device__ __forceinline__ void add_readers(acc_t<T> (&sum)[kPack], const Readers<T>& from, int list, u32 begin,
+                                            u32 end, int column) {
   const Reader* const readers = from.readers + list * from.bytes;
   const T* const grad = from.grad + column;
-  add_rows<T>(sum, begin, end, [=](i64 i) { return grad + readers[i].byte * from.stride; });
+  add_rows<T>(sum, begin, end, [=](u32 i) { return grad + readers[i].byte * from.stride; });
 }
 
 // The same for a whole run, whose chunks are ready.
 template <class T, int kPack>
-__device__ __forceinline__ void add_run(acc_t<T> (&sum)[kPack], const Readers<T>& from, int list, i64 begin, i64 end,
+__device__ __forceinline__ void add_run(acc_t<T> (&sum)[kPack], const Readers<T>& from, int list, u32 begin, u32 end,
                                         int column) {
   using A = acc_t<T>;
-  const i64 chunk = ceil_div<i64>(begin, kChunk), last_chunk = end / kChunk;
+  const u32 chunk = ceil_div<u32>(begin, kChunk), last_chunk = end / kChunk;
   if (chunk >= last_chunk) return add_readers(sum, from, list, begin, end, column);
   add_readers(sum, from, list, begin, chunk * kChunk, column);
   const A* const sums = from.sums + list * (from.bytes / kChunk) * from.width + column;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void add_run(acc_t<T> (&sum)[kPack], const Readers<T>
     A part[kPart];
 #pragma unroll
     for (int i = 0; i < kPart; ++i) part[i] = sum[c + i];
-    add_rows<A>(part, chunk, last_chunk, [=](i64 i) { return sums + i * from.width + c; });
+    add_rows<A>(part, chunk, last_chunk, [=](u32 i) { return sums + i * from.width + c; });
 #pragma unroll
     for (int i = 0; i < kPart; ++i) sum[c + i] = part[i];
   }
@@ -196,7 +196,7 @@ __device__ __forceinline__ void add_run(acc_t<T> (&sum)[kPack], const Readers<T>
 template <class T, int kPack>
 __global__ void __launch_bounds__(kEmbedThreads, 8) ngram_chunk_sums_kernel(Readers<T> from, u32 none) {
   using A = acc_t<T>;
-  const i64 begin = static_cast<i64>(blockIdx.x) * kChunk;
+  const u32 begin = blockIdx.x * kChunk;
   const Reader* const chunk = from.readers + blockIdx.y * from.bytes + begin;
   if (chunk[0].row == none || chunk[0].row != chunk[kChunk - 1].row) return;
   A* const to = from.sums + (blockIdx.y * (from.bytes / kChunk) + blockIdx.x) * from.width;
@@ -216,10 +216,10 @@ __global__ void __launch_bounds__(kEmbedThreads, 8) ngram_chunk_sums_kernel(Read
 }
 
 // The place of the first reader of this row or a later one.
-__device__ __forceinline__ i64 first_reader(const Reader* readers, i64 count, i64 row) {
-  i64 low = 0, high = count;
+__device__ __forceinline__ u32 first_reader(const Reader* readers, u32 count, u32 row) {
+  u32 low = 0, high = count;
   while (low < high) {
-    const i64 middle = (low + high) / 2;
+    const u32 middle = (low + high) / 2;
     if (readers[middle].row >= row)
       high = middle;
     else
@@ -233,13 +233,14 @@ template <class T, int kPack>
 __global__ void __launch_bounds__(kEmbedThreads, 7)
     ngram_hash_embed_bwd_kernel(Readers<T> from, int first_list, i64 rows, int owned,
                                 __grid_constant__ const TableRows<T> grads) {
-  __shared__ i64 begins[kMaxOwned + 1];
+  __shared__ u32 begins[kMaxOwned + 1];
   const int list = first_list + blockIdx.y;
   const i64 first = static_cast<i64>(blockIdx.x) * owned;
   const int here = static_cast<int>(least<i64>(owned, rows - first));
   static_assert(kMaxOwned < kEmbedThreads, "a thread looks for each row and the one behind");
   if (static_cast<int>(threadIdx.x) <= here)
-    begins[threadIdx.x] = first_reader(from.readers + list * from.bytes, from.bytes, first + threadIdx.x);
+    begins[threadIdx.x] = first_reader(from.readers + list * from.bytes, static_cast<u32>(from.bytes),
+                                       static_cast<u32>(first) + threadIdx.x);
   __syncthreads();
   T* const to = grads.first[list] + first * from.width;
   for (RowWalk at(static_cast<int>(from.width / kPack)); at.row < here; ++at) {
@@ -272,7 +273,7 @@ __global__ void __launch_bounds__(kEmbedThreads, 7)
   const i64 number = list < grads.tables ? list * grads.numbers : 0;
   for (RowWalk at(static_cast<int>(from.width / kPack)); at.row < here; ++at) {
     const int column = at.pack * kPack;
-    const i64 begin = begins[at.row];
+    const u32 begin = begins[at.row];
     if (at.pack == 0) grads.rows[list][first + at.row] = number + from.readers[list * from.bytes + begin].row;
     acc_t<T> sum[kPack] = {};
     add_run(sum, from, list, begin, begins[at.row + 1], column);

@@ -31,14 +31,10 @@ void dispatch_step(const Device& device, StepTensors& tensors, F&& f) {
   dispatch_device_float(tensors.table.scalar_type(), "table", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const int64_t count = tensors.rows.size(0), width = tensors.table.size(1);
-    const SparseStep<T> step = {device.write<T>(tensors.table),
-                                device.read<i64>(tensors.rows),
-                                device.read<T>(tensors.values),
-                                count,
-                                tensors.table.size(0),
-                                width,
-                                tensors.table.stride(0),
-                                tensors.values.stride(0)};
+    const SparseStep<T> step = {device.write<T>(tensors.table), device.read<i64>(tensors.rows),
+                                device.read<T>(tensors.values), count,
+                                tensors.table.size(0),          width,
+                                tensors.table.stride(0),        tensors.values.stride(0)};
     dispatch_pack<T>({address(step.table), address(step.values), row_bytes(tensors.table), row_bytes(tensors.values),
                       bytes_of<T>(width)},
                      [&](auto pack) {

@@ -95,49 +95,52 @@ struct Arguments {
   }
   template <class T>
   CrossAttention<T> problem(const Device& device) const {
-    return {rows_of<T>(device, q), rows_of<T>(device, k), rows_of<T>(device, v), heads(), width(),
+    return {rows_of<T>(device, q),       rows_of<T>(device, k), rows_of<T>(device, v), heads(), width(),
             static_cast<acc_t<T>>(scale)};
   }
 };
 
+// Rows that a group holds where there may be any number of them.
+template <class S>
+inline constexpr int kChunk = S::kPacks > 4 ? 1 : 2;
+
 template <class S>
 Shape shape_of(const Arguments& arguments) {
-  const int64_t warps =
-      std::max<int64_t>(arguments.capacity, 1) * ceil_div<int64_t>(arguments.heads(), S::kHeads);
+  const int64_t warps = std::max<int64_t>(arguments.capacity, 1) * ceil_div<int64_t>(arguments.heads(), S::kHeads);
   return {.blocks = ceil_div<int64_t>(warps, kAttentionThreads / kWarp), .threads = kAttentionThreads};
 }
 
 // f(Split) with the fewest lanes that hold a row in vectors of 16 bytes, if all rows of the tensors begin at a multiple of
-// that; else with any row in all lanes of a warp. fp64 is for checks, and always takes that way.
+// that; else number by number. fp64 is for checks, and always takes that way.
 template <class T, class F>
 void dispatch_split(std::initializer_list<const Tensor*> tensors, F&& f) {
-  using Any = Split<T, 1, kMaxWidth / kWarp, kWarp>;
-  if constexpr (sizeof(T) == 8) {
-    f(Any{});
-  } else {
+  const int64_t width = (*tensors.begin())->size(2);
+  if constexpr (sizeof(T) < 8) {
     constexpr int kPack = 16 / sizeof(T);
-    const int64_t width = (*tensors.begin())->size(2);
     int64_t bits = bytes_of<T>(width);
     for (const Tensor* x : tensors) bits |= address(x->const_data_ptr()) | bytes_of<T>(x->stride(0) | x->stride(1));
-    if (bits % 16 != 0) return f(Any{});
-    if constexpr (sizeof(T) == 2) {
-      if (width <= 4 * kPack) return f(Split<T, kPack, 1, 4>{});
+    if (bits % 16 == 0) {
+      if constexpr (sizeof(T) == 2) {
+        if (width <= 4 * kPack) return f(Split<T, kPack, 1, 4>{});
+      }
+      if (width <= 8 * kPack) return f(Split<T, kPack, 1, 8>{});
+      if (width <= 16 * kPack) return f(Split<T, kPack, 1, 16>{});
+      if (width <= 32 * kPack) return f(Split<T, kPack, 1, 32>{});
+      if constexpr (sizeof(T) == 4) return f(Split<T, kPack, 2, 32>{});
     }
-    if (width <= 8 * kPack) return f(Split<T, kPack, 1, 8>{});
-    if (width <= 16 * kPack) return f(Split<T, kPack, 1, 16>{});
-    if (width <= 32 * kPack) return f(Split<T, kPack, 1, 32>{});
-    if constexpr (sizeof(T) == 4) f(Split<T, kPack, 2, 32>{});
   }
+  if (width <= 32) return f(Split<T, 1, 4, 8>{});
+  f(Split<T, 1, kMaxWidth / kWarp, kWarp>{});
 }
 
-// f(Constant<rows that a group holds at once>) for `rows` of them.
+// f(Constant<rows that a group holds at once>) for `rows` of them: 1, 2 or 4 in vectors, else as many as registers allow.
 template <class S, class F>
-decltype(auto) dispatch_held(int64_t rows, F&& f) {
+void dispatch_held(int64_t rows, F&& f) {
   if constexpr (S::kPack > 1) {
     if (rows == 1) return f(Constant<1>{});
     if (rows > 2) return f(Constant<4>{});
   }
-  return f(Constant<2>{});
+  f(Constant<kChunk<S>>{});
 }
 
 std::tuple<Tensor, Tensor> patch_cross_attention_fwd_cuda(Tensor q, Tensor k, Tensor v, Tensor patch_offsets,
@@ -155,7 +158,7 @@ std::tuple<Tensor, Tensor> patch_cross_attention_fwd_cuda(Tensor q, Tensor k, Te
     const CrossOutput<T> output = {output_rows<T>(device, out), device.write<acc_t<T>>(lse)};
     dispatch_split<T>({&arguments.q, &arguments.k, &arguments.v, &out}, [&](auto split) {
       using S = decltype(split);
-      dispatch_held<S>(arguments.encode ? queries_per_patch : arguments.num_bytes, [&](auto held) {
+      dispatch_held<S>(arguments.encode ? queries_per_patch : kChunk<S>, [&](auto held) {
         device.launch<patch_cross_attention_fwd_kernel<S, held()>>(shape_of<S>(arguments), problem,
                                                                    arguments.readers(device), output);
       });
@@ -188,26 +191,30 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
     using A = acc_t<T>;
     const auto problem = arguments.problem<T>(device);
     const Readers readers = arguments.readers(device);
-    CrossGradients<T> grads = {rows_of<T>(device, grad_out),   device.read<A>(lse),            nullptr,
-                               output_rows<T>(device, grad_q), output_rows<T>(device, grad_k),
-                               output_rows<T>(device, grad_v)};
-    dispatch_split<T>({&arguments.q, &arguments.k, &arguments.v, &grad_out, &grad_q, &grad_k, &grad_v}, [&](auto split) {
-      using S = decltype(split);
-      const Shape shape = shape_of<S>(arguments);
-      dispatch_held<S>(queries_per_patch, [&](auto held) {
-        if (arguments.window == 1 && queries_per_patch <= held()) {
-          if (arguments.encode)
-            device.launch<patch_cross_attention_bwd_kernel<S, held(), Pass::kEncode>>(shape, problem, readers, grads);
-          else
-            device.launch<patch_cross_attention_bwd_kernel<S, held(), Pass::kDecode>>(shape, problem, readers, grads);
-          return;
-        }
-        Tensor softmax = device_output(q, {q.size(0), heads, 2}, accumulator(q));
-        grads.softmax = device.write<A>(softmax);
-        device.launch<patch_cross_attention_bwd_kernel<S, 2, Pass::kQueries>>(shape, problem, readers, grads);
-        device.launch<patch_cross_attention_bwd_kernel<S, 2, Pass::kKeys>>(shape, problem, readers, grads);
-      });
-    });
+    CrossGradients<T> grads = {
+        rows_of<T>(device, grad_out),   device.read<A>(lse),           nullptr, output_rows<T>(device, grad_q),
+        output_rows<T>(device, grad_k), output_rows<T>(device, grad_v)};
+    dispatch_split<T>(
+        {&arguments.q, &arguments.k, &arguments.v, &grad_out, &grad_q, &grad_k, &grad_v}, [&](auto split) {
+          using S = decltype(split);
+          const Shape shape = shape_of<S>(arguments);
+          dispatch_held<S>(queries_per_patch, [&](auto held) {
+            if (arguments.window == 1 && queries_per_patch <= held()) {
+              if (arguments.encode)
+                device.launch<patch_cross_attention_bwd_kernel<S, held(), Pass::kEncode>>(shape, problem, readers,
+                                                                                          grads);
+              else
+                device.launch<patch_cross_attention_bwd_kernel<S, held(), Pass::kDecode>>(shape, problem, readers,
+                                                                                          grads);
+              return;
+            }
+            Tensor softmax = device_output(q, {q.size(0), heads, 2}, accumulator(q));
+            grads.softmax = device.write<A>(softmax);
+            device.launch<patch_cross_attention_bwd_kernel<S, kChunk<S>, Pass::kQueries>>(shape, problem, readers,
+                                                                                          grads);
+            device.launch<patch_cross_attention_bwd_kernel<S, kChunk<S>, Pass::kKeys>>(shape, problem, readers, grads);
+          });
+        });
   });
   return {grad_q, grad_k, grad_v};
 }

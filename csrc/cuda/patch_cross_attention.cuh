@@ -60,8 +60,7 @@ __device__ __forceinline__ Task task_of_lane(i64 heads, i64 width) {
   const i64 warp = static_cast<i64>(blockIdx.x) * (kAttentionThreads / kWarp) + threadIdx.x / kWarp;
   const i64 warps = ceil_div<i64>(heads, S::kHeads);  // for a patch
   const i64 head = warp % warps * S::kHeads + threadIdx.x % kWarp / S::kLanes;
-  return {warp / warps, least(head, heads - 1), head < heads ? width : 0,
-          head < heads && threadIdx.x % S::kLanes == 0};
+  return {warp / warps, least(head, heads - 1), head < heads ? width : 0, head < heads && threadIdx.x % S::kLanes == 0};
 }
 
 // kCount rows from `row` on, all under way at once; rows from `end` on are 0.
@@ -69,8 +68,7 @@ template <class S, int kCount>
 __device__ __forceinline__ void load_slices(Raw<S> (&raw)[kCount], const HeadRows<const typename S::T>& rows, i64 row,
                                             i64 end, const Task& task) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    raw[i] = load_slice<S>(rows.at(row + i, task.head), row + i < end ? task.width : 0);
+  for (int i = 0; i < kCount; ++i) raw[i] = load_slice<S>(rows.at(row + i, task.head), row + i < end ? task.width : 0);
 }
 template <class S, int kCount>
 __device__ __forceinline__ void hold_slices(Slice<S> (&held)[kCount], const HeadRows<const typename S::T>& rows,

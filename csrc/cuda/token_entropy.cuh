@@ -128,6 +128,18 @@ struct LogitRows {
 // How many lanes own a row of numbers of `size` bytes.
 __host__ __device__ constexpr int row_lanes(int size) { return size == 2 ? 8 : size == 4 ? 16 : 32; }
 
+// 16 bytes of numbers. They are held like this, since the compiler spreads 16-bit numbers over a register each.
+using Words = Pack<u32, 4>;
+
+template <class T>
+__device__ __forceinline__ Pack<T, 16 / sizeof(T)> numbers_of(const Words& words) {
+  union {
+    Words words;
+    Pack<T, 16 / sizeof(T)> numbers;
+  } both = {words};
+  return both.numbers;
+}
+
 // One lane's share of a row: every kLanes-th pack of the aligned part, and every kLanes-th of the edge elements around it.
 template <class T>
 struct RowLane {
@@ -137,7 +149,7 @@ struct RowLane {
   const T* row;
   int lane;
   i32 head, packs, edges;  // elements before the first pack, packs, elements in none
-  Pack<T, kPack> held[kPacks];
+  Words held[kPacks];
   T held_edges[kEdges];
 
   // A row of no elements where it is beyond the last.
@@ -167,7 +179,7 @@ struct RowLane {
   __device__ __forceinline__ void read(i32 tile) {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p)
-      if (has_pack(tile, p)) held[p] = load_once<kPack>(row + pack_column(tile, p));
+      if (has_pack(tile, p)) held[p] = load_once<4>(reinterpret_cast<const u32*>(row + pack_column(tile, p)));
 #pragma unroll
     for (int e = 0; e < kEdges; ++e)
       if (has_edge(tile, e)) held_edges[e] = row[edge_column(e)];
@@ -177,8 +189,9 @@ struct RowLane {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p)
       if (has_pack(tile, p)) {
+        const Pack<T, kPack> pack = numbers_of<T>(held[p]);
 #pragma unroll
-        for (int c = 0; c < kPack; ++c) f(widen(held[p][c]));
+        for (int c = 0; c < kPack; ++c) f(widen(pack[c]));
       }
 #pragma unroll
     for (int e = 0; e < kEdges; ++e)
@@ -189,7 +202,7 @@ struct RowLane {
     Maximum<T> m;
 #pragma unroll
     for (int p = 0; p < kPacks; ++p)
-      if (has_pack(tile, p)) m.add(held[p]);
+      if (has_pack(tile, p)) m.add(numbers_of<T>(held[p]));
 #pragma unroll
     for (int e = 0; e < kEdges; ++e)
       if (has_edge(tile, e)) m.add(held_edges[e]);
@@ -219,8 +232,8 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 4)
   }
 }
 
-// grad_logits is contiguous. Its packs are stored whole where they are aligned, which all are if the logits are contiguous.
-template <class T>
+// grad_logits is contiguous. If its rows have the alignment of those of the logits, their packs are stored whole.
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     token_entropy_bwd_kernel(const acc_t<T>* grad_entropy, LogitRows<T> logits, const acc_t<T>* entropy,
                              const acc_t<T>* log_sum, T* grad_logits) {
@@ -242,17 +255,17 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     return narrow<T>(nats * p * (most(log_p, kLogOfZero<A>) + h));
   };
   T* const to = grad_logits + (there ? index * logits.alphabet : 0);
-  const bool aligned = (reinterpret_cast<u64>(to) - reinterpret_cast<u64>(row.row)) % 16 == 0;
   for (i32 tile = 0; tile < tiles; ++tile) {
     if (tiles > 1) row.read(tile);
 #pragma unroll
     for (int p = 0; p < RowLane<T>::kPacks; ++p) {
       if (!row.has_pack(tile, p)) continue;
+      const Pack<T, kPack> pack = numbers_of<T>(row.held[p]);
       Pack<T, kPack> grad;
 #pragma unroll
-      for (int c = 0; c < kPack; ++c) grad[c] = slope(row.held[p][c]);
+      for (int c = 0; c < kPack; ++c) grad[c] = slope(pack[c]);
       T* const at = to + row.pack_column(tile, p);
-      if (aligned) {
+      if constexpr (kAligned) {
         store(at, grad);
       } else {
 #pragma unroll
