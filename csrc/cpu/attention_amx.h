@@ -41,9 +41,9 @@ inline void attend_amx(const Problem<BFloat16>& problem, const Heads<BFloat16>& 
   const float factor = static_cast<float>(std::abs(problem.scale));
   float* const scores = scratch.take(kAmxStep * kWidth<float>);
   BFloat16* const weights = take_bf16(scratch, kAmxStep * kWidth<float>);
-  BFloat16* const keys = take_bf16(scratch, kPadded * width);
-  BFloat16* const values = take_bf16(scratch, kPadded * width);
-  BFloat16* const rows = take_bf16(scratch, kPadded * width);
+  BFloat16* const keys = take_bf16(scratch, kColumnStride * width);
+  BFloat16* const values = take_bf16(scratch, kColumnStride * width);
+  BFloat16* const rows = take_bf16(scratch, kColumnStride * width);
   QueryBlock<float> blocks[kMaxTiles<float>];
   BFloat16* queries[kMaxTiles<float>];
   for (size_t t = 0; t < tiles.size(); ++t) {
@@ -60,12 +60,12 @@ inline void attend_amx(const Problem<BFloat16>& problem, const Heads<BFloat16>& 
   const TileRegisters registers;
   for (int64_t first = streamed.begin; first < streamed.end; first += kGathered) {
     const Range gathered = {first, std::min(first + kGathered, streamed.end)};
-    const int64_t padded = padded_rows(gathered);
+    const int64_t padded = whole_squares(gathered.size());
     gather(keys, problem.k, group, gathered, padded, width);
     gather(rows, problem.v, group, gathered, padded, width);
     gather_columns(values, rows, padded, width);
     for (size_t t = 0; t < tiles.size(); ++t) {
-      const Range seen = overlap(gathered, tiles[t].streamed);
+      const Range seen = whole_registers(overlap(gathered, tiles[t].streamed), first);
       QueryBlock<float>& block = blocks[t];
       for (int64_t begin = seen.begin; begin < seen.end; begin += kAmxStep) {
         const int64_t skipped = begin - first, count = whole_squares(std::min(kAmxStep, seen.end - begin));
@@ -78,7 +78,7 @@ inline void attend_amx(const Problem<BFloat16>& problem, const Heads<BFloat16>& 
           raise_tops<true>(scores, relative, factor, block, width);
           weigh_pairs<true>(weights, scores, count, factor, block);
         }
-        amx_product(block.sums, width, values + skipped, kPadded, weights, count, true);
+        amx_product(block.sums, width, values + skipped, kColumnStride, weights, count, true);
       }
     }
   }

@@ -1,0 +1,181 @@
+// Products of bf16 matrices in the tile registers of AMX, exact and summed in fp32, and the layouts that they read.
+//
+// The left factor is read as rows. The right one is a Block of pairs, pairs[d / 2][lane][d % 2]. Its rows may be those
+// of a transposed tensor, which `pack_transposed` makes, or weights, two of which `join` puts side by side as they arise.
+#pragma once
+
+#include "attention_blocks.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__AVX512DQ__)
+#define BLT_AMX 1
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace blt {
+
+#if BLT_AMX
+
+// Does the processor have AMX with bf16, and does the system let this process use it?
+inline bool has_amx() {
+  static const bool allowed = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return allowed;
+}
+
+inline constexpr int64_t kAmxStep = 128;  // rows in a step: longer, so that sums are loaded and stored half as often
+inline constexpr int64_t kTileRows = 16, kTileDepth = 32;  // of a tile register: 16 rows of 64 bytes
+
+// In memory for good: GCC knows of the first 8 bytes only that the instruction reads, and drops stores to the rest.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline constexpr TileConfig kTileConfig;
+
+// Eight tile registers of full size for the current thread, while it lives.
+struct TileRegisters {
+  __attribute__((target("amx-tile"))) TileRegisters() { _tile_loadconfig(&kTileConfig); }
+  __attribute__((target("amx-tile"))) ~TileRegisters() { _tile_release(); }
+};
+
+// out[32 rows][32 lanes] (+)= sum over depth of left[row][d] * right[d][lane], by four registers.
+__attribute__((target("amx-tile,amx-bf16"))) inline void amx_square(float* out, const BFloat16* left, int64_t stride,
+                                                                    const BFloat16* right, int64_t depth, bool add) {
+  constexpr int64_t kLaneBytes = kWidth<float> * 4;
+  float* const below = out + kTileRows * kWidth<float>;
+  if (add) {
+    _tile_loadd(0, out, kLaneBytes);
+    _tile_loadd(1, out + kTileRows, kLaneBytes);
+    _tile_loadd(2, below, kLaneBytes);
+    _tile_loadd(3, below + kTileRows, kLaneBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t d = 0; d < depth; d += kTileDepth) {
+    _tile_loadd(4, left + d, stride * 2);
+    _tile_loadd(5, left + kTileRows * stride + d, stride * 2);
+    _tile_loadd(6, right + d * kWidth<float>, kLaneBytes);
+    _tile_loadd(7, right + d * kWidth<float> + 2 * kTileRows, kLaneBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, out, kLaneBytes);
+  _tile_stored(1, out + kTileRows, kLaneBytes);
+  _tile_stored(2, below, kLaneBytes);
+  _tile_stored(3, below + kTileRows, kLaneBytes);
+}
+
+// The same for `rows` rows, a multiple of 32, and all lanes.
+__attribute__((target("amx-tile,amx-bf16"))) inline void amx_product(float* out, int64_t rows, const BFloat16* left,
+                                                                     int64_t stride, const BFloat16* right,
+                                                                     int64_t depth, bool add) {
+  for (int64_t i = 0; i < rows; i += 2 * kTileRows)
+    for (int64_t lane = 0; lane < kWidth<float>; lane += 2 * kTileRows)
+      amx_square(out + i * kWidth<float> + lane, left + i * stride, stride, right + 2 * lane, depth, add);
+}
+
+// --- layouts ----------------------------------------------------------------------------------------------------------
+
+// Rows that are gathered at once, and the stride of their columns: an odd number of cache lines, not all in one set.
+inline constexpr int64_t kGathered = 256, kColumnStride = kGathered + 2 * kTileRows;
+
+inline int64_t whole_squares(int64_t rows) { return (rows + 2 * kTileRows - 1) / (2 * kTileRows) * 2 * kTileRows; }
+
+// Of rows from `first` on, those of whole registers that hold the range: a step must not end amid the rows gathered next.
+inline Range whole_registers(const Range& range, int64_t first) {
+  return {first + (range.begin - first) / (2 * kTileRows) * 2 * kTileRows, range.end};
+}
+
+// rows[i][e] = x[range.begin + i][e], and 0 for range.size() <= i < padded.
+inline void gather(BFloat16* rows, const Heads<const BFloat16>& x, int64_t head, const Range& range, int64_t padded,
+                   int64_t width) {
+  for (int64_t i = 0; i < range.size(); ++i) std::copy_n(x.row(range.begin + i, head), width, rows + i * width);
+  std::fill(rows + range.size() * width, rows + padded * width, BFloat16(0.0f));
+}
+
+// Of 16 rows, `stride` apart, the pairs that begin at 16 even columns: pairs[column / 2][row].
+inline void load_pairs(VecF (&pairs)[kLanes], const BFloat16* rows, int64_t stride) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) std::memcpy(&pairs[i], rows + i * stride, sizeof(VecF));
+  transpose<float>(pairs);
+}
+
+// The right factor right[d][lane] = rows[lane][d].
+inline void pack_transposed(BFloat16* right, const BFloat16* rows, int64_t width) {
+  for (int64_t lane = 0; lane < kWidth<float>; lane += kLanes)
+    for (int64_t e = 0; e < width; e += 2 * kLanes) {
+      VecF pairs[kLanes];
+      load_pairs(pairs, rows + lane * width + e, width);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        std::memcpy(right + (e + 2 * i) * kWidth<float> + 2 * lane, &pairs[i], sizeof(VecF));
+    }
+}
+
+// The left factor columns[e][i] = rows[i][e] for `count` rows, a multiple of 32.
+inline void gather_columns(BFloat16* columns, const BFloat16* rows, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < count; i += 2 * kLanes)
+    for (int64_t e = 0; e < width; e += 2 * kLanes) {
+      VecF even[kLanes], odd[kLanes];  // rows
+      load_pairs(even, rows + i * width + e, 2 * width);
+      load_pairs(odd, rows + (i + 1) * width + e, 2 * width);
+#pragma GCC unroll 16
+      for (int pair = 0; pair < kLanes; ++pair) {
+        const VecU a = bit_cast<VecU>(even[pair]), b = bit_cast<VecU>(odd[pair]);
+        const VecU first = (a & 0xffffu) | (b << 16), second = (a >> 16) | (b & 0xffff0000u);
+        BFloat16* const column = columns + (e + 2 * pair) * kColumnStride + i;
+        std::memcpy(column, &first, sizeof(VecU));
+        std::memcpy(column + kColumnStride, &second, sizeof(VecU));
+      }
+    }
+}
+
+// Two vectors of a right factor, rounded to nearest. A NaN of arithmetic has no low bits, so it needs no test.
+inline void join(BFloat16* pairs, VecF even, VecF odd) {
+  const VecU low = bit_cast<VecU>(even) + 0x8000u, high = bit_cast<VecU>(odd) + 0x8000u;
+  const VecU both = (low >> 16) | (high & 0xffff0000u);
+  std::memcpy(pairs, &both, sizeof(both));
+}
+
+// 2^x with a relative error below 2e-7, and 0 below -126: products with subnormal weights would take long.
+inline VecF exp2_or_zero(VecF x) {
+  constexpr float kExp2[] = {1.0f, 0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
+  const VecF f = (VecF)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  VecF p = broadcast(kExp2[5]);
+  for (int i = 4; i >= 0; --i) p = p * f + kExp2[i];
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // a NaN stays
+  return (VecF)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)(x - f));
+}
+
+inline constexpr float kLog2e = 0x1.715476p+0f;
+
+// --- scratch ----------------------------------------------------------------------------------------------------------
+
+inline BFloat16* take_bf16(Scratch<float>& scratch, int64_t size) {
+  return reinterpret_cast<BFloat16*>(scratch.take(size / 2));
+}
+
+// Elements for an item of tiles with so many blocks of fp32, or twice as many of bf16, and so many gathered factors.
+inline int64_t amx_scratch(int64_t blocks, int64_t gathered, int64_t width) {
+  const int64_t block = Scratch<float>::padded(width * kWidth<float>);
+  return block * blocks * tiles_of_item<float>(blocks, width) + 3 * kAmxStep * kWidth<float> +
+         gathered * kColumnStride * width / 2;
+}
+
+#endif
+
+}  // namespace blt
