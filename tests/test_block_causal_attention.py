@@ -417,14 +417,21 @@ def test_error_in_half_precision(dtype: torch.dtype, width: int, device: str) ->
     cu_seqlens = offsets_of([1, 130, 0, 64, 333, 17], device=device)
     q, k, v = (randn(548, heads, width, seed=heads, device=device, dtype=dtype) for heads in (4, 2, 2))
     q[545:], k[545:], v[545:] = NAN, NAN, NAN  # beyond the last document
+    grad = randn(548, 4, width, seed=3, device=device, dtype=dtype)
+
+    def results(function: Callable[..., Tensor], cast: torch.dtype, **options: Any) -> tuple[Tensor, ...]:
+        leaves = [x.to(cast).requires_grad_() for x in (q, k, v)]
+        out = function(*leaves, cu_seqlens, **options)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(cast))
+
     for options in ({}, {"window": 70}, {"scale": -0.2}, {"causal": False}):
-        out = block_causal_attention(q, k, v, cu_seqlens, **options)
+        ours = results(block_causal_attention, dtype, **options)
         eager, truth = (
-            reference.block_causal_attention_reference(*(x.to(cast) for x in (q, k, v)), cu_seqlens, **options)
-            for cast in (dtype, torch.float64)
+            results(reference.block_causal_attention_reference, cast, **options) for cast in (dtype, torch.float64)
         )
-        assert_close(out, eager, truth, name=str(options))
-        assert not out[545:].any()
+        for name, *triple in zip(("out", "dq", "dk", "dv"), ours, eager, truth, strict=True):
+            assert_close(*triple, name=f"{name} {options}")
+            assert not triple[0][545:].any()
 
 
 @pytest.mark.parametrize("row", [0, 100, 400])

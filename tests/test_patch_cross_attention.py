@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import backends
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,13 +125,13 @@ def test_values_by_hand(device: str) -> None:
     assert out.flatten().tolist() == pytest.approx([14, 12, 15.2])
 
 
-@given(st.data())
-def test_any_layout_against_a_mask(data: st.DataObject) -> None:
+@given(data=st.data())
+def test_any_layout_against_a_mask(device: str, data: st.DataObject) -> None:
     num_bytes, seed = data.draw(st.integers(0, 80)), data.draw(st.integers(0, 1000))
     direction = data.draw(st.sampled_from(["encode", "decode"]))
     window, scale = data.draw(st.none() | st.integers(1, 6)), data.draw(st.none() | st.floats(0.1, 2))
     room = data.draw(st.sampled_from([None, 8 + num_bytes // 20]))
-    layout = ragged_layout(num_bytes, seed, max_patches=room)
+    layout = ragged_layout(num_bytes, seed, max_patches=room, device=device)
     *leaves, grad = inputs(layout, direction)
     for x in leaves:
         x.requires_grad_()
@@ -390,6 +391,102 @@ def test_a_raw_operator_refuses_what_does_not_fit_together(
         torch.ops.blt_kernels.patch_cross_attention_fwd(q, k, v, *rest)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.blt_kernels.patch_cross_attention_bwd(grad, q, k, v, *good[:2], *rest)
+
+
+# --- the CUDA kernels -------------------------------------------------------------------------------------------------
+
+
+def test_rows_in_vectors(device: str) -> None:
+    """Widths that 4 to 32 lanes share, and numbers of vectors that registers hold and do not hold."""
+    layout = ragged_layout(30, 6, max_patches=24, device=device)
+    shapes = [(1, 32, 3), (2, 64, 5), (3, 64, 2), (4, 80, 3), (5, 128, 2), (2, 256, 1), (1, 200, 3)]
+    for direction in ("encode", "decode"):
+        for dtype in (torch.bfloat16, torch.float32):
+            for vectors, width, heads in shapes:
+                tensors, rest = arguments(layout, direction, vectors, heads, width, 2 if width == 80 else None)
+                check_raw([x.to(dtype) for x in tensors], rest)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_rows_in_any_place(direction: str, device: str) -> None:
+    """Heads before rows, rows and heads with gaps, no unit stride, rows at addresses of odd numbers; all the same."""
+    places: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: F.pad(x, (8, 24, 1, 1, 2, 0))[2:, 1:-1, 8:-24],
+        lambda x: F.pad(x, (1, 0))[..., 1:],
+        lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+        lambda x: F.pad(x.flatten(), (3, 0))[3:].view_as(x),
+    ]
+    tensors, rest = arguments(ragged_layout(30, 6, max_patches=24, device=device), direction, 2, 3, 64)
+    tensors = [x.float() for x in tensors]
+    for place in places:
+        moved = [place(x) for x in tensors]
+        assert all(torch.equal(*pair) for pair in zip(moved, tensors, strict=True))
+        check_raw(moved, rest)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_traffic(direction: str, dtype: torch.dtype) -> None:
+    """Every tensor passes once, `out` not at all in the backward; 16 heads of 64, two vectors for a patch."""
+    layout = ragged_layout(300, 2).compact()
+    tensors, rest = arguments(layout, direction, 2, 16, 64)
+    q, k, v, grad = (x.to(dtype) for x in tensors)
+    raw = torch.ops.blt_kernels
+    out, lse = raw.patch_cross_attention_fwd(q, k, v, *rest)
+    size = {"q": q.nbytes, "k": k.nbytes, "v": v.nbytes, "lse": lse.nbytes}
+    forward = 2 * size["q"] + size["k"] + size["v"] + size["lse"]
+    backward = 3 * size["q"] + 2 * size["k"] + 2 * size["v"] + size["lse"]
+    for minimum, run in (
+        (forward, lambda: raw.patch_cross_attention_fwd(q, k, v, *rest)),
+        (backward, lambda: raw.patch_cross_attention_bwd(grad, q, k, v, out, lse, *rest)),
+    ):
+        assert 0.9 * minimum <= backends.traffic(run) <= 1.1 * minimum
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize(("vectors", "window", "count"), [(1, None, 1), (4, None, 1), (5, None, 2), (2, 3, 2)])
+def test_number_of_launches(direction: str, vectors: int, window: int | None, count: int) -> None:
+    tensors, rest = arguments(ragged_layout(40, 2), direction, vectors, 2, 64, window)
+    launches = backends.launches(lambda: run_raw([x.float() for x in tensors], rest))
+    kernels = [launch.kernel.split("<")[0].removeprefix("blt::patch_cross_attention_") for launch in launches]
+    assert kernels == ["fwd_kernel"] + ["bwd_kernel"] * count
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize(("vectors", "window"), [(2, None), (5, None), (2, 3)])
+def test_the_order_of_threads_does_not_matter(direction: str, vectors: int, window: int | None) -> None:
+    tensors, rest = arguments(ragged_layout(60, 5, max_patches=50), direction, vectors, 5, 64, window)
+    tensors = [x.bfloat16() for x in tensors]
+    results = []
+    with backends.use("emulated"):
+        for name in ("FORWARD", "BACKWARD", "RANDOM"):
+            with backends.order(name, seed=7):
+                results.append(run_raw(tensors, rest))
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_offsets_and_ids_of_any_value_stay_inside(direction: str, window: int | None) -> None:
+    """CUDA kernels cannot check them first; the emulator would refuse an access outside of the tensors."""
+    generator = torch.Generator().manual_seed(3)
+    tensors, rest = arguments(ragged_layout(40, 2, max_patches=30), direction, 2, 2, 8, window)
+    for bound in (60, 2**31 - 1):
+        with backends.use("emulated"):
+            for position in (0, 1, 2, (0, 1, 2)):
+                broken = list(rest)
+                for at in position if isinstance(position, tuple) else (position,):
+                    broken[at] = torch.randint(-bound, bound, rest[at].shape, generator=generator, dtype=torch.int32)
+                results = run_raw(tensors, broken)
+                assert [x.shape[0] for x in results] == [tensors[i].shape[0] for i in (0, 0, 0, 1, 2)]
+
+
+def test_cuda_takes_heads_of_at_most_256_numbers() -> None:
+    tensors, rest = arguments(ragged_layout(10), "encode", 1, 1, 257)
+    with backends.use("emulated"), pytest.raises(RuntimeError, match="q: expected heads of at most 256 numbers"):
+        run_raw(tensors, rest)
 
 
 # --- argument errors --------------------------------------------------------------------------------------------------
