@@ -537,6 +537,20 @@ def test_only_digits_of_the_rows_are_sorted(rows: int, passes: int) -> None:
     assert sum("scatter" in launch.kernel for launch in launches) == passes
 
 
+def test_rows_add_up_their_bytes_in_order() -> None:
+    """Of two tiles, with runs too short to be split: each sum is rounded as one that goes from byte to byte."""
+    backends.emulator()
+    tokens = torch.randint(4, 204, (3000,), generator=torch.Generator().manual_seed(8))
+    grad_out = torch.randn(3000, 1, generator=torch.Generator().manual_seed(9)).exp()
+    expected = torch.zeros(300, 1)
+    for token, grad in zip(tokens.tolist(), grad_out, strict=True):
+        expected[token] += grad
+    assert int(tokens.bincount().max()) < 64
+    arguments = (grad_out, tokens, torch.tensor([0, 3000], dtype=torch.int32), [1], 1, None, 300, True, 300)
+    for grad in emulated("ngram_hash_embed_bwd", *arguments)[0]:  # of the table and of the byte table
+        assert torch.equal(grad, expected)
+
+
 @pytest.mark.parametrize("width", [8, 5])
 def test_every_order_of_blocks_and_threads_gives_the_same(width: int) -> None:
     """Tiles, chunks and long runs: 2500 bytes of text, some 500 of which are spaces."""

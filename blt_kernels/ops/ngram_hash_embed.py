@@ -38,7 +38,7 @@ def ngram_hash_embed(
     tokens : int32 or int64 ``[T]`` or ``[B, S]``
         Ids: byte + 4. Padded tokens are B documents of length S.
     tables : fp32, bf16, fp16 or fp64 ``[N * V, D]``, or N tensors ``[V, D]``
-        Table of function f and size number s is number ``f * len(ngram_sizes) + s``. Never copied.
+        Table of function f and size number s is number ``f * len(ngram_sizes) + s``. Never copied. At most 128 on CUDA.
     byte_table : same dtype ``[A, D]``, optional
     cu_seqlens : int32 or int64 ``[B+1]``, optional
         Documents of packed tokens, which no n-gram crosses; one document if None.

@@ -7,18 +7,13 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <vector>
 
 #include "../common/check.h"
+#include "../common/hash_primes.h"
 
 namespace blt {
-
-// Of facebookresearch/blt, by hash function.
-inline constexpr std::array<uint64_t, 11> kPrimes = {1000000007, 5915587277, 1500450271, 3267000013,
-                                                     5754853343, 4093082899, 9576890767, 3628273133,
-                                                     2860486313, 5463458053, 3367900313};
 
 // x mod divisor in [0, divisor) for signed x and a positive divisor, by two multiplications. The quotient comes from the
 // high half of the product with a reciprocal of 65 bits whose top bit is implied (Granlund and Montgomery, 1994).

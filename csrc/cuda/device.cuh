@@ -130,6 +130,12 @@ __device__ __forceinline__ Bits<T, kSize> load_bits(const T* from) {
   check_aligned(from, sizeof(T) * kSize);
   return *reinterpret_cast<const Bits<T, kSize>*>(from);
 }
+// From memory that the kernel does not write.
+template <int kSize, class T>
+__device__ __forceinline__ Bits<T, kSize> load_constant(const T* from) {
+  check_aligned(from, sizeof(T) * kSize);
+  return __ldg(reinterpret_cast<const Bits<T, kSize>*>(from));
+}
 template <class T, int kSize>
 __device__ __forceinline__ Pack<T, kSize> unpack(const Bits<T, kSize>& bits) {
   union {

@@ -72,13 +72,15 @@ struct RowWalk {
 // sum += the kPack numbers at row_of(i) for i in [begin, end), one after the other; nothing where that is null.
 template <class T, int kPack, class RowOf>
 __device__ __forceinline__ void add_rows(acc_t<T> (&sum)[kPack], u32 begin, u32 end, const RowOf& row_of) {
+#pragma unroll 1
   for (u32 i = begin; i < end; i += kAhead) {
+    const T* rows[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) rows[j] = row_of(least(i + j, end - 1));  // all at once, without a branch
     Bits<T, kPack> ahead[kAhead] = {};
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const T* const row = i + j < end ? row_of(i + j) : nullptr;
-      if (row != nullptr) ahead[j] = load_bits<kPack>(row);
-    }
+    for (int j = 0; j < kAhead; ++j)
+      if (i + j < end && rows[j] != nullptr) ahead[j] = load_constant<kPack>(rows[j]);
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       if (i + j >= end) break;
@@ -194,7 +196,7 @@ __device__ __forceinline__ void add_run(acc_t<T> (&sum)[kPack], const Readers<T>
 
 // A block for each chunk, which only does something if all of its readers read the same row.
 template <class T, int kPack>
-__global__ void __launch_bounds__(kEmbedThreads, 8) ngram_chunk_sums_kernel(Readers<T> from, u32 none) {
+__global__ void __launch_bounds__(kEmbedThreads, 7) ngram_chunk_sums_kernel(Readers<T> from, u32 none) {
   using A = acc_t<T>;
   const u32 begin = blockIdx.x * kChunk;
   const Reader* const chunk = from.readers + blockIdx.y * from.bytes + begin;
