@@ -10,12 +10,14 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from backends import emulator, order, use
 from hypothesis import given
 from hypothesis import strategies as st
 from test_entropy_patch import RULES
 from torch import Tensor
 
 import blt_kernels as bk
+from blt_kernels.reference import entropy_patch as reference
 from blt_kernels.testing import (
     SCRIPTS,
     assert_equal,
@@ -232,3 +234,95 @@ def test_a_boundary_needs_no_later_byte(device: str, documents: list[list[float]
             prefix = bk.patch_starts(entropy[:size], threshold=threshold, max_patch_length=5)
             assert prefix.patch_ids.tolist() == whole.patch_ids[:size].tolist()
             assert prefix.decode_ids.tolist() == whole.decode_ids[:size].tolist()
+
+
+# --- many bytes -------------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "one document": [6000],
+    "long and short": [1, 0, 2047, 1, 2048, 2, 0, 0, 2049, 3],
+    "edges of chunks": [2048, 2048, 0, 1],
+    "empty ones": [0] * 3000 + [5] + [0] * 2000 + [2100],
+    "many": [3, 1, 0, 2] * 900,
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("max_patch_length", [None, 4, 2500])
+@pytest.mark.parametrize("share", [None, 0.01, 0.5, 2.0])
+def test_layouts_of_many_bytes(
+    sizes: list[int], max_patch_length: int | None, share: float | None, device: str
+) -> None:
+    """Documents and patches that cross what kernels work on, with room for all, some and hardly any of the patches."""
+    cu_seqlens, num_bytes = offsets_of(sizes, device=device), sum(sizes) + 7
+    generator = torch.Generator().manual_seed(num_bytes)
+    # Long stretches without a start, and dense ones.
+    entropy = torch.rand(num_bytes, generator=generator) - torch.linspace(0.95, 0.0, num_bytes)
+    entropy = entropy.roll(num_bytes // 3).to(device)
+    tokens = torch.randint(4, 260, (num_bytes,), generator=generator).to(device)
+    room = None if share is None else len(sizes) + int(share * num_bytes)
+    rules = {"threshold": 0.0, "max_patch_length": max_patch_length, "max_patches": room}
+    assert_equal(
+        bk.patch_starts(entropy, cu_seqlens, **rules), reference.patch_starts_reference(entropy, cu_seqlens, **rules)
+    )
+    assert_equal(
+        bk.space_patch(tokens, cu_seqlens, max_patches=room), reference.space_patch_reference(tokens, cu_seqlens, room)
+    )
+    assert_equal(
+        bk.static_patch(cu_seqlens, 9, 4, num_bytes=num_bytes, max_patches=room),
+        reference.static_patch_reference(cu_seqlens, num_bytes, 9, 4, room),
+    )
+
+
+# --- CUDA kernels on the emulator -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic_and_launches(dtype: torch.dtype) -> None:
+    """Bytes as in the headers: an entropy, two ids and an offset, a quarter byte of bits; on top of the logits."""
+    num_bytes = 4096
+    logits = ragged_logits((num_bytes, 260), dtype=dtype)
+    cu_seqlens = offsets_of([1000, 0, 3000, 96])
+    of_layout, of_logits = num_bytes * (4 + 12 + 0.25), num_bytes * (260 * dtype.itemsize + 8)
+    with use("emulated"):
+        emulator().take_launches()
+        entropy, _ = bk.entropy_patch(logits, cu_seqlens, threshold=1.3)
+        launches = emulator().take_launches()
+        assert len(launches) == 3
+        assert sum(x.read + x.written for x in launches) <= 1.1 * (of_logits + of_layout)
+        for name, rule in RULES.items():
+            bk.patch_starts(entropy, cu_seqlens, **rule)
+            launches = emulator().take_launches()
+            assert len(launches) == 2, name
+            assert sum(x.read + x.written for x in launches) <= 1.1 * of_layout, name
+
+
+@pytest.mark.parametrize("max_patches", [None, 100])
+def test_layouts_are_the_same_in_any_order_of_threads(max_patches: int | None) -> None:
+    entropy, cu_seqlens = ragged_logits((5000,)), offsets_of([3000, 0, 1, 1900, 60])
+    rules = {"threshold": 1.0, "threshold_add": 0.5, "max_patch_length": 20, "max_patches": max_patches}
+    with use("emulated"):
+        expected = bk.patch_starts(entropy, cu_seqlens, **rules), bk.topk_patch(entropy, 5, cu_seqlens)
+        for name in ("BACKWARD", "RANDOM"):
+            with order(name, seed=2):
+                assert_equal(
+                    (bk.patch_starts(entropy, cu_seqlens, **rules), bk.topk_patch(entropy, 5, cu_seqlens)), expected
+                )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_offsets_that_are_garbage_lead_nowhere(seed: int) -> None:
+    """No access outside of the tensors, which the emulator would tell; what comes out is arbitrary."""
+    generator = torch.Generator().manual_seed(seed)
+    num_bytes, num_documents = 3000, 20
+    entropy = torch.rand(num_bytes, generator=generator)
+    tokens = torch.randint(0, 260, (num_bytes,), generator=generator)
+    for low, high in ((-9, num_bytes + 9), (-(2**31), 2**31 - 1), (num_bytes, num_bytes + 1)):
+        offsets = torch.randint(low, high, (num_documents + 1,), generator=generator, dtype=torch.int64).int()
+        with use("emulated"):
+            for room in (None, 0, 30):
+                torch.ops.blt_kernels.patch_starts_fwd(entropy, offsets, 0.5, 0.1, False, 7, room)
+                torch.ops.blt_kernels.patch_starts_fwd(entropy, offsets, 0.5, None, False, None, room)
+                torch.ops.blt_kernels.space_patch_fwd(tokens, offsets, room)
+                torch.ops.blt_kernels.static_patch_fwd(offsets, num_bytes, 5, 2, room)
+            torch.ops.blt_kernels.topk_patch_fwd(entropy, offsets, 4, None)

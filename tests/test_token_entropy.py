@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from backends import emulator, order, use
 from torch import Tensor
 
 import blt_kernels as bk
+from blt_kernels.reference import entropy_patch as reference
 from blt_kernels.testing import assert_close, assert_equal, ragged_logits
 
 
@@ -106,3 +109,119 @@ def test_linear_entropy_is_no_less_accurate_at_the_size_of_a_model(device: str) 
     truth = eager_entropy(torch.nn.functional.linear(hidden.double(), weight.double(), bias.double()))
     eager = eager_entropy(torch.nn.functional.linear(hidden, weight, bias))
     assert_close(bk.linear_entropy(hidden, weight, bias), eager, truth)
+
+
+def assert_accurate(ours: Any, eager: Any, truth: Any, dtype: torch.dtype) -> None:
+    """For 16-bit inputs twice the error of eager PyTorch; for others 32 units in the last place of the largest."""
+    for a, p, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (ours, eager, truth)), strict=True):
+        if dtype.itemsize == 2:
+            assert_close(a, p, e)
+        else:
+            bound = 32 * torch.finfo(dtype).eps * max(1.0, float(e.detach().abs().max()))
+            torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=bound)
+
+
+def gradients(entropy: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 2, entropy.numel(), dtype=entropy.dtype, device=entropy.device)
+    return torch.autograd.grad((entropy * weights).sum(), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("alphabet", "offset"), [(1, 0), (7, 1), (260, 0), (260, 1), (261, 0), (700, 2)])
+def test_any_alphabet_and_alignment(alphabet: int, offset: int, dtype: torch.dtype, device: str) -> None:
+    """Rows that start and end anywhere between two vectors, one short of a vector and longer than a tile among them."""
+    x = ragged_logits((9, alphabet + offset), dtype=dtype, device=device)[:, offset:].requires_grad_()
+    ours, wide = bk.token_entropy(x), x.detach().double().requires_grad_()
+    eager, truth = reference.token_entropy_reference(x), reference.token_entropy_reference(wide)
+    assert_accurate(ours, eager, truth, dtype)
+    eager_grad = gradients(eager, [x])
+    assert_accurate(gradients(ours, [x]), eager_grad, gradients(truth, [wide]), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width", "alphabet"), [(70, 40, 260), (5, 33, 89), (600, 4, 3), (1, 1, 1)])
+def test_linear_entropy_and_its_gradients(
+    rows: int, width: int, alphabet: int, dtype: torch.dtype, device: str
+) -> None:
+    """Tiles and slices that are full and cut off, and a sum over rows that is split."""
+    generator = torch.Generator().manual_seed(rows)
+    shapes = ((rows, width), (alphabet, width), (alphabet,))
+    scales = (1.0, width**-0.5, 1.0)  # logits of a few nats
+    inputs = [
+        (torch.randn(*s, generator=generator) * scale).to(device, dtype).requires_grad_()
+        for s, scale in zip(shapes, scales, strict=True)
+    ]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    ours, eager, truth = bk.linear_entropy(*inputs), eager_linear(*inputs), eager_linear(*wide)
+    assert_accurate(ours, eager, truth, dtype)
+    eager_grads, truth_grads = gradients(eager, inputs), gradients(truth, wide)
+    assert_accurate(gradients(ours, inputs), eager_grads, truth_grads, dtype)
+    without_bias = bk.linear_entropy(*inputs[:2])
+    torch.testing.assert_close(
+        without_bias, bk.linear_entropy(*inputs[:2], torch.zeros_like(inputs[2])), rtol=1e-6, atol=1e-6
+    )
+
+
+def eager_linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return reference.token_entropy_reference(torch.nn.functional.linear(hidden, weight, bias))
+
+
+def test_linear_entropy_of_more_rows_than_a_panel(device: str) -> None:
+    """Sums over rows go on from panel to panel of 16384."""
+    generator = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(*s, generator=generator).to(device).requires_grad_() for s in ((16900, 3), (2, 3), (2,))]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    ours, truth = bk.linear_entropy(*inputs), eager_linear(*wide)
+    grads = gradients(ours, inputs)
+    assert_accurate(grads, grads, gradients(truth, wide), torch.float32)
+
+
+# --- CUDA kernels on the emulator -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic_of_token_entropy(dtype: torch.dtype) -> None:
+    """Bytes as in token_entropy.cuh: the logits once, and once more for their gradient."""
+    rows, row_bytes = 500, 260 * dtype.itemsize
+    logits = ragged_logits((rows, 260), dtype=dtype).requires_grad_()
+    with use("emulated"):
+        emulator().take_launches()
+        entropy = bk.token_entropy(logits)
+        (forward,) = emulator().take_launches()
+        entropy.backward(torch.ones(rows))
+        (backward,) = emulator().take_launches()
+    assert forward.read + forward.written <= 1.1 * rows * (row_bytes + 8)
+    assert backward.read + backward.written <= 1.1 * rows * (2 * row_bytes + 12)
+
+
+def test_traffic_of_linear_entropy() -> None:
+    """Bytes as in linear_entropy.cuh: the rows once, the weights once for every 64 of them, no logits."""
+    rows, width, alphabet = 128, 128, 260
+    hidden, weight = (torch.randn(n, width, dtype=torch.bfloat16) for n in (rows, alphabet))
+    with use("emulated"):
+        emulator().take_launches()
+        bk.linear_entropy(hidden, weight)
+        (launch,) = emulator().take_launches()
+    assert launch.read + launch.written <= 1.1 * (rows * (2 * width + 8) + rows // 64 * alphabet * width * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropies_are_the_same_in_any_order_of_threads(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = ragged_logits((70, 260), dtype=dtype)
+    rows = 560 if dtype == torch.float32 else 70  # the sum over more than 512 is split; tensor cores take time
+    head = [torch.randn(*s, generator=generator).to(dtype) for s in ((rows, 8), (20, 8), (20,))]
+
+    def run() -> list[Tensor]:
+        results = []
+        for function, inputs in ((bk.token_entropy, [logits]), (bk.linear_entropy, head)):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            entropy = function(*leaves)
+            results += [entropy.detach(), *gradients(entropy, leaves)]
+        return results
+
+    with use("emulated"):
+        expected = run()
+        for name in ("BACKWARD", "RANDOM"):
+            with order(name, seed=1):
+                assert_equal(run(), expected)

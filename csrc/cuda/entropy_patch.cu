@@ -84,7 +84,7 @@ Tensor token_entropy_bwd_cuda(const Tensor& grad_entropy, const Tensor& logits, 
 Documents check_documents(const Device& device, Tensor& cu_seqlens, int64_t bytes) {
   check_int32(cu_seqlens, "cu_seqlens");
   const int64_t count = count_of(cu_seqlens, "cu_seqlens");
-  STD_TORCH_CHECK(bytes <= std::numeric_limits<int32_t>::max() - 2 * kChunk, "cu_seqlens: ", bytes,
+  STD_TORCH_CHECK(bytes <= std::numeric_limits<int32_t>::max() - 2 * kChunkBytes, "cu_seqlens: ", bytes,
                   " positions do not fit into int32");
   return {device.read<i32>(cu_seqlens), count, static_cast<i32>(bytes)};
 }
@@ -103,7 +103,7 @@ LayoutTensors build_layout(const Device& device, const Rule& rule, const Documen
   Tensor decode_ids = device_output(cu_seqlens, {bytes});
   Tensor overflowed = device_output(cu_seqlens, {1}, ScalarType::Bool);
 
-  const int64_t chunks = bytes / kChunk + 1;
+  const int64_t chunks = bytes / kChunkBytes + 1;
   Tensor cuts = device_output(cu_seqlens, {chunks, kChunkWords});
   Tensor summaries = device_output(cu_seqlens, {chunks, static_cast<int64_t>(sizeof(ChunkSummary) / sizeof(i32))});
   u32* const cut_words = device.write<u32>(cuts);
@@ -113,7 +113,7 @@ LayoutTensors build_layout(const Device& device, const Rule& rule, const Documen
   const LayoutOutputs out = {device.write<i32>(patch_offsets), device.write<i32>(cu_patches),
                              device.write<i32>(patch_ids),     device.write<i32>(decode_ids),
                              device.write<bool>(overflowed),   capacity};
-  const int64_t fillers = ceil_div<int64_t>(capacity + 1, kChunk);
+  const int64_t fillers = ceil_div<int64_t>(capacity + 1, kChunkBytes);
   device.launch<patch_layout_kernel>({.blocks = std::max(chunks, fillers), .threads = kLayoutThreads}, documents, limit,
                                      cut_words, chunk_summaries, static_cast<i32>(chunks), out);
   return {patch_offsets, cu_patches, patch_ids, decode_ids, overflowed};

@@ -41,7 +41,8 @@ struct SpaceRule {
 
   __device__ __forceinline__ static bool space_like(T token) {
     const T byte = token - 4;
-    const bool digit = byte >= '0' && byte <= '9', upper = byte >= 'A' && byte <= 'Z', lower = byte >= 'a' && byte <= 'z';
+    const bool digit = byte >= '0' && byte <= '9', upper = byte >= 'A' && byte <= 'Z',
+               lower = byte >= 'a' && byte <= 'z';
     return !(digit || upper || lower || (byte >= 0x80 && byte < 0xc0));
   }
   __device__ __forceinline__ bool operator()(i32 t, i32 i) const {

@@ -13,7 +13,8 @@ struct HeadRows {
   __host__ __device__ T* at(i64 row, i64 head) const { return data + row * row_stride + head * head_stride; }
 };
 
-// Rows of up to kPacks * kPack * kLanes numbers in kPacks accesses of kPack numbers to a lane. A warp has kHeads groups.
+// Rows of up to kPacks * kPack * kLanes numbers in kPacks accesses of kPack numbers to a lane. A warp has kHeads
+// groups.
 template <class T_, int kPack_, int kPacks_, int kLanes_>
 struct Split {
   using T = T_;
@@ -86,8 +87,8 @@ __device__ __forceinline__ void add(Slice<S>& sum, typename S::A factor, const S
   for (int c = 0; c < S::kSize; ++c) sum[c] += factor * x[c];
 }
 
-// Each number summed over the lanes of its group, side by side: a shuffle takes long, but many can be under way. All lanes
-// of the warp take part.
+// Each number summed over the lanes of its group, side by side: a shuffle takes long, but many can be under way. All
+// lanes of the warp take part.
 template <int kLanes, int kCount, class A>
 __device__ __forceinline__ void sum_lanes(A (&x)[kCount]) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// Launchers of patch_cross_attention.cuh. A grid of one group of lanes for each patch and head, at least one patch, which
-// zeroes what no patch owns.
+// Launchers of patch_cross_attention.cuh. A grid of one group of lanes for each patch and head, at least one patch,
+// since that zeroes what no patch owns.
 
 #include "patch_cross_attention.cuh"
 
@@ -82,7 +82,7 @@ struct Arguments {
 
   int64_t heads() const { return q.size(1); }
   int64_t width() const { return q.size(2); }
-  Readers readers(const Device& device) const {
+  PatchReaders readers(const Device& device) const {
     return {device.read<i32>(patch_offsets),
             device.read<i32>(cu_patches),
             device.read<i32>(ids),
@@ -110,8 +110,8 @@ Shape shape_of(const Arguments& arguments) {
   return {.blocks = ceil_div<int64_t>(warps, kAttentionThreads / kWarp), .threads = kAttentionThreads};
 }
 
-// f(Split) with the fewest lanes that hold a row in vectors of 16 bytes, if all rows of the tensors begin at a multiple of
-// that; else number by number. fp64 is for checks, and always takes that way.
+// f(Split) with the fewest lanes that hold a row in vectors of 16 bytes, if all rows of the tensors begin at a multiple
+// of that; else number by number. fp64 is for checks, and always takes that way.
 template <class T, class F>
 void dispatch_split(std::initializer_list<const Tensor*> tensors, F&& f) {
   const int64_t width = (*tensors.begin())->size(2);
@@ -133,7 +133,7 @@ void dispatch_split(std::initializer_list<const Tensor*> tensors, F&& f) {
   f(Split<T, 1, kMaxWidth / kWarp, kWarp>{});
 }
 
-// f(Constant<rows that a group holds at once>) for `rows` of them: 1, 2 or 4 in vectors, else as many as registers allow.
+// f(Constant<rows that a group holds at once>) for `rows` of them: 1, 2 or 4 in vectors, else what registers allow.
 template <class S, class F>
 void dispatch_held(int64_t rows, F&& f) {
   if constexpr (S::kPack > 1) {
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     const auto problem = arguments.problem<T>(device);
-    const Readers readers = arguments.readers(device);
+    const PatchReaders readers = arguments.readers(device);
     CrossGradients<T> grads = {
         rows_of<T>(device, grad_out),   device.read<A>(lse),           nullptr, output_rows<T>(device, grad_q),
         output_rows<T>(device, grad_k), output_rows<T>(device, grad_v)};

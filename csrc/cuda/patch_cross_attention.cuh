@@ -9,23 +9,24 @@
 // lanes owns a block in one head: as many lanes as a row has vectors of 16 bytes (head_slices.cuh), and a warp has the
 // groups of neighbouring heads of the same patch, so all its lanes do the same and it never diverges. The group holds a
 // few rows of one side in registers and streams those of the other past them, several under way at once; a dot product
-// is a sum over its lanes. More rows than registers hold are taken in chunks. No shared memory, no barriers, no atomics:
-// every row of every result has one owner, which sums in the order of the rows.
+// is a sum over its lanes. More rows than registers hold are taken in chunks. No shared memory, no barriers, no
+// atomics: every row of every result has one owner, which sums in the order of the rows.
 //
 //   forward           holds queries, streams keys with a running softmax
-//   backward, encode  holds the K queries of a patch, streams its bytes twice: first the sums of the softmax, then dk and
-//                     dv of each byte as it passes, while dq adds up; the second time bytes come from the L1 cache
+//   backward, encode  holds the K queries of a patch, streams its bytes twice: first the sums of the softmax, then dk
+//                     and dv of each byte as it passes, while dq adds up; the second time from the L1 cache
 //   backward, decode  holds the K vectors of a patch, streams its readers: a byte's dq as it passes, dk and dv add up
 //   backward of a window, or of a K that registers do not hold: one kernel holds queries for dq and leaves the sums of
 //                     their softmax, 2 numbers, to a second one that holds keys for dk and dv
 //
 // Bytes: forward q, k, v, out, lse once; backward q, k, v, grad_out, lse and the gradients once, never `out`. With a
-// window of w keys pass w times through the L2 cache, and the two kernels of the backward read everything twice. Flops for
-// a (query, key) pair and head: 4 E forward, 10 to 14 E backward. With K = 2 in bf16 that is about 2 flops a byte, so
-// memory is the limit. A block of thousands of rows is still a single group's work: it is right, but not fast.
+// window of w keys pass w times through the L2 cache, and the two kernels of the backward read everything twice. Flops
+// for a (query, key) pair and head: 4 E forward, 10 to 14 E backward. With K = 2 in bf16 that is about 2 flops a byte,
+// so memory is the limit. A block of thousands of rows is still a single group's work: it is right, but not fast.
 //
-// Registers: 80 to 128 for the shapes of BLT (E = 64 or 128, K <= 2), so 16 warps or more on each multiprocessor, with 4 rows
-// of 16 bytes a lane under way in each.
+// Registers: for the shapes of BLT (E = 64 or 128, K <= 2) at most 128 forward and 168 backward, so 16 and 12 warps on
+// each multiprocessor, every lane with two rows of both k and v under way: 32 KB and 24 KB a multiprocessor, more than
+// the 15 KB that cover the latency of memory. Heads are at most 256 wide.
 #pragma once
 
 #include "head_slices.cuh"
@@ -35,12 +36,13 @@ namespace blt {
 
 inline constexpr int kAttentionThreads = 128;
 
-// Blocks on a multiprocessor with `slices` slices in registers for each row that is held, and twice as many numbers for
-// all else.
+// Blocks that a multiprocessor must have room for: fewer, with more registers each, the more slices there are in
+// registers for every held row and for a streamed one.
 template <class S, int kHeld>
-constexpr int attention_blocks(int slices) {
-  const int words = slices * kHeld * S::kSize * static_cast<int>(sizeof(typename S::A) / sizeof(float));
-  return words <= 16 ? 5 : words <= 32 ? 4 : words <= 64 ? 3 : 2;
+constexpr int attention_blocks(int held, int streamed) {
+  constexpr int kWords = S::kSize * static_cast<int>(sizeof(typename S::A) / sizeof(float));
+  const int words = (held * kHeld + streamed) * kWords;
+  return words <= 32 ? 5 : words <= 48 ? 4 : words <= 96 ? 3 : 2;
 }
 
 template <class T>
@@ -91,12 +93,17 @@ __device__ __forceinline__ void clear_slices(const HeadRows<typename S::T>& rows
   for (i64 row = begin; row < end; row += step) store_slice<S>(rows.at(row, task.head), task.width, Slice<S>{});
 }
 
+// That of a key that is not there, and lse where there is no key at all: minus infinity.
+template <class A>
+__device__ __forceinline__ A no_score() {
+  return static_cast<A>(-__int_as_float(0x7f800000));
+}
 __device__ __forceinline__ float power_of_e(float x) { return expf(x); }
 __device__ __forceinline__ double power_of_e(double x) { return exp(x); }
 __device__ __forceinline__ float log_to_e(float x) { return logf(x); }
 __device__ __forceinline__ double log_to_e(double x) { return log(x); }
 
-// --- forward ----------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct CrossOutput {
@@ -111,12 +118,12 @@ __device__ __forceinline__ void attend(const CrossAttention<typename S::T>& prob
                                        const RowRange& keys, const Task& task) {
   using A = typename S::A;
   constexpr int kAhead = S::kAhead;
-  constexpr A kNone = -INFINITY;
+  const A none = no_score<A>();
   Slice<S> q[kHeld], sums[kHeld];
   A top[kHeld], shift[kHeld] = {}, total[kHeld] = {};
   hold_slices<S>(q, problem.q, queries, task);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) top[i] = kNone;
+  for (int i = 0; i < kHeld; ++i) top[i] = none;
   for (i64 row = keys.begin; row < keys.end; row += kAhead) {
     Raw<S> k[kAhead], v[kAhead];
     load_slices(k, problem.k, row, keys.end, task);
@@ -130,14 +137,14 @@ __device__ __forceinline__ void attend(const CrossAttention<typename S::T>& prob
       for (int i = 0; i < kHeld; ++i) scores[a][i] = there ? dot(q[i], key) : 0;
       if (there) sum_lanes<S::kLanes>(scores[a]);
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) scores[a][i] = there ? scores[a][i] * problem.scale : kNone;
+      for (int i = 0; i < kHeld; ++i) scores[a][i] = there ? scores[a][i] * problem.scale : none;
     }
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const A before = top[i];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) top[i] = most(top[i], scores[a][i]);
-      shift[i] = top[i] == kNone ? A(0) : top[i];
+      shift[i] = top[i] == none ? A(0) : top[i];
       const A fade = power_of_e(before - shift[i]);
       total[i] *= fade;
 #pragma unroll
@@ -172,12 +179,12 @@ __device__ __forceinline__ void skip(const CrossOutput<typename S::T>& output, i
                                      const Task& task) {
   clear_slices<S>(output.out, begin, end, step, task);
   if (!task.writes) return;
-  for (i64 row = begin; row < end; row += step) output.lse[row * heads + task.head] = -INFINITY;
+  for (i64 row = begin; row < end; row += step) output.lse[row * heads + task.head] = no_score<typename S::A>();
 }
 
 template <class S, int kHeld>
-__global__ void __launch_bounds__(kAttentionThreads, attention_blocks<S, kHeld>(2))
-    patch_cross_attention_fwd_kernel(CrossAttention<typename S::T> problem, Readers readers,
+__global__ void __launch_bounds__(kAttentionThreads, attention_blocks<S, kHeld>(2, 2))
+    patch_cross_attention_fwd_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
                                      CrossOutput<typename S::T> output) {
   const Task task = task_of_lane<S>(problem.heads, problem.width);
   const i64 patches = most<i64>(readers.capacity, 1);

@@ -1,8 +1,8 @@
 // The backward of patch_cross_attention.cuh, which says what it computes and who owns what.
 //
-// Of the two sides of a block one is held and one is streamed. With a and b the held rows, q and grad_out or k and v, and
-// x and y the streamed ones of the other side, either way s = scale a . x and a . x, b . y are all the products there are,
-// and what adds up in the registers of the held rows, or leaves with each streamed row, are sums of ds x, p y, ds a, p b.
+// Of the two sides of a block one is held and one is streamed. With a and b the held rows, q and grad_out or k and v,
+// and x and y the streamed ones of the other side, a . x and b . y are all the products there are, either way. What
+// adds up in the registers of the held rows, or leaves with each streamed row, are sums of ds x, p y, ds a and p b.
 #pragma once
 
 #include "patch_cross_attention.cuh"
@@ -90,12 +90,13 @@ __device__ __forceinline__ void grad_rows(const CrossAttention<typename S::T>& p
   constexpr bool kHoldsQueries = kPass == Pass::kEncode || kPass == Pass::kQueries;
   Slice<S> a[kHeld], b[kHeld], grad_a[kHeld], grad_b[kHeld];
   Softmax<A> softmax[kHeld];
+  const int count = static_cast<int>(held.end - held.begin);
   hold_slices<S>(a, kHoldsQueries ? problem.q : problem.k, held, task);
   hold_slices<S>(b, kHoldsQueries ? grads.grad_out : problem.v, held, task);
   if (kHoldsQueries) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
-      if (held.begin + i < held.end) softmax[i].lse = grads.lse[(held.begin + i) * problem.heads + task.head];
+      if (i < count) softmax[i].lse = grads.lse[(held.begin + i) * problem.heads + task.head];
     sum_softmax<S>(softmax, problem, a, b, streamed, task);
   }
   for (i64 first = streamed.begin; first < streamed.end; first += kAhead) {
@@ -114,9 +115,9 @@ __device__ __forceinline__ void grad_rows(const CrossAttention<typename S::T>& p
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         const A exponent = scores[i] * problem.scale - (kHoldsQueries ? softmax[i].lse : own.lse);
-        weights[i] = held.begin + i < held.end ? power_of_e(exponent) : 0;
+        weights[i] = i < count ? power_of_e(exponent) : 0;
         total += weights[i];
-        sum += held.begin + i < held.end ? weights[i] * slopes[i] : 0;
+        sum += i < count ? weights[i] * slopes[i] : 0;
       }
       if (kPass == Pass::kDecode) divide(own, total, sum);
       if (kPass == Pass::kKeys) {
@@ -128,7 +129,7 @@ __device__ __forceinline__ void grad_rows(const CrossAttention<typename S::T>& p
       for (int i = 0; i < kHeld; ++i) {
         const Softmax<A>& query = kHoldsQueries ? softmax[i] : own;
         const A p = weights[i] * query.inverse;
-        const A ds = held.begin + i < held.end ? p * (slopes[i] - query.delta) * problem.scale : 0;
+        const A ds = i < count ? p * (slopes[i] - query.delta) * problem.scale : 0;
         add(grad_a[i], ds, x);
         if (!kHoldsQueries) add(grad_b[i], p, y);
         if (kPass == Pass::kEncode || kPass == Pass::kDecode) add(grad_x, ds, a[i]);
@@ -144,15 +145,15 @@ __device__ __forceinline__ void grad_rows(const CrossAttention<typename S::T>& p
   if (kPass == Pass::kQueries && task.writes) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
-      if (held.begin + i < held.end)
+      if (i < count)
         store(grads.softmax + 2 * ((held.begin + i) * problem.heads + task.head),
               Pack<A, 2>{{softmax[i].inverse, softmax[i].delta}});
   }
 }
 
 template <class S, int kHeld, Pass kPass>
-__global__ void __launch_bounds__(kAttentionThreads, attention_blocks<S, kHeld>(4))
-    patch_cross_attention_bwd_kernel(CrossAttention<typename S::T> problem, Readers readers,
+__global__ void __launch_bounds__(kAttentionThreads, attention_blocks<S, kHeld>(kPass == Pass::kKeys ? 5 : 4, 3))
+    patch_cross_attention_bwd_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
                                      CrossGradients<typename S::T> grads) {
   const Task task = task_of_lane<S>(problem.heads, problem.width);
   const i64 patches = most<i64>(readers.capacity, 1);

@@ -28,10 +28,10 @@ namespace blt {
 inline constexpr int kLayoutThreads = 512;
 inline constexpr int kLayoutWarps = kLayoutThreads / kWarp;
 inline constexpr int kChunkWords = 64;
-inline constexpr int kChunk = kChunkWords * 32;
+inline constexpr int kChunkBytes = kChunkWords * 32;
 inline constexpr i32 kNoLimit = 0x7fffffff;
 
-// Bytes [offsets[b], offsets[b+1]) are document b; `bytes` of them at most, and fewer than 2^31 - 2 kChunk.
+// Bytes [offsets[b], offsets[b+1]) are document b; `bytes` of them at most, and fewer than 2^31 - 2 kChunkBytes.
 struct Documents {
   const i32* offsets;  // [count + 1]
   i64 count;
@@ -125,7 +125,7 @@ __device__ __forceinline__ ChunkPlace mark_documents(ChunkBits& bits, const Docu
   __syncthreads();
   for (i64 b = document + thread; b <= documents.count; b += kLayoutThreads) {
     const i32 at = documents.offsets[b] - start;
-    if (at > kChunk) break;
+    if (at > kChunkBytes) break;
     if (at >= 0) atomicOr(&bits.begins[at / 32], 1u << at % 32);
   }
   __syncthreads();
@@ -159,7 +159,7 @@ __device__ __forceinline__ void find_inners(ChunkBits& bits, const ChunkPlace& p
     if (lane == 0) bits.inners[w] = vote;
   }
   __syncthreads();
-  if (warp == 0) scan_count(bits.inners, kChunk, bits.inners_before);
+  if (warp == 0) scan_count(bits.inners, kChunkBytes, bits.inners_before);
   __syncthreads();
 }
 
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kLayoutThreads)
     patch_counts_kernel(Rule rule, Documents documents, i32 limit, u32* cuts, ChunkSummary* summaries) {
   __shared__ ChunkBits bits;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const i32 start = static_cast<i32>(blockIdx.x) * kChunk;
+  const i32 start = static_cast<i32>(blockIdx.x) * kChunkBytes;
   const ChunkPlace place = mark_documents(bits, documents, start);
   for (int w = warp; w < kChunkWords; w += kLayoutWarps) {
     const i32 t = start + w * 32 + lane;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kLayoutThreads)
   __syncthreads();
   find_inners(bits, place, -1, limit);
   if (warp != 0) return;
-  i32 head = least(kChunk, most(0, place.end - start));
+  i32 head = least(kChunkBytes, most(0, place.end - start));
   for (int w = lane; w < kChunkWords; w += kWarp)
     if (bits.cuts[w] != 0) head = least(head, w * 32 + __ffs(static_cast<int>(bits.cuts[w])) - 1);
   head = warp_fold(head, [](i32 a, i32 b) { return least(a, b); });
@@ -197,10 +197,10 @@ __global__ void __launch_bounds__(kLayoutThreads)
 // --- second kernel: the layout ----------------------------------------------------------------------------------------
 
 struct LayoutOutputs {
-  i32* patch_offsets;  // [capacity + 1]
-  i32* cu_patches;     // [documents + 1]
+  i32* patch_offsets;           // [capacity + 1]
+  i32* cu_patches;              // [documents + 1]
   i32 *patch_ids, *decode_ids;  // [bytes]
-  bool* overflowed;    // [1]
+  bool* overflowed;             // [1]
   i64 capacity;
 };
 
@@ -236,7 +236,7 @@ __device__ __forceinline__ void sum_chunks(Counts& counts, const ChunkSummary* s
   Counts sums = {0, 0, 0, 0, 0, -1};
   for (i32 c = from; c < to; ++c) {
     const ChunkSummary summary = summaries[c];
-    const i32 before = c * kChunk - 1 - cut;  // bytes since the last cut
+    const i32 before = c * kChunkBytes - 1 - cut;  // bytes since the last cut
     i32 inners = summary.inners;
     if (cut >= 0) inners += (before + summary.head) / limit - before / limit;
     if (c == chunk) counts.cut = cut;
@@ -265,12 +265,12 @@ static __global__ void __launch_bounds__(kLayoutThreads)
   __shared__ ChunkBits bits;
   __shared__ Counts counts;
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
-  const i32 chunk = static_cast<i32>(blockIdx.x), start = least(chunk, chunks) * kChunk;
+  const i32 chunk = static_cast<i32>(blockIdx.x), start = least(chunk, chunks) * kChunkBytes;
   const ChunkPlace place = mark_documents(bits, documents, start);
-  sum_chunks(counts, summaries, chunks, limit, chunk, place.open < 0 ? -1 : place.open / kChunk);
+  sum_chunks(counts, summaries, chunks, limit, chunk, place.open < 0 ? -1 : place.open / kChunkBytes);
   const i32 room = static_cast<i32>(most<i64>(0, out.capacity - counts.all_firsts));
   const i64 patches = static_cast<i64>(counts.all_firsts) + least(counts.all_inners, room);
-  for (i64 p = static_cast<i64>(chunk) * kChunk + thread; p < (chunk + i64{1}) * kChunk; p += kLayoutThreads)
+  for (i64 p = static_cast<i64>(chunk) * kChunkBytes + thread; p < (chunk + i64{1}) * kChunkBytes; p += kLayoutThreads)
     if (p >= patches && p <= out.capacity) out.patch_offsets[p] = place.end;
   if (chunk == 0 && thread == 0) *out.overflowed = counts.all_inners > room;
   if (chunk >= chunks) return;
@@ -287,11 +287,11 @@ static __global__ void __launch_bounds__(kLayoutThreads)
 
   for (i64 b = place.document + thread; b <= documents.count; b += kLayoutThreads) {
     const i32 at = documents.offsets[b] - start;
-    if (at >= kChunk) break;
+    if (at >= kChunkBytes) break;
     if (at < 0) continue;
     const u32 firsts = bits.begins[at / 32] & bits_before(at % 32);
-    out.cu_patches[b] = in_range(counts.firsts + bits.firsts_before[at / 32] + __popc(firsts) - 1 +
-                                 least(inners_until(at), room)) + 1;
+    out.cu_patches[b] =
+        in_range(counts.firsts + bits.firsts_before[at / 32] + __popc(firsts) - 1 + least(inners_until(at), room)) + 1;
   }
 
   for (int w = warp; w < kChunkWords; w += kLayoutWarps) {

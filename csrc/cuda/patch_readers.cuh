@@ -35,7 +35,7 @@ struct Document {
   i64 first, last;
 };
 
-struct Readers {
+struct PatchReaders {
   const i32* offsets;     // of patches, [capacity + 1]
   const i32* cu_patches;  // of documents, [documents + 1]
   const i32* ids;         // [num_bytes]
@@ -48,8 +48,9 @@ struct Readers {
   __device__ __forceinline__ i64 offset(i64 p) const { return least(most<i64>(offsets[p], 0), num_bytes); }
   __device__ __forceinline__ RowRange bytes(i64 begin, i64 end) const { return {offset(begin), offset(end)}; }
 
-  // A patch beyond the documents has one of its own.
+  // A patch beyond the documents has one of its own; so has any patch where that makes no difference.
   __device__ __forceinline__ Document document_of(i64 p) const {
+    if (encode && window == 1) return {p, p + 1};
     const i64 b = warp_lower_bound(cu_patches + 1, 0, documents, p + 1);
     if (b == documents) return {p, p + 1};
     return {least(most<i64>(cu_patches[b], 0), p), least(most<i64>(cu_patches[b + 1], p + 1), capacity)};

@@ -12,8 +12,8 @@
 // alignment takes the same path. The lanes of a row add up in an order that is always the same.
 //
 // Bytes: forward reads the logits once and writes 8 a row. Backward reads them once and writes the gradient, plus 12 a row;
-// rows longer than a tile are read twice. Roofline: a memory copy. 8 instructions for a logit and about 30 for a row make
-// some 80 of a warp for 260 logits in bf16, below what a warp's share of the memory takes.
+// rows longer than a tile are read twice. Roofline: a memory copy. 7 instructions for a logit and some 50 for a row make
+// about 120 of a warp for 260 logits; an H200 issues those of 8 rows in a nanosecond, of which 4 TB/s brings 7.7 in bf16.
 // Registers: at most 64 in forward, so that 4 blocks of 256 fit on an SM, with 64 KB of loads in flight; 80 in backward, 3
 // blocks.
 #pragma once
@@ -117,6 +117,18 @@ struct Maximum<bf16> : PairMaximum<bf16> {};
 template <>
 struct Maximum<fp16> : PairMaximum<fp16> {};
 
+// dH/dx times the gradient of H, for a row with this maximum, entropy and log_sum.
+template <class A>
+struct EntropySlope {
+  A max, shift, upstream, h;
+  __device__ __forceinline__ EntropySlope(A max, A grad_entropy, A entropy, A log_sum)
+      : max(max), shift(log_sum * kPerNat<A>), upstream(-grad_entropy * kNats<A>), h(entropy * kPerNat<A>) {}
+  __device__ __forceinline__ A operator()(A x) const {
+    const A log_p = (x - max) * kPerNat<A> - shift;
+    return upstream * power(log_p) * (most(log_p, kLogOfZero<A>) + h);
+  }
+};
+
 // logits[rows][alphabet] with `stride` elements from row to row.
 template <class T>
 struct LogitRows {
@@ -206,7 +218,8 @@ struct RowLane {
 #pragma unroll
     for (int e = 0; e < kEdges; ++e)
       if (has_edge(tile, e)) m.add(held_edges[e]);
-    return warp_fold<kLanes>(m.value(), [](auto a, auto b) { return most(a, b); });
+    using A = acc_t<T>;
+    return warp_fold<kLanes>(m.value(), [](A a, A b) { return most(a, b); });
   }
 };
 
@@ -248,12 +261,8 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     row.read(tile);
     m = most(m, row.tile_max(tile));
   }
-  const A upstream = there ? -grad_entropy[index] : 0, h = there ? entropy[index] * kPerNat<A> : 0;
-  const A shift = there ? log_sum[index] * kPerNat<A> : 0, nats = upstream * kNats<A>;
-  const auto slope = [=](T x) {
-    const A log_p = (widen(x) - m) * kPerNat<A> - shift, p = power(log_p);
-    return narrow<T>(nats * p * (most(log_p, kLogOfZero<A>) + h));
-  };
+  const EntropySlope<A> of(m, there ? grad_entropy[index] : 0, there ? entropy[index] : 0, there ? log_sum[index] : 0);
+  const auto slope = [=](T x) { return narrow<T>(of(widen(x))); };
   T* const to = grad_logits + (there ? index * logits.alphabet : 0);
   for (i32 tile = 0; tile < tiles; ++tile) {
     if (tiles > 1) row.read(tile);
