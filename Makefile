@@ -37,9 +37,9 @@ $(EMULATOR): .venv/installed CMakeLists.txt $(SOURCES)
 	cmake -S . -B build/emulator -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DBLT_KERNELS_EMULATOR=ON
 	cmake --build build/emulator --target blt_emulator
 
-cuda-check: .venv/built  ## Compile the CUDA kernels for every GPU, without one: no spills, no stack frames
+cuda-check: .venv/built  ## Compile the CUDA kernels for every GPU, without one (or ARCHS=90a): no spills, no stack frames
 	$(say) 'nvcc and ptxas'
-	python tests/cuda_check.py
+	python tests/cuda_check.py $(if $(ARCHS),--archs $(ARCHS))
 
 bench: .venv/built  ## Time the ops against the best that one could run instead
 	$(say) 'benchmarks; the rows go to bench/results'

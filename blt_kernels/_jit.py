@@ -64,7 +64,8 @@ def compile_kernels(names: Sequence[str], arch: str) -> tuple[dict[str, str], by
         *lines, code = cached.read_bytes().split(b"\n", len(names))
         return dict(zip(names, (line.decode() for line in lines), strict=True)), code
 
-    main = "".join(f'#include "{name}"\n' for name in sources)
+    # GCC leaves namespaces out of some of the names that it spells.
+    main = "".join(f'#include "{name}"\n' for name in sources) + "using namespace blt;\n"
     texts = tuple(text.encode() for text in sources.values())
     program = nvrtc.createProgram(main, "blt_kernels.cu", texts, tuple(name.encode() for name in sources))
     try:

@@ -74,15 +74,14 @@ def cuobjdump() -> str:
     return found
 
 
-def compile_launcher(source: Path, folder: Path) -> str:
-    """Compile a .cu for all architectures into `folder`, and return what ptxas says."""
+def compile_launcher(source: Path, arch: str, folder: Path) -> str:
+    """Compile a .cu for a GPU architecture into `folder`, and return what ptxas says."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
     command = [
         *("nvcc", "-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(torch_headers())),
-        *(*targets, "-Xptxas", "-v", "--keep", "--keep-dir", str(folder), "-c", str(source)),
-        *("-o", str(folder / "out.o")),
+        *(f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "--keep", "--keep-dir", str(folder)),
+        *("-c", str(source), "-o", str(folder / "out.o")),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -113,36 +112,32 @@ def wide_loads_of(cubin: Path) -> set[str]:
     }
 
 
-def kernels_of(source: Path) -> list[Kernel]:
-    """Compile a .cu and describe its kernels."""
-    folder = ROOT / "build" / "cuda-check" / source.stem
-    log = compile_launcher(source, folder)
+def kernels_of(source: Path, arch: str) -> list[Kernel]:
+    """Compile a .cu for a GPU architecture and describe its kernels."""
+    folder = ROOT / "build" / "cuda-check" / f"{source.stem}-{arch}"
+    log = compile_launcher(source, arch, folder)
     found = re.findall(
-        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"Compiling entry function '(\w+)' for 'sm_\w+'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
         re.sub(r"\n(?!ptxas info +: Compiling)", " ", log),
     )
-    names = dict(zip((f[0] for f in found), demangle([f[0] for f in found]), strict=True))
-    kernels = []
-    for arch in ARCHS:
-        threads = threads_of((folder / f"{source.stem}.compute_{arch}.ptx").read_text())
-        wide = wide_loads_of(folder / f"{source.stem}.compute_{arch}.cubin")
-        for symbol, own, stack, stores, loads, registers, shared in found:
-            if own == arch:
-                spills = int(stores) + int(loads)
-                kernels.append(
-                    Kernel(
-                        *(names[symbol], arch, int(registers), int(shared or 0), int(stack), spills),
-                        *(threads[symbol], symbol in wide),
-                    )
-                )
-    return kernels
+    names = demangle([f[0] for f in found])
+    (ptx,), (cubin,) = folder.glob(f"{source.stem}*.ptx"), folder.glob(f"{source.stem}*.cubin")
+    threads, wide = threads_of(ptx.read_text()), wide_loads_of(cubin)
+    return [
+        Kernel(
+            *(name, arch, int(registers), int(shared or 0), int(stack), int(stores) + int(loads)),
+            *(threads[symbol], symbol in wide),
+        )
+        for name, (symbol, stack, stores, loads, registers, shared) in zip(names, found, strict=True)
+    ]
 
 
 def main() -> None:
     """Check the launchers that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("launchers", nargs="*", help="stems of files in csrc/cuda; all if none")
+    parser.add_argument("--archs", nargs="+", default=list(ARCHS), help=f"of {', '.join(ARCHS)}; all if none")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -151,15 +146,16 @@ def main() -> None:
         sys.exit("cuda-check: nvcc is missing; it is a part of the CUDA toolkit")
     failed = 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for source, kernels in zip(sources, pool.map(kernels_of, sources), strict=True):
-            print(f"\n{source.name}, registers and warps for sm_{', '.join(ARCHS)}")
+        by_size = sorted(sources, key=lambda source: -source.stat().st_size)  # those that take long first
+        running = {(s, a): pool.submit(kernels_of, s, a) for s in by_size for a in arguments.archs}
+        for source in sources:
+            kernels = [kernel for a in arguments.archs for kernel in running[source, a].result()]
+            print(f"\n{source.name}, registers and warps for sm_{', '.join(arguments.archs)}")
             print(f"{'kernel':84} threads  shared  {'registers':>15} {'warps':>15}")
             for name in sorted({k.name for k in kernels}):
                 own = [k for k in kernels if k.name == name]
-                registers, warps = (
-                    " ".join(f"{v:4}" for v in values)
-                    for values in zip(*[(k.registers, k.warps) for k in own], strict=True)
-                )
+                registers = " ".join(f"{k.registers:4}" for k in own)
+                warps = " ".join(f"{k.warps:4}" for k in own)
                 faults = [f"sm_{k.arch}: {fault}" for k in own for fault in k.faults()]
                 print(f"{name:84} {own[0].threads:7} {own[0].shared:7}  {registers:>15} {warps:>15}", *faults)
                 failed += bool(faults)

@@ -322,8 +322,12 @@ def check_raw(tensors: list[Tensor], rest: list[Any]) -> None:
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("window", [None, 2, 1000])
 @pytest.mark.parametrize("vectors", [1, 2, 15, 16, 17, 33])
-def test_patches_and_windows_longer_than_a_tile(direction: str, window: int | None, vectors: int, device: str) -> None:
+def test_patches_and_windows_longer_than_a_tile(
+    direction: str, window: int | None, vectors: int, backend: str, device: str
+) -> None:
     """A tile holds 16 rows by 16, or more of one side where there are fewer of the other."""
+    if backend == "emulated" and vectors in (15, 16, 33):
+        pytest.skip("tiles of the CPU kernels; those for CUDA take 4 vectors at a time, and 17 is slow enough here")
     tensors, rest = arguments(long_layout(device), direction, vectors, 2, 3, window)
     check_raw(tensors, rest)
     check_raw([x.half() for x in tensors], rest)  # sums that more than one tile adds to stay in fp32

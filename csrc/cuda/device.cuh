@@ -110,21 +110,20 @@ struct alignas(sizeof(T) * kSize) Pack {
   __device__ __forceinline__ const T& operator[](int i) const { return values[i]; }
 };
 
-// The pack at `from`, which has its alignment.
-template <int kSize, class T>
-__device__ __forceinline__ Pack<T, kSize> load(const T* from) {
-  using Bits = typename Word<sizeof(T) * kSize>::type;
-  check_aligned(from, sizeof(Bits));
-  union {
-    Bits bits;
-    Pack<T, kSize> pack;
-  } both = {*reinterpret_cast<const Bits*>(from)};
-  return both.pack;
-}
-
 // The same not taken apart yet. While packs of 2-byte numbers wait for each other, they take half the registers so.
 template <class T, int kSize>
 using Bits = typename Word<sizeof(T) * kSize>::type;
+
+template <class T, int kSize>
+__device__ __forceinline__ Pack<T, kSize> unpack(const Bits<T, kSize>& bits) {
+  union {
+    Bits<T, kSize> bits;
+    Pack<T, kSize> pack;
+  } both = {bits};
+  return both.pack;
+}
+
+// What is at `from`, which has the alignment of a pack.
 template <int kSize, class T>
 __device__ __forceinline__ Bits<T, kSize> load_bits(const T* from) {
   check_aligned(from, sizeof(T) * kSize);
@@ -136,36 +135,26 @@ __device__ __forceinline__ Bits<T, kSize> load_constant(const T* from) {
   check_aligned(from, sizeof(T) * kSize);
   return __ldg(reinterpret_cast<const Bits<T, kSize>*>(from));
 }
-template <class T, int kSize>
-__device__ __forceinline__ Pack<T, kSize> unpack(const Bits<T, kSize>& bits) {
-  union {
-    Bits<T, kSize> bits;
-    Pack<T, kSize> pack;
-  } both = {bits};
-  return both.pack;
-}
 
-// The same for what is read once: the first to leave the caches.
+template <int kSize, class T>
+__device__ __forceinline__ Pack<T, kSize> load(const T* from) {
+  return unpack<T, kSize>(load_bits<kSize>(from));
+}
+// What is read once: the first to leave the caches.
 template <int kSize, class T>
 __device__ __forceinline__ Pack<T, kSize> load_once(const T* from) {
-  using Bits = typename Word<sizeof(T) * kSize>::type;
-  check_aligned(from, sizeof(Bits));
-  union {
-    Bits bits;
-    Pack<T, kSize> pack;
-  } both = {__ldcs(reinterpret_cast<const Bits*>(from))};
-  return both.pack;
+  check_aligned(from, sizeof(T) * kSize);
+  return unpack<T, kSize>(__ldcs(reinterpret_cast<const Bits<T, kSize>*>(from)));
 }
 
 template <int kSize, class T>
 __device__ __forceinline__ void store(T* to, const Pack<T, kSize>& pack) {
-  using Bits = typename Word<sizeof(T) * kSize>::type;
-  check_aligned(to, sizeof(Bits));
+  check_aligned(to, sizeof(T) * kSize);
   union {
     Pack<T, kSize> pack;
-    Bits bits;
+    Bits<T, kSize> bits;
   } both = {pack};
-  *reinterpret_cast<Bits*>(to) = both.bits;
+  *reinterpret_cast<Bits<T, kSize>*>(to) = both.bits;
 }
 
 // --- warps and blocks -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ struct Split {
 // A lane's slice of a row as it is in memory, and as it is computed with.
 template <class S>
 struct Raw {
-  Pack<typename S::T, S::kPack> packs[S::kPacks];
+  Bits<typename S::T, S::kPack> packs[S::kPacks];
 };
 template <class S>
 struct Slice {
@@ -45,7 +45,7 @@ __device__ __forceinline__ Raw<S> load_slice(const typename S::T* row, i64 width
   for (int r = 0; r < S::kPacks; ++r) {
     const int column = (r * S::kLanes + static_cast<int>(threadIdx.x) % S::kLanes) * S::kPack;
     raw.packs[r] = {};
-    if (column < width) raw.packs[r] = load<S::kPack>(row + column);
+    if (column < width) raw.packs[r] = load_bits<S::kPack>(row + column);
   }
   return raw;
 }
@@ -66,9 +66,11 @@ template <class S>
 __device__ __forceinline__ Slice<S> widen(const Raw<S>& raw) {
   Slice<S> slice;
 #pragma unroll
-  for (int r = 0; r < S::kPacks; ++r)
+  for (int r = 0; r < S::kPacks; ++r) {
+    const auto pack = unpack<typename S::T, S::kPack>(raw.packs[r]);
 #pragma unroll
-    for (int c = 0; c < S::kPack; ++c) slice[r * S::kPack + c] = widen(raw.packs[r][c]);
+    for (int c = 0; c < S::kPack; ++c) slice[r * S::kPack + c] = widen(pack[c]);
+  }
   return slice;
 }
 

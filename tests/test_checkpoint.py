@@ -1,0 +1,520 @@
+"""Checkpoints: transformers' BLT has the same logits, patches, losses and gradients, and reads what we write."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from blt_kernels import PatchLayout
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig
+from blt_kernels.nn import EOS, TransformerConfig
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+WINDOW, LENGTH = 7, 41
+ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+LOCAL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "hidden_size_global": 48}
+VALUES = {
+    "encoder_hash_byte_group_vocab": 53,
+    "local_attention_window_len": WINDOW,
+    "cross_attn_k": 2,
+    "patcher_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "sliding_window": WINDOW,
+    },
+    "encoder_config": {"num_hidden_layers": 1, **LOCAL},
+    "decoder_config": {"num_hidden_layers": 2, **LOCAL},
+    "global_config": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
+}
+# What differs from VALUES, whose widths differ by K = 2 and need a projection.
+CASES: dict[str, dict] = {
+    "released": {},
+    "one_query": {"cross_attn_k": 1, "encoder_config": {"cross_attn_k": 1}, "decoder_config": {"cross_attn_k": 1}},
+    "four_queries": {"cross_attn_k": 4, "encoder_config": {"cross_attn_k": 4}, "decoder_config": {"cross_attn_k": 4}},
+    "no_projection": {"global_config": {"hidden_size": 64}, "encoder_config": {"hidden_size_global": 64},
+                      "decoder_config": {"hidden_size_global": 64}},
+    "all_encoder_layers": {"encoder_config": {"num_hidden_layers": 3, "cross_attn_all_layers": True}},
+    "last_encoder_layer": {"encoder_config": {"num_hidden_layers": 2}},
+    "first_decoder_layer": {"decoder_config": {"cross_attn_all_layers": False}},
+    "hash_functions": {"encoder_hash_byte_group_nb_functions": 3, "encoder_hash_byte_group_size": [2, 5]},
+    "grouped_heads": {f"{part}_config": {"num_attention_heads": 4, "num_key_value_heads": heads}
+                      for part, heads in (("encoder", 1), ("decoder", 2), ("global", 2), ("patcher", 1))},
+    "no_window": {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}},
+    "numbers": {"encoder_config": {"intermediate_size": None, "rms_norm_eps": 1e-3},
+                "global_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}},
+    "long_patches": {"max_patch_length": 3},
+    "bytes": {"patch_in_forward": False},
+    "spaces": {"patching_mode": "space"},
+}  # fmt: skip
+
+
+def merged(values: dict, changes: dict) -> dict:
+    return {**values, **{key: {**values[key], **new} if isinstance(new, dict) else new for key, new in changes.items()}}
+
+
+def batch(rows: int = 3, length: int = LENGTH) -> Tensor:
+    tokens = torch.randint(4, 260, (rows, length), generator=torch.Generator().manual_seed(1))
+    tokens[:, 0] = 1
+    if length > 9:
+        tokens[0, 9] = EOS
+    return tokens
+
+
+def their_model(case: str, **changes: object):
+    """A BLT of transformers with random weights that tell: norms away from 1, a threshold amidst the entropies."""
+    blt = pytest.importorskip("transformers.models.blt")
+    torch.manual_seed(0)
+    model = blt.BltForCausalLM(blt.BltConfig(**merged(merged(VALUES, CASES[case]), changes))).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "norm" in name:
+                value.uniform_(0.5, 1.5)
+        if model.model.patcher is not None:
+            model.model.patcher.lm_head.weight.mul_(4)
+            model.config.patching_threshold = model.model.patcher(batch())[0].quantile(0.7).item()
+    return model
+
+
+@pytest.fixture
+def folder(request, tmp_path):
+    """Directory and model of a case."""
+    model = their_model(request.param)
+    model.save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs", model
+
+
+def their_logits(model, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+def starts(lengths: Tensor, end: int) -> list[list[int]]:
+    """Where patches start, up to `end` inclusive, from padded lengths of whichever convention."""
+    return [sorted({0, *(s for s in row if s <= end)}) for row in (lengths.cumsum(1) - lengths).tolist()]
+
+
+@pytest.mark.parametrize("folder", CASES, indirect=True)
+def test_equals_transformers(folder) -> None:
+    path, theirs = folder
+    ours, tokens, config = BLT.from_pretrained(path), batch(), theirs.config
+    exact_end = config.max_patch_length is None  # else transformers drops the decision after the last byte
+    if ours.config.patching == "entropy":
+        options = {"threshold": config.patching_threshold, "max_patch_length": config.max_patch_length}
+        lengths = theirs.model.patcher(tokens, patch_size=4, **options)[1]
+        assert {len(row) for row in starts(lengths, LENGTH)} != {LENGTH}
+        end = LENGTH if exact_end else LENGTH - 1
+        assert starts(ours.patch(tokens).to_lengths(include_next_byte=True), end) == starts(lengths, end)
+    else:
+        assert ours.patch(tokens).patch_lengths.tolist() == [1] * tokens.numel()
+
+    known = slice(None, None if exact_end else -1)
+    logits = ours(tokens)
+    assert logits.std() > 0.3
+    torch.testing.assert_close(logits[:, known], their_logits(theirs, tokens)[:, known], rtol=0, atol=2e-5)
+    for short in (tokens[:1], tokens[:, :2], tokens[:, :1]):
+        torch.testing.assert_close(ours(short)[:, known], their_logits(theirs, short)[:, known], rtol=0, atol=2e-5)
+
+    loss = ours.loss(tokens)
+    loss.backward()
+    expected = theirs(tokens, labels=tokens, use_cache=False).loss
+    expected.backward()
+    torch.testing.assert_close(loss * math.log(2), expected, rtol=2e-6, atol=0)
+    gradients = {name.removeprefix("model."): p.grad for name, p in theirs.named_parameters()}
+    scale = max(g.abs().max().item() for g in gradients.values() if g is not None) * math.log(2)
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is None) == (gradients[name] is None), name
+        if parameter.grad is not None:
+            nats = parameter.grad * math.log(2)
+            torch.testing.assert_close(nats, gradients[name], rtol=0, atol=2e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("folder", CASES, indirect=True)
+def test_round_trip(folder, tmp_path) -> None:
+    path, theirs = folder
+    ours = BLT.from_pretrained(path)
+    ours.save_pretrained(tmp_path / "ours")
+    before, after = (safetensors.load_file(p / "model.safetensors") for p in (path, tmp_path / "ours"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again, information = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(information.values())
+    assert torch.equal(their_logits(again, batch()), their_logits(theirs, batch()))
+    assert BLT.from_pretrained(tmp_path / "ours").config == ours.config
+
+
+def test_what_we_built_is_read_by_transformers(tmp_path) -> None:
+    blt = pytest.importorskip("transformers.models.blt")
+    local = TransformerConfig(32, 2, 2, window=WINDOW)
+    config = BLTConfig(
+        local, TransformerConfig(48, 2, 2), local, ByteLMConfig(32, 2, 2, window=WINDOW), ngram_vocab=53,
+        split_documents=True, threshold=5.1,
+    )  # fmt: skip
+    ours = BLT(config)
+    ours.save_pretrained(tmp_path)
+    theirs, tokens = blt.BltForCausalLM.from_pretrained(tmp_path).eval(), batch()
+    tokens[tokens == EOS] = 4  # it knows no documents
+    torch.testing.assert_close(their_logits(theirs, tokens), ours(tokens), rtol=0, atol=2e-5)
+    again = BLT.from_pretrained(tmp_path)
+    assert again.config.split_documents
+    assert torch.equal(again(batch()), ours(batch()))
+    ours.to(torch.bfloat16).save_pretrained(tmp_path)  # over the file that `again` has mapped
+    assert {p.dtype for p in BLT.from_pretrained(tmp_path).parameters()} == {torch.bfloat16}
+    assert theirs.config.dtype == torch.float32
+    assert blt.BltConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert again(batch()).isfinite().all()
+
+
+@pytest.mark.parametrize("folder", ["released", "grouped_heads"], indirect=True)
+def test_the_patcher_alone(folder, tmp_path) -> None:
+    path, theirs = folder
+    ours, tokens = ByteLM.from_pretrained(path), batch()
+    assert ours.config.threshold == theirs.config.patching_threshold
+    logits = theirs.model.patcher(tokens)[2]
+    torch.testing.assert_close(ours(tokens), logits, rtol=0, atol=2e-5)
+    assert all(p.requires_grad for p in ours.parameters())
+    ours.save_pretrained(tmp_path / "ours")
+    again, information = type(theirs.model.patcher).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(information.values())
+    assert torch.equal(again(tokens)[2], logits)
+    loaded = ByteLM.from_pretrained(tmp_path / "ours", split_documents=True)
+    assert loaded.config == dataclasses.replace(ours.config, split_documents=True)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), ours.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("folder", ["released"], indirect=True)
+def test_shards_dtypes_and_changes(folder, tmp_path) -> None:
+    path, theirs = folder
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    whole, shards = BLT.from_pretrained(path), BLT.from_pretrained(tmp_path / "shards")
+    assert whole.config == shards.config
+    assert torch.equal(whole(batch()), shards(batch()))
+    assert all(not p.requires_grad for p in shards.patcher.parameters())
+    assert all(p.requires_grad for name, p in shards.named_parameters() if not name.startswith("patcher."))
+    assert {p.dtype for p in BLT.from_pretrained(path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    reference = BLT.from_pretrained(path, "reference", split_documents=True, patching="static", patch_size=3)
+    assert reference.config == dataclasses.replace(whole.config, split_documents=True, patching="static", patch_size=3)
+    assert torch.equal(reference.lm_head.weight, whole.lm_head.weight)
+    with pytest.raises(TypeError, match="documents"):
+        BLT.from_pretrained(path, documents=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at the memory map of Linux")
+@pytest.mark.parametrize("folder", ["released"], indirect=True)
+def test_weights_are_the_mapped_file(folder) -> None:
+    model = BLT.from_pretrained(folder[0])
+    pattern = r"(\w+)-(\w+) .*" + re.escape(str(folder[0] / "model.safetensors"))
+    maps = [[int(x, 16) for x in m] for m in re.findall(pattern, Path("/proc/self/maps").read_text())]
+    assert all(any(low <= p.data_ptr() < high for low, high in maps) for p in model.parameters())
+
+
+@pytest.mark.parametrize("folder", ["released"], indirect=True)
+def test_keys_that_do_not_fit_are_named(folder) -> None:
+    path = folder[0]
+    tensors = safetensors.load_file(path / "model.safetensors")
+    tensors["model.extra.weight"] = tensors.pop("model.local_decoder.norm.weight")
+    tensors["model.patcher.extra"] = torch.zeros(1)
+    tensors["lm_head.weight"] = torch.zeros(3, 32)
+    safetensors.save_file(tensors, path / "model.safetensors")
+    with pytest.raises(ValueError, match="does not fit BLT") as error:
+        BLT.from_pretrained(path)
+    for problem in (
+        "missing model.local_decoder.norm.weight",
+        "unknown model.extra.weight",
+        "unknown model.patcher.extra",
+        "lm_head.weight of shape [3, 32], expected [260, 32]",
+    ):
+        assert problem in str(error.value)
+    with pytest.raises(ValueError, match=r"does not fit ByteLM: unknown model.patcher.extra$"):
+        ByteLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type: expected 'blt', got 'llama'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: expected False"),
+        ({"encoder_config": {"hidden_act": "gelu"}}, "hidden_act: expected 'silu', got 'gelu'"),
+        ({"global_config": {"rope_parameters": {"rope_type": "yarn"}}}, "rope_type: expected 'default', got 'yarn'"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["released"], indirect=True)
+def test_configurations_that_are_not_ours_say_why(folder, changes: dict, message: str) -> None:
+    file = folder[0] / "config.json"
+    file.write_text(json.dumps(merged(json.loads(file.read_text()), changes)))
+    with pytest.raises(ValueError, match=message):
+        BLT.from_pretrained(folder[0])
+
+
+LAYERS = TransformerConfig(32, 2, 4, num_kv_heads=2, window=WINDOW)
+SMALL = BLTConfig(
+    dataclasses.replace(LAYERS, num_layers=1),
+    TransformerConfig(48, 1, 2),
+    LAYERS,
+    ByteLMConfig(32, 1, 2, window=WINDOW),
+    ngram_vocab=31,
+    cross_attn_grouped_heads=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patching": "space"}, "config.patching, .*expected 'entropy', got 'space'"),
+        ({"monotonic": True}, "config.monotonic, "),
+        ({"threshold_add": 0.1}, "config.threshold_add, "),
+        ({"patcher": None}, "config.patcher: "),
+        ({"cross_attn_grouped_heads": False}, "config.cross_attn_grouped_heads, "),
+        ({"cross_attn_heads": 2}, "config.cross_attn_heads, .*expected 4, got 2"),
+        ({"cross_attn_window_decoder": 3}, "config.cross_attn_window_decoder, "),
+        ({"encoder": LAYERS, "cross_attn_all_layers_encoder": True}, "config.pool_every_layer, "),
+        ({"decoder": dataclasses.replace(LAYERS, window=9)}, "config.decoder.window, .*expected 7, got 9"),
+        ({"global_transformer": TransformerConfig(48, 1, 2, window=3)}, "config.global_transformer.window, "),
+    ],
+)
+def test_what_transformers_would_compute_otherwise_is_not_written(changes: dict, message: str, tmp_path) -> None:
+    model = BLT(SMALL)
+    model.config = dataclasses.replace(SMALL, **changes)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_cross_attention_reaches_back_over_its_windows() -> None:
+    """A byte changes the logits of the patches that its window lets read it, and with wider windows of more."""
+    torch.manual_seed(0)
+    tokens = batch(1, 24)
+    changed = tokens.clone()
+    changed[0, 8] = 99
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 5, 4, 5, 5, 4]]))
+    base = dataclasses.replace(SMALL, patcher=None, global_transformer=TransformerConfig(48, 0, 2))
+    models = [BLT(dataclasses.replace(base, cross_attn_window_encoder=w, cross_attn_window_decoder=w)) for w in (1, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models.append(BLT(base))
+    models[2].load_state_dict(models[0].state_dict())
+    one, two, none = ((m(tokens, layout=layout) - m(changed, layout=layout)).abs().amax(-1)[0] > 0 for m in models)
+    assert torch.equal(one, none)
+    assert two.sum() > one.sum()
+
+
+# --- facebookresearch/blt: files made here ----------------------------------------------------------------------------
+
+ARGS = {
+    "vocab_size": 260, "dim_global": 48, "dim_local_encoder": 32, "dim_local_decoder": 32, "dim_token": None,
+    "n_layers_global": 2, "n_layers_local_encoder": 2, "n_layers_local_decoder": 2, "n_heads_global": 2,
+    "n_heads_local_encoder": 2, "n_heads_local_decoder": 2, "n_kv_heads": None, "n_kv_heads_global": 1,
+    "ffn_dim_multiplier": 1.0, "multiple_of": 16, "norm_eps": 1e-4, "rope_theta": 500000.0, "head_dim": None,
+    "cross_attn_encoder": True, "cross_attn_decoder": True, "cross_attn_init_by_pooling": True, "cross_attn_k": 2,
+    "cross_attn_nheads": 4, "cross_attn_all_layers_encoder": True, "cross_attn_all_layers_decoder": True,
+    "cross_attn_window_encoder": None, "cross_attn_window_decoder": 3, "use_rope": True, "pm_size": 0,
+    "downsampling_by_pooling": "max", "encoder_hash_byte_group_size": "3,4", "encoder_hash_byte_group_vocab": 31,
+    "encoder_hash_byte_group_nb_functions": 2, "encoder_enable_byte_ngrams": False,
+    "local_attention_window_len": WINDOW, "patching_mode": "byte", "patching_threshold": 9.0, "unknown_to_us": 5,
+}  # fmt: skip
+RULES = {"patching_mode": "entropy", "threshold": 5.1, "threshold_add": 0.01, "monotonicity": False, "patch_size": 4.5}
+ENTROPY = {"dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 260, "ffn_dim_multiplier": 1.0, "rope_theta": 7.0}
+THEIR_LAYERS = TransformerConfig(32, 2, 2, ffn_dim=96, window=WINDOW, norm_eps=1e-4)
+EXPECTED = BLTConfig(
+    THEIR_LAYERS,
+    TransformerConfig(48, 2, 2, num_kv_heads=1, ffn_dim=128, norm_eps=1e-4),
+    THEIR_LAYERS,
+    ByteLMConfig(32, 2, 2, ffn_dim=256, window=512, split_documents=True),
+    ngram_sizes=(3, 4),
+    ngram_vocab=31,
+    num_functions=2,
+    cross_attn_all_layers_encoder=True,
+    cross_attn_heads=4,
+    cross_attn_window_decoder=3,
+    threshold=5.1,
+    threshold_add=0.01,
+    split_documents=True,
+)
+THEIR_NAMES = (
+    ("self_attn", "attention"), ("mlp.gate_proj", "feed_forward.w1"), ("mlp.down_proj", "feed_forward.w2"),
+    ("mlp.up_proj", "feed_forward.w3"), ("input_layernorm", "attention_norm"),
+    ("post_attention_layernorm", "ffn_norm"), ("q_norm", "cross_attn_norm_q"), ("k_norm", "cross_attn_norm_kv"),
+    ("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv"), ("o_proj", "wo"), ("embed_tokens", "tok_embeddings"),
+)  # fmt: skip
+
+
+def their_state(model: torch.nn.Module, head: str) -> dict[str, Tensor]:
+    state = {}
+    for name, value in model.state_dict().items():
+        for ours, theirs in THEIR_NAMES:
+            name = name.replace(ours, theirs)
+        state[name.replace("lm_head", head)] = value.clone()
+    if head != "output":
+        for i, table in enumerate(state.pop("encoder_hash_tok_embedding.weight").split(31)):
+            state[f"encoder_hash_tok_embedding.{i}.weight"] = table.clone()
+    return state
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """Root of ``blt/`` and ``entropy_model/``, with params.json and consolidated.pth, and the model in them."""
+    torch.manual_seed(0)
+    model = BLT(EXPECTED)
+    for name, part, head, values in (
+        ("blt", BLT(dataclasses.replace(EXPECTED, patcher=None)), "local_decoder.output", {"model": ARGS}),
+        ("entropy_model", model.patcher, "output", {"entropy_model": ENTROPY, "model": None}),
+    ):
+        if name == "blt":
+            part.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("patcher.")})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "params.json").write_text(json.dumps({**values, "data": {"patcher_args": RULES}}))
+        state = {**their_state(part, head), "rope_embeddings.freqs_cis": torch.zeros(2)}
+        torch.save({"model": state, "optim": {}}, tmp_path / name / "consolidated.pth")
+    return tmp_path, model
+
+
+def test_consolidated_files_of_facebookresearch(theirs) -> None:
+    root, expected = theirs
+    model = BLT.from_pretrained(root / "blt")  # the entropy model lies beside it
+    assert model.config == expected.config == EXPECTED
+    assert not any(p.requires_grad for p in model.patcher.parameters())
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(model(batch()), expected(batch()))
+    entropy_model = ByteLM.from_pretrained(root / "entropy_model")
+    assert torch.equal(entropy_model(batch()), expected.patcher(batch()))
+    (root / "entropy_model").rename(root / "blt" / "entropy_model")
+    assert torch.equal(BLT.from_pretrained(root / "blt")(batch()), expected(batch()))
+    (root / "blt" / "entropy_model").rename(root / "elsewhere")
+    assert torch.equal(BLT.from_pretrained(root / "blt", patcher=root / "elsewhere")(batch()), expected(batch()))
+    alone = BLT.from_pretrained(root / "blt", dtype=torch.bfloat16)
+    assert alone.patcher is None
+    assert {p.dtype for p in alone.parameters()} == {torch.bfloat16}
+
+
+def hub_layout(root: Path) -> None:
+    """Turn ``blt`` and ``entropy_model`` into what PyTorchModelHubMixin writes, with the training arguments beside."""
+    for name, key in (("blt", "model"), ("entropy_model", "entropy_model")):
+        folder = root / name
+        params = json.loads((folder / "params.json").read_text())
+        (folder / "config.json").write_text(json.dumps({"args": params[key]}))
+        safetensors.save_file(torch.load(folder / "consolidated.pth")["model"], folder / "model.safetensors")
+        (folder / "consolidated.pth").unlink()
+        (folder / "params.json").rename(folder / "train_args.json")
+
+
+def test_hub_layout_of_facebookresearch(theirs) -> None:
+    root, expected = theirs
+    hub_layout(root)
+    for name in ("blt", "entropy_model"):
+        file = root / name / "model.safetensors"
+        tensors = safetensors.load_file(file)
+        del tensors["rope_embeddings.freqs_cis"]
+        safetensors.save_file(tensors, file)
+    args = {**ENTROPY, "sliding_window": WINDOW, "norm_eps": 1e-4, "n_kv_heads": None, "multiple_of": 256}
+    (root / "entropy_model" / "config.json").write_text(json.dumps({"args": args}))
+    model = BLT.from_pretrained(root / "blt", patcher=root / "entropy_model")
+    patcher = dataclasses.replace(EXPECTED.patcher, window=WINDOW, rope_theta=7.0, norm_eps=1e-4)
+    assert model.config == dataclasses.replace(EXPECTED, patcher=patcher)
+    assert torch.equal(model.local_decoder.norm.weight, expected.local_decoder.norm.weight)
+    (root / "blt" / "train_args.json").unlink()
+    bare = BLT.from_pretrained(root / "blt").config
+    assert (bare.patching, bare.threshold, bare.threshold_add) == ("byte", 9.0, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("cross_attn_init_by_pooling", False, "cross_attn_init_by_pooling: expected True, got False"),
+        ("downsampling_by_pooling", "avg", "downsampling_by_pooling: expected 'max', got 'avg'"),
+        ("dim_token", 16, "dim_token: expected 32, got 16"),
+        ("head_dim", 8, "head_dim: expected None, got 8"),
+        ("dim_local_encoder", ..., "dim_local_encoder: expected a value, found none"),
+        ("n_layers_global", 3, "missing global_transformer.layers.2.attention.wq.weight"),
+        (
+            "encoder_hash_byte_group_vocab",
+            30,
+            r"encoder_hash_tok_embedding.3.weight of shape \[31, 32\], expected \[30",
+        ),
+        ("encoder_hash_byte_group_nb_functions", 1, "unknown encoder_hash_tok_embedding.2.weight"),
+    ],
+)
+def test_arguments_of_facebookresearch_that_are_not_ours_say_why(theirs, key: str, value: object, message: str) -> None:
+    args = {**ARGS, key: value}
+    if value is ...:
+        del args[key]
+    (theirs[0] / "blt" / "params.json").write_text(json.dumps({"model": args}))
+    with pytest.raises(ValueError, match=message):
+        BLT.from_pretrained(theirs[0] / "blt")
+
+
+def test_patching_modes_of_facebookresearch(theirs) -> None:
+    file = theirs[0] / "blt" / "params.json"
+    for rules, message in (
+        ({**RULES, "patching_mode": "bpe"}, "patching_mode: expected 'entropy', 'space' or 'byte', got 'bpe'"),
+        (
+            {"patching_mode": "space", "max_patch_length": 3},
+            "max_patch_length with patching_mode 'space': expected None",
+        ),
+    ):
+        file.write_text(json.dumps({"model": ARGS, "data": {"patcher_args": rules}}))
+        with pytest.raises(ValueError, match=message):
+            BLT.from_pretrained(file.parent)
+    file.write_text(json.dumps({"model": ARGS, "data": {"patcher_args": {"patching_mode": "space"}}}))
+    assert BLT.from_pretrained(file.parent).config.patching == "space"
+
+
+class Surprise:
+    def __reduce__(self):
+        return print, ("run by unpickling",)
+
+
+def test_pickled_code_is_not_run(theirs, capsys) -> None:
+    torch.save({"model": {"tok_embeddings.weight": Surprise()}}, theirs[0] / "blt" / "consolidated.pth")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only"):
+        BLT.from_pretrained(theirs[0] / "blt")
+    assert not capsys.readouterr().out
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_hub(theirs, tmp_path, monkeypatch) -> None:
+    """A repository ``owner/name`` with folders in it, downloaded by a stand-in."""
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(repository: str, file: str, revision: str | None = None) -> str:
+        asked.append((repository, file, revision))
+        if not (tmp_path / file).is_file():
+            raise hub.errors.EntryNotFoundError(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    model = BLT.from_pretrained("facebook/blt/blt", revision="main")
+    assert torch.equal(model(batch()), theirs[1](batch()))
+    assert ("facebook/blt", "blt/consolidated.pth", "main") in asked
+    assert ("facebook/blt", "entropy_model/consolidated.pth", "main") in asked
+    assert {repository for repository, _, _ in asked} == {"facebook/blt"}
+    with pytest.raises(FileNotFoundError, match=r"facebook/blt: expected config.json or params.json, found none"):
+        BLT.from_pretrained("facebook/blt")
+
+
+def test_paths_that_are_not_there_say_why(tmp_path, monkeypatch) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a directory or a repository on the hub, got /not/there"):
+        BLT.from_pretrained("/not/there")
+    with pytest.raises(FileNotFoundError, match=r"expected config.json or params.json, found none"):
+        ByteLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "blt_patcher"}')
+    with pytest.raises(FileNotFoundError, match=r"expected model.safetensors or .*, found none"):
+        ByteLM.from_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"no directory facebook/blt.* pip install 'blt-kernels\[hub\]'"):
+        BLT.from_pretrained("facebook/blt")

@@ -1,0 +1,415 @@
+"""The Triton kernels of block_causal_attention in Triton's interpreter, against the reference.
+
+The interpreter must be chosen before Triton is imported, so the kernels run in a process of their own. There each
+access is checked to be within the tensors that the kernel was given, and tiles are counted.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blt_kernels.reference import block_causal_attention as reference
+from blt_kernels.testing import assert_close, document_lengths, offsets_of
+
+pytest.importorskip("triton")
+
+NAN = float("nan")
+SMALL = (32, 16)  # rows and step of the tiles, so that short documents meet many of them
+RAGGED = [1, 33, 0, 17, 32, 2]
+
+
+# --- in the other process ---------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Checks the accesses of interpreted kernels, and counts their products."""
+
+    def __init__(self) -> None:
+        import numpy as np
+        import triton.language as tl
+        from triton.runtime import interpreter
+
+        self.allowed = np.empty((0, 2), dtype=np.uint64)
+        self.products: dict[str, int] = {}
+        self.kernel = ""
+        builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+
+        def wrap(owner: type, name: str, before: Callable[..., tuple]) -> None:
+            original = getattr(owner, name)
+            setattr(owner, name, lambda this, *args, **kwargs: original(this, *before(this, *args), **kwargs))
+
+        def launched(this: Any, *args: Any) -> tuple:
+            self.kernel = this.fn.__name__
+            storages = [x.untyped_storage() for x in args if isinstance(x, Tensor)]
+            self.allowed = np.array([(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages], dtype=np.uint64)
+            return args
+
+        def accessed(_: Any, pointers: Any, *rest: Any) -> tuple:
+            mask = next((x.data for x in reversed(rest[:2]) if getattr(x, "dtype", None) == tl.int1), None)
+            at = np.broadcast_to(pointers.data, pointers.data.shape).astype(np.uint64)
+            at = at[np.broadcast_to(mask, at.shape)] if mask is not None else at.reshape(-1)
+            inside = (at[:, None] >= self.allowed[:, 0]) & (at[:, None] < self.allowed[:, 1])
+            assert inside.any(1).all(), f"{self.kernel} reads or writes outside of its tensors"
+            return (pointers, *rest)
+
+        def as_float(x: Any) -> Any:
+            if x.dtype.scalar != tl.bfloat16:  # which the interpreter keeps as integers, and multiplies as such
+                return x
+            return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+        def multiplied(_: Any, a: Any, b: Any, *rest: Any) -> tuple:
+            self.products[self.kernel] = self.products.get(self.kernel, 0) + 1
+            return (as_float(a), as_float(b), *rest)
+
+        wrap(executor, "__call__", launched)
+        wrap(builder, "create_dot", multiplied)
+        for name in ("create_masked_load", "create_masked_store", "create_load", "create_store"):
+            wrap(builder, name, accessed)
+
+
+_watch: list[Watch] = []
+
+
+def start() -> None:
+    assert "triton" not in sys.modules, "Triton was imported before the interpreter was chosen"
+    os.environ["TRITON_INTERPRET"] = "1"
+    warnings.simplefilter("ignore", RuntimeWarning)  # infinities and NaN in the tests' data, from numpy
+    torch.set_num_threads(1)
+    _watch.append(Watch())
+
+
+def call(message: bytes) -> bytes:
+    """Run forward, and backward if there is a gradient; `splits` asks for decoding."""
+    from blt_kernels.triton import attention_backward, attention_decode, block_causal_attention
+    from blt_kernels.triton.attention_launch import Launch
+
+    arguments, grad, tiles, splits, repeats = pickle.loads(message)
+    launch = tiles and Launch(*tiles, 4, 1)
+    _watch[0].products.clear()
+    results = []
+    for _ in range(repeats):
+        if splits:
+            q, *rest = arguments
+            out = q.new_full(q.shape, NAN), q.new_full(q.shape[:2], NAN, dtype=torch.float32)
+            attention_decode.decode(q, rest[0], rest[1], *out, *rest[2:], splits=splits)
+        else:
+            out = block_causal_attention.block_causal_attention_fwd_cuda(*arguments, launch=launch)
+        grads: tuple[Tensor, ...] = ()
+        if grad is not None:
+            grads = attention_backward.block_causal_attention_bwd_cuda(
+                grad, *arguments[:3], *out, *arguments[3:], launch=launch
+            )
+        results.append((*out, *grads))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    return pickle.dumps((results[0], _watch[0].products))
+
+
+# --- in this process --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=start) as pool:
+        yield pool
+
+
+@pytest.fixture
+def run(interpreter: ProcessPoolExecutor) -> Callable[..., tuple[tuple[Tensor, ...], dict[str, int]]]:
+    """Results and counted products of `call`."""
+
+    def submit(arguments, grad=None, *, tiles=SMALL, splits=0, repeats=1):
+        # Plain pickle, which copies tensors: those of torch share memory.
+        return pickle.loads(interpreter.submit(call, pickle.dumps((arguments, grad, tiles, splits, repeats))).result())
+
+    return submit
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inputs(queries: int, keys: int, heads: tuple[int, int], width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Random q, k, v and gradient."""
+    sizes = ((queries, heads[0]), (keys, heads[1]), (keys, heads[1]), (queries, heads[0]))
+    return [randn(*size, width, seed=seed, dtype=dtype) for seed, size in enumerate(sizes)]
+
+
+def check(run: Callable, tensors: list[Tensor], cu_q: Tensor, cu_k: Tensor | None = None, **changed: Any) -> Any:
+    """Compare all results with the reference in fp64: errors at most twice those of the reference in the same dtype."""
+    options = {"window": None, "causal": True, "scale": None, "seqused_k": None} | changed
+    splits, tiles = options.pop("splits", 0), options.pop("tiles", SMALL)
+    q, k, v, grad = tensors
+    rest = (cu_q, cu_k, *options.values())
+    results, products = run((q, k, v, *rest), None if splits else grad, tiles=tiles, splits=splits)
+
+    def expected(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        own = [x.to(dtype) for x in tensors]
+        out = reference.block_causal_attention_fwd_reference(*own[:3], *rest)
+        return *out, *reference.block_causal_attention_bwd_reference(own[3], *own[:3], *out, *rest)
+
+    names = ("out", "lse", "dq", "dk", "dv")
+    for name, *triple in zip(names, results, expected(q.dtype), expected(torch.float64), strict=False):
+        assert_close(*triple, name=name)
+    return results, products
+
+
+@pytest.mark.parametrize("width", [20, 32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_widths_and_dtypes(run: Callable, width: int, dtype: torch.dtype) -> None:
+    check(run, inputs(85, 85, (2, 1), width, dtype), offsets_of(RAGGED), window=40 if width > 64 else None)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 16, 40])
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (4, 2)])
+def test_windows_and_groups(run: Callable, heads: tuple[int, int], window: int | None, causal: bool) -> None:
+    """Zero-length and one-byte documents, one of a tile, one of a tile and a byte, and rows beyond the last one."""
+    tensors = inputs(90, 90, heads, 32, torch.float32)
+    for x in tensors:
+        x[85:] = NAN
+    results, _ = check(run, tensors, offsets_of(RAGGED), window=window, causal=causal)
+    out, lse, *grads = results
+    assert not any(x[85:].any() for x in (out, *grads))
+    assert (lse[85:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("used", [None, [40, 0, 9, 1, 30]])
+def test_alignment(run: Callable, used: list[int] | None, window: int | None, causal: bool) -> None:
+    """More keys than queries and fewer, none, unused ones; what nobody sees holds NaN."""
+    lengths_q, lengths_k = [20, 3, 40, 0, 9], [64, 5, 9, 2, 50]
+    cu_q, cu_k = offsets_of(lengths_q), offsets_of(lengths_k)
+    tensors = inputs(75, 133, (2, 1), 32, torch.float32)
+    tensors[0][72:], tensors[3][72:] = NAN, NAN
+    for x in tensors[1:3]:
+        x[130:] = NAN
+        for begin, end, n in zip(cu_k[:-1], cu_k[1:], used or lengths_k, strict=True):
+            x[begin + n : end] = NAN
+    seqused_k = None if used is None else torch.tensor(used, dtype=torch.int32)
+    if causal and window is None:  # the first 31 of 40 queries are aligned with keys before the first of 9
+        tensors[0][23:54], tensors[3][23:54] = NAN, NAN
+    check(run, tensors, cu_q, cu_k, window=window, causal=causal, seqused_k=seqused_k)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_scales(run: Callable, scale: float) -> None:
+    check(run, inputs(70, 70, (1, 1), 32, torch.bfloat16), offsets_of([50, 20]), scale=scale)
+
+
+def test_launches_as_on_hopper(run: Callable) -> None:
+    """With the tiles that `launch_options` says."""
+    check(run, inputs(300, 300, (1, 1), 64, torch.bfloat16), offsets_of([170, 1, 129]), window=100, tiles=None)
+
+
+def test_many_tiny_documents(run: Callable) -> None:
+    lengths = [1] * 100 + [n % 4 for n in range(60)]
+    total = sum(lengths)
+    _, products = check(run, inputs(total, total, (1, 1), 16, torch.float32), offsets_of(lengths))
+    assert products["block_causal_attention_fwd_kernel"] <= 2 * -(-total // SMALL[0]) * (SMALL[0] // SMALL[1] + 1)
+
+
+def test_strides(run: Callable) -> None:
+    """Slices of one projection, heads before bytes, and a width that is not the last dimension: no copy is seen."""
+    fused = randn(60, 4, 3, 32, seed=1)
+    q, v = fused[:, :, 0], fused[:, 2:, 2]
+    k = randn(2, 60, 32, seed=2).transpose(0, 1)
+    grad = randn(60, 32, 4, seed=3).transpose(1, 2)
+    check(run, [q, k, v, grad], offsets_of([40, 20]))
+    check(run, [q, k, v, grad], offsets_of([40, 20]), splits=2)
+
+
+def test_repeats_are_the_same_bit_for_bit(run: Callable) -> None:
+    q, k, v, grad = inputs(85, 85, (2, 1), 32, torch.bfloat16)
+    run((q, k, v, offsets_of(RAGGED), None, 20, True, None, None), grad, repeats=2)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 5), (5, 0)])
+def test_nothing(run: Callable, queries: int, keys: int) -> None:
+    q, k, v, grad = inputs(queries, keys, (2, 1), 32, torch.float32)
+    for documents in (0, 2):
+        cu = torch.zeros(documents + 1, dtype=torch.int32)
+        (out, lse, *grads), _ = run((q, k, v, cu, cu, None, True, None, None), grad)
+        assert not any(x.any() for x in (out, *grads))
+        assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("splits", [0, 3])
+@pytest.mark.parametrize("offsets", [[5, 900, -7, 3], [-(2**31), 2**31 - 1, 0, 40], [0, 60, 20, 40], [0, 0, 0, 0]])
+def test_wrong_offsets_reach_nothing_outside(run: Callable, offsets: list[int], splits: int) -> None:
+    """The worker checks every access."""
+    cu = torch.tensor(offsets, dtype=torch.int32)
+    q, k, v, grad = inputs(40, 50, (1, 1), 16, torch.float32)
+    for other in (offsets_of([10, 10, 20]), cu):
+        for pair in ((cu, other), (other, cu)):
+            for window in (None, 7):
+                used = torch.tensor([2**31 - 1, -5, 100], dtype=torch.int32)
+                arguments = (q, k, v, *pair, window, True, None, used)
+                results, _ = run(arguments, None if splits else grad, splits=splits)
+                assert all(x.shape for x in results)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 40])
+@pytest.mark.parametrize("heads", [(2, 2), (8, 2), (20, 1)])
+def test_decoding(run: Callable, heads: tuple[int, int], splits: int) -> None:
+    """One to a few queries of documents with caches that are full, nearly empty, empty, and of odd lengths."""
+    queries, room, used = [1, 2, 1, 0, 4], 300, [300, 3, 0, 7, 131]
+    cu_q, cu_k = offsets_of(queries), offsets_of([room] * 5)
+    tensors = inputs(8, 5 * room, heads, 32, torch.float32)
+    for document, n in enumerate(used):
+        for x in tensors[1:3]:
+            x[document * room + n : (document + 1) * room] = NAN
+    seqused_k = torch.tensor(used, dtype=torch.int32)
+    for options in ({"window": 60}, {"scale": -0.5, "causal": False}) if splits == 7 else ({},):
+        check(run, tensors, cu_q, cu_k, seqused_k=seqused_k, splits=splits, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [48, 256])
+def test_decoding_in_half_precision(run: Callable, width: int, dtype: torch.dtype) -> None:
+    tensors = inputs(2, 260, (4, 1), width, dtype)
+    check(run, tensors, offsets_of([1, 1]), offsets_of([200, 60]), splits=3)
+
+
+def test_few_queries_are_decoded(run: Callable) -> None:
+    tensors = inputs(3, 90, (1, 1), 16, torch.float32)
+    arguments = (*tensors[:3], offsets_of([1, 2]), offsets_of([30, 60]), None, True, None, None)
+    _, products = run(arguments, tiles=None)
+    assert set(products) == {"block_causal_attention_decode_kernel"}
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+def ranges_of(lengths: list[int], window: int | None, keys: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """The keys `[first, last)` of every query, from the reference."""
+    cu_q = offsets_of(lengths)
+    cu_k = None if keys is None else offsets_of(keys)
+    x, y = torch.empty(sum(lengths), 1, 1), torch.empty(sum(keys or lengths), 1, 1)
+    first, last, _ = reference._visible(x, y, cu_q, cu_k, window, True, None)
+    return first, torch.maximum(first, last)
+
+
+@pytest.mark.parametrize(("window", "keys"), [(None, None), (9, None), (9, [50, 60, 3, 40])])
+def test_tiles_are_counted_as_they_are_visited(run: Callable, window: int | None, keys: list[int] | None) -> None:
+    from blt_kernels.triton.attention_launch import tiles_visited
+
+    lengths = [40, 1, 3, 50]
+    tensors = inputs(94, sum(keys or lengths), (1, 1), 16, torch.float32)
+    cu_k = None if keys is None else offsets_of(keys)
+    _, products = run((*tensors[:3], offsets_of(lengths), cu_k, window, True, None, None))
+    visited, fewest = tiles_visited(*ranges_of(lengths, window, keys), *SMALL)
+    assert products["block_causal_attention_fwd_kernel"] == 2 * visited
+    assert fewest <= visited
+
+
+@pytest.mark.parametrize("tiles", [(128, 128), (128, 64), (64, 32)])
+def test_few_more_tiles_than_necessary_are_visited(tiles: tuple[int, int]) -> None:
+    from blt_kernels.triton.attention_launch import tiles_visited
+
+    ragged = document_lengths(20000, seed=3)
+    keys = [n + 3 for n in ragged]
+    for window in (None, 512):
+        for others in (None, keys):
+            visited, fewest = tiles_visited(*ranges_of(ragged, window, others), *tiles)
+            assert visited <= 1.15 * fewest
+    visited, fewest = tiles_visited(*ranges_of([1] * 100_000, None), *tiles)
+    assert visited <= 2 * fewest
+
+
+# --- launches and registration ----------------------------------------------------------------------------------------
+
+
+def test_launch_options() -> None:
+    from blt_kernels.triton.attention_launch import KERNELS, Launch, configurations, launch_options
+
+    for arch in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0)):
+        listed = {(kernel, width, dtype, launch) for kernel, width, dtype, launch in configurations(arch)}
+        for kernel in (*KERNELS, "decode"):
+            for width, padded in ((1, 32), (32, 32), (33, 64), (96, 128), (192, 256), (256, 256)):
+                for dtype in (torch.bfloat16, torch.float32):
+                    for window in (None, 1, 512, 10_000):
+                        launch = launch_options(kernel, width, dtype, window, arch)
+                        assert isinstance(launch, Launch)
+                        assert (kernel, padded, dtype, launch) in listed
+                assert launch_options(kernel, width, torch.float16, None, arch) == launch_options(
+                    kernel, width, torch.bfloat16, None, arch
+                )
+    with pytest.raises(ValueError, match="head_width: expected at most 256, got 257"):
+        launch_options("fwd", 257, torch.bfloat16, None, (9, 0))
+
+
+def test_splits_fill_the_gpu_and_no_more() -> None:
+    from blt_kernels.triton.attention_launch import MAX_SPLITS, decode_splits
+
+    assert decode_splits(1, 1, 1 << 20, 1, 132) == MAX_SPLITS
+    assert decode_splits(1, 8, 8192, 1, 132) == 32  # of 256 keys
+    assert decode_splits(64, 8, 64 * 8192, 64, 132) == 1  # as many programs as fit
+    assert decode_splits(4, 8, 4 * 8192, 4, 132) == 8
+    assert decode_splits(0, 8, 0, 0, 132) == decode_splits(1, 1, 100, 1, 132) == 1
+
+
+@pytest.mark.parametrize("name", ["fwd", "bwd"])
+def test_cuda_tensors_take_triton(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::block_causal_attention_{name}", "CUDA")
+
+
+def test_triton_is_not_imported_with_the_package() -> None:
+    code = "import sys, blt_kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 32), (torch.float32, 300)])
+def test_the_reference_takes_the_rest(dtype: torch.dtype, width: int) -> None:
+    from blt_kernels.triton.block_causal_attention import block_causal_attention_bwd_cuda, block_causal_attention_fwd_cuda
+
+    q, k, v, grad = inputs(9, 9, (2, 1), width, dtype)
+    rest = (offsets_of([4, 5]), None, 3, True, None, None)
+    out = block_causal_attention_fwd_cuda(q, k, v, *rest)
+    expected = reference.block_causal_attention_fwd_reference(q, k, v, *rest)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    grads = block_causal_attention_bwd_cuda(grad, q, k, v, *out, *rest)
+    expected = reference.block_causal_attention_bwd_reference(grad, q, k, v, *out, *rest)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(9, 2, 16)}, "q, k, v: shapes"),
+        ({"v": torch.zeros(9, 1, 32).half()}, "q, k, v: expected one dtype"),
+        ({"cu_seqlens_q": torch.tensor([0, 9])}, r"cu_seqlens_q: expected contiguous int32 \[2\], got torch.int64"),
+        ({"cu_seqlens_k": torch.zeros(3, dtype=torch.int32)}, r"cu_seqlens_k: expected contiguous int32 \[2\]"),
+        ({"seqused_k": torch.zeros(2, dtype=torch.int32)}, r"seqused_k: expected contiguous int32 \[1\]"),
+        ({"window": 0}, "window: expected a value >= 1, got 0"),
+        ({"k": torch.zeros(8, 1, 32), "v": torch.zeros(8, 1, 32)}, "k: expected the 9 rows of q, got 8"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    from blt_kernels.triton.block_causal_attention import block_causal_attention_fwd_cuda
+
+    arguments = {name: torch.zeros(9, 1, 32) for name in "qkv"} | {
+        "cu_seqlens_q": offsets_of([9]),
+        "cu_seqlens_k": None,
+        "window": None,
+        "causal": True,
+        "scale": None,
+        "seqused_k": None,
+    }
+    with pytest.raises(ValueError, match=message):
+        block_causal_attention_fwd_cuda(**{**arguments, **change})
