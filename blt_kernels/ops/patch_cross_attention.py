@@ -33,7 +33,7 @@ def patch_cross_attention(
     ----------
     q, k, v : fp32, bf16, fp16 or fp64
         One side has a row for each byte, ``[T, H, E]`` or ``[B, S, H, E]`` with ``B * S = T``. The other has K rows for
-        each patch, ``[C * K, H, E]``: row ``p * K + j`` is vector j of patch p.
+        each patch, ``[C * K, H, E]``: row ``p * K + j`` is vector j of patch p. E is at most 256 on CUDA.
 
         - "encode": q is on the patches, k and v on the bytes.
         - "decode": q is on the bytes, k and v on the patches.
