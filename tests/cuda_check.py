@@ -49,10 +49,15 @@ class Kernel:
             found.append(f"{self.spills} bytes of spills")
         if self.stack:
             found.append(f"a stack frame of {self.stack} bytes")
-        pack = re.search(r"<(\w+), (\d+)", self.name)
-        if pack and SIZES.get(pack[1], 0) * int(pack[2]) == 16 and not self.wide_loads:
+        if self.moves_whole_vectors() and not self.wide_loads:
             found.append("no 128-bit load")
         return found
+
+    def moves_whole_vectors(self) -> bool:
+        """Is it for rows of 16-byte vectors? A pack of 16 bytes in the name says so; those of entropies always are."""
+        pack = re.search(r"<(?:blt::Split<)?(\w+), (?:int, |long long, )?(\d+)", self.name)
+        packed = pack is not None and SIZES.get(pack[1], 0) * int(pack[2]) == 16
+        return packed or self.name.startswith("token_entropy")
 
 
 def torch_headers() -> Path:
