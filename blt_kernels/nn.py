@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
@@ -194,22 +195,34 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention between patches and bytes. Returns the update of the queries without their residual."""
 
-    def __init__(self, config: TransformerConfig, ops: SimpleNamespace, direction: str, queries_per_patch: int) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        ops: SimpleNamespace,
+        direction: str,
+        queries_per_patch: int,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
-        self.attention, self.head_dim = ops.patch_cross_attention, config.head_dim
+        self.attention, self.head_dim, self.window = ops.patch_cross_attention, config.head_dim, window
         self.direction, self.queries_per_patch = direction, queries_per_patch
+        self.group = config.num_heads // config.kv_heads
         self.q_norm = RMSNorm(config.dim, config.norm_eps)
         self.k_norm = RMSNorm(config.dim, config.norm_eps)
         self.q_proj = linear(config.dim, config.dim)
-        self.k_proj = linear(config.dim, config.dim)
-        self.v_proj = linear(config.dim, config.dim)
+        self.k_proj = linear(config.dim, config.kv_heads * config.head_dim)
+        self.v_proj = linear(config.dim, config.kv_heads * config.head_dim)
         self.o_proj = linear(config.dim, config.dim)
 
     def forward(self, queries: Tensor, states: Tensor, layout: PatchLayout) -> Tensor:
         states = self.k_norm(states)
         q = self.q_proj(self.q_norm(queries)).unflatten(-1, (-1, self.head_dim))
         k, v = (p(states).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
-        out = self.attention(q, k, v, layout, direction=self.direction, queries_per_patch=self.queries_per_patch)
+        if self.group > 1:
+            k, v = (x.repeat_interleave(self.group, dim=-2) for x in (k, v))
+        out = self.attention(
+            q, k, v, layout, direction=self.direction, queries_per_patch=self.queries_per_patch, window=self.window
+        )
         return self.o_proj(out.flatten(-2))
 
 
@@ -283,16 +296,9 @@ class ByteModel(nn.Module):
         ImportError
             safetensors is not installed.
         """
-        safetensors = _safetensors()
         tensors = {name: value.detach().to(dtype).contiguous() for name, value in self.state_dict().items()}
         metadata = {"format": "pt", "model": type(self).__name__, "config": json.dumps(asdict(self.config))}
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        part.touch()
-        mode = part.stat().st_mode  # the user's default, which safetensors does not keep
-        safetensors.torch.save_file(tensors, part, metadata)
-        part.chmod(mode)
-        os.replace(part, path)
+        write_safetensors(Path(path), tensors, metadata)
 
     @classmethod
     def load(
@@ -312,21 +318,22 @@ class ByteModel(nn.Module):
         ValueError
             The file holds another model, or keys are missing, unknown or of the wrong shape; the message names them.
         """
-        with _safetensors().safe_open(path, "pt", device=str(device)) as file:
+        with safetensors_module().safe_open(path, "pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             if metadata.get("model") != cls.__name__:
                 raise ValueError(f"path: expected a file of {cls.__name__}, got {metadata.get('model')!r} in {path}")
             tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
         with torch.device("meta"):
             model = cls.from_values(json.loads(metadata["config"]), ops)
-        _check_state(model, tensors, path)
+        expected = {name: value.shape for name, value in model.state_dict().items()}
+        check_tensors(f"{path}: does not fit {cls.__name__}", tensors, expected)
         model.load_state_dict(tensors, assign=True)
         return model
 
 
 def model_name(path: str | os.PathLike[str]) -> str | None:
     """The class of the model in a file that `ByteModel.save` wrote; None for other safetensors files."""
-    with _safetensors().safe_open(path, "pt") as file:
+    with safetensors_module().safe_open(path, "pt") as file:
         return (file.metadata() or {}).get("model")
 
 
@@ -344,19 +351,30 @@ def config_from_dict(cls: type, values: dict[str, Any]) -> Any:
     return cls(**arguments)
 
 
-def _check_state(model: nn.Module, tensors: dict[str, Tensor], path: object) -> None:
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+def check_tensors(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError, opening with `what`, unless `tensors` has the names and shapes of `expected`: it lists them."""
     problems = [f"missing {name}" for name in expected if name not in tensors]
     for name, value in tensors.items():
         if name not in expected:
             problems.append(f"unknown {name}")
-        elif tuple(value.shape) != expected[name]:
+        elif tuple(value.shape) != tuple(expected[name]):
             problems.append(f"{name} of shape {list(value.shape)}, expected {list(expected[name])}")
     if problems:
-        raise ValueError(f"{path}: does not fit {type(model).__name__}: {'; '.join(problems)}")
+        raise ValueError(f"{what}: {'; '.join(problems)}")
 
 
-def _safetensors() -> ModuleType:
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file, all of it or nothing: what was mapped from an old file of this name stays as it is."""
+    part = path.with_name(path.name + ".part")
+    part.touch()
+    mode = part.stat().st_mode  # the user's default, which safetensors does not keep
+    safetensors_module().torch.save_file(tensors, part, metadata)
+    part.chmod(mode)
+    os.replace(part, path)
+
+
+def safetensors_module() -> ModuleType:
+    """The safetensors package, which the library itself does not depend on."""
     try:
         import safetensors
         import safetensors.torch

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from blt_kernels import PatchLayout
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig
+from blt_kernels.models.checkpoint_formats import Values, transformers_blt
 from blt_kernels.nn import EOS, TransformerConfig
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -122,22 +122,22 @@ def test_equals_transformers(folder) -> None:
     known = slice(None, None if exact_end else -1)
     logits = ours(tokens)
     assert logits.std() > 0.3
-    torch.testing.assert_close(logits[:, known], their_logits(theirs, tokens)[:, known], rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits[:, known], their_logits(theirs, tokens)[:, known], rtol=0, atol=1e-5)
     for short in (tokens[:1], tokens[:, :2], tokens[:, :1]):
-        torch.testing.assert_close(ours(short)[:, known], their_logits(theirs, short)[:, known], rtol=0, atol=2e-5)
+        torch.testing.assert_close(ours(short)[:, known], their_logits(theirs, short)[:, known], rtol=0, atol=1e-5)
 
     loss = ours.loss(tokens)
     loss.backward()
     expected = theirs(tokens, labels=tokens, use_cache=False).loss
     expected.backward()
-    torch.testing.assert_close(loss * math.log(2), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(loss * math.log(2), expected, rtol=1e-6, atol=0)
     gradients = {name.removeprefix("model."): p.grad for name, p in theirs.named_parameters()}
     scale = max(g.abs().max().item() for g in gradients.values() if g is not None) * math.log(2)
     for name, parameter in ours.named_parameters():
         assert (parameter.grad is None) == (gradients[name] is None), name
         if parameter.grad is not None:
             nats = parameter.grad * math.log(2)
-            torch.testing.assert_close(nats, gradients[name], rtol=0, atol=2e-5 * scale, msg=name)
+            torch.testing.assert_close(nats, gradients[name], rtol=0, atol=1e-5 * scale, msg=name)
 
 
 @pytest.mark.parametrize("folder", CASES, indirect=True)
@@ -154,6 +154,37 @@ def test_round_trip(folder, tmp_path) -> None:
     assert BLT.from_pretrained(tmp_path / "ours").config == ours.config
 
 
+OLD_STYLE = {
+    "rope_theta": 300.0,
+    "rope_scaling": {"rope_type": "default"},
+    "norm_eps": 0.5,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": None,
+}
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {f"{part}_config": OLD_STYLE for part in ("encoder", "decoder", "global", "patcher")}]
+)
+def test_keys_that_are_missing_mean_what_they_do_in_transformers(values: dict, tmp_path) -> None:
+    blt = pytest.importorskip("transformers.models.blt")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "blt", **values}))
+    few = transformers_blt(Values.read(tmp_path / "config.json"))
+    blt.BltConfig(**values).save_pretrained(tmp_path)
+    assert few == transformers_blt(Values.read(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("folder", ["released"], indirect=True)
+def test_another_patcher(folder, tmp_path) -> None:
+    other = ByteLM(ByteLMConfig(48, 1, 2, window=WINDOW, threshold=5.0))
+    other.save_pretrained(tmp_path / "other")
+    model = BLT.from_pretrained(folder[0], patcher=tmp_path / "other")
+    assert model.config.patcher == dataclasses.replace(other.config, ffn_dim=256)
+    assert torch.equal(model.patcher(batch()), other(batch()))
+    assert not any(p.requires_grad for p in model.patcher.parameters())
+
+
 def test_what_we_built_is_read_by_transformers(tmp_path) -> None:
     blt = pytest.importorskip("transformers.models.blt")
     local = TransformerConfig(32, 2, 2, window=WINDOW)
@@ -165,7 +196,7 @@ def test_what_we_built_is_read_by_transformers(tmp_path) -> None:
     ours.save_pretrained(tmp_path)
     theirs, tokens = blt.BltForCausalLM.from_pretrained(tmp_path).eval(), batch()
     tokens[tokens == EOS] = 4  # it knows no documents
-    torch.testing.assert_close(their_logits(theirs, tokens), ours(tokens), rtol=0, atol=2e-5)
+    torch.testing.assert_close(their_logits(theirs, tokens), ours(tokens), rtol=0, atol=1e-5)
     again = BLT.from_pretrained(tmp_path)
     assert again.config.split_documents
     assert torch.equal(again(batch()), ours(batch()))
@@ -183,7 +214,7 @@ def test_the_patcher_alone(folder, tmp_path) -> None:
     ours, tokens = ByteLM.from_pretrained(path), batch()
     assert ours.config.threshold == theirs.config.patching_threshold
     logits = theirs.model.patcher(tokens)[2]
-    torch.testing.assert_close(ours(tokens), logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours(tokens), logits, rtol=0, atol=4e-5)  # its head is four times as large
     assert all(p.requires_grad for p in ours.parameters())
     ours.save_pretrained(tmp_path / "ours")
     again, information = type(theirs.model.patcher).from_pretrained(tmp_path / "ours", output_loading_info=True)
@@ -293,23 +324,6 @@ def test_what_transformers_would_compute_otherwise_is_not_written(changes: dict,
     assert not (tmp_path / "ours").exists()
 
 
-def test_cross_attention_reaches_back_over_its_windows() -> None:
-    """A byte changes the logits of the patches that its window lets read it, and with wider windows of more."""
-    torch.manual_seed(0)
-    tokens = batch(1, 24)
-    changed = tokens.clone()
-    changed[0, 8] = 99
-    layout = PatchLayout.from_lengths(torch.tensor([[1, 5, 4, 5, 5, 4]]))
-    base = dataclasses.replace(SMALL, patcher=None, global_transformer=TransformerConfig(48, 0, 2))
-    models = [BLT(dataclasses.replace(base, cross_attn_window_encoder=w, cross_attn_window_decoder=w)) for w in (1, 2)]
-    models[1].load_state_dict(models[0].state_dict())
-    models.append(BLT(base))
-    models[2].load_state_dict(models[0].state_dict())
-    one, two, none = ((m(tokens, layout=layout) - m(changed, layout=layout)).abs().amax(-1)[0] > 0 for m in models)
-    assert torch.equal(one, none)
-    assert two.sum() > one.sum()
-
-
 # --- facebookresearch/blt: files made here ----------------------------------------------------------------------------
 
 ARGS = {
@@ -413,17 +427,16 @@ def hub_layout(root: Path) -> None:
 def test_hub_layout_of_facebookresearch(theirs) -> None:
     root, expected = theirs
     hub_layout(root)
-    for name in ("blt", "entropy_model"):
-        file = root / name / "model.safetensors"
-        tensors = safetensors.load_file(file)
-        del tensors["rope_embeddings.freqs_cis"]
-        safetensors.save_file(tensors, file)
     args = {**ENTROPY, "sliding_window": WINDOW, "norm_eps": 1e-4, "n_kv_heads": None, "multiple_of": 256}
     (root / "entropy_model" / "config.json").write_text(json.dumps({"args": args}))
     model = BLT.from_pretrained(root / "blt", patcher=root / "entropy_model")
     patcher = dataclasses.replace(EXPECTED.patcher, window=WINDOW, rope_theta=7.0, norm_eps=1e-4)
     assert model.config == dataclasses.replace(EXPECTED, patcher=patcher)
     assert torch.equal(model.local_decoder.norm.weight, expected.local_decoder.norm.weight)
+    with pytest.raises(ValueError, match="expected the arguments of an entropy model, got vocab_size, dim_global"):
+        ByteLM.from_pretrained(root / "blt")
+    with pytest.raises(ValueError, match="dim_local_encoder: expected a value, found none"):
+        BLT.from_pretrained(root / "entropy_model")
     (root / "blt" / "train_args.json").unlink()
     bare = BLT.from_pretrained(root / "blt").config
     assert (bare.patching, bare.threshold, bare.threshold_add) == ("byte", 9.0, None)
@@ -474,6 +487,12 @@ def test_patching_modes_of_facebookresearch(theirs) -> None:
 class Surprise:
     def __reduce__(self):
         return print, ("run by unpickling",)
+
+
+def test_consolidated_weights_have_a_key(theirs) -> None:
+    torch.save({"optim": {}, "step": 1}, theirs[0] / "blt" / "consolidated.pth")
+    with pytest.raises(ValueError, match=r"consolidated.pth: expected weights under 'model', got optim, step"):
+        BLT.from_pretrained(theirs[0] / "blt")
 
 
 def test_pickled_code_is_not_run(theirs, capsys) -> None:

@@ -42,6 +42,22 @@ CONFIGS: dict[str, tuple[type[ByteModel], object]] = {
     "blt_all_encoder_layers": (BLT, dataclasses.replace(SMALL_BLT, cross_attn_all_layers_encoder=True)),
     "blt_first_decoder_layer": (BLT, dataclasses.replace(SMALL_BLT, cross_attn_all_layers_decoder=False)),
     "blt_grouped_heads": (BLT, dataclasses.replace(SMALL_BLT, decoder=dataclasses.replace(LOCAL, num_kv_heads=1))),
+    "blt_cross_windows": (
+        BLT,
+        dataclasses.replace(
+            SMALL_BLT,
+            cross_attn_all_layers_encoder=True,
+            cross_attn_heads=4,
+            cross_attn_window_encoder=2,
+            cross_attn_window_decoder=3,
+        ),
+    ),
+    "blt_grouped_cross": (
+        BLT,
+        dataclasses.replace(
+            SMALL_BLT, decoder=dataclasses.replace(LOCAL, num_kv_heads=1), cross_attn_grouped_heads=True
+        ),
+    ),
     "blt_space": (BLT, dataclasses.replace(SMALL_BLT, patching="space", patcher=None)),
     "blt_static": (BLT, dataclasses.replace(SMALL_BLT, patching="static", patch_size=3, patcher=None)),
     "megabyte": (MegaByte, MegaByteConfig(4, TransformerConfig(32, 2, 2, ffn_dim=64), TransformerConfig(48, 2, 2))),
@@ -148,6 +164,42 @@ def test_split_documents_is_a_no_op_on_rows_that_are_documents() -> None:
     tokens[8] = tokens[22] = EOS
     for name in ("byte_lm", "blt"):
         assert build(name, split_documents=True)(tokens, rows).equal(build(name)(tokens, rows))
+
+
+@pytest.mark.parametrize(
+    ("encode", "decode", "last"), [(None, None, 13), (1, 1, 13), (2, None, 18), (None, 2, 18), (2, 2, 23)]
+)
+def test_cross_attention_reaches_back_over_its_windows(encode: int | None, decode: int | None, last: int) -> None:
+    """Byte 8, in patch 2, changes that patch, or the next one too; bytes read the last patch, or the last two."""
+    near = dataclasses.replace(LOCAL, num_layers=1, window=1)
+    model = build(
+        "blt",
+        encoder=near,
+        decoder=near,
+        global_transformer=TransformerConfig(48, 0, 2),
+        ngram_sizes=(2,),
+        cross_attn_window_encoder=encode,
+        cross_attn_window_decoder=decode,
+    )
+    tokens, rows = documents((24,))
+    changed = tokens.clone()
+    changed[8] = 4 + (changed[8] + 100) % 256
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 5, 4, 5, 5, 4]]))
+    same = (model(tokens, rows, layout=layout) == model(changed, rows, layout=layout)).all(-1)
+    assert (~same).nonzero().flatten().tolist() == list(range(8, last + 1))
+
+
+def test_pooling_at_every_layer_leaves_the_last_cross_attention_alone() -> None:
+    tokens, rows = documents()
+    changes = {"cross_attn_all_layers_encoder": True, "pool_every_layer": True}
+    every, last = build("blt", **changes), build("blt")
+    state = every.state_dict()
+    first = "local_encoder.cross_attn_layers.0."
+    for name in [name for name in state if name.startswith(first)]:
+        state[name] = state.pop(name.replace(first, "local_encoder.cross_attn_layers.1."))
+    last.load_state_dict(state)
+    assert every(tokens, rows).equal(last(tokens, rows))
+    assert not every(tokens, rows).equal(build("blt", cross_attn_all_layers_encoder=True)(tokens, rows))
 
 
 def test_attention_documents() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +39,21 @@ class BLTConfig:
     `encoder` and `decoder` work on bytes and share their width, `global_transformer` on patches. A patch is
     `queries_per_patch` vectors of the local width. `patching` is "entropy" (by `patcher`, with the rules of
     `blt_kernels.patch_starts`), "space", "static" (every `patch_size` bytes) or "byte"; `patcher` may be None where
-    another scheme or the caller's layouts are used. With `split_documents`, self-attention also stops after every EOS
-    inside a row, and the global one after the patch that holds it, as in facebookresearch/blt; without it, as in
-    transformers, rows are taken as they are.
+    another scheme or the caller's layouts are used.
+
+    Cross attention has `cross_attn_heads` heads, or those of the layers around it. Encoding, it reads the bytes of the
+    last `cross_attn_window_encoder` patches, decoding the last `cross_attn_window_decoder` patches; one patch if None.
+
+    Where facebookresearch/blt and transformers differ:
+
+    - `split_documents`: self-attention also stops after every EOS inside a row, and the global one after the patch that
+      holds it, as in facebookresearch/blt. Without it, as in transformers, rows are taken as they are.
+    - `pool_every_layer`, which tells only where `cross_attn_all_layers_encoder` has several layers: the patches are
+      pooled anew at every layer, as in transformers, so that the cross attention of the last layer alone is seen (and
+      is all that is computed here). Without it, as in facebookresearch/blt, they are pooled at the first layer, and
+      each cross attention adds to them.
+    - `cross_attn_grouped_heads`: cross attention has as few key/value heads as the layers around it, as in
+      transformers. Without it, as in facebookresearch/blt, it has as many as query heads.
     """
 
     encoder: TransformerConfig = TransformerConfig(1024, 1, 16, window=512)
@@ -53,6 +67,9 @@ class BLTConfig:
     num_functions: int = 1
     cross_attn_all_layers_encoder: bool = False
     cross_attn_all_layers_decoder: bool = True
+    cross_attn_heads: int | None = None
+    cross_attn_window_encoder: int | None = None
+    cross_attn_window_decoder: int | None = None
     patching: str = "entropy"
     patch_size: int = 4
     threshold: float = 1.335442066192627
@@ -60,11 +77,20 @@ class BLTConfig:
     monotonic: bool = False
     max_patch_length: int | None = None
     split_documents: bool = False
+    pool_every_layer: bool = False
+    cross_attn_grouped_heads: bool = False
 
     def __post_init__(self) -> None:
         _common.check_choice("patching", self.patching, SCHEMES)
         if self.encoder.dim != self.decoder.dim:
             raise ValueError(f"decoder.dim: expected encoder.dim = {self.encoder.dim}, got {self.decoder.dim}")
+        self.cross_attention(self.encoder)  # raises if heads and width do not go together
+        self.cross_attention(self.decoder)
+
+    def cross_attention(self, around: TransformerConfig) -> TransformerConfig:
+        """Width and heads of the cross attention between the layers of the encoder or of the decoder."""
+        kv_heads = around.kv_heads if self.cross_attn_grouped_heads else None
+        return replace(around, num_heads=self.cross_attn_heads or around.num_heads, num_kv_heads=kv_heads)
 
     @staticmethod
     def small() -> BLTConfig:
@@ -85,12 +111,14 @@ class LocalEncoder(nn.Module):
         super().__init__()
         layer, queries = config.encoder, config.queries_per_patch
         self.patch_pool, self.queries_per_patch = ops.patch_pool, queries
-        self.all_layers = config.cross_attn_all_layers_encoder
+        self.all_layers, self.pool_every_layer = config.cross_attn_all_layers_encoder, config.pool_every_layer
         self.embed_tokens = embedding(config.vocab_size, layer.dim)
         self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
         self.patch_embedding_projection = linear(layer.dim, queries * layer.dim)
+        count = layer.num_layers if self.all_layers else 1
+        cross, window = config.cross_attention(layer), config.cross_attn_window_encoder
         self.cross_attn_layers = nn.ModuleList(
-            CrossAttention(layer, ops, "encode", queries) for _ in range(layer.num_layers if self.all_layers else 1)
+            CrossAttention(cross, ops, "encode", queries, window) for _ in range(count)
         )
 
     def forward(self, x: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
@@ -98,7 +126,7 @@ class LocalEncoder(nn.Module):
         patches = None
         for i, layer in enumerate(self.layers):
             x = layer(x, table, documents)
-            if self.all_layers or i == len(self.layers) - 1:
+            if (self.all_layers and not self.pool_every_layer) or i == len(self.layers) - 1:
                 if patches is None:
                     pooled = self.patch_pool(x, layout, "max")
                     patches = self.patch_embedding_projection(pooled).view(-1, x.shape[-1]).to(x.dtype)  # [C * K, D]
@@ -133,7 +161,10 @@ class LocalDecoder(nn.Module):
         layer, queries = config.decoder, config.queries_per_patch
         count = layer.num_layers if config.cross_attn_all_layers_decoder else 1
         self.patch_embedding_projection = linear(config.global_transformer.dim, queries * layer.dim)
-        self.cross_attn_layers = nn.ModuleList(CrossAttention(layer, ops, "decode", queries) for _ in range(count))
+        cross, window = config.cross_attention(layer), config.cross_attn_window_decoder
+        self.cross_attn_layers = nn.ModuleList(
+            CrossAttention(cross, ops, "decode", queries, window) for _ in range(count)
+        )
         self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
         self.norm = RMSNorm(layer.dim, layer.norm_eps)
 
@@ -173,6 +204,64 @@ class BLT(ByteModel):
         self.local_decoder = LocalDecoder(config, self.ops)
         self.lm_head = linear(config.decoder.dim, config.vocab_size)
         self.patcher = None if config.patcher is None else ByteLM(config.patcher, ops).requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        ops: str = "fused",
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        patcher: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        **changes: Any,
+    ) -> BLT:
+        """Read a checkpoint of transformers or of facebookresearch/blt: `blt_kernels.models.checkpoint` says how.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            A directory, or a repository on the hub: ``owner/name``, or ``owner/name/folder``.
+        ops : "fused" or "reference"
+        dtype : torch.dtype, optional
+            The stored dtypes if None: then the weights of a CPU model are the mapped file.
+        device : torch.device or str
+        patcher : str or PathLike, optional
+            Another entropy model, as `path`. If None, that of the checkpoint: in transformers' format, the one inside;
+            in those of facebookresearch/blt, ``entropy_model`` in the directory or beside it, if it is there.
+        revision : str, optional
+            Of the repository.
+        changes
+            Fields of `BLTConfig` that shall differ from the file's, such as ``split_documents=True``.
+
+        Raises
+        ------
+        ImportError
+            safetensors or, for the hub, huggingface_hub is not installed.
+        FileNotFoundError
+            There is no such directory, or a file is not in it.
+        ValueError
+            The file holds another model or asks for what BLT lacks, or keys are missing, unknown or of the wrong shape;
+            the message names them.
+        """
+        from blt_kernels.models import checkpoint
+
+        return checkpoint.read_blt(path, ops, dtype, device, patcher, revision, changes)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a directory that transformers' ``BltForCausalLM.from_pretrained`` reads, and `from_pretrained` too.
+
+        Raises
+        ------
+        ImportError
+            safetensors is not installed.
+        ValueError
+            transformers would compute something else; the message names the field of the configuration.
+        """
+        from blt_kernels.models import checkpoint
+
+        checkpoint.write_blt(self, path)
 
     def forward(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,39 @@ class ByteLM(ByteModel):
         self.layers = nn.ModuleList(TransformerLayer(config, self.ops) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = linear(config.dim, config.vocab_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        ops: str = "fused",
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        **changes: Any,
+    ) -> ByteLM:
+        """Read the entropy model of a checkpoint: `blt_kernels.models.checkpoint` says how.
+
+        It is a BLT of transformers with its patcher, that patcher alone (``BltPatcher``), or an entropy model of
+        facebookresearch/blt. Arguments and errors are those of `BLT.from_pretrained`; `changes` are fields of
+        `ByteLMConfig`.
+        """
+        from blt_kernels.models import checkpoint
+
+        return checkpoint.read_byte_lm(path, ops, dtype, device, revision, changes)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a directory that transformers' ``BltPatcher.from_pretrained`` reads, and `from_pretrained` too.
+
+        Raises
+        ------
+        ImportError
+            safetensors is not installed.
+        """
+        from blt_kernels.models import checkpoint
+
+        checkpoint.write_byte_lm(self, path)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits of the next byte.
