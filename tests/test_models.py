@@ -306,47 +306,6 @@ def test_sizes_of_the_paper() -> None:
     assert 1.8e8 < sum(p.numel() for key, p in megabyte.named_parameters() if key.startswith("local_")) < 2.2e8
 
 
-def test_equals_transformers() -> None:
-    """Weights of transformers' BLT, copied under their own names, give its logits, entropies and patches."""
-    transformers = pytest.importorskip("transformers.models.blt")
-    shape = {"num_attention_heads": 2, "intermediate_size": 64}
-    rope = {"rope_type": "default", "rope_theta": 500000.0}
-    local = {"hidden_size": 32, "hidden_size_global": 48, "rope_parameters": rope, **shape}
-    torch.manual_seed(0)
-    theirs = transformers.BltForCausalLM(
-        transformers.BltConfig(
-            encoder_hash_byte_group_vocab=97,
-            local_attention_window_len=WINDOW,
-            rope_parameters=rope,
-            patcher_config={
-                "hidden_size": 32,
-                "num_hidden_layers": 2,
-                "sliding_window": WINDOW,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-                **shape,
-            },
-            encoder_config={"num_hidden_layers": 1, **local},
-            decoder_config={"num_hidden_layers": 2, **local},
-            global_config={"hidden_size": 48, "num_hidden_layers": 2, "rope_parameters": rope, **shape},
-        )
-    ).eval()
-    config = dataclasses.replace(
-        SMALL_BLT,
-        encoder=dataclasses.replace(LOCAL, num_layers=1),
-        patcher=dataclasses.replace(BYTE_LM, num_kv_heads=None),
-    )
-    ours = BLT(config)
-    ours.load_state_dict({key.removeprefix("model."): value for key, value in theirs.state_dict().items()})
-    tokens = documents((120,))[0].view(1, -1)
-    entropy, _, logits = theirs.model.patcher(tokens)
-    torch.testing.assert_close(ours.patcher(tokens), logits, rtol=0, atol=2e-5)
-    threshold = theirs.config.patching_threshold = entropy.quantile(0.7).item()
-    ours.config = dataclasses.replace(config, threshold=threshold)
-    with torch.no_grad():
-        assert 25 < int(ours.patch(tokens).num_patches) < 45
-        torch.testing.assert_close(ours(tokens), theirs(tokens, use_cache=False).logits, rtol=0, atol=2e-5)
-
-
 SNIPPET = b"""
     def read(self, path, encoding=None):
         \"\"\"Return the contents of the file as a string.\"\"\"
