@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timing
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import blt_kernels as bk
 from blt_kernels.testing import offsets_of
+from blt_kernels.triton.attention_launch import tiles_visited
 
 DOCUMENTS = [1098, 315, 5504, 375, 118, 782]
 SMALL = [40, 1, 0, 75]
@@ -23,31 +24,53 @@ HEADS, GROUPS, WIDTH, WINDOW = 16, 4, 64, 512
 
 @dataclass(frozen=True)
 class Case:
-    """What is attended: documents of these lengths, `key_heads` for HEADS query heads, all or the last `window`."""
+    """What is attended: documents of these lengths, `key_heads` for `heads` query heads, all or the last `window`."""
 
     lengths: list[int]
     window: int | None = None
     key_heads: int = HEADS
     dtype: torch.dtype = torch.float32
+    heads: int = HEADS
+    width: int = WIDTH
+
+
+CASES = {  # with the passes that are measured: backward or not
+    "cpu": (
+        (Case(DOCUMENTS), (False, True)),
+        (Case(DOCUMENTS, dtype=torch.bfloat16), (False, True)),
+        (Case(DOCUMENTS, window=WINDOW), (False, True)),
+        (Case(DOCUMENTS, key_heads=GROUPS), (False,)),
+    ),
+    "cuda": (
+        (Case([8192] * 2, dtype=torch.bfloat16, width=128), (False, True)),
+        (Case([32768], dtype=torch.bfloat16, width=128, key_heads=GROUPS), (False, True)),
+        (Case(DOCUMENTS * 4, dtype=torch.bfloat16, width=128), (False, True)),
+        (Case([16384] * 2, window=WINDOW, dtype=torch.bfloat16), (False, True)),
+        (Case(DOCUMENTS), (False,)),
+    ),
+}
+TILE = (128, 128)  # queries and keys
+ROOM = 8192  # keys of a cache
+USED = [ROOM * (n % 8 + 1) // 8 - n for n in range(64)]
+MOST_FOR_A_MASK = 10_000  # bytes
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
-    """Yield forward and backward, whole and windowed; inputs are made when their turn comes."""
-    lengths = SMALL if small else DOCUMENTS
-    whole = Case(lengths)
-    half = Case(lengths, dtype=torch.bfloat16)
-    windowed = Case(lengths, window=16 if small else WINDOW)
-    for case in (whole, half, windowed):
-        for backward in (False, True):
+    """Yield forward and backward, whole and windowed, and a step of decoding; inputs are made when their turn comes."""
+    for case, passes in CASES[device]:
+        if small:
+            case = replace(case, lengths=SMALL, window=case.window and 16)
+        for backward in passes:
             yield comparison(case, device, backward, compile_peers)
-    yield comparison(Case(lengths, key_heads=GROUPS), device, False, compile_peers)
+    if device == "cuda":
+        yield decoding([60, 1, 33] if small else USED, 64 if small else ROOM, device)
 
 
 def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> Comparison:
     lengths, window, size = case.lengths, case.window, sum(case.lengths)
     q, k, v, grad = (
-        normal(size, heads, WIDTH, seed=seed, dtype=case.dtype, device=device)
-        for seed, heads in enumerate((HEADS, case.key_heads, case.key_heads, HEADS))
+        normal(size, heads, case.width, seed=seed, dtype=case.dtype, device=device)
+        for seed, heads in enumerate((case.heads, case.key_heads, case.key_heads, case.heads))
     )
     inputs = tuple(x.requires_grad_(backward) for x in (q, k, v))
     cu_seqlens = offsets_of(lengths, device=device)
@@ -57,19 +80,24 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
 
     implementations = {
         OURS: run(lambda q, k, v: bk.block_causal_attention(q, k, v, cu_seqlens, window=window)),
-        "SDPA, dense mask": run(peers.masked_attention(cu_seqlens, window)),
         "SDPA by document": run(peers.attention_by_document(lengths, window)),
     }
+    if size <= MOST_FOR_A_MASK:
+        implementations["SDPA, dense mask"] = run(peers.masked_attention(cu_seqlens, window))
+    if device == "cuda" and case.dtype != torch.float32:
+        implementations["varlen_attn"] = run(peers.varlen_attention(cu_seqlens, window))
     if compile_peers and not (backward and device == "cpu"):  # flex_attention has no backward on the CPU
         implementations["flex_attention"] = run(peers.flex_attention(cu_seqlens, window))
     pairs = sum(min(i + 1, window or n) for n in lengths for i in range(n))
-    flops = (14 if backward else 4) * pairs * HEADS * WIDTH  # 2 products forward; 5 more, recomputing one, backward
-    side = 2048 if lengths == DOCUMENTS else 128
+    flops = (
+        (14 if backward else 4) * pairs * case.heads * case.width
+    )  # 2 products forward; 5 more, recomputing one, backward
+    side = 128 if lengths == SMALL else 8192 if device == "cuda" else 2048
     square = normal(side, side, dtype=case.dtype, device=device)
 
     def agree(results: dict[str, Any]) -> None:
         # The first key head and the query heads that read it: all of them in fp64 take longer than the measurement.
-        heads = (HEADS // case.key_heads, 1, 1)
+        heads = (case.heads // case.key_heads, 1, 1)
         exact_inputs = tuple(
             x[:, :n].detach().double().requires_grad_(backward) for x, n in zip(inputs, heads, strict=True)
         )
@@ -81,7 +109,7 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
             truth, shown = (exact,), {name: [r[:, : heads[0]]] for name, r in results.items()}
         assert_agree(shown, truth, "SDPA by document")
 
-    grouping = f"{HEADS}/{case.key_heads} heads, " if case.key_heads != HEADS else ""
+    grouping = f"{case.heads}/{case.key_heads} heads, " if case.key_heads != case.heads else ""
     return Comparison(
         f"block_causal_attention {name_of_pass(backward)}",
         f"{f'window {window}, ' if window else ''}{grouping}{list(q.shape)} in {len(lengths)} documents",
@@ -96,9 +124,50 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
     )
 
 
+def decoding(used: list[int], room: int, device: str) -> Comparison:
+    """One new query a sequence, with caches of which `used` keys of `room` are there: bound by their bytes."""
+    heads, groups, width, count = 32, 8, 128, len(used)
+    q = normal(count, heads, width, dtype=torch.bfloat16, device=device)
+    k, v = (normal(count * room, groups, width, seed=n, dtype=torch.bfloat16, device=device) for n in (1, 2))
+    queries, keys = (offsets_of([n] * count, device=device) for n in (1, room))
+    seqused_k = torch.tensor(used, dtype=torch.int32, device=device)
+    with_cache = peers.attention_with_cache(used, room)
+
+    def agree(results: dict[str, Any]) -> None:
+        exact = with_cache(q.double(), k.double(), v.double())
+        assert_agree({name: [result] for name, result in results.items()}, [exact], "SDPA by document")
+
+    moved = 2 * sum(used) * groups * width * q.element_size()
+    copied = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+    return Comparison(
+        "block_causal_attention decode",
+        f"{count} queries, {heads}/{groups} heads x {width}, caches of {sum(used)} keys in {count} x {room}",
+        name_of(q.dtype),
+        {
+            OURS: lambda: bk.block_causal_attention(q, k, v, queries, keys, seqused_k=seqused_k),
+            "SDPA by document": lambda: with_cache(q, k, v),
+        },
+        moved,
+        timing.copies(copied),
+        moved,
+        agree,
+        device=device,
+    )
+
+
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """Nothing that the tables do not show."""
-    return []
+    """Tiles that the kernels for CUDA visit, against the fewest that could hold what is seen, on any machine."""
+    lines = []
+    for lengths, window in ((DOCUMENTS, None), ([8192] * 2, None), ([16384] * 2, WINDOW), ([1] * 100_000, None)):
+        position = torch.cat([torch.arange(n) for n in lengths])
+        last = torch.arange(1, position.numel() + 1)
+        first = last - 1 - position.clamp(max=(window or max(lengths)) - 1)
+        visited, fewest = tiles_visited(first, last, *TILE)
+        lines.append(
+            f"{position.numel()} bytes in {len(lengths)} documents, window {window}: {visited} tiles of "
+            f"{TILE[0]} x {TILE[1]} a head, {visited / fewest:.2f} of the fewest"
+        )
+    return lines
 
 
 def test_block_causal_attention(run_benchmark: Callable[[], None]) -> None:

@@ -64,3 +64,31 @@ def flex_attention(cu_seqlens: Tensor, window: int | None) -> Callable[[Tensor, 
         return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
 
     return attention
+
+
+def varlen_attention(cu_seqlens: Tensor, window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """torch's variable-length flash attention, for half precision on a GPU."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = int(cu_seqlens.diff().max())
+    reach = (-1 if window is None else window - 1, 0)  # keys before the query's own, and behind it
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=reach, enable_gqa=grouped)
+
+    return attention
+
+
+def attention_with_cache(used: list[int], room: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A call of torch's attention for the one new query of each sequence: it reads the keys that its cache holds."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        caches = zip(q.split(1), k.split(room), v.split(room), used, strict=True)
+        return torch.cat([attend(one, keys[:n], values[:n]) for one, keys, values, n in caches])
+
+    return attention

@@ -7,6 +7,8 @@ Its last query is aligned with its last key, so that a query at position i of n 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Any
 
 import torch
@@ -190,3 +192,20 @@ def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tu
 
 
 torch.library.register_autograd("blt_kernels::block_causal_attention_fwd", _backward, setup_context=_save)
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+def _register_triton(operator: str, file: str) -> None:
+    """Register a launcher of `triton/`, which is imported when it is called for the first time."""
+
+    def launch(*arguments: Any) -> tuple[Tensor, ...]:
+        return getattr(importlib.import_module(f"blt_kernels.triton.{file}"), f"{operator}_cuda")(*arguments)
+
+    torch.library.impl(f"blt_kernels::{operator}", "CUDA", launch)
+
+
+if importlib.util.find_spec("triton") is not None:
+    _register_triton("block_causal_attention_fwd", "block_causal_attention")
+    _register_triton("block_causal_attention_bwd", "attention_backward")

@@ -1,0 +1,239 @@
+# ruff: noqa: ANN001, ANN201 (arguments of kernels have no types)
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Backward of block_causal_attention, without atomics.
+
+    p_ij = exp(s_ij - lse_i),  ds_ij = p_ij (g_i . v_j - delta_i),  delta_i = g_i . out_i
+    dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij g_i
+
+Three kernels: the row sums `delta`; dk and dv of `rows` keys of one key head, which stream the queries that see them,
+of all heads that read this key head; dq of `rows` queries of one head, which streams keys as forward does. Both make
+the scores anew, so a (query, key) pair costs 14 E flops, 4 E more than if dq were added up by atomics, and everything
+is the same bit for bit from run to run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blt_kernels.reference import block_causal_attention as reference
+from blt_kernels.triton.attention_launch import Launch, launch_options, padded_width
+from blt_kernels.triton.attention_ranges import load_ranges, next_run, ranges
+from blt_kernels.triton.attention_tiles import (
+    architecture,
+    check,
+    is_partial,
+    load_rows,
+    precision_of,
+    row_mask,
+    rows_of,
+    runs_here,
+    scales,
+    sees,
+    strides,
+    tile_at,
+)
+
+_SUM_ROWS = 64
+
+
+@triton.jit(do_not_specialize=["queries", "heads", "width"])
+def block_causal_attention_bwd_sums_kernel(
+    grad_out, out, lse, sums, first, last, stride_gt, stride_gh, stride_ot, stride_oh, queries, heads, width,
+    ROWS: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Write ``sums [2, heads, queries]``, `lse` and delta side by side in each head. Rows without keys are not read."""
+    head = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    local = tl.arange(0, ROWS)
+    row = start + local
+    first_key, last_key, _ = load_ranges(first, last, row, queries)
+    loaded = row_mask(first_key < last_key, width, E, EVEN)
+    grad = tl.load(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), mask=loaded, other=0.0)
+    result = tl.load(tile_at(out + head * stride_oh, start, stride_ot, local, E), mask=loaded, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
+    total = tl.load(lse + row * heads + head, mask=row < queries, other=0.0)
+    tl.store(sums + head * queries + row, total, mask=row < queries)
+    tl.store(sums + (heads + head) * queries + row, delta, mask=row < queries)
+
+
+@triton.jit
+def dkdv_run(
+    dk, dv, k, v, q, grad_out, lse, delta, stride_qt, stride_qh, stride_gt, stride_gh, scale, first, last,
+    begin, end, queries, group, width,
+    STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the queries ``[begin, end)`` of each head of a group; k and v are ``[ROWS, E]``.
+
+    The heads are in the same loop, so that loads of the next one start before this one is done.
+    """
+    step = tl.arange(0, STEP)
+    tiles = tl.cdiv(end - begin, STEP)
+    for index in tl.range(0, tiles * group):
+        head = (index // tiles).to(tl.int64)
+        start = begin + index % tiles * STEP
+        local = tl.minimum(step, end - 1 - start)  # the last query again, not what is behind it
+        q_rows = load_rows(tile_at(q + head * stride_qh, start, stride_qt, local, E), width, E, EVEN)
+        grad = load_rows(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), width, E, EVEN)
+        score = tl.dot(k, q_rows.T, input_precision=PRECISION)  # [ROWS, STEP]
+        p = tl.exp(score * scale - tl.load(lse + head * queries + start + local)[None, :])
+        if is_partial(start, first, last, STEP):
+            p = tl.where(sees(first, last, start, end, STEP), p, 0.0)
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dp = tl.dot(v, grad.T, input_precision=PRECISION)
+        ds = p * (dp - tl.load(delta + head * queries + start + local)[None, :])
+        dk = tl.dot(ds.to(q_rows.dtype), q_rows, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "groups", "group", "width"])
+def block_causal_attention_bwd_dkdv_kernel(
+    q, k, v, grad_out, sums, first, last, grad_k, grad_v,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
+    scale, queries, keys, groups, group, width,
+    ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write `grad_k` and `grad_v` of ROWS keys of one key head; queries [first, last) see a key."""
+    key_head = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * ROWS  # early keys are seen by the most queries
+    local = tl.arange(0, ROWS)
+    row = start + local
+    inside = row < keys
+    first_row, last_row, gap = load_ranges(first, last, row, keys)
+    stored = row_mask(inside, width, E, EVEN)
+    k_rows = tl.load(tile_at(k + key_head * stride_kh, start, stride_kt, local, E), mask=stored, other=0.0)
+    v_rows = tl.load(tile_at(v + key_head * stride_vh, start, stride_vt, local, E), mask=stored, other=0.0)
+    dk = tl.zeros((ROWS, E), tl.float32)
+    dv = tl.zeros((ROWS, E), tl.float32)
+    head = key_head * group
+    q += head * stride_qh
+    grad_out += head * stride_gh
+    lse = sums + head * queries
+    delta = lse + groups.to(tl.int64) * group * queries
+    begin, end = next_run(first_row, last_row, gap, 0)
+    while begin < end:
+        dk, dv = dkdv_run(
+            dk, dv, k_rows, v_rows, q, grad_out, lse, delta, stride_qt, stride_qh, stride_gt, stride_gh, scale,
+            first_row, last_row, begin, end, queries, group, width, STEP, E, EVEN, PRECISION,
+        )  # fmt: skip
+        begin, end = next_run(first_row, last_row, gap, end)
+    seen = (first_row < last_row)[:, None]
+    at = (row * groups + key_head)[:, None] * width + tl.arange(0, E)[None, :]
+    tl.store(grad_k + at, tl.where(seen, dk * scale, 0.0).to(grad_k.dtype.element_ty), mask=stored)
+    tl.store(grad_v + at, tl.where(seen, dv, 0.0).to(grad_v.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def dq_run(
+    dq, q, grad, lse, delta, k, v, stride_kt, stride_vt, scale, first, last, begin, end, width,
+    STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the keys ``[begin, end)``; q and grad are ``[ROWS, E]``."""
+    step = tl.arange(0, STEP)
+    for offset in tl.range(0, end - begin, STEP):
+        start = begin + offset
+        local = tl.minimum(step, end - 1 - start)  # the last key again, not what is behind it
+        k_rows = load_rows(tile_at(k, start, stride_kt, local, E), width, E, EVEN)
+        v_rows = load_rows(tile_at(v, start, stride_vt, local, E), width, E, EVEN)
+        p = tl.exp(tl.dot(q, k_rows.T, input_precision=PRECISION) * scale - lse[:, None])  # [ROWS, STEP]
+        dp = tl.dot(grad, v_rows.T, input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        if is_partial(start, first, last, STEP):
+            ds = tl.where(sees(first, last, start, end, STEP), ds, 0.0)
+        dq = tl.dot(ds.to(k_rows.dtype), k_rows, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["queries", "heads", "group", "width"])
+def block_causal_attention_bwd_dq_kernel(
+    q, k, v, grad_out, sums, first, last, grad_q,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
+    scale, queries, heads, group, width,
+    ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write `grad_q` of ROWS queries of one head."""
+    head = tl.program_id(1).to(tl.int64)
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * ROWS  # late queries have the most keys
+    local = tl.arange(0, ROWS)
+    row = start + local
+    inside = row < queries
+    first_row, last_row, gap = load_ranges(first, last, row, queries)
+    stored = row_mask(inside, width, E, EVEN)
+    q_rows = tl.load(tile_at(q + head * stride_qh, start, stride_qt, local, E), mask=stored, other=0.0)
+    grad = tl.load(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), mask=stored, other=0.0)
+    lse = tl.load(sums + head * queries + row, mask=inside, other=0.0)
+    delta = tl.load(sums + (heads + head) * queries + row, mask=inside, other=0.0)
+    k += head // group * stride_kh
+    v += head // group * stride_vh
+    dq = tl.zeros((ROWS, E), tl.float32)
+    begin, end = next_run(first_row, last_row, gap, 0)
+    while begin < end:
+        dq = dq_run(
+            dq, q_rows, grad, lse, delta, k, v, stride_kt, stride_vt, scale, first_row, last_row, begin, end, width,
+            STEP, E, EVEN, PRECISION,
+        )  # fmt: skip
+        begin, end = next_run(first_row, last_row, gap, end)
+    dq = tl.where((first_row < last_row)[:, None], dq * scale, 0.0)
+    at = (row * heads + head)[:, None] * width + tl.arange(0, E)[None, :]
+    tl.store(grad_q + at, dq.to(grad_q.dtype.element_ty), mask=stored)
+
+
+def block_causal_attention_bwd_cuda(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    window: int | None,
+    causal: bool,
+    scale: float | None,
+    seqused_k: Tensor | None,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run backward; see `ops.block_causal_attention`. `launch` takes the place of what `launch_options` says."""
+    if not runs_here(q):
+        return reference.block_causal_attention_bwd_reference(
+            grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k
+        )
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, seqused_k)
+    (queries, heads, width), (keys, groups, _) = q.shape, k.shape
+    q, k, v, grad_out, out, lse = rows_of(q), rows_of(k), rows_of(v), rows_of(grad_out), rows_of(out), lse.contiguous()
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
+    if not queries or not keys:
+        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
+    sums = q.new_empty((2, heads, queries), dtype=torch.float32)
+    padded = padded_width(width)
+    _, factor = scales(scale, width)
+    options = {
+        "E": padded,
+        "EVEN": padded == width,
+        "PRECISION": precision_of(q),
+        "enable_fp_fusion": True,
+    }
+    with torch.cuda.device_of(q):
+        offsets = (queries, keys, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
+        of_queries, of_keys = ranges(False, *offsets), ranges(True, *offsets)
+        block_causal_attention_bwd_sums_kernel[(triton.cdiv(queries, _SUM_ROWS), heads)](
+            grad_out, out, lse, sums, *of_queries, *strides(grad_out, out), queries, heads, width,
+            ROWS=_SUM_ROWS, E=padded, EVEN=padded == width, num_warps=4,
+        )  # fmt: skip
+        own = launch or launch_options("bwd_dkdv", width, q.dtype, window, architecture(q))
+        block_causal_attention_bwd_dkdv_kernel[(triton.cdiv(keys, own.rows), groups)](
+            q, k, v, grad_out, sums, *of_keys, grad_k, grad_v, *strides(q, k, v, grad_out), factor,
+            queries, keys, groups, heads // groups, width,
+            ROWS=own.rows, STEP=own.step, num_warps=own.warps, num_stages=own.stages, **options,
+        )  # fmt: skip
+        own = launch or launch_options("bwd_dq", width, q.dtype, window, architecture(q))
+        block_causal_attention_bwd_dq_kernel[(triton.cdiv(queries, own.rows), heads)](
+            q, k, v, grad_out, sums, *of_queries, grad_q, *strides(q, k, v, grad_out), factor,
+            queries, heads, heads // groups, width,
+            ROWS=own.rows, STEP=own.step, num_warps=own.warps, num_stages=own.stages, **options,
+        )  # fmt: skip
+    return grad_q, grad_k, grad_v

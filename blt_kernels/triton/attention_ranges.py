@@ -1,0 +1,160 @@
+# ruff: noqa: ANN001, ANN201 (arguments of kernels have no types)
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Which keys a query sees, and which queries see a key: both are intervals, found on the device.
+
+Queries and keys are packed rows. Query i sees the keys ``[first_i, last_i)`` and key j is seen by the queries
+``[first_j, last_j)``; neither end falls from one row to the next. So a block of rows may span documents, however many:
+the rows of the other side that it meets run from its least `first` to its greatest `last`. Only where queries and keys
+are not the same bytes may something in between be seen by no row, the unused end of a cache or keys in front of a
+window: there a block meets several runs.
+
+The search for documents happens once a row, and not in every head of every kernel: 8 bytes a row are written.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 128  # of a program
+
+
+@triton.jit
+def document_of(row, cu_seqlens, documents, top_bit):
+    """Return the document of each row, `documents` beyond the last one; `top_bit` is the highest of `documents`."""
+    document = (row * 0).to(tl.int32)
+    bit = top_bit
+    while bit > 0:
+        ahead = document + bit
+        inside = ahead <= documents
+        document = tl.where(inside & (tl.load(cu_seqlens + ahead, mask=inside, other=0) <= row), ahead, document)
+        bit = bit // 2
+    return document
+
+
+@triton.jit
+def documents_rows(document, cu_q, cu_k, used, documents, USED: tl.constexpr):
+    """Return where the queries and the keys that count begin and end: nothing beyond the last document."""
+    real = document < documents
+    begin_q = tl.load(cu_q + document, mask=real, other=0).to(tl.int64)
+    end_q = tl.load(cu_q + document + 1, mask=real, other=0).to(tl.int64)
+    begin_k = tl.load(cu_k + document, mask=real, other=0).to(tl.int64)
+    end_k = tl.load(cu_k + document + 1, mask=real, other=0).to(tl.int64)
+    if USED:
+        end_k = tl.minimum(end_k, begin_k + tl.maximum(tl.load(used + document, mask=real, other=0), 0))
+    return begin_q, end_q, begin_k, end_k
+
+
+@triton.jit
+def keys_of_query(
+    row, cu_q, cu_k, used, documents, top_bit, keys, window,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr,
+):  # fmt: skip
+    """Return the keys ``[first, last)`` that each query sees, within ``[0, keys)`` whatever the offsets are."""
+    document = document_of(row, cu_q, documents, top_bit)
+    _, end_q, first, end = documents_rows(document, cu_q, cu_k, used, documents, USED)
+    aligned = row + end - end_q  # the key at the query's own position
+    last = end
+    if WINDOWED:
+        first = tl.maximum(first, aligned - window + 1)
+    if CAUSAL:
+        last = tl.minimum(last, aligned + 1)
+    elif WINDOWED:
+        last = tl.minimum(last, aligned + window)
+    first = tl.where(document < documents, tl.minimum(tl.maximum(first, 0), keys), keys)
+    return first, tl.where(document < documents, tl.minimum(tl.maximum(last, first), keys), keys)
+
+
+@triton.jit
+def queries_of_key(
+    row, cu_q, cu_k, used, documents, top_bit, queries, window,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr,
+):  # fmt: skip
+    """Return the queries ``[first, last)`` that see each key, within ``[0, queries)`` whatever the offsets are."""
+    document = document_of(row, cu_k, documents, top_bit)
+    first, end_q, _, end_k = documents_rows(document, cu_q, cu_k, used, documents, USED)
+    aligned = row - end_k + end_q  # the query at the key's own position
+    last = end_q
+    if CAUSAL:
+        first = tl.maximum(first, aligned)
+    elif WINDOWED:
+        first = tl.maximum(first, aligned - window + 1)
+    if WINDOWED:
+        last = tl.minimum(last, aligned + window)
+    # A key that does not count is behind all that do, and no query sees it.
+    first = tl.where(row < end_k, first, end_q)
+    first = tl.where(document < documents, tl.minimum(tl.maximum(first, 0), queries), queries)
+    return first, tl.where(document < documents, tl.minimum(tl.maximum(last, first), queries), queries)
+
+
+@triton.jit(do_not_specialize=["documents", "top_bit", "queries", "keys", "window"])
+def block_causal_attention_ranges_kernel(
+    first, last, cu_q, cu_k, used, documents, top_bit, queries, keys, window,
+    OF_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write `first` and `last` of every query, or of every key."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if OF_KEYS:
+        begin, end = queries_of_key(row, cu_q, cu_k, used, documents, top_bit, queries, window, CAUSAL, WINDOWED, USED)
+        stored = row < keys
+    else:
+        begin, end = keys_of_query(row, cu_q, cu_k, used, documents, top_bit, keys, window, CAUSAL, WINDOWED, USED)
+        stored = row < queries
+    tl.store(first + row, begin.to(tl.int32), mask=stored)
+    tl.store(last + row, end.to(tl.int32), mask=stored)
+
+
+@triton.jit
+def load_ranges(first, last, row, rows):
+    """Return `first` and `last` of the rows of a program, and after which of them nothing is seen for a while.
+
+    Rows beyond the end see nothing.
+    """
+    first_row = tl.load(first + row, mask=row < rows, other=0)
+    last_row = tl.load(last + row, mask=row < rows, other=0)
+    gap = tl.load(first + row + 1, mask=row < rows - 1, other=0) > last_row
+    return first_row, last_row, gap
+
+
+@triton.jit
+def next_run(first, last, gap, done):
+    """Return the first run ``[begin, end)`` of what the rows see behind `done`; begin >= end if there is nothing.
+
+    Some row sees each row of a run: what nobody sees may hold anything, NaN for instance, and 0 * NaN is NaN.
+    """
+    ahead = (first < last) & (last > done)
+    begin = tl.maximum(tl.min(tl.where(ahead, first, 2147483647)), done)
+    end = tl.max(tl.where(ahead, last, 0))
+    return begin, tl.minimum(end, tl.min(tl.where(ahead & gap, last, 2147483647)))
+
+
+def ranges(
+    of_keys: bool,
+    queries: int,
+    keys: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    window: int | None,
+    causal: bool,
+    seqused_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return `first` and `last` of every query, or of every key: int32, on the device."""
+    rows = keys if of_keys else queries
+    first, last = cu_seqlens_q.new_empty(2, rows).unbind()
+    block_causal_attention_ranges_kernel[(triton.cdiv(rows, _ROWS),)](
+        first, last, *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys, window or 0,
+        OF_KEYS=of_keys, CAUSAL=causal, WINDOWED=window is not None, USED=seqused_k is not None, ROWS=_ROWS,
+        num_warps=4,
+    )  # fmt: skip
+    return first, last
+
+
+def search_arguments(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Return what `document_of` and its callers want: three tensors, the number of documents and its highest bit."""
+    documents = cu_seqlens_q.shape[0] - 1
+    cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    used = cu_seqlens_q if seqused_k is None else seqused_k  # never read
+    return cu_seqlens_q, cu_k, used, documents, 1 << documents.bit_length() >> 1

@@ -1,0 +1,154 @@
+# ruff: noqa: ANN001, ANN201 (arguments of kernels have no types)
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""What the kernels of block_causal_attention share: loads and masks of tiles, the softmax, preparation of arguments."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blt_kernels.triton.attention_launch import WIDTHS
+
+_LOG2_E = math.log2(math.e)
+_TINY = 1e-37  # stands in for a scale of 0: it makes finite scores 0, and leaves -inf what it is
+_MAX_STRIDE = 1 << 22  # of rows, so that offsets within a tile fit into 32 bits
+
+
+@triton.jit
+def row_mask(live, width, E: tl.constexpr, EVEN: tl.constexpr):
+    """Return the mask of a ``[rows, E]`` tile of which the rows `live` and the first `width` columns are loaded."""
+    return live[:, None] if EVEN else live[:, None] & (tl.arange(0, E) < width)[None, :]
+
+
+@triton.jit
+def tile_at(x, start, stride, local, E: tl.constexpr):
+    """Return pointers ``[rows, E]`` to the rows `start` + `local`: 64 bits to the first one, 32 from there on."""
+    return x + start.to(tl.int64) * stride + (local[:, None] * stride + tl.arange(0, E)[None, :])
+
+
+@triton.jit
+def load_rows(tile, width, E: tl.constexpr, EVEN: tl.constexpr):
+    """Load a tile, all of whose rows are there."""
+    if EVEN:
+        return tl.load(tile)
+    return tl.load(tile, mask=(tl.arange(0, E) < width)[None, :], other=0.0)
+
+
+@triton.jit
+def flip_if_negative(q, scale):
+    """Return -q if the scale is negative: with its absolute value the greatest product is the greatest score."""
+    return (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
+
+
+@triton.jit
+def is_partial(start, first, last, STEP: tl.constexpr):
+    """Whether some row does not see all of the tile from `start` on."""
+    return (start < tl.max(first)) | (start + STEP > tl.min(last))
+
+
+@triton.jit
+def sees(first, last, start, end, STEP: tl.constexpr):
+    """Return which rows see which of the tile from `start` on, in a run that stops at `end`: ``[ROWS, STEP]``."""
+    other = start + tl.arange(0, STEP)
+    return (first[:, None] <= other[None, :]) & (other[None, :] < tl.minimum(last, end)[:, None])
+
+
+@triton.jit
+def attend_run(
+    acc, top, total, q, k, v, stride_kt, stride_vt, scale, first, last, begin, end, width,
+    STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the keys ``[begin, end)`` to what the rows `q` ``[ROWS, E]`` have seen.
+
+    `acc` is the sum of values with weights ``exp2(scale * (score - top))``, and `total` that of the weights.
+    """
+    step = tl.arange(0, STEP)
+    for offset in tl.range(0, end - begin, STEP):
+        start = begin + offset
+        local = tl.minimum(step, end - 1 - start)  # the last key again, not what is behind it
+        k_rows = load_rows(tile_at(k, start, stride_kt, local, E), width, E, EVEN)
+        v_rows = load_rows(tile_at(v, start, stride_vt, local, E), width, E, EVEN)
+        score = tl.dot(q, k_rows.T, input_precision=PRECISION)  # [ROWS, STEP]
+        if is_partial(start, first, last, STEP):
+            score = tl.where(sees(first, last, start, end, STEP), score, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top * scale)  # 0 for rows that have not seen a key yet
+        p = tl.exp2(score * scale - shift[:, None])
+        decay = tl.exp2(top * scale - shift)
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * decay[:, None], input_precision=PRECISION)
+        top = new_top
+    return acc, top, total
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return `x`, or a copy, with a last dimension of unit stride and rows that are not too far apart."""
+    return x if x.stride(2) == 1 and abs(x.stride(0)) < _MAX_STRIDE else x.contiguous()
+
+
+def scales(scale: float | None, width: int) -> tuple[float, float]:
+    """Return the factor of products for exp2, which is never 0, and for exp."""
+    factor = width**-0.5 if scale is None else scale
+    return factor * _LOG2_E or _TINY, factor
+
+
+def precision_of(x: Tensor) -> str:
+    """Return how products are made. Those of fp32 keep all of its bits: in three products of tf32, where they fit."""
+    if x.dtype != torch.float32:
+        return "tf32"  # which is not used
+    return "tf32x3" if x.shape[-1] <= 128 else "ieee"
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Return the strides of rows and heads of each tensor."""
+    return tuple(x.stride(dim) for x in tensors for dim in (0, 1))
+
+
+def architecture(x: Tensor) -> tuple[int, int]:
+    """Return the compute capability of the GPU of `x`; that of Hopper on the CPU, where the interpreter runs."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
+def processors(x: Tensor) -> int:
+    """Return how many multiprocessors the GPU of `x` has; a few on the CPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8
+
+
+def runs_here(x: Tensor) -> bool:
+    """Whether the kernels take heads like those of `x`; the reference takes fp64 and heads that are wider."""
+    return x.dtype != torch.float64 and x.shape[-1] <= WIDTHS[-1]
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    window: int | None,
+    seqused_k: Tensor | None,
+) -> None:
+    """Raise ValueError unless shapes and types are such that no access can be out of bounds."""
+    if k.shape != v.shape or q.shape[2] != k.shape[2] or k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q, k, v: shapes {list(q.shape)}, {list(k.shape)} and {list(v.shape)} do not fit together")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected a value >= 1, got {window}")
+    documents = cu_seqlens_q.shape[0] - 1
+    if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k: expected the {q.shape[0]} rows of q, got {k.shape[0]}")
+    for name, x, size in (
+        ("cu_seqlens_q", cu_seqlens_q, documents + 1),
+        ("cu_seqlens_k", cu_seqlens_k, documents + 1),
+        ("seqused_k", seqused_k, documents),
+    ):
+        if x is not None and (x.dtype != torch.int32 or x.shape != (size,) or not x.is_contiguous()):
+            raise ValueError(f"{name}: expected contiguous int32 [{size}], got {x.dtype} {list(x.shape)}")
