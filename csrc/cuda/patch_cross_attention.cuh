@@ -40,9 +40,9 @@ inline constexpr int kAttentionThreads = 128;
 // registers for every held row and for a streamed one.
 template <class S, int kHeld>
 constexpr int attention_blocks(int held, int streamed) {
-  constexpr int kWords = S::kSize * static_cast<int>(sizeof(typename S::A) / sizeof(float));
+  constexpr int kWords = S::kSize * (sizeof(typename S::A) == sizeof(double) ? 3 : 1);
   const int words = (held * kHeld + streamed) * kWords;
-  return words <= 32 ? 5 : words <= 48 ? 4 : words <= 96 ? 3 : 2;
+  return words <= 24 ? 5 : words <= 48 ? 4 : words <= 96 ? 3 : 2;
 }
 
 template <class T>

@@ -150,7 +150,9 @@ __device__ __forceinline__ Shares<T, A, kPack> shares_of(const T* grad_out, cons
 
 // x may be null unless there is a maximum or a minimum. Bytes behind the last patch get zeros, spread over all patches.
 template <class T, int kPack, Kinds kKinds>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kPack == 1              ? 3
+                                               : kKinds == Kinds::kAll ? 1
+                                                                       : 2)
     patch_pool_bwd_kernel(const T* grad_out, const T* x, const T* out, PatchRows rows, i64 grad_stride, i64 out_stride,
                           Reductions reductions, T* grad_x) {
   using A = acc_t<T>;
