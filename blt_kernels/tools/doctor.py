@@ -37,6 +37,7 @@ OPS = {
     "optim.RowwiseAdagrad": "rowwise_adagrad_step",
 }
 DEVICES = ("CPU", "CUDA")
+TRITON = ("block_causal_attention_fwd",)  # whose kernels on CUDA are Triton's
 EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "cli", "safetensors": "cli"}
 
 
@@ -50,9 +51,11 @@ def package_version() -> str:
 
 def owner(operator: str, device: str) -> str:
     """Who computes ``blt_kernels::operator`` on a device: "C++ (v4)", or "reference" where no kernel is registered."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::{operator}", device):
-        return f"CUDA ({_cuda.load().compiler})" if device == "CUDA" else f"C++ ({_load.loaded().isa})"
-    return "reference"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::{operator}", device):
+        return "reference"
+    if device == "CPU":
+        return f"C++ ({_load.loaded().isa})"
+    return "Triton" if operator in TRITON else f"CUDA ({_cuda.load().compiler})"
 
 
 def report() -> dict[str, Any]:
