@@ -88,7 +88,7 @@ sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedB
 	    pytest tests/test_ops.py tests/test_optim.py $(OP_TESTS) -k "not compile and not inductor and not opcheck"
 
 clean:  ## Remove everything that was built; .venv stays
-	rm -rf build dist blt_kernels/*.so *.egg-info .venv/built
+	rm -rf build dist blt_kernels/*.so blt_kernels/include *.egg-info .venv/built
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv/installed: constraints.txt pyproject.toml

@@ -43,7 +43,6 @@ uint3 grid_size();
 void* dynamic_shared(size_t bytes);
 void barrier(const Site& site);
 void fault_if_misaligned(const void* pointer, size_t bytes);
-[[noreturn]] void trap(const char* what, const Site& site);
 
 // What the lanes of a mask bring to a meeting, in a warp: all see it once all are there.
 enum class Meeting { kSync, kVote, kShuffle, kMatch, kReduce };

@@ -13,7 +13,6 @@
 #include <deque>
 #include <list>
 #include <memory>
-#include <optional>
 #include <random>
 #include <stdexcept>
 #include <utility>
@@ -431,8 +430,6 @@ void fault_of_lane(int source, uint32_t mask, const Site& site) {
   std::snprintf(number, sizeof(number), "%#x", mask);
   fault(text(site) + ": a value from lane " + std::to_string(source) + ", which is not in the mask " + number);
 }
-
-void trap(const char* what, const Site& site) { fault(text(site) + ": " + what); }
 
 void fault_if_misaligned(const void* pointer, size_t bytes) {
   const auto at = reinterpret_cast<uintptr_t>(pointer);
