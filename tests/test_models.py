@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 
+import oracle
 import pytest
 import torch
 from torch import Tensor
 
+import blt_kernels as bk
 from blt_kernels import PatchLayout
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, load_model
 from blt_kernels.models.byte_lm import BUNDLED
@@ -285,6 +287,42 @@ def test_arguments_that_do_not_fit_say_why() -> None:
         TransformerConfig(32, 1, 4, num_kv_heads=3)
     with pytest.raises(ValueError, match="expected a multiple of patch_size = 5"):
         MegaByteConfig(patch_size=5)
+
+
+@pytest.mark.parametrize("ops", ["fused", "reference"])
+@pytest.mark.parametrize("longest", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("scheme", "rules"),
+    [
+        ("entropy", {}),
+        ("entropy", {"monotonic": True, "threshold": 0.02}),
+        ("entropy", {"threshold_add": -0.05}),
+        ("space", {}),
+        ("static", {"patch_size": 5}),
+        ("byte", {}),
+    ],
+)
+def test_schemes_of_the_model(scheme: str, rules: dict[str, float], longest: int | None, ops: str) -> None:
+    model = build("blt", ops, torch.float32, patching=scheme, max_patch_length=longest, **rules)
+    tokens, rows = documents()
+    config, documents_of = model.config, tokens.split(LENGTHS)
+    if scheme == "entropy":
+        entropies = bk.token_entropy(model.patcher(tokens, rows)).split(LENGTHS)
+        options = (config.threshold, config.threshold_add, config.monotonic, longest)
+        starts = [oracle.entropy_starts(h.tolist(), *options) for h in entropies]
+    elif scheme == "space":
+        starts = [oracle.split(oracle.space_starts(d.tolist()), len(d), longest) for d in documents_of]
+    else:
+        size = 5 if scheme == "static" else 1
+        starts = [oracle.split(oracle.static_starts(n, size), n, longest) for n in LENGTHS]
+    found = [len(s) for s in starts]
+    assert scheme == "byte" or longest == 1 or max(found) < max(LENGTHS) - 5  # the rule does something
+    for room in (None, len(tokens), 12):  # as many as there are, as many as there can be, too few
+        layout = model.patch(tokens, rows, max_patches=room)
+        expected = oracle.layout_of(starts, LENGTHS, layout.capacity)
+        assert {f.name: getattr(layout, f.name).tolist() for f in dataclasses.fields(layout)} == expected
+        logits = model(tokens, rows, layout=layout)  # as given patches
+        torch.testing.assert_close(model(tokens, rows, max_patches=room), logits, rtol=0, atol=0)
 
 
 def test_capacity_does_not_change_a_blt() -> None:

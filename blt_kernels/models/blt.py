@@ -39,7 +39,8 @@ class BLTConfig:
     `encoder` and `decoder` work on bytes and share their width, `global_transformer` on patches. A patch is
     `queries_per_patch` vectors of the local width. `patching` is "entropy" (by `patcher`, with the rules of
     `blt_kernels.patch_starts`), "space", "static" (every `patch_size` bytes) or "byte"; `patcher` may be None where
-    another scheme or the caller's layouts are used.
+    another scheme or the caller's layouts are used. `max_patch_length` cuts the longer patches of every scheme, as in
+    facebookresearch/blt.
 
     Cross attention has `cross_attn_heads` heads, or those of the layers around it. Encoding, it reads the bytes of the
     last `cross_attn_window_encoder` patches, decoding the last `cross_attn_window_decoder` patches; one patch if None.
@@ -345,11 +346,19 @@ class BLT(ByteModel):
                 max_patch_length=config.max_patch_length,
                 max_patches=max_patches,
             )
-        elif config.patching == "space":
-            layout = self.ops.space_patch(ids, rows, max_patches=max_patches)
         else:
-            size = config.patch_size if config.patching == "static" else 1
-            layout = self.ops.static_patch(rows, size=size, num_bytes=ids.shape[0], max_patches=max_patches)
+            # Where patches are cut, there are more of them than the scheme alone makes.
+            capacity = max_patches if config.max_patch_length is None else None
+            if config.patching == "space":
+                layout = self.ops.space_patch(ids, rows, max_patches=capacity)
+            else:
+                size = config.patch_size if config.patching == "static" else 1
+                layout = self.ops.static_patch(rows, size=size, num_bytes=ids.shape[0], max_patches=capacity)
+            if config.max_patch_length is not None:
+                ends = (layout.decode_ids == layout.patch_ids).float()  # where the byte to come starts a patch
+                layout = self.ops.patch_starts(
+                    ends, rows, threshold=0.5, max_patch_length=config.max_patch_length, max_patches=max_patches
+                )
         if max_patches is None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
             layout = layout.compact()
         return layout

@@ -255,9 +255,6 @@ def bytelatent_blt(values: Values, training: Values) -> BLTConfig:
     mode = rules.get("patching_mode", args.get("patching_mode"))
     if mode not in ("entropy", "space", "byte"):
         raise ValueError(f"{training.file}: patching_mode: expected 'entropy', 'space' or 'byte', got {mode!r}")
-    longest = rules.get("max_patch_length", args.get("max_patch_length"))
-    if mode != "entropy":
-        _expect(f"{training.file}: max_patch_length with patching_mode {mode!r}", None, longest)
     threshold = rules.get("threshold", args.get("patching_threshold"))
 
     def layers(dim: int, name: str, kv_heads: int | None, window: int | None) -> TransformerConfig:
@@ -283,7 +280,7 @@ def bytelatent_blt(values: Values, training: Values) -> BLTConfig:
         threshold=_THRESHOLD if threshold is None else threshold,
         threshold_add=rules.get("threshold_add", args.get("patching_threshold_add")),
         monotonic=rules.get("monotonicity", args.get("monotonicity", False)),
-        max_patch_length=longest,
+        max_patch_length=rules.get("max_patch_length", args.get("max_patch_length")),
         split_documents=True,
     )
 
