@@ -108,7 +108,10 @@ def patch(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Entropy model, safetensors; the one in the package if not given."),
+        typer.Option(
+            metavar="PATH",
+            help="Entropy model, a safetensors file or a checkpoint's directory; the one in the package if not given.",
+        ),
     ] = None,
     start: Annotated[int, typer.Option(help="First byte to draw.")] = 0,
     length: Annotated[
@@ -278,7 +281,9 @@ def _key_and_json(setting: str) -> tuple[str, Any]:
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The model.safetensors of a run.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="The model.safetensors of a run, or a directory.")
+    ],
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files and directories to measure on.")],
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Names to take from directories.")] = None,
     split: Annotated[
@@ -314,6 +319,42 @@ def evaluate(
         device=device,
     )
     watch.run_eval(config, as_json=json, color=color)
+
+
+@app.command()
+def flops(
+    configs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG]...",
+            help="400M, 1B, 2B, 4B, 8B: sizes of the BLT paper; blt, entropy, megabyte, each also with -small; a "
+            ".safetensors file; a directory of transformers or facebookresearch/blt. All five sizes if not given.",
+        ),
+    ] = None,
+    patch_sizes: Annotated[str, typer.Option(help="Bytes of a patch on average, with commas.")] = "4.5,6,8",
+    context: Annotated[int, typer.Option(help="Bytes of a row.")] = 16384,
+    window: Annotated[
+        int | None, typer.Option(help="Bytes that layers over bytes see; the configuration's own if not given.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the model on text, and count what its ops and matrices do.")
+    ] = False,
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="What to measure on; a part of Python's library.")
+    ] = None,
+    json: JsonOption = False,
+    color: ColorOption = Color.auto,
+) -> None:
+    """Count the FLOPs of a byte by parts: by the BLT paper's formula, and of this implementation."""
+    from blt_kernels.tools import flops
+
+    try:
+        sizes = [float(size) for size in patch_sizes.split(",")]
+    except ValueError:
+        message = f"expected numbers with commas, got {patch_sizes!r}"
+        raise typer.BadParameter(message, param_hint="--patch-sizes") from None
+    options = flops.Options(sizes, context, window, measure, text or ())
+    flops.run(configs or [], options, as_json=json, color=color)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, load_model
 from blt_kernels.models.checkpoint_formats import Values, transformers_blt
 from blt_kernels.nn import EOS, TransformerConfig
 
@@ -411,6 +411,25 @@ def test_consolidated_files_of_facebookresearch(theirs) -> None:
     alone = BLT.from_pretrained(root / "blt", dtype=torch.bfloat16)
     assert alone.patcher is None
     assert {p.dtype for p in alone.parameters()} == {torch.bfloat16}
+
+
+def test_load_model_tells_directories_apart(theirs, tmp_path) -> None:
+    root, model = theirs
+    model.patcher.save_pretrained(tmp_path / "patcher")
+    model.patcher.save(tmp_path / "patcher.safetensors")
+    blt = BLT(SMALL)
+    blt.save_pretrained(tmp_path / "whole")
+    for path, expected in (
+        (root / "blt", model),
+        (root / "entropy_model", model.patcher),
+        (tmp_path / "patcher", model.patcher),
+        (tmp_path / "patcher.safetensors", model.patcher),
+        (tmp_path / "whole", blt),
+    ):
+        loaded = load_model(path)
+        assert type(loaded) is type(expected)
+        assert torch.equal(load_model(path, dtype=torch.float64)(batch()).float(), loaded.double()(batch()).float())
+        assert all(torch.equal(x.double(), loaded.state_dict()[n]) for n, x in expected.state_dict().items())
 
 
 def hub_layout(root: Path) -> None:

@@ -475,7 +475,7 @@ def test_plot_formats(text: str, suffix: str, magic: bytes) -> None:
         ("input.txt --plot no/x.png", "--plot no/x.png: expected an existing folder, no is none"),
         ("input.txt - --plot x.png", "--plot x.png: expected one FILE, got 2"),
         ("page.html --html ./page.html", "--html page.html: expected another file than the one to read"),
-        ("input.txt --model no.safetensors", "--model no.safetensors: expected a file"),
+        ("input.txt --model no.safetensors", "--model no.safetensors: expected a file or a directory"),
         ("input.txt --model input.txt", "--model input.txt: expected a ByteLM in safetensors"),
         ("input.txt --scheme space --model m", "--model m: expected --scheme entropy or topk, or --entropies"),
     ],

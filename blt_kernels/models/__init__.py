@@ -21,7 +21,24 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> ByteModel:
-    """Load a model of whichever class the file names; arguments and errors are those of `ByteModel.load`."""
+    """Load a model of whichever class it is.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A file that `ByteModel.save` wrote, or a directory as `BLT.from_pretrained` and `ByteLM.from_pretrained` read.
+    ops, dtype, device
+        As in `ByteModel.load`.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError, ValueError
+        As in `ByteModel.load` and `BLT.from_pretrained`.
+    """
+    if os.path.isdir(path):
+        from blt_kernels.models import checkpoint
+
+        return checkpoint.read_model(path, ops, dtype, device)
     classes: dict[str, type[ByteModel]] = {cls.__name__: cls for cls in (ByteLM, BLT, MegaByte)}
     name = model_name(path)
     if name not in classes:

@@ -119,6 +119,16 @@ def _read_byte_lm(
     return model
 
 
+def read_model(
+    path: str | os.PathLike[str], ops: str, dtype: torch.dtype | None, device: torch.device | str
+) -> BLT | ByteLM:
+    """`blt_kernels.models.load_model` of a directory: a BLT, or an entropy model alone."""
+    values = _Folder.open(path, None).json("config.json", "params.json")
+    if formats.is_blt(values):
+        return read_blt(path, ops, dtype, device, None, None, {})
+    return read_byte_lm(path, ops, dtype, device, None, {})
+
+
 def write_blt(model: BLT, path: str | os.PathLike[str]) -> None:
     """`BLT.save_pretrained`."""
     _write(model, path, formats.transformers_blt_values(model.config), formats.transformers_names)

@@ -48,6 +48,13 @@ def _expect(what: str, expected: object, got: object) -> None:
         raise ValueError(f"{what}: expected {expected!r}, got {got!r}")
 
 
+def is_blt(values: Values) -> bool:
+    """Whether a configuration, of either format, is that of a whole BLT and not of an entropy model."""
+    if "model_type" in values:
+        return values["model_type"] == "blt"
+    return "dim_global" in (values.inner("args") or values.inner("model"))
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 # What a key that is missing means: transformers has the values of its 1B model.

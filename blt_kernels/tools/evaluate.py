@@ -62,7 +62,7 @@ class Evaluation:
 
 
 def evaluate(config: EvalConfig, report: Report | None = None) -> Evaluation:
-    """Measure a checkpoint (a `.safetensors` file of any model) on files.
+    """Measure a checkpoint, of any model that `load_model` reads, on files.
 
     Raises
     ------

@@ -207,13 +207,13 @@ def to_tokens(data: bytes) -> Tensor:
 
 
 def load_model(path: Path | None = None) -> ByteLM:
-    """The entropy model in a safetensors file, or the one in the package.
+    """The entropy model in a safetensors file or in the directory of a checkpoint, or the one in the package.
 
     Raises
     ------
     ImportError
         safetensors is not installed; the message has the command.
-    ValueError
+    FileNotFoundError, ValueError
         There is no such file, which the message says how to get, or it holds no ByteLM.
     """
     from blt_kernels.models.byte_lm import BUNDLED, ByteLM
@@ -223,11 +223,15 @@ def load_model(path: Path | None = None) -> ByteLM:
     except ModuleNotFoundError:
         raise ModuleNotFoundError("--model: needs safetensors: pip install 'blt-kernels[cli]'") from None
     file = BUNDLED if path is None else path
+    if file.is_dir():
+        return ByteLM.from_pretrained(file, dtype=torch.float32).eval()
     if not file.is_file():
         train = "train one: blt-kernels train entropy PATH..."
         if path is None:
             raise ValueError(f"--model: the package has no {file.name} in it; install it again, or {train}")
-        raise ValueError(f"--model {path}: expected a file. Leave it out to use the model in the package, or {train}")
+        raise ValueError(
+            f"--model {path}: expected a file or a directory. Leave it out to use the model in the package, or {train}"
+        )
     try:
         return ByteLM.load(file, dtype=torch.float32).eval()
     except (SafetensorError, ValueError) as error:

@@ -1,0 +1,104 @@
+"""Benches of whole models: BLT with weights of transformers, forward and training, against transformers' own."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timing
+import torch
+from common import name_of_pass, normal
+from peers import models as peers
+from timing import OURS, Comparison
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from blt_kernels.models import BLT
+from blt_kernels.nn import BYTE_OFFSET
+
+PATCH_SIZE = 4.5
+
+
+def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
+    """Yield forward, and forward with backward, on rows of real text."""
+    for rows, length in ((2, 64),) if small else ((2, 1024), (1, 8192)):
+        for backward in (False, True):
+            yield comparison(rows, length, device, backward, small)
+
+
+def comparison(rows: int, length: int, device: str, backward: bool, small: bool) -> Comparison:
+    tokens = text(rows * length).view(rows, length).to(device)
+    theirs = peers.transformers_blt(tokens, PATCH_SIZE, small=small)
+    if theirs is None:
+        raise ImportError("the benches of models compare with transformers: pip install transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = BLT.from_pretrained(folder, device=device)
+        # Copies, since what was read is mapped from a file that is about to go.
+        ours.load_state_dict({name: x.clone() for name, x in ours.state_dict().items()}, assign=True)
+    parameters = sum(x.numel() for x in ours.parameters())
+    trained = {name: x for name, x in ours.named_parameters() if not name.startswith("patcher.")}
+    named = {name.removeprefix("model."): x for name, x in theirs.named_parameters()}
+    pairs = [(x, named[name]) for name, x in trained.items()]
+
+    def run_ours() -> list[Tensor]:
+        if not backward:
+            with torch.no_grad():
+                return [ours(tokens)]
+        loss = ours.loss(tokens) * math.log(2)  # nats, as transformers has it
+        return [loss.detach(), *torch.autograd.grad(loss, [x for x, _ in pairs])]
+
+    def run_theirs() -> list[Tensor]:
+        if not backward:
+            with torch.no_grad():
+                return [theirs(tokens, use_cache=False).logits]
+        loss = theirs(tokens, labels=tokens, use_cache=False).loss
+        return [loss.detach(), *torch.autograd.grad(loss, [x for _, x in pairs])]
+
+    def agree(results: dict[str, Any]) -> None:
+        mine, other = results.values()
+        for number, (x, y) in enumerate(zip(mine, other, strict=True)):
+            error = float((x - y).norm() / y.norm())
+            assert error < 1e-3, f"result {number}: relative error {error:.2e}"
+
+    square = normal(2048, 2048, device=device)
+    with FlopCounterMode(display=False) as counter:
+        run_ours()
+    return Comparison(
+        f"BLT {name_of_pass(backward)}",
+        f"{parameters / 1e6:.1f}M parameters, [{rows}, {length}] in patches of {PATCH_SIZE}",
+        "float32",
+        {OURS: run_ours, "transformers": run_theirs},
+        counter.get_total_flops(),
+        {"matmul": lambda: square @ square},
+        2 * 2048**3,
+        agree,
+        unit="flop",
+        device=device,
+    )
+
+
+def text(size: int) -> Tensor:
+    """The first bytes of modules of the standard library, as ids."""
+    files = [module.__file__ for module in (statistics, tempfile, warnings)]
+    content = b"".join(Path(file).read_bytes() for file in files if file)
+    return torch.tensor(list(content[:size])) + BYTE_OFFSET
+
+
+def remarks(rows: list[timing.Row]) -> list[str]:
+    """How much less memory is held than by transformers."""
+    held = {(row.op, row.shape, row.implementation): row.extra_mb for row in rows if row.extra_mb is not None}
+    return [
+        f"{op}, {shape}: {mb:.0f} MB beyond the weights, {mb / held[op, shape, 'transformers']:.0%} of transformers'"
+        for (op, shape, name), mb in held.items()
+        if name == OURS
+    ]
+
+
+def test_models(run_benchmark: Callable[[], None]) -> None:
+    run_benchmark()
