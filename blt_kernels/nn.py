@@ -21,7 +21,9 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from blt_kernels._autograd import RMSNormFunction, SwiGLUFunction
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _common
 
@@ -95,11 +97,14 @@ def next_byte_targets(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.where(position + 1 < end, tokens.long().roll(-1), -100)
 
 
-def next_byte_bits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of ``-log2 p(target)`` over the targets that are not -100, in fp32 (fp64 for fp64 logits); 0 without any."""
+def next_byte_bits(logits: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
+    """Mean of ``-log2 p(target)`` over the targets that are not -100, in fp32 (fp64 for fp64 logits); 0 without any.
+
+    With `count`, their sum divided by it: what these targets add to the mean over a larger batch.
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nats = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-    return nats / ((targets >= 0).sum().clamp(min=1) * math.log(2))
+    return nats / ((targets >= 0).sum().clamp(min=1) * math.log(2) if count is None else count * math.log(2))
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -172,7 +177,11 @@ class RMSNorm(nn.RMSNorm):
     """``x / sqrt(mean(x^2) + eps) * weight``, in the weight's dtype: autocast's bf16 activations are widened."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        x = x.to(self.weight.dtype)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps  # as torch has it
+        return RMSNormFunction.apply(x, self.weight, eps)
 
 
 class SelfAttention(nn.Module):
@@ -236,11 +245,16 @@ class FeedForward(nn.Module):
         self.down_proj = linear(config.hidden_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLUFunction.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class TransformerLayer(nn.Module):
-    """Attention and feed-forward, each with a norm before and a residual around it."""
+    """Attention and feed-forward, each with a norm before and a residual around it.
+
+    With `recompute` set, backward computes the layer again, and only its input is kept until then.
+    """
+
+    recompute = False
 
     def __init__(self, config: TransformerConfig, ops: SimpleNamespace) -> None:
         super().__init__()
@@ -250,6 +264,12 @@ class TransformerLayer(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, table: Tensor, documents: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # There is nothing random in a layer.
+            return checkpoint(self._layer, x, table, documents, use_reentrant=False, preserve_rng_state=False)
+        return self._layer(x, table, documents)
+
+    def _layer(self, x: Tensor, table: Tensor, documents: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), table, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
