@@ -38,6 +38,7 @@ SMALL_BLT = BLTConfig(
     ngram_vocab=97,
     threshold=5.1,
 )
+SMALL_MEGABYTE = MegaByteConfig(4, TransformerConfig(32, 2, 2, ffn_dim=64), TransformerConfig(48, 2, 2))
 CONFIGS: dict[str, tuple[type[ByteModel], object]] = {
     "byte_lm": (ByteLM, BYTE_LM),
     "blt": (BLT, SMALL_BLT),
@@ -62,7 +63,8 @@ CONFIGS: dict[str, tuple[type[ByteModel], object]] = {
     ),
     "blt_space": (BLT, dataclasses.replace(SMALL_BLT, patching="space", patcher=None)),
     "blt_static": (BLT, dataclasses.replace(SMALL_BLT, patching="static", patch_size=3, patcher=None)),
-    "megabyte": (MegaByte, MegaByteConfig(4, TransformerConfig(32, 2, 2, ffn_dim=64), TransformerConfig(48, 2, 2))),
+    "megabyte": (MegaByte, SMALL_MEGABYTE),
+    "megabyte_extended": (MegaByte, dataclasses.replace(SMALL_MEGABYTE, cross_patch=3, conv_sizes=(3, 5, 7))),
 }
 # One byte, longer and shorter than the window, empty, and lengths around MegaByte's patches of 4.
 LENGTHS = (1, 50, 0, 3, 9, 4, 8, 1)

@@ -1,8 +1,20 @@
-"""MegaByte (arXiv 2305.07185): a transformer over patches of a fixed size, and one over the bytes of each patch."""
+"""MegaByte (arXiv 2305.07185): a transformer over patches of a fixed size, and one over the bytes of each patch.
+
+Patch k is bytes ``[kP, (k+1)P)`` of a row. For it, the global model reads the P byte embeddings of patch k - 1, end to
+end (a learned vector for k = 0). Its output is cut into P parts, which one shared matrix projects to the width of the
+local model. The embedding of byte ``kP + p - 1`` is added to part p (a learned vector for p = 0). From these sums the
+local model, which runs on every patch by itself, predicts bytes ``kP + p``. The extensions of the paper's section 2.3
+are options: convolutions before bytes are cut into patches, keys of the patch before, and two passes at inference.
+
+What is not the paper's: the blocks are Llama's, where those of the paper have ReLU; the output matrix is not the local
+embedding; and positions are rotary, of patches in their row and of bytes in their patch. The paper adds embeddings of
+positions to those of bytes, and has rotary ones where the patch before is read.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,31 +25,56 @@ from blt_kernels.nn import (
     ALPHABET,
     ByteModel,
     RMSNorm,
+    SelfAttention,
     TransformerConfig,
     TransformerLayer,
     embedding,
     linear,
     load_ops,
     rotary_table,
-    row_positions,
+    rotate,
 )
 from blt_kernels.ops import _common
 
 
 @dataclass(frozen=True)
 class MegaByteConfig:
-    """The defaults are the paper's 1.3B global and 218M local model. `patch_size` byte embeddings make a patch."""
+    """The defaults are the paper's 1.3B global and 218M local model, without extensions.
+
+    Attributes
+    ----------
+    patch_size : int
+        P, in bytes.
+    global_transformer : TransformerConfig
+        Over patches. Its width is that of P byte embeddings.
+    local_transformer : TransformerConfig
+        Over the bytes of a patch, which it never sees beyond but for `cross_patch`: its window is not read.
+    vocab_size : int
+    cross_patch : int
+        The paper's r: in every local layer a patch also attends to the keys and values of the last r positions of the
+        patch before, 0 to P. The paper uses it but does not say which r.
+    conv_sizes : tuple of int
+        Filter sizes of causal convolutions over the byte embeddings of the global model, in turn; the paper's are
+        ``(3, 5, 7)``. It says no more about them: see `CausalConvolution`.
+    """
 
     patch_size: int = 8
     global_transformer: TransformerConfig = TransformerConfig(2048, 24, 16)
     local_transformer: TransformerConfig = TransformerConfig(1024, 15, 16)
     vocab_size: int = ALPHABET
+    cross_patch: int = 0
+    conv_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _common.check_int("patch_size", self.patch_size, 1)
         if self.global_transformer.dim % self.patch_size:
             expected = f"a multiple of patch_size = {self.patch_size}"
             raise ValueError(f"global_transformer.dim: expected {expected}, got {self.global_transformer.dim}")
+        _common.check_int("cross_patch", self.cross_patch, 0)
+        if self.cross_patch > self.patch_size:
+            raise ValueError(f"cross_patch: expected at most patch_size = {self.patch_size}, got {self.cross_patch}")
+        for size in self.conv_sizes:
+            _common.check_int("conv_sizes", size, 1)
 
     @staticmethod
     def small() -> MegaByteConfig:
@@ -49,6 +86,51 @@ class MegaByteConfig:
         )
 
 
+class CausalConvolution(nn.Module):
+    """``x + silu(conv(norm(x)))`` along rows: byte t reads bytes ``t - size + 1`` to t, zeros before its row.
+
+    The paper names filter sizes alone. Full width, no bias, and the norm and the residual of every other block here are
+    choices.
+    """
+
+    def __init__(self, dim: int, size: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, norm_eps)
+        std = (dim * size) ** -0.5
+        self.weight = nn.Parameter(torch.empty(dim, dim, size))  # as of nn.Conv1d: the last tap reads the byte itself
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Packed rows ``[T, D]``; `positions` are those of the bytes in their rows, ``[T]``."""
+        dim, _, size = self.weight.shape
+        taps = F.linear(self.norm(x), self.weight.permute(2, 0, 1).flatten(0, 1)).unflatten(-1, (size, dim))
+        out = taps[:, -1]
+        for back in range(1, size):
+            out = out + torch.where((positions >= back)[:, None], taps[:, -1 - back].roll(back, 0), 0)
+        return x + F.silu(out)
+
+
+class CrossPatch(NamedTuple):
+    """The patches, and the keys that each one sees: the last ones of the patch before, then its own."""
+
+    patch_offsets: Tensor  # int32 [C+1], of slots
+    key_offsets: Tensor  # int32 [C+1], of keys
+    key_slots: Tensor  # [Tk], the slot that each key is of
+    key_table: Tensor  # [Tk, 1, E/2], by places in the patch that sees the key: negative in the patch before
+
+
+class CrossPatchAttention(SelfAttention):
+    """Causal attention within patches that reaches back into the patch before."""
+
+    # A TransformerLayer hands its documents through, whatever they are.
+    def forward(self, x: Tensor, table: Tensor, documents: CrossPatch) -> Tensor:  # type: ignore[override]
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        k, v = (y.index_select(0, documents.key_slots) for y in (k, v))
+        q, k = rotate(q, table), rotate(k, documents.key_table)
+        out = self.attention(q, k, v, documents.patch_offsets, documents.key_offsets, window=self.window)
+        return self.o_proj(out.flatten(-2))
+
+
 class MegaByte(ByteModel):
     """MegaByte with Llama's blocks.
 
@@ -57,6 +139,10 @@ class MegaByte(ByteModel):
     config : MegaByteConfig
     ops : "fused" or "reference"
         The public ops, or their plain PyTorch specification.
+
+    Notes
+    -----
+    `cross_patch` changes no parameter: a model can be trained with one value and run with another.
     """
 
     config_class = MegaByteConfig
@@ -65,20 +151,26 @@ class MegaByte(ByteModel):
         super().__init__()
         self.config, self.ops = config, load_ops(ops)
         wide, size = config.global_transformer, config.patch_size
-        # A local model never sees further than its patch: the window tells the attention as much.
-        narrow = self.local_config = replace(config.local_transformer, window=size)
+        # A local model never sees further than this: the window tells the attention as much.
+        narrow = self.local_config = replace(config.local_transformer, window=size + config.cross_patch)
         self.global_embed_tokens = embedding(config.vocab_size, wide.dim // size)
         self.global_embed_first = nn.Parameter(torch.randn(wide.dim) / 2)
+        self.patch_convolutions = nn.ModuleList(
+            CausalConvolution(wide.dim // size, filter_size, wide.norm_eps) for filter_size in config.conv_sizes
+        )
         self.global_layers = nn.ModuleList(TransformerLayer(wide, self.ops) for _ in range(wide.num_layers))
         self.global_norm = RMSNorm(wide.dim, wide.norm_eps)
         self.global_to_local = linear(wide.dim // size, narrow.dim)
         self.local_embed_tokens = embedding(config.vocab_size, narrow.dim)
         self.local_embed_first = nn.Parameter(torch.randn(narrow.dim) / 2)
         self.local_layers = nn.ModuleList(TransformerLayer(narrow, self.ops) for _ in range(narrow.num_layers))
+        if config.cross_patch:
+            for layer in self.local_layers:
+                layer.self_attn = CrossPatchAttention(narrow, self.ops)
         self.norm = RMSNorm(narrow.dim, narrow.norm_eps)
         self.lm_head = linear(narrow.dim, config.vocab_size)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, strided: bool = False) -> Tensor:
         """Logits of the next byte.
 
         Parameters
@@ -87,6 +179,10 @@ class MegaByte(ByteModel):
             Ids: byte + 4.
         cu_seqlens : int32 or int64 ``[R+1]``, optional
             Rows of packed tokens; one row if None.
+        strided : bool
+            Strided inference, at twice the cost: a second pass, whose patches lie half a patch later, predicts the
+            bytes in the later halves of patches. It reads rows without their first ``ceil(P / 2)`` bytes, as the
+            paper's figure 5 draws it. Its first patch of a row, which would know nothing of the row, predicts nothing.
 
         Returns
         -------
@@ -96,49 +192,94 @@ class MegaByte(ByteModel):
         ------
         TypeError, ValueError
             An argument has the wrong type, dtype, shape or value; the message names it.
-
-        Notes
-        -----
-        A patch predicts its own bytes, from the patches before it and its bytes so far. So that the last byte of a row
-        predicts one too, every row gets a slot more than it has bytes: slot s predicts byte s, from slot 1 on.
         """
         _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        logits = self._logits(ids, rows)
+        if strided:
+            logits = self._stride(logits, ids, rows)
+        return logits.view(*tokens.shape, self.config.vocab_size)
+
+    def _stride(self, logits: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        """Logits in which a second pass has replaced those of the later half of every patch but a row's first."""
+        size = self.config.patch_size
+        shift, byte = (size + 1) // 2, torch.arange(ids.shape[0], device=ids.device)
+        later = F.pad((rows.diff() - shift).clamp(min=0).cumsum(0), (1, 0)).to(rows.dtype)  # rows of the second pass
+        row = _row(later, byte)
+        second = self._logits(ids[(byte - later[row] + rows[row] + shift).clamp(max=ids.shape[0] - 1)], later)
+        row = _row(rows, byte)
+        target = byte - rows[row] + 1  # the byte that this one predicts, in its row
+        use = (target >= size) & (target % size >= shift)
+        index = (later[row] + target - 1 - shift).clamp(min=0, max=ids.shape[0] - 1)
+        return torch.where(use[:, None], second[index], logits)
+
+    def _logits(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """Logits ``[T, vocab_size]`` of packed rows.
+
+        A patch predicts its own bytes, from the patches before it and its bytes so far. So that the last byte of a row
+        predicts one too, every row gets a slot more than it has bytes: slot s predicts byte s, from slot 1 on.
+        """
         total, count, size = ids.shape[0], rows.shape[0] - 1, self.config.patch_size
         slot_rows = rows + torch.arange(count + 1, dtype=rows.dtype, device=rows.device)
-        # A row of n + 1 slots has ceil((n + 1) / size) <= n / size + 1 patches.
-        layout = self.ops.static_patch(
-            slot_rows, size=size, first=size, num_bytes=total + count, max_patches=total // size + count
-        )
+        # A row of n + 1 slots has n // size + 1 patches. At least one, which bytes in no row may read.
+        capacity = max(total // size + count, 1)
+        layout = self.ops.static_patch(slot_rows, size=size, first=size, num_bytes=total + count, max_patches=capacity)
         padded = F.pad(ids, (0, 1))  # so that there is an id to read where there are no bytes
-        patches = self._global(padded, layout)  # [C * size, D_L]
+        patches = self._global(padded, rows, layout)  # [C * size, D_L]
 
         slot = torch.arange(total + count, device=ids.device)
-        patch = layout.patch_ids.long().clamp(min=0)
-        place = (slot - layout.patch_offsets.long()[patch]) % size  # in its patch
+        row = _row(slot_rows, slot)
+        place = (slot - slot_rows[row]) % size  # in its patch
         # Slot s of a row reads byte s - 1. There is one slot more than bytes in every row before.
-        previous = self.local_embed_tokens(padded[(slot - _row(slot_rows, slot) - 1).clamp(min=0)])
-        x = torch.where((place == 0)[:, None], self.local_embed_first, previous) + patches[patch * size + place]
+        previous = self.local_embed_tokens(padded[(slot - row - 1).clamp(min=0)])
+        part = layout.patch_ids.long().clamp(min=0) * size + place
+        x = torch.where((place == 0)[:, None], self.local_embed_first, previous) + patches[part]
         table = rotary_table(place, self.local_config, x.dtype)
+        documents = self._cross_patch(layout, x.dtype) if self.config.cross_patch else layout.patch_offsets
         for layer in self.local_layers:
-            x = layer(x, table, layout.patch_offsets)
+            x = layer(x, table, documents)
         byte = torch.arange(total, device=ids.device)
         next_slot = (byte + _row(rows, byte) + 1).clamp(max=total + count - 1)
-        return self.lm_head(self.norm(x[next_slot])).view(*tokens.shape, self.config.vocab_size)
+        return self.lm_head(self.norm(x[next_slot]))
 
-    def _global(self, padded: Tensor, layout: PatchLayout) -> Tensor:
+    def _global(self, padded: Tensor, rows: Tensor, layout: PatchLayout) -> Tensor:
         """What the slots of each patch know of the patches before theirs: ``[C * size, D_L]``."""
-        size, capacity = self.config.patch_size, layout.capacity
-        patch = torch.arange(capacity, device=padded.device)
+        size = self.config.patch_size
+        patch = torch.arange(layout.capacity, device=padded.device)
+        row = _row(layout.cu_patches, patch)
         slot = layout.patch_offsets[:-1, None] - size + torch.arange(size, device=padded.device)  # [C, size]
-        byte = slot - _row(layout.cu_patches, patch)[:, None]
-        x = self.global_embed_tokens(padded[byte.clamp(min=0, max=padded.shape[0] - 1)]).flatten(1)
-        positions = row_positions(layout.cu_patches, capacity)
-        x = torch.where((positions == 0)[:, None], self.global_embed_first, x)
+        read = (slot - row[:, None]).clamp(min=0, max=padded.shape[0] - 1)
+        if self.patch_convolutions:
+            x = self.global_embed_tokens(padded)
+            byte = torch.arange(padded.shape[0], device=padded.device)
+            positions = byte - rows[_row(rows, byte)]
+            for convolution in self.patch_convolutions:
+                x = convolution(x, positions)
+            x = F.embedding(read, x)
+        else:
+            x = self.global_embed_tokens(padded[read])
+        positions = patch - layout.cu_patches[row]
+        x = torch.where((positions == 0)[:, None], self.global_embed_first, x.flatten(1))
         table = rotary_table(positions, self.config.global_transformer, x.dtype)
         for layer in self.global_layers:
             x = layer(x, table, layout.cu_patches)
-        return self.global_to_local(self.global_norm(x).view(capacity * size, -1))
+        return self.global_to_local(self.global_norm(x).unflatten(-1, (size, -1)).flatten(0, 1))
+
+    def _cross_patch(self, layout: PatchLayout, dtype: torch.dtype) -> CrossPatch:
+        """The keys of every patch. The patch before one is always full, so that its end is right before it."""
+        reach, size, offsets = self.config.cross_patch, self.config.patch_size, layout.patch_offsets
+        count, slots = layout.num_documents, layout.num_bytes
+        patch = torch.arange(layout.capacity, device=offsets.device)
+        row = _row(layout.cu_patches, patch)
+        follows = (patch > layout.cu_patches[row]) & (row < count)
+        before = F.pad(follows.int() * reach, (0, 1))  # [C+1], keys of another patch
+        key_offsets = offsets + (before.cumsum(0) - before).int()
+        # In a row of n bytes, n // size patches follow another.
+        key = torch.arange(slots + reach * ((slots - count) // size), device=offsets.device)
+        patch = _row(key_offsets, key)
+        place = key - key_offsets[patch] - before[patch]
+        key_slots = (offsets[patch] + place).clamp(max=slots - 1)
+        return CrossPatch(offsets, key_offsets, key_slots, rotary_table(place, self.local_config, dtype))
 
 
 def _row(offsets: Tensor, index: Tensor) -> Tensor:
