@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,12 +48,17 @@ CASES = {  # with the passes that are measured: backward or not
         (Case(DOCUMENTS * 4, dtype=torch.bfloat16, width=128), (False, True)),
         (Case([16384] * 2, window=WINDOW, dtype=torch.bfloat16), (False, True)),
         (Case(DOCUMENTS), (False,)),
+        (Case([1] * 100_000, dtype=torch.bfloat16), (False,)),
+        (Case([1, 2] * 50_000, dtype=torch.bfloat16), (False, True)),
     ),
 }
 TILE = (128, 128)  # queries and keys
 ROOM = 8192  # keys of a cache
 USED = [ROOM * (n % 8 + 1) // 8 - n for n in range(64)]
 MOST_FOR_A_MASK = 10_000  # bytes
+MOST_FOR_A_LOOP = 1000  # documents
+
+_failures: list[str] = []
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
@@ -64,6 +70,23 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
             yield comparison(case, device, backward, compile_peers)
     if device == "cuda":
         yield decoding([60, 1, 33] if small else USED, 64 if small else ROOM, device)
+
+
+def working(case: str, factories: dict[str, Callable[[], Callable[[], Any]]]) -> dict[str, Callable[[], Any]]:
+    """Make the implementations, and leave out peers that fail: `remarks` says which, and how."""
+    made = {}
+    for name, factory in factories.items():
+        try:
+            made[name] = factory()
+            if name != OURS:
+                made[name]()
+        except Exception as error:  # what a peer raises is its own affair
+            if name == OURS:
+                raise
+            made.pop(name, None)
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+            _failures.append(f"{name} fails for {case}: {reason}")
+    return made
 
 
 def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> Comparison:
@@ -78,16 +101,25 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
     def run(attention: Callable[..., Tensor]) -> Callable[[], Any]:
         return steps(lambda: attention(*inputs), inputs, grad if backward else None)
 
-    implementations = {
-        OURS: run(lambda q, k, v: bk.block_causal_attention(q, k, v, cu_seqlens, window=window)),
-        "SDPA by document": run(peers.attention_by_document(lengths, window)),
+    loops = len(lengths) <= MOST_FOR_A_LOOP
+    eager = "SDPA by document" if loops else "plain PyTorch"
+    one_by_one = peers.attention_by_document(lengths, window) if loops else peers.plain_attention(cu_seqlens, window)
+    factories = {
+        OURS: lambda: run(lambda q, k, v: bk.block_causal_attention(q, k, v, cu_seqlens, window=window)),
+        eager: lambda: run(one_by_one),
     }
     if size <= MOST_FOR_A_MASK:
-        implementations["SDPA, dense mask"] = run(peers.masked_attention(cu_seqlens, window))
+        factories["SDPA, dense mask"] = lambda: run(peers.masked_attention(cu_seqlens, window))
     if device == "cuda" and case.dtype != torch.float32:
-        implementations["varlen_attn"] = run(peers.varlen_attention(cu_seqlens, window))
+        factories["varlen_attn"] = lambda: run(peers.varlen_attention(cu_seqlens, window))
+        factories["set_attention_backend('flash')"] = lambda: run(peers.delegated_attention(cu_seqlens, window=window))
+        if len(set(lengths)) == 1 and window is None and loops:
+            factories["SDPA, cuDNN"] = lambda: run(peers.cudnn_attention(lengths))
     if compile_peers and not (backward and device == "cpu"):  # flex_attention has no backward on the CPU
-        implementations["flex_attention"] = run(peers.flex_attention(cu_seqlens, window))
+        factories["flex_attention"] = lambda: run(peers.flex_attention(cu_seqlens, window))
+    grouping = f"{case.heads}/{case.key_heads} heads, " if case.key_heads != case.heads else ""
+    shape = f"{f'window {window}, ' if window else ''}{grouping}{list(q.shape)} in {len(lengths)} documents"
+    implementations = working(f"{name_of_pass(backward)} of {shape}", factories)
     pairs = sum(min(i + 1, window or n) for n in lengths for i in range(n))
     flops = (
         (14 if backward else 4) * pairs * case.heads * case.width
@@ -101,18 +133,17 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
         exact_inputs = tuple(
             x[:, :n].detach().double().requires_grad_(backward) for x, n in zip(inputs, heads, strict=True)
         )
-        exact = peers.attention_by_document(lengths, window)(*exact_inputs)
+        exact = one_by_one(*exact_inputs)
         if backward:
             truth = torch.autograd.grad(exact, exact_inputs, grad[:, : heads[0]].double())
             shown = {name: [x[:, :n] for x, n in zip(r, heads, strict=True)] for name, r in results.items()}
         else:
             truth, shown = (exact,), {name: [r[:, : heads[0]]] for name, r in results.items()}
-        assert_agree(shown, truth, "SDPA by document")
+        assert_agree(shown, truth, eager)
 
-    grouping = f"{case.heads}/{case.key_heads} heads, " if case.key_heads != case.heads else ""
     return Comparison(
         f"block_causal_attention {name_of_pass(backward)}",
-        f"{f'window {window}, ' if window else ''}{grouping}{list(q.shape)} in {len(lengths)} documents",
+        shape,
         name_of(case.dtype),
         implementations,
         flops,
@@ -137,16 +168,25 @@ def decoding(used: list[int], room: int, device: str) -> Comparison:
         exact = with_cache(q.double(), k.double(), v.double())
         assert_agree({name: [result] for name, result in results.items()}, [exact], "SDPA by document")
 
+    shape = f"{count} queries, {heads}/{groups} heads x {width}, caches of {sum(used)} keys in {count} x {room}"
+
+    def run(attention: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        return lambda: attention(q, k, v)
+
+    delegated = peers.delegated_attention(queries, cu_seqlens_k=keys, seqused_k=seqused_k)
+    factories = {
+        OURS: lambda: lambda: bk.block_causal_attention(q, k, v, queries, keys, seqused_k=seqused_k),
+        "SDPA by document": lambda: run(with_cache),
+        "varlen_attn": lambda: run(peers.varlen_attention(queries, None, keys, seqused_k)),
+        "set_attention_backend('flash')": lambda: run(delegated),
+    }
     moved = 2 * sum(used) * groups * width * q.element_size()
     copied = torch.empty(moved // 2, dtype=torch.uint8, device=device)
     return Comparison(
         "block_causal_attention decode",
-        f"{count} queries, {heads}/{groups} heads x {width}, caches of {sum(used)} keys in {count} x {room}",
+        shape,
         name_of(q.dtype),
-        {
-            OURS: lambda: bk.block_causal_attention(q, k, v, queries, keys, seqused_k=seqused_k),
-            "SDPA by document": lambda: with_cache(q, k, v),
-        },
+        working(f"a step of decoding, {shape}", factories),
         moved,
         timing.copies(copied),
         moved,
@@ -156,8 +196,8 @@ def decoding(used: list[int], room: int, device: str) -> Comparison:
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """Tiles that the kernels for CUDA visit, against the fewest that could hold what is seen, on any machine."""
-    lines = []
+    """Tiles that the kernels for CUDA visit, against the fewest that could hold what is seen, and peers that failed."""
+    lines = list(_failures)
     for lengths, window in ((DOCUMENTS, None), ([8192] * 2, None), ([16384] * 2, WINDOW), ([1] * 100_000, None)):
         position = torch.cat([torch.arange(n) for n in lengths])
         last = torch.arange(1, position.numel() + 1)

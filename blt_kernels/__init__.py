@@ -1,14 +1,15 @@
 """blt_kernels: kernels for byte-latent language models (BLT, MegaByte), as torch ops.
 
-Every name below is a function on tensors, apart from `PatchLayout`, the ragged layout that they share. The models are
-in `blt_kernels.models`, the layers in `blt_kernels.nn`, optimizers for large tables in `blt_kernels.optim`, helpers for
+Every name below is a function on tensors, apart from `PatchLayout`, the ragged layout that they share, and
+`set_attention_backend` with `attention_backend`: who computes attention on CUDA. The models are in
+`blt_kernels.models`, the layers in `blt_kernels.nn`, optimizers for large tables in `blt_kernels.optim`, helpers for
 tests in `blt_kernels.testing`.
 """
 
 from blt_kernels import _cuda, _load, optim
 from blt_kernels._version import __version__
 from blt_kernels.layout import PatchLayout
-from blt_kernels.ops.block_causal_attention import block_causal_attention
+from blt_kernels.ops.block_causal_attention import attention_backend, block_causal_attention, set_attention_backend
 from blt_kernels.ops.entropy_patch import (
     byte_patch,
     delimiter_patch,
@@ -31,6 +32,7 @@ _cuda.load()
 __all__ = [
     "PatchLayout",
     "__version__",
+    "attention_backend",
     "block_causal_attention",
     "byte_patch",
     "delimiter_patch",
@@ -43,6 +45,7 @@ __all__ = [
     "patch_pool",
     "patch_starts",
     "patch_unpool",
+    "set_attention_backend",
     "space_patch",
     "static_patch",
     "token_entropy",

@@ -16,13 +16,24 @@ from typing import Any
 import pytest
 import torch
 
-from blt_kernels.triton.attention_launch import KERNELS, MAX_SPLITS, Launch, configurations, launch_options
+from blt_kernels.triton.attention_launch import KERNELS, MAX_SPLITS, WIDTHS, Launch, configurations, launch_options
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 
 ARCHS = [(8, 0), (9, 0), (10, 0)]
 SHARED = {(8, 0): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}  # tables for (8, 0) serve GPUs of 99 KB too
 REGISTERS = 65536  # of a multiprocessor, and 255 of a thread
+RESIDENT = {  # warps that a multiprocessor has registers for, at least, by (kernel, bytes a number) and width
+    ("fwd", 2): (8, 8, 8, 8),
+    ("fwd", 4): (8, 8, 8, 12),
+    ("bwd_dkdv", 2): (8, 8, 8, 8),
+    ("bwd_dkdv", 4): (8, 8, 8, 16),
+    ("bwd_dq", 2): (8, 8, 8, 8),
+    ("bwd_dq", 4): (8, 8, 8, 16),
+    ("decode", 2): (28, 20, 12, 12),  # it waits for memory, with the more loads under way the better
+    ("decode", 4): (12, 12, 8, 12),
+}
+RESIDENT_SMALL = {"ranges": 48, "bwd_sums": 16, "combine": 16}  # kernels that stream
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 OFFSETS = ("first", "last", "cu_q", "cu_k", "used")
 STORED_AS_FP32 = ("lse", "sums", "parts", "weights")
@@ -88,24 +99,27 @@ def resources(binary: Any, folder: Path) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)}
 
 
-def check(binary: Any, launch: Launch, arch: tuple[int, int], folder: Path) -> None:
+def check(binary: Any, resident: int, arch: tuple[int, int], folder: Path) -> None:
+    """No spills, no more registers than leave room for `resident` warps, and shared memory that fits."""
     used = resources(binary, folder)
     assert set(used) == {"REG", "STACK", "LOCAL"}
     assert used["STACK"] == used["LOCAL"] == 0, f"spills: {used}"
-    assert used["REG"] * launch.warps * 32 <= REGISTERS
+    ceiling = min(REGISTERS // (resident * 32) // 8 * 8, 255)  # they are handed out in eights
+    assert used["REG"] <= ceiling, f"{used['REG']} registers, of {ceiling} for {resident} warps"
     assert binary.metadata.shared <= SHARED[arch]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("width", [32, 64, 128, 256])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_every_launch_compiles_without_spills(name: str, width: int, arch: tuple[int, int], tmp_path: Path) -> None:
     own = [c for c in configurations(arch) if c[:2] == (name, width)]
     assert {dtype for _, _, dtype, _ in own} == {torch.bfloat16, torch.float32}
     failures = []
     for _, _, dtype, launch in own:
         try:
-            check(compiled(name, width, dtype, launch, arch), launch, arch, tmp_path)
+            resident = RESIDENT[name, dtype.itemsize][WIDTHS.index(width)]
+            check(compiled(name, width, dtype, launch, arch), resident, arch, tmp_path)
         except AssertionError as error:
             failures.append(f"{NAMES[dtype]} {launch}: {error}")
     assert failures == []
@@ -116,14 +130,13 @@ def test_padded_widths_and_fp16(name: str, tmp_path: Path) -> None:
     for width, dtype in ((96, torch.bfloat16), (64, torch.float16)):
         launch = launch_options(name, width, dtype, None, (9, 0))
         binary = compiled(name, 128 if width == 96 else width, dtype, launch, (9, 0), even=width != 96)
-        check(binary, launch, (9, 0), tmp_path)
+        check(binary, 8, (9, 0), tmp_path)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("name", "rows", "step"), [("ranges", 128, 1), ("bwd_sums", 64, 1), ("combine", 1, 16)])
 def test_small_kernels(name: str, rows: int, step: int, arch: tuple[int, int], tmp_path: Path) -> None:
-    launch = Launch(rows, step, 4, 1)
-    check(compiled(name, 256, torch.bfloat16, launch, arch), launch, arch, tmp_path)
+    check(compiled(name, 256, torch.bfloat16, Launch(rows, step, 4, 1), arch), RESIDENT_SMALL[name], arch, tmp_path)
 
 
 @pytest.mark.parametrize("width", [32, 64, 128])
@@ -142,3 +155,11 @@ def test_loads_run_ahead_of_products(name: str) -> None:
         launch = launch_options(name, 64, torch.bfloat16, None, arch)
         ptx = compiled(name, 64, torch.bfloat16, launch, arch).asm["ptx"]
         assert re.search(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", ptx)
+
+
+@pytest.mark.parametrize("name", ["fwd", "bwd_dq"])
+def test_narrow_heads_are_stored_in_16_bytes(name: str) -> None:
+    launch = launch_options(name, 64, torch.bfloat16, None, (9, 0))
+    ptx = compiled(name, 64, torch.bfloat16, launch, (9, 0)).asm["ptx"]
+    assert "st.global.v4.b32" in ptx
+    assert "st.global.b16" not in ptx

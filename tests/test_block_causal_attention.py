@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from blt_kernels import block_causal_attention
+from blt_kernels import block_causal_attention, static_patch
+from blt_kernels.models.blt import BLTConfig, LocalEncoder
+from blt_kernels.nn import TransformerConfig, TransformerLayer, load_ops, rotary_table, row_positions
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.testing import assert_close, document_lengths, offsets_of
 
@@ -481,6 +484,70 @@ def test_autocast_is_that_of_torch_attention(device: str) -> None:
     assert all(g.dtype == torch.float32 for g in grads)
     assert torch.equal(out, block_causal_attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
     assert torch.equal(double, block_causal_attention(q.double(), k.double(), v.double()))
+
+
+# --- compiled and traced ----------------------------------------------------------------------------------------------
+
+CONFIG = TransformerConfig(32, 2, 2, num_kv_heads=1, ffn_dim=32, window=9)
+
+
+class Layer(nn.Module):
+    """A layer of a local model, with what it takes from the lengths of the documents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = TransformerLayer(CONFIG, load_ops("fused"))
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return self.layer(x, rotary_table(row_positions(cu_seqlens, x.shape[0]), CONFIG, x.dtype), cu_seqlens)
+
+
+class Encoder(nn.Module):
+    """The local encoder of BLT: two layers, pooling, and cross attention from patches to bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = BLTConfig(CONFIG, CONFIG, CONFIG, patching="space", patcher=None, queries_per_patch=2)
+        self.encoder = LocalEncoder(config, load_ops("fused"))
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        layout = static_patch(cu_seqlens, 4, num_bytes=x.shape[0])
+        table = rotary_table(row_positions(cu_seqlens, x.shape[0]), CONFIG, x.dtype)
+        return torch.cat([y.flatten() for y in self.encoder(x, table, cu_seqlens, layout)])
+
+
+@pytest.mark.parametrize(("module", "backend"), [(Layer, "inductor"), (Encoder, "aot_eager")])
+def test_layers_compile_once_for_all_lengths(module: type[nn.Module], backend: str) -> None:
+    """Forward and backward, without a break in the graph; a second compilation is an error."""
+    torch.manual_seed(0)
+    model = module()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for again, lengths in enumerate(([20, 0, 17], [30, 1, 2, 8, 40])):
+        x, cu_seqlens = randn(sum(lengths), 32, dtype=torch.float32).requires_grad_(), offsets_of(lengths)
+        results = []
+        with torch._dynamo.config.patch(error_on_recompile=bool(again)):
+            for function in (compiled, model):
+                out = function(x, cu_seqlens)
+                results.append(
+                    [out, *torch.autograd.grad(out.sin().sum(), (x, *model.parameters()), allow_unused=True)]
+                )
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_tracing_for_cuda() -> None:
+    """With fake tensors of a GPU, which need not be there: shapes and dtypes of forward and backward."""
+    with FakeTensorMode():
+        q, k = (torch.empty(2, 9, heads, 32, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
+        used = torch.empty(2, device="cuda", dtype=torch.int64)
+        out, lse = block_causal_attention(q, k, k, window=5, seqused_k=used, return_lse=True)
+        cu_seqlens = torch.empty(3, device="cuda", dtype=torch.int32)
+        packed = [x.flatten(0, 1) for x in (out, q, k, k, out, lse)]
+        backward = torch.ops.blt_kernels.block_causal_attention_bwd
+        grads = backward(*packed, cu_seqlens, None, 5, True, None, used.int())
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, "cuda")
+    assert (lse.shape, lse.dtype) == (q.shape[:-1], torch.float32)
+    assert all(g.shape == x.shape and g.dtype == x.dtype for g, x in zip(grads, packed[1:4], strict=True))
 
 
 # --- argument errors --------------------------------------------------------------------------------------------------

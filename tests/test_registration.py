@@ -92,6 +92,8 @@ def test_a_public_function_takes_what_its_reference_takes(name: str) -> None:
     if name == "byte_patch":  # static_patch with a size of 1
         assert reference is None
         return
+    if name in ("attention_backend", "set_attention_backend"):  # no ops
+        return
     assert reference is not None
     assert set(inspect.signature(function).parameters) == set(inspect.signature(reference).parameters)
     assert name in {c.function.__name__ for c in CASES}, "not listed in tests/cases.py"

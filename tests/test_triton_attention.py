@@ -7,6 +7,7 @@ access is checked to be within the tensors that the kernel was given, and tiles 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -180,43 +181,72 @@ def check(run: Callable, tensors: list[Tensor], cu_q: Tensor, cu_k: Tensor | Non
     return results, products
 
 
-@pytest.mark.parametrize("width", [20, 32, 64, 96, 128, 192, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_widths_and_dtypes(run: Callable, width: int, dtype: torch.dtype) -> None:
-    check(run, inputs(53, 53, (1, 1), width, dtype), offsets_of(RAGGED), window=20 if width > 64 else None)
+# Lengths of queries and keys (those of the queries if None), and how many of the keys are used.
+DOCUMENTS: dict[str, tuple[list[int], list[int] | None, list[int] | None]] = {
+    "empty, one byte, a tile plus one": (RAGGED, None, None),
+    "one byte each": ([1] * 40, None, None),
+    "more keys than queries, and fewer": ([20, 3, 40, 0, 9], [64, 5, 9, 2, 50], None),
+    "caches with room": ([20, 3, 40, 0, 9], [64, 5, 9, 2, 50], [40, 0, 9, 1, 30]),
+    "nothing is used of one between others": ([3, 2, 3, 5], [16, 16, 20, 2], [16, 0, 16, 2]),
+}
+FACTORS: dict[str, tuple] = {
+    "width": (20, 32, 64, 96, 128, 192, 256),
+    "heads": ((2, 2), (4, 2), (3, 1)),
+    "window": (None, 1, 16, 25),
+    "causal": (True, False),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "documents": tuple(DOCUMENTS),
+}
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 1, 16, 25])
-@pytest.mark.parametrize("heads", [(2, 2), (3, 1)])
-def test_windows_and_groups(run: Callable, heads: tuple[int, int], window: int | None, causal: bool) -> None:
-    """Zero-length and one-byte documents, one of a tile, one of a tile and a byte, and rows beyond the last one."""
-    tensors = inputs(58, 58, heads, 32, torch.float32)
-    for x in tensors:
-        x[53:] = NAN
-    results, _ = check(run, tensors, offsets_of(RAGGED), window=window, causal=causal)
-    out, lse, *grads = results
-    assert not any(x[53:].any() for x in (out, *grads))
-    assert (lse[53:] == -torch.inf).all()
+def pairwise(factors: dict[str, tuple]) -> list[tuple]:
+    """Few combinations that hold every pair of values of two factors, found greedily and always the same."""
+    values = list(factors.values())
+    columns = range(len(values))
+    pairs = [((i, a), (j, b)) for i, j in itertools.combinations(columns, 2) for a in values[i] for b in values[j]]
+    missing, rows = dict.fromkeys(pairs), []
+    while missing:
+        row: dict[int, Any] = dict(next(iter(missing)))
+        for column in columns:
+            if column not in row:
+                row[column] = max(
+                    values[column],
+                    key=lambda x: sum(  # what it would cover
+                        tuple(sorted(((column, x), item), key=lambda pair: pair[0])) in missing for item in row.items()
+                    ),
+                )
+        for pair in itertools.combinations(sorted(row.items(), key=lambda pair: pair[0]), 2):
+            missing.pop(pair, None)
+        rows.append(tuple(row[column] for column in columns))
+    return rows
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("used", [None, [40, 0, 9, 1, 30]])
-def test_alignment(run: Callable, used: list[int] | None, window: int | None, causal: bool) -> None:
-    """More keys than queries and fewer, none, unused ones; what nobody sees holds NaN."""
-    lengths_q, lengths_k = [20, 3, 40, 0, 9], [64, 5, 9, 2, 50]
-    cu_q, cu_k = offsets_of(lengths_q), offsets_of(lengths_k)
-    tensors = inputs(75, 133, (2, 1), 16, torch.float32)
-    tensors[0][72:], tensors[3][72:] = NAN, NAN
-    for x in tensors[1:3]:
-        x[130:] = NAN
-        for begin, end, n in zip(cu_k[:-1], cu_k[1:], used or lengths_k, strict=True):
-            x[begin + n : end] = NAN
+@pytest.mark.parametrize(tuple(FACTORS), pairwise(FACTORS))
+def test_every_pair_of_what_there_is(
+    run: Callable,
+    width: int,
+    heads: tuple[int, int],
+    window: int | None,
+    causal: bool,
+    dtype: torch.dtype,
+    documents: str,
+) -> None:
+    """Every head width with every group count, window, alignment, dtype and ragged shape, and so on for each pair.
+
+    There are five rows beyond the last document. What nobody may see holds NaN.
+    """
+    queries, keys, used = DOCUMENTS[documents]
+    cu_q, cu_k = offsets_of(queries), None if keys is None else offsets_of(keys)
     seqused_k = None if used is None else torch.tensor(used, dtype=torch.int32)
-    if causal and window is None:  # the first 31 of 40 queries are aligned with keys before the first of 9
-        tensors[0][23:54], tensors[3][23:54] = NAN, NAN
-    check(run, tensors, cu_q, cu_k, window=window, causal=causal, seqused_k=seqused_k)
+    tensors = inputs(sum(queries) + 5, sum(keys or queries) + 5, heads, width, dtype)
+    first, last, live = reference.visible(*tensors[:2], cu_q, cu_k, window, causal, seqused_k)
+    for x in (tensors[0], tensors[3]):
+        x[first >= last] = NAN
+    for x in tensors[1:3]:
+        x[~live] = NAN
+    (out, lse, *_), _ = check(run, tensors, cu_q, cu_k, window=window, causal=causal, seqused_k=seqused_k)
+    assert not out[first >= last].any()
+    assert (lse[first >= last] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
@@ -243,7 +273,7 @@ def test_strides(run: Callable) -> None:
     k = randn(2, 60, 32, seed=2).transpose(0, 1)
     grad = randn(60, 32, 4, seed=3).transpose(1, 2)
     check(run, [q, k, v, grad], offsets_of([40, 20]))
-    check(run, [q, k, v, grad], offsets_of([40, 20]), splits=2)
+    check(run, [q[:6], k, v, grad[:6]], offsets_of([2, 4]), offsets_of([40, 20]), splits=2)
 
 
 def test_repeats_are_the_same_bit_for_bit(run: Callable) -> None:
@@ -266,9 +296,10 @@ def test_nothing(run: Callable, queries: int, keys: int) -> None:
 def test_wrong_offsets_reach_nothing_outside(run: Callable, offsets: list[int], splits: int) -> None:
     """The worker checks every access."""
     cu = torch.tensor(offsets, dtype=torch.int32)
-    q, k, v, grad = inputs(40, 50, (1, 1), 16, torch.float32)
+    queries = 6 if splits else 40  # decoding takes a program for each, and a part of its keys
+    q, k, v, grad = inputs(queries, 50, (1, 1), 16, torch.float32)
     used = torch.tensor([2**31 - 1, -5, 100], dtype=torch.int32)
-    for pair in ((cu, offsets_of([10, 10, 20])), (offsets_of([10, 10, 20]), cu)):
+    for pair in ((cu, offsets_of([10, 10, 20])), (offsets_of([2, 0, queries - 2]), cu)):
         arguments = (q, k, v, *pair, 7, True, None, used)
         results, _ = run(arguments, None if splits else grad, splits=splits)
         assert all(x.shape for x in results)
@@ -313,7 +344,7 @@ def ranges_of(lengths: list[int], window: int | None, keys: list[int] | None = N
     cu_q = offsets_of(lengths)
     cu_k = None if keys is None else offsets_of(keys)
     x, y = torch.empty(sum(lengths), 1, 1), torch.empty(sum(keys or lengths), 1, 1)
-    first, last, _ = reference._visible(x, y, cu_q, cu_k, window, True, None)
+    first, last, _ = reference.visible(x, y, cu_q, cu_k, window, True, None)
     return first, torch.maximum(first, last)
 
 
@@ -402,6 +433,11 @@ def test_the_reference_takes_the_rest(dtype: torch.dtype, width: int) -> None:
         ({"cu_seqlens_k": torch.zeros(3, dtype=torch.int32)}, r"cu_seqlens_k: expected contiguous int32 \[2\]"),
         ({"seqused_k": torch.zeros(2, dtype=torch.int32)}, r"seqused_k: expected contiguous int32 \[1\]"),
         ({"window": 0}, "window: expected a value >= 1, got 0"),
+        ({name: torch.empty(0, 1 << 16, 64) for name in "qkv"}, "q: expected rows of fewer than 4194304 numbers"),
+        (
+            {name: torch.empty(1 << 31, 1, 32, device="meta") for name in "qkv"},
+            "q, k: expected at most 2147483392 rows",
+        ),
         ({"k": torch.zeros(8, 1, 32), "v": torch.zeros(8, 1, 32)}, "k: expected the 9 rows of q, got 8"),
     ],
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import blt_kernels as bk
+from blt_kernels.reference.block_causal_attention import block_causal_attention_reference
 from peers import compiled
 
 
@@ -66,16 +70,53 @@ def flex_attention(cu_seqlens: Tensor, window: int | None) -> Callable[[Tensor, 
     return attention
 
 
-def varlen_attention(cu_seqlens: Tensor, window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """torch's variable-length flash attention, for half precision on a GPU."""
-    from torch.nn.attention.varlen import varlen_attn
+def plain_attention(cu_seqlens: Tensor, window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Blocks of rows with masks, in plain PyTorch: where there are too many documents for a call each."""
+    return lambda q, k, v: block_causal_attention_reference(q, k, v, cu_seqlens, window=window)
 
-    longest = int(cu_seqlens.diff().max())
-    reach = (-1 if window is None else window - 1, 0)  # keys before the query's own, and behind it
+
+def cudnn_attention(lengths: list[int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """One call of cuDNN's attention for documents of one length, without a window."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        grouped = q.shape[1] != k.shape[1]
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=reach, enable_gqa=grouped)
+        rows = (x.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return attention
+
+
+def varlen_attention(
+    cu_seqlens: Tensor, window: int | None, keys: Tensor | None = None, used: Tensor | None = None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """torch's variable-length flash attention, for half precision on a GPU; `keys` and `used` are those of a cache."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    keys = cu_seqlens if keys is None else keys
+    longest = [int(offsets.diff().max()) for offsets in (cu_seqlens, keys)]
+    options = {"window_size": (-1 if window is None else window - 1, 0)}  # keys before the query's own, and behind it
+    if used is not None:
+        options["seqused_k"] = used
+    says_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does not ask
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if says_groups else {}
+        return varlen_attn(q, k, v, cu_seqlens, keys, *longest, **options, **grouped)
+
+    return attention
+
+
+def delegated_attention(cu_seqlens: Tensor, **options: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """What ``set_attention_backend("flash")`` makes of our op: FlashAttention 3 or 4 where it is installed."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        before = bk.attention_backend()
+        bk.set_attention_backend("flash")
+        try:
+            return bk.block_causal_attention(q, k, v, cu_seqlens, **options)
+        finally:
+            bk.set_attention_backend(before)
 
     return attention
 

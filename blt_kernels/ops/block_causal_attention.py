@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from blt_kernels.ops import _common
 from blt_kernels.reference import block_causal_attention as reference
+from blt_kernels.triton import attention_flash
 
 
 def block_causal_attention(
@@ -142,6 +144,63 @@ def _check_seqused(seqused_k: Tensor, offsets_k: Tensor) -> Tensor:
     return seqused_k.to(torch.int32).contiguous()
 
 
+# --- who computes it on CUDA ------------------------------------------------------------------------------------------
+
+_backend = "auto"
+
+
+def set_attention_backend(backend: str) -> None:
+    """Choose who computes the forward of `block_causal_attention` on CUDA, in this process. The backward is Triton's.
+
+    Parameters
+    ----------
+    backend : "auto", "triton" or "flash"
+        - "triton": the kernels of this package.
+        - "flash": FlashAttention 3 (`flash_attn_interface`), FlashAttention 4 (`flash_attn.cute`) or torch's own
+          `varlen_attn`, the first one that is installed and takes the case exactly as it is. Where none does, the
+          call raises ValueError and names what is in the way: fp32 and fp64, head widths that are no multiple of 8,
+          scales that are not positive, `seqused_k` or grouped heads with a version that does not know them.
+        - "auto", which is the default: Triton, except for cases of which a measurement on record says that another is
+          faster. None is on record yet, so it is Triton for all.
+
+    Raises
+    ------
+    ValueError
+        `backend` is something else.
+    RuntimeError
+        "flash" or "triton" without Triton, or "flash" where no package can be used; the message says why.
+
+    Notes
+    -----
+    Compiled code follows from its next call on, without being compiled again. ``blt-kernels doctor`` says what is
+    installed. Results are the same within rounding, with one difference: the packages read whole tiles, with weights of
+    0, so that with "flash" an infinity or NaN in a value of one document makes NaN of rows of the document before it.
+    They are not told the longest document, which only the device knows, so torch's `varlen_attn` launches blocks for
+    all documents as if each were the longest possible: it is slow for many of them.
+
+    Examples
+    --------
+    >>> set_attention_backend("auto")
+    >>> attention_backend()
+    'auto'
+    """
+    global _backend
+    _common.check_choice("backend", backend, ("auto", "triton", "flash"))
+    if backend != "auto" and not _HAS_TRITON:
+        raise RuntimeError(f"backend: {backend!r} needs Triton: pip install triton")
+    if backend == "flash" and not any(attention_flash.found()):
+        reasons = "; ".join(
+            f"{package.name}: {attention_flash.find(package)[1]}" for package in attention_flash.PACKAGES
+        )
+        raise RuntimeError(f"backend: no package for 'flash' can be used. {reasons}")
+    _backend = backend
+
+
+def attention_backend() -> str:
+    """Return what `set_attention_backend` has chosen: "auto", "triton" or "flash"."""
+    return _backend
+
+
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 
 _ARGUMENTS = "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? window, bool causal, float? scale, Tensor? seqused_k"
@@ -197,15 +256,26 @@ torch.library.register_autograd("blt_kernels::block_causal_attention_fwd", _back
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 
 
-def _register_triton(operator: str, file: str) -> None:
-    """Register a launcher of `triton/`, which is imported when it is called for the first time."""
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _triton(operator: str, file: str) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a launcher of `triton/`, which is imported when it is called for the first time."""
 
     def launch(*arguments: Any) -> tuple[Tensor, ...]:
         return getattr(importlib.import_module(f"blt_kernels.triton.{file}"), f"{operator}_cuda")(*arguments)
 
-    torch.library.impl(f"blt_kernels::{operator}", "CUDA", launch)
+    return launch
 
 
-if importlib.util.find_spec("triton") is not None:
-    _register_triton("block_causal_attention_fwd", "block_causal_attention")
-    _register_triton("block_causal_attention_bwd", "attention_backward")
+def _forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    return (attention_flash.delegate(_backend, *arguments) or _triton_forward)(*arguments)
+
+
+_triton_forward = _triton("block_causal_attention_fwd", "block_causal_attention")
+
+if _HAS_TRITON:
+    torch.library.impl("blt_kernels::block_causal_attention_fwd", "CUDA", _forward_cuda)
+    torch.library.impl(
+        "blt_kernels::block_causal_attention_bwd", "CUDA", _triton("block_causal_attention_bwd", "attention_backward")
+    )

@@ -52,7 +52,7 @@ def block_causal_attention_fwd_reference(
     seqused_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """With s = scale * q k^T over the keys that a row sees: out = softmax(s) v, lse = logsumexp(s)."""
-    first, last, live = _visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
+    first, last, live = visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
     query = _clean(q, first < last) * _scale(q, scale)
     key, value = _clean(k, live), _clean(v, live)
     if not key.shape[0]:  # a key that nobody sees, so that there is a maximum
@@ -89,7 +89,7 @@ def block_causal_attention_bwd_reference(
     seqused_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With p = exp(s - lse) and ds = p * (g v^T - sum(g * out)): dq = scale * ds k, dk = scale * ds^T q, dv = p^T g."""
-    first, last, live = _visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
+    first, last, live = visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
     query = _clean(q, first < last) * _scale(q, scale)
     key, value = _clean(k, live), _clean(v, live)
     grad = _clean(grad_out, first < last)
@@ -110,7 +110,7 @@ def block_causal_attention_bwd_reference(
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _visible(
+def visible(
     q: Tensor,
     k: Tensor,
     cu_seqlens_q: Tensor,

@@ -13,9 +13,10 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from blt_kernels import _cuda, _load
+from blt_kernels import _cuda, _load, attention_backend
 from blt_kernels.models.byte_lm import BUNDLED
 from blt_kernels.tools.render import Color, console
+from blt_kernels.triton import attention_flash
 
 # The operator that stands for each public op.
 OPS = {
@@ -55,7 +56,17 @@ def owner(operator: str, device: str) -> str:
         return "reference"
     if device == "CPU":
         return f"C++ ({_load.loaded().isa})"
-    return "Triton" if operator in TRITON else f"CUDA ({_cuda.load().compiler})"
+    return str(attention()["forward"]) if operator in TRITON else f"CUDA ({_cuda.load().compiler})"
+
+
+def attention() -> dict[str, Any]:
+    """Who computes the forward of attention on CUDA, and why other packages cannot: None for those that can."""
+    reasons = {package.name: attention_flash.find(package)[1] or None for package in attention_flash.PACKAGES}
+    backend = attention_backend()
+    faster = {package for package, *_ in attention_flash.FASTER} if backend == "auto" else set()
+    delegates = [name for name, reason in reasons.items() if reason is None and (backend == "flash" or name in faster)]
+    owners = delegates if backend == "flash" else ["Triton", *delegates]
+    return {"backend": backend, "forward": " or ".join(owners), "packages": reasons}
 
 
 def report() -> dict[str, Any]:
@@ -94,6 +105,7 @@ def report() -> dict[str, Any]:
             "available": list(loaded.available),
         },
         "cuda": {"compiler": cuda.compiler, "path": cuda.path, "reason": cuda.reason},
+        "attention": attention(),
         "ops": {name: {device: owner(operator, device) for device in DEVICES} for name, operator in OPS.items()},
         "missing": missing,
     }
@@ -121,6 +133,10 @@ def run(*, as_json: bool, color: Color) -> int:
         versions.add_row("", "BLT_KERNELS_CUDA chooses: nvcc, nvrtc or none")
     else:
         versions.add_row("CUDA kernels", escape(f"none: {facts['cuda']['reason']}"))
+    choice = facts["attention"]
+    versions.add_row("attention on CUDA", escape(f"backend {choice['backend']}: {choice['forward']}"))
+    for name, reason in choice["packages"].items():
+        versions.add_row("", escape(f"{name}: {reason or 'can be used, by set_attention_backend'}"))
     out.print(versions)
     owners = Table(title="who computes each op", title_justify="left")
     owners.add_column("op")

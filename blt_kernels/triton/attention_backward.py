@@ -1,5 +1,3 @@
-# ruff: noqa: ANN001, ANN201 (arguments of kernels have no types)
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """Backward of block_causal_attention, without atomics.
 
     p_ij = exp(s_ij - lse_i),  ds_ij = p_ij (g_i . v_j - delta_i),  delta_i = g_i . out_i
@@ -19,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from blt_kernels.reference import block_causal_attention as reference
-from blt_kernels.triton.attention_launch import Launch, launch_options, padded_width
+from blt_kernels.triton.attention_launch import Launch, architecture, launch_options, padded_width
 from blt_kernels.triton.attention_ranges import load_ranges, next_run, ranges
 from blt_kernels.triton.attention_tiles import (
-    architecture,
     check,
     is_partial,
     load_rows,
+    packed_at,
     precision_of,
     row_mask,
     rows_of,
@@ -178,8 +176,8 @@ def block_causal_attention_bwd_dq_kernel(
         )  # fmt: skip
         begin, end = next_run(first_row, last_row, gap, end)
     dq = tl.where((first_row < last_row)[:, None], dq * scale, 0.0)
-    at = (row * heads + head)[:, None] * width + tl.arange(0, E)[None, :]
-    tl.store(grad_q + at, dq.to(grad_q.dtype.element_ty), mask=stored)
+    at = packed_at(grad_q, row * heads + head, width, E, EVEN and E <= 64)
+    tl.store(at, dq.to(grad_q.dtype.element_ty), mask=stored)
 
 
 def block_causal_attention_bwd_cuda(

@@ -1,5 +1,3 @@
-# ruff: noqa: ANN001, ANN201 (arguments of kernels have no types)
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """One to a few queries a document with long caches: the keys of a query are split over programs.
 
 A program owns one query with the heads that read one key head, as the rows of a tile, and a part of the keys that this
@@ -16,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blt_kernels.triton.attention_launch import MAX_SPLITS, decode_splits, launch_options, padded_width
+from blt_kernels.triton.attention_launch import MAX_SPLITS, architecture, decode_splits, launch_options, padded_width
 from blt_kernels.triton.attention_ranges import keys_of_query, search_arguments
 from blt_kernels.triton.attention_tiles import (
-    architecture,
     attend_run,
     flip_if_negative,
+    packed_at,
     precision_of,
     processors,
     row_mask,
@@ -69,15 +67,12 @@ def block_causal_attention_decode_kernel(
     acc = tl.where(begin < end, acc / tl.where(total == 0, 1.0, total)[:, None], 0.0)
     weight = tl.where(begin < end, top * tl.abs(natural_scale) + tl.log(total), -float("inf"))
     row = (part.to(tl.int64) * queries + query) * heads + head
-    tl.store(
-        out + row[:, None] * width + column[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=row_mask(stored, width, E, EVEN),
-    )
+    at = packed_at(out, row, width, E, EVEN)
+    tl.store(at, acc.to(out.dtype.element_ty), mask=row_mask(stored, width, E, EVEN))
     tl.store(lse + row, weight, mask=stored)
 
 
-@triton.jit(do_not_specialize=["rows", "width"])
+@triton.jit(do_not_specialize=["rows", "width", "splits"])
 def block_causal_attention_combine_kernel(
     parts, weights, out, lse, rows, width, splits,
     MOST: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr,

@@ -73,6 +73,11 @@ _SPLIT_KEYS = 256  # fewest keys that are worth a program of their own
 MAX_SPLITS = 64
 
 
+def architecture(x: torch.Tensor) -> tuple[int, int]:
+    """Return the compute capability of the GPU of `x`; that of Hopper on the CPU, where the interpreter runs."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
 def padded_width(head_width: int) -> int:
     """Return the width that a kernel is made for; raise ValueError beyond 256."""
     for width in WIDTHS:

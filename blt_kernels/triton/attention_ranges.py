@@ -1,5 +1,3 @@
-# ruff: noqa: ANN001, ANN201 (arguments of kernels have no types)
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """Which keys a query sees, and which queries see a key: both are intervals, found on the device.
 
 Queries and keys are packed rows. Query i sees the keys ``[first_i, last_i)`` and key j is seen by the queries
@@ -121,12 +119,13 @@ def load_ranges(first, last, row, rows):
 def next_run(first, last, gap, done):
     """Return the first run ``[begin, end)`` of what the rows see behind `done`; begin >= end if there is nothing.
 
-    Some row sees each row of a run: what nobody sees may hold anything, NaN for instance, and 0 * NaN is NaN.
+    Some row sees each row of a run: what nobody sees may hold anything, NaN for instance, and 0 * NaN is NaN. A run
+    ends at the first gap behind its begin, which may follow a row that sees nothing itself.
     """
     ahead = (first < last) & (last > done)
     begin = tl.maximum(tl.min(tl.where(ahead, first, 2147483647)), done)
     end = tl.max(tl.where(ahead, last, 0))
-    return begin, tl.minimum(end, tl.min(tl.where(ahead & gap, last, 2147483647)))
+    return begin, tl.minimum(end, tl.min(tl.where(gap & (last > begin), last, 2147483647)))
 
 
 def ranges(
@@ -141,7 +140,8 @@ def ranges(
 ) -> tuple[Tensor, Tensor]:
     """Return `first` and `last` of every query, or of every key: int32, on the device."""
     rows = keys if of_keys else queries
-    first, last = cu_seqlens_q.new_empty(2, rows).unbind()
+    # Rows of 16 bytes, so that the kernels are not compiled again for a `last` that begins elsewhere.
+    first, last = cu_seqlens_q.new_empty(2, triton.cdiv(rows, 4) * 4)[:, :rows].unbind()
     block_causal_attention_ranges_kernel[(triton.cdiv(rows, _ROWS),)](
         first, last, *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys, window or 0,
         OF_KEYS=of_keys, CAUSAL=causal, WINDOWED=window is not None, USED=seqused_k is not None, ROWS=_ROWS,

@@ -1,5 +1,3 @@
-# ruff: noqa: ANN001, ANN201 (arguments of kernels have no types)
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """What the kernels of block_causal_attention share: loads and masks of tiles, the softmax, preparation of arguments."""
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from blt_kernels.triton.attention_launch import WIDTHS
 
 _LOG2_E = math.log2(math.e)
 _TINY = 1e-37  # stands in for a scale of 0: it makes finite scores 0, and leaves -inf what it is
+_MAX_ROWS = (1 << 31) - 256  # so that ends of tiles fit into 32 bits
 _MAX_STRIDE = 1 << 22  # of rows, so that offsets within a tile fit into 32 bits
 
 
@@ -28,6 +27,16 @@ def row_mask(live, width, E: tl.constexpr, EVEN: tl.constexpr):
 def tile_at(x, start, stride, local, E: tl.constexpr):
     """Return pointers ``[rows, E]`` to the rows `start` + `local`: 64 bits to the first one, 32 from there on."""
     return x + start.to(tl.int64) * stride + (local[:, None] * stride + tl.arange(0, E)[None, :])
+
+
+@triton.jit
+def packed_at(x, row, width, E: tl.constexpr, KNOWN: tl.constexpr):
+    """Return pointers ``[rows, E]`` to rows of `width` without gaps, to store there.
+
+    KNOWN: the width is E. Stores are then of 16 bytes, not of one number, and go through shared memory, for which there
+    are registers where heads are narrow.
+    """
+    return x + row[:, None] * (E if KNOWN else width) + tl.arange(0, E)[None, :]
 
 
 @triton.jit
@@ -111,11 +120,6 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(x.stride(dim) for x in tensors for dim in (0, 1))
 
 
-def architecture(x: Tensor) -> tuple[int, int]:
-    """Return the compute capability of the GPU of `x`; that of Hopper on the CPU, where the interpreter runs."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-
-
 def processors(x: Tensor) -> int:
     """Return how many multiprocessors the GPU of `x` has; a few on the CPU."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8
@@ -140,6 +144,10 @@ def check(
         raise ValueError(f"q, k, v: shapes {list(q.shape)}, {list(k.shape)} and {list(v.shape)} do not fit together")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if q.shape[1] * q.shape[2] >= _MAX_STRIDE:
+        raise ValueError(f"q: expected rows of fewer than {_MAX_STRIDE} numbers, got shape {list(q.shape)}")
+    if max(q.shape[0], k.shape[0]) > _MAX_ROWS:
+        raise ValueError(f"q, k: expected at most {_MAX_ROWS} rows, got {q.shape[0]} and {k.shape[0]}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected a value >= 1, got {window}")
     documents = cu_seqlens_q.shape[0] - 1

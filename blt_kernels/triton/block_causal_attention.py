@@ -1,5 +1,3 @@
-# ruff: noqa: ANN001, ANN201 (arguments of kernels have no types)
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """block_causal_attention on CUDA: flash attention within documents packed end to end.
 
     s_ij = scale q_i . k_j for the keys [first_i, last_i) that query i sees,  lse_i = log sum_j exp s_ij
@@ -26,13 +24,13 @@ from torch import Tensor
 
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.triton.attention_decode import FEW, decode
-from blt_kernels.triton.attention_launch import Launch, launch_options, padded_width
+from blt_kernels.triton.attention_launch import Launch, architecture, launch_options, padded_width
 from blt_kernels.triton.attention_ranges import load_ranges, next_run, ranges
 from blt_kernels.triton.attention_tiles import (
-    architecture,
     attend_run,
     check,
     flip_if_negative,
+    packed_at,
     precision_of,
     row_mask,
     rows_of,
@@ -78,8 +76,8 @@ def block_causal_attention_fwd_kernel(
 
     seen = first_key < last_key
     acc = tl.where(seen[:, None], acc / tl.where(total == 0, 1.0, total)[:, None], 0.0)
-    at = (row * heads + head)[:, None] * width + tl.arange(0, E)[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=loaded)
+    at = packed_at(out, row * heads + head, width, E, EVEN and E <= 64)
+    tl.store(at, acc.to(out.dtype.element_ty), mask=loaded)
     lse_rows = tl.where(seen, top * tl.abs(natural_scale) + tl.log(total), -float("inf"))
     tl.store(lse + row * heads + head, lse_rows, mask=inside)
 
