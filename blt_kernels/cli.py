@@ -214,7 +214,7 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=JSON", help="Replace a field of the preset: dim=128.")
     ] = None,
     patcher: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Entropy model of a BLT; the one in the package if not given.")
+        Path | None, typer.Option(metavar="PATH", help="Entropy model of a BLT; the one in the package if not given.")
     ] = None,
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Names to take from directories.")] = None,
     heldout: Annotated[float, typer.Option(help="Fraction of the files to keep for measuring.")] = 0.05,
@@ -230,14 +230,35 @@ def train(
     patch_size: Annotated[
         float, typer.Option(help="Bytes of a patch on average, which the threshold of an entropy model is chosen for.")
     ] = 4.5,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches in a rank's share of a step.")] = 1,
+    checkpoint_activations: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="Keep only the inputs of layers, and compute them twice.")
+    ] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the layers with torch.compile.")] = False,
+    parallel: Annotated[str, typer.Option(help="How the ranks of torchrun share the work: ddp or fsdp.")] = "ddp",
+    shard_tables: Annotated[
+        bool, typer.Option("--shard-tables", help="Share the rows of a BLT's hash tables out; fsdp always does.")
+    ] = False,
+    init_global: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Llama that the global transformer of a BLT begins as.")
+    ] = None,
+    global_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the global transformer's layers; that of the others if not given.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     eval_every: Annotated[int, typer.Option(help="Steps between measurements on held-out files.")] = 500,
     eval_bytes: Annotated[int, typer.Option(help="The most bytes of one; the last one takes all.")] = 1 << 18,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     checkpoint_seconds: Annotated[float, typer.Option(help="The most seconds between checkpoints.")] = 60.0,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Write its events; if installed if not given.")
+    ] = None,
     color: ColorOption = Color.auto,
 ) -> None:
-    """Train a model on files. Killed at any moment, the same command goes on from the last checkpoint."""
+    """Train a model on files. Killed at any moment, the same command goes on from the last checkpoint.
+
+    On several processes: torchrun --nproc-per-node 2 -m blt_kernels train ...
+    """
     from blt_kernels.tools import watch
     from blt_kernels.tools.train import TrainConfig
 
@@ -260,11 +281,19 @@ def train(
         bf16=bf16,
         save_bf16=save_bf16,
         patch_size=patch_size,
+        accumulate=accumulate,
+        checkpoint_activations=checkpoint_activations,
+        compile=compile,
+        parallel=parallel,
+        shard_tables=shard_tables,
+        init_global=init_global,
+        global_learning_rate=global_learning_rate,
         device=device,
         eval_every=eval_every,
         eval_bytes=eval_bytes,
         checkpoint_every=checkpoint_every,
         checkpoint_seconds=checkpoint_seconds,
+        tensorboard=tensorboard,
     )
     watch.run_train(config, color)
 
@@ -297,6 +326,7 @@ def evaluate(
         bool, typer.Option("--ngram", help="With --split heldout: an order-3 n-gram model of the other side too.")
     ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Measure in bf16.")] = False,
+    strided: Annotated[bool, typer.Option("--strided", help="MegaByte's strided inference: two passes.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: JsonOption = False,
     color: ColorOption = Color.auto,
@@ -316,6 +346,7 @@ def evaluate(
         context=context,
         ngram=ngram,
         bf16=bf16,
+        strided=strided,
         device=device,
     )
     watch.run_eval(config, as_json=json, color=color)

@@ -98,10 +98,7 @@ def next_byte_targets(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def next_byte_bits(logits: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
-    """Mean of ``-log2 p(target)`` over the targets that are not -100, in fp32 (fp64 for fp64 logits); 0 without any.
-
-    With `count`, their sum divided by it: what these targets add to the mean over a larger batch.
-    """
+    """Mean of ``-log2 p(target)`` over the targets that are not -100, or their sum over `count`, in fp32 or fp64."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nats = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return nats / ((targets >= 0).sum().clamp(min=1) * math.log(2) if count is None else count * math.log(2))
@@ -245,16 +242,15 @@ class FeedForward(nn.Module):
         self.down_proj = linear(config.hidden_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(SwiGLUFunction.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up, plain = self.gate_proj(x), self.up_proj(x), torch.compiler.is_compiling()
+        # Compiled by torch 2.11, the function would have no gradients.
+        return self.down_proj(F.silu(gate) * up if plain else SwiGLUFunction.apply(gate, up))
 
 
 class TransformerLayer(nn.Module):
-    """Attention and feed-forward, each with a norm before and a residual around it.
+    """Attention and feed-forward, each with a norm before and a residual around it."""
 
-    With `recompute` set, backward computes the layer again, and only its input is kept until then.
-    """
-
-    recompute = False
+    recompute = False  # whether backward computes the layer again: then only its input is kept until there
 
     def __init__(self, config: TransformerConfig, ops: SimpleNamespace) -> None:
         super().__init__()
@@ -264,8 +260,7 @@ class TransformerLayer(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, table: Tensor, documents: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            # There is nothing random in a layer.
+        if self.recompute and torch.is_grad_enabled():  # there is nothing random in a layer
             return checkpoint(self._layer, x, table, documents, use_reentrant=False, preserve_rng_state=False)
         return self._layer(x, table, documents)
 

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,12 +19,14 @@ import pytest
 import torch
 
 from blt_kernels.models import ByteLM, load_model
-from blt_kernels.nn import BOS, EOS
-from blt_kernels.tools import data, train
+from blt_kernels.nn import BOS, EOS, TransformerLayer, next_byte_targets
+from blt_kernels.tools import data, train, train_log, train_state
 from blt_kernels.tools.evaluate import EvalConfig, evaluate, measure
 from blt_kernels.tools.ngram import NgramModel
 from blt_kernels.tools.train import TrainConfig
+from blt_kernels.tools.train_parallel import Ranks, clip_gradients
 
+ALONE = Ranks(torch.device("cpu"))
 TINY = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64, "window": 16}
 
 
@@ -42,7 +46,8 @@ def corpus(tmp_path: Path) -> Path:
 
 def config(corpus: Path, out: Path, **changes: object) -> TrainConfig:
     options = {"steps": 12, "batch_bytes": 256, "context": 64, "warmup": 2, "overrides": TINY, "heldout": 0.2}
-    return TrainConfig(**{"model": "entropy", "paths": [corpus], "out": out, "eval_every": 5, **options, **changes})
+    options |= {"model": "entropy", "paths": [corpus], "out": out, "eval_every": 5, "tensorboard": False}
+    return TrainConfig(**{**options, **changes})
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -114,6 +119,25 @@ def test_batches_are_a_function_of_seed_and_step(corpus: Path) -> None:
     assert whole.batch(5)[0].tolist() == document(sources[0])
 
 
+def rows_of(batch: tuple[torch.Tensor, torch.Tensor]) -> list[list[int]]:
+    tokens, rows = batch
+    return [tokens[a:b].tolist() for a, b in pairwise(rows)]
+
+
+def test_parts_of_a_batch_share_its_rows(corpus: Path) -> None:
+    batches = data.PackedBatches(data.find_sources([corpus]), 1000, 100, seed=0)
+    for step in (0, 5):
+        whole = batches.batch(step)
+        assert batches.predicted(step) == int((next_byte_targets(*whole) >= 0).sum())
+        for parts in (2, 3, 40):
+            shares = [batches.batch(step, part, parts) for part in range(parts)]
+            assert sorted(row for share in shares for row in rows_of(share)) == sorted(rows_of(whole))
+            sizes = [len(tokens) for tokens, _ in shares]
+            assert max(sizes) - min(sizes) <= 100  # one row
+    assert 0 in sizes  # 40 parts of fewer rows
+    assert data.share([3, 9, 4, 2], 2) == [[1], [0, 2, 3]]
+
+
 def test_heldout_batches_predict_every_byte_once(corpus: Path) -> None:
     sources = data.find_sources([corpus])
     pairs = 0
@@ -183,7 +207,7 @@ def test_training_learns_and_leaves_everything_behind(model: str, corpus: Path, 
     assert result.heldout_bits < seen[0].bits_per_byte - 3
     assert seen[-1].heldout_bits is not None
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
-        "checkpoint.pt",
+        "checkpoint",
         "heldout.txt",
         "log.jsonl",
         "loss.png",
@@ -192,19 +216,27 @@ def test_training_learns_and_leaves_everything_behind(model: str, corpus: Path, 
     assert result.curve.read_bytes().startswith(b"\x89PNG")
     held = data.split_sources(data.find_sources([corpus]), 0.2, 0)[1]
     assert (tmp_path / "run" / "heldout.txt").read_text().splitlines() == [str(source.path) for source in held]
-    lines = train.read_log(tmp_path / "run" / "log.jsonl")
+    lines = train_log.read_log(tmp_path / "run" / "log.jsonl")
     assert lines[-1] == {
         "step": 25,
         "heldout_bits_per_byte": result.heldout_bits,
         "heldout_bytes": sum(source.size for source in held),
         "final": True,
     }
-    evaluation = evaluate(EvalConfig(result.model, [corpus], split="heldout", heldout=0.2, context=64, ngram=True))
+    options = EvalConfig(result.model, [corpus], split="heldout", heldout=0.2, context=64, ngram=True)
+    evaluation = evaluate(options)
     assert evaluation.bits_per_byte == pytest.approx(result.heldout_bits, rel=1e-5)
     assert (evaluation.num_bytes, evaluation.num_files) == (result.heldout_bytes, len(held))
     assert evaluation.ngram_bits_per_byte == pytest.approx(
         NgramModel.train(data.split_sources(data.find_sources([corpus]), 0.2, 0)[0]).measure(held)
     )
+    strided = replace(options, strided=True)
+    if model == "megabyte":
+        bits = measure(load_model(result.model), held, options.batch_bytes, 64, strided=True)[0]
+        assert evaluate(strided).bits_per_byte == pytest.approx(bits, rel=1e-6) != evaluation.bits_per_byte
+    else:
+        with pytest.raises(ValueError, match="strided: expected a MegaByte, got a"):
+            evaluate(strided)
 
 
 _CHILD = """
@@ -219,7 +251,8 @@ train.train(options, lambda now: (print(now.step, flush=True), time.sleep(0.02))
 
 
 def resumable(corpus: Path, out: Path) -> TrainConfig:
-    return config(corpus, out, steps=30, eval_every=7, checkpoint_every=4)
+    more = {"accumulate": 2, "checkpoint_activations": True}
+    return config(corpus, out, steps=30, eval_every=7, checkpoint_every=4, **more)
 
 
 def run_here(corpus: Path, out: Path) -> list[int]:
@@ -250,25 +283,127 @@ def test_a_killed_run_goes_on_to_bitwise_the_same_weights(corpus: Path, tmp_path
     assert kill_after(11, corpus, killed) == list(range(1, 12))
     with (killed / "log.jsonl").open("a") as log:
         log.write('{"step": 11, "bits_')  # a kill may cut a line short
-    (killed / "checkpoint.pt.part").write_bytes(b"half a checkpoint")
+    (killed / "checkpoint" / "99").mkdir()
+    (killed / "checkpoint" / "99" / "__0_0.distcp").write_bytes(b"half a checkpoint")
     steps = run_here(corpus, killed)
     assert 8 <= steps[0] - 1 <= 11  # at most checkpoint_every = 4 steps are lost
     assert steps == list(range(steps[0], 31))
     one, two = (load_model(tmp_path / name / "model.safetensors").state_dict() for name in ("whole", "killed"))
     assert all(one[key].equal(two[key]) for key in one)
-    logs = [train.read_log(tmp_path / name / "log.jsonl") for name in ("whole", "killed")]
+    logs = [train_log.read_log(tmp_path / name / "log.jsonl") for name in ("whole", "killed")]
     timeless = [[{key: line[key] for key in line if "second" not in key} for line in log] for log in logs]
     assert timeless[0] == timeless[1]
+    written = (killed / "checkpoint" / "30" / ".metadata").stat().st_mtime_ns
     assert run_here(corpus, killed) == []  # a finished run stays finished
+    assert (killed / "checkpoint" / "30" / ".metadata").stat().st_mtime_ns == written
+
+
+SMALL_BLT = {
+    "encoder": TINY,
+    "global_transformer": {"dim": 48, "num_layers": 2, "num_heads": 2, "ffn_dim": 64},
+    "decoder": TINY,
+    "ngram_vocab": 64,
+    "patching": "space",
+}
+
+
+def advance(corpus: Path, out: Path, steps: int = 4, **changes: object) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of the first steps of a BLT, and its weights after them."""
+    options = {"model": "blt", "overrides": SMALL_BLT, "batch_bytes": 1000, "context": 300, "learning_rate": 1e-3}
+    run = train._Run(config(corpus, out, **{**options, **changes}), ALONE)
+    return [run.advance() for _ in range(steps)], run.model.state_dict()
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 30])
+def test_micro_batches_add_up_to_the_batch(accumulate: int, corpus: Path, tmp_path: Path) -> None:
+    """Rows have up to 300 bytes: their parts are uneven, and some of the 30 are empty."""
+    expected, weights = advance(corpus, tmp_path / "one")
+    got, others = advance(corpus, tmp_path / "many", accumulate=accumulate)
+    assert got == pytest.approx(expected, rel=1e-6)
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-4)  # Adam magnifies rounding
+
+
+def test_recomputed_layers_give_bitwise_the_same(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, weights = advance(corpus, tmp_path / "kept")
+    calls = []
+    layer = TransformerLayer._layer
+    monkeypatch.setattr(TransformerLayer, "_layer", lambda *inputs: (calls.append(1), layer(*inputs))[1])
+    got, others = advance(corpus, tmp_path / "again", checkpoint_activations=True)
+    assert got == expected
+    assert all(others[name].equal(value) for name, value in weights.items())
+    assert len(calls) == 2 * 4 * 4  # twice, in 4 steps, 4 layers
+
+
+def test_compiled_layers_take_any_length(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once, without graph breaks; the micro-batches have other lengths at every step."""
+    from torch._dynamo.utils import counters
+
+    options: dict[str, object] = {
+        "model": "entropy",
+        "overrides": TINY,
+        "accumulate": 2,
+        "checkpoint_activations": True,
+    }
+    expected, _ = advance(corpus, tmp_path / "eager", **options)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    torch._dynamo.reset()
+    counters.clear()
+    got, _ = advance(corpus, tmp_path / "compiled", compile=True, **options)
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_gradients_are_clipped_as_torch_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameters = torch.nn.ParameterList(torch.zeros(size) for size in (3, 40, 5))
+    for limit in (1e3, 0.1):
+        for parameter in parameters[:2]:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        expected = [parameter.grad.clone() for parameter in parameters[:2]]
+        clip_gradients(parameters, limit)
+        norm = torch.cat(expected).norm()
+        for parameter, grad in zip(parameters, expected, strict=False):
+            torch.testing.assert_close(parameter.grad, grad * min(1.0, limit / (norm + 1e-6)))
+
+
+def test_tensorboard_events(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    run = train._Run(config(corpus, out, tensorboard=True, log_every=1, checkpoint_every=2), ALONE)
+    for _ in range(3):  # to be forgotten: the checkpoint is of step 2
+        run.record(run.advance(), 1.0)
+    assert run.log is not None
+    run.log.close()
+    train.train(config(corpus, out, tensorboard=True, log_every=1, checkpoint_every=2))
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    lines = train_log.read_log(out / "log.jsonl")
+    for name in ("bits_per_byte", "learning_rate", "heldout_bits_per_byte"):
+        logged = [(line["step"], line[name]) for line in lines if name in line and "final" not in line]
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
+    (final,) = events.Scalars("final/heldout_bits_per_byte")
+    assert final.value == pytest.approx(lines[-1]["heldout_bits_per_byte"], rel=1e-6)
+
+
+def test_tensorboard_that_is_missing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blt_kernels.tools.train_log.find_spec", lambda name: None)
+    train.train(config(corpus, tmp_path / "run", steps=1, tensorboard=None))
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    with pytest.raises(ImportError, match=r"pip install 'blt-kernels\[train\]'"):
+        train.train(config(corpus, tmp_path / "run", steps=1, tensorboard=True))
 
 
 def test_checkpoints_come_by_time_too(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = train._Run(config(corpus, tmp_path, checkpoint_every=1000, checkpoint_seconds=5.0))
+    run = train._Run(config(corpus, tmp_path, checkpoint_every=1000, checkpoint_seconds=5.0), ALONE)
     now = time.monotonic()
     for elapsed, saved in ((0, 0), (4, 0), (6, 3), (8, 3), (12, 5)):
         monkeypatch.setattr(time, "monotonic", lambda elapsed=elapsed: now + elapsed)
         run.record(run.advance(), 1.0)
-        assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == saved
+        assert train_state.read_values(train_state.latest(tmp_path / "checkpoint"))["step"] == saved
+        assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [str(saved)]
 
 
 def test_a_run_with_other_options_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -282,6 +417,21 @@ def test_a_run_with_other_options_is_refused(corpus: Path, tmp_path: Path) -> No
         train.train(config(corpus, tmp_path / "other", overrides={"depth": 3}))
     with pytest.raises(ValueError, match="are held out at 1"):
         train.train(config(corpus, tmp_path / "other", heldout=1.0))
+
+
+def test_a_log_without_its_checkpoint_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 7}\n')
+    with pytest.raises(ValueError, match="holds the log of a run but no checkpoint"):
+        train.train(config(corpus, tmp_path))
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 7}\n'
+
+
+def test_the_patcher_may_be_a_directory(tmp_path: Path) -> None:
+    bundled = ByteLM.bundled()
+    bundled.save_pretrained(tmp_path)
+    model = train.build_model(TrainConfig("blt", [], tmp_path, patcher=tmp_path))
+    assert model.config.threshold == bundled.config.threshold
+    assert all(torch.equal(a, b) for a, b in zip(model.patcher.parameters(), bundled.parameters(), strict=True))
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_end() -> None:
@@ -325,6 +475,10 @@ def test_options_are_checked(tmp_path: Path) -> None:
         TrainConfig("gpt", [], tmp_path)
     with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
         TrainConfig("entropy", [], tmp_path, steps=0)
+    with pytest.raises(ValueError, match="accumulate: expected at least 1, got 0"):
+        TrainConfig("entropy", [], tmp_path, accumulate=0)
+    with pytest.raises(ValueError, match="parallel: expected 'ddp' or 'fsdp', got 'dp'"):
+        TrainConfig("entropy", [], tmp_path, parallel="dp")
     with pytest.raises(ValueError, match="ngram: expected split='heldout'"):
         EvalConfig(tmp_path, [], ngram=True)
     with pytest.raises(ValueError, match="split: expected"):

@@ -61,7 +61,7 @@ def read_blt(
     changes: Mapping[str, Any],
 ) -> BLT:
     """`BLT.from_pretrained`."""
-    folder = _Folder.open(path, revision)
+    folder = Folder.open(path, revision)
     values = folder.json("config.json", "params.json")
     names: Names = formats.transformers_names
     foreign = "model_type" not in values
@@ -78,7 +78,7 @@ def read_blt(
 
     source = None
     if patcher is not None:
-        source = _Folder.open(patcher, revision)
+        source = Folder.open(patcher, revision)
     elif foreign:
         source = next((place for place in folder.patchers() if place.find("config.json", "params.json")), None)
     if source is not None:
@@ -96,11 +96,11 @@ def read_byte_lm(
     changes: Mapping[str, Any],
 ) -> ByteLM:
     """`ByteLM.from_pretrained`."""
-    return _read_byte_lm(_Folder.open(path, revision), ops, dtype, device, changes)
+    return _read_byte_lm(Folder.open(path, revision), ops, dtype, device, changes)
 
 
 def _read_byte_lm(
-    folder: _Folder, ops: str, dtype: torch.dtype | None, device: torch.device | str, changes: Mapping[str, Any]
+    folder: Folder, ops: str, dtype: torch.dtype | None, device: torch.device | str, changes: Mapping[str, Any]
 ) -> ByteLM:
     values = folder.json("config.json", "params.json")
     weights = folder.weights()
@@ -123,7 +123,7 @@ def read_model(
     path: str | os.PathLike[str], ops: str, dtype: torch.dtype | None, device: torch.device | str
 ) -> BLT | ByteLM:
     """`blt_kernels.models.load_model` of a directory: a BLT, or an entropy model alone."""
-    values = _Folder.open(path, None).json("config.json", "params.json")
+    values = Folder.open(path, None).json("config.json", "params.json")
     if formats.is_blt(values):
         return read_blt(path, ops, dtype, device, None, None, {})
     return read_byte_lm(path, ops, dtype, device, None, {})
@@ -148,31 +148,31 @@ def _prefixed(prefix: str, name: str) -> list[str]:
 # --- files and weights ------------------------------------------------------------------------------------------------
 
 
-class _Folder:
+class Folder:
     """Files by name: of a directory, or of a repository on the hub and a folder in it."""
 
     def __init__(self, path: str, repository: str | None, revision: str | None) -> None:
         self.path, self.repository, self.revision = path, repository, revision
 
     @staticmethod
-    def open(path: str | os.PathLike[str], revision: str | None) -> _Folder:
+    def open(path: str | os.PathLike[str], revision: str | None) -> Folder:
         path = os.fspath(path)
         if os.path.isdir(path):
-            return _Folder(path, None, None)
+            return Folder(path, None, None)
         match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/?((?:\w[\w.-]*/?)*)", path)
         if match is None:
             raise FileNotFoundError(f"path: expected a directory or a repository on the hub, got {path}")
-        return _Folder(match[2], match[1], revision)
+        return Folder(match[2], match[1], revision)
 
     def __str__(self) -> str:
         return self.path if self.repository is None else str(PurePosixPath(self.repository, self.path))
 
-    def patchers(self) -> list[_Folder]:
+    def patchers(self) -> list[Folder]:
         """Where the entropy model of a BLT may be: in its folder or beside it."""
         parents = [self.path]
         if self.path or self.repository is None:
             parents.append(os.path.join(self.path, "..") if self.repository is None else os.path.dirname(self.path))
-        return [_Folder(os.path.join(p, "entropy_model"), self.repository, self.revision) for p in parents]
+        return [Folder(os.path.join(p, "entropy_model"), self.repository, self.revision) for p in parents]
 
     def find(self, *names: str) -> Path | None:
         """The first of these files that there is."""
@@ -226,7 +226,7 @@ class _Folder:
 
 def _fill(
     model: ByteModel,
-    folder: _Folder,
+    folder: Folder,
     weights: dict[str, Tensor],
     names: Names,
     dtype: torch.dtype | None,

@@ -105,22 +105,49 @@ class PackedBatches:
         self.batches_per_epoch = int(self.length.sum()) // self.batch_bytes
         self._epoch = -1
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Batch number `step`: ids int32 ``[T]`` and offsets of its rows int32 ``[R+1]``."""
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
+        """Batch number `step`: ids int32 ``[T]`` and offsets of its rows int32 ``[R+1]``.
+
+        With `parts`, those of its rows that `share` gives to `part`, which may be none.
+        """
+        pieces = self._pieces(step)
+        own = share([length for _, _, length in pieces], parts)[part]
+        return pack_rows([read_ids(*pieces[i]) for i in own])
+
+    def predicted(self, step: int) -> int:
+        """Ids of batch number `step` that a model predicts: all but the first of each row."""
+        return sum(length - 1 for _, _, length in self._pieces(step))
+
+    def _pieces(self, step: int) -> list[tuple[Source, int, int]]:
+        """The rows of a batch: source, start and length of each."""
         epoch, index = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.length))
             self._ends = self.length[self._order].cumsum()
         low, high = index * self.batch_bytes, (index + 1) * self.batch_bytes
-        rows = []
+        pieces = []
         position, rank = low, int(np.searchsorted(self._ends, low, side="right"))
         while position < high:
             piece, end = self._order[rank], min(int(self._ends[rank]), high)
             start = int(self.start[piece]) + position - int(self._ends[rank] - self.length[piece])
-            rows.append(read_ids(self.sources[self.source[piece]], start, end - position))
+            pieces.append((self.sources[self.source[piece]], start, end - position))
             position, rank = end, rank + 1
-        return pack_rows(rows)
+        return pieces
+
+
+def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Share rows out so that the parts are about as long: the longest first, each to what is shortest so far.
+
+    Returns the indices of each part's rows, in rising order; a part has none where there are too few.
+    """
+    totals = [0] * parts
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        part = totals.index(min(totals))
+        totals[part] += lengths[i]
+        shares[part].append(i)
+    return [sorted(indices) for indices in shares]
 
 
 def heldout_batches(sources: Sequence[Source], batch_bytes: int, context: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -140,7 +167,7 @@ def heldout_batches(sources: Sequence[Source], batch_bytes: int, context: int) -
 def pack_rows(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Rows of ids end to end, int32 ``[T]``, and their offsets, int32 ``[R+1]``."""
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(offsets)
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int32), *rows])), torch.from_numpy(offsets)
 
 
 def read_ids(source: Source, start: int, length: int) -> np.ndarray:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from blt_kernels.models import ByteLM, load_model
+from blt_kernels.models import ByteLM, MegaByte, load_model
 from blt_kernels.nn import BYTE_OFFSET, ByteModel, next_byte_targets, row_positions
 from blt_kernels.ops.entropy_patch import token_entropy
 from blt_kernels.tools import data
 from blt_kernels.tools.ngram import NgramModel
+from blt_kernels.tools.train_parallel import Ranks
 
 Report = Callable[[int, int, float], None]  # bytes done, bytes in all, bits per byte so far
 
@@ -28,7 +31,8 @@ class EvalConfig:
     """What to evaluate on what.
 
     `split` is "all", or one side of the split that training with the same `heldout`, `seed`, `include` and paths makes.
-    `ngram` also trains the order-3 n-gram model on the "train" side and scores it on the same bytes.
+    `ngram` also trains the order-3 n-gram model on the "train" side and scores it on the same bytes. `strided` is
+    MegaByte's inference in two passes.
     """
 
     checkpoint: Path
@@ -41,6 +45,7 @@ class EvalConfig:
     context: int = 2048
     ngram: bool = False
     bf16: bool = False
+    strided: bool = False
     ops: str = "fused"
     device: str = "cpu"
 
@@ -67,15 +72,19 @@ def evaluate(config: EvalConfig, report: Report | None = None) -> Evaluation:
     Raises
     ------
     FileNotFoundError, ValueError
-        As `data.find_sources`, or the chosen side of the split is empty.
+        As `data.find_sources`; the chosen side of the split is empty, or `strided` is not for this model.
     """
     model = load_model(config.checkpoint, config.ops, dtype=torch.float32, device=config.device)
+    if config.strided and not isinstance(model, MegaByte):
+        raise ValueError(f"strided: expected a MegaByte, got a {type(model).__name__} in {config.checkpoint}")
     sources = data.find_sources(config.paths, config.include)
     train, held = data.split_sources(sources, config.heldout, config.seed)
     chosen = {"all": sources, "heldout": held, "train": train}[config.split]
     if not chosen:
         raise ValueError(f"split: no files on the {config.split!r} side of {len(sources)} files")
-    bits, num_bytes = measure(model, chosen, config.batch_bytes, config.context, bf16=config.bf16, report=report)
+    options: dict[str, Any] = {"strided": True} if config.strided else {}
+    size, context = config.batch_bytes, config.context
+    bits, num_bytes = measure(model, chosen, size, context, bf16=config.bf16, report=report, **options)
     ngram = NgramModel.train(train).measure(chosen) if config.ngram else None
     return Evaluation(bits, num_bytes, len(chosen), ngram)
 
@@ -89,16 +98,25 @@ def measure(
     *,
     bf16: bool = False,
     report: Report | None = None,
+    ranks: Ranks | None = None,
+    **options: Any,
 ) -> tuple[float, int]:
-    """Bits per byte of a model on `sources`, and how many bytes that were."""
+    """Bits per byte of a model on `sources`, and how many bytes that were.
+
+    `ranks` share the batches; `options` are those of the model's `forward`.
+    """
     device = next(model.parameters()).device
+    ranks = ranks or Ranks(device)
     total, done, nats = sum(source.size for source in sources), 0, 0.0
     training = model.training
     model.eval()
-    for tokens, rows in data.heldout_batches(sources, batch_bytes, context):
+    batches = data.heldout_batches(sources, batch_bytes, context)
+    while round_ := list(islice(batches, ranks.world)):
+        # A sharded model is called on all ranks: on nothing where the last round has too few batches.
+        tokens, rows = round_[ranks.rank] if ranks.rank < len(round_) else data.pack_rows([])
         tokens, rows = tokens.to(device), rows.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(tokens, rows)
+            logits = model(tokens, rows, **options)
         targets = next_byte_targets(tokens, rows)
         targets = targets.masked_fill(targets < BYTE_OFFSET, -100)
         nats += F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum").item()
@@ -106,7 +124,8 @@ def measure(
         if report:
             report(done, total, nats / max(done, 1) / math.log(2))
     model.train(training)
-    return nats / max(done, 1) / math.log(2), done
+    nats, count = ranks.sum(nats, done)
+    return nats / max(count, 1) / math.log(2), int(count)
 
 
 @torch.no_grad()

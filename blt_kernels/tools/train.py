@@ -1,16 +1,19 @@
 """Training on files, resumable at any moment.
 
-A run is a directory: ``checkpoint.pt`` (model, optimiser, random state, step: replaced atomically), ``log.jsonl``,
+A run is a directory: ``checkpoint`` (see `blt_kernels.tools.train_state`), ``log.jsonl``, ``tensorboard``,
 ``heldout.txt`` (the files that were held out), and at the end ``model.safetensors`` and ``loss.png``. The data of a
 step is a function of the seed and the step alone, so that a run that was killed and started again with the same options
 goes on from its last checkpoint and ends, on the CPU, in bitwise the same weights.
+
+torchrun starts a run on several processes: ``torchrun --nproc-per-node 2 -m blt_kernels train ...``. They share the
+rows of each step, as micro-batches do. The loss is the mean over all predicted bytes of the step, so that its numbers,
+to rounding, do not depend on either; a run may go on with others than it began with.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,13 +23,18 @@ from typing import Any
 
 import torch
 
-from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
-from blt_kernels.nn import ByteModel
-from blt_kernels.tools import data
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, llama
+from blt_kernels.nn import ByteModel, TransformerLayer, next_byte_bits, next_byte_targets
+from blt_kernels.tools import data, train_parallel, train_state
 from blt_kernels.tools.evaluate import measure, threshold_for_patch_size
+from blt_kernels.tools.train_log import Log, draw_curve
 
-# Options that decide how a run is watched and stored, not what it computes.
-_FREE = ("paths", "out", "checkpoint_every", "checkpoint_seconds", "log_every", "device", "patch_size", "save_bf16")
+# Options that decide how a run is watched, stored and computed, but for rounding not what it computes.
+_FREE = (
+    *("paths", "out", "checkpoint_every", "checkpoint_seconds", "log_every", "tensorboard", "patch_size", "save_bf16"),
+    *("device", "accumulate", "checkpoint_activations", "compile", "parallel", "shard_tables"),
+)
+_GLOBAL_LAYERS = ("global_transformer.layers.", "global_layers.")
 # What the threshold of an entropy model is chosen on. Rows begin with two short patches: they should be long.
 _THRESHOLD_BYTES, _THRESHOLD_CONTEXT = 1 << 20, 2048
 
@@ -42,6 +50,15 @@ class TrainConfig:
     A checkpoint is written every `checkpoint_every` steps, and no later than `checkpoint_seconds` after the last.
     `bf16` is autocast: faster on CPUs with AMX, and on GPUs. `save_bf16` halves the size of the final model. An entropy
     model is saved with the threshold that makes patches of `patch_size` bytes on held-out files, if there are any.
+
+    `accumulate` micro-batches of a rank make its share of a step. `checkpoint_activations` computes every layer twice
+    to keep only its input, with the same numbers. `compile` compiles the layers, once for all lengths. On several
+    ranks, `parallel` is "ddp" or "fsdp", and `shard_tables` shares out the rows of a BLT's hash tables with "ddp" too.
+
+    `init_global` is a Llama checkpoint, as `blt_kernels.models.llama` reads it: the global transformer of a BLT gets
+    its shape, unless `overrides` has one, and begins with its weights. `global_learning_rate` is the `learning_rate` of
+    that transformer's layers, with the same course. `tensorboard` asks for events, or for none; None wants them if it
+    is installed.
     """
 
     model: str
@@ -71,13 +88,28 @@ class TrainConfig:
     checkpoint_every: int = 200
     checkpoint_seconds: float = 60.0
     log_every: int = 10
+    accumulate: int = 1
+    checkpoint_activations: bool = False
+    compile: bool = False
+    parallel: str = "ddp"
+    shard_tables: bool = False
+    init_global: Path | None = None
+    global_learning_rate: float | None = None
+    tensorboard: bool | None = None
 
     def __post_init__(self) -> None:
         if self.model not in ("entropy", "blt", "megabyte"):
             raise ValueError(f"model: expected 'entropy', 'blt' or 'megabyte', got {self.model!r}")
         if self.preset not in ("small", "paper"):
             raise ValueError(f"preset: expected 'small' or 'paper', got {self.preset!r}")
-        for name in ("steps", "warmup", "eval_every", "checkpoint_every", "log_every"):
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {self.parallel!r}")
+        if self.model != "blt" and self.init_global is not None:
+            raise ValueError(f"init_global: expected None, since model is {self.model!r}, got {self.init_global}")
+        if self.model == "entropy" and self.global_learning_rate is not None:
+            got = self.global_learning_rate
+            raise ValueError(f"global_learning_rate: expected None, since model is 'entropy', got {got}")
+        for name in ("steps", "warmup", "eval_every", "checkpoint_every", "log_every", "accumulate"):
             if getattr(self, name) < (name != "warmup"):
                 raise ValueError(f"{name}: expected at least {int(name != 'warmup')}, got {getattr(self, name)}")
 
@@ -104,54 +136,74 @@ class TrainResult:
 
 
 def build_model(config: TrainConfig) -> ByteModel:
-    """A freshly initialised model; the patcher of a BLT is loaded."""
+    """A freshly initialised model; the patcher of a BLT is loaded, and its global transformer with `init_global`."""
     config_class: Any = {"entropy": ByteLMConfig, "blt": BLTConfig, "megabyte": MegaByteConfig}[config.model]
     values = {**asdict(config_class.small() if config.preset == "small" else config_class()), **config.overrides}
     if config.model == "entropy":
         return ByteLM.from_values(values, config.ops)
     if config.model == "megabyte":
         return MegaByte.from_values(values, config.ops)
-    if values["patching"] != "entropy":
-        return BLT.from_values({**values, "patcher": None}, config.ops)
-    patcher = ByteLM.load(config.patcher, dtype=torch.float32) if config.patcher else ByteLM.bundled()
-    threshold = config.overrides.get("threshold", patcher.config.threshold)
-    model = BLT.from_values({**values, "patcher": asdict(patcher.config), "threshold": threshold}, config.ops)
-    assert model.patcher is not None  # the configuration has one
-    model.patcher.load_state_dict(patcher.state_dict())
+    if config.init_global is not None and "global_transformer" not in config.overrides:
+        values["global_transformer"] = asdict(llama.read_config(config.init_global))
+    patcher = None
+    if values["patching"] == "entropy":
+        patcher = _patcher(config.patcher)
+        values["threshold"] = config.overrides.get("threshold", patcher.config.threshold)
+    model = BLT.from_values({**values, "patcher": patcher and asdict(patcher.config)}, config.ops)
+    if patcher is not None:
+        assert model.patcher is not None  # the configuration has one
+        model.patcher.load_state_dict(patcher.state_dict())
+    if config.init_global is not None:
+        llama.load_global_transformer(model, config.init_global)
     return model
 
 
+def _patcher(path: Path | None) -> ByteLM:
+    if path is None:
+        return ByteLM.bundled()
+    if path.is_dir():
+        return ByteLM.from_pretrained(path, dtype=torch.float32)
+    return ByteLM.load(path, dtype=torch.float32)
+
+
 def train(config: TrainConfig, report: Callable[[Progress], None] | None = None) -> TrainResult:
-    """Train, or go on training, the run in ``config.out``.
+    """Train, or go on training, the run in ``config.out``: on all ranks, if there are several.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    report : callable, optional
+        Told of every step, on rank 0.
 
     Raises
     ------
     ImportError
-        safetensors or matplotlib is not installed.
+        safetensors or matplotlib is not installed, or TensorBoard if it is asked for.
     FileNotFoundError
         A path does not exist.
     ValueError
         There is nothing to train on, or ``config.out`` holds a run with other options; the message names them.
     """
-    run = _Run(config)
-    while run.step < config.steps:
-        started = time.perf_counter()
-        bits = run.advance()
-        speed = config.batch_bytes / (time.perf_counter() - started)
-        run.record(bits, speed)
-        if report:
-            report(Progress(run.step, config.steps, bits, speed, run.heldout_bits))
-    return run.finish()
+    with train_parallel.start(config.device) as ranks:
+        run = _Run(config, ranks)
+        while run.step < config.steps:
+            started = time.perf_counter()
+            bits = run.advance()
+            speed = config.batch_bytes / (time.perf_counter() - started)
+            run.record(bits, speed)
+            if report and ranks.rank == 0:
+                report(Progress(run.step, config.steps, bits, speed, run.heldout_bits))
+        return run.finish()
 
 
 class _Run:
     """One training run: its state, and the files it lives in."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, ranks: train_parallel.Ranks) -> None:
         for package in ("safetensors", "matplotlib"):  # better missed now than after the training
             if find_spec(package) is None:
                 raise ImportError(f"training needs {package}: pip install 'blt-kernels[cli]'")
-        self.config, self.out = config, Path(config.out)
+        self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
         sources = data.find_sources(config.paths, config.include)
         self.train_sources, self.heldout_sources = data.split_sources(sources, config.heldout, config.seed)
@@ -159,35 +211,49 @@ class _Run:
             raise ValueError(f"heldout: all of {len(sources)} files are held out at {config.heldout}")
         self.batches = data.PackedBatches(self.train_sources, config.batch_bytes, config.context, config.seed)
         torch.manual_seed(config.seed)
-        self.model = build_model(config).to(config.device).train()
+        self.model = build_model(config).train()
+        self.called = train_parallel.distribute(self.model, ranks, config.parallel, config.shard_tables)
+        _prepare_layers(self.model, config)
         self.optimizer = _optimizer(self.model, config)
         self.step, self.seconds = 0, 0.0
         self.heldout_bits: float | None = None
         self.saved_step, self.saved_at = 0, time.monotonic()
-        if (self.out / "checkpoint.pt").exists():
-            self._resume()
+        checkpoint = train_state.latest(self.out / "checkpoint")
+        if checkpoint is None and (self.out / "log.jsonl").exists():
+            raise ValueError(f"out: {self.out} holds the log of a run but no checkpoint: choose another directory")
+        ranks.barrier()  # before one of them writes another
+        if checkpoint is not None:
+            self._resume(checkpoint)
         else:
-            listing = "".join(f"{source.path}\n" for source in self.heldout_sources)
-            (self.out / "heldout.txt").write_text(listing, encoding="utf-8")
+            if ranks.rank == 0:
+                listing = "".join(f"{source.path}\n" for source in self.heldout_sources)
+                (self.out / "heldout.txt").write_text(listing, encoding="utf-8")
             self._save()
-        self._trim_log()
+        self.log = Log(self.out, self.step, config.tensorboard) if ranks.rank == 0 else None
 
     def advance(self) -> float:
         """One step; returns its loss in bits per byte."""
-        config, started = self.config, time.perf_counter()
-        tokens, rows = (t.to(config.device) for t in self.batches.batch(self.step))
+        config, ranks, started = self.config, self.ranks, time.perf_counter()
         rate = _learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
-            loss = self.model.loss(tokens, rows)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+            group["lr"] = rate * group["scale"]
+        predicted, parts = max(self.batches.predicted(self.step), 1), ranks.world * config.accumulate
+        bits = torch.zeros((), device=ranks.device)
+        for part in range(ranks.rank, parts, ranks.world):
+            tokens, rows = (t.to(ranks.device) for t in self.batches.batch(self.step, part, parts))
+            with train_parallel.synchronised(self.called, last=part + ranks.world >= parts):
+                with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.bf16):
+                    logits = self.called(tokens, rows)
+                loss = next_byte_bits(logits, next_byte_targets(tokens, rows), predicted)
+                (loss * ranks.world).backward()
+            bits += loss.detach()
+        train_parallel.clip_gradients(self.model, config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        (total,) = ranks.sum(bits.item())
         self.seconds += time.perf_counter() - started
-        return loss.item()
+        return total
 
     def record(self, bits: float, speed: float) -> None:
         """Measure, log and save where it is time to."""
@@ -201,9 +267,9 @@ class _Run:
         if self.heldout_sources and self.step % config.eval_every == 0:
             self.heldout_bits = self._measure(_first(self.heldout_sources, config.eval_bytes))[0]
             line["heldout_bits_per_byte"] = self.heldout_bits
-        if line:
-            self._log({"step": self.step, **line})
-        late = time.monotonic() - self.saved_at >= config.checkpoint_seconds
+        if line and self.log:
+            self.log.write({"step": self.step, **line})
+        late = self.ranks.first(time.monotonic() - self.saved_at >= config.checkpoint_seconds)
         if late or self.step - self.saved_step >= config.checkpoint_every:
             self._save()
 
@@ -216,20 +282,39 @@ class _Run:
                     parameter.copy_(parameter.bfloat16())
         if self.heldout_sources:
             bits, size = self._measure(self.heldout_sources)
-            self._log({"step": self.step, "heldout_bits_per_byte": bits, "heldout_bytes": size, "final": True})
-        path, curve = self.out / "model.safetensors", self.out / "loss.png"
+        changes = {}
         if isinstance(self.model, ByteLM) and self.heldout_sources:
             sample = _first(self.heldout_sources, _THRESHOLD_BYTES)
             context = max(config.context, _THRESHOLD_CONTEXT)
             threshold = threshold_for_patch_size(self.model, sample, config.patch_size, config.batch_bytes, context)
-            self.model.config = replace(self.model.config, threshold=threshold)
-        self.model.save(path, torch.bfloat16 if config.save_bf16 else None)
-        draw_curve(self.out / "log.jsonl", curve)
+            changes["threshold"] = threshold
+        path, curve = self.out / "model.safetensors", self.out / "loss.png"
+        if self.log:
+            if bits is not None:
+                line = {"step": self.step, "heldout_bits_per_byte": bits, "heldout_bytes": size, "final": True}
+                self.log.write(line)
+            self.log.close()
+            model = self._whole_model()
+            model.config = replace(model.config, **changes)
+            model.save(path, torch.bfloat16 if config.save_bf16 else None)
+            draw_curve(self.out / "log.jsonl", curve)
+        self.ranks.barrier()
         return TrainResult(path, curve, bits, size)
+
+    def _whole_model(self) -> ByteModel:
+        """The model, or, where its parameters may be sharded, another one with those of the checkpoint."""
+        if self.ranks.world == 1:
+            return self.model
+        model = build_model(self.config)
+        checkpoint = train_state.latest(self.out / "checkpoint")
+        assert checkpoint is not None  # there is always one
+        train_state.load_weights(checkpoint, model)
+        return model
 
     def _measure(self, sources: Sequence[data.Source]) -> tuple[float, int]:
         config = self.config
-        return measure(self.model, sources, config.batch_bytes, config.context, bf16=config.bf16)
+        size, context = config.batch_bytes, config.context
+        return measure(self.model, sources, size, context, bf16=config.bf16, ranks=self.ranks)
 
     def _options(self) -> dict[str, Any]:
         options = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
@@ -237,91 +322,57 @@ class _Run:
         return json.loads(json.dumps(options, default=str))
 
     def _save(self) -> None:
-        state = {
+        values = {
             "options": self._options(),
             "step": self.step,
             "seconds": self.seconds,
             "heldout_bits": self.heldout_bits,
-            "random": torch.get_rng_state(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
         }
-        path, part = self.out / "checkpoint.pt", self.out / "checkpoint.pt.part"
-        with part.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        train_state.save(self.out / "checkpoint", self.step, self.model, self.optimizer, values, self.ranks)
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
-    def _resume(self) -> None:
-        state = torch.load(self.out / "checkpoint.pt", map_location=self.config.device, weights_only=True)
-        options, stored = self._options(), state["options"]
+    def _resume(self, checkpoint: Path) -> None:
+        values, options = train_state.read_values(checkpoint), self._options()
+        stored = values["options"]
         other = [name for name in options if stored.get(name) != options[name]]
         if other:
             shown = ", ".join(name if name == "files" else f"{name}={stored.get(name)!r}" for name in other)
             raise ValueError(f"out: {self.out} holds a run with other options ({shown}): choose another directory")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"].cpu())
-        self.step, self.seconds, self.heldout_bits = state["step"], state["seconds"], state["heldout_bits"]
+        train_state.load(checkpoint, self.model, self.optimizer, self.ranks)
+        self.step, self.seconds, self.heldout_bits = values["step"], values["seconds"], values["heldout_bits"]
         self.saved_step = self.step
 
-    def _log(self, line: dict[str, Any]) -> None:
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
-    def _trim_log(self) -> None:
-        """Drop what was logged after the checkpoint, and a line that a kill cut short."""
-        path, part = self.out / "log.jsonl", self.out / "log.jsonl.part"
-        kept = [line for line in read_log(path) if line["step"] <= self.step and "final" not in line]
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, path)
+def _prepare_layers(model: ByteModel, config: TrainConfig) -> None:
+    """Have layers compute their activations again, and compile them.
 
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log; none if there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def draw_curve(log: Path, path: Path) -> None:
-    """Draw the losses in a log as a PNG: training in bits per byte, smoothed, and held-out measurements."""
-    from matplotlib.figure import Figure
-
-    lines = read_log(log)
-    train_lines = [line for line in lines if "bits_per_byte" in line]
-    held_lines = [line for line in lines if "heldout_bits_per_byte" in line and "final" not in line]
-    final = [(line["step"], line["heldout_bits_per_byte"]) for line in lines if "final" in line]
-    steps, losses = [line["step"] for line in train_lines], [line["bits_per_byte"] for line in train_lines]
-    smooth: list[float] = []
-    for loss in losses:
-        share = max(0.1, 2 / (len(smooth) + 2))  # a wider average as it goes on
-        smooth.append(loss if not smooth else smooth[-1] + share * (loss - smooth[-1]))
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)
-    axes.plot(steps, smooth, color="C0", label="training")
-    if held_lines:
-        held = [line["heldout_bits_per_byte"] for line in held_lines]
-        axes.plot(
-            [line["step"] for line in held_lines], held, "o-", color="C1", markersize=4, label="held out, a sample"
-        )
-    if final:
-        axes.plot(*final[-1], "*", color="C3", markersize=10, label=f"held out, all: {final[-1][1]:.3f}")
-    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, min(8.5, max([1.0, *losses]))))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    They are compiled one by one: between them, in eager code, layouts are trimmed to their patches on the CPU. Layers
+    of one shape share their code, once with gradients and once without.
+    """
+    if config.compile:  # encoder, global transformer and decoder make more kinds than dynamo allows
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    for layer in model.modules():
+        if isinstance(layer, TransformerLayer) and all(p.requires_grad for p in layer.parameters()):
+            layer.recompute = config.checkpoint_activations
+            if config.compile:  # `forward` alone: FSDP2's hooks around it would break the graph
+                layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
 
 
 def _optimizer(model: ByteModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; only matrices decay, not norms and tables."""
-    decays = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
-    ids = {id(p) for p in decays}
-    keeps = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": keeps, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    """AdamW; only matrices decay, not norms and tables.
+
+    A group has a `scale` of the learning rate, and parameters that are all sharded or all whole.
+    """
+    decays = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    ratio = (config.global_learning_rate or config.learning_rate) / config.learning_rate
+    groups: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = ratio if name.startswith(_GLOBAL_LAYERS) else 1.0
+            key = (config.weight_decay if parameter in decays else 0.0, scale, type(parameter.data))
+            groups.setdefault(key, []).append(parameter)
+    options = [{"params": params, "weight_decay": key[0], "scale": key[1]} for key, params in groups.items()]
+    return torch.optim.AdamW(options, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:

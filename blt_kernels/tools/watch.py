@@ -11,12 +11,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from blt_kernels.tools import evaluate, train
 from blt_kernels.tools.render import Color, console
+from blt_kernels.tools.train_parallel import is_first
 
 _PLAIN_EVERY = 100  # steps between lines where there is no terminal to draw a bar on
 
 
 def run_train(config: train.TrainConfig, color: Color = Color.auto) -> None:
-    """Train with a bar of bits per byte and bytes per second on stderr, then say where things are."""
+    """Train with a bar of bits per byte and bytes per second on stderr, then say where things are.
+
+    Of several ranks, the first one talks.
+    """
+    if not is_first():
+        train.train(config)
+        return
     shown = console(color, stderr=True)
     smooth = None
 

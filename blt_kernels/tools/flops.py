@@ -1,0 +1,317 @@
+"""``blt-kernels flops``: FLOPs of a byte by the paper's formula and of this implementation, and counted on text."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from blt_kernels.layout import PatchLayout
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
+from blt_kernels.models import checkpoint_formats as formats
+from blt_kernels.models.flops import (
+    PAPER_SIZES,
+    PARTS,
+    Config,
+    Flops,
+    Part,
+    Rows,
+    count_flops,
+    counted_parts,
+    paper_flops,
+)
+from blt_kernels.nn import ByteModel, config_from_dict, safetensors_module
+from blt_kernels.tools import data
+from blt_kernels.tools.evaluate import threshold_for_patch_size
+from blt_kernels.tools.render import Color, console
+
+PRESETS: dict[str, Config] = {
+    **PAPER_SIZES,
+    "blt": BLTConfig(),
+    "blt-small": BLTConfig.small(),
+    "entropy": ByteLMConfig(),
+    "entropy-small": ByteLMConfig.small(),
+    "megabyte": MegaByteConfig(),
+    "megabyte-small": MegaByteConfig.small(),
+}
+_MODELS: dict[type, type[ByteModel]] = {BLTConfig: BLT, ByteLMConfig: ByteLM, MegaByteConfig: MegaByte}
+_CONFIGS: dict[str, type] = {model.__name__: config for config, model in _MODELS.items()}
+
+# What a model is measured on: at most so many ids, in rows no longer than this. It must fit into memory with gradients.
+_MEASURED_BYTES, _MEASURED_CONTEXT, _MOST_PARAMETERS = 8192, 2048, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """`patch_sizes` and `context` in bytes. `window` replaces the local windows; `text` is what is measured on."""
+
+    patch_sizes: Sequence[float] = (4.5, 6.0, 8.0)
+    context: int = 16384
+    window: int | None = None
+    measure: bool = False
+    text: Sequence[Path] = ()
+
+    def __post_init__(self) -> None:
+        for size in self.patch_sizes:
+            if not 1 <= size <= self.context:
+                raise ValueError(f"patch_sizes: expected 1 to context = {self.context} bytes, got {size}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: expected at least 1, got {self.window}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `FlopCounterMode` counted on `rows`, next to `formula`: `count_flops` of these rows.
+
+    `forward` is by part, without the patcher; `backward` is all of the model.
+    """
+
+    rows: Rows
+    formula: Flops
+    forward: dict[str, int]
+    backward: int
+    patcher: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """FLOPs of a byte by the formula of the paper and of this implementation, and what was measured."""
+
+    patch_size: float
+    paper: Flops
+    here: Flops
+    measured: Measurement | None
+
+    def record(self) -> dict[str, Any]:
+        """What ``--json`` prints of it."""
+        record = {"patch_size": self.patch_size, "paper": _lines(self.paper), "implementation": _lines(self.here)}
+        return record if self.measured is None else {**record, "measured": _measured_record(self.measured)}
+
+
+def read_config(name: str) -> Config:
+    """The configuration of a preset, of a ``.safetensors`` file of ours, or of another code base's directory.
+
+    Raises
+    ------
+    ValueError
+        There is none of this name, or it is not of a model that this package has.
+    """
+    path = Path(name)
+    if name in PRESETS:
+        return PRESETS[name]
+    if path.is_dir():
+        return _read_directory(path)
+    if path.is_file():
+        with safetensors_module().safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("model") not in _CONFIGS:
+            raise ValueError(f"{path}: expected a file of {', '.join(_CONFIGS)}, got {metadata.get('model')!r}")
+        return config_from_dict(_CONFIGS[metadata["model"]], json.loads(metadata["config"]))
+    raise ValueError(f"config: expected a file, a directory or one of {', '.join(PRESETS)}, got {name!r}")
+
+
+def _read_directory(path: Path) -> Config:
+    """``config.json`` or ``params.json`` of transformers or of facebookresearch/blt; weights are not read."""
+    files = [path / file for file in ("config.json", "params.json") if (path / file).is_file()]
+    if not files:
+        raise ValueError(f"{path}: expected config.json or params.json, found none")
+    values = formats.Values.read(files[0])
+    if values.get("model_type") == "blt":
+        return formats.transformers_blt(values)
+    if values.get("model_type") == "blt_patcher":
+        return formats.transformers_byte_lm(values)
+    if "dim_global" not in (values.inner("args") or values.inner("model")):
+        return formats.bytelatent_byte_lm(values)
+    training = path / "train_args.json"
+    config = formats.bytelatent_blt(values, formats.Values.read(training) if training.is_file() else values)
+    patcher = next((p for p in (path / "entropy_model", path.parent / "entropy_model") if p.is_dir()), None)
+    if patcher is not None:
+        found = _read_directory(patcher)
+        assert isinstance(found, ByteLMConfig)
+        config = replace(config, patcher=found)
+    return config
+
+
+def with_window(config: Config, window: int | None) -> Config:
+    """A configuration whose layers over bytes see `window` bytes. MegaByte's see their patch, whatever it is."""
+    if window is None or isinstance(config, MegaByteConfig):
+        return config
+    if isinstance(config, ByteLMConfig):
+        return replace(config, window=window)
+    local = {name: replace(getattr(config, name), window=window) for name in ("encoder", "decoder")}
+    return replace(config, **local)
+
+
+def measure(config: Config, patch_size: float, context: int, text: Sequence[Path] = ()) -> Measurement:
+    """Run a model with random weights, forward and backward, on some documents, and count its FLOPs.
+
+    The patches of a BLT are those of its scheme; with entropy patching, those of the bundled entropy model at the
+    threshold that makes `patch_size` bytes a patch. Hash tables, which cost no FLOPs, are made small.
+
+    Parameters
+    ----------
+    config : BLTConfig, ByteLMConfig or MegaByteConfig
+    patch_size : float
+    context : int
+        Rows are no longer than this, nor than 2048 ids.
+    text : sequence of Path
+        Files and directories; the sources of Python's ``json`` if empty.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `data.find_sources`, or the model is too large.
+    """
+    sources = data.find_sources(text or [Path(os.__file__).parent / "json"])
+    context = min(context, _MEASURED_CONTEXT)
+    tokens, rows = next(data.heldout_batches(sources, _MEASURED_BYTES, context))
+    model, options = _model(config), {}
+    spans = Rows(rows.diff().tolist(), [0] * (len(rows) - 1))
+    if isinstance(model, BLT):
+        layout = options["layout"] = _patches(model, tokens, rows, patch_size, sources, context)
+        spans = Rows.of(layout)
+    with warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
+        warnings.simplefilter("ignore")  # the counter's hooks warn about modules whose inputs need no gradient
+        loss = model.loss(tokens, rows, **options)
+        forward = counted_parts(counter.get_flop_counts())
+        total = counter.get_total_flops()
+        loss.backward()
+        backward = counter.get_total_flops() - total
+    patcher = 0
+    if isinstance(model, BLT) and model.patcher is not None:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.patcher(tokens, rows)
+        patcher = counter.get_total_flops()
+    return Measurement(spans, count_flops(config, spans), forward, backward, patcher)
+
+
+def _model(config: Config) -> ByteModel:
+    if isinstance(config, BLTConfig):
+        config = replace(config, ngram_vocab=64)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in _MODELS[type(config)](config).parameters())
+    if size > _MOST_PARAMETERS:
+        raise ValueError(f"measure: expected at most {_MOST_PARAMETERS:,} parameters beside hash tables, got {size:,}")
+    return _MODELS[type(config)](config)
+
+
+def _patches(
+    model: BLT, tokens: Tensor, rows: Tensor, patch_size: float, sources: Sequence[data.Source], context: int
+) -> PatchLayout:
+    config = model.config
+    if config.patching != "entropy":
+        return model.patch(tokens, rows)
+    patcher = ByteLM.bundled()
+    threshold = threshold_for_patch_size(patcher, sources, patch_size, _MEASURED_BYTES, context)
+    rules = {"threshold_add": config.threshold_add, "monotonic": config.monotonic}
+    with torch.no_grad():
+        _, layout = patcher.patch(tokens, rows, threshold=threshold, max_patch_length=config.max_patch_length, **rules)
+    return layout.compact()
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def run(names: Sequence[str], options: Options, *, as_json: bool, color: Color = Color.auto) -> None:
+    """Print tables, or JSON, of the configurations; the five sizes of the paper if there are no `names`."""
+    out, records = console(color), []
+    if not as_json:
+        rows = f"rows of {options.context:,} bytes"
+        out.print(f"millions of FLOPs a byte, {rows}: formula of the paper | this implementation", soft_wrap=True)
+    for name in names or PAPER_SIZES:
+        config = with_window(read_config(name), options.window)
+        found = []
+        for size in _sizes(config, options.patch_sizes):
+            here = count_flops(config, Rows.even(options.context, size)).per_byte(options.context)
+            done = measure(config, size, options.context, options.text) if options.measure else None
+            found.append(Result(size, paper_flops(config, size, options.context), here, done))
+        records += [{"model": name, "context": options.context, **result.record()} for result in found]
+        if not as_json:
+            out.print(_table(name, found))
+            for result in found:
+                if result.measured is not None:
+                    out.print(_measured_table(name, result.measured))
+    if as_json:
+        out.print(json.dumps(records, indent=2), soft_wrap=True)
+
+
+def _sizes(config: Config, sizes: Sequence[float]) -> Sequence[float]:
+    """The patch sizes that there are: of a configuration that has its own, this one."""
+    if isinstance(config, ByteLMConfig):
+        return [1]
+    if isinstance(config, MegaByteConfig):
+        return [config.patch_size]
+    own = {"static": config.patch_size, "byte": 1}
+    return [own[config.patching]] if config.patching in own else sizes
+
+
+def _table(name: str, results: Sequence[Result]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(name, no_wrap=True)
+    columns = []
+    for result in results:
+        table.add_column(f"patch {result.patch_size:g}", justify="right")
+        table.add_column("|", justify="left")
+        columns += [_lines(result.paper), _lines(result.here)]
+    for line in (*PARTS, "forward", "training", "patcher"):
+        if any(line in column for column in columns):
+            table.add_row(line, *(_millions(column.get(line, 0.0)) for column in columns))
+    return table
+
+
+def _lines(flops: Flops) -> dict[str, float]:
+    """What a table says of one column; of the patcher only if there is one."""
+    total = flops.total
+    lines = {name: part.forward for name, part in flops.parts.items()}
+    lines |= {"forward": total.forward, "training": total.forward + total.backward}
+    return lines | ({"patcher": flops.patcher} if flops.patcher else {})
+
+
+def _measured_table(name: str, measurement: Measurement) -> Table:
+    rows = measurement.rows
+    size, patches = sum(rows.num_bytes), sum(rows.num_patches)
+    mean = f" in {patches:,} patches of {size / patches:.2f}" if patches else ""
+    title = f"{name}, measured on {size:,} bytes in {len(rows.num_bytes)} rows{mean}"
+    table = Table(title=title, title_justify="left", min_width=len(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("part")
+    for heading in ("formula", "counted", "difference"):
+        table.add_column(heading, justify="right")
+    for line, formula, counted in _compared(measurement):
+        difference = f"{100 * (formula / counted - 1):+.3f}%" if counted else ""
+        table.add_row(line, _millions(formula / size), _millions(counted / size), difference)
+    return table
+
+
+def _compared(measurement: Measurement) -> list[tuple[str, float, float]]:
+    """(what, by formula, counted)."""
+    formula, forward = measurement.formula, measurement.forward
+    parts = (*PARTS, "unknown")
+    every = [(part, formula.parts.get(part, Part()).forward, float(forward.get(part, 0))) for part in parts]
+    found = [row for row in every if row[1] or row[2]]
+    found.append(("forward", formula.total.forward, sum(forward.values())))
+    found.append(("backward", formula.total.backward, measurement.backward))
+    if measurement.patcher:
+        found.append(("patcher", formula.patcher, measurement.patcher))
+    return found
+
+
+def _millions(flops: float) -> str:
+    """Four digits, and all those before the point."""
+    millions = flops / 1e6
+    return "-" if not flops else f"{millions:,.0f}" if millions >= 1000 else f"{millions:.4g}"
+
+
+def _measured_record(measurement: Measurement) -> dict[str, Any]:
+    rows = measurement.rows
+    compared = {what: {"formula": formula, "counted": counted} for what, formula, counted in _compared(measurement)}
+    return {"bytes": sum(rows.num_bytes), "patches": sum(rows.num_patches), "flops": compared}

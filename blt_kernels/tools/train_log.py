@@ -1,0 +1,94 @@
+"""What a run writes for people: JSON lines, TensorBoard events, and the curve of its losses."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    """``log.jsonl``, and the same numbers as TensorBoard events in ``tensorboard``.
+
+    Parameters
+    ----------
+    out : Path
+        Directory of the run.
+    step : int
+        What was logged after it is dropped, and so is a line that a kill cut short.
+    tensorboard : bool, optional
+        If it is installed, for None.
+
+    Raises
+    ------
+    ImportError
+        TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, out: Path, step: int, tensorboard: bool | None) -> None:
+        self.path, self.writer = out / "log.jsonl", None
+        installed = find_spec("tensorboard") is not None
+        if tensorboard and not installed:
+            raise ImportError("tensorboard: it is not installed: pip install 'blt-kernels[train]'")
+        part = out / "log.jsonl.part"
+        kept = [line for line in read_log(self.path) if line["step"] <= step and "final" not in line]
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, self.path)
+        if installed and tensorboard is not False:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Add a line: a step and what was measured at it."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.writer is not None:
+            prefix = "final/" if "final" in line else ""
+            for name, value in line.items():
+                if name not in ("step", "final"):
+                    self.writer.add_scalar(prefix + name, value, line["step"])
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Finish the TensorBoard events."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a log; none if there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def draw_curve(log: Path, path: Path) -> None:
+    """Draw the losses in a log as a PNG: training in bits per byte, smoothed, and held-out measurements."""
+    from matplotlib.figure import Figure
+
+    lines = read_log(log)
+    train_lines = [line for line in lines if "bits_per_byte" in line]
+    held_lines = [line for line in lines if "heldout_bits_per_byte" in line and "final" not in line]
+    final = [(line["step"], line["heldout_bits_per_byte"]) for line in lines if "final" in line]
+    steps, losses = [line["step"] for line in train_lines], [line["bits_per_byte"] for line in train_lines]
+    smooth: list[float] = []
+    for loss in losses:
+        share = max(0.1, 2 / (len(smooth) + 2))  # a wider average as it goes on
+        smooth.append(loss if not smooth else smooth[-1] + share * (loss - smooth[-1]))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)
+    axes.plot(steps, smooth, color="C0", label="training")
+    if held_lines:
+        held = [line["heldout_bits_per_byte"] for line in held_lines]
+        axes.plot(
+            [line["step"] for line in held_lines], held, "o-", color="C1", markersize=4, label="held out, a sample"
+        )
+    if final:
+        axes.plot(*final[-1], "*", color="C3", markersize=10, label=f"held out, all: {final[-1][1]:.3f}")
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, min(8.5, max([1.0, *losses]))))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

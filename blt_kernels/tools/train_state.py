@@ -1,0 +1,119 @@
+"""Checkpoints through torch.distributed.checkpoint, which any number of ranks reads, whatever number wrote them.
+
+A checkpoint is a directory named by its step. It holds weights and optimiser state in the files of that format, and
+numbers and options in ``values.json``. It is complete once ``.metadata`` is there, which is written last; then the one
+before it is removed. So a run that is killed at any moment has a complete one.
+
+The hash tables of a BLT are stored as ``[N, V, D]``: that is how they are sharded. Like all pickles, ``.metadata`` is
+only to be read from where one trusts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+from blt_kernels.models import BLT
+from blt_kernels.nn import ByteModel
+from blt_kernels.tools.train_parallel import TABLES, Ranks, TableShards
+
+
+def latest(folder: Path) -> Path | None:
+    """The last complete checkpoint in a directory."""
+    complete = [path.parent for path in folder.glob("*/.metadata")]
+    return max(complete, key=lambda path: int(path.name), default=None)
+
+
+def save(
+    folder: Path, step: int, model: ByteModel, optimizer: torch.optim.Optimizer, values: dict[str, Any], ranks: Ranks
+) -> None:
+    """Write a checkpoint, unless there is one of this step, then remove the others.
+
+    All ranks take part; `values` are those of rank 0.
+    """
+    path = folder / str(step)
+    if ranks.first((path / ".metadata").exists()):
+        return
+    if ranks.rank == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        with (path / "values.json").open("w", encoding="utf-8") as file:
+            json.dump(values, file)
+            file.flush()
+            os.fsync(file.fileno())
+    ranks.barrier()
+    weights = _weights(model)  # first: that shards again what FSDP2 left whole after a forward without backward
+    with _quiet():
+        save_tensors({**weights, **_moments(model, optimizer)}, checkpoint_id=path, no_dist=ranks.world == 1)
+    if ranks.rank == 0:
+        for other in folder.iterdir():
+            if other.is_dir() and other != path:
+                shutil.rmtree(other)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """What `save` was given as `values`."""
+    return json.loads((path / "values.json").read_text(encoding="utf-8"))
+
+
+def load(path: Path, model: ByteModel, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Read a checkpoint into a model and its fresh optimiser, sharded or not. All ranks take part."""
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    for name, parameter in model.named_parameters():
+        prefix = f"optimizer.{name}."
+        for key, what in stored.items():
+            if key.startswith(prefix):
+                scalar = not what.size  # type: ignore[union-attr]
+                dtype = what.properties.dtype  # type: ignore[union-attr]
+                value = parameter.new_zeros((), dtype=dtype) if scalar else torch.zeros_like(parameter, dtype=dtype)
+                optimizer.state[parameter][key.removeprefix(prefix)] = value
+    with _quiet():
+        load_tensors({**_weights(model), **_moments(model, optimizer)}, checkpoint_id=path, no_dist=ranks.world == 1)
+
+
+def load_weights(path: Path, model: ByteModel) -> None:
+    """Read the weights of a checkpoint into a model that is not sharded, on one rank alone."""
+    with _quiet():
+        load_tensors(_weights(model), checkpoint_id=path, no_dist=True)
+
+
+def _weights(model: ByteModel) -> dict[str, Tensor]:
+    return {f"model.{name}": _as_stored(model, name, value) for name, value in model.state_dict().items()}
+
+
+def _moments(model: ByteModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"optimizer.{name}.{kind}": _as_stored(model, name, value)
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _as_stored(model: ByteModel, name: str, value: Tensor) -> Tensor:
+    """The same memory: hash tables, and what has their shape, as ``[N, V, D]``."""
+    if not isinstance(model, BLT) or name != TABLES or value.dim() == 0:
+        return value
+    shards: Any = model.encoder_hash_tok_embedding
+    if isinstance(shards, TableShards):
+        return shards.whole(value.detach())
+    return value.detach().unflatten(0, (-1, model.config.ngram_vocab))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that one process saves and loads alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
