@@ -16,9 +16,9 @@ from common import name_of_pass, normal
 from peers import models as peers
 from timing import OURS, Comparison
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from blt_kernels.models import BLT
+from blt_kernels.models.flops import Rows, count_flops
 from blt_kernels.nn import BYTE_OFFSET
 
 PATCH_SIZE = 4.5
@@ -67,14 +67,13 @@ def comparison(rows: int, length: int, device: str, backward: bool, small: bool)
             assert error < 1e-3, f"result {number}: relative error {error:.2e}"
 
     square = normal(2048, 2048, device=device)
-    with FlopCounterMode(display=False) as counter:
-        run_ours()
+    flops = count_flops(ours.config, Rows.of(ours.patch(tokens)))
     return Comparison(
         f"BLT {name_of_pass(backward)}",
         f"{parameters / 1e6:.1f}M parameters, [{rows}, {length}] in patches of {PATCH_SIZE}",
         "float32",
         {OURS: run_ours, "transformers": run_theirs},
-        counter.get_total_flops(),
+        round(flops.total.forward * (3 if backward else 1) + flops.patcher),
         {"matmul": lambda: square @ square},
         2 * 2048**3,
         agree,
