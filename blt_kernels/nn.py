@@ -109,7 +109,11 @@ def next_byte_bits(logits: Tensor, targets: Tensor, count: int | None = None) ->
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A stack of layers. `window` is in bytes (or patches) and counts the query itself; None is the whole document."""
+    """A stack of layers. `window` is in bytes (or patches) and counts the query itself; None is the whole document.
+
+    `rope_scaling` is that of Llama 3.1: a factor, the turns below which a frequency is divided by it, the turns above
+    which it is not, and the length within which turns are counted.
+    """
 
     dim: int
     num_layers: int
@@ -119,6 +123,7 @@ class TransformerConfig:
     window: int | None = None
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
+    rope_scaling: tuple[float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "num_heads"):
@@ -127,6 +132,10 @@ class TransformerConfig:
             raise ValueError(f"dim: expected a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.dim}")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, got {self.kv_heads}")
+        if self.rope_scaling is not None:
+            factor, low, high, length = self.rope_scaling
+            if not (min(factor, length) > 0 and low < high):
+                raise ValueError(f"rope_scaling: expected factor, low < high, length, got {self.rope_scaling}")
 
     @property
     def head_dim(self) -> int:
@@ -146,7 +155,12 @@ def rotary_table(positions: Tensor, config: TransformerConfig, dtype: torch.dtyp
     """Complex ``exp(i position theta^(-2j/E))``, ``[T, 1, E/2]``: of fp64 for fp64 models, else of fp32."""
     dtype = dtype if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype) / config.head_dim
-    angle = positions.to(dtype)[:, None, None] / config.rope_theta**exponent
+    period = config.rope_theta**exponent  # positions in a radian
+    if config.rope_scaling is not None:
+        factor, low, high, length = config.rope_scaling
+        kept = ((length / (2 * math.pi * period) - low) / (high - low)).clamp(0, 1)  # of the frequency
+        period = period / (kept + (1 - kept) / factor)
+    angle = positions.to(dtype)[:, None, None] / period
     return torch.polar(torch.ones_like(angle), angle)
 
 

@@ -54,6 +54,9 @@ CASES: dict[str, dict] = {
     "no_window": {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}},
     "numbers": {"encoder_config": {"intermediate_size": None, "rms_norm_eps": 1e-3},
                 "global_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}},
+    "scaled_positions": {"global_config": {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}}},
     "long_patches": {"max_patch_length": 3},
     "bytes": {"patch_in_forward": False},
     "spaces": {"patching_mode": "space"},
@@ -279,7 +282,7 @@ def test_keys_that_do_not_fit_are_named(folder) -> None:
         ({"model_type": "llama"}, "model_type: expected 'blt', got 'llama'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings: expected False"),
         ({"encoder_config": {"hidden_act": "gelu"}}, "hidden_act: expected 'silu', got 'gelu'"),
-        ({"global_config": {"rope_parameters": {"rope_type": "yarn"}}}, "rope_type: expected 'default', got 'yarn'"),
+        ({"global_config": {"rope_parameters": {"rope_type": "yarn"}}}, "rope_type: expected 'default' or 'llama3'"),
     ],
 )
 @pytest.mark.parametrize("folder", ["released"], indirect=True)

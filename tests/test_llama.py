@@ -47,7 +47,16 @@ def make_blt(config: TransformerConfig) -> BLT:
     return BLT(BLTConfig(LOCAL, config, LOCAL, patching="space", patcher=None, ngram_vocab=16))
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 6, "tie_word_embeddings": True}], ids=["gqa", "mha"])
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 3000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Of the four frequencies of a head, the first is kept, the second lies between, the others are divided by 8.
+SCALED = {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 100}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_key_value_heads": 6, "tie_word_embeddings": True}, SCALED],
+    ids=["gqa", "mha", "scaled"],
+)
 @pytest.mark.parametrize("head", [True, False], ids=["with_head", "without"])
 def test_the_layers_are_those_of_llama(head: bool, changes: dict[str, Any], tmp_path: Path) -> None:
     llama = make_llama(tmp_path, **changes)
@@ -58,6 +67,7 @@ def test_the_layers_are_those_of_llama(head: bool, changes: dict[str, Any], tmp_
     kv_heads = changes.get("num_key_value_heads", 2)
     assert (config.dim, config.num_layers, config.num_heads, config.kv_heads) == (48, 3, 6, kv_heads)
     assert (config.hidden_dim, config.rope_theta, config.norm_eps, config.window) == (80, 3000.0, 1e-3, None)
+    assert config.rope_scaling == ((8.0, 1.0, 4.0, 100.0) if changes is SCALED else None)
     model = make_blt(config).double()
     others = {n: v.clone() for n, v in model.state_dict().items() if not n.startswith("global_transformer.layers.")}
     load_global_transformer(model, tmp_path)
@@ -89,8 +99,11 @@ def edit(path: Path, **changes: Any) -> None:
         ({"attention_bias": True}, "attention_bias: expected False, got True"),
         ({"mlp_bias": True}, "mlp_bias: expected False, got True"),
         ({"head_dim": 16}, "head_dim: expected 8, got 16"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: expected none, got 'llama3'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_scaling: expected none, got 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: expected a value, found none"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "linear"}},
+            "rope_type: expected 'default' or 'llama3', got 'linear'",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

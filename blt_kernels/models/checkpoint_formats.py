@@ -118,8 +118,6 @@ def transformers_byte_lm(values: Values) -> ByteLMConfig:
 def _layers(values: Values, kind: str, window: int | None) -> dict[str, Any]:
     """Arguments of a `TransformerConfig`."""
     default = _DEFAULTS[kind]
-    rope = values.inner("rope_parameters") or values.inner("rope_scaling")
-    rope.expect("rope_type", "default")
     values.expect("hidden_act", "silu")
     dim = values.get("hidden_size", default.dim)
     heads = values.get("num_attention_heads", default.num_heads)
@@ -131,8 +129,23 @@ def _layers(values: Values, kind: str, window: int | None) -> dict[str, Any]:
         "num_kv_heads": None if kv_heads == heads else kv_heads,
         "ffn_dim": values.get("intermediate_size", default.ffn_dim) or int(8 * dim / 3),
         "window": window,
-        "rope_theta": rope.get("rope_theta", values.get("rope_theta", default.rope_theta)),
         "norm_eps": values.get("rms_norm_eps", default.norm_eps),
+        **rope(values, default.rope_theta),
+    }
+
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def rope(values: Values, theta: float) -> dict[str, Any]:
+    """Rotary positions as arguments of a `TransformerConfig`; `theta` if the file has none."""
+    inner = values.inner("rope_parameters") or values.inner("rope_scaling")
+    kind = inner.get("rope_type", inner.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{values.file}: rope_type: expected 'default' or 'llama3', got {kind!r}")
+    return {
+        "rope_theta": float(inner.get("rope_theta", values.get("rope_theta", theta))),
+        "rope_scaling": tuple(float(inner[key]) for key in _LLAMA3) if kind == "llama3" else None,
     }
 
 
@@ -202,6 +215,10 @@ def transformers_byte_lm_values(config: ByteLMConfig) -> dict[str, Any]:
 
 
 def _layer_values(config: TransformerConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **dict(zip(_LLAMA3, config.rope_scaling, strict=True))}
+        rope[_LLAMA3[-1]] = int(rope[_LLAMA3[-1]])
     return {
         "hidden_size": config.dim,
         "num_hidden_layers": config.num_layers,
@@ -209,7 +226,7 @@ def _layer_values(config: TransformerConfig) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "intermediate_size": config.hidden_dim,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope,
     }
 
 

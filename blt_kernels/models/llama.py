@@ -5,8 +5,8 @@ A Llama is a directory in transformers' format, or a repository on the hub: ``co
 or its shards and their index. transformers turns entries j and j + E/2 of a head together, the layers here 2j and
 2j + 1: so the rows of the query and key projections change places.
 
-What the layers here lack is an error: scaled rotary positions (``rope_scaling``, as of Llama 3.1; Llama 3 has none),
-biases, heads whose width is not ``hidden_size / num_attention_heads``.
+The scaled rotary positions of Llama 3.1 and later come along. What the layers here lack is an error: other scalings of
+them, biases, heads whose width is not ``hidden_size / num_attention_heads``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from blt_kernels.models.blt import BLT
 from blt_kernels.models.checkpoint import Folder
+from blt_kernels.models.checkpoint_formats import rope
 from blt_kernels.nn import TransformerConfig, check_tensors
 
 
@@ -48,10 +49,6 @@ def read_config(path: str | os.PathLike[str], *, revision: str | None = None) ->
     dim, heads = values["hidden_size"], values["num_attention_heads"]
     if values.get("head_dim") is not None:
         values.expect("head_dim", dim // heads)
-    rope = values.inner("rope_parameters") or values.inner("rope_scaling")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{values.file}: rope_scaling: expected none, got {kind!r}, which scales rotary positions")
     kv_heads = values.get("num_key_value_heads") or heads
     return TransformerConfig(
         dim,
@@ -59,8 +56,8 @@ def read_config(path: str | os.PathLike[str], *, revision: str | None = None) ->
         heads,
         num_kv_heads=None if kv_heads == heads else kv_heads,
         ffn_dim=values["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
         norm_eps=values["rms_norm_eps"],
+        **rope(values, 10000.0),
     )
 
 
@@ -84,7 +81,7 @@ def load_global_transformer(model: BLT, path: str | os.PathLike[str], *, revisio
         or misshapen; the message names them.
     """
     llama, own = read_config(path, revision=revision), model.config.global_transformer
-    for name in ("dim", "num_layers", "num_heads", "kv_heads", "hidden_dim", "rope_theta", "norm_eps"):
+    for name in ("dim", "num_layers", "num_heads", "kv_heads", "hidden_dim", "rope_theta", "rope_scaling", "norm_eps"):
         if getattr(own, name) != getattr(llama, name):
             field = {"kv_heads": "num_kv_heads", "hidden_dim": "ffn_dim"}.get(name, name)
             raise ValueError(
