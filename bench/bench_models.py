@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import timing
@@ -32,7 +31,7 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
 
 
 def comparison(rows: int, length: int, device: str, backward: bool, small: bool) -> Comparison:
-    tokens = text(rows * length).view(rows, length).to(device)
+    tokens = text(rows, length).to(device)
     theirs = peers.transformers_blt(tokens, PATCH_SIZE, small=small)
     if theirs is None:
         raise ImportError("the benches of models compare with transformers: pip install transformers")
@@ -82,11 +81,10 @@ def comparison(rows: int, length: int, device: str, backward: bool, small: bool)
     )
 
 
-def text(size: int) -> Tensor:
-    """The first bytes of modules of the standard library, as ids."""
-    files = [module.__file__ for module in (statistics, tempfile, warnings)]
-    content = b"".join(Path(file).read_bytes() for file in files if file)
-    return torch.tensor(list(content[:size])) + BYTE_OFFSET
+def text(rows: int, length: int) -> Tensor:
+    """Ids ``[rows, length]``: every row is how another module of the standard library begins."""
+    modules = (statistics, tempfile)
+    return torch.tensor([list(inspect.getsource(module).encode()[:length]) for module in modules[:rows]]) + BYTE_OFFSET
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:
