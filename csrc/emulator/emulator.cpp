@@ -82,17 +82,24 @@ struct Range {
   bool holds(uintptr_t at, size_t bytes) const { return begin <= at && at + bytes <= end; }
 };
 
-// Which sectors a cache of 256 KB holds, each in one place only.
+// Which sectors a cache of 256 KB holds: the last kWays of each of 1024 sets, newest first. Addresses differ from run to
+// run; with so many places for a sector what is missed hardly does.
 struct Cache {
-  std::vector<uintptr_t> sectors = std::vector<uintptr_t>(8192, 0);
+  static constexpr int kWays = 8;
+  std::vector<uintptr_t> sectors = std::vector<uintptr_t>(1024 * kWays, 0);
   void clear() { std::fill(sectors.begin(), sectors.end(), 0); }
   // Bytes that an access brings in.
   int64_t touch(uintptr_t at, size_t bytes) {
     int64_t missed = 0;
     for (uintptr_t sector = at / kSector; sector <= (at + bytes - 1) / kSector; ++sector) {
-      uintptr_t& kept = sectors[sector * 0x9e3779b97f4a7c15u >> 51];
-      missed += kept == sector ? 0 : kSector;
-      kept = sector;
+      uintptr_t* const set = &sectors[(sector * 0x9e3779b97f4a7c15u >> 54) * kWays];
+      uintptr_t* place = std::find(set, set + kWays, sector);
+      if (place == set + kWays) {
+        missed += kSector;
+        --place;
+      }
+      std::rotate(set, place, place + 1);
+      *set = sector;
     }
     return missed;
   }
