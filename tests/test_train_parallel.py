@@ -6,6 +6,7 @@ more, which go on with a run that was killed.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -241,6 +242,37 @@ def test_checkpoints_are_sharded(root: Path) -> None:
     assert sizes["model.patcher.embed_tokens.weight"] == [torch.Size([260, 256])]
     assert not any(name.startswith("optimizer.patcher.") for name in sizes)
     assert set(sizes) == set(stored_sizes(train_state.latest(root / "alone-blt" / "checkpoint")))
+
+
+def test_nothing_holds_the_group_when_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last to hold it must not be DDP, with which one in five runs under torchrun never ended."""
+    ddp = torch.nn.parallel.DistributedDataParallel
+    begin, end = dist.init_process_group, dist.destroy_process_group
+    left: list[list[object]] = []
+
+    def end_group() -> None:
+        left.append([held for held in gc.get_objects() if isinstance(held, ddp)])
+        end()
+
+    meeting = f"file://{tmp_path}/meeting"
+    monkeypatch.setattr(dist, "init_process_group", lambda name: begin(name, init_method=meeting, rank=0, world_size=1))
+    monkeypatch.setattr(dist, "destroy_process_group", end_group)
+    monkeypatch.setattr(train_parallel, "_launched", lambda: True)
+    called: list[str] = []
+
+    def distribute(model: torch.nn.Module, *_: Any) -> torch.nn.Module:
+        called.append(type(model).__name__)
+        distributed = ddp(model)
+        distributed.__dict__["cycle"] = distributed
+        return distributed
+
+    monkeypatch.setattr(train_parallel, "distribute", distribute)
+    (tmp_path / "corpus").mkdir()
+    for i in range(3):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(f"file {i}: " + "the quick brown fox; " * 9)
+    train.train(config(tmp_path, "run", model="entropy", overrides=LOCAL, steps=1))
+    assert called == ["ByteLM"]
+    assert left == [[]]
 
 
 def test_every_rank_needs_rows() -> None:

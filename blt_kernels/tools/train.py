@@ -185,15 +185,19 @@ def train(config: TrainConfig, report: Callable[[Progress], None] | None = None)
         There is nothing to train on, or ``config.out`` holds a run with other options; the message names them.
     """
     with train_parallel.start(config.device) as ranks:
-        run = _Run(config, ranks)
-        while run.step < config.steps:
-            started = time.perf_counter()
-            bits = run.advance()
-            speed = config.batch_bytes / (time.perf_counter() - started)
-            run.record(bits, speed)
-            if report and ranks.rank == 0:
-                report(Progress(run.step, config.steps, bits, speed, run.heldout_bits))
-        return run.finish()
+        return _train(config, report, ranks)
+
+
+def _train(config: TrainConfig, report: Callable[[Progress], None] | None, ranks: train_parallel.Ranks) -> TrainResult:
+    run = _Run(config, ranks)
+    while run.step < config.steps:
+        started = time.perf_counter()
+        bits = run.advance()
+        speed = config.batch_bytes / (time.perf_counter() - started)
+        run.record(bits, speed)
+        if report and ranks.rank == 0:
+            report(Progress(run.step, config.steps, bits, speed, run.heldout_bits))
+    return run.finish()
 
 
 class _Run:

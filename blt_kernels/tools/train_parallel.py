@@ -11,6 +11,7 @@ and one vector a byte for each rank, and the gradient of a row is complete where
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,9 @@ def start(device: str) -> Iterator[Ranks]:
     if cuda:
         own = torch.device("cuda", torch.cuda.current_device())
     yield Ranks(own, dist.get_rank(), dist.get_world_size())
+    # What holds the group has to go before it: DDP, as the last to do so, would end gloo's threads while it holds the
+    # lock of the interpreter, which they wait for if they have a tensor to let go of.
+    gc.collect()
     if begin:  # after an error it would wait for ranks that may be gone
         dist.destroy_process_group()
 
