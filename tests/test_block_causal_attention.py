@@ -385,6 +385,24 @@ def test_queries_without_keys_are_not_read(device: str) -> None:
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_nobody_sees_may_hold_anything(dtype: torch.dtype, device: str) -> None:
+    """Keys before the windows of all queries, and those of a document without queries: in the same tiles as others."""
+    queries, keys, window = [3, 0, 5, 2], [9, 4, 7, 30], 2
+    cu_q, cu_k = (offsets_of(n).to(device) for n in (queries, keys))
+    q, grad = (randn(10, 4, 32, seed=i, dtype=dtype, device=device) for i in (1, 2))
+    k, v = (randn(50, 2, 32, seed=i, dtype=dtype, device=device) for i in (3, 4))
+    seen = torch.cat([torch.arange(m) >= (m - n - window + 1 if n else m) for n, m in zip(queries, keys, strict=True)])
+    results = []
+    for poison in (0.0, NAN):
+        k[~seen], v[~seen] = poison, poison
+        own = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = block_causal_attention(*own, cu_q, cu_k, window=window)
+        results.append([out, *torch.autograd.grad(out, own, grad)])
+        assert not any(x[~seen].any() for x in results[-1][2:])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("slope", [-0.5, 0.5])
 def test_scores_far_apart(slope: float, device: str) -> None:
     """Weights of next to nothing, and a largest score that rises at every key, up to 150.

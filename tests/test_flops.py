@@ -227,7 +227,7 @@ def test_pairs_of_self_attention(causal: bool, window: int | None, lengths: str)
                 behind = causal and j > own
                 far = window is not None and (j <= own - window or j >= own + window)
                 pairs += not (behind or far)
-    assert (forward, backward) == (4 * heads * width * pairs, 14 * heads * width * pairs)
+    assert (forward, backward) == (4 * heads * width * pairs, 10 * heads * width * pairs)
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])

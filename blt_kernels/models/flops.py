@@ -38,9 +38,9 @@ from blt_kernels.nn import TransformerConfig
 
 Config = BLTConfig | ByteLMConfig | MegaByteConfig
 
-# Forward, a (query, key) pair costs 4 FLOPs an element of the heads. Backward, the scores are made anew: five products
-# in place of two, and in block_causal_attention, which has two passes, two of them twice.
-_FORWARD, _BACKWARD, _CROSS_BACKWARD = 4, 14, 10
+# Of a (query, key) pair and an element of its heads. Backward, the scores are made anew: five products in place of two.
+# The Triton kernels of block_causal_attention, which have two passes, make two of them twice: that is not counted.
+_FORWARD, _BACKWARD = 4, 10
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _cross(config: TransformerConfig, queries: float, keys: float, pairs: float)
     """One cross attention."""
     key_dim = config.kv_heads * config.head_dim
     matrices = _matrices(queries, 2 * config.dim**2) + _matrices(keys, 2 * config.dim * key_dim)
-    return matrices + _attention(config.dim, pairs, _CROSS_BACKWARD)
+    return matrices + _attention(config.dim, pairs)
 
 
 def _layers(config: TransformerConfig, lengths: Sequence[float]) -> Part:
@@ -255,8 +255,8 @@ def _matrices(vectors: float, weights: float) -> Part:
     return Part(2 * vectors * weights, 4 * vectors * weights)
 
 
-def _attention(width: int, pairs: float, backward: int = _BACKWARD) -> Part:
-    return Part(_FORWARD * width * pairs, backward * width * pairs)
+def _attention(width: int, pairs: float) -> Part:
+    return Part(_FORWARD * width * pairs, _BACKWARD * width * pairs)
 
 
 def _pairs(length: float, window: int | None) -> float:
@@ -335,7 +335,7 @@ def _(q: Tensor, _k: Tensor, _v: Tensor, *patches: Any, **_out: Any) -> int:
 
 @register_flop_formula(_OPS.patch_cross_attention_bwd, get_raw=True)
 def _(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, _lse: Tensor, *patches: Any, **_outs: Any) -> int:
-    return _CROSS_BACKWARD * q.shape[1] * q.shape[2] * _crossed(*patches)
+    return _BACKWARD * q.shape[1] * q.shape[2] * _crossed(*patches)
 
 
 def _visited(

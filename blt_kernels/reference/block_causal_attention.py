@@ -119,7 +119,7 @@ def visible(
     causal: bool,
     seqused_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query i sees the packed keys ``[first[i], last[i])``; live[j]: key j belongs to a document and is used."""
+    """Query i sees the packed keys ``[first[i], last[i])``; live[j]: some query sees key j."""
     cu_q = cu_seqlens_q.long()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.long()
     end = cu_k[1:] if seqused_k is None else torch.minimum(cu_k[:-1] + seqused_k.clamp(min=0), cu_k[1:])
@@ -134,8 +134,10 @@ def visible(
         last = torch.minimum(last, position + 1)
     elif window is not None:
         last = torch.minimum(last, position + window)
-    row, document = _documents(k.shape[0], cu_k)
-    return first, last, row < end[document]
+    sees = (first < last).int()
+    edges = sees.new_zeros(k.shape[0] + 1)
+    edges.index_add_(0, first.clamp(0, k.shape[0]), sees).index_add_(0, last.clamp(0, k.shape[0]), -sees)
+    return first, last, edges.cumsum(0)[:-1] > 0
 
 
 def _documents(rows: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,16 +47,18 @@ struct TileRegisters {
   __attribute__((target("amx-tile"))) ~TileRegisters() { _tile_release(); }
 };
 
-// out[32 rows][32 lanes] (+)= sum over depth of left[row][d] * right[d][lane], by four registers.
+// out[32 rows][32 lanes] (+)= sum over depth of left[row][d] * right[d][lane], by four registers. Rows of out, and pairs
+// of rows of right, have `pitch` lanes.
 __attribute__((target("amx-tile,amx-bf16"))) inline void amx_square(float* out, const BFloat16* left, int64_t stride,
-                                                                    const BFloat16* right, int64_t depth, bool add) {
-  constexpr int64_t kLaneBytes = kWidth<float> * 4;
-  float* const below = out + kTileRows * kWidth<float>;
+                                                                    const BFloat16* right, int64_t depth, bool add,
+                                                                    int64_t pitch) {
+  const int64_t bytes = pitch * 4;
+  float* const below = out + kTileRows * pitch;
   if (add) {
-    _tile_loadd(0, out, kLaneBytes);
-    _tile_loadd(1, out + kTileRows, kLaneBytes);
-    _tile_loadd(2, below, kLaneBytes);
-    _tile_loadd(3, below + kTileRows, kLaneBytes);
+    _tile_loadd(0, out, bytes);
+    _tile_loadd(1, out + kTileRows, bytes);
+    _tile_loadd(2, below, bytes);
+    _tile_loadd(3, below + kTileRows, bytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -66,26 +68,27 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void amx_square(float* out, 
   for (int64_t d = 0; d < depth; d += kTileDepth) {
     _tile_loadd(4, left + d, stride * 2);
     _tile_loadd(5, left + kTileRows * stride + d, stride * 2);
-    _tile_loadd(6, right + d * kWidth<float>, kLaneBytes);
-    _tile_loadd(7, right + d * kWidth<float> + 2 * kTileRows, kLaneBytes);
+    _tile_loadd(6, right + d * pitch, bytes);
+    _tile_loadd(7, right + d * pitch + 2 * kTileRows, bytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, out, kLaneBytes);
-  _tile_stored(1, out + kTileRows, kLaneBytes);
-  _tile_stored(2, below, kLaneBytes);
-  _tile_stored(3, below + kTileRows, kLaneBytes);
+  _tile_stored(0, out, bytes);
+  _tile_stored(1, out + kTileRows, bytes);
+  _tile_stored(2, below, bytes);
+  _tile_stored(3, below + kTileRows, bytes);
 }
 
-// The same for `rows` rows, a multiple of 32, and all lanes.
+// The same for `rows` rows and all lanes, both multiples of 32. Out is a Block if nothing else is said.
 __attribute__((target("amx-tile,amx-bf16"))) inline void amx_product(float* out, int64_t rows, const BFloat16* left,
                                                                      int64_t stride, const BFloat16* right,
-                                                                     int64_t depth, bool add) {
+                                                                     int64_t depth, bool add,
+                                                                     int64_t pitch = kWidth<float>) {
   for (int64_t i = 0; i < rows; i += 2 * kTileRows)
-    for (int64_t lane = 0; lane < kWidth<float>; lane += 2 * kTileRows)
-      amx_square(out + i * kWidth<float> + lane, left + i * stride, stride, right + 2 * lane, depth, add);
+    for (int64_t lane = 0; lane < pitch; lane += 2 * kTileRows)
+      amx_square(out + i * pitch + lane, left + i * stride, stride, right + 2 * lane, depth, add, pitch);
 }
 
 // --- layouts ----------------------------------------------------------------------------------------------------------
@@ -123,6 +126,15 @@ inline void pack_transposed(BFloat16* right, const BFloat16* rows, int64_t width
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i)
         std::memcpy(right + (e + 2 * i) * kWidth<float> + 2 * lane, &pairs[i], sizeof(VecF));
+    }
+}
+
+// The right factor right[i][e] = rows[i][e] for an even number of rows.
+inline void pack_rows(BFloat16* right, const BFloat16* rows, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < count; i += 2)
+    for (int64_t e = 0; e < width; ++e) {
+      right[i * width + 2 * e] = rows[i * width + e];
+      right[i * width + 2 * e + 1] = rows[(i + 1) * width + e];
     }
 }
 
@@ -172,7 +184,7 @@ inline BFloat16* take_bf16(Scratch<float>& scratch, int64_t size) {
 // Elements for an item of tiles with so many blocks of fp32, or twice as many of bf16, and so many gathered factors.
 inline int64_t amx_scratch(int64_t blocks, int64_t gathered, int64_t width) {
   const int64_t block = Scratch<float>::padded(width * kWidth<float>);
-  return block * blocks * tiles_of_item<float>(blocks, width) + 3 * kAmxStep * kWidth<float> +
+  return block * blocks * tiles_of_item<float>(blocks, width) + 4 * kAmxStep * kWidth<float> +
          gathered * kColumnStride * width / 2;
 }
 

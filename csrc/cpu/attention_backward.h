@@ -1,4 +1,8 @@
-// The backward passes of block_causal_attention: dq with queries across the lanes, dk and dv with keys across them.
+// The backward pass of block_causal_attention: tiles of keys, past which the queries that see them are streamed.
+//
+// dk and dv of a tile gather in its lanes. ds of a step is a left factor too: its product with the rows of the keys
+// is added to dq, of which each segment of the tiles has sums of its own (visible_tiles.h). Segments follow from the
+// shapes alone, and the sums of a query are added in their order, so threads change no bit.
 #pragma once
 
 #include <span>
@@ -7,7 +11,7 @@
 
 namespace blt {
 
-// What both passes read: the gradient of the output, and of each query lse and delta = grad . out.
+// What the pass reads: the gradient of the output, and of each query lse and delta = grad . out.
 template <class T, class A>
 struct Saved {
   Heads<const T> grad;
@@ -15,82 +19,37 @@ struct Saved {
   const A* delta;  // [Tq, H]
 };
 
-// The queries of a Tile across the lanes; T is what the factors are kept in.
-template <class A, class T = A>
-struct QueryGradBlock {
-  T *queries, *grads;  // [E][lane]
-  A* sums;             // [E][lane]
-  alignas(kVecBytes) A lse[kWidth<A>], delta[kWidth<A>];
-  LaneKeys<A> keys;
-
-  template <class U>
-  void set(const Problem<U>& problem, const Saved<U, A>& saved, int64_t head, const Tile& tile, int64_t origin) {
-    keys.set(problem.visible, tile, origin);
-    for (int64_t lane = 0; lane < kWidth<A>; ++lane) {
-      const int64_t i = (tile.lanes.begin + lane) * problem.heads + head;
-      lse[lane] = lane < tile.lanes.size() ? saved.lse[i] : 0;
-      delta[lane] = lane < tile.lanes.size() ? saved.delta[i] : 0;
-    }
-  }
+// dq without the factor `scale`, as far as the keys of a segment add to it: [head][row][pitch].
+template <class A>
+struct QuerySums {
+  A* data;
+  int64_t first, rows, pitch;  // first is the row that they begin with, pitch is E in whole vectors
+  A* row(int64_t i, int64_t head) const { return data + (head * rows + i - first) * pitch; }
 };
 
-// dq of the queries of some tiles, whose keys overlap.
-template <class T, class A>
-void query_grad(const Problem<T>& problem, const Saved<T, A>& saved, const Heads<T>& grad_q, int64_t head,
-                std::span<const Tile> tiles, Scratch<A> scratch) {
-  const int64_t width = problem.width, group = problem.group_of(head);
-  const Range streamed = keys_of(tiles);
-  const A factor = static_cast<A>(problem.scale);
-  A* const scores = scratch.take(kStep * kWidth<A>);
-  A* const slopes = scratch.take(kStep * kWidth<A>);
-  A* const keys = scratch.take(kStep * width);
-  A* const values = scratch.take(kStep * width);
-  QueryGradBlock<A> blocks[kMaxTiles<A>];
-  for (size_t t = 0; t < tiles.size(); ++t) {
-    QueryGradBlock<A>& block = blocks[t];
-    const Range& rows = tiles[t].lanes;
-    block.queries = transpose_in<T, A>(scratch.take(width * kWidth<A>), problem.q, head, rows, width, 1);
-    block.grads = transpose_in<T, A>(scratch.take(width * kWidth<A>), saved.grad, head, rows, width, 1);
-    block.sums = scratch.zeros(width * kWidth<A>);
-    block.set(problem, saved, head, tiles[t], streamed.begin);
-  }
+// Segments of all groups that are asked for: there is work for as many threads.
+inline constexpr int64_t kSegments = 64;
 
-  for (int64_t begin = streamed.begin; begin < streamed.end; begin += kStep) {
-    const Range step = {begin, std::min(begin + kStep, streamed.end)};
-    gather_rows<T, A>(keys, problem.k, group, step, width);
-    gather_rows<T, A>(values, problem.v, group, step, width);
-    for (size_t t = 0; t < tiles.size(); ++t) {
-      const Range seen = overlap(step, tiles[t].streamed);
-      if (seen.size() <= 0) continue;
-      const QueryGradBlock<A>& block = blocks[t];
-      const int64_t skipped = (seen.begin - begin) * width;
-      const Range relative = {seen.begin - streamed.begin, seen.end - streamed.begin};
-      const bool masked = !block.keys.all_see(relative);
-      product(scores, seen.size(), keys + skipped, width, 1, block.queries, width, false);
-      product(slopes, seen.size(), values + skipped, width, 1, block.grads, width, false);
-      for (int64_t j = 0; j < seen.size(); ++j)
-#pragma GCC unroll 4
-        for (int c = 0; c < kColumns; ++c) {
-          const int64_t cell = j * kWidth<A> + c * lanes<A>;
-          const Vec<A> p = bounded_exp(factor * load(scores + cell) - load(block.lse + c * lanes<A>));
-          Vec<A> slope = p * (load(slopes + cell) - load(block.delta + c * lanes<A>));
-          if (masked) slope = block.keys.sees(relative.begin + j, c) ? slope : Vec<A>{};
-          store(slopes + cell, slope);
-        }
-      product(block.sums, width, keys + skipped, 1, width, slopes, seen.size(), true);
-    }
-  }
-
-  A share[kWidth<A>];
-  std::fill(share, share + kWidth<A>, static_cast<A>(problem.scale));
-  for (size_t t = 0; t < tiles.size(); ++t) transpose_out(grad_q, head, tiles[t].lanes, width, blocks[t].sums, share);
-}
-
+// The keys of a Tile across the lanes; T is what the factors are kept in.
 template <class A, class T = A>
-struct KeyGradBlock {
+struct KeyBlock {
   T *keys, *values;          // [E][lane]
+  T* rows;                   // the keys again, as a right factor: [lane][pitch]
   A *key_sums, *value_sums;  // [E][lane]
 };
+inline constexpr int64_t kBackwardBlocks = 5;
+
+// Calls f(keys) for the ranges of a tile's keys that some query sees: the others may hold anything.
+template <class F>
+void for_each_seen(const Visibility& visible, const Range& lanes, F f) {
+  const int32_t* const end = visible.cu_k + visible.documents;
+  for (int64_t b = std::upper_bound(visible.cu_k, end, lanes.begin) - visible.cu_k - 1;
+       b < visible.documents && visible.cu_k[b] < lanes.end; ++b) {
+    if (visible.cu_q[b] == visible.cu_q[b + 1]) continue;
+    const Range seen = {visible.keys(visible.cu_q[b], b).begin, visible.keys(visible.cu_q[b + 1] - 1, b).end};
+    if (const Range part = overlap(seen, lanes); part.size() > 0) f(part);
+  }
+}
 
 // scores and slopes [rows][lane], which come in as q . k and grad . v, become p and ds. seen: the keys of each row.
 template <class A>
@@ -118,10 +77,11 @@ void weigh_rows(A* scores, A* slopes, const Range* seen, const A* lse, const A* 
   }
 }
 
-// dk and dv of the keys of some tiles, whose queries overlap, summed over the query heads of their group.
+// dk and dv of the keys of some tiles, whose queries overlap, summed over the query heads of their group; what they
+// add to dq.
 template <class T, class A>
-void key_grad(const Problem<T>& problem, const Saved<T, A>& saved, const Heads<T>& grad_k, const Heads<T>& grad_v,
-              int64_t group, std::span<const Tile> tiles, Scratch<A> scratch) {
+void propagate(const Problem<T>& problem, const Saved<T, A>& saved, const Heads<T>& grad_k, const Heads<T>& grad_v,
+               const QuerySums<A>& sums, int64_t group, Run tiles, Scratch<A> scratch) {
   const int64_t width = problem.width, heads = problem.heads, shared = heads / problem.groups;
   const Range streamed = keys_of(tiles);
   const A factor = static_cast<A>(problem.scale);
@@ -129,13 +89,18 @@ void key_grad(const Problem<T>& problem, const Saved<T, A>& saved, const Heads<T
   A* const slopes = scratch.take(kStep * kWidth<A>);
   A* const queries = scratch.take(kStep * width);
   A* const grads = scratch.take(kStep * width);
-  KeyGradBlock<A> blocks[kMaxTiles<A>];
+  KeyBlock<A> blocks[kMaxTiles<A>];
   for (size_t t = 0; t < tiles.size(); ++t) {
-    const Range& rows = tiles[t].lanes;
-    blocks[t].keys = transpose_in<T, A>(scratch.take(width * kWidth<A>), problem.k, group, rows, width, 1);
-    blocks[t].values = transpose_in<T, A>(scratch.take(width * kWidth<A>), problem.v, group, rows, width, 1);
+    const Range& keys = tiles[t].lanes;
+    blocks[t].keys = transpose_in<T, A>(scratch.take(width * kWidth<A>), problem.k, group, keys, width, 1);
+    blocks[t].values = transpose_in<T, A>(scratch.take(width * kWidth<A>), problem.v, group, keys, width, 1);
     blocks[t].key_sums = scratch.zeros(width * kWidth<A>);
     blocks[t].value_sums = scratch.zeros(width * kWidth<A>);
+    blocks[t].rows = scratch.zeros(sums.pitch * kWidth<A>);
+    for_each_seen(problem.visible, keys, [&](const Range& seen) {
+      for (int64_t j = seen.begin; j < seen.end; ++j)
+        gather_rows<T, A>(blocks[t].rows + (j - keys.begin) * sums.pitch, problem.k, group, {j, j + 1}, width);
+    });
   }
 
   for (int64_t head = group * shared; head < (group + 1) * shared; ++head)
@@ -154,25 +119,51 @@ void key_grad(const Problem<T>& problem, const Saved<T, A>& saved, const Heads<T
       for (size_t t = 0; t < tiles.size(); ++t) {
         const Range rows = overlap(step, tiles[t].streamed);
         if (rows.size() <= 0) continue;
-        const KeyGradBlock<A>& block = blocks[t];
+        const KeyBlock<A>& block = blocks[t];
         const int64_t skipped = rows.begin - begin, i = rows.begin * heads + head;
-        const A* const row_queries = queries + skipped * width;
-        const A* const row_grads = grads + skipped * width;
-        product(scores, rows.size(), row_queries, width, 1, block.keys, width, false);
-        product(slopes, rows.size(), row_grads, width, 1, block.values, width, false);
+        const A* const left = queries + skipped * width;
+        const A* const left_grads = grads + skipped * width;
+        product(scores, rows.size(), left, width, 1, block.keys, width, false);
+        product(slopes, rows.size(), left_grads, width, 1, block.values, width, false);
         weigh_rows(scores, slopes, seen + skipped, saved.lse + i, saved.delta + i, heads, rows.size(), factor,
                    tiles[t].lanes);
-        product(block.key_sums, width, row_queries, 1, width, slopes, rows.size(), true);
-        product(block.value_sums, width, row_grads, 1, width, scores, rows.size(), true);
+        product(block.key_sums, width, left, 1, width, slopes, rows.size(), true);
+        product(block.value_sums, width, left_grads, 1, width, scores, rows.size(), true);
+        wide_product(sums.row(rows.begin, head), rows.size(), slopes, kWidth<A>, 1, block.rows, tiles[t].lanes.size(),
+                     true, sums.pitch);
       }
     }
 
   A share[kWidth<A>], one[kWidth<A>];
-  std::fill(share, share + kWidth<A>, static_cast<A>(problem.scale));
+  std::fill(share, share + kWidth<A>, factor);
   std::fill(one, one + kWidth<A>, A(1));
   for (size_t t = 0; t < tiles.size(); ++t) {
     transpose_out(grad_k, group, tiles[t].lanes, width, blocks[t].key_sums, share);
     transpose_out(grad_v, group, tiles[t].lanes, width, blocks[t].value_sums, one);
+  }
+}
+
+// Rows of dq: the sums of all segments that stream them, in order.
+template <class T, class A>
+void add_sums(const Heads<T>& grad_q, std::span<const Segment> segments, std::span<const QuerySums<A>> sums,
+              const Range& rows, int64_t heads, int64_t width, A factor) {
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    size_t first = 0, last;
+    while (first < segments.size() && segments[first].rows.end <= i) ++first;
+    for (last = first; last < segments.size() && segments[last].rows.begin <= i;) ++last;
+    for (int64_t head = 0; head < heads; ++head) {
+      T* const out = grad_q.row(i, head);
+      for (int64_t e = 0; e < width; e += lanes<A>) {
+        Vec<A> sum = {};
+        for (size_t s = first; s < last; ++s)
+          if (segments[s].rows.size() > 0) sum += load(sums[s].row(i, head) + e);
+        sum *= factor;
+        if (e + lanes<A> <= width)
+          store_as<T, A>(out + e, sum);
+        else
+          for (int64_t l = 0; e + l < width; ++l) out[e + l] = static_cast<T>(sum[l]);
+      }
+    }
   }
 }
 

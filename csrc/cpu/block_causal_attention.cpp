@@ -10,8 +10,8 @@
 // some query of the tile sees in part are masked. visible_tiles.h has the tiles and shares them among the threads. Tiles
 // of few queries, as in decoding with a cache, have the width across the lanes instead (attention_decode.h), and in bf16
 // the products run in AMX where the processor has it (attention_amx.h, attention_amx_backward.h).
-// The backward has two passes without atomics: dq with queries across the lanes, dk and dv with keys across them.
-// Flops: 4 E a (query, key) pair forward; 14 E backward, of which 4 E recompute scores a second time for the second pass.
+// The backward has keys across the lanes, and no atomics (attention_backward.h).
+// Flops: 4 E a (query, key) pair forward, 10 E backward.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -146,15 +146,14 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(Tensor q, Tensor k, Te
       if (has_amx() && width % kTileDepth == 0)
         run = attend_amx, size = amx_scratch(kForwardBlocks, kForwardGathered, width);
 #endif
-    for_each_item<A>(q, problem.heads, many, tiles_of_item<A>(2, width), kWidth<A>, size,
-                     [&](int64_t head, std::span<const Tile> tiles, Scratch<A> scratch) {
-                       run(problem, rows, lses, head, tiles, scratch);
-                     });
+    for_each_item<A>(
+        q, problem.heads, runs_of(many, tiles_of_item<A>(2, width)), kWidth<A>, size,
+        [&](int64_t head, Run tiles, Scratch<A> scratch) { run(problem, rows, lses, head, tiles, scratch); });
     // Groups are split only as far as there are threads for them.
     const int64_t parts = std::min<int64_t>(problem.groups, torch::stable::get_num_threads());
     const int64_t groups = (problem.groups + parts - 1) / parts;  // of a part
-    for_each_item<A>(q, parts, few, 1, problem.heads / parts * kFewCost, few_scratch<A>(groups, shared * most, width),
-                     [&](int64_t part, std::span<const Tile> tiles, Scratch<A> scratch) {
+    for_each_item<A>(q, parts, runs_of(few, 1), problem.heads / parts * kFewCost,
+                     few_scratch<A>(groups, shared * most, width), [&](int64_t part, Run tiles, Scratch<A> scratch) {
                        const Range own = {problem.groups * part / parts, problem.groups * (part + 1) / parts};
                        attend_few<T, A>(problem, rows, lses, own, tiles[0], scratch);
                      });
@@ -212,28 +211,35 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(Tensor grad_ou
     const int64_t width = problem.width, rows = visible.cu_q[visible.documents];
     fill_rows(grad_q, rows, T(0));
     dot_rows(grads, heads_of<T>(out), rows, problem.heads, width, deltas);
-    const std::vector<Tile> tiles = query_tiles(visible, kWidth<A>);
-    int64_t query_size = tile_scratch<A>(3, width), key_size = tile_scratch<A>(4, width);
-    int64_t query_blocks = 3, key_blocks = 4;
-    auto run_queries = query_grad<T, A>;
-    auto run_keys = key_grad<T, A>;
+    int64_t blocks = kBackwardBlocks, size = tile_scratch<A>(blocks, width), pitch = whole_vectors<A>(width);
+    int64_t padding = 0;
+    auto run = propagate<T, A>;
 #if BLT_AMX
     if constexpr (std::is_same_v<T, BFloat16>)
       if (has_amx() && width % kTileDepth == 0) {
-        run_queries = query_grad_amx, run_keys = key_grad_amx;
-        query_blocks = kQueryGradBlocks, key_blocks = kKeyGradBlocks;
-        query_size = amx_scratch(query_blocks, kQueryGradGathered, width);
-        key_size = amx_scratch(key_blocks, kKeyGradGathered, width);
+        run = propagate_amx, blocks = kAmxBackwardBlocks, padding = kAmxBackwardPadding;
+        size = amx_scratch(blocks, kAmxBackwardGathered, width);
       }
 #endif
-    for_each_item<A>(q, problem.heads, tiles, tiles_of_item<A>(query_blocks, width), kWidth<A>, query_size,
-                     [&](int64_t head, std::span<const Tile> run, Scratch<A> scratch) {
-                       run_queries(problem, saved, grads_q, head, run, scratch);
+    const std::vector<Tile> tiles = key_tiles(query_tiles(visible, kWidth<A>), k.size(0), kWidth<A>);
+    const int64_t count = (kSegments + problem.groups - 1) / problem.groups, shared = problem.heads / problem.groups;
+    const std::vector<Segment> segments = segments_of(tiles, count, tiles_of_item<A>(blocks, width), rows, padding);
+    const int64_t all_rows = segments.empty() ? 0 : segments.back().before + segments.back().rows.size() + padding;
+    Tensor memory = torch::stable::new_empty(q, {all_rows * problem.heads * pitch}, accumulator(q));
+    std::vector<QuerySums<A>> sums;
+    for (const Segment& segment : segments)
+      sums.push_back({memory.mutable_data_ptr<A>() + segment.before * problem.heads * pitch, segment.rows.begin,
+                      segment.rows.size() + padding, pitch});
+    for_each_item<A>(q, problem.groups, segments, kWidth<A>, size,
+                     [&](int64_t group, const Segment& segment, Scratch<A> scratch) {
+                       const QuerySums<A>& own = sums[&segment - segments.data()];
+                       std::fill_n(own.row(own.first, group * shared), shared * own.rows * pitch, A(0));
+                       for (const Run& tiles : segment.runs)
+                         run(problem, saved, grads_k, grads_v, own, group, tiles, scratch);
                      });
-    for_each_item<A>(q, problem.groups, key_tiles(tiles, k.size(0), kWidth<A>), tiles_of_item<A>(key_blocks, width),
-                     kWidth<A>, key_size, [&](int64_t group, std::span<const Tile> run, Scratch<A> scratch) {
-                       run_keys(problem, saved, grads_k, grads_v, group, run, scratch);
-                     });
+    parallel_for(rows, kRowGrain / problem.heads + 1, [&](int64_t begin, int64_t end) {
+      add_sums<T, A>(grads_q, segments, sums, {begin, end}, problem.heads, width, static_cast<A>(problem.scale));
+    });
   });
   return {grad_q, grad_k, grad_v};
 }

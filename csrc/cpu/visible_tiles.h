@@ -2,7 +2,7 @@
 //
 // The keys of a query are an interval, neither end of which falls from one query to the next. So a tile of queries may
 // span documents: it reads the keys from its first query's first to its last query's last. It stops at a document's end
-// only where unused cache rows, which may hold anything, lie between documents. Threads get runs of (head, tile) items
+// only where keys that nobody sees, which may hold anything, lie between them. Threads get runs of (head, tile) items
 // with equal numbers of streamed rows, so one long document among short ones keeps all of them busy.
 #pragma once
 
@@ -81,13 +81,15 @@ inline std::vector<Tile> query_tiles(const Visibility& visible, int64_t width) {
   for (int64_t begin = 0, b = 0; begin < rows;) {
     while (visible.cu_q[b + 1] <= begin) ++b;
     int64_t end = std::min(rows, begin + width);
-    if (visible.used) end = std::min<int64_t>(end, visible.cu_q[b + 1]);
     Range keys = visible.keys(begin, b);
     for (int64_t row = begin + 1, c = b; row < end; ++row) {
       while (visible.cu_q[c + 1] <= row) ++c;
       const Range seen = visible.keys(row, c);
-      if (seen.begin == seen.end) continue;
-      keys = keys.begin == keys.end ? seen : Range{std::min(keys.begin, seen.begin), std::max(keys.end, seen.end)};
+      if (seen.size() == 0) continue;
+      if (keys.size() > 0 && seen.begin > keys.end)
+        end = row;
+      else
+        keys = keys.size() == 0 ? seen : Range{keys.begin, std::max(keys.end, seen.end)};
     }
     tiles.push_back({{begin, end}, keys});
     begin = end;
@@ -132,33 +134,88 @@ struct Scratch {
 // Elements of scratch for an item of tiles with so many blocks of [E][lane] each: with two of [step][lane] and of [step][E].
 template <class A>
 int64_t tile_scratch(int64_t blocks, int64_t width) {
-  return Scratch<A>::padded(width * kWidth<A>) * blocks * tiles_of_item<A>(blocks, width) +
+  return Scratch<A>::padded(whole_vectors<A>(width) * kWidth<A>) * blocks * tiles_of_item<A>(blocks, width) +
          2 * (kStep * kWidth<A> + Scratch<A>::padded(kStep * width));
 }
 
-// Calls f(head, tiles, scratch) for all heads and runs of at most `most` tiles that overlap in what they stream, with
-// equal shares of the work for the threads. A streamed row costs as much as `cost` (lane, row) pairs; f gets `size`
-// elements of scratch.
-template <class A, class F>
-void for_each_item(const Tensor& like, int64_t heads, const std::vector<Tile>& tiles, int64_t most, int64_t cost,
-                   int64_t size, F f) {
-  if (tiles.empty()) return;
-  const int64_t count = static_cast<int64_t>(tiles.size());
-  std::vector<int64_t> before(count + 1, 0);  // work before each tile, with one unit for its own rows
-  for (int64_t t = 0; t < count; ++t) before[t + 1] = before[t] + tiles[t].work() + 1;
-  const int64_t total = heads * before[count];
+// --- shares of the work -----------------------------------------------------------------------------------------------
+
+// Tiles that follow each other, and overlap in what they stream.
+using Run = std::span<const Tile>;
+
+// A tile has one unit of work for its own rows.
+inline int64_t work_of(const Run& run) {
+  int64_t work = 0;
+  for (const Tile& tile : run) work += tile.work() + 1;
+  return work;
+}
+
+// Runs of at most `most` tiles.
+inline std::vector<Run> runs_of(std::span<const Tile> tiles, int64_t most) {
+  std::vector<Run> runs;
+  for (size_t begin = 0, end; begin < tiles.size(); begin = end) {
+    for (end = begin + 1; end < tiles.size() && static_cast<int64_t>(end - begin) < most; ++end)
+      if (tiles[end].streamed.begin >= tiles[end - 1].streamed.end || tiles[end].work() == 0) break;
+    runs.push_back(tiles.subspan(begin, end - begin));
+  }
+  return runs;
+}
+
+// Tiles of keys, and the rows of the queries that they stream, for which there are sums of their own: [head][row][E].
+struct Segment {
+  std::vector<Run> runs;
+  Range rows;
+  int64_t before;  // rows in the sums of the segments before
+};
+
+inline int64_t work_of(const Segment& segment) {
+  int64_t work = 0;
+  for (const Run& run : segment.runs) work += work_of(run);
+  return work;
+}
+
+// Sums of segments have at most so many times the rows of the queries, unless there is one segment only.
+inline constexpr int64_t kSumRows = 6;
+
+// At most `count` segments with about equal work, in runs of at most `most` tiles. After its rows, each has `padding`.
+inline std::vector<Segment> segments_of(std::span<const Tile> tiles, int64_t count, int64_t most, int64_t queries,
+                                        int64_t padding) {
+  const int64_t total = work_of(tiles);
+  for (;; count /= 2) {
+    std::vector<Segment> segments;
+    int64_t rows = 0;
+    for (size_t begin = 0, end = 0, done = 0; begin < tiles.size(); begin = end) {
+      const int64_t limit = (total * (static_cast<int64_t>(segments.size()) + 1) + count - 1) / count;
+      Range seeing = {0, 0};
+      while (end < tiles.size() && (end == begin || static_cast<int64_t>(done) < limit)) {
+        const Tile& tile = tiles[end++];
+        done += tile.work() + 1;
+        if (tile.work() > 0) seeing = {seeing.size() > 0 ? seeing.begin : tile.streamed.begin, tile.streamed.end};
+      }
+      segments.push_back({runs_of(tiles.subspan(begin, end - begin), most), seeing, rows});
+      rows += seeing.size() + padding;
+    }
+    if (count == 1 || rows <= kSumRows * queries) return segments;
+  }
+}
+
+// Calls f(head, item, scratch) for all heads and items, with equal shares of the work for the threads. A streamed row
+// costs as much as `cost` (lane, row) pairs; f gets `size` elements of scratch.
+template <class A, class Item, class F>
+void for_each_item(const Tensor& like, int64_t heads, const std::vector<Item>& items, int64_t cost, int64_t size, F f) {
+  if (items.empty()) return;
+  std::vector<int64_t> before = {0};  // work before each item
+  for (const Item& item : items) before.push_back(before.back() + work_of(item));
+  const int64_t total = heads * before.back();
   const int64_t threads = total * cost <= kSerialWork ? 1 : torch::stable::get_num_threads();
   Tensor memory = torch::stable::new_empty(like, {threads * size}, accumulator(like));
   A* const scratch = memory.mutable_data_ptr<A>();
   parallel_for(threads, 1, [&](int64_t first, int64_t last) {
     const int64_t begin = total * first / threads, end = total * last / threads;
     for (int64_t head = 0; head < heads; ++head)
-      for (int64_t t = 0, next; t < count; t = next) {
-        for (next = t + 1; next < count && next - t < most; ++next)
-          if (tiles[next].streamed.begin >= tiles[next - 1].streamed.end || tiles[next].work() == 0) break;
-        const int64_t start = head * before[count] + before[t];
-        if (begin <= start && start < end)
-          f(head, std::span<const Tile>(&tiles[t], static_cast<size_t>(next - t)), Scratch<A>{scratch + first * size});
+      for (size_t i = 0; i < items.size(); ++i) {
+        const int64_t start = head * before.back() + before[i];
+        if (begin <= start && start < end) f(head, items[i], Scratch<A>{scratch + first * size});
       }
   });
 }
