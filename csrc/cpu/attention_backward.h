@@ -27,9 +27,6 @@ struct QuerySums {
   A* row(int64_t i, int64_t head) const { return data + (head * rows + i - first) * pitch; }
 };
 
-// Segments of all groups that are asked for: there is work for as many threads.
-inline constexpr int64_t kSegments = 64;
-
 // The keys of a Tile across the lanes; T is what the factors are kept in.
 template <class A, class T = A>
 struct KeyBlock {

@@ -222,8 +222,9 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(Tensor grad_ou
       }
 #endif
     const std::vector<Tile> tiles = key_tiles(query_tiles(visible, kWidth<A>), k.size(0), kWidth<A>);
-    const int64_t count = (kSegments + problem.groups - 1) / problem.groups, shared = problem.heads / problem.groups;
-    const std::vector<Segment> segments = segments_of(tiles, count, tiles_of_item<A>(blocks, width), rows, padding);
+    const std::vector<Segment> segments =
+        segments_of(tiles, problem.groups, tiles_of_item<A>(blocks, width), rows, padding);
+    const int64_t shared = problem.heads / problem.groups;
     const int64_t all_rows = segments.empty() ? 0 : segments.back().before + segments.back().rows.size() + padding;
     Tensor memory = torch::stable::new_empty(q, {all_rows * problem.heads * pitch}, accumulator(q));
     std::vector<QuerySums<A>> sums;

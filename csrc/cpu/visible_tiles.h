@@ -174,14 +174,16 @@ inline int64_t work_of(const Segment& segment) {
   return work;
 }
 
-// Sums of segments have at most so many times the rows of the queries, unless there is one segment only.
-inline constexpr int64_t kSumRows = 6;
+// Segments of all groups keep as many threads busy. They cost memory: up to kMostSums rows of sums for each row of the
+// queries. Where there are documents or windows to cut between, more of them cost less.
+inline constexpr int64_t kSegments = 32, kMostSums = 6, kCheapSegments = 256;
+inline constexpr double kCheapSums = 1.5;
 
-// At most `count` segments with about equal work, in runs of at most `most` tiles. After its rows, each has `padding`.
-inline std::vector<Segment> segments_of(std::span<const Tile> tiles, int64_t count, int64_t most, int64_t queries,
+// Segments with about equal work, of runs of at most `most` tiles. In the sums, each has `padding` rows behind its own.
+inline std::vector<Segment> segments_of(std::span<const Tile> tiles, int64_t groups, int64_t most, int64_t queries,
                                         int64_t padding) {
   const int64_t total = work_of(tiles);
-  for (;; count /= 2) {
+  for (int64_t count = (kCheapSegments + groups - 1) / groups;; count /= 2) {
     std::vector<Segment> segments;
     int64_t rows = 0;
     for (size_t begin = 0, end = 0, done = 0; begin < tiles.size(); begin = end) {
@@ -195,7 +197,8 @@ inline std::vector<Segment> segments_of(std::span<const Tile> tiles, int64_t cou
       segments.push_back({runs_of(tiles.subspan(begin, end - begin), most), seeing, rows});
       rows += seeing.size() + padding;
     }
-    if (count == 1 || rows <= kSumRows * queries) return segments;
+    const double sums = static_cast<double>(rows) / static_cast<double>(queries);
+    if (count == 1 || sums <= kCheapSums || (count * groups <= kSegments && sums <= kMostSums)) return segments;
   }
 }
 
