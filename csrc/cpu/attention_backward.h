@@ -39,6 +39,7 @@ inline constexpr int64_t kBackwardBlocks = 5;
 // Calls f(keys) for the ranges of a tile's keys that some query sees: the others may hold anything.
 template <class F>
 void for_each_seen(const Visibility& visible, const Range& lanes, F f) {
+  if (visible.documents == 0) return;
   const int32_t* const end = visible.cu_k + visible.documents;
   for (int64_t b = std::upper_bound(visible.cu_k, end, lanes.begin) - visible.cu_k - 1;
        b < visible.documents && visible.cu_k[b] < lanes.end; ++b) {
