@@ -74,6 +74,7 @@ wheel-check: .venv/built  ## Only the tests of the wheel: from the sdist, conten
 	pytest tests/test_build.py
 
 OP_TESTS := $(patsubst blt_kernels/ops/%,tests/test_%,$(filter-out %/__init__.py %/_common.py,$(wildcard blt_kernels/ops/*.py)))
+# second_table measures memory, of which AddressSanitizer takes its own.
 sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(say) 'building with sanitizers'
 	cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DBLT_KERNELS_SANITIZE=ON \
@@ -83,9 +84,11 @@ sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedB
 	cp -r blt_kernels build/sanitize/site/ && rm -f build/sanitize/site/blt_kernels/*.so
 	cmake --install build/sanitize --prefix build/sanitize/site/blt_kernels
 	$(say) 'op tests with sanitizers'
-	BLT_KERNELS_BACKENDS=cpu LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	BLT_KERNELS_BACKENDS=cpu \
+	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize/site \
-	    pytest tests/test_ops.py tests/test_optim.py $(OP_TESTS) -k "not compile and not inductor and not opcheck and not second_table"
+	    pytest tests/test_ops.py tests/test_optim.py $(OP_TESTS) \
+	    -k "not compile and not inductor and not opcheck and not second_table"
 
 clean:  ## Remove everything that was built; .venv stays
 	rm -rf build dist blt_kernels/*.so blt_kernels/include *.egg-info .venv/built

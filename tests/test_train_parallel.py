@@ -245,7 +245,7 @@ def test_checkpoints_are_sharded(root: Path) -> None:
 
 
 def test_nothing_holds_the_group_when_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last to hold it must not be DDP, with which one in five runs under torchrun never ended."""
+    """The last to hold it must not be DDP: then runs under torchrun, on a busy machine, now and then never end."""
     ddp = torch.nn.parallel.DistributedDataParallel
     begin, end = dist.init_process_group, dist.destroy_process_group
     left: list[list[object]] = []

@@ -16,8 +16,9 @@ with which a byte of BLT with patches of p bytes costs
 
 for T all of a layer and X attention and projections, and twice that backward. `count_flops` has the widths that are
 there (feed-forwards rounded to 256, grouped heads, the projections between the widths, 260 ids), the rows that there
-are, and what the backward of the ops recomputes. Importing this file teaches `torch.utils.flop_counter.FlopCounterMode`
-the ops, forward and backward, so that it counts what `count_flops` says.
+are, and the scores that the backward of the ops makes anew, once (Triton's makes them twice). Importing this file
+teaches `torch.utils.flop_counter.FlopCounterMode` the ops, forward and backward, so that it counts what `count_flops`
+says.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ from blt_kernels.nn import TransformerConfig
 
 Config = BLTConfig | ByteLMConfig | MegaByteConfig
 
-# Of a (query, key) pair and an element of its heads. Backward, the scores are made anew: five products in place of two.
-# The Triton kernels of block_causal_attention, which have two passes, make two of them twice: that is not counted.
+# Of a (query, key) pair and an element of its heads: two products, and five backward, where the scores are made anew.
 _FORWARD, _BACKWARD = 4, 10
 
 

@@ -189,6 +189,7 @@ def train(config: TrainConfig, report: Callable[[Progress], None] | None = None)
 
 
 def _train(config: TrainConfig, report: Callable[[Progress], None] | None, ranks: train_parallel.Ranks) -> TrainResult:
+    """Apart from `train`, so that the run is gone before `ranks` end."""
     run = _Run(config, ranks)
     while run.step < config.steps:
         started = time.perf_counter()

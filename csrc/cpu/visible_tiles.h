@@ -2,8 +2,9 @@
 //
 // The keys of a query are an interval, neither end of which falls from one query to the next. So a tile of queries may
 // span documents: it reads the keys from its first query's first to its last query's last. It stops at a document's end
-// only where keys that nobody sees, which may hold anything, lie between them. Threads get runs of (head, tile) items
-// with equal numbers of streamed rows, so one long document among short ones keeps all of them busy.
+// where keys that nobody sees, which may hold anything, lie between them, and where few queries see many keys. Threads get
+// runs of (head, tile) items with equal numbers of streamed rows, so one long document among short ones keeps all of
+// them busy.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -74,6 +75,16 @@ struct Tile {
 
 inline Range keys_of(std::span<const Tile> tiles) { return {tiles.front().streamed.begin, tiles.back().streamed.end}; }
 
+inline constexpr int64_t kKeysOfFew = 8;  // for each query
+
+// Do a document's queries, as in decoding with a cache, deserve a tile of their own (attention_decode.h)? Others' keys
+// would cost them more than lanes that stay empty.
+inline bool has_few_queries(const Visibility& visible, int64_t b, int64_t width) {
+  const int64_t begin = visible.cu_q[b], end = visible.cu_q[b + 1];
+  const int64_t seen = visible.keys(end - 1, b).end - visible.keys(begin, b).begin;
+  return end - begin <= width / 4 && seen >= kKeysOfFew * (end - begin);
+}
+
 // Tiles of queries, with the keys that their queries see; rows beyond the last document are in none.
 inline std::vector<Tile> query_tiles(const Visibility& visible, int64_t width) {
   std::vector<Tile> tiles;
@@ -85,10 +96,12 @@ inline std::vector<Tile> query_tiles(const Visibility& visible, int64_t width) {
     for (int64_t row = begin + 1, c = b; row < end; ++row) {
       while (visible.cu_q[c + 1] <= row) ++c;
       const Range seen = visible.keys(row, c);
-      if (seen.size() == 0) continue;
-      if (keys.size() > 0 && seen.begin > keys.end)
+      const bool alone = row == visible.cu_q[c] && (has_few_queries(visible, c, width) ||
+                                                    has_few_queries(visible, visible.document_of(row - 1), width));
+      const bool gap = seen.size() > 0 && keys.size() > 0 && seen.begin > keys.end;
+      if (alone || gap)
         end = row;
-      else
+      else if (seen.size() > 0)
         keys = keys.size() == 0 ? seen : Range{keys.begin, std::max(keys.end, seen.end)};
     }
     tiles.push_back({{begin, end}, keys});
