@@ -16,9 +16,9 @@ from peers import models as peers
 from timing import OURS, Comparison
 from torch import Tensor
 
+from blt_kernels.ids import to_ids
 from blt_kernels.models import BLT
 from blt_kernels.models.flops import Rows, count_flops
-from blt_kernels.nn import BYTE_OFFSET
 
 PATCH_SIZE = 4.5
 
@@ -84,7 +84,7 @@ def comparison(rows: int, length: int, device: str, backward: bool, small: bool)
 def text(rows: int, length: int) -> Tensor:
     """Ids ``[rows, length]``: every row is how another module of the standard library begins."""
     modules = (statistics, tempfile)
-    return torch.tensor([list(inspect.getsource(module).encode()[:length]) for module in modules[:rows]]) + BYTE_OFFSET
+    return torch.stack([to_ids(inspect.getsource(module).encode()[:length]) for module in modules[:rows]])
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:

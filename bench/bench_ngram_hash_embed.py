@@ -17,7 +17,7 @@ from timing import OURS, Comparison
 from torch import Tensor
 
 import blt_kernels as bk
-from blt_kernels.testing import assert_equal, real_text, to_tokens
+from blt_kernels.testing import assert_equal, real_text
 
 NGRAMS = (3, 4, 5, 6, 7, 8)
 ALPHABET = 260
@@ -48,7 +48,7 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
 
 
 def text(sizes: Sizes, device: str) -> Tensor:
-    return to_tokens(real_text(sizes.rows * sizes.length), device=device).view(sizes.rows, sizes.length)
+    return bk.to_ids(real_text(sizes.rows * sizes.length), device=device).view(sizes.rows, sizes.length)
 
 
 def hash_comparison(sizes: Sizes, device: str) -> Comparison:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import blt_kernels as bk
-from blt_kernels.testing import offsets_of, real_text, to_tokens
+from blt_kernels.testing import offsets_of, real_text
 
 THRESHOLD = 1.335442066192627  # of the released BLT models
 ALPHABET, HEADS, HEAD_WIDTH, VECTORS, WINDOW = 260, 4, 64, 2, 512
@@ -93,12 +93,12 @@ def patch_unpool(text: Text) -> Run:
 
 
 def ngram_hash(text: Text) -> Run:
-    tokens, cu_seqlens = to_tokens(real_text(text.size), device=text.device), text.cu_seqlens()
+    tokens, cu_seqlens = bk.to_ids(real_text(text.size), device=text.device), text.cu_seqlens()
     return Run(lambda: bk.ngram_hash(tokens, cu_seqlens, vocab=text.vocab))
 
 
 def ngram_hash_embed(text: Text) -> Run:
-    tokens, cu_seqlens = to_tokens(real_text(text.size), device=text.device), text.cu_seqlens()
+    tokens, cu_seqlens = bk.to_ids(real_text(text.size), device=text.device), text.cu_seqlens()
     tables = torch.zeros(6 * text.vocab, WIDTH, device=text.device)
     return Run(lambda tables: bk.ngram_hash_embed(tokens, tables, None, cu_seqlens, grad="sparse"), (tables,))
 

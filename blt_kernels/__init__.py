@@ -1,13 +1,14 @@
 """blt_kernels: kernels for byte-latent language models (BLT, MegaByte), as torch ops.
 
-Every name below is a function on tensors, apart from `PatchLayout`, the ragged layout that they share, and
-`set_attention_backend` with `attention_backend`: who computes attention on CUDA. The models are in
-`blt_kernels.models`, the layers in `blt_kernels.nn`, optimizers for large tables in `blt_kernels.optim`, helpers for
-tests in `blt_kernels.testing`.
+Every name below is a function on tensors, apart from `PatchLayout`, the ragged layout that they share, `to_ids` and
+`to_bytes`, which convert text, and `set_attention_backend` with `attention_backend`: who computes attention on CUDA.
+The models are in `blt_kernels.models`, the layers in `blt_kernels.nn`, optimizers for large tables in
+`blt_kernels.optim`, helpers for tests in `blt_kernels.testing`.
 """
 
 from blt_kernels import _cuda, _load, optim
 from blt_kernels._version import __version__
+from blt_kernels.ids import to_bytes, to_ids
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops.block_causal_attention import attention_backend, block_causal_attention, set_attention_backend
 from blt_kernels.ops.entropy_patch import (
@@ -48,6 +49,8 @@ __all__ = [
     "set_attention_backend",
     "space_patch",
     "static_patch",
+    "to_bytes",
+    "to_ids",
     "token_entropy",
     "topk_patch",
 ]

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blt_kernels._autograd import RMSNormFunction, SwiGLUFunction
+from blt_kernels.ids import ALPHABET as ALPHABET
+from blt_kernels.ids import BOS as BOS
+from blt_kernels.ids import BYTE_OFFSET as BYTE_OFFSET
+from blt_kernels.ids import EOS as EOS
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _common
-
-ALPHABET = 260
-BOS, EOS, BYTE_OFFSET = 1, 2, 4
 
 Model = TypeVar("Model", bound="ByteModel")
 

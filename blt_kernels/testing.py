@@ -18,9 +18,6 @@ from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
 
-ID_OFFSET = 4
-"""A byte's token id is the byte plus this: ids below are special (BOE, BOS, EOS, BPE)."""
-
 SCRIPTS = {
     "latin": "All human beings are born free and equal in dignity and rights. Ça va, Zoë? Größe, æther; naïve façade.",
     "greek": "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.",
@@ -261,10 +258,3 @@ def binary(num_bytes: int, seed: int = 0) -> bytes:
     while len(out) < num_bytes:
         out += bytes(rng.randrange(40)) if rng.random() < 0.3 else rng.randbytes(1 + rng.randrange(40))
     return bytes(out[:num_bytes])
-
-
-def to_tokens(data: bytes, *, dtype: torch.dtype = torch.int64, device: str = "cpu") -> Tensor:
-    """Token ids ``[T]`` of bytes: byte + 4."""
-    if not data:
-        return torch.empty(0, dtype=dtype, device=device)
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device, dtype) + ID_OFFSET

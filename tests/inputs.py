@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from blt_kernels import PatchLayout
+from blt_kernels.ids import to_ids
 from blt_kernels.reference.entropy_patch import token_entropy_reference
-from blt_kernels.testing import document_lengths, offsets_of, ragged_layout, real_text, to_tokens
+from blt_kernels.testing import document_lengths, offsets_of, ragged_layout, real_text
 
 Make = Callable[[torch.dtype, int, int], dict[str, Any]]
 
@@ -93,7 +94,7 @@ def make_linear_entropy(bias: bool) -> Make:
 
 def make_tokens(**options: Any) -> Make:
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
-        tokens = to_tokens(real_text(num_bytes, seed), dtype=dtype)
+        tokens = to_ids(real_text(num_bytes, seed), dtype=dtype)
         tokens[::29] = torch.arange(tokens[::29].numel()) % 4  # special ids
         return {"tokens": tokens, "cu_seqlens": documents(num_bytes, seed), **options}
 

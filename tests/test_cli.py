@@ -33,7 +33,7 @@ from blt_kernels.testing import SCRIPTS, binary, invalid_utf8, real_text
 from blt_kernels.tools import doctor
 from blt_kernels.tools.patch import Window
 from blt_kernels.tools.render import glyphs, printable
-from blt_kernels.tools.stream import load_model, to_tokens, with_entropy
+from blt_kernels.tools.stream import load_model, with_entropy
 
 TEXT = b'It was the best of times; it was <b>"the worst"</b> & so on:\n\tx = 1\n' * 3
 SCHEMES = ("entropy", "space", "static", "byte", "delimiter", "topk")
@@ -149,7 +149,7 @@ def test_json_of_every_scheme_and_content(scheme: str, content: str) -> None:
 def test_options_of_rules_without_a_model(
     text: str, options: list[str], expected: Callable[..., bk.PatchLayout]
 ) -> None:
-    assert patches_of(text, *options) == starts_of(expected(to_tokens(TEXT), torch.tensor([0, len(TEXT)])))
+    assert patches_of(text, *options) == starts_of(expected(bk.to_ids(TEXT), torch.tensor([0, len(TEXT)])))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def shown(*args: object) -> str:
 
 
 def test_patches_are_separated(text: str) -> None:
-    starts = [*starts_of(bk.space_patch(to_tokens(TEXT))), len(TEXT)]
+    starts = [*starts_of(bk.space_patch(bk.to_ids(TEXT))), len(TEXT)]
     pieces = [TEXT[a:b].decode() for a, b in pairwise(starts)]
     assert shown(text, "--scheme=space") == "│".join(pieces).replace("\n", "↵\n").replace("\t", "␉")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import blt_kernels as bk
-from blt_kernels.testing import offsets_of, to_tokens
+from blt_kernels.testing import offsets_of
 
 BLT_THRESHOLD = 1.335442066192627
 
@@ -122,7 +122,7 @@ def test_capacity_by_hand(device: str) -> None:
 
 def test_space_by_hand(device: str) -> None:
     def lengths(data: bytes) -> list[int]:
-        return bk.space_patch(to_tokens(data, device=device)).to_lengths(include_next_byte=True)[0].tolist()
+        return bk.space_patch(bk.to_ids(data, device=device)).to_lengths(include_next_byte=True)[0].tolist()
 
     assert lengths("ab, cd  é€ x-1\n".encode()) == [1, 2, 4, 4, 3, 2, 2, 1]
     assert lengths(b"ab,") == [1, 2, 1]

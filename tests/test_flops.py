@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from blt_kernels import block_causal_attention, patch_cross_attention
 from blt_kernels.cli import app
+from blt_kernels.ids import to_ids
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
 from blt_kernels.models.flops import PAPER_SIZES, Rows, count_flops, counted_parts, paper_flops
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.testing import offsets_of, real_text, to_tokens
+from blt_kernels.testing import offsets_of, real_text
 from blt_kernels.tools.flops import read_config, with_window
 
 CONTEXT = 16384
@@ -145,7 +146,7 @@ def build(config):
 def test_counted_while_running(config) -> None:
     torch.manual_seed(0)
     lengths = [300, 1, 77, 4, 3]
-    tokens, rows, model = to_tokens(real_text(sum(lengths))), offsets_of(lengths), build(config)
+    tokens, rows, model = to_ids(real_text(sum(lengths))), offsets_of(lengths), build(config)
     patches = [0] * len(lengths)
     if isinstance(model, BLT):
         layout = model.patch(tokens, rows)
@@ -164,7 +165,7 @@ def test_counted_while_running(config) -> None:
 
 def test_counted_patcher() -> None:
     config = replace(SMALL, patching="entropy")
-    tokens = to_tokens(real_text(200))
+    tokens = to_ids(real_text(200))
     model = BLT(config)
     with FlopCounterMode(display=False) as counter:
         model(tokens)
@@ -176,7 +177,7 @@ def test_counted_patcher() -> None:
 
 def test_windows_of_cross_attention_are_within_a_percent() -> None:
     config = replace(SMALL, cross_attn_window_encoder=2, cross_attn_window_decoder=3)
-    tokens, model = to_tokens(real_text(2000)), BLT(config)
+    tokens, model = to_ids(real_text(2000)), BLT(config)
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens).backward()
     total = count_flops(config, Rows.of(model.patch(tokens))).total
@@ -184,7 +185,7 @@ def test_windows_of_cross_attention_are_within_a_percent() -> None:
 
 
 def test_even_rows_are_within_a_percent_of_real_patches() -> None:
-    tokens, model = to_tokens(real_text(4000)), BLT(SMALL)
+    tokens, model = to_ids(real_text(4000)), BLT(SMALL)
     layout = model.patch(tokens)
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens).backward()

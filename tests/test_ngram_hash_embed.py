@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from blt_kernels import ngram_hash, ngram_hash_embed
+from blt_kernels.ids import to_ids
 from blt_kernels.reference import ngram_hash_embed as reference
-from blt_kernels.testing import assert_close, document_lengths, offsets_of, real_text, to_tokens
+from blt_kernels.testing import assert_close, document_lengths, offsets_of, real_text
 
 PRIMES = (1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899, 9576890767, 3628273133, 2860486313,
           5463458053, 3367900313)  # fmt: skip
@@ -35,7 +36,7 @@ def exact_hash(document: list[int], i: int, size: int, prime: int, vocab: int) -
 
 
 def text(num_bytes: int, seed: int = 0, device: str = "cpu") -> Tensor:
-    return to_tokens(real_text(num_bytes, seed), device=device)
+    return to_ids(real_text(num_bytes, seed), device=device)
 
 
 def parameters(device: str = "cpu", dtype: torch.dtype = torch.float64, rows: int = V) -> tuple[Tensor, Tensor]:

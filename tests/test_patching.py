@@ -26,7 +26,6 @@ from blt_kernels.testing import (
     offsets_of,
     ragged_logits,
     real_text,
-    to_tokens,
 )
 
 
@@ -147,7 +146,7 @@ CONTENT = {
 
 @pytest.mark.parametrize("data", CONTENT.values(), ids=CONTENT)
 def test_every_scheme_on_every_content(data: bytes, device: str) -> None:
-    tokens = to_tokens(data, device=device)
+    tokens = bk.to_ids(data, device=device)
     size = len(data)
     whole = torch.tensor([0, size], device=device)
     entropy = (tokens * 37 % 101).float() / 25  # any function of the content

@@ -18,7 +18,7 @@ from blt_kernels.models import ByteLM
 from blt_kernels.models.byte_lm import ByteLMConfig
 from blt_kernels.testing import SCRIPTS, assert_equal, binary, invalid_utf8, real_text
 from blt_kernels.tools import stream
-from blt_kernels.tools.stream import Rules, Scheme, StreamCutter, cut, find_threshold, parse_byte, to_tokens
+from blt_kernels.tools.stream import Rules, Scheme, StreamCutter, cut, find_threshold, parse_byte
 
 RULES = {
     "entropy": Rules(threshold=1.0),
@@ -44,7 +44,7 @@ TINY = ByteLMConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=64, window=16)
 
 def whole(rules: Rules, data: bytes, entropy: Tensor) -> list[int]:
     """Starts of the patches by the public ops."""
-    tokens, everything = to_tokens(data), torch.tensor([0, len(data)])
+    tokens, everything = bk.to_ids(data), torch.tensor([0, len(data)])
     if rules.scheme is Scheme.entropy:
         assert rules.threshold is not None
         layout = bk.patch_starts(
@@ -133,7 +133,7 @@ def entropy_of(data: bytes, model: ByteLM) -> Tensor:
 def test_entropies_of_a_stream_are_those_of_the_whole() -> None:
     model, data = tiny_model(), real_text(5000)  # two full blocks and a rest
     with torch.inference_mode():
-        expected = bk.token_entropy(model(to_tokens(data)))
+        expected = bk.token_entropy(model(bk.to_ids(data)))
     got = entropy_of(data, model)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     for size in (1, 999, 2048):  # to the last bit, or boundaries would depend on the source

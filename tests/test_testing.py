@@ -7,7 +7,6 @@ import torch
 
 from blt_kernels import token_entropy
 from blt_kernels.testing import (
-    ID_OFFSET,
     assert_close,
     assert_equal,
     binary,
@@ -18,7 +17,6 @@ from blt_kernels.testing import (
     ragged_layout,
     ragged_logits,
     real_text,
-    to_tokens,
 )
 
 TRUTH = torch.linspace(1, 1.999, 100, dtype=torch.float64)
@@ -132,8 +130,3 @@ def test_bytes():
             broken.decode()
     assert len(set(binary(5000))) == 256
     assert real_text(0) == invalid_utf8(0) == binary(0) == b""
-
-
-def test_tokens():
-    assert to_tokens(b"\x00A\xff", dtype=torch.int32).tolist() == [ID_OFFSET, ID_OFFSET + 65, ID_OFFSET + 255]
-    assert to_tokens(b"").shape == (0,)

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blt_kernels.ids import ALPHABET, EOS, ids_of
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig
 from blt_kernels.nn import (
-    ALPHABET,
-    EOS,
     ByteModel,
     CrossAttention,
     RMSNorm,
@@ -321,16 +320,25 @@ class BLT(ByteModel):
         return self.lm_head(x).view(*tokens.shape, self.config.vocab_size)
 
     @torch.no_grad()
-    def patch(self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None) -> PatchLayout:
+    def patch(self, tokens: Any, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None) -> PatchLayout:
         """Patches of `tokens` by the scheme of the configuration.
 
-        Their capacity is `max_patches`. If that is None, it is T, and on the CPU as many as there are patches.
+        Parameters
+        ----------
+        tokens : int32 or int64 ``[T]`` or ``[B, S]``, or text
+            Ids as in `forward`, or whatever `blt_kernels.to_ids` takes: str, bytes, uint8 arrays and tensors, and lists
+            of them, each a row.
+        cu_seqlens : int32 or int64 ``[R+1]``, optional
+            As in `forward`.
+        max_patches : int, optional
+            Capacity of the layout. If None, it is T, and on the CPU as many as there are patches.
 
         Raises
         ------
         TypeError, ValueError
             An argument has the wrong type, dtype, shape or value, or the scheme needs a patcher and there is none.
         """
+        tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
         _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
         config = self.config

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blt_kernels.ids import ALPHABET, EOS, ids_of
 from blt_kernels.layout import PatchLayout
 from blt_kernels.nn import (
-    ALPHABET,
-    EOS,
     ByteModel,
     RMSNorm,
     TransformerConfig,
@@ -138,7 +137,7 @@ class ByteLM(ByteModel):
 
     def patch(
         self,
-        tokens: Tensor,
+        tokens: Any,
         cu_seqlens: Tensor | None = None,
         *,
         threshold: float | None = None,
@@ -149,8 +148,10 @@ class ByteLM(ByteModel):
     ) -> tuple[Tensor, PatchLayout]:
         """Entropies and patches of `tokens`: `entropy_patch` of the logits, at the configured threshold if None.
 
-        Arguments, results and errors are those of `forward` and of `blt_kernels.entropy_patch`.
+        Arguments, results and errors are those of `forward` and of `blt_kernels.entropy_patch`. `tokens` may also be
+        whatever `blt_kernels.to_ids` takes: str, bytes, uint8 arrays and tensors, and lists of them, each a row.
         """
+        tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
         logits = self(tokens, cu_seqlens)
         _, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
         entropy, layout = self.ops.entropy_patch(

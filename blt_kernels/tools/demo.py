@@ -15,13 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from blt_kernels.ids import to_ids
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.blt import BLT, BLTConfig
 from blt_kernels.models.byte_lm import ByteLM
 from blt_kernels.nn import load_ops
 from blt_kernels.tools import patch
 from blt_kernels.tools.render import Color, console
-from blt_kernels.tools.stream import Rules, Scheme, load_model, to_tokens
+from blt_kernels.tools.stream import Rules, Scheme, load_model
 
 SHOWN = 700  # bytes drawn
 MOST = 4_096  # bytes that go through the BLT
@@ -61,7 +62,7 @@ def run(file: Path | None, *, rounds: int, color: Color) -> None:
     patch.run([str(file)], Rules(Scheme.entropy), patch.Outputs(max_show=SHOWN), None, color)
 
     out = console(color)
-    tokens = to_tokens(data[:MOST])
+    tokens = to_ids(data[:MOST])
     fused, reference = build_models(patcher)
     with torch.inference_mode():
         layout = fused.patch(tokens)

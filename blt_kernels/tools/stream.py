@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
+from blt_kernels.ids import BYTE_OFFSET, to_ids
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import entropy_patch as ops
 
@@ -106,7 +107,7 @@ class Rules:
         if self.scheme is Scheme.space:
             return ops.space_patch(tokens)
         if self.scheme is Scheme.delimiter:
-            return ops.delimiter_patch(tokens, (ord("\n") if self.delimiter is None else self.delimiter) + 4)
+            return ops.delimiter_patch(tokens, (ord("\n") if self.delimiter is None else self.delimiter) + BYTE_OFFSET)
         if self.scheme in (Scheme.static, Scheme.byte):
             size = 1 if self.scheme is Scheme.byte else self.patch_size or 4
             documents = torch.tensor([0, tokens.shape[0]], dtype=torch.int32)
@@ -176,7 +177,7 @@ class StreamCutter:
         offset, seen = self.position, self._tokens.shape[0]
         if not data:
             return Piece(offset, data, entropy, torch.empty(0, dtype=torch.int64))
-        tokens = torch.cat([self._tokens, to_tokens(data)])
+        tokens = torch.cat([self._tokens, to_ids(data, dtype=torch.int32)])
         self._tokens = tokens[-CONTEXT:]
         both = None
         if self.rules.needs_entropy:
@@ -197,13 +198,6 @@ class StreamCutter:
         begin = begin.cummax(0).values
         self._patch_start = int(begin[-1])
         return at[(at - begin) % longest == 0]
-
-
-def to_tokens(data: bytes) -> Tensor:
-    """Ids of bytes, int32 ``[len(data)]``: byte + 4."""
-    if not data:
-        return torch.empty(0, dtype=torch.int32)
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).int() + 4
 
 
 def load_model(path: Path | None = None) -> ByteLM:
@@ -271,7 +265,7 @@ def with_entropy(pieces: Iterable[bytes], model: ByteLM) -> Iterator[tuple[bytes
     for block in regroup(pieces, max(2048, 4 * context)):
         seen = before + block
         with torch.inference_mode():
-            entropy = ops.token_entropy(model(to_tokens(seen)))
+            entropy = ops.token_entropy(model(to_ids(seen, dtype=torch.int32)))
         yield block, entropy[len(before) :].float()
         before = seen[max(len(seen) - context, 0) :]
 
@@ -357,7 +351,7 @@ def _cut_topk(pieces: Iterable[bytes], rules: Rules, model: ByteLM) -> Iterator[
             raise ValueError(f"--scheme topk: ranks all bytes at once, expected at most {TOPK_LIMIT} bytes, got more")
     data = b"".join(held)
     entropy = torch.cat([e for _, e in with_entropy(held, model)] or [torch.empty(0)])
-    starts = rules.layout(to_tokens(data), entropy).compact().patch_offsets[:-1].long()
+    starts = rules.layout(to_ids(data, dtype=torch.int32), entropy).compact().patch_offsets[:-1].long()
     yield Piece(0, data, entropy, starts)
 
 
