@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blt_kernels.characters import patches_of_whole_characters
 from blt_kernels.ids import ALPHABET, EOS, ids_of
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig
@@ -40,6 +41,11 @@ class BLTConfig:
     `blt_kernels.patch_starts`), "space", "static" (every `patch_size` bytes) or "byte"; `patcher` may be None where
     another scheme or the caller's layouts are used. `max_patch_length` cuts the longer patches of every scheme, as in
     facebookresearch/blt.
+
+    With `whole_characters`, a patch of any scheme starts only where a character of UTF-8 ends, aside from those that
+    start at 0 and 1: decisions inside of a character are dropped, and `max_patch_length` cuts after the character
+    (`blt_kernels.characters`). With `reset_at_newlines`, the entropy model's context starts anew at newlines
+    (`ByteLMConfig`), even if its own configuration does not say so.
 
     Cross attention has `cross_attn_heads` heads, or those of the layers around it. Encoding, it reads the bytes of the
     last `cross_attn_window_encoder` patches, decoding the last `cross_attn_window_decoder` patches; one patch if None.
@@ -79,6 +85,8 @@ class BLTConfig:
     split_documents: bool = False
     pool_every_layer: bool = False
     cross_attn_grouped_heads: bool = False
+    whole_characters: bool = False
+    reset_at_newlines: bool = False
 
     def __post_init__(self) -> None:
         _common.check_choice("patching", self.patching, SCHEMES)
@@ -353,16 +361,21 @@ class BLT(ByteModel):
                 monotonic=config.monotonic,
                 max_patch_length=config.max_patch_length,
                 max_patches=max_patches,
+                whole_characters=config.whole_characters,
+                reset_at_newlines=config.reset_at_newlines or None,
             )
         else:
-            # Where patches are cut, there are more of them than the scheme alone makes.
-            capacity = max_patches if config.max_patch_length is None else None
+            # What the scheme alone makes may be more or fewer patches than there are in the end.
+            final = config.max_patch_length is None and not config.whole_characters
+            capacity = max_patches if final else None
             if config.patching == "space":
                 layout = self.ops.space_patch(ids, rows, max_patches=capacity)
             else:
                 size = config.patch_size if config.patching == "static" else 1
                 layout = self.ops.static_patch(rows, size=size, num_bytes=ids.shape[0], max_patches=capacity)
-            if config.max_patch_length is not None:
+            if config.whole_characters:
+                layout = patches_of_whole_characters(self.ops, layout, ids, config.max_patch_length, max_patches)
+            elif config.max_patch_length is not None:
                 ends = (layout.decode_ids == layout.patch_ids).float()  # where the byte to come starts a patch
                 layout = self.ops.patch_starts(
                     ends, rows, threshold=0.5, max_patch_length=config.max_patch_length, max_patches=max_patches

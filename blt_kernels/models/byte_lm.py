@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blt_kernels.ids import ALPHABET, EOS, ids_of
+from blt_kernels.characters import patches_of_whole_characters
+from blt_kernels.ids import ALPHABET, BYTE_OFFSET, EOS, ids_of
 from blt_kernels.layout import PatchLayout
 from blt_kernels.nn import (
     ByteModel,
@@ -26,6 +27,7 @@ from blt_kernels.nn import (
 )
 from blt_kernels.ops import _common
 
+NEWLINE = ord("\n") + BYTE_OFFSET
 BUNDLED = Path(__file__).parent.parent / "assets" / "entropy_model.safetensors"
 
 
@@ -35,6 +37,11 @@ class ByteLMConfig(TransformerConfig):
 
     `threshold` is the entropy in nats above which its patches start. With `split_documents`, attention also stops after
     every EOS inside a row, as in facebookresearch/blt; without it, as in transformers, rows are taken as they are.
+
+    With `reset_at_newlines`, the context starts anew at every newline (the BLT paper, section 4.4): attention reaches
+    back to the last newline and no further. The newline is the first byte of the new context, as BOS is of a document,
+    so that the entropy of the byte after it does not depend on the lines before. The paper does not say on which side
+    it is, and facebookresearch/blt has no such option.
     """
 
     dim: int = 768
@@ -45,6 +52,7 @@ class ByteLMConfig(TransformerConfig):
     vocab_size: int = ALPHABET
     threshold: float = 1.335442066192627
     split_documents: bool = False
+    reset_at_newlines: bool = False
 
     @staticmethod
     def small() -> ByteLMConfig:
@@ -105,7 +113,9 @@ class ByteLM(ByteModel):
 
         checkpoint.write_byte_lm(self, path)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, reset_at_newlines: bool | None = None
+    ) -> Tensor:
         """Logits of the next byte.
 
         Parameters
@@ -114,6 +124,8 @@ class ByteLM(ByteModel):
             Ids: byte + 4.
         cu_seqlens : int32 or int64 ``[R+1]``, optional
             Rows of packed tokens; one row if None.
+        reset_at_newlines : bool, optional
+            As in the configuration, which says so if None.
 
         Returns
         -------
@@ -126,9 +138,12 @@ class ByteLM(ByteModel):
         """
         _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        if reset_at_newlines is None:
+            reset_at_newlines = self.config.reset_at_newlines
         documents = rows
-        if self.config.split_documents:
-            documents = attention_documents((ids == EOS).roll(1), rows)
+        if self.config.split_documents or reset_at_newlines:
+            starts = (ids == EOS).roll(1) if self.config.split_documents else torch.zeros_like(ids, dtype=torch.bool)
+            documents = attention_documents(starts | (ids == NEWLINE) if reset_at_newlines else starts, rows)
         x = self.embed_tokens(ids)
         table = rotary_table(row_positions(rows, ids.shape[0]), self.config, x.dtype)
         for layer in self.layers:
@@ -145,24 +160,29 @@ class ByteLM(ByteModel):
         monotonic: bool = False,
         max_patch_length: int | None = None,
         max_patches: int | None = None,
+        whole_characters: bool = False,
+        reset_at_newlines: bool | None = None,
     ) -> tuple[Tensor, PatchLayout]:
         """Entropies and patches of `tokens`: `entropy_patch` of the logits, at the configured threshold if None.
 
         Arguments, results and errors are those of `forward` and of `blt_kernels.entropy_patch`. `tokens` may also be
         whatever `blt_kernels.to_ids` takes: str, bytes, uint8 arrays and tensors, and lists of them, each a row.
+        With `whole_characters`, no patch but the first cuts a character: `blt_kernels.characters` has the rule.
         """
         tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
-        logits = self(tokens, cu_seqlens)
-        _, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        logits = self(tokens, cu_seqlens, reset_at_newlines=reset_at_newlines)
+        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
         entropy, layout = self.ops.entropy_patch(
             logits.flatten(0, -2),
             rows,
             threshold=self.config.threshold if threshold is None else threshold,
             threshold_add=threshold_add,
             monotonic=monotonic,
-            max_patch_length=max_patch_length,
-            max_patches=max_patches,
+            max_patch_length=None if whole_characters else max_patch_length,
+            max_patches=None if whole_characters else max_patches,
         )
+        if whole_characters:
+            layout = patches_of_whole_characters(self.ops, layout, ids, max_patch_length, max_patches)
         return entropy.view(tokens.shape), layout
 
     @classmethod

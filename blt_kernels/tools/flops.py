@@ -213,9 +213,17 @@ def _patches(
         return model.patch(tokens, rows)
     patcher = ByteLM.bundled()
     threshold = threshold_for_patch_size(patcher, sources, patch_size, _MEASURED_BYTES, context)
-    rules = {"threshold_add": config.threshold_add, "monotonic": config.monotonic}
     with torch.no_grad():
-        _, layout = patcher.patch(tokens, rows, threshold=threshold, max_patch_length=config.max_patch_length, **rules)
+        _, layout = patcher.patch(
+            tokens,
+            rows,
+            threshold=threshold,
+            threshold_add=config.threshold_add,
+            monotonic=config.monotonic,
+            max_patch_length=config.max_patch_length,
+            whole_characters=config.whole_characters,
+            reset_at_newlines=config.reset_at_newlines or None,
+        )
     return layout.compact()
 
 

@@ -1,0 +1,93 @@
+"""Patches of whole characters: which bytes end a character of UTF-8, and boundary decisions that cut none."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from blt_kernels.ids import BYTE_OFFSET
+from blt_kernels.layout import PatchLayout
+from blt_kernels.nn import row_positions
+
+
+def character_ends(ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Which ids a patch may end with, bool ``[T]``: those after which no character of UTF-8 is incomplete.
+
+    Only ids up to each one decide. It is what an incremental decoder holds back: a lead byte and the continuation bytes
+    that may follow it, until the last of them has come. What cannot begin or continue a character, such as 0x80 after
+    "a", is a character of its own, and so is a special id. A byte that interrupts a character, such as "a" after 0xE4,
+    ends it.
+
+    Parameters
+    ----------
+    ids : int32 or int64 ``[T]``
+    cu_seqlens : int32 ``[R+1]``
+    """
+    position = row_positions(cu_seqlens, ids.shape[0])
+    byte = ids - BYTE_OFFSET
+    one_before, two_before = (torch.where(position >= k, byte.roll(k), -1) for k in (1, 2))
+
+    def lead(first: Tensor, length: int) -> Tensor:
+        """Does a character of at least `length` bytes begin with this one?"""
+        return (first >= {2: 0xC2, 3: 0xE0, 4: 0xF0}[length]) & (first <= 0xF4)
+
+    def second(first: Tensor, byte: Tensor) -> Tensor:
+        """May `byte` be the second of a character: no overlong form, no surrogate, nothing above U+10FFFF?"""
+        low = torch.where(first == 0xE0, 0xA0, torch.where(first == 0xF0, 0x90, 0x80))
+        high = torch.where(first == 0xED, 0x9F, torch.where(first == 0xF4, 0x8F, 0xBF))
+        return (byte >= low) & (byte <= high)
+
+    continued = (byte >= 0x80) & (byte <= 0xBF)
+    incomplete = lead(byte, 2) | (lead(one_before, 3) & second(one_before, byte))
+    incomplete |= lead(two_before, 4) & second(two_before, one_before) & continued
+    return ~incomplete
+
+
+def whole_characters(
+    boundaries: Tensor, ids: Tensor, cu_seqlens: Tensor, max_patch_length: int | None = None
+) -> Tensor:
+    """Drop the boundary decisions that cut a character, then cut patches that are too long.
+
+    Parameters
+    ----------
+    boundaries : bool ``[T]``
+        Whether the byte after each one starts a patch. The one after the first byte of a row always does.
+    ids : int32 or int64 ``[T]``
+    cu_seqlens : int32 ``[R+1]``
+    max_patch_length : int, optional
+        Cut longer patches after this many bytes, twice as many and so on, counted from where they start; where that is
+        inside of a character, after the character. So patches have at most ``max_patch_length + 3`` bytes where the
+        text is UTF-8, and exactly the lengths of `blt_kernels.patch_starts` where it is ASCII.
+
+    Returns
+    -------
+    bool ``[T]``
+        The decisions that remain, and those of the cuts. A decision needs no byte after the one that it follows.
+    """
+    total = ids.shape[0]
+    first = row_positions(cu_seqlens, total) == 0
+    ends = character_ends(ids, cu_seqlens) | first
+    boundaries = (boundaries & ends) | first
+    if max_patch_length is None:
+        return boundaries
+    after = torch.arange(1, total + 1, device=ids.device)
+    start = torch.where(boundaries, after, 0).cummax(0).values  # of the patch
+    end = torch.where(ends, after, 0).cummax(0).values  # of the last complete character
+    end_before = torch.where(first, 0, end.roll(1))  # the same, one byte ago
+    reached = (after - start) // max_patch_length > (end_before - start) // max_patch_length
+    return boundaries | (ends & reached)
+
+
+def patches_of_whole_characters(
+    ops: SimpleNamespace,
+    layout: PatchLayout,
+    ids: Tensor,
+    max_patch_length: int | None = None,
+    max_patches: int | None = None,
+) -> PatchLayout:
+    """The patches of a `layout` by `whole_characters`, on the ops of `blt_kernels.nn.load_ops`."""
+    boundaries = layout.decode_ids == layout.patch_ids
+    boundaries = whole_characters(boundaries, ids, layout.cu_seqlens, max_patch_length)
+    return ops.patch_starts(boundaries.float(), layout.cu_seqlens, threshold=0.5, max_patches=max_patches)
