@@ -34,7 +34,7 @@ from blt_kernels.ops import _common
 Model = TypeVar("Model", bound="ByteModel")
 
 _OPS = {
-    "entropy_patch": ("entropy_patch", "patch_starts", "space_patch", "static_patch"),
+    "entropy_patch": ("entropy_patch", "patch_starts", "space_patch", "static_patch", "delimiter_patch"),
     "patch_pool": ("patch_pool",),
     "patch_unpool": ("patch_unpool",),
     "ngram_hash_embed": ("ngram_hash_embed",),

@@ -317,6 +317,13 @@ SMALL = BLTConfig(
         ({"encoder": LAYERS, "cross_attn_all_layers_encoder": True}, "config.pool_every_layer, "),
         ({"decoder": dataclasses.replace(LAYERS, window=9)}, "config.decoder.window, .*expected 7, got 9"),
         ({"global_transformer": TransformerConfig(48, 1, 2, window=3)}, "config.global_transformer.window, "),
+        ({"whole_characters": True}, "config.whole_characters, .*expected False, got True"),
+        ({"whole_characters": True, "patching": "byte"}, "config.whole_characters, "),
+        ({"reset_at_newlines": True}, "config.reset_at_newlines, "),
+        (
+            {"patcher": dataclasses.replace(SMALL.patcher, reset_at_newlines=True)},
+            "config.patcher.reset_at_newlines, .*expected False, got True",
+        ),
     ],
 )
 def test_what_transformers_would_compute_otherwise_is_not_written(changes: dict, message: str, tmp_path) -> None:
@@ -325,6 +332,15 @@ def test_what_transformers_would_compute_otherwise_is_not_written(changes: dict,
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_what_the_patcher_of_transformers_would_compute_otherwise_is_not_written(tmp_path) -> None:
+    model = ByteLM(dataclasses.replace(SMALL.patcher, reset_at_newlines=True))
+    with pytest.raises(ValueError, match=r"config.reset_at_newlines, .*expected False, got True"):
+        model.save_pretrained(tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    model.save(tmp_path / "model.safetensors")
+    assert ByteLM.load(tmp_path / "model.safetensors").config == model.config
 
 
 # --- facebookresearch/blt: files made here ----------------------------------------------------------------------------
@@ -492,9 +508,11 @@ def test_arguments_of_facebookresearch_that_are_not_ours_say_why(theirs, key: st
 
 def test_patching_modes_of_facebookresearch(theirs) -> None:
     file = theirs[0] / "blt" / "params.json"
-    file.write_text(json.dumps({"model": ARGS, "data": {"patcher_args": {**RULES, "patching_mode": "bpe"}}}))
-    with pytest.raises(ValueError, match="patching_mode: expected 'entropy', 'space' or 'byte', got 'bpe'"):
+    file.write_text(json.dumps({"model": ARGS, "data": {"patcher_args": {**RULES, "patching_mode": "static"}}}))
+    with pytest.raises(ValueError, match="patching_mode: expected 'entropy', 'space', 'byte' or 'bpe', got 'static'"):
         BLT.from_pretrained(file.parent)
+    file.write_text(json.dumps({"model": ARGS, "data": {"patcher_args": {**RULES, "patching_mode": "bpe"}}}))
+    assert BLT.from_pretrained(file.parent).config.patching == "bpe"
     rules = {"patching_mode": "space", "max_patch_length": 3}
     file.write_text(json.dumps({"model": ARGS, "data": {"patcher_args": rules}}))
     config = BLT.from_pretrained(file.parent).config

@@ -302,11 +302,13 @@ def test_arguments_that_do_not_fit_say_why() -> None:
         ("space", {}),
         ("static", {"patch_size": 5}),
         ("byte", {}),
+        ("bpe", {}),
     ],
 )
 def test_schemes_of_the_model(scheme: str, rules: dict[str, float], longest: int | None, ops: str) -> None:
     model = build("blt", ops, torch.float32, patching=scheme, max_patch_length=longest, **rules)
     tokens, rows = documents()
+    tokens[tokens % 4 == 0] = 3 if scheme == "bpe" else 4  # delimiters
     config, documents_of = model.config, tokens.split(LENGTHS)
     if scheme == "entropy":
         entropies = bk.token_entropy(model.patcher(tokens, rows)).split(LENGTHS)
@@ -314,6 +316,8 @@ def test_schemes_of_the_model(scheme: str, rules: dict[str, float], longest: int
         starts = [oracle.entropy_starts(h.tolist(), *options) for h in entropies]
     elif scheme == "space":
         starts = [oracle.split(oracle.space_starts(d.tolist()), len(d), longest) for d in documents_of]
+    elif scheme == "bpe":
+        starts = [oracle.split(oracle.delimiter_starts(d.tolist(), 3), len(d), longest) for d in documents_of]
     else:
         size = 5 if scheme == "static" else 1
         starts = [oracle.split(oracle.static_starts(n, size), n, longest) for n in LENGTHS]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blt_kernels.characters import patches_of_whole_characters
-from blt_kernels.ids import ALPHABET, EOS, ids_of
+from blt_kernels.ids import ALPHABET, BPE, EOS, ids_of
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig
 from blt_kernels.nn import (
@@ -29,7 +29,7 @@ from blt_kernels.nn import (
 )
 from blt_kernels.ops import _common
 
-SCHEMES = ("entropy", "space", "static", "byte")
+SCHEMES = ("entropy", "space", "static", "byte", "bpe")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class BLTConfig:
 
     `encoder` and `decoder` work on bytes and share their width, `global_transformer` on patches. A patch is
     `queries_per_patch` vectors of the local width. `patching` is "entropy" (by `patcher`, with the rules of
-    `blt_kernels.patch_starts`), "space", "static" (every `patch_size` bytes) or "byte"; `patcher` may be None where
-    another scheme or the caller's layouts are used. `max_patch_length` cuts the longer patches of every scheme, as in
+    `blt_kernels.patch_starts`), "space", "static" (every `patch_size` bytes), "byte" or "bpe" (after every id 3, as
+    facebookresearch/blt puts them between the tokens of a BPE tokenizer); `patcher` may be None where another scheme or
+    the caller's layouts are used. `max_patch_length` cuts the longer patches of every scheme, as in
     facebookresearch/blt.
 
     With `whole_characters`, a patch of any scheme starts only where a character of UTF-8 ends, aside from those that
@@ -370,6 +371,8 @@ class BLT(ByteModel):
             capacity = max_patches if final else None
             if config.patching == "space":
                 layout = self.ops.space_patch(ids, rows, max_patches=capacity)
+            elif config.patching == "bpe":
+                layout = self.ops.delimiter_patch(ids, id=BPE, cu_seqlens=rows, max_patches=capacity)
             else:
                 size = config.patch_size if config.patching == "static" else 1
                 layout = self.ops.static_patch(rows, size=size, num_bytes=ids.shape[0], max_patches=capacity)

@@ -108,6 +108,8 @@ class ByteLM(ByteModel):
         ------
         ImportError
             safetensors is not installed.
+        ValueError
+            transformers would compute something else; the message names the field of the configuration.
         """
         from blt_kernels.models import checkpoint
 

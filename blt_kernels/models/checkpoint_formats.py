@@ -172,12 +172,15 @@ def transformers_blt_values(config: BLTConfig) -> dict[str, Any]:
         expect("pool_every_layer", True, config.pool_every_layer)
     expect("decoder.window", config.encoder.window, config.decoder.window)
     expect("global_transformer.window", None, config.global_transformer.window)
+    expect("whole_characters", False, config.whole_characters)
     if config.patching != "byte":
         expect("patching", "entropy", config.patching)
         expect("monotonic", False, config.monotonic)
         expect("threshold_add", None, config.threshold_add)
+        expect("reset_at_newlines", False, config.reset_at_newlines)
         if config.patcher is None:
             raise ValueError("config.patcher: expected one, since transformers patches by byte without, got None")
+        expect("patcher.reset_at_newlines", False, config.patcher.reset_at_newlines)
 
     shared = {
         "vocab_size": config.vocab_size,
@@ -209,7 +212,14 @@ def transformers_blt_values(config: BLTConfig) -> dict[str, Any]:
 
 
 def transformers_byte_lm_values(config: ByteLMConfig) -> dict[str, Any]:
-    """Configuration for a ``BltPatcher``, whose threshold is that of its BLT."""
+    """Configuration for a ``BltPatcher``, whose threshold is that of its BLT.
+
+    Raises
+    ------
+    ValueError
+        transformers would compute something else; the message names the field.
+    """
+    _expect("config.reset_at_newlines, to be read by transformers", False, config.reset_at_newlines)
     own = {"vocab_size": config.vocab_size, "sliding_window": config.window, "split_documents": config.split_documents}
     return {**_layer_values(config), **own}
 
@@ -277,8 +287,9 @@ def bytelatent_blt(values: Values, training: Values) -> BLTConfig:
         sizes = [int(size) for size in sizes.split(",") if size]
 
     mode = rules.get("patching_mode", args.get("patching_mode"))
-    if mode not in ("entropy", "space", "byte"):
-        raise ValueError(f"{training.file}: patching_mode: expected 'entropy', 'space' or 'byte', got {mode!r}")
+    if mode not in ("entropy", "space", "byte", "bpe"):
+        expected = "'entropy', 'space', 'byte' or 'bpe'"
+        raise ValueError(f"{training.file}: patching_mode: expected {expected}, got {mode!r}")
     threshold = rules.get("threshold", args.get("patching_threshold"))
 
     def layers(dim: int, name: str, kv_heads: int | None, window: int | None) -> TransformerConfig:
