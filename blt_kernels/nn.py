@@ -21,6 +21,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from blt_kernels._autograd import RMSNormFunction, SwiGLUFunction
@@ -85,7 +86,7 @@ def attention_documents(starts: Tensor, cu_seqlens: Tensor) -> Tensor:
     starts = (starts | (row_positions(cu_seqlens, total) == 0)) & (position < end)
     slot = torch.where(starts, starts.cumsum(0) - 1, total + 1)
     offsets = end.repeat(total + 2).scatter(0, slot, position)[: total + 1].int()
-    if starts.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _common.readable(starts):
         offsets = offsets[: int(starts.sum()) + 1]
     return offsets
 
@@ -171,17 +172,23 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).to(x.dtype)
 
 
+def init_normal(weight: Tensor, std: float) -> None:
+    """Draw `weight` from a normal of deviation `std`, cut at three deviations; fake tensors have nothing to draw."""
+    if not isinstance(weight, FakeTensor):  # torch draws until all values fit, which it has to read
+        nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
 def linear(in_features: int, out_features: int) -> nn.Linear:
     """A matrix drawn from a normal of deviation ``in_features^-0.5``, cut at three deviations."""
-    layer, std = nn.Linear(in_features, out_features, bias=False), in_features**-0.5
-    nn.init.trunc_normal_(layer.weight, std=std, a=-3 * std, b=3 * std)
+    layer = nn.Linear(in_features, out_features, bias=False)
+    init_normal(layer.weight, in_features**-0.5)
     return layer
 
 
 def embedding(rows: int, dim: int) -> nn.Embedding:
     """A table drawn from a normal of deviation 0.5: as large as what a layer adds, so that bytes show through."""
     table = nn.Embedding(rows, dim)
-    nn.init.trunc_normal_(table.weight, std=0.5, a=-1.5, b=1.5)
+    init_normal(table.weight, 0.5)
     return table
 
 

@@ -383,7 +383,7 @@ class BLT(ByteModel):
                 layout = self.ops.patch_starts(
                     ends, rows, threshold=0.5, max_patch_length=config.max_patch_length, max_patches=max_patches
                 )
-        if max_patches is None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if max_patches is None and _common.readable(layout.cu_patches):
             layout = layout.compact()
         return layout
 

@@ -29,6 +29,7 @@ from blt_kernels.nn import (
     TransformerConfig,
     TransformerLayer,
     embedding,
+    init_normal,
     linear,
     load_ops,
     rotary_table,
@@ -96,9 +97,8 @@ class CausalConvolution(nn.Module):
     def __init__(self, dim: int, size: int, norm_eps: float) -> None:
         super().__init__()
         self.norm = RMSNorm(dim, norm_eps)
-        std = (dim * size) ** -0.5
         self.weight = nn.Parameter(torch.empty(dim, dim, size))  # as of nn.Conv1d: the last tap reads the byte itself
-        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+        init_normal(self.weight, (dim * size) ** -0.5)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Packed rows ``[T, D]``; `positions` are those of the bytes in their rows, ``[T]``."""

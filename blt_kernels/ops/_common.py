@@ -79,6 +79,11 @@ def check_layout(layout: object, name: str, value: Tensor) -> None:
     check_same("layout", layout.patch_offsets, name, value, dtype=False)
 
 
+def readable(x: Tensor) -> bool:
+    """Return whether the host can read the values of `x` without waiting: in eager code on the CPU."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
 def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.device) -> Tensor:
     """Check document offsets and return them as int32.
 
@@ -90,7 +95,7 @@ def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.devic
         raise ValueError(f"{name}: expected at least one entry, got an empty tensor")
     if offsets.device != device:
         raise ValueError(f"{name}: expected device {device} of the data, got {offsets.device}")
-    if device.type == "cpu" and not torch.compiler.is_compiling() and type(offsets) is Tensor:
+    if readable(offsets):
         values = offsets.tolist()
         if values[0] != 0 or values != sorted(values) or values[-1] > total:
             shown = values if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ending in {values[-1]}"
@@ -127,12 +132,16 @@ def check_capacity(max_patches: int | None, cu_seqlens: Tensor) -> None:
         raise ValueError(f"max_patches: expected at least one patch a document ({documents}), got {max_patches}")
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Is autocast on for the device of `x`? Never on "meta", which torch refuses to ask about."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to the autocast dtype where autocast is on, fp64 excepted, as torch does for its matrix products."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_enabled(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 

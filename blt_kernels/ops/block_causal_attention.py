@@ -79,7 +79,7 @@ def block_causal_attention(
     dims = q.dim()
     for name, x in (("k", k), ("v", v)):
         _common.check_tensor(name, x, dims, _common.FLOATS)
-        _common.check_same(name, x, "q", q, dtype=not torch.is_autocast_enabled(q.device.type))
+        _common.check_same(name, x, "q", q, dtype=not _common.autocast_enabled(q))
     heads, width = q.shape[-2:]
     if k.shape[-1] != width:
         raise ValueError(f"k: expected the head width E = {width} of q, got shape {list(k.shape)}")
@@ -136,7 +136,7 @@ def _check_seqused(seqused_k: Tensor, offsets_k: Tensor) -> Tensor:
     _common.check_same("seqused_k", seqused_k, "the data", offsets_k, dtype=False)
     if seqused_k.shape[0] != documents:
         raise ValueError(f"seqused_k: expected one entry for each of {documents} documents, got {seqused_k.shape[0]}")
-    if seqused_k.device.type == "cpu" and not torch.compiler.is_compiling() and type(seqused_k) is Tensor:
+    if _common.readable(seqused_k) and _common.readable(offsets_k):
         used, lengths = seqused_k.tolist(), offsets_k.diff().tolist()
         for document, (n, length) in enumerate(zip(used, lengths, strict=True)):
             if not 0 <= n <= length:

@@ -116,7 +116,7 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
     """
     _common.check_tensor("hidden", hidden, range(1, 65), _common.FLOATS)
     _common.check_tensor("weight", weight, 2, _common.FLOATS)
-    autocast = torch.is_autocast_enabled(hidden.device.type)
+    autocast = _common.autocast_enabled(hidden)
     _common.check_same("weight", weight, "hidden", hidden, dtype=not autocast)
     _common.check_shape("weight", weight, (None, hidden.shape[-1]), "[A, D of hidden]")
     _check_alphabet("weight", weight.shape[0])

@@ -71,7 +71,7 @@ def patch_cross_attention(
     encode = direction == "encode"
     for name, x in (("q", q), ("k", k), ("v", v)):
         _common.check_tensor(name, x, 3 if (name == "q") == encode else (3, 4), _common.FLOATS)
-        _common.check_same(name, x, "q", q, dtype=not torch.is_autocast_enabled(q.device.type))
+        _common.check_same(name, x, "q", q, dtype=not _common.autocast_enabled(q))
     _common.check_layout(layout, "q", q)
     heads, width = q.shape[-2:]
     if heads < 1 or width < 1:

@@ -8,6 +8,7 @@ O(T * (window + block)).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ def block_causal_attention_fwd_reference(
         key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (key, value))
     aligned = cu_seqlens_k is None and seqused_k is None and k.shape[0] > 0
     outs, lses = [], []
-    with torch.autocast(q.device.type, enabled=False):
+    with _full_precision(q):
         for rows, keys in _blocks(q.shape[0], key.shape[0], window, causal, aligned):
             queries = _by_group(query[rows], key.shape[1])  # [G, H/G * rows, E]
             hidden = _hidden(keys, first[rows], last[rows], q.shape[1] // k.shape[1])  # [H/G * rows, keys]
@@ -97,7 +98,7 @@ def block_causal_attention_bwd_reference(
     shift = lse.masked_fill(lse == -torch.inf, 0)[..., None]
     aligned = cu_seqlens_k is None and seqused_k is None
     grad_q, grad_k, grad_v = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    with torch.autocast(q.device.type, enabled=False):
+    with _full_precision(q):
         for rows, keys in _blocks(q.shape[0], key.shape[0], window, causal, aligned):
             queries, grads, shifts, deltas = (_by_group(x[rows], key.shape[1]) for x in (query, grad, shift, delta))
             hidden = _hidden(keys, first[rows], last[rows], q.shape[1] // k.shape[1])
@@ -150,6 +151,11 @@ def _clean(x: Tensor, live: Tensor) -> Tensor:
     """Rows in the accumulator's dtype; those that are not live, which may hold anything, as zeros."""
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     return x.masked_fill(~live[:, None, None], 0)
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Products in the dtype of their arguments, whatever autocast says; torch refuses to ask about "meta"."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
