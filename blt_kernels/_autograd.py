@@ -21,12 +21,14 @@ class RMSNormFunction(torch.autograd.Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
         return (x * scale).mul_(weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is differentiated again, also through x in `scale`
+            return *torch.func.vjp(lambda x, w: F.rms_norm(x, w.shape, w, ctx.eps), x, weight)[1](grad), None
         normed = x * scale
         product = grad * normed
         rows = product.flatten(0, -2)
@@ -44,7 +46,8 @@ class SwiGLUFunction(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is differentiated again
+            return torch.func.vjp(lambda gate, up: F.silu(gate) * up, gate, up)[1](grad)
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)

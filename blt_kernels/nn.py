@@ -197,7 +197,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not _common.readable(x):
             return super().forward(x)
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps  # as torch has it
         return RMSNormFunction.apply(x, self.weight, eps)
@@ -264,9 +264,8 @@ class FeedForward(nn.Module):
         self.down_proj = linear(config.hidden_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, plain = self.gate_proj(x), self.up_proj(x), torch.compiler.is_compiling()
-        # Compiled by torch 2.11, the function would have no gradients.
-        return self.down_proj(F.silu(gate) * up if plain else SwiGLUFunction.apply(gate, up))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(SwiGLUFunction.apply(gate, up) if _common.readable(gate) else F.silu(gate) * up)
 
 
 class TransformerLayer(nn.Module):

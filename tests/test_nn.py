@@ -38,6 +38,16 @@ def test_derivatives(case: str) -> None:
     assert torch.autograd.gradcheck(ours, (wide, y.detach() if case == "rms_norm" else wide))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_second_derivatives(case: str) -> None:
+    ours, _, _ = CASES[case]
+    x, y = inputs(case, torch.float64)
+    assert torch.autograd.gradgradcheck(ours, (x, y))
+    # Where the gradient that comes in is a constant, the one that goes out still depends on x.
+    grad = torch.autograd.grad(ours(x, y).sum(), x, create_graph=True)[0]
+    assert torch.autograd.grad(grad.square().sum(), x)[0].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_as_accurate_as_torch(case: str, dtype: torch.dtype) -> None:

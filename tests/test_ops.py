@@ -240,16 +240,82 @@ def test_arguments_are_not_written(case: OpCase, device: str) -> None:
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-@DENSE_CASES
-def test_gradcheck(case: OpCase, device: str) -> None:
-    arguments = with_grad(case, make(case, device, 12, 10, torch.float64))
+def of_leaves(case: OpCase, arguments: dict[str, Any]) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """The first floating output, as a function of the differentiable tensors alone; and these."""
     leaves, spec = pytree.tree_flatten({name: arguments[name] for name in case.differentiable})
 
-    def function(*values: Tensor) -> tuple[Tensor, ...]:
-        out = case.function(**{**arguments, **pytree.tree_unflatten(values, spec)})
-        return tuple(x for x in floats_of(out) if x.requires_grad)
+    def function(*values: Tensor) -> Tensor:
+        return floats_of(case.function(**{**arguments, **pytree.tree_unflatten(values, spec)}))[0]
 
-    assert torch.autograd.gradcheck(function, tuple(leaves), fast_mode=True)
+    return function, tuple(leaves)
+
+
+@DENSE_CASES
+def test_gradcheck(case: OpCase, device: str) -> None:
+    function, leaves = of_leaves(case, with_grad(case, make(case, device, 12, 10, torch.float64)))
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@DENSE_CASES
+def test_second_derivatives(case: OpCase, device: str) -> None:
+    function, leaves = of_leaves(case, with_grad(case, make(case, device, 12, 10, torch.float64)))
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.sparse], ids=lambda case: case.name)
+def test_sparse_gradients_have_no_second_derivative(case: OpCase, device: str) -> None:
+    function, leaves = of_leaves(case, with_grad(case, make(case, device, 12, 10, torch.float64)))
+    grads = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+    with pytest.raises(NotImplementedError, match='grad: expected "dense"'):
+        sum(g.to_dense().square().sum() for g in grads).backward()
+
+
+@DENSE_CASES
+def test_torch_func(case: OpCase, device: str) -> None:
+    """Gradients of `torch.func`, also of each entry of a batch, are those of autograd; forward mode raises."""
+    function, leaves = of_leaves(case, make(case, device, 30, 10, torch.float64))
+
+    def loss(*values: Tensor) -> Tensor:
+        return function(*values).square().sum()
+
+    def expected(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        values = tuple(x.detach().requires_grad_() for x in values)
+        return torch.autograd.grad(loss(*values), values)
+
+    every = tuple(range(len(leaves)))
+    assert_close(torch.func.grad(loss, every)(*leaves), expected(leaves), expected(leaves))
+    batch = [tuple(x * factor for x in leaves) for factor in (1, -0.5, 2)]
+    stacked = tuple(torch.stack(entries) for entries in zip(*batch, strict=True))
+    each = tuple(torch.stack(entries) for entries in zip(*map(expected, batch), strict=True))
+    assert_close(torch.vmap(torch.func.grad(loss, every))(*stacked), each, each)
+    outputs = torch.stack([function(*values) for values in batch])
+    assert_equal(torch.vmap(function)(*stacked), outputs)
+    first = torch.vmap(function, in_dims=(0, *[None] * (len(leaves) - 1)))(stacked[0], *leaves[1:])
+    assert_equal(first[0], outputs[0])
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        torch.func.jvp(loss, leaves, leaves)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="expected no tangents"):
+        function(torch.autograd.forward_ad.make_dual(leaves[0], leaves[0]), *leaves[1:])
+
+
+OF_OFFSETS_ALONE = ("static_patch", "byte_patch")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if not c.differentiable and c.function.__name__ not in OF_OFFSETS_ALONE],
+    ids=lambda case: case.name,
+)
+def test_vmap(case: OpCase, device: str) -> None:
+    """Ops without gradients take batches too; offsets stay shared."""
+    batch = [make(case, device, 30, seed) for seed in (1, 2)]
+    name = "tokens" if "tokens" in batch[0] else "entropy"
+    shared = {key: x for key, x in batch[0].items() if key != name}
+    values = [entry[name] for entry in batch]
+    expected = [case.function(**{name: x}, **shared) for x in values]
+    actual = torch.vmap(lambda x: case.function(**{name: x}, **shared))(torch.stack(values))
+    assert_equal(tensors_of(actual), [torch.stack(x) for x in zip(*map(tensors_of, expected), strict=True)])
 
 
 @GRAD_CASES

@@ -118,6 +118,7 @@ def test_an_operator_has_a_reference_a_fake_and_a_backward(operator: str) -> Non
         assert not has(operator, "Autograd")
     elif operator.endswith("_bwd"):
         assert operator.replace("_sparse_bwd", "_bwd").replace("_bwd", "_fwd") in NAMES
+        assert has(operator, "Autograd"), "its second derivative would be 0"
     else:
         differentiates = f"{operator.removesuffix('_fwd')}_bwd" in NAMES or operator == "entropy_patch_fwd"
         assert has(operator, "Autograd") == differentiates

@@ -141,7 +141,7 @@ class LocalEncoder(nn.Module):
                     patches = self.patch_embedding_projection(pooled).view(-1, x.shape[-1]).to(x.dtype)  # [C * K, D]
                 cross = self.cross_attn_layers[i if self.all_layers else 0]
                 # The residual twice: the released models were trained so.
-                patches = torch.add(cross(patches, x, layout), patches, alpha=2)
+                patches = cross(patches, x, layout) + 2 * patches
         assert patches is not None  # there is at least one layer
         return x, patches.unflatten(0, (-1, self.queries_per_patch)).flatten(1)
 
@@ -181,7 +181,7 @@ class LocalDecoder(nn.Module):
         vectors = self.patch_embedding_projection(patches).view(-1, x.shape[-1])  # [C * K, D]
         for i, layer in enumerate(self.layers):
             if i < len(self.cross_attn_layers):
-                x = torch.add(self.cross_attn_layers[i](x, vectors, layout), x, alpha=2)
+                x = self.cross_attn_layers[i](x, vectors, layout) + 2 * x
             x = layer(x, table, documents)
         return self.norm(x)
 

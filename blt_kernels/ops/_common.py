@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
+from blt_kernels.ops import _autograd
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64)
@@ -17,6 +18,7 @@ def define(name: str, schema: str, reference: Callable) -> None:
     """Define ``blt_kernels::name``. `reference` runs wherever no compiled or Triton kernel is registered."""
     torch.library.define(f"blt_kernels::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"blt_kernels::{name}", "default", reference)
+    _autograd.register_vmap(name)
 
 
 def check_tensor(name: str, value: object, dims: int | Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
@@ -80,14 +82,16 @@ def check_layout(layout: object, name: str, value: Tensor) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Return whether the host can read the values of `x` without waiting: in eager code on the CPU."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    """Return whether the host can read the values of `x` without waiting: in eager code on the CPU, not in `torch.func`."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.device) -> Tensor:
     """Check document offsets and return them as int32.
 
-    The values are checked where that costs nothing: in eager code on the CPU. Kernels bound every access by `total`
+    The values are checked where they are `readable`. Kernels bound every access by `total`
     themselves, whatever the values are.
     """
     check_tensor(name, offsets, 1, INTS)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blt_kernels.ops import _common
+from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.triton import attention_flash
 
@@ -72,8 +72,9 @@ def block_causal_attention(
 
     Notes
     -----
-    Under autocast q, k and v are cast to the autocast dtype, as in `F.scaled_dot_product_attention`. The last query is
-    aligned with the last key as in flash attention 2.1 and later: n new bytes and a cache of m keys need no more.
+    Second derivatives are those of the reference, in its time and memory. Under autocast q, k and v are cast to the
+    autocast dtype, as in `F.scaled_dot_product_attention`. The last query is aligned with the last key as in flash
+    attention 2.1 and later: n new bytes and a cache of m keys need no more.
     """
     _common.check_tensor("q", q, (3, 4), _common.FLOATS)
     dims = q.dim()
@@ -130,7 +131,7 @@ def block_causal_attention(
 
 
 def _check_seqused(seqused_k: Tensor, offsets_k: Tensor) -> Tensor:
-    """Check the used lengths and return them as int32; their values in eager code on the CPU only."""
+    """Check the used lengths and return them as int32; their values where they are readable."""
     documents = offsets_k.shape[0] - 1
     _common.check_tensor("seqused_k", seqused_k, 1, _common.INTS)
     _common.check_same("seqused_k", seqused_k, "the data", offsets_k, dtype=False)
@@ -250,7 +251,27 @@ def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tu
     return *grads, None, None, None, None, None, None
 
 
-torch.library.register_autograd("blt_kernels::block_causal_attention_fwd", _backward, setup_context=_save)
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_out, q, k, v, _out, _lse, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k = inputs
+    ctx.window, ctx.causal, ctx.scale = window, causal, scale
+    ctx.save_for_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
+
+
+def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k = ctx.saved_tensors
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.block_causal_attention_fwd_reference(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.window, ctx.causal, ctx.scale, seqused_k
+        )[0]
+
+    # The gradients depend on out and lse through q, k and v alone.
+    grads = _autograd.second_derivative(attention, (q, k, v), grad_out, cotangents)
+    return *grads, None, None, None, None, None, None, None, None
+
+
+_autograd.register_autograd("block_causal_attention_fwd", _backward, setup_context=_save)
+_autograd.register_autograd("block_causal_attention_bwd", _second_backward, setup_context=_save_gradients)
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
-from blt_kernels.ops import _common
+from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import entropy_patch as reference
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
         _common.check_same("bias", bias, "hidden", hidden, dtype=not autocast)
         _common.check_shape("bias", bias, (weight.shape[0],), "[A of weight]")
     rows = hidden.reshape(-1, hidden.shape[-1])
-    head = (rows, weight) if bias is None else (rows, weight, bias)
-    entropy, _log_sum = torch.ops.blt_kernels.linear_entropy_fwd(*_common.autocast(*head))
+    head = _common.autocast(rows, weight) if bias is None else _common.autocast(rows, weight, bias)
+    entropy, _log_sum = torch.ops.blt_kernels.linear_entropy_fwd(*head, *[None] * (3 - len(head)))
     return entropy.view(hidden.shape[:-1])
 
 
@@ -406,7 +406,7 @@ _common.define(
 )
 _common.define(
     "linear_entropy_fwd",
-    "(Tensor hidden, Tensor weight, Tensor? bias=None) -> (Tensor entropy, Tensor log_sum)",
+    "(Tensor hidden, Tensor weight, Tensor? bias) -> (Tensor entropy, Tensor log_sum)",
     reference.linear_entropy_fwd_reference,
 )
 _common.define(
@@ -433,7 +433,7 @@ def _(grad_entropy: Tensor, logits: Tensor, entropy: Tensor, log_sum: Tensor) ->
 
 
 @torch.library.register_fake("blt_kernels::linear_entropy_fwd")
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return _empty_entropy(hidden)
 
 
@@ -485,6 +485,32 @@ def _linear_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> 
     return grad_hidden, grad_weight, None if bias is None else grad_bias
 
 
-torch.library.register_autograd("blt_kernels::token_entropy_fwd", _token_entropy_backward, setup_context=_save_logits)
-torch.library.register_autograd("blt_kernels::entropy_patch_fwd", _entropy_patch_backward, setup_context=_save_logits)
-torch.library.register_autograd("blt_kernels::linear_entropy_fwd", _linear_entropy_backward, setup_context=_save_linear)
+def _save_entropy_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _second_entropy_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    grad_entropy, logits = ctx.saved_tensors
+    # The gradient depends on entropy and log_sum through the logits alone.
+    grads = _autograd.second_derivative(reference.token_entropy_reference, (logits,), grad_entropy, (cotangent,))
+    return *grads, None, None
+
+
+def _save_linear_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _second_linear_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    grad_entropy, *head = ctx.saved_tensors
+    present = tuple(x for x in head if x is not None)
+    grads = _autograd.second_derivative(
+        reference.linear_entropy_reference, present, grad_entropy, cotangents[: len(present)]
+    )
+    return *grads, *[None] * (6 - len(grads))
+
+
+_autograd.register_autograd("token_entropy_fwd", _token_entropy_backward, setup_context=_save_logits)
+_autograd.register_autograd("entropy_patch_fwd", _entropy_patch_backward, setup_context=_save_logits)
+_autograd.register_autograd("linear_entropy_fwd", _linear_entropy_backward, setup_context=_save_linear)
+_autograd.register_autograd("token_entropy_bwd", _second_entropy_backward, setup_context=_save_entropy_gradient)
+_autograd.register_autograd("linear_entropy_bwd", _second_linear_backward, setup_context=_save_linear_gradients)

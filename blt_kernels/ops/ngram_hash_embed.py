@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blt_kernels.ops import _common
+from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import ngram_hash_embed as reference
 
 
@@ -203,7 +203,7 @@ def _check_ids(tokens: Tensor, cu_seqlens: Tensor, alphabet: int) -> None:
     """Raise if an id is not a row of the byte table; in eager code on the CPU only."""
     if alphabet < 1:
         raise ValueError(f"byte_table: expected at least one row, got {alphabet}")
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or type(tokens) is not Tensor:
+    if not _common.readable(tokens):
         return
     inside = tokens[: int(cu_seqlens[-1])]
     if inside.numel():
@@ -311,4 +311,31 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     return None, needed, (grads[-1] if ctx.needs_input_grad[2] else None), None, None, None, None, None, None
 
 
-torch.library.register_autograd("blt_kernels::ngram_hash_embed_fwd", _backward, setup_context=_save)
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _grad_out, tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, _fused, alphabet = inputs
+    ctx.save_for_backward(tokens, cu_seqlens)
+    ctx.hash = ngram_sizes, num_functions, "dense", row_range, vocab
+    ctx.has_byte_table = alphabet is not None
+
+
+# The backward is linear in the gradient, and the forward is its derivative.
+def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    tokens, cu_seqlens = ctx.saved_tensors
+    tables, byte_table = list(cotangents), None
+    if ctx.has_byte_table:
+        byte_table = tables.pop()
+    grad = torch.ops.blt_kernels.ngram_hash_embed_fwd(tokens, tables, byte_table, cu_seqlens, *ctx.hash)
+    return grad, None, None, None, None, None, None, None, None
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
+    pass
+
+
+def _no_second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError('grad: expected "dense" where gradients are differentiated again, got "sparse"')
+
+
+_autograd.register_autograd("ngram_hash_embed_fwd", _backward, setup_context=_save)
+_autograd.register_autograd("ngram_hash_embed_bwd", _second_backward, setup_context=_save_gradients)
+_autograd.register_autograd("ngram_hash_embed_sparse_bwd", _no_second_backward, setup_context=_save_nothing)

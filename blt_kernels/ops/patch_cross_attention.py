@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
-from blt_kernels.ops import _common
+from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import patch_cross_attention as reference
 
 
@@ -64,7 +64,8 @@ def patch_cross_attention(
     Notes
     -----
     The BLT paper (arXiv 2412.09871), sections 3.2.2 and 3.3.1; the window is that of facebookresearch/blt's masks.
-    Under autocast q, k and v are cast to the autocast dtype, as in `F.scaled_dot_product_attention`.
+    Second derivatives are those of the reference, in its time and memory. Under autocast q, k and v are cast to the
+    autocast dtype, as in `F.scaled_dot_product_attention`.
     """
     _common.check_choice("direction", direction, ("encode", "decode"))
     _common.check_int("queries_per_patch", queries_per_patch, 1)
@@ -154,4 +155,21 @@ def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tu
     return *grads, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("blt_kernels::patch_cross_attention_fwd", _backward, setup_context=_save)
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_out, q, k, v, _out, _lse, patch_offsets, cu_patches, ids, *ctx.rest = inputs
+    ctx.save_for_backward(grad_out, q, k, v, patch_offsets, cu_patches, ids)
+
+
+def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    grad_out, q, k, v, *layout = ctx.saved_tensors
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.patch_cross_attention_fwd_reference(q, k, v, *layout, *ctx.rest)[0]
+
+    # The gradients depend on out and lse through q, k and v alone.
+    grads = _autograd.second_derivative(attention, (q, k, v), grad_out, cotangents)
+    return *grads, None, None, None, None, None, None, None, None, None
+
+
+_autograd.register_autograd("patch_cross_attention_fwd", _backward, setup_context=_save)
+_autograd.register_autograd("patch_cross_attention_bwd", _second_backward, setup_context=_save_gradients)

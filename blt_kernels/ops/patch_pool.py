@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
-from blt_kernels.ops import _common
+from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import patch_pool as reference
 
 _REDUCTIONS = ("max", "min", "mean", "sum", "first", "last")
@@ -107,4 +107,32 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.blt_kernels.patch_pool_bwd(grad_out, *ctx.saved_tensors, ctx.reduce), None, None, None
 
 
-torch.library.register_autograd("blt_kernels::patch_pool_fwd", _backward, setup_context=_save)
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _grad_out, x, out, patch_offsets, patch_ids, reduce = inputs
+    ctx.save_for_backward(x, out, patch_offsets, patch_ids)
+    ctx.reduce = reduce
+
+
+def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward is linear in the gradient: it shares it among the bytes of a patch by weights, which pool here.
+
+    Those of a maximum or minimum are 1 / ties where a byte attains it, the others those of the reduction itself.
+    """
+    x, out, patch_offsets, patch_ids = ctx.saved_tensors
+    width, grads = cotangent.shape[1], []
+
+    def pool(y: Tensor, name: str) -> Tensor:
+        return torch.ops.blt_kernels.patch_pool_fwd(y, patch_offsets, patch_ids, [name])
+
+    for i, name in enumerate(ctx.reduce):
+        if name in ("max", "min"):
+            extreme = out.detach()[:, i * width : (i + 1) * width].contiguous()
+            tie = (x == torch.ops.blt_kernels.patch_unpool_fwd(extreme, patch_offsets, patch_ids)).to(cotangent.dtype)
+            grads.append(pool(cotangent * tie, "sum") / pool(tie, "sum").clamp(min=1))
+        else:
+            grads.append(pool(cotangent, name))
+    return torch.cat(grads, -1), None, None, None, None, None
+
+
+_autograd.register_autograd("patch_pool_fwd", _backward, setup_context=_save)
+_autograd.register_autograd("patch_pool_bwd", _second_backward, setup_context=_save_gradient)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
-from blt_kernels.ops import _common
+from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import patch_unpool as reference
 
 
@@ -82,4 +82,10 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.blt_kernels.patch_unpool_bwd(grad_out, *ctx.saved_tensors), None, None
 
 
-torch.library.register_autograd("blt_kernels::patch_unpool_fwd", _backward, setup_context=_save)
+# The backward is linear in the gradient, and the forward is its derivative.
+def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.blt_kernels.patch_unpool_fwd(cotangent, *ctx.saved_tensors), None, None
+
+
+_autograd.register_autograd("patch_unpool_fwd", _backward, setup_context=_save)
+_autograd.register_autograd("patch_unpool_bwd", _second_backward, setup_context=_save)

@@ -43,7 +43,7 @@ def linear_entropy_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None
     return token_entropy_reference(F.linear(hidden, weight, bias))
 
 
-def linear_entropy_fwd_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def linear_entropy_fwd_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return token_entropy_fwd_reference(F.linear(hidden, weight, bias))
 
 

@@ -1,0 +1,174 @@
+"""How an operator gets its derivatives: reverse mode once or twice, `torch.func`, and an error for forward mode.
+
+`torch.library.register_autograd` gives an operator one derivative in reverse mode. The operator then raises under
+`torch.func` and drops the tangents of forward mode without a word; and a backward operator that has no formula of its
+own returns a gradient that counts as constant, so that second derivatives are 0. Here every operator that takes part in
+a derivative has an Autograd kernel that either differentiates or raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+Backward = Callable[..., Any]
+SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
+
+_LIBRARY = torch.library.Library("blt_kernels", "IMPL")
+
+
+def register_autograd(operator: str, backward: Backward, *, setup_context: SetupContext) -> None:
+    """Register the derivative of ``blt_kernels::operator``.
+
+    Parameters
+    ----------
+    operator : str
+    backward : (ctx, *gradients of the outputs) -> gradients of the arguments
+        As for `torch.library.register_autograd`: one entry for each argument, a list for a list of tensors. It calls
+        operators that have derivatives, or PyTorch's own functions, so that it is differentiable itself.
+    setup_context : (ctx, inputs, output) -> None
+        Saves what `backward` needs.
+    """
+    overload = getattr(torch.ops.blt_kernels, operator).default
+
+    class Function(torch.autograd.Function):
+        # An Autograd kernel runs once for each level of torch.func, with the tensors of that level.
+        @classmethod
+        def apply(cls, *arguments: Any) -> Any:
+            with enable_single_level_autograd_function():
+                return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+        @staticmethod
+        def forward(ctx: Any, call: _Call, *flat: Any) -> tuple[Tensor, ...]:
+            ctx.lengths, arguments = call.lengths, _unflatten(flat, call.lengths)
+            with torch._C._AutoDispatchBelowAutograd():
+                output = overload.redispatch(call.keyset, *arguments)
+                setup_context(ctx, arguments, output)
+            outputs, call.output_spec = pytree.tree_flatten(output)
+            return tuple(outputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            flat_needs = ctx.needs_input_grad
+            ctx.needs_input_grad = _unflatten(flat_needs[1:], ctx.lengths)
+            try:
+                results = backward(ctx, *grads)
+            finally:
+                ctx.needs_input_grad = flat_needs
+            results = results if isinstance(results, tuple) else (results,)
+            return None, *_flatten(results, ctx.lengths)
+
+    Function.__name__ = Function.__qualname__ = operator
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, _tensors(arguments))):
+            raise NotImplementedError(
+                f"{operator}: expected no tangents, since blt_kernels has no forward-mode derivatives: use reverse mode"
+                " (torch.func.grad, vjp, jacrev), or the reference in blt_kernels.reference"
+            )
+        keyset &= torch._C._after_autograd_keyset
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            call = _Call(keyset, [len(x) if _is_tensor_list(x) else None for x in arguments])
+            outputs = Function.apply(call, *_flatten(arguments, call.lengths))
+            return pytree.tree_unflatten(outputs, call.output_spec)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset, *arguments)
+
+    _LIBRARY.impl(operator, kernel, "Autograd", with_keyset=True)
+
+
+def register_vmap(operator: str) -> None:
+    """Let `torch.vmap` call ``blt_kernels::operator`` once for each entry of the batch, and stack the results."""
+    overload = getattr(torch.ops.blt_kernels, operator).default
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        flat, spec = pytree.tree_flatten(arguments)
+        dims = pytree.tree_leaves(in_dims, is_leaf=lambda x: x is None)
+        outputs = []
+        for i in range(info.batch_size):
+            entry = [x if dim is None else x.select(dim, i) for x, dim in zip(flat, dims, strict=True)]
+            outputs.append(overload(*pytree.tree_unflatten(entry, spec)))
+        stacked = pytree.tree_map(lambda *entries: torch.stack(entries), *outputs)
+        return stacked, pytree.tree_map(lambda _: 0, stacked)
+
+    torch.library.register_vmap(f"blt_kernels::{operator}", rule)
+
+
+def second_derivative(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_out: Tensor, cotangents: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Derivatives of the gradients of `function`, by composing it of PyTorch's own functions.
+
+    Parameters
+    ----------
+    function : called with `inputs`, returns a tensor
+    inputs : the arguments that the gradients are of
+    grad_out : the gradient of the output that they were computed from
+    cotangents : a tensor for each of `inputs`
+
+    Returns
+    -------
+    tuple
+        The derivative in `grad_out`, then in each of `inputs`.
+    """
+
+    def gradients(grad_out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(function, *inputs)[1](grad_out)
+
+    return torch.func.vjp(gradients, grad_out, *inputs)[1](cotangents)
+
+
+@dataclass
+class _Call:
+    """One call of an operator: what an autograd.Function, which knows flat tensors only, cannot tell of it.
+
+    Attributes
+    ----------
+    keyset : dispatch keys below Autograd
+    lengths : for each argument, the length of a list of tensors, or None
+    output_spec : the structure of the output, known after the call
+    """
+
+    keyset: Any
+    lengths: list[int | None]
+    output_spec: Any = None
+
+
+def _is_tensor_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(x, Tensor) for x in value)
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterable[Tensor]:
+    for value in arguments:
+        for x in value if _is_tensor_list(value) else (value,):
+            if isinstance(x, Tensor):
+                yield x
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _flatten(values: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
+    """The entries of `values`, those of lists of tensors one by one; None stands for a whole list of None."""
+    flat: list[Any] = []
+    for value, length in zip(values, lengths, strict=True):
+        if length is None:
+            flat.append(value)
+        else:
+            flat.extend([None] * length if value is None else value)
+    return flat
+
+
+def _unflatten(flat: Sequence[Any], lengths: Sequence[int | None]) -> tuple[Any, ...]:
+    values, rest = [], iter(flat)
+    for length in lengths:
+        values.append(next(rest) if length is None else [next(rest) for _ in range(length)])
+    return tuple(values)
