@@ -82,7 +82,7 @@ def check_layout(layout: object, name: str, value: Tensor) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Return whether the host can read the values of `x` without waiting: in eager code on the CPU, not in `torch.func`."""
+    """Return whether the host can read the values of `x` at no cost: on the CPU, in eager code, not in `torch.func`."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
