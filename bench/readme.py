@@ -6,6 +6,8 @@ import csv
 import sys
 from pathlib import Path
 
+from blt_kernels._files import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS, LIMIT = "blt_kernels", "limit: "
@@ -60,7 +62,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{table(path)}\n{END}{after}", encoding="utf-8")
+    write_text(readme, f"{before}{BEGIN}\n{table(path)}\n{END}{after}")
 
 
 if __name__ == "__main__":

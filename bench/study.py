@@ -34,6 +34,7 @@ from study_report import Outcome
 from study_text import CLEAN, CONDITIONS, HELDOUT, SPLIT_SEED, Corpus, prepare
 from timing import RESULTS, csv_path
 
+from blt_kernels._files import write_text
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByteConfig, load_model
 from blt_kernels.models.flops import Config, Rows, count_flops, paper_flops
 from blt_kernels.nn import TransformerConfig
@@ -214,9 +215,7 @@ def perform(job: Job, watch: Watch) -> Outcome:
     for condition, sources in job.heldout.items():
         bits[condition] = measure(model, sources, BATCH, CONTEXT, bf16=config.bf16)[0]
     outcome = Outcome(**job.outcome, cpu_seconds=seconds, bits=bits)
-    part = job.result.with_suffix(".part")
-    part.write_text(json.dumps(asdict(outcome)))
-    os.replace(part, job.result)
+    write_text(job.result, json.dumps(asdict(outcome)))
     shutil.rmtree(config.out / "checkpoint")  # a run that is done needs none, and they are large
     watch(name, 1.0, f"held out {bits[CLEAN]:.3f} bits/byte")
     return outcome

@@ -12,6 +12,8 @@ from typing import Any
 
 from study_text import CLEAN, CONDITIONS, NOISES
 
+from blt_kernels._files import whole_file, write_text
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -39,13 +41,13 @@ class Outcome:
 def write(outcomes: Sequence[Outcome], settings: dict[str, Any], folder: Path) -> None:
     """``runs.csv``, ``table.md``, ``study.png`` and ``settings.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "runs.csv").open("w", newline="", encoding="utf-8") as file:
+    with whole_file(folder / "runs.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         rows = [flat(outcome) for outcome in outcomes]
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "table.md").write_text(table(outcomes), encoding="utf-8")
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "table.md", table(outcomes))
+    write_text(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
     draw(outcomes, folder / "study.png")
 
 

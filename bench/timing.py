@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from blt_kernels._files import whole_file
+
 OURS = "blt_kernels"
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 2e-3  # a shorter function is called in a loop, so that the clock and the loop weigh nothing
@@ -283,7 +285,7 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
         with path.open(newline="", encoding="utf-8") as file:
             old = [row for row in csv.DictReader(file) if _key(row) not in measured]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], restval="")
         writer.writeheader()
         writer.writerows(old + new)

@@ -12,12 +12,13 @@ import hashlib
 import importlib.util
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from blt_kernels._files import whole_file
 
 HEADERS = Path(__file__).parent / "include"
 _OPTIONS = ("-std=c++20", "-default-device")
@@ -146,9 +147,8 @@ def _write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; without a cache the next process compiles again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
+        with whole_file(path) as part:
+            part.write_bytes(content)
     except OSError:
         return
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
@@ -25,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from blt_kernels._autograd import RMSNormFunction, SwiGLUFunction
+from blt_kernels._files import whole_file
 from blt_kernels.ids import ALPHABET as ALPHABET
 from blt_kernels.ids import BOS as BOS
 from blt_kernels.ids import BYTE_OFFSET as BYTE_OFFSET
@@ -327,12 +329,18 @@ class ByteModel(nn.Module):
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write weights (as `dtype`, if given) and configuration to one ``.safetensors`` file, all of it or nothing.
 
+        Tied weights are written under each of their names: the model that `load` makes of them has copies.
+
         Raises
         ------
         ImportError
             safetensors is not installed.
+        OSError
+            The file cannot be written.
+        ValueError
+            A parameter is on the meta device, or fake.
         """
-        tensors = {name: value.detach().to(dtype).contiguous() for name, value in self.state_dict().items()}
+        tensors = {name: value.to(dtype) for name, value in self.state_dict().items()}
         metadata = {"format": "pt", "model": type(self).__name__, "config": json.dumps(asdict(self.config))}
         write_safetensors(Path(path), tensors, metadata)
 
@@ -351,16 +359,23 @@ class ByteModel(nn.Module):
         ------
         ImportError
             safetensors is not installed.
+        OSError
+            The file cannot be read.
         ValueError
-            The file holds another model, or keys are missing, unknown or of the wrong shape; the message names them.
+            The file is damaged or holds another model, its configuration is not one of this version, or keys are
+            missing, unknown or of the wrong shape or dtype; the message names the file and them.
         """
-        with safetensors_module().safe_open(path, "pt", device=str(device)) as file:
+        with open_safetensors(path, device) as file:
             metadata = file.metadata() or {}
             if metadata.get("model") != cls.__name__:
                 raise ValueError(f"path: expected a file of {cls.__name__}, got {metadata.get('model')!r} in {path}")
             tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+        try:
+            config = config_from_dict(cls.config_class, json.loads(metadata.get("config", "null")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
         with torch.device("meta"):
-            model = cls.from_values(json.loads(metadata["config"]), ops)
+            model = cls(config, ops)
         expected = {name: value.shape for name, value in model.state_dict().items()}
         check_tensors(f"{path}: does not fit {cls.__name__}", tensors, expected)
         model.load_state_dict(tensors, assign=True)
@@ -369,44 +384,96 @@ class ByteModel(nn.Module):
 
 def model_name(path: str | os.PathLike[str]) -> str | None:
     """The class of the model in a file that `ByteModel.save` wrote; None for other safetensors files."""
-    with safetensors_module().safe_open(path, "pt") as file:
+    with open_safetensors(path) as file:
         return (file.metadata() or {}).get("model")
 
 
 def config_from_dict(cls: type, values: dict[str, Any]) -> Any:
     """Rebuild a configuration dataclass, nested ones included, from what `asdict` and JSON made of it."""
+    if not isinstance(values, dict):
+        raise ValueError(f"config: expected the fields of {cls.__name__}, got {values!r}")
     unknown = sorted(set(values) - {field.name for field in fields(cls)})
     if unknown:
         raise ValueError(f"config: expected the fields of {cls.__name__}, got {', '.join(unknown)} as well")
     hints, arguments = get_type_hints(cls), {}
     for name, value in values.items():
         if isinstance(value, dict):
-            nested = next(t for t in (hints[name], *get_args(hints[name])) if is_dataclass(t))
+            nested = next((t for t in (hints[name], *get_args(hints[name])) if is_dataclass(t)), None)
+            if nested is None:
+                raise ValueError(f"config: expected a value of {cls.__name__}.{name}, got {value}")
             value = config_from_dict(nested, value)  # type: ignore[arg-type]
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)
 
 
 def check_tensors(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
-    """Raise ValueError, opening with `what`, unless `tensors` has the names and shapes of `expected`: it lists them."""
+    """Raise ValueError, opening with `what`, unless `tensors` are floats of the names and shapes of `expected`."""
     problems = [f"missing {name}" for name in expected if name not in tensors]
     for name, value in tensors.items():
         if name not in expected:
             problems.append(f"unknown {name}")
         elif tuple(value.shape) != tuple(expected[name]):
             problems.append(f"{name} of shape {list(value.shape)}, expected {list(expected[name])}")
+        elif not value.is_floating_point():
+            problems.append(f"{name} of {value.dtype}, expected a floating-point dtype")
     if problems:
         raise ValueError(f"{what}: {'; '.join(problems)}")
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file, all of it or nothing: what was mapped from an old file of this name stays as it is."""
-    part = path.with_name(path.name + ".part")
-    part.touch()
-    mode = part.stat().st_mode  # the user's default, which safetensors does not keep
-    safetensors_module().torch.save_file(tensors, part, metadata)
-    part.chmod(mode)
-    os.replace(part, path)
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file, all of it or nothing: what was mapped from an old file of this name stays as it is.
+
+    The format has no tensors that share memory: those are written under each of their names.
+
+    Raises
+    ------
+    ImportError
+        safetensors is not installed.
+    OSError
+        The file cannot be written.
+    ValueError
+        A tensor is on the meta device, or fake.
+    """
+    module, apart = safetensors_module(), _apart(tensors)
+    if path.exists() and not path.is_file():  # safetensors would put a file in its place
+        raise OSError(f"{path}: expected a regular file, or none")
+    with whole_file(path) as part:
+        part.touch()
+        mode = part.stat().st_mode  # the user's default, which safetensors does not keep
+        try:
+            module.torch.save_file(apart, part, metadata)
+        except module.SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
+        part.chmod(mode)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory: copies where they do."""
+    result: dict[str, Tensor] = {}
+    taken: list[tuple[torch.device, int, int]] = []
+    for name, value in tensors.items():
+        if value.is_meta or isinstance(value, FakeTensor):
+            raise ValueError(f"{name}: expected values to write, got a tensor on the meta device, or a fake one")
+        value = value.detach().contiguous()
+        start = value.data_ptr()
+        end = start + value.nbytes
+        if any(value.device == device and start < stop and begin < end for device, begin, stop in taken):
+            value = value.clone()
+        else:
+            taken.append((value.device, start, end))
+        result[name] = value
+    return result
+
+
+@contextmanager
+def open_safetensors(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Iterator[Any]:
+    """Open a file to read tensors from; ValueError if it is damaged."""
+    module = safetensors_module()
+    try:
+        with module.safe_open(path, "pt", device=str(device)) as file:
+            yield file
+    except module.SafetensorError as error:
+        raise ValueError(f"{path}: expected a whole safetensors file, got {error}") from error
 
 
 def safetensors_module() -> ModuleType:

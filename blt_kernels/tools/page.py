@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from blt_kernels._files import write_text
 from blt_kernels.tools.render import Glyph, glyphs
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ HIGHEST = 5.545  # nats, ln 256: the entropy that is drawn as a full bar
 
 def write(path: Path, title: str, window: Window, statistics: Statistics, rules: Rules) -> None:
     """Write a page about a window of a file: no script, style or font comes from anywhere else."""
-    path.write_text(build(title, window, statistics, rules), encoding="utf-8")
+    write_text(path, build(title, window, statistics, rules))
 
 
 def build(title: str, window: Window, statistics: Statistics, rules: Rules) -> str:

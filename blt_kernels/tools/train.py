@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from blt_kernels._files import write_text
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, llama
 from blt_kernels.nn import ByteModel, TransformerLayer, next_byte_bits, next_byte_targets
 from blt_kernels.tools import data, train_parallel, train_state
@@ -232,7 +233,7 @@ class _Run:
         else:
             if ranks.rank == 0:
                 listing = "".join(f"{source.path}\n" for source in self.heldout_sources)
-                (self.out / "heldout.txt").write_text(listing, encoding="utf-8")
+                write_text(self.out / "heldout.txt", listing)
             self._save()
         self.log = Log(self.out, self.step, config.tensorboard) if ranks.rank == 0 else None
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from blt_kernels._files import whole_file, write_text
 
 
 class Log:
@@ -32,10 +33,8 @@ class Log:
         installed = find_spec("tensorboard") is not None
         if tensorboard and not installed:
             raise ImportError("tensorboard: it is not installed: pip install 'blt-kernels[train]'")
-        part = out / "log.jsonl.part"
         kept = [line for line in read_log(self.path) if line["step"] <= step and "final" not in line]
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if installed and tensorboard is not False:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -91,4 +90,5 @@ def draw_curve(log: Path, path: Path) -> None:
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, min(8.5, max([1.0, *losses]))))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=150, format="png")

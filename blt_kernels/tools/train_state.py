@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
@@ -42,6 +43,11 @@ def save(
     """Write a checkpoint, unless there is one of this step, then remove the others.
 
     All ranks take part; `values` are those of rank 0.
+
+    Raises
+    ------
+    OSError
+        It cannot be written. The checkpoint before it stays.
     """
     path = folder / str(step)
     if ranks.first((path / ".metadata").exists()):
@@ -55,8 +61,16 @@ def save(
             os.fsync(file.fileno())
     ranks.barrier()
     weights = _weights(model)  # first: that shards again what FSDP2 left whole after a forward without backward
-    with _quiet():
-        save_tensors({**weights, **_moments(model, optimizer)}, checkpoint_id=path, no_dist=ranks.world == 1)
+    try:
+        with _quiet():
+            save_tensors({**weights, **_moments(model, optimizer)}, checkpoint_id=path, no_dist=ranks.world == 1)
+    except BaseException as error:
+        if ranks.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)  # an incomplete one would only fill the disk
+        if isinstance(error, CheckpointException):  # which is no Exception
+            reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
+            raise OSError(f"{path}: the checkpoint could not be written: {reasons}") from error
+        raise
     if ranks.rank == 0:
         for other in folder.iterdir():
             if other.is_dir() and other != path:

@@ -1,0 +1,177 @@
+"""Files are written whole or not at all, on a full disk too, whoever writes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from blt_kernels import _jit
+from blt_kernels._files import whole_file, write_text
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, load_model
+from blt_kernels.nn import TransformerConfig
+from blt_kernels.tools import train_log, train_state
+from blt_kernels.tools.train_parallel import Ranks
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+LOCAL = TransformerConfig(16, 1, 2, ffn_dim=16)
+
+
+@contextmanager
+def full_disk(size: int = 1000) -> Iterator[None]:
+    """No file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def byte_lm() -> ByteLM:
+    torch.manual_seed(0)
+    return ByteLM(ByteLMConfig(16, 1, 2, ffn_dim=16, window=8))
+
+
+def blt() -> BLT:
+    torch.manual_seed(0)
+    return BLT(BLTConfig(LOCAL, TransformerConfig(32, 1, 2, ffn_dim=16), LOCAL, byte_lm().config, ngram_vocab=7))
+
+
+def tied() -> ByteLM:
+    model = byte_lm()
+    model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def save_checkpoint(folder: Path) -> None:
+    model = byte_lm()
+    optimizer = torch.optim.SGD(model.parameters())
+    train_state.save(folder / "checkpoint", 3, model, optimizer, {}, Ranks(torch.device("cpu")))
+
+
+def draw(folder: Path) -> None:
+    (folder / "log.jsonl").write_text('{"step": 1, "bits_per_byte": 8.0}\n')
+    train_log.draw_curve(folder / "log.jsonl", folder / "loss.png")
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "save": lambda folder: byte_lm().save(folder / "model.safetensors"),
+    "save_pretrained": lambda folder: blt().save_pretrained(folder),
+    "text": lambda folder: write_text(folder / "page.html", "x" * 2000),
+    "cache": lambda folder: _jit._write(folder / "kernel.cubin", b"x" * 2000),
+    "training": save_checkpoint,
+    "curve": draw,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_leaves_nothing_new(writer: str, tmp_path: Path) -> None:
+    WRITERS[writer](tmp_path)  # imports what it needs, and shows that it does write
+    written = {file for file in tmp_path.rglob("*") if file.is_file()}
+    assert written
+    before = {file: file.read_bytes() for file in written}
+    if writer == "training":  # a checkpoint of this step is there, and would not be written again
+        (tmp_path / "checkpoint" / "3").rename(tmp_path / "moved")
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with full_disk():
+        if writer == "cache":  # without a cache the next process compiles again
+            WRITERS[writer](tmp_path)
+        else:
+            with pytest.raises(OSError):
+                WRITERS[writer](tmp_path)
+    after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert after == before
+
+
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def interrupted() -> None:
+        with whole_file(path) as part:
+            part.write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+    (tmp_path / "link").symlink_to(path)
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert path.read_text() == "new"
+    write_text(Path("/dev/null"), "gone")
+    assert not Path("/dev/null").is_file()
+    with pytest.raises(OSError, match="expected a regular file"):
+        byte_lm().save("/dev/null")
+    assert not Path("/dev/null").is_file()
+
+
+@pytest.mark.parametrize("write", ["save", "save_pretrained"])
+def test_tied_weights_are_written_under_both_names(write: str, tmp_path: Path) -> None:
+    model, path = tied(), tmp_path / "model.safetensors"
+    getattr(model, write)(path if write == "save" else tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+    stored = safetensors.load_file(path)
+    assert stored.keys() == model.state_dict().keys()
+    loaded = load_model(path) if write == "save" else ByteLM.from_pretrained(tmp_path)
+    tokens = torch.arange(4, 40)
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert loaded.lm_head.weight.data_ptr() != loaded.embed_tokens.weight.data_ptr()
+
+
+def test_parts_of_one_tensor_are_written_apart(tmp_path: Path) -> None:
+    model = byte_lm()
+    rows = model.embed_tokens.weight.shape[0]
+    both = nn.Parameter(torch.randn(rows + 5, 16))
+    model.embed_tokens.weight = nn.Parameter(both.data[:rows])
+    model.lm_head.weight = nn.Parameter(both.data[5:])  # it overlaps the other
+    model.save(tmp_path / "model.safetensors")
+    loaded = ByteLM.load(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("write", ["save", "save_pretrained"])
+def test_a_model_without_values_says_so(write: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = byte_lm()
+    with pytest.raises(ValueError, match=r"embed_tokens.weight: expected values to write, got a tensor on the meta"):
+        getattr(model, write)(tmp_path / "x")
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    model, path = byte_lm(), tmp_path / "model.safetensors"
+    model.save(path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:5], whole[:100], whole[:-1], whole + b"x", b"\xff" * 300):
+        path.write_bytes(damaged)
+        for read in (load_model, ByteLM.load):
+            with pytest.raises(ValueError, match=r"model.safetensors: expected a whole safetensors file, got "):
+                read(path)
+    tensors = model.state_dict()
+    for config, problem in (
+        ("[1]", r"config: expected the fields of ByteLMConfig, got \[1\]"),
+        ("{", "Expecting property name"),
+        ('{"dim": {"x": 1}}', r"config: expected a value of ByteLMConfig.dim, got {'x': 1}"),
+        ('{"dim": "16"}', "dim: expected"),
+    ):
+        safetensors.save_file(tensors, path, {"model": "ByteLM", "config": config})
+        with pytest.raises(ValueError, match=f"model.safetensors: .*{problem}"):
+            ByteLM.load(path)
+    safetensors.save_file(tensors, path, {"model": "ByteLM"})
+    with pytest.raises(ValueError, match=r"model.safetensors: config: expected the fields of ByteLMConfig, got None"):
+        load_model(path)
+    tensors["norm.weight"] = tensors["norm.weight"].to(torch.int8)
+    config = str(dataclasses.asdict(model.config)).replace("'", '"').replace("None", "null").replace("False", "false")
+    safetensors.save_file(tensors, path, {"model": "ByteLM", "config": config})
+    with pytest.raises(ValueError, match=r"norm.weight of torch.int8, expected a floating-point dtype"):
+        load_model(path)
