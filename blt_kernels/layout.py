@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+_MAX_BYTES = 2**31 - 1  # offsets are int32
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PatchLayout:
@@ -94,7 +96,7 @@ class PatchLayout:
             self.overflowed,
         )
 
-    def to_lengths(self, include_next_byte: bool = False) -> Tensor:
+    def to_lengths(self, include_next_byte: bool = False, padding: int = 0) -> Tensor:
         """Convert to the padded patch lengths of other code bases. Synchronises, to trim to the longest row.
 
         Parameters
@@ -103,16 +105,29 @@ class PatchLayout:
             Count the byte to come after each document as well, as facebookresearch/blt does: a row then sums to the
             length of its document plus one, and ends in a patch of length 1 that owns no byte yet if the boundary
             decision after the last byte was a start.
+        padding
+            0, or -1 for the lengths of transformers' BLT. There a row sums to the length of its document S. If the
+            decision after the last byte was a start, that start is a patch of length 0 at S. A row of fewer starts than
+            others is closed by starts at S + 1: its last patch counts the byte to come, then come zeros and a -1.
 
         Returns
         -------
         int64 ``[B, Pmax]``
-            One row a document, zeros on the right.
+            One row a document, padded on the right.
+
+        Raises
+        ------
+        ValueError
+            `padding` is neither 0 nor -1, or -1 together with `include_next_byte`.
         """
+        if padding not in (0, -1):
+            raise ValueError(f"padding: expected 0 or -1, got {padding!r}")
+        if padding and include_next_byte:
+            raise ValueError("include_next_byte: expected False with padding = -1, got True")
         cu_patches = self.cu_patches.long()
         counts = cu_patches.diff()
         widths = counts
-        if include_next_byte:
+        if include_next_byte or padding:
             opens = self._next_byte_opens_patch()
             widths = counts + opens
         width = int(widths.max()) if widths.numel() else 0
@@ -124,6 +139,10 @@ class PatchLayout:
         if include_next_byte:
             last = (widths - 1)[:, None] == column
             lengths = lengths + last
+        if padding:
+            short = widths[:, None] < width
+            last = short & ((widths - 1)[:, None] == column)
+            lengths = lengths + last.long() - (short & (column == width - 1)).long()
         return lengths
 
     def _next_byte_opens_patch(self) -> Tensor:
@@ -135,7 +154,7 @@ class PatchLayout:
         return (self.decode_ids[last] == self.patch_ids[last]) | (seqlens == 0)
 
     @staticmethod
-    def from_lengths(lengths: Tensor, seq_len: int | None = None) -> PatchLayout:
+    def from_lengths(lengths: Tensor, seq_len: int | None = None, padding: int | None = None) -> PatchLayout:
         """Build a layout from padded patch lengths. Synchronises, to validate them.
 
         Parameters
@@ -146,39 +165,63 @@ class PatchLayout:
             If given, every document has this many bytes and a row sums to `seq_len`, or to ``seq_len + 1`` where it
             counts the byte to come. Then a last patch of length 1 is the decision that this byte starts a patch.
             Where a row does not say, the byte to come is taken to continue the last patch.
+        padding
+            -1 for the lengths of transformers' BLT, which `to_lengths` describes: a row sums to the length of its
+            document, the -1 counted, and a patch of length 0 at its end is the decision that the byte to come starts a
+            patch. 0 for the others. If None, it is -1 where `lengths` has one: a batch of transformers whose rows all
+            have as many starts holds none.
 
         Raises
         ------
         TypeError
             `lengths` is not an integer tensor.
         ValueError
-            `lengths` is not two-dimensional, has a negative entry, or a row does not sum to what `seq_len` asks for.
+            `lengths` is not two-dimensional, has a negative entry where `padding` has none, a row does not sum to what
+            `seq_len` asks for, or there are more bytes than an int32 counts.
         """
         if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
             got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
             raise TypeError(f"lengths: expected an integer tensor, got {got}")
         if lengths.dim() != 2:
             raise ValueError(f"lengths: expected shape [B, Pmax], got {list(lengths.shape)}")
+        if padding not in (None, 0, -1):
+            raise ValueError(f"padding: expected None, 0 or -1, got {padding!r}")
         lengths = lengths.long()
-        if lengths.numel() and int(lengths.min()) < 0:
-            raise ValueError(f"lengths: expected values >= 0, got {int(lengths.min())}")
+        low, high = (int(x) for x in lengths.aminmax()) if lengths.numel() else (0, 0)
+        padding = min(0, max(-1, low)) if padding is None else padding
+        if low < padding or high > _MAX_BYTES:
+            allowed = "values >= 0" if padding == 0 else "values >= -1, which pads,"
+            raise ValueError(f"lengths: expected {allowed} up to {_MAX_BYTES}, got {low if low < padding else high}")
+        counted = lengths.clamp(min=0)
+        starts = counted.cumsum(1) - counted
+        behind = (lengths < 0).long().cumsum(1) - (lengths < 0).long()  # of entries, -1s before them
+        misplaced = ((behind > 0) & (lengths != 0)).nonzero()
+        if misplaced.numel():
+            row, column = misplaced[0].tolist()
+            got = int(lengths[row, column])
+            raise ValueError(f"lengths: expected nothing but zeros behind the -1 of row {row}, got {got}")
         sums = lengths.sum(1)
         if seq_len is None:
             seqlens = sums
+            if bool((sums < 0).any()):
+                raise ValueError(f"lengths: row {int(sums.argmin())} sums to {int(sums.min())}, expected 0 or more")
         else:
+            if not 0 <= seq_len <= _MAX_BYTES:
+                raise ValueError(f"seq_len: expected 0 to {_MAX_BYTES}, got {seq_len}")
             seqlens = torch.full_like(sums, seq_len)
-            wrong = ((sums != seq_len) & (sums != seq_len + 1)).nonzero()
+            wrong = ((sums != seq_len) & (sums != seq_len + 1 + padding)).nonzero()
             if wrong.numel():
-                row = int(wrong[0])
-                raise ValueError(
-                    f"lengths: row {row} sums to {int(sums[row])}, expected seq_len = {seq_len} or seq_len + 1"
-                )
+                row, other = int(wrong[0]), "" if padding else " or seq_len + 1"
+                raise ValueError(f"lengths: row {row} sums to {int(sums[row])}, expected seq_len = {seq_len}{other}")
         cu_seqlens = torch.nn.functional.pad(seqlens.cumsum(0), (1, 0))
         num_bytes = int(cu_seqlens[-1])
+        if num_bytes > _MAX_BYTES:
+            raise ValueError(f"lengths: expected at most {_MAX_BYTES} bytes in all, got {num_bytes}")
         # A start at local position s >= 1 is the decision after byte s - 1; one at s = seqlen is kept as `cuts` of the
         # last byte, one beyond it does not exist.
-        starts = lengths.cumsum(1) - lengths
         real = (lengths > 0) & (starts > 0) & (starts <= seqlens[:, None])
+        if padding:
+            real |= (lengths == 0) & (starts > 0) & (starts == seqlens[:, None])
         cuts = torch.zeros(num_bytes, dtype=torch.bool, device=lengths.device)
         cuts[(cu_seqlens[:-1, None] + starts - 1)[real]] = True
         return PatchLayout.from_cuts(cuts, cu_seqlens.int(), max(lengths.numel(), lengths.shape[0]))

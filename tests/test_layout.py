@@ -138,11 +138,86 @@ def test_lengths_of_any_integer_dtype(dtype: torch.dtype) -> None:
         (torch.tensor([[1, -2]]), None, ValueError, "lengths.*-2"),
         (torch.tensor([[1, 2], [1, 5]]), 3, ValueError, "row 1 sums to 6.*3"),
         (torch.tensor([[1, 1]]), 3, ValueError, "row 0 sums to 2.*3"),
+        (torch.tensor([[1, 2], [2, -1]]), 3, ValueError, "row 1 sums to 1, expected seq_len = 3$"),
+        (torch.tensor([[1, 2, 0], [1, -1, 2]]), 3, ValueError, "zeros behind the -1 of row 1, got 2"),
+        (torch.tensor([[1, -1, -1]]), None, ValueError, "zeros behind the -1 of row 0, got -1"),
+        (torch.tensor([[-1, 0], [1, 2]]), None, ValueError, "row 0 sums to -1, expected 0 or more"),
+        (torch.tensor([[2**31]]), None, ValueError, "lengths.*up to 2147483647, got 2147483648"),
+        (torch.tensor([[2**62, 2**62, 2**62, 2**62, 5]]), 5, ValueError, "lengths.*got 4611686018427387904"),
+        (
+            torch.tensor([[2**31 - 1], [1]]),
+            None,
+            ValueError,
+            "at most 2147483647 bytes in all, got 2147483648",
+        ),
+        (torch.tensor([[1]]), 2**63, ValueError, "seq_len: expected 0 to 2147483647, got 9223372036854775808"),
+        (torch.tensor([[1]]), -1, ValueError, "seq_len: expected 0 to 2147483647, got -1"),
     ],
 )
 def test_wrong_lengths_are_named(lengths: Any, seq_len: int | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         PatchLayout.from_lengths(lengths, seq_len)
+
+
+def test_wrong_padding_is_named() -> None:
+    layout = ragged_layout(5)
+    for call in (layout.to_lengths, lambda padding: PatchLayout.from_lengths(torch.ones(1, 2).long(), padding=padding)):
+        with pytest.raises(ValueError, match=r"padding: expected .*0 or -1, got 3"):
+            call(padding=3)
+    with pytest.raises(ValueError, match="lengths: expected values >= 0 up to 2147483647, got -1"):
+        PatchLayout.from_lengths(torch.tensor([[1, -1]]), padding=0)
+    with pytest.raises(ValueError, match="include_next_byte: expected False with padding = -1, got True"):
+        layout.to_lengths(True, padding=-1)
+
+
+# --- lengths of transformers ------------------------------------------------------------------------------------------
+
+
+def test_lengths_of_transformers_by_hand() -> None:
+    """COMPAT.md, item 22: a length of 0 at S is a start there, and -1 pads."""
+    theirs = torch.tensor([[1, 1, 3, 0], [1, 1, 4, -1]])
+    ours = PatchLayout.from_lengths(torch.tensor([[1, 1, 3, 1], [1, 1, 4, 0]]), seq_len=5)
+    for seq_len in (None, 5):
+        assert as_lists(PatchLayout.from_lengths(theirs, seq_len)) == as_lists(ours)
+    assert ours.to_lengths(padding=-1).tolist() == theirs.tolist()
+    # The pads of a row with fewer starts are zeros, before the -1 that ends the longest row's width.
+    wide = torch.tensor([[1, 1, 1, 2, 2, 0, -1], [1, 6, 0, 0, 0, 0, -1], [1, 1, 1, 1, 1, 1, 0]])
+    layout = PatchLayout.from_lengths(wide, seq_len=6)
+    assert layout.to_lengths(True).tolist() == [[1, 1, 1, 2, 2, 0, 0], [1, 6, 0, 0, 0, 0, 0], [1] * 7]
+    assert layout.to_lengths(padding=-1).tolist() == wide.tolist()
+    assert as_lists(PatchLayout.from_lengths(torch.nn.functional.pad(wide, (0, 2)), 6).compact()) == as_lists(
+        layout.compact()
+    )
+
+
+def test_lengths_of_transformers_without_padding_need_to_be_called_so() -> None:
+    even = torch.tensor([[1, 1, 3, 0], [1, 1, 2, 1]])
+    read = [PatchLayout.from_lengths(even, 5, padding).to_lengths(True)[0].tolist() for padding in (None, 0, -1)]
+    assert read == [[1, 1, 4, 0], [1, 1, 4, 0], [1, 1, 3, 1]]
+
+
+@given(st.integers(0, 9), st.lists(st.lists(st.booleans(), min_size=9, max_size=9), max_size=5))
+def test_lengths_of_transformers_both_ways(size: int, rows: list[list[bool]]) -> None:
+    layout = from_documents([row[:size] for row in rows])
+    lengths = layout.to_lengths(padding=-1)
+    assert lengths.sum(1).tolist() == [size] * len(rows)
+    for seq_len in (None, size):
+        again = PatchLayout.from_lengths(lengths, seq_len, padding=-1)
+        assert as_lists(again.compact()) == as_lists(layout.compact())
+        assert again.to_lengths(padding=-1).tolist() == lengths.tolist()
+
+
+@given(st.integers(1, 12), st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=1, max_size=5))
+def test_lengths_of_transformers_itself(size: int, rows: list[list[bool]]) -> None:
+    """Its patcher's lengths are those of `to_lengths`, and give the layout of `patch_starts`."""
+    modeling = pytest.importorskip("transformers.models.blt.modeling_blt")
+    entropy = torch.tensor([row[:size] for row in rows]).float()
+    theirs = modeling.BltPatcher.patch_lengths_from_entropies(entropy, sequence_length=size, threshold=0.5)
+    layout = bk.patch_starts(entropy, threshold=0.5)
+    assert layout.to_lengths(padding=-1).tolist() == theirs.tolist()
+    assert as_lists(PatchLayout.from_lengths(theirs, size, padding=-1).compact()) == as_lists(layout.compact())
+    if int(theirs.min()) < 0:
+        assert as_lists(PatchLayout.from_lengths(theirs).compact()) == as_lists(layout.compact())
 
 
 # --- capacity ---------------------------------------------------------------------------------------------------------
