@@ -197,7 +197,7 @@ class PatchLayout:
         behind = (lengths < 0).long().cumsum(1) - (lengths < 0).long()  # of entries, -1s before them
         misplaced = ((behind > 0) & (lengths != 0)).nonzero()
         if misplaced.numel():
-            row, column = misplaced[0].tolist()
+            row, column = (int(x) for x in misplaced[0])
             got = int(lengths[row, column])
             raise ValueError(f"lengths: expected nothing but zeros behind the -1 of row {row}, got {got}")
         sums = lengths.sum(1)
