@@ -198,8 +198,8 @@ class PatchLayout:
         misplaced = ((behind > 0) & (lengths != 0)).nonzero()
         if misplaced.numel():
             row, column = (int(x) for x in misplaced[0])
-            got = int(lengths[row, column])
-            raise ValueError(f"lengths: expected nothing but zeros behind the -1 of row {row}, got {got}")
+            entry = int(lengths[row, column])
+            raise ValueError(f"lengths: expected nothing but zeros behind the -1 of row {row}, got {entry}")
         sums = lengths.sum(1)
         if seq_len is None:
             seqlens = sums
