@@ -5,12 +5,14 @@ The alphabet is that of facebookresearch/blt and of transformers' BLT.
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from blt_kernels import bpe
 from blt_kernels.ops import _common
 
 BOE, BOS, EOS, BPE = 0, 1, 2, 3
@@ -24,6 +26,7 @@ def to_ids(
     *,
     bos: bool = False,
     eos: bool = False,
+    tokenizer: Any = None,
     dtype: torch.dtype = torch.int64,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -35,6 +38,7 @@ def to_ids(
     *,
     bos: bool = False,
     eos: bool = False,
+    tokenizer: Any = None,
     dtype: torch.dtype = torch.int64,
     device: torch.device | str | None = None,
 ) -> Tensor: ...
@@ -45,6 +49,7 @@ def to_ids(
     *,
     bos: bool = False,
     eos: bool = False,
+    tokenizer: Any = None,
     dtype: torch.dtype = torch.int64,
     device: torch.device | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -58,6 +63,10 @@ def to_ids(
         ``[S]``, which are packed.
     bos, eos : bool
         Put BOS (1) before and EOS (2) after every document.
+    tokenizer : optional
+        Put BPE (3) before every token of this BPE tokenizer, as facebookresearch/blt does, for ``patching="bpe"`` of
+        `BLTConfig`: a ``tokenizers.Tokenizer``, a fast tokenizer of transformers or the path of a ``tokenizer.json``.
+        `blt_kernels.bpe.token_lengths` says which work. Not for data ``[B, S]``.
     dtype : torch.int64 or torch.int32
     device : torch.device or str, optional
         If None, that of a tensor, and the CPU for everything else.
@@ -72,9 +81,12 @@ def to_ids(
     Raises
     ------
     TypeError
-        The data is none of these, or `dtype` is no integer type for ids.
+        The data or the tokenizer is none of these, or `dtype` is no integer type for ids.
     ValueError
-        The data has another number of dimensions, or is a str with lone surrogates, which UTF-8 cannot encode.
+        The data has another number of dimensions, or is a str with lone surrogates, which UTF-8 cannot encode. The
+        tokenizer cannot take the data, or changes it.
+    ImportError, FileNotFoundError
+        tokenizers is not installed, or `tokenizer` is the path of no file.
 
     Examples
     --------
@@ -86,7 +98,7 @@ def to_ids(
     >>> to_bytes(ids, cu_seqlens)
     [b'one', b'\xff', b'']
     """
-    return _to_ids("data", data, bos, eos, dtype, device)
+    return _to_ids("data", data, bos, eos, dtype, device, tokenizer)
 
 
 def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop") -> bytes | list[bytes]:
@@ -138,14 +150,11 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
         lowest = "at most 259" if special == "drop" else "from 4 to 259, since special is 'raise'"
         raise ValueError(f"ids: expected values {lowest}, got {int(packed[at])} at position {at}")
     kept = packed >= BYTE_OFFSET
-    values = (packed[kept] - BYTE_OFFSET).to(torch.uint8)
-    buffer = bytearray(values.shape[0])
-    if buffer:
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(values)
+    data = _bytes((packed[kept] - BYTE_OFFSET).to(torch.uint8))
     if not several:
-        return bytes(buffer)
+        return data
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])[offsets].tolist()
-    return [bytes(buffer[start:end]) for start, end in pairwise(ends)]
+    return [data[start:end] for start, end in pairwise(ends)]
 
 
 def ids_of(tokens: Any, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -161,19 +170,33 @@ def ids_of(tokens: Any, cu_seqlens: Tensor | None, device: torch.device) -> tupl
 
 
 def _to_ids(
-    name: str, data: Any, bos: bool, eos: bool, dtype: torch.dtype, device: torch.device | str | None
+    name: str,
+    data: Any,
+    bos: bool,
+    eos: bool,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    tokenizer: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if dtype not in _common.INTS:
         raise TypeError(f"dtype: expected torch.int32 or torch.int64, got {dtype}")
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = bpe.load_tokenizer(tokenizer)
 
-    def with_ends(values: Tensor) -> Tensor:
+    def ids_of_bytes(name: str, data: Any, dims: tuple[int, ...]) -> Tensor:
+        values = _uint8(name, data, dims if tokenizer is None else (1,))
         ids = values.to(device, dtype) + BYTE_OFFSET
+        if tokenizer is not None:
+            lengths = torch.tensor(bpe.token_lengths(tokenizer, _bytes(values), name), dtype=torch.int64)
+            token = torch.arange(lengths.shape[0]).repeat_interleave(lengths)  # of each byte
+            places = (token + 1 + torch.arange(ids.shape[0])).to(ids.device)
+            ids = ids.new_full((ids.shape[0] + lengths.shape[0],), BPE).scatter(0, places, ids)
         ends = [ids.new_full((*ids.shape[:-1], int(on)), id) for on, id in ((bos, BOS), (eos, EOS))]
         return torch.cat([ends[0], ids, ends[1]], -1) if bos or eos else ids
 
     if not isinstance(data, (list, tuple)):
-        return with_ends(_uint8(name, data, (1, 2)))
-    documents = [with_ends(_uint8(f"{name}[{i}]", document, (1,))) for i, document in enumerate(data)]
+        return ids_of_bytes(name, data, (1, 2))
+    documents = [ids_of_bytes(f"{name}[{i}]", document, (1,)) for i, document in enumerate(data)]
     lengths = torch.tensor([0, *(document.shape[0] for document in documents)])
     packed = torch.cat(documents) if documents else torch.empty(0, dtype=dtype, device=device)
     return packed, lengths.cumsum(0).to(packed.device, torch.int32)
@@ -207,3 +230,11 @@ def _uint8(name: str, data: Any, dims: tuple[int, ...]) -> Tensor:
         expected = " or ".join(map(str, dims))
         raise ValueError(f"{name}: expected {expected} dimensions, got shape {list(shape)}")
     return data.view(shape)
+
+
+def _bytes(values: Tensor) -> bytes:
+    """The bytes of uint8 values ``[T]``."""
+    buffer = bytearray(values.shape[0])
+    if buffer:
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(values)
+    return bytes(buffer)
