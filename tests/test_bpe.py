@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 import blt_kernels as bk
 from blt_kernels import bpe
@@ -18,28 +18,31 @@ from blt_kernels.models import BLT, BLTConfig
 from blt_kernels.nn import TransformerConfig
 from blt_kernels.testing import assert_equal
 
+tokenizers = pytest.importorskip("tokenizers")
+models, normalizers, pre_tokenizers = tokenizers.models, tokenizers.normalizers, tokenizers.pre_tokenizers
+
 MERGES = ["t h", "th e", "{0} the", "e n", "en d", "{0} end", "{0} {0}"]
 
 
-def model(space: str, alphabet: list[str], **options: object) -> models.BPE:
+def model(space: str, alphabet: list[str], **options: object) -> Any:
     """Tokens: the alphabet, and "the" and "end" with and without a space in front."""
     merges = [tuple(merge.format(space).split()) for merge in MERGES]
     tokens = [*dict.fromkeys([*alphabet, *("".join(merge) for merge in merges)])]
     return models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges, **options)
 
 
-def byte_level(add_prefix_space: bool = False) -> Tokenizer:
+def byte_level(add_prefix_space: bool = False) -> Any:
     """As GPT-2 and Llama 3 have it."""
-    tokenizer = Tokenizer(model("Ġ", sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer = tokenizers.Tokenizer(model("Ġ", sorted(pre_tokenizers.ByteLevel.alphabet())))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.add_special_tokens(["<|the énd|>"])
     return tokenizer
 
 
-def sentence_piece() -> Tokenizer:
+def sentence_piece() -> Any:
     """As Llama 2 has it: a space in front, "▁" for spaces, bytes where there is no piece."""
     alphabet = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"▁thend"]
-    tokenizer = Tokenizer(model("▁", alphabet, byte_fallback=True, unk_token="<unk>"))
+    tokenizer = tokenizers.Tokenizer(model("▁", alphabet, byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return tokenizer
 

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+import blt_kernels as bk
 from blt_kernels.models import ByteLM, load_model
 from blt_kernels.nn import BOS, EOS, TransformerLayer, next_byte_targets
+from blt_kernels.testing import SCRIPTS
 from blt_kernels.tools import data, train, train_log, train_state
 from blt_kernels.tools.evaluate import EvalConfig, evaluate, measure
 from blt_kernels.tools.ngram import NgramModel
@@ -312,6 +314,22 @@ def advance(corpus: Path, out: Path, steps: int = 4, **changes: object) -> tuple
     options = {"model": "blt", "overrides": SMALL_BLT, "batch_bytes": 1000, "context": 300, "learning_rate": 1e-3}
     run = train._Run(config(corpus, out, **{**options, **changes}), ALONE)
     return [run.advance() for _ in range(steps)], run.model.state_dict()
+
+
+def test_patching_options_of_a_run(corpus: Path, tmp_path: Path) -> None:
+    """`--set` reaches the patches and the saved model; BPE patching has no delimiters in files."""
+    options = {"whole_characters": True, "reset_at_newlines": True, "patching": "entropy", "threshold": 1.0}
+    run = train._Run(config(corpus, tmp_path / "run", model="blt", overrides={**SMALL_BLT, **options}), ALONE)
+    assert {key: getattr(run.model.config, key) for key in options} == options
+    assert run.advance() > 0
+    run.model.save(tmp_path / "model.safetensors")
+    again = load_model(tmp_path / "model.safetensors")
+    assert again.config == run.model.config
+    text = "".join(SCRIPTS.values())
+    patches = bk.to_bytes(bk.to_ids(text), again.patch(text).patch_offsets)
+    assert "".join(patch.decode() for patch in patches) == text
+    with pytest.raises(ValueError, match="--set patching: expected a rule for the bytes of files, got 'bpe'"):
+        train.build_model(config(corpus, tmp_path, model="blt", overrides={"patching": "bpe"}))
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 30])

@@ -146,6 +146,8 @@ def build_model(config: TrainConfig) -> ByteModel:
         return MegaByte.from_values(values, config.ops)
     if config.init_global is not None and "global_transformer" not in config.overrides:
         values["global_transformer"] = asdict(llama.read_config(config.init_global))
+    if values["patching"] == "bpe":
+        raise ValueError("--set patching: expected a rule for the bytes of files, got 'bpe', whose delimiters none has")
     patcher = None
     if values["patching"] == "entropy":
         patcher = _patcher(config.patcher)
