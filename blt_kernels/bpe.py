@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer in a ``tokenizer.json``, or in a directory that has one.
+def load_tokenizer(path: str | os.PathLike[str], option: str = "tokenizer") -> Any:
+    """The tokenizer in a ``tokenizer.json``, or in a directory that has one. Messages call the path `option`.
 
     Raises
     ------
@@ -24,17 +24,17 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         raise ModuleNotFoundError("BPE patching needs tokenizers: pip install tokenizers") from None
     file = Path(path, "tokenizer.json") if os.path.isdir(path) else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"tokenizer: expected a tokenizer.json or a directory with one, found no {file}")
+        raise FileNotFoundError(f"{option}: expected a tokenizer.json or a directory with one, found no {file}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # what tokenizers raises has no class of its own
-        raise ValueError(f"tokenizer: expected a tokenizer.json, got {file}: {error}") from None
+        raise ValueError(f"{option}: expected a tokenizer.json, got {file}: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def token_lengths(tokenizer: Any, data: bytes, name: str = "data") -> list[int]:
+def token_lengths(tokenizer: Any, data: bytes, name: str = "data", option: str = "tokenizer") -> list[int]:
     """Lengths in bytes of the tokens that `data` is made of; they sum to its length.
 
     They are exact: the tokens are spelled out, in the alphabet of byte-level BPE or in that of SentencePiece with byte
@@ -46,8 +46,8 @@ def token_lengths(tokenizer: Any, data: bytes, name: str = "data") -> list[int]:
         A ``tokenizers.Tokenizer``, a fast tokenizer of transformers, or the path of a ``tokenizer.json``.
     data : bytes
         UTF-8.
-    name : str
-        What messages call the data.
+    name, option : str
+        What messages call the data and the tokenizer.
 
     Raises
     ------
@@ -60,11 +60,11 @@ def token_lengths(tokenizer: Any, data: bytes, name: str = "data") -> list[int]:
         case, or has no token for some of it.
     """
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(tokenizer, option)
     tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not hasattr(tokenizer, "get_added_tokens_decoder"):
         kinds = "a tokenizers.Tokenizer, a fast tokenizer of transformers or the path of a tokenizer.json"
-        raise TypeError(f"tokenizer: expected {kinds}, got {type(tokenizer).__name__}")
+        raise TypeError(f"{option}: expected {kinds}, got {type(tokenizer).__name__}")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -83,7 +83,7 @@ def token_lengths(tokenizer: Any, data: bytes, name: str = "data") -> list[int]:
         attempts.append((_first_difference(spelled, data), spelled))
     at, spelled = max(attempts)
     there = f"{spelled[at : at + 8]!r} where the text has {data[at : at + 8]!r}, at byte {at}"
-    raise ValueError(f"tokenizer: expected one whose tokens spell the text, got {there}")
+    raise ValueError(f"{option}: expected one whose tokens spell the text, got {there}")
 
 
 def _first_difference(a: bytes, b: bytes) -> int:

@@ -106,6 +106,15 @@ def patch(
     delimiter: Annotated[
         str | None, typer.Option(help="The byte that ends a patch: one character, or 0x0A; a newline if not given.")
     ] = None,
+    whole_characters: Annotated[
+        bool, typer.Option("--whole-characters", help="Start no patch inside of a UTF-8 character.")
+    ] = False,
+    reset_at_newlines: Annotated[
+        bool, typer.Option("--reset-at-newlines", help="Start the context of the entropy model anew at every newline.")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="For bpe: a tokenizer.json, or a directory with one.")
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -138,7 +147,19 @@ def patch(
     from blt_kernels.tools.stream import Rules, parse_byte
 
     byte = None if delimiter is None else parse_byte("--delimiter", delimiter)
-    rules = Rules(scheme, threshold, target_size, threshold_add, monotonic, max_patch_length, patch_size, byte)
+    rules = Rules(
+        scheme,
+        threshold,
+        target_size,
+        threshold_add,
+        monotonic,
+        max_patch_length,
+        patch_size,
+        byte,
+        whole_characters,
+        reset_at_newlines,
+        tokenizer,
+    )
     outputs = patch.Outputs(start, length, max_show, plot, html, json, entropies)
     patch.run(files, rules, outputs, model, color)
 

@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import blt_kernels as bk
+from blt_kernels.characters import patches_of_whole_characters
 from blt_kernels.cli import app, main
 from blt_kernels.models import ByteLM
 from blt_kernels.models.byte_lm import ByteLMConfig
+from blt_kernels.nn import load_ops
 from blt_kernels.testing import SCRIPTS, binary, invalid_utf8, real_text
 from blt_kernels.tools import doctor
 from blt_kernels.tools.patch import Window
@@ -170,6 +172,43 @@ def test_options_of_rules_with_a_model(
     text: str, options: list[str], expected: Callable[[torch.Tensor], bk.PatchLayout]
 ) -> None:
     assert patches_of(text, *options) == starts_of(expected(entropies_of(TEXT)))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "longest"),
+    [
+        (["--scheme=byte"], lambda ids, h: bk.byte_patch(torch.tensor([0, len(ids)])), None),
+        (["--scheme=space"], lambda ids, h: bk.space_patch(ids), None),
+        (["--scheme=topk"], lambda ids, h: bk.topk_patch(h, 4), None),
+        (["--threshold=1"], lambda ids, h: bk.patch_starts(h, threshold=1), None),
+        (["--threshold=3", "--max-patch-length=5"], lambda ids, h: bk.patch_starts(h, threshold=3), 5),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_whole_characters(options: list[str], expected: Callable[..., bk.PatchLayout], longest: int | None) -> None:
+    data = CONTENT["scripts"]
+    file, ids = saved(data), bk.to_ids(data)
+    layout = expected(ids, entropies_of(data))
+    layout = patches_of_whole_characters(load_ops("reference"), layout, ids, longest)
+    starts = patches_of(file, *options, "--whole-characters")
+    assert starts == starts_of(layout)
+    for a, b in pairwise([*starts, len(data)]):
+        data[a:b].decode()
+    first, patches, _ = records(blt("patch", file, "--target-size=5", "--whole-characters", "--json"))
+    assert first["whole_characters"] is True
+    again = patches_of(file, f"--threshold={first['threshold']!r}", "--whole-characters")
+    assert again == [patch["offset"] for patch in patches]
+
+
+def test_contexts_that_start_anew_at_newlines() -> None:
+    file, model = saved(real_text(3000, 5)), load_model()
+    options = ["--threshold=1.3", "--reset-at-newlines"]
+    (_, layout), (_, plain) = (
+        model.patch(real_text(3000, 5), threshold=1.3, reset_at_newlines=on) for on in (True, None)
+    )
+    assert patches_of(file, *options) == starts_of(layout) != starts_of(plain)
+    rule = records(blt("patch", file, *options, "--json"))[0]
+    assert (rule["rule"], rule["reset_at_newlines"]) == ("entropy > 1.3 nats, context anew at newlines", True)
 
 
 def test_target_size() -> None:
@@ -464,6 +503,13 @@ def test_plot_formats(text: str, suffix: str, magic: bytes) -> None:
         ("input.txt --patch-size 4", "--patch-size 4: expected --scheme static or topk, got --scheme entropy"),
         ("input.txt --scheme space --threshold 1", "--threshold 1.0: expected --scheme entropy, got --scheme space"),
         ("input.txt --scheme space --monotonic", "--monotonic: expected --scheme entropy, got --scheme space"),
+        ("input.txt --scheme space --reset-at-newlines", "--reset-at-newlines: expected --scheme entropy or topk"),
+        ("input.txt --scheme bpe", "--scheme bpe: expected --tokenizer beside it"),
+        ("input.txt --tokenizer t", "--tokenizer t: expected --scheme bpe, got --scheme entropy"),
+        (
+            "input.txt --scheme bpe --tokenizer t",
+            "--tokenizer: expected a tokenizer.json or a directory with one, found",
+        ),
         ("input.txt --delimiter x", "--delimiter 120: expected --scheme delimiter, got --scheme entropy"),
         ("input.txt --scheme delimiter --delimiter ab", "--delimiter 'ab': expected one ASCII character"),
         ("input.txt --start -1", "--start -1: expected a number of bytes of at least 0"),

@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import blt_kernels as bk
+from blt_kernels.characters import patches_of_whole_characters
 from blt_kernels.models import ByteLM
 from blt_kernels.models.byte_lm import ByteLMConfig
+from blt_kernels.nn import load_ops
 from blt_kernels.testing import SCRIPTS, assert_equal, binary, invalid_utf8, real_text
 from blt_kernels.tools import stream
 from blt_kernels.tools.stream import Rules, Scheme, StreamCutter, cut, find_threshold, parse_byte
@@ -39,6 +42,7 @@ RULES = {
     "delimiter 0": Rules(Scheme.delimiter, delimiter=0),
     "delimiter 255": Rules(Scheme.delimiter, delimiter=255),
 }
+RULES |= {f"{name}, whole characters": replace(rules, whole_characters=True) for name, rules in RULES.items()}
 TINY = ByteLMConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=64, window=16)
 
 
@@ -52,7 +56,7 @@ def whole(rules: Rules, data: bytes, entropy: Tensor) -> list[int]:
             threshold=rules.threshold,
             threshold_add=rules.threshold_add,
             monotonic=rules.monotonic,
-            max_patch_length=rules.max_patch_length,
+            max_patch_length=None if rules.whole_characters else rules.max_patch_length,
         )
     elif rules.scheme is Scheme.space:
         layout = bk.space_patch(tokens)
@@ -62,7 +66,9 @@ def whole(rules: Rules, data: bytes, entropy: Tensor) -> list[int]:
         layout = bk.byte_patch(everything)
     else:
         layout = bk.delimiter_patch(tokens, (10 if rules.delimiter is None else rules.delimiter) + 4)
-    return layout.compact().patch_offsets[:-1].tolist()
+    if rules.whole_characters:
+        layout = patches_of_whole_characters(load_ops("reference"), layout, tokens, rules.max_patch_length)
+    return offsets(layout)
 
 
 def pieced(rules: Rules, data: bytes, entropy: Tensor, sizes: list[int]) -> list[int]:
@@ -80,7 +86,8 @@ def pieced(rules: Rules, data: bytes, entropy: Tensor, sizes: list[int]) -> list
 
 # Bytes that the rules look at: letters, spaces, first and later bytes of UTF-8, delimiters; few entropies, so that
 # equal neighbours and thresholds that are hit exactly are frequent.
-BYTES = st.lists(st.sampled_from([*b"ab .\n", 0, 0x80, 0xC3, 0xE4, 0xBD, 0xFF]), max_size=40).map(bytes)
+BYTES = st.lists(st.sampled_from([*b"ab .\n", 0, 0x80, 0xC3, 0xE4, 0xBD, 0xF0, 0xFF]), max_size=40).map(bytes)
+BYTES |= st.text("ab .\né你🙂", max_size=20).map(str.encode)
 LEVELS = st.sampled_from([0.0, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.5])
 
 
@@ -109,9 +116,47 @@ def test_topk_needs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = list(cut(split(data, 700), rules, model)[1])
     starts = bk.topk_patch(entropy_of(data, model), 5).compact().patch_offsets[:-1]
     assert_equal(torch.cat([piece.starts for piece in pieces]), starts.long())
-    monkeypatch.setattr(stream, "TOPK_LIMIT", 2999)
+    monkeypatch.setattr(stream, "AT_ONCE_LIMIT", 2999)
     with pytest.raises(ValueError, match=r"--scheme topk: .* expected at most 2999 bytes, got more"):
         list(cut(split(data, 700), rules, model)[1])
+
+
+def test_bpe_needs_everything(tmp_path: Path) -> None:
+    """A tokenizer of single bytes, apart from the three of one character and a word."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [("ä", "½"), ("ä½", "ł"), ("a", "b")]
+    tokens = [*alphabet, *("".join(merge) for merge in merges)]
+    model = tokenizers.models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    rules, data = Rules(Scheme.bpe, tokenizer=tmp_path), "abab 你é".encode()
+    for whole, expected in ((False, [0, 1, 2, 4, 5, 8, 9]), (True, [0, 1, 2, 4, 5, 8])):  # 1 is always a start
+        used, pieces = cut(split(data, 2), replace(rules, whole_characters=whole))
+        assert torch.cat([piece.starts for piece in pieces]).tolist() == expected
+    assert used.record() == {"scheme": "bpe", "whole_characters": True, "tokenizer": str(tmp_path)}
+    assert used.describe() == f"tokens of {tmp_path}, whole characters"
+    model = tiny_model()
+    (piece,) = cut(split(data, 2), rules, model)[1]  # entropies are asked for
+    assert_equal(piece.entropy, entropy_of(data, model))
+    assert [p.starts.tolist() for p in cut([], rules)[1]] == [[]]
+    with pytest.raises(
+        ValueError, match="--scheme bpe: tokenizes all bytes at once, so it cannot be cut piece by piece"
+    ):
+        StreamCutter(rules)
+    with pytest.raises(ValueError, match="--scheme bpe: expected UTF-8 for the tokenizer, got 0xFF at byte 1"):
+        list(cut([b"a\xff"], rules)[1])
+    with pytest.raises(FileNotFoundError, match=r"--tokenizer: expected a tokenizer\.json or a directory with one"):
+        cut([], replace(rules, tokenizer=tmp_path / "none"))
+
+
+def test_topk_of_whole_characters() -> None:
+    model, data = tiny_model(), "".join(SCRIPTS.values()).encode()
+    entropy = entropy_of(data, model)
+    (piece,) = cut([data], Rules(Scheme.topk, patch_size=3, whole_characters=True), model)[1]
+    layout = patches_of_whole_characters(load_ops("reference"), bk.topk_patch(entropy, 3), bk.to_ids(data))
+    assert piece.starts.tolist() == offsets(layout)
 
 
 # --- entropies --------------------------------------------------------------------------------------------------------
@@ -124,6 +169,10 @@ def tiny_model() -> ByteLM:
 
 def split(data: bytes, size: int) -> list[bytes]:
     return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def offsets(layout: bk.PatchLayout) -> list[int]:
+    return layout.compact().patch_offsets[:-1].tolist()
 
 
 def entropy_of(data: bytes, model: ByteLM) -> Tensor:
@@ -140,6 +189,26 @@ def test_entropies_of_a_stream_are_those_of_the_whole() -> None:
         blocks = list(stream.with_entropy(split(data, size), model))
         assert b"".join(block for block, _ in blocks) == data
         assert_equal(torch.cat([entropy for _, entropy in blocks]), got)
+
+
+def test_contexts_that_start_anew_at_newlines() -> None:
+    """Over the edges of blocks, and to the last bit however the source is split; patches are those of the model."""
+    model, data = tiny_model().double(), real_text(5000) + b"x" * 2000 + b"\n\n" + real_text(900)
+    fresh = ByteLM(replace(model.config, reset_at_newlines=True)).double()
+    fresh.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        expected, layout = fresh.patch(data, threshold=5.2)
+    entropy = torch.cat([entropy for _, entropy in stream.with_entropy([data], fresh)])
+    torch.testing.assert_close(entropy, expected.float(), rtol=1e-6, atol=0)
+    assert not torch.allclose(entropy, entropy_of(data, model), atol=1e-3)
+    for size in (1, 999, 2048, 9000):
+        for patcher, rules in ((fresh, Rules(threshold=5.2)), (model, Rules(threshold=5.2, reset_at_newlines=True))):
+            used, pieces = cut(split(data, size), rules, patcher)
+            pieces = list(pieces)
+            assert_equal(torch.cat([piece.entropy for piece in pieces]), entropy)
+            assert torch.cat([piece.starts for piece in pieces]).tolist() == offsets(layout)
+            assert used.reset_at_newlines
+    assert "context anew at newlines" in used.describe()
 
 
 def test_a_model_without_a_window_cannot_stream() -> None:
@@ -164,16 +233,26 @@ def test_cut_fills_in_the_threshold() -> None:
 @given(
     st.lists(st.floats(0, 5.5, width=32), max_size=30),
     st.floats(1, 12),
-    st.sampled_from([Rules(), Rules(monotonic=True), Rules(threshold_add=0.5), Rules(max_patch_length=3)]),
+    st.sampled_from(
+        [
+            Rules(),
+            Rules(monotonic=True),
+            Rules(threshold_add=0.5),
+            Rules(max_patch_length=3),
+            Rules(whole_characters=True),
+            Rules(whole_characters=True, max_patch_length=4),
+        ]
+    ),
 )
 def test_found_threshold_is_the_nearest(values: list[float], target: float, rules: Rules) -> None:
     entropy = torch.tensor(values, dtype=torch.float32)
+    data = ("aé你🙂" * len(values)).encode()[: len(values)]
 
     def miss(threshold: float) -> float:
-        starts = whole(replace(rules, threshold=threshold), bytes(len(values)), entropy)
+        starts = whole(replace(rules, threshold=threshold), data, entropy)
         return abs(len(values) / max(len(starts), 1) - target)
 
-    found = find_threshold(entropy, replace(rules, target_size=target))
+    found = find_threshold(data, entropy, replace(rules, target_size=target))
     rises = [b - a for a, b in itertools.pairwise(entropy.tolist())]
     assert miss(found) <= min(map(miss, [-6.0, 6.0, *entropy.tolist(), *rises])) + 1e-9
 

@@ -7,6 +7,7 @@ result.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -19,8 +20,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
+from blt_kernels import bpe
+from blt_kernels.characters import character_ends, patches_of_whole_characters
 from blt_kernels.ids import BYTE_OFFSET, to_ids
 from blt_kernels.layout import PatchLayout
+from blt_kernels.nn import load_ops
 from blt_kernels.ops import entropy_patch as ops
 
 if TYPE_CHECKING:
@@ -28,8 +32,10 @@ if TYPE_CHECKING:
 
 READ_SIZE = 1 << 20  # bytes read at once
 SAMPLE_SIZE = 1 << 20  # bytes that a target size is turned into a threshold on
-TOPK_LIMIT = 16 << 20  # bytes that top-k, which has to see everything, will hold
-CONTEXT = 4  # bytes before a piece that an op sees again: a document's start decides about its first three bytes itself
+AT_ONCE_LIMIT = 16 << 20  # bytes that a scheme which has to see everything will hold
+# Bytes before a piece that an op sees again: a document's start decides about its first three bytes itself, and whether
+# a byte ends a character is known from it and the two before.
+CONTEXT = 4
 
 
 class Scheme(str, Enum):
@@ -41,8 +47,11 @@ class Scheme(str, Enum):
     byte = "byte"
     delimiter = "delimiter"
     topk = "topk"
+    bpe = "bpe"
 
 
+# Schemes that have to see everything, and what they do with it.
+AT_ONCE = {Scheme.topk: "ranks", Scheme.bpe: "tokenizes"}
 ENTROPY_SCHEMES = (Scheme.entropy, Scheme.topk)
 # Which schemes an option is for; the others refuse it instead of ignoring it.
 _OPTIONS = {
@@ -53,6 +62,8 @@ _OPTIONS = {
     "max_patch_length": (Scheme.entropy,),
     "patch_size": (Scheme.static, Scheme.topk),
     "delimiter": (Scheme.delimiter,),
+    "reset_at_newlines": ENTROPY_SCHEMES,
+    "tokenizer": (Scheme.bpe,),
 }
 
 
@@ -74,6 +85,9 @@ class Rules:
     max_patch_length: int | None = None
     patch_size: int | None = None
     delimiter: int | None = None
+    whole_characters: bool = False
+    reset_at_newlines: bool = False
+    tokenizer: Path | None = None
 
     def __post_init__(self) -> None:
         for name, schemes in _OPTIONS.items():
@@ -94,6 +108,8 @@ class Rules:
                 raise ValueError(f"{_flag('target_size', self.target_size)}: expected a mean of at least 1 byte")
             if self.threshold is not None:
                 raise ValueError(f"{_flag('target_size', self.target_size)}: expected no --threshold beside it")
+        if self.scheme is Scheme.bpe and self.tokenizer is None:
+            raise ValueError("--scheme bpe: expected --tokenizer beside it")
         if self.monotonic and self.threshold_add is not None:
             raise ValueError(f"{_flag('threshold_add', self.threshold_add)}: expected no --monotonic beside it")
 
@@ -103,7 +119,10 @@ class Rules:
         return self.scheme in ENTROPY_SCHEMES
 
     def layout(self, tokens: Tensor, entropy: Tensor | None, offset: int = 0) -> PatchLayout:
-        """Cut ids `tokens` ``[T]`` (byte + 4) with entropies `entropy` ``[T]``, the first of which is byte `offset`."""
+        """Cut ids `tokens` ``[T]`` (byte + 4) with entropies `entropy` ``[T]``, the first of which is byte `offset`.
+
+        `whole_characters` and `max_patch_length` are not applied.
+        """
         if self.scheme is Scheme.space:
             return ops.space_patch(tokens)
         if self.scheme is Scheme.delimiter:
@@ -113,6 +132,13 @@ class Rules:
             documents = torch.tensor([0, tokens.shape[0]], dtype=torch.int32)
             # Starts are at 0 and at 1 + multiples of the size; `first` is the distance to the next one.
             return ops.static_patch(documents, size, first=-(-offset // size) * size + 1 - offset)
+        if self.scheme is Scheme.bpe:
+            assert self.tokenizer is not None
+            data = bytes((tokens - BYTE_OFFSET).tolist())
+            lengths = bpe.token_lengths(_tokenizer(self.tokenizer), data, "--scheme bpe", "--tokenizer")
+            ends = torch.zeros(tokens.shape[0])
+            ends[torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1] = 1
+            return ops.patch_starts(ends, threshold=0.5)
         assert entropy is not None
         if self.scheme is Scheme.topk:
             return ops.topk_patch(entropy, self.patch_size or 4)
@@ -124,22 +150,30 @@ class Rules:
     def record(self) -> dict[str, Any]:
         """What is set, as a JSON object."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["tokenizer"] = None if self.tokenizer is None else str(self.tokenizer)
         return {name: value for name, value in values.items() if value is not None and value is not False}
 
     def describe(self) -> str:
         """The rule in words."""
         cap = "" if self.max_patch_length is None else f", at most {self.max_patch_length} bytes"
+        whole = ", whole characters" if self.whole_characters else ""
+        anew = ", context anew at newlines" if self.reset_at_newlines else ""
+        return f"{self._describe_scheme()}{cap}{whole}{anew}"
+
+    def _describe_scheme(self) -> str:
         if self.scheme is Scheme.entropy:
             if self.monotonic:
-                return f"entropy rises by more than {self.threshold:.4g} nats{cap}"
+                return f"entropy rises by more than {self.threshold:.4g} nats"
             rise = "" if self.threshold_add is None else f", and rises by more than {self.threshold_add:.4g}"
-            return f"entropy > {self.threshold:.4g} nats{rise}{cap}"
+            return f"entropy > {self.threshold:.4g} nats{rise}"
         if self.scheme is Scheme.topk:
             return f"top-k entropies, {self.patch_size or 4} bytes on average"
         if self.scheme is Scheme.static:
             return f"every {self.patch_size or 4} bytes"
         if self.scheme is Scheme.delimiter:
             return f"after each byte 0x{10 if self.delimiter is None else self.delimiter:02X}"
+        if self.scheme is Scheme.bpe:
+            return f"tokens of {self.tokenizer}"
         return "after spaces and punctuation" if self.scheme is Scheme.space else "every byte"
 
 
@@ -160,17 +194,20 @@ class StreamCutter:
     """Cuts a stream piece by piece, exactly as the ops cut the whole of it.
 
     What is carried from piece to piece: the last `CONTEXT` bytes and entropies, so that the rules of a document's start
-    only meet bytes that have been decided before, and where the patch started that `max_patch_length` is cutting.
+    only meet bytes that have been decided before; where the patch started that `max_patch_length` is cutting; and where
+    the last character ended before the next byte.
     """
 
     def __init__(self, rules: Rules) -> None:
-        if rules.scheme is Scheme.topk:
-            raise ValueError("--scheme topk: ranks all bytes at once, so it cannot be cut piece by piece")
+        if rules.scheme in AT_ONCE:
+            what = f"{AT_ONCE[rules.scheme]} all bytes at once"
+            raise ValueError(f"--scheme {rules.scheme.value}: {what}, so it cannot be cut piece by piece")
         self.rules = rules
         self.position = 0
         self._tokens = torch.empty(0, dtype=torch.int32)
         self._entropy = torch.empty(0)
         self._patch_start = 0
+        self._character_end = -1
 
     def push(self, data: bytes, entropy: Tensor | None = None) -> Piece:
         """Cut the next bytes. `entropy` ``[len(data)]`` goes into the piece; schemes that do not need it allow None."""
@@ -187,17 +224,28 @@ class StreamCutter:
         local = self.rules.layout(tokens, both, offset - seen).compact().patch_offsets[:-1]
         starts = local[int(torch.searchsorted(local, seen)) :].long() + (offset - seen)
         self.position += len(data)
+        between = None  # characters: may a patch start at each byte?
+        if self.rules.whole_characters:
+            ends = character_ends(tokens, torch.tensor([0, tokens.shape[0]], dtype=torch.int32))
+            between = torch.cat([torch.tensor([True]), ends])[seen : seen + len(data)]
+            between[: max(2 - offset, 0)] = True
+            starts = starts[between[starts - offset]]
         if self.rules.max_patch_length is not None:
-            starts = self._cut_long_patches(starts, offset, self.rules.max_patch_length)
+            starts = self._cut_long_patches(starts, between, offset, self.rules.max_patch_length)
         return Piece(offset, data, entropy, starts)
 
-    def _cut_long_patches(self, starts: Tensor, offset: int, longest: int) -> Tensor:
+    def _cut_long_patches(self, starts: Tensor, between: Tensor | None, offset: int, longest: int) -> Tensor:
         at = torch.arange(offset, self.position)
         begin = torch.full_like(at, self._patch_start)
         begin[starts - offset] = starts
         begin = begin.cummax(0).values
         self._patch_start = int(begin[-1])
-        return at[(at - begin) % longest == 0]
+        if between is None:
+            return at[(at - begin) % longest == 0]
+        # As in `blt_kernels.characters`: the first place between characters at or after a multiple of `longest`.
+        ends = torch.cat([torch.tensor([self._character_end]), torch.where(between, at, -1)]).cummax(0).values
+        self._character_end = int(ends[-1])
+        return at[between & ((at - begin) // longest > (ends[:-1] - begin) // longest)]
 
 
 def load_model(path: Path | None = None) -> ByteLM:
@@ -251,8 +299,10 @@ def regroup(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
         yield bytes(rest)
 
 
-def with_entropy(pieces: Iterable[bytes], model: ByteLM) -> Iterator[tuple[bytes, Tensor]]:
-    """Bytes and their entropies in nats, fp32.
+def with_entropy(
+    pieces: Iterable[bytes], model: ByteLM, reset_at_newlines: bool | None = None
+) -> Iterator[tuple[bytes, Tensor]]:
+    """Bytes and their entropies in nats, fp32. The context starts anew at newlines if the model says so or is told to.
 
     A byte's entropy depends on the `context` bytes before it and on no others: every layer looks back ``window - 1``
     bytes. So blocks are computed on their own, each after the context in front of it. They lie on a fixed grid, because
@@ -264,20 +314,21 @@ def with_entropy(pieces: Iterable[bytes], model: ByteLM) -> Iterator[tuple[bytes
     before = b""
     for block in regroup(pieces, max(2048, 4 * context)):
         seen = before + block
+        ids = to_ids(seen, dtype=torch.int32)
         with torch.inference_mode():
-            entropy = ops.token_entropy(model(to_ids(seen, dtype=torch.int32)))
+            entropy = ops.token_entropy(model(ids, reset_at_newlines=reset_at_newlines))
         yield block, entropy[len(before) :].float()
         before = seen[max(len(seen) - context, 0) :]
 
 
-def find_threshold(entropy: Tensor, rules: Rules) -> float:
-    """The threshold at which the mean patch size of entropies ``[T]`` is nearest to ``rules.target_size``.
+def find_threshold(data: bytes, entropy: Tensor, rules: Rules) -> float:
+    """The threshold at which the mean patch size of bytes with entropies ``[T]`` is nearest to ``rules.target_size``.
 
-    By bisection: a higher threshold never makes more patches, whatever the rule.
+    By bisection: a higher threshold never makes more patches, whatever the rule. Only where `max_patch_length` is
+    shorter than characters that are kept whole may it make a few more.
     """
     target = rules.target_size
     assert target is not None
-    data = bytes(entropy.shape[0])
 
     def size(threshold: float) -> float:
         piece = StreamCutter(replace(rules, threshold=threshold, target_size=None)).push(data, entropy)
@@ -316,16 +367,22 @@ def cut(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None = None) -> t
     Raises
     ------
     ValueError
-        ``scheme=topk`` and the stream has more than `TOPK_LIMIT` bytes.
+        The scheme has to see all bytes at once, and there are more than `AT_ONCE_LIMIT`.
     """
+    if rules.tokenizer is not None:
+        _tokenizer(rules.tokenizer)  # fails before anything is read
     if model is None:
         if rules.needs_entropy:
             raise ValueError(f"model: expected a ByteLM for --scheme {rules.scheme.value}, got None")
+        if rules.scheme in AT_ONCE:
+            return rules, _cut_at_once(pieces, rules, model)
         cutter = StreamCutter(rules)
         return rules, (cutter.push(piece) for piece in pieces)
-    if rules.scheme is Scheme.topk:
-        return rules, _cut_topk(pieces, rules, model)
-    stream = with_entropy(pieces, model)
+    if rules.needs_entropy and model.config.reset_at_newlines:
+        rules = replace(rules, reset_at_newlines=True)
+    if rules.scheme in AT_ONCE:
+        return rules, _cut_at_once(pieces, rules, model)
+    stream = with_entropy(pieces, model, rules.reset_at_newlines or None)
     if rules.target_size is not None:
         sample, size = [], 0
         for block, entropy in stream:
@@ -333,8 +390,9 @@ def cut(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None = None) -> t
             size += len(block)
             if size >= SAMPLE_SIZE:
                 break
+        data = b"".join(block for block, _ in sample)
         entropies = torch.cat([entropy for _, entropy in sample] or [torch.empty(0)])
-        rules = replace(rules, threshold=find_threshold(entropies, rules), target_size=None)
+        rules = replace(rules, threshold=find_threshold(data, entropies, rules), target_size=None)
         stream = itertools.chain(sample, stream)
     elif rules.scheme is Scheme.entropy and rules.threshold is None:
         rules = replace(rules, threshold=model.config.threshold)
@@ -342,17 +400,24 @@ def cut(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None = None) -> t
     return rules, (cutter.push(block, entropy) for block, entropy in stream)
 
 
-def _cut_topk(pieces: Iterable[bytes], rules: Rules, model: ByteLM) -> Iterator[Piece]:
+def _cut_at_once(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None) -> Iterator[Piece]:
     held, size = [], 0
     for piece in pieces:
         held.append(piece)
         size += len(piece)
-        if size > TOPK_LIMIT:
-            raise ValueError(f"--scheme topk: ranks all bytes at once, expected at most {TOPK_LIMIT} bytes, got more")
+        if size > AT_ONCE_LIMIT:
+            what = f"{AT_ONCE[rules.scheme]} all bytes at once"
+            raise ValueError(f"--scheme {rules.scheme.value}: {what}, expected at most {AT_ONCE_LIMIT} bytes, got more")
     data = b"".join(held)
-    entropy = torch.cat([e for _, e in with_entropy(held, model)] or [torch.empty(0)])
-    starts = rules.layout(to_ids(data, dtype=torch.int32), entropy).compact().patch_offsets[:-1].long()
-    yield Piece(0, data, entropy, starts)
+    entropy = None
+    if model is not None:
+        blocks = with_entropy(held, model, rules.reset_at_newlines or None)
+        entropy = torch.cat([e for _, e in blocks] or [torch.empty(0)])
+    tokens = to_ids(data, dtype=torch.int32)
+    layout = rules.layout(tokens, entropy)
+    if rules.whole_characters:
+        layout = patches_of_whole_characters(load_ops("fused"), layout, tokens)
+    yield Piece(0, data, entropy, layout.compact().patch_offsets[:-1].long())
 
 
 def parse_byte(name: str, text: str) -> int:
@@ -365,6 +430,11 @@ def parse_byte(name: str, text: str) -> int:
     if re.fullmatch("0x[0-9a-fA-F]{1,2}", text):
         return int(text, 16)
     raise ValueError(f"{name} {text!r}: expected one ASCII character, an escape such as \\n, or a byte such as 0x0A")
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> Any:
+    return bpe.load_tokenizer(path, "--tokenizer")
 
 
 def _flag(name: str, value: object) -> str:
