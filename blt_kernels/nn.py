@@ -93,12 +93,27 @@ def attention_documents(starts: Tensor, cu_seqlens: Tensor) -> Tensor:
     return offsets
 
 
-def next_byte_targets(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The id after each one in its row, int64 ``[T]``; -100 where there is none."""
+def known_ids(ids: Tensor, cu_seqlens: Tensor, alphabet: int) -> Tensor:
+    """Which ids are in a row and in the alphabet, bool ``[T]``: the others may hold anything."""
+    inside = torch.arange(ids.shape[0], device=ids.device) < cu_seqlens[-1]
+    return inside & (ids >= 0) & (ids < alphabet)
+
+
+def embed_ids(table: nn.Module, ids: Tensor, known: Tensor) -> Tensor:
+    """The rows of `table`, ``[*ids.shape, D]``; 0, which gets no gradient, for ids that are not `known`."""
+    return table(ids.where(known, 0)).where(known[..., None], 0)
+
+
+def next_byte_targets(tokens: Tensor, cu_seqlens: Tensor, alphabet: int | None = None) -> Tensor:
+    """The id after each one in its row, int64 ``[T]``; -100 where there is none, or one outside the alphabet."""
     position = torch.arange(tokens.shape[0], device=tokens.device)
     row = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
     end = F.pad(cu_seqlens[1:].long(), (0, 1))[row]
-    return torch.where(position + 1 < end, tokens.long().roll(-1), -100)
+    following = tokens.long().roll(-1)
+    there = (position + 1 < end) & (following >= 0)
+    if alphabet is not None:
+        there &= following < alphabet
+    return torch.where(there, following, -100)
 
 
 def next_byte_bits(logits: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
@@ -306,6 +321,11 @@ class ByteModel(nn.Module):
         """A fresh model from its configuration as a dictionary (`asdict`, or JSON)."""
         return cls(config_from_dict(cls.config_class, values), ops)
 
+    def check_ids(self, tokens: Tensor, ids: Tensor, cu_seqlens: Tensor) -> None:
+        """Raise ValueError if one of `ids`, which are `tokens` packed, is outside the alphabet."""
+        padded, alphabet = tokens.dim() == 2, self.config.vocab_size
+        _common.check_ids(ids, cu_seqlens, alphabet, "the alphabet of the model", padded=padded)
+
     def loss(self, tokens: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
         """Bits per byte of next-byte prediction: the mean of ``-log2 p`` over every id that follows another in its row.
 
@@ -324,7 +344,8 @@ class ByteModel(nn.Module):
         """
         logits = self(tokens, cu_seqlens, **options)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
-        return next_byte_bits(logits.flatten(0, -2), next_byte_targets(ids, rows))
+        targets = next_byte_targets(ids, rows, self.config.vocab_size)
+        return next_byte_bits(logits.flatten(0, -2), targets)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write weights (as `dtype`, if given) and configuration to one ``.safetensors`` file, all of it or nothing.

@@ -296,17 +296,21 @@ class BLT(ByteModel):
         Returns
         -------
         ``[*tokens.shape, vocab_size]``
+            0 for tokens beyond the last row, which may hold anything and get no gradient.
 
         Raises
         ------
         TypeError, ValueError
-            An argument has the wrong type, dtype, shape or value; the message names it.
+            An argument has the wrong type, dtype, shape or value; the message names it. An id outside the alphabet is
+            found where looking costs nothing, in eager code on the CPU; elsewhere it has no embedding.
         """
         _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
         if layout is None:
-            layout = self.patch(ids, rows, max_patches=max_patches)
-        elif (layout.num_bytes, layout.num_documents) != (ids.shape[0], rows.shape[0] - 1):
+            layout = self.patch(tokens, cu_seqlens, max_patches=max_patches)  # which checks the ids
+        else:
+            self.check_ids(tokens, ids, rows)
+        if (layout.num_bytes, layout.num_documents) != (ids.shape[0], rows.shape[0] - 1):
             shape = f"{ids.shape[0]} bytes in {rows.shape[0] - 1} rows"
             raise ValueError(f"layout: expected {shape}, got {layout.num_bytes} in {layout.num_documents}")
         config, encoder = self.config, self.local_encoder
@@ -345,11 +349,13 @@ class BLT(ByteModel):
         Raises
         ------
         TypeError, ValueError
-            An argument has the wrong type, dtype, shape or value, or the scheme needs a patcher and there is none.
+            An argument has the wrong type, dtype, shape or value (ids as in `forward`), or the scheme needs a patcher
+            and there is none.
         """
         tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
         _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        self.check_ids(tokens, ids, rows)
         config = self.config
         if config.patching == "entropy":
             if self.patcher is None:

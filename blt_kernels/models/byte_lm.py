@@ -19,7 +19,9 @@ from blt_kernels.nn import (
     TransformerConfig,
     TransformerLayer,
     attention_documents,
+    embed_ids,
     embedding,
+    known_ids,
     linear,
     load_ops,
     rotary_table,
@@ -132,21 +134,24 @@ class ByteLM(ByteModel):
         Returns
         -------
         ``[*tokens.shape, vocab_size]``
+            0 for tokens beyond the last row, which may hold anything and get no gradient.
 
         Raises
         ------
         TypeError, ValueError
-            An argument has the wrong type, dtype, shape or value; the message names it.
+            An argument has the wrong type, dtype, shape or value; the message names it. An id outside the alphabet is
+            found where looking costs nothing, in eager code on the CPU; elsewhere it has no embedding.
         """
         _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        self.check_ids(tokens, ids, rows)
         if reset_at_newlines is None:
             reset_at_newlines = self.config.reset_at_newlines
         documents = rows
         if self.config.split_documents or reset_at_newlines:
             starts = (ids == EOS).roll(1) if self.config.split_documents else torch.zeros_like(ids, dtype=torch.bool)
             documents = attention_documents(starts | (ids == NEWLINE) if reset_at_newlines else starts, rows)
-        x = self.embed_tokens(ids)
+        x = embed_ids(self.embed_tokens, ids, known_ids(ids, rows, self.config.vocab_size))
         table = rotary_table(row_positions(rows, ids.shape[0]), self.config, x.dtype)
         for layer in self.layers:
             x = layer(x, table, documents)

@@ -28,8 +28,10 @@ from blt_kernels.nn import (
     SelfAttention,
     TransformerConfig,
     TransformerLayer,
+    embed_ids,
     embedding,
     init_normal,
+    known_ids,
     linear,
     load_ops,
     rotary_table,
@@ -187,14 +189,17 @@ class MegaByte(ByteModel):
         Returns
         -------
         ``[*tokens.shape, vocab_size]``
+            0 for tokens beyond the last row, which may hold anything and get no gradient.
 
         Raises
         ------
         TypeError, ValueError
-            An argument has the wrong type, dtype, shape or value; the message names it.
+            An argument has the wrong type, dtype, shape or value; the message names it. An id outside the alphabet is
+            found where looking costs nothing, in eager code on the CPU; elsewhere it has no embedding.
         """
         _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        self.check_ids(tokens, ids, rows)
         logits = self._logits(ids, rows)
         if strided:
             logits = self._stride(logits, ids, rows)
@@ -224,16 +229,19 @@ class MegaByte(ByteModel):
         # A row of n + 1 slots has n // size + 1 patches. At least one, which bytes in no row may read.
         capacity = max(total // size + count, 1)
         layout = self.ops.static_patch(slot_rows, size=size, first=size, num_bytes=total + count, max_patches=capacity)
-        padded = F.pad(ids, (0, 1))  # so that there is an id to read where there are no bytes
-        patches = self._global(padded, rows, layout)  # [C * size, D_L]
+        # One id more, so that there is one to read where there are no bytes.
+        padded, known = (F.pad(x, (0, 1)) for x in (ids, known_ids(ids, rows, self.config.vocab_size)))
+        patches = self._global(padded, known, rows, layout)  # [C * size, D_L]
 
         slot = torch.arange(total + count, device=ids.device)
         row = _row(slot_rows, slot)
         place = (slot - slot_rows[row]) % size  # in its patch
         # Slot s of a row reads byte s - 1. There is one slot more than bytes in every row before.
-        previous = self.local_embed_tokens(padded[(slot - row - 1).clamp(min=0)])
+        read = (slot - row - 1).clamp(min=0)
+        previous = embed_ids(self.local_embed_tokens, padded[read], known[read])
         part = layout.patch_ids.long().clamp(min=0) * size + place
         x = torch.where((place == 0)[:, None], self.local_embed_first, previous) + patches[part]
+        x = x.where((slot < slot_rows[-1])[:, None], 0)  # and stays 0 in all layers, as in no row attention gives 0
         table = rotary_table(place, self.local_config, x.dtype)
         documents = self._cross_patch(layout, x.dtype) if self.config.cross_patch else layout.patch_offsets
         for layer in self.local_layers:
@@ -242,7 +250,7 @@ class MegaByte(ByteModel):
         next_slot = (byte + _row(rows, byte) + 1).clamp(max=total + count - 1)
         return self.lm_head(self.norm(x[next_slot]))
 
-    def _global(self, padded: Tensor, rows: Tensor, layout: PatchLayout) -> Tensor:
+    def _global(self, padded: Tensor, known: Tensor, rows: Tensor, layout: PatchLayout) -> Tensor:
         """What the slots of each patch know of the patches before theirs: ``[C * size, D_L]``."""
         size = self.config.patch_size
         patch = torch.arange(layout.capacity, device=padded.device)
@@ -250,14 +258,14 @@ class MegaByte(ByteModel):
         slot = layout.patch_offsets[:-1, None] - size + torch.arange(size, device=padded.device)  # [C, size]
         read = (slot - row[:, None]).clamp(min=0, max=padded.shape[0] - 1)
         if self.patch_convolutions:
-            x = self.global_embed_tokens(padded)
+            x = embed_ids(self.global_embed_tokens, padded, known)
             byte = torch.arange(padded.shape[0], device=padded.device)
             positions = byte - rows[_row(rows, byte)]
             for convolution in self.patch_convolutions:
                 x = convolution(x, positions)
             x = F.embedding(read, x)
         else:
-            x = self.global_embed_tokens(padded[read])
+            x = embed_ids(self.global_embed_tokens, padded[read], known[read])
         positions = patch - layout.cu_patches[row]
         x = torch.where((positions == 0)[:, None], self.global_embed_first, x.flatten(1))
         table = rotary_table(positions, self.config.global_transformer, x.dtype)

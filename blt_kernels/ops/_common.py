@@ -108,6 +108,25 @@ def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.devic
     return offsets.to(torch.int32).contiguous()
 
 
+def check_ids(tokens: Tensor, cu_seqlens: Tensor, alphabet: int, meaning: str, *, padded: bool = False) -> None:
+    """Raise ValueError unless the packed ids of all documents are below `alphabet`, which `meaning` names.
+
+    The values are checked where they are `readable`. Beyond the last document there may be anything. `padded`: the
+    caller was given ``[B, S]``, where there is no such place.
+    """
+    if not (readable(tokens) and readable(cu_seqlens)):
+        return
+    inside = tokens[: int(cu_seqlens[-1])]
+    if not inside.numel():
+        return
+    low, high = (int(x) for x in inside.aminmax())
+    if low >= 0 and high < alphabet:
+        return
+    got = low if low < 0 else high
+    hint = ". Every id of padded tokens is in a document: padding may only follow cu_seqlens[-1]" if padded else ""
+    raise ValueError(f"tokens: expected ids from 0 to {alphabet - 1}, {meaning}, got {got}{hint}")
+
+
 def pack(name: str, data: Tensor, cu_seqlens: Tensor | None, trailing: int) -> tuple[Tensor, Tensor]:
     """Return packed data ``[T, ...]`` and int32 offsets ``[B+1]`` of its documents.
 
