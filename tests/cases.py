@@ -51,7 +51,6 @@ class OpCase:
     autocast : does autocast cast the floating arguments?
     sparse : are gradients sparse? gradcheck and tracing take dense ones only
     trace : is the case put through opcheck and torch.compile? One of a function's cases is enough unless options differ
-    inductor : is it compiled by inductor too? Takes many seconds
     """
 
     op: str
@@ -64,7 +63,6 @@ class OpCase:
     autocast: bool = False
     sparse: bool = False
     trace: bool = True
-    inductor: bool = False
 
     @property
     def name(self) -> str:
@@ -94,7 +92,7 @@ _scheme = partial(OpCase, "entropy_patch", dtypes=IDS)
 
 ENTROPY_PATCH = [
     *(
-        _entropy_patch(label, inputs.make_entropy_patch(**rule), trace=label in ("", "all"), inductor=not label)
+        _entropy_patch(label, inputs.make_entropy_patch(**rule), trace=label in ("", "all"))
         for label, rule in RULES.items()
     ),
     *(

@@ -366,7 +366,7 @@ def test_compile_without_recompiling(case: OpCase, installed: str) -> None:
             assert_equal(run(case, function, arguments), run(case, case.function, arguments))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.inductor], ids=lambda case: case.name)
+@TRACE_CASES
 def test_inductor(case: OpCase, installed: str) -> None:
     function = compiled(case, "inductor")
     check(case, [make(case, installed, num_bytes, 16) for num_bytes in (101, 250)], function)

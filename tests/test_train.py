@@ -353,7 +353,10 @@ def test_recomputed_layers_give_bitwise_the_same(corpus: Path, tmp_path: Path, m
     assert len(calls) == 2 * 4 * 4  # twice, in 4 steps, 4 layers
 
 
-def test_compiled_layers_take_any_length(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_layers_take_any_length(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
     """Compiled once, without graph breaks; the micro-batches have other lengths at every step."""
     from torch._dynamo.utils import counters
 
@@ -364,7 +367,7 @@ def test_compiled_layers_take_any_length(corpus: Path, tmp_path: Path, monkeypat
         "checkpoint_activations": True,
     }
     expected, _ = advance(corpus, tmp_path / "eager", **options)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
     torch._dynamo.reset()
     counters.clear()
     got, _ = advance(corpus, tmp_path / "compiled", compile=True, **options)

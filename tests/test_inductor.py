@@ -1,0 +1,89 @@
+"""Models under `torch.compile`'s default backend, which rewrites and fuses what "aot_eager" leaves as it is.
+
+Compiling one takes half a minute: so each model here has many of the options that change its graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_models import BYTE_LM, LOCAL, SMALL_BLT, SMALL_MEGABYTE, documents
+from torch import Tensor
+
+from blt_kernels.models import BLT, ByteLM, MegaByte
+from blt_kernels.nn import EOS, ByteModel, next_byte_bits, next_byte_targets
+
+GROUPED = replace(LOCAL, num_kv_heads=1)
+MODELS: dict[str, tuple[type[ByteModel], object, dict[str, object]]] = {
+    "byte_lm": (ByteLM, replace(BYTE_LM, split_documents=True, reset_at_newlines=True), {}),
+    "blt_space": (BLT, replace(SMALL_BLT, patching="space", patcher=None), {}),
+    "blt_entropy": (
+        BLT,
+        replace(
+            SMALL_BLT,
+            cross_attn_all_layers_encoder=True,
+            cross_attn_heads=4,
+            cross_attn_window_encoder=2,
+            cross_attn_window_decoder=3,
+            split_documents=True,
+            monotonic=True,
+            threshold=0.01,
+            max_patch_length=5,
+            whole_characters=True,
+        ),
+        {},
+    ),
+    "blt_transformers": (
+        BLT,
+        replace(
+            SMALL_BLT,
+            encoder=GROUPED,
+            decoder=GROUPED,
+            cross_attn_grouped_heads=True,
+            cross_attn_all_layers_decoder=False,
+            pool_every_layer=True,
+            num_functions=2,
+            ngram_sizes=(2, 4),
+            patching="static",
+            patch_size=3,
+            patcher=None,
+        ),
+        {"max_patches": 60},
+    ),
+    "megabyte": (MegaByte, SMALL_MEGABYTE, {}),
+    "megabyte_extended": (MegaByte, replace(SMALL_MEGABYTE, cross_patch=3, conv_sizes=(3,)), {"strided": True}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_loss_and_gradients(name: str) -> None:
+    """As far from eager code as fp32 rounds: eager code in fp64 says how far that is."""
+    cls, config, options = MODELS[name]
+    tokens, rows = documents()
+    tokens[7], tokens[20] = EOS, ord("\n") + 4
+    torch.manual_seed(0)
+    model = cls(config)
+
+    def run(model: ByteModel, call: object) -> list[Tensor]:
+        logits, loss = call(tokens, rows)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        # The logits have a part in the gradients of their own: the loss alone would not tell their scale.
+        return [logits.detach(), loss.detach(), *torch.autograd.grad(loss + logits.square().mean(), parameters)]
+
+    def both(model: ByteModel) -> object:
+        def call(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            logits = model(tokens, rows, **options)
+            return logits, next_byte_bits(logits, next_byte_targets(tokens, rows))  # as in `ByteModel.loss`
+
+        return call
+
+    torch._dynamo.reset()
+    compiled = run(model, torch.compile(both(model), fullgraph=True))
+    eager = run(model, both(model))
+    exact = run(model.double(), both(model))
+    for i, (a, e, x) in enumerate(zip(compiled, eager, exact, strict=True)):
+        error, rounding = ((y - x).abs().max().item() for y in (a, e))
+        assert error <= 8 * max(rounding, 1e-7 * x.abs().max().item()), f"{name}: result {i}"
