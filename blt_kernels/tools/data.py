@@ -9,6 +9,7 @@ batch needs them; only a table of pieces (40 bytes each) stays in memory.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -104,15 +105,17 @@ class PackedBatches:
         self.batch_bytes = int(min(batch_bytes, self.length.sum()))
         self.batches_per_epoch = int(self.length.sum()) // self.batch_bytes
         self._epoch = -1
+        self._shared = (-1, 0)
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
         """Batch number `step`: ids int32 ``[T]`` and offsets of its rows int32 ``[R+1]``.
 
         With `parts`, those of its rows that `share` gives to `part`, which may be none.
         """
-        pieces = self._pieces(step)
-        own = share([length for _, _, length in pieces], parts)[part]
-        return pack_rows([read_ids(*pieces[i]) for i in own])
+        if self._shared != (step, parts):  # once for all parts of a step
+            self._shared, self._step_pieces = (step, parts), self._pieces(step)
+            self._shares = share([length for _, _, length in self._step_pieces], parts)
+        return pack_rows([read_ids(*self._step_pieces[i]) for i in self._shares[part]])
 
     def predicted(self, step: int) -> int:
         """Ids of batch number `step` that a model predicts: all but the first of each row."""
@@ -141,11 +144,11 @@ def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
     Returns the indices of each part's rows, in rising order; a part has none where there are too few.
     """
-    totals = [0] * parts
+    totals = [(0, part) for part in range(parts)]  # a heap
     shares: list[list[int]] = [[] for _ in range(parts)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        part = totals.index(min(totals))
-        totals[part] += lengths[i]
+        total, part = totals[0]
+        heapq.heapreplace(totals, (total + lengths[i], part))
         shares[part].append(i)
     return [sorted(indices) for indices in shares]
 
@@ -153,13 +156,15 @@ def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
 def heldout_batches(sources: Sequence[Source], batch_bytes: int, context: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Every document once, in order: the pieces as above, packed whole into batches of at most `batch_bytes` ids."""
     rows: list[np.ndarray] = []
+    size = 0
     for source in sources:
         for start in range(0, source.size + 1, context - 1):
             row = read_ids(source, start, min(context, source.size + 2 - start))
-            if rows and sum(map(len, rows)) + len(row) > batch_bytes:
+            if rows and size + len(row) > batch_bytes:
                 yield pack_rows(rows)
-                rows = []
+                rows, size = [], 0
             rows.append(row)
+            size += len(row)
     if rows:
         yield pack_rows(rows)
 

@@ -55,14 +55,15 @@ def run(file: Path | None, *, rounds: int, color: Color) -> None:
     if rounds < 1:
         raise ValueError(f"--rounds {rounds}: expected at least 1")
     file = file or default_file()
-    data = file.read_bytes()
+    with file.open("rb") as source:
+        data = source.read(MOST)
     if not data:
         raise ValueError(f"FILE {file}: expected at least one byte, got an empty file")
     patcher = load_model()
     patch.run([str(file)], Rules(Scheme.entropy), patch.Outputs(max_show=SHOWN), None, color)
 
     out = console(color)
-    tokens = to_ids(data[:MOST])
+    tokens = to_ids(data)
     fused, reference = build_models(patcher)
     with torch.inference_mode():
         layout = fused.patch(tokens)

@@ -11,7 +11,7 @@ different ones. Contexts never seen back off to P_{k-1}. (Witten and Bell 1991; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,17 +51,18 @@ class NgramModel:
 
     @staticmethod
     def train(sources: Sequence[Source]) -> NgramModel:
-        """Count the bytes of files."""
-        table = _Table(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-        waiting: list[np.ndarray] = []
-        for number, source in enumerate(sources):
-            for start in range(0, source.size, _BLOCK):
-                waiting.append(_windows(source, start))
-                if number + 1 == len(sources) or sum(map(len, waiting)) >= _BLOCK:
-                    keys = np.concatenate([table.keys, *waiting])
-                    values = np.concatenate([table.values, np.ones(len(keys) - len(table.keys), dtype=np.int64)])
-                    table, waiting = _sum_by_key(keys, values), []
-        return NgramModel(table)
+        """Count the bytes of files.
+
+        Tables of equally many blocks are merged, as the digits of a binary counter are: a count is copied
+        ``log2(blocks)`` times, however many different windows there are.
+        """
+        tables: list[tuple[int, _Table]] = []  # of so many blocks each
+        for windows in _blocks(sources):
+            blocks, table = 1, _sum_by_key(windows, np.ones(len(windows), dtype=np.int64))
+            while tables and tables[-1][0] == blocks:
+                table, blocks = _merge([tables.pop()[1], table]), 2 * blocks
+            tables.append((blocks, table))
+        return NgramModel(_merge([table for _, table in tables]))
 
     def probability(self, windows: np.ndarray) -> np.ndarray:
         """P(last byte | the three before it) of windows of four ids, as one number in base 260 each; fp64."""
@@ -84,6 +85,21 @@ class NgramModel:
         return bits / max(size, 1)
 
 
+def _blocks(sources: Sequence[Source]) -> Iterator[np.ndarray]:
+    """The windows of all files, `_BLOCK` or more at a time but for the last ones."""
+    waiting: list[np.ndarray] = []
+    size = 0
+    for source in sources:
+        for start in range(0, source.size, _BLOCK):
+            waiting.append(_windows(source, start))
+            size += len(waiting[-1])
+            if size >= _BLOCK:
+                yield np.concatenate(waiting)
+                waiting, size = [], 0
+    if waiting:
+        yield np.concatenate(waiting)
+
+
 def _windows(source: Source, start: int) -> np.ndarray:
     """Every byte of a block with the three ids before it, oldest first, as a number in base 260: int64."""
     stop = min(start + _BLOCK, source.size)
@@ -92,6 +108,12 @@ def _windows(source: Source, start: int) -> np.ndarray:
     ids = read_ids(source, first, stop + 1 - first).astype(np.int64)
     ids = np.pad(ids, (count + ORDER - len(ids), 0), constant_values=BOS)
     return sum((ids[j : j + count] * ALPHABET ** (ORDER - j) for j in range(ORDER + 1)), np.zeros(count, np.int64))
+
+
+def _merge(tables: Sequence[_Table]) -> _Table:
+    empty = np.empty(0, dtype=np.int64)
+    keys, values = ([empty, *(getattr(table, name) for table in tables)] for name in ("keys", "values"))
+    return _sum_by_key(np.concatenate(keys), np.concatenate(values))
 
 
 def _sum_by_key(keys: np.ndarray, values: np.ndarray) -> _Table:

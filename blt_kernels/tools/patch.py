@@ -189,6 +189,7 @@ class Window:
     entropy: list[float] | None = None
     first_patch: int = -1
     bounds: list[int] = field(default_factory=list)
+    _pieces: list[bytes] = field(default_factory=list)
     _size: int = 0
     _closed: bool = False
 
@@ -203,9 +204,10 @@ class Window:
         if self._closed:
             return
         cut_from, cut_to = (min(max(at - piece.offset, 0), len(piece.data)) for at in (self.start, self.stop))
-        self.data += piece.data[cut_from:cut_to]
+        self._pieces.append(piece.data[cut_from:cut_to])
         if piece.entropy is not None:
-            self.entropy = (self.entropy or []) + piece.entropy[cut_from:cut_to].tolist()
+            self.entropy = [] if self.entropy is None else self.entropy
+            self.entropy += piece.entropy[cut_from:cut_to].tolist()
         before = piece.starts[piece.starts <= self.start]
         if before.shape[0]:
             self.first_patch += before.shape[0]
@@ -216,9 +218,10 @@ class Window:
             self._close(int(beyond[0]))
 
     def finish(self) -> None:
-        """Close the last patch at the end of the stream."""
+        """Close the last patch at the end of the stream, and join the bytes."""
         if not self._closed:
             self._close(self._size)
+        self.data, self._pieces = b"".join(self._pieces), []
 
     def _close(self, end: int) -> None:
         self.bounds.append(end)
@@ -241,12 +244,12 @@ class JsonLines:
         self.out = out
         self.entropies = entropies
         self._start: int | None = None
-        self._entropy = torch.empty(0)
+        self._entropy: list[Tensor] = []  # from `_start` on, joined only where a patch ends
 
     def add(self, piece: Piece) -> None:
         """Print the patches that end in a piece."""
         if self.entropies and piece.entropy is not None:
-            self._entropy = torch.cat([self._entropy, piece.entropy])
+            self._entropy.append(piece.entropy)
         starts = piece.starts.tolist()
         if starts:
             bounds = starts if self._start is None else [self._start, *starts]
@@ -264,8 +267,9 @@ class JsonLines:
             self.out.write("".join(lines))
             return
         first = bounds[0]
-        values = self._entropy[: bounds[-1] - first].tolist()
-        self._entropy = self._entropy[bounds[-1] - first :]
+        joined = torch.cat(self._entropy)
+        values = joined[: bounds[-1] - first].tolist()
+        self._entropy = [joined[bounds[-1] - first :].clone()]  # a view would keep all of `joined`
         for a, b in pairwise(bounds):
             entropy = [round(h, 6) for h in values[a - first : b - first]]
             self.out.write(json.dumps({"type": "patch", "offset": a, "length": b - a, "entropy": entropy}) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +59,19 @@ def write(path: Path, title: str, window: Window, statistics: Statistics, rules:
 
 def _draw_row(axis: Any, window: Window, curve: list[float], rules: Rules, begin: int, end: int) -> None:
     stop = window.start + len(window.data)
-    for k, (first, last) in enumerate(zip(window.bounds, window.bounds[1:], strict=False)):
+    spans: tuple[list[tuple[float, float]], ...] = ([], [])  # of each colour: first offset and length
+    edges = []
+    for k, (first, last) in enumerate(pairwise(window.bounds)):
         low, high = max(first, begin), min(last, end, stop)
         if low < high:
-            axis.axvspan(low - 0.5, high - 0.5, color=PATCH_COLORS[(window.first_patch + k) % 2], lw=0)
+            spans[(window.first_patch + k) % 2].append((low - 0.5, high - low))
             if first >= begin:
-                axis.axvline(first - 0.5, color=EDGE, lw=0.8)
+                edges.append(first - 0.5)
+    # One artist for all: matplotlib goes through those that there are whenever one is added.
+    across = axis.get_xaxis_transform()
+    for some, color in zip(spans, PATCH_COLORS, strict=True):
+        axis.broken_barh(some, (0, 1), color=color, lw=0, transform=across)
+    axis.vlines(edges, 0, 1, color=EDGE, lw=0.8, transform=across)
     at = range(begin, min(end, stop))
     values = curve[begin - window.start : begin - window.start + len(at)]
     labelled = len(window.data) <= LABELLED
@@ -93,7 +101,7 @@ def _limit(window: Window, rules: Rules) -> float | None:
 def _patch_lengths(window: Window) -> list[float]:
     stop = window.start + len(window.data)
     lengths: list[float] = []
-    for first, last in zip(window.bounds, window.bounds[1:], strict=False):
+    for first, last in pairwise(window.bounds):
         lengths += [last - first] * (min(last, stop) - max(first, window.start))
     return lengths
 
