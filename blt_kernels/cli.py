@@ -140,9 +140,22 @@ def patch(
     entropies: Annotated[
         bool, typer.Option("--entropies", help="Put entropies into the JSON; compute them for any scheme.")
     ] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Draw nothing, but store the patches of files and directories for train blt --patches."
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="With --save: names to take from directories.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="With --save: that of the training; 2048 if not given.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="With --save: for training with --bf16.")] = False,
+    processes: Annotated[int | None, typer.Option(help="With --save: that share the work; 1 if not given.")] = None,
+    device: Annotated[str | None, typer.Option(help="With --save: cpu or cuda; cpu if not given.")] = None,
     color: ColorOption = Color.auto,
 ) -> None:
-    """Cut files into patches, draw them in alternating colours, and count."""
+    """Cut files into patches, draw them in alternating colours, and count; or store them for training."""
     from blt_kernels.tools import patch
     from blt_kernels.tools.stream import Rules, parse_byte
 
@@ -161,6 +174,16 @@ def patch(
         tokenizer,
     )
     outputs = patch.Outputs(start, length, max_show, plot, html, json, entropies)
+    options = {"include": include, "context": context, "bf16": bf16 or None, "processes": processes, "device": device}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if save is not None:
+        from blt_kernels.tools import save_patches
+
+        outputs.expect_none("--save")
+        save_patches.run(save_patches.SaveConfig(save, [Path(file) for file in files], **given), rules, model, color)
+        return
+    if given:
+        raise ValueError(f"--{next(iter(given))}: expected --save beside it")
     patch.run(files, rules, outputs, model, color)
 
 
@@ -230,20 +253,26 @@ def train(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Directory of the run; runs/MODEL if not given.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="Size of the model: small or paper.")] = "small",
+    preset: Annotated[str | None, typer.Option(help="Size of the model: small or paper; small if not given.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=JSON", help="Replace a field of the preset: dim=128.")
     ] = None,
     patcher: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Entropy model of a BLT; the one in the package if not given.")
+        Path | None,
+        typer.Option(metavar="PATH", help="Entropy model of a BLT; if not given, that of --init or in the package."),
     ] = None,
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Names to take from directories.")] = None,
     heldout: Annotated[float, typer.Option(help="Fraction of the files to keep for measuring.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of the split, the order of the data and the first weights.")] = 0,
-    steps: Annotated[int, typer.Option(help="Steps in all.")] = 3000,
+    steps: Annotated[
+        int,
+        typer.Option(
+            help="Steps in all. A run may go on with more: then with the learning rates of a run of that length."
+        ),
+    ] = 3000,
     batch_bytes: Annotated[int, typer.Option(help="Bytes in a step.")] = 4096,
     context: Annotated[int, typer.Option(help="The most bytes of a file in one piece.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="After the warm-up, from where it falls along a cosine.")] = 3e-3,
     final_learning_rate: Annotated[float, typer.Option(help="At the last step.")] = 3e-5,
     warmup: Annotated[int, typer.Option(help="Steps.")] = 50,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bf16: faster on GPUs, and on CPUs with AMX.")] = False,
@@ -260,6 +289,14 @@ def train(
     shard_tables: Annotated[
         bool, typer.Option("--shard-tables", help="Share the rows of a BLT's hash tables out; fsdp always does.")
     ] = False,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Model to begin as, with its configuration: a safetensors file, or a directory of transformers or "
+            "facebookresearch/blt. Optimiser and learning rate begin anew.",
+        ),
+    ] = None,
     init_global: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Llama that the global transformer of a BLT begins as.")
     ] = None,
@@ -271,6 +308,10 @@ def train(
     eval_bytes: Annotated[int, typer.Option(help="The most bytes of one; the last one takes all.")] = 1 << 18,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     checkpoint_seconds: Annotated[float, typer.Option(help="The most seconds between checkpoints.")] = 60.0,
+    patches: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of a BLT: what patch --save stored, in place of patching.")
+    ] = None,
+    keep: Annotated[int, typer.Option(help="How many checkpoints stay: the newest ones.")] = 1,
     tensorboard: Annotated[
         bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Write its events; if installed if not given.")
     ] = None,
@@ -307,6 +348,7 @@ def train(
         compile=compile,
         parallel=parallel,
         shard_tables=shard_tables,
+        init=init,
         init_global=init_global,
         global_learning_rate=global_learning_rate,
         device=device,
@@ -315,6 +357,8 @@ def train(
         checkpoint_every=checkpoint_every,
         checkpoint_seconds=checkpoint_seconds,
         tensorboard=tensorboard,
+        patches=patches,
+        keep=keep,
     )
     watch.run_train(config, color)
 

@@ -300,6 +300,67 @@ def test_a_killed_run_goes_on_to_bitwise_the_same_weights(corpus: Path, tmp_path
     assert (killed / "checkpoint" / "30" / ".metadata").stat().st_mtime_ns == written
 
 
+def test_a_run_goes_on_with_more_steps(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the data, and from there on the learning rate, of a run that had as many from the beginning."""
+    options = config(corpus, tmp_path / "run", steps=6, checkpoint_every=2, log_every=1)
+    train.train(options)
+    more = replace(options, steps=9)
+    train.train(more)
+    extended = load_model(tmp_path / "run" / "model.safetensors").state_dict()
+    log = train_log.read_log(tmp_path / "run" / "log.jsonl")
+
+    rate = train._learning_rate
+    by_hand = [rate(options if step < 6 else more, step) for step in range(9)]
+    assert by_hand[6] > by_hand[5] == pytest.approx(options.final_learning_rate)
+    assert [line["learning_rate"] for line in log if "learning_rate" in line] == by_hand
+    monkeypatch.setattr(train, "_learning_rate", lambda config, step: by_hand[step])
+    train.train(replace(more, out=tmp_path / "at once"))
+    at_once = load_model(tmp_path / "at once" / "model.safetensors").state_dict()
+    assert all(extended[key].equal(at_once[key]) for key in at_once)
+    losses = [
+        [line["bits_per_byte"] for line in lines if "bits_per_byte" in line]
+        for lines in (log, train_log.read_log(tmp_path / "at once" / "log.jsonl"))
+    ]
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"steps: expected at least 9, as .* has, got 8"):
+        train.train(replace(options, steps=8))
+
+
+def test_the_newest_checkpoints_stay_and_nothing_else_goes(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    notes = [
+        folder / "notes" / "a.txt",
+        folder / "best" / ".metadata",
+        folder / "2" / "mine.txt",
+        folder / "7" / "mine",
+    ]
+    for file in notes:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    (folder / "1").mkdir()
+    (folder / "1" / "__0_0.distcp").write_bytes(b"half a checkpoint")
+    (folder / "todo.txt").write_text("mine")
+    others = {"notes", "best", "2", "7", "todo.txt"}
+    run = train._Run(config(corpus, tmp_path, checkpoint_every=2, keep=2), ALONE)
+    for step, kept in ((0, {"0"}), (2, {"0", "2"}), (4, {"2", "4"}), (6, {"4", "6"})):
+        while run.step < step:
+            run.record(run.advance(), 1.0)
+        assert {path.name for path in folder.iterdir()} == kept | others
+        assert train_state.latest(folder).name == str(step)
+    assert [path.name for path in (folder / "2").iterdir()] == ["mine.txt"]
+    assert all(file.read_text() == "mine" for file in (*notes, folder / "todo.txt"))
+    # One more, of fewer; and the older of two is whole.
+    run = train._Run(config(corpus, tmp_path, checkpoint_every=2, keep=1), ALONE)
+    assert run.step == 6
+    for file in (folder / "6").iterdir():
+        file.unlink()
+    run = train._Run(config(corpus, tmp_path, checkpoint_every=2, keep=1), ALONE)
+    assert run.step == 4
+    while run.step < 6:
+        run.record(run.advance(), 1.0)
+    assert {path.name for path in folder.iterdir()} == {"6"} | others
+
+
 SMALL_BLT = {
     "encoder": TINY,
     "global_transformer": {"dim": 48, "num_layers": 2, "num_heads": 2, "ffn_dim": 64},
@@ -429,8 +490,10 @@ def test_checkpoints_come_by_time_too(corpus: Path, tmp_path: Path, monkeypatch:
 
 def test_a_run_with_other_options_is_refused(corpus: Path, tmp_path: Path) -> None:
     train.train(config(corpus, tmp_path / "run", steps=2))
-    with pytest.raises(ValueError, match=r"holds a run with other options \(steps=2, learning_rate=0.003\)"):
-        train.train(config(corpus, tmp_path / "run", steps=3, learning_rate=1e-2))
+    with pytest.raises(ValueError, match=r"holds a run with other options \(learning_rate=0.003, warmup=2\)"):
+        train.train(config(corpus, tmp_path / "run", steps=3, learning_rate=1e-2, warmup=1))
+    with pytest.raises(ValueError, match=r"steps: expected at least 2, as .*/run has, got 1"):
+        train.train(config(corpus, tmp_path / "run", steps=1))
     (corpus / "more.txt").write_text("more")
     with pytest.raises(ValueError, match=r"other options \(files\)"):
         train.train(config(corpus, tmp_path / "run", steps=2))
@@ -453,6 +516,106 @@ def test_the_patcher_may_be_a_directory(tmp_path: Path) -> None:
     model = train.build_model(TrainConfig("blt", [], tmp_path, patcher=tmp_path))
     assert model.config.threshold == bundled.config.threshold
     assert all(torch.equal(a, b) for a, b in zip(model.patcher.parameters(), bundled.parameters(), strict=True))
+
+
+BEGINNINGS = {
+    "entropy": TINY,
+    "blt": {"encoder": TINY, "global_transformer": {**TINY, "dim": 48}, "decoder": TINY, "ngram_vocab": 64},
+    "megabyte": {"global_transformer": {**TINY, "dim": 48}, "local_transformer": TINY, "patch_size": 3},
+}
+
+
+@pytest.mark.parametrize("model", BEGINNINGS)
+def test_a_run_begins_as_a_model(model: str, corpus: Path, tmp_path: Path) -> None:
+    """With its configuration and weights, in fp32; the file stays as it is. An entropy model comes with a BLT."""
+    own, overrides = tmp_path / "own.safetensors", BEGINNINGS[model]
+    begin = train.build_model(config(corpus, tmp_path, model=model, overrides=overrides))
+    if model == "blt":
+        begin.config = replace(begin.config, threshold=1.25, monotonic=True)
+        with torch.no_grad():
+            begin.patcher.lm_head.weight.mul_(0.5)
+    begin.save(own, torch.bfloat16)
+    stored = own.read_bytes()
+    options = config(corpus, tmp_path / "run", model=model, overrides={}, init=own, steps=2, learning_rate=1e-2)
+    run = train._Run(options, ALONE)
+    assert run.model.config == begin.config
+    for name, value in begin.state_dict().items():
+        assert torch.equal(run.model.state_dict()[name], value.bfloat16().float())
+    train.train(options)
+    assert own.read_bytes() == stored
+    trained = load_model(tmp_path / "run" / "model.safetensors")
+    if model != "entropy":  # whose threshold is chosen anew
+        assert trained.config == begin.config
+    for name, value in trained.state_dict().items():
+        kept = torch.equal(value, begin.state_dict()[name].bfloat16().float())
+        assert kept == name.startswith("patcher."), name
+    # What the file has may be said, and nothing else; nor may the file be of another model.
+    repeated = replace(options, overrides=json.loads(json.dumps(overrides)))
+    assert train.build_model(repeated).config == begin.config
+    wide = {**TINY, "num_layers": 2}
+    name, changes = {
+        "entropy": ("num_layers", {"num_layers": 2}),
+        "blt": ("decoder", {"decoder": wide}),
+        "megabyte": ("local_transformer", {"local_transformer": wide}),
+    }[model]
+    with pytest.raises(ValueError, match=f"--set {name}: expected .*, as in .*own.safetensors, got "):
+        train.build_model(replace(options, overrides={**overrides, **changes}))
+    with pytest.raises(ValueError, match=r"preset 'paper': \w+: expected .*, as in .*own.safetensors, got "):
+        train.build_model(replace(options, preset="paper"))
+    other = "entropy" if model != "entropy" else "blt"
+    with pytest.raises(
+        ValueError, match=f"init: expected a .*, since model is '{other}', got a {type(begin).__name__} in "
+    ):
+        train.build_model(replace(options, model=other))
+
+
+def test_a_run_begins_as_a_checkpoint_of_transformers(tmp_path: Path) -> None:
+    """With its patcher, or with another one and its threshold; a patcher alone begins an entropy model."""
+    fresh = train.build_model(TrainConfig("blt", [], tmp_path, overrides=SMALL_CHECKPOINT))
+    fresh.config = replace(fresh.config, threshold=1.25)
+    fresh.save_pretrained(tmp_path / "blt")
+    fresh.patcher.save_pretrained(tmp_path / "entropy")
+    begin = train.build_model(TrainConfig("blt", [], tmp_path, init=tmp_path / "blt"))
+    assert begin.config == load_model(tmp_path / "blt").config
+    assert begin.config.threshold == 1.25
+    assert all(torch.equal(value, begin.state_dict()[name]) for name, value in fresh.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in begin.patcher.parameters())
+    assert type(train.build_model(TrainConfig("entropy", [], tmp_path, init=tmp_path / "entropy"))) is ByteLM
+
+    other = ByteLM.from_values({**TINY, "threshold": 0.75})
+    other.save(tmp_path / "other.safetensors")
+    options = TrainConfig("blt", [], tmp_path, init=tmp_path / "blt", patcher=tmp_path / "other.safetensors")
+    begin = train.build_model(options)
+    assert (begin.config.threshold, begin.config.patcher) == (0.75, other.config)
+    assert torch.equal(begin.patcher.lm_head.weight, other.lm_head.weight)
+    assert not any(parameter.requires_grad for parameter in begin.patcher.parameters())
+    assert train.build_model(replace(options, overrides={"threshold": 2.0})).config.threshold == 2.0
+    with pytest.raises(ValueError, match=r"--set threshold: expected 1.25, as in .*, got 2.0"):
+        train.build_model(replace(options, patcher=None, overrides={"threshold": 2.0}))
+
+    fresh.patcher = None
+    fresh.config = replace(fresh.config, patcher=None)
+    fresh.save(tmp_path / "without.safetensors")
+    options = replace(options, init=tmp_path / "without.safetensors")
+    assert train.build_model(options).config.patcher == other.config
+    with pytest.raises(ValueError, match=r"patcher: expected an entropy model, since there is none in .*, got None"):
+        train.build_model(replace(options, patcher=None))
+    with pytest.raises(ValueError, match="patcher: expected None, since patching is 'space', got "):
+        train.build_model(replace(options, init=None, overrides={"patching": "space"}))
+    with pytest.raises(ValueError, match="init_global: expected None beside init, got "):
+        replace(options, init_global=tmp_path)
+    with pytest.raises(ValueError, match="patcher: expected None, since model is 'entropy', got "):
+        replace(options, model="entropy")
+
+
+SMALL_CHECKPOINT = {
+    "encoder": {**TINY, "norm_eps": 1e-5},
+    "global_transformer": {"dim": 48, "num_layers": 1, "num_heads": 2, "ffn_dim": 64},
+    "decoder": TINY,
+    "ngram_vocab": 64,
+    "pool_every_layer": True,
+    "cross_attn_grouped_heads": True,
+}
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_end() -> None:

@@ -26,14 +26,14 @@ from blt_kernels import ngram_hash_embed
 from blt_kernels.models import BLT, load_model
 from blt_kernels.models.blt import BLTConfig
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.tools import train, train_log, train_parallel, train_state
+from blt_kernels.tools import data, stored_patches, train, train_log, train_parallel, train_state
 from blt_kernels.tools.train import TrainConfig
 
 STEPS, KILLED_AT = 6, 3
 PATIENCE = 600  # seconds, for machines with other things to do
 LOCAL = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "window": 16}
 # The encoder pools at every layer: the cross attention of its first layer gets no gradient. The patcher is frozen. The
-# rows of the tables cannot be halved.
+# rows of the tables cannot be halved. Some runs read their patches, which the others compute.
 MODEL: dict[str, Any] = {
     "encoder": LOCAL,
     "global_transformer": {"dim": 48, "num_layers": 2, "num_heads": 2, "ffn_dim": 64},
@@ -43,9 +43,9 @@ MODEL: dict[str, Any] = {
     "pool_every_layer": True,
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "ddp": {"parallel": "ddp", "accumulate": 2},
+    "ddp": {"parallel": "ddp", "accumulate": 2, "patches": "patches"},
     "ddp-tables": {"parallel": "ddp", "shard_tables": True},
-    "fsdp": {"parallel": "fsdp", "accumulate": 2, "checkpoint_activations": True},
+    "fsdp": {"parallel": "fsdp", "accumulate": 2, "checkpoint_activations": True, "patches": "patches"},
     "fsdp-megabyte": {
         "parallel": "fsdp",
         "model": "megabyte",
@@ -60,6 +60,8 @@ OPTIONS: dict[str, Any] = {"batch_bytes": 500, "context": 100, "warmup": 2, "hel
 def config(root: Path, name: str, **changes: Any) -> TrainConfig:
     options = {"model": "blt", "overrides": MODEL, "steps": STEPS, "eval_every": 2, **OPTIONS}
     options |= {"paths": [root / "corpus"], "out": root / name, "log_every": 1, "tensorboard": False, **changes}
+    if "patches" in options:
+        options["patches"] = root / options["patches"]
     return TrainConfig(**options)
 
 
@@ -162,11 +164,14 @@ def train_everywhere(root: Path) -> None:
     (root / "corpus").mkdir(parents=True)
     for i in range(20):
         (root / "corpus" / f"{i}.txt").write_text(f"file {i}: " + f"the quick brown fox {i}; " * (3 + i))
+    alone = config(root, "alone-blt")
+    sources = data.find_sources(alone.paths)
+    stored_patches.save(root / "patches", sources, train.build_model(alone), alone.context)
     command = [sys.executable, "-c", WORKER, str(Path(__file__).parent)]
     workers = [subprocess.Popen([*command, str(rank), str(root)], env=environment()) for rank in range(2)]
     try:
         torch.set_num_threads(1)
-        train.train(config(root, "alone-blt"))
+        train.train(alone)
         for name in ("megabyte", "entropy"):
             train.train(config(root, f"alone-{name}", **RUNS[f"fsdp-{name}"]))
         for worker in workers:

@@ -101,6 +101,16 @@ class BLTConfig:
         kv_heads = around.kv_heads if self.cross_attn_grouped_heads else None
         return replace(around, num_heads=self.cross_attn_heads or around.num_heads, num_kv_heads=kv_heads)
 
+    @property
+    def patch_rule(self) -> dict[str, Any]:
+        """The fields that decide, with the patcher, where `BLT.patch` starts patches: those that its scheme reads."""
+        own = {
+            "entropy": ("threshold", "threshold_add", "monotonic", "reset_at_newlines"),
+            "static": ("patch_size",),
+        }
+        names = ("patching", *own.get(self.patching, ()), "max_patch_length", "whole_characters")
+        return {name: getattr(self, name) for name in names}
+
     @staticmethod
     def small() -> BLTConfig:
         """7.8M parameters without the patcher, 3.1M of them in hash tables: trains on a laptop."""

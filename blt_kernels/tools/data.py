@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,14 @@ class Source:
     path: Path
     size: int
     digest: str
+
+
+class Row(NamedTuple):
+    """Ids ``[start, start + length)`` of a document."""
+
+    source: Source
+    start: int
+    length: int
 
 
 def find_sources(paths: Sequence[str | os.PathLike[str]], include: Sequence[str] = ("*",)) -> list[Source]:
@@ -54,7 +63,7 @@ def find_sources(paths: Sequence[str | os.PathLike[str]], include: Sequence[str]
         if not path.exists():
             raise FileNotFoundError(f"paths: no such file or directory: {path}")
         for file in [path] if path.is_file() else _walk(path, include):
-            digest, size = _digest(file)
+            digest, size = file_digest(file)
             if size and (digest not in found or file < found[digest].path):
                 found[digest] = Source(file, size, digest)
     if not found:
@@ -97,7 +106,7 @@ class PackedBatches:
             raise ValueError(f"context, batch_bytes: expected at least 2 ids, got {context} and {batch_bytes}")
         self.sources, self.seed = sources, seed
         sizes = np.array([source.size + 2 for source in sources], dtype=np.int64)
-        counts = -(-(sizes - 1) // (context - 1))
+        counts = num_pieces(sizes - 2, context)
         self.source = np.repeat(np.arange(len(sources)), counts)
         rank = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
         self.start = rank * (context - 1)
@@ -112,31 +121,34 @@ class PackedBatches:
 
         With `parts`, those of its rows that `share` gives to `part`, which may be none.
         """
+        return read_rows(self.rows(step, part, parts))
+
+    def rows(self, step: int, part: int = 0, parts: int = 1) -> list[Row]:
+        """The rows of `batch`: pieces, or parts of those that the ends of batches cut."""
         if self._shared != (step, parts):  # once for all parts of a step
-            self._shared, self._step_pieces = (step, parts), self._pieces(step)
-            self._shares = share([length for _, _, length in self._step_pieces], parts)
-        return pack_rows([read_ids(*self._step_pieces[i]) for i in self._shares[part]])
+            self._shared, self._step_rows = (step, parts), self._rows(step)
+            self._shares = share([row.length for row in self._step_rows], parts)
+        return [self._step_rows[i] for i in self._shares[part]]
 
     def predicted(self, step: int) -> int:
         """Ids of batch number `step` that a model predicts: all but the first of each row."""
-        return sum(length - 1 for _, _, length in self._pieces(step))
+        return sum(row.length - 1 for row in self._rows(step))
 
-    def _pieces(self, step: int) -> list[tuple[Source, int, int]]:
-        """The rows of a batch: source, start and length of each."""
+    def _rows(self, step: int) -> list[Row]:
         epoch, index = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.length))
             self._ends = self.length[self._order].cumsum()
         low, high = index * self.batch_bytes, (index + 1) * self.batch_bytes
-        pieces = []
+        rows = []
         position, rank = low, int(np.searchsorted(self._ends, low, side="right"))
         while position < high:
             piece, end = self._order[rank], min(int(self._ends[rank]), high)
             start = int(self.start[piece]) + position - int(self._ends[rank] - self.length[piece])
-            pieces.append((self.sources[self.source[piece]], start, end - position))
+            rows.append(Row(self.sources[self.source[piece]], start, end - position))
             position, rank = end, rank + 1
-        return pieces
+        return rows
 
 
 def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
@@ -155,18 +167,53 @@ def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
 def heldout_batches(sources: Sequence[Source], batch_bytes: int, context: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Every document once, in order: the pieces as above, packed whole into batches of at most `batch_bytes` ids."""
-    rows: list[np.ndarray] = []
-    size = 0
+    return map(read_rows, heldout_rows(sources, batch_bytes, context))
+
+
+def heldout_rows(sources: Sequence[Source], batch_bytes: int, context: int) -> Iterator[list[Row]]:
+    """The rows of `heldout_batches`."""
+    rows: list[Row] = []
+    total = 0
     for source in sources:
-        for start in range(0, source.size + 1, context - 1):
-            row = read_ids(source, start, min(context, source.size + 2 - start))
-            if rows and size + len(row) > batch_bytes:
-                yield pack_rows(rows)
-                rows, size = [], 0
+        for number in range(num_pieces(source.size, context)):
+            row = find_piece(source, number, context)
+            if rows and total + row.length > batch_bytes:
+                yield rows
+                rows, total = [], 0
             rows.append(row)
-            size += len(row)
+            total += row.length
     if rows:
-        yield pack_rows(rows)
+        yield rows
+
+
+def num_pieces(size: Any, context: int) -> Any:
+    """Into how many pieces a document with `size` bytes is cut; of an array of sizes, an array."""
+    return -(-(size + 1) // (context - 1))
+
+
+def num_ids(sources: Sequence[Source], context: int) -> int:
+    """Ids of all pieces of documents: those where two meet are in both."""
+    return sum(source.size + 1 + num_pieces(source.size, context) for source in sources)
+
+
+def find_piece(source: Source, number: int, context: int) -> Row:
+    """Piece `number` of a document."""
+    start = number * (context - 1)
+    return Row(source, start, min(context, source.size + 2 - start))
+
+
+def piece_of(row: Row, context: int) -> Row:
+    """The piece that a row is, or is a part of.
+
+    The first id of a piece is the last of the piece before. A row of that id alone is taken to begin its piece.
+    """
+    last = num_pieces(row.source.size, context) - 1
+    return find_piece(row.source, min(row.start // (context - 1), last), context)
+
+
+def read_rows(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Rows of documents end to end, as `pack_rows`."""
+    return pack_rows([read_ids(*row) for row in rows])
 
 
 def pack_rows(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -212,7 +259,8 @@ def _is_binary(file: Path) -> bool:
         return b"\0" in stream.read(8192)
 
 
-def _digest(file: Path) -> tuple[str, int]:
+def file_digest(file: Path) -> tuple[str, int]:
+    """SHA-256 and size of a file."""
     digest, size = hashlib.sha256(), 0
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):

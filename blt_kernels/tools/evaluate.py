@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from blt_kernels.models import ByteLM, MegaByte, load_model
+from blt_kernels.models import BLT, ByteLM, MegaByte, load_model
 from blt_kernels.nn import BYTE_OFFSET, ByteModel, next_byte_targets, row_positions
 from blt_kernels.ops.entropy_patch import token_entropy
 from blt_kernels.tools import data
 from blt_kernels.tools.ngram import NgramModel
+from blt_kernels.tools.stored_patches import RowPatches
 from blt_kernels.tools.train_parallel import Ranks
 
 Report = Callable[[int, int, float], None]  # bytes done, bytes in all, bits per byte so far
@@ -99,22 +100,27 @@ def measure(
     bf16: bool = False,
     report: Report | None = None,
     ranks: Ranks | None = None,
+    patches: RowPatches | None = None,
     **options: Any,
 ) -> tuple[float, int]:
     """Bits per byte of a model on `sources`, and how many bytes that were.
 
-    `ranks` share the batches; `options` are those of the model's `forward`.
+    `ranks` share the batches; `patches` are those of a BLT, computed if None; `options` are those of its `forward`.
     """
     device = next(model.parameters()).device
     ranks = ranks or Ranks(device)
     total, done, nats = sum(source.size for source in sources), 0, 0.0
     training = model.training
     model.eval()
-    batches = data.heldout_batches(sources, batch_bytes, context)
+    if patches is None and isinstance(model, BLT):
+        patches = RowPatches(model, context, bf16)
+    batches = data.heldout_rows(sources, batch_bytes, context)
     while round_ := list(islice(batches, ranks.world)):
         # A sharded model is called on all ranks: on nothing where the last round has too few batches.
-        tokens, rows = round_[ranks.rank] if ranks.rank < len(round_) else data.pack_rows([])
-        tokens, rows = tokens.to(device), rows.to(device)
+        pieces = round_[ranks.rank] if ranks.rank < len(round_) else []
+        tokens, rows = (t.to(device) for t in data.read_rows(pieces))
+        if patches is not None:
+            options["layout"] = patches.layout(pieces)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(tokens, rows, **options)
         targets = next_byte_targets(tokens, rows)

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
@@ -78,6 +78,13 @@ class Outputs:
             raise ValueError("FILE -: expected standard input once")
         if STDIN in files and sys.stdin is None:
             raise ValueError("FILE -: expected an open standard input")
+
+    def expect_none(self, beside: str) -> None:
+        """Raise ValueError naming an option that is set, and `beside`, which it does not go with."""
+        for field_ in fields(self):
+            if getattr(self, field_.name) != field_.default:
+                name = field_.name.removeprefix("as_").replace("_", "-")
+                raise ValueError(f"--{name}: expected none beside {beside}")
 
     def window(self) -> Window:
         """The bytes to keep, enough for every output."""

@@ -251,6 +251,8 @@ class StreamCutter:
 def load_model(path: Path | None = None) -> ByteLM:
     """The entropy model in a safetensors file or in the directory of a checkpoint, or the one in the package.
 
+    Of a BLT, it is the patcher inside, with the threshold of the BLT.
+
     Raises
     ------
     ImportError
@@ -258,7 +260,9 @@ def load_model(path: Path | None = None) -> ByteLM:
     FileNotFoundError, ValueError
         There is no such file, which the message says how to get, or it holds no ByteLM.
     """
+    from blt_kernels.models.blt import BLT
     from blt_kernels.models.byte_lm import BUNDLED, ByteLM
+    from blt_kernels.nn import model_name
 
     try:
         from safetensors import SafetensorError
@@ -275,6 +279,12 @@ def load_model(path: Path | None = None) -> ByteLM:
             f"--model {path}: expected a file or a directory. Leave it out to use the model in the package, or {train}"
         )
     try:
+        if model_name(file) == BLT.__name__:
+            blt = BLT.load(file, dtype=torch.float32)
+            if blt.patcher is None:
+                raise ValueError("the BLT in it has none")
+            blt.patcher.config = replace(blt.patcher.config, threshold=blt.config.threshold)
+            return blt.patcher.eval()
         return ByteLM.load(file, dtype=torch.float32).eval()
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"--model {file}: expected a ByteLM in safetensors: {error}") from error

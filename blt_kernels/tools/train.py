@@ -24,16 +24,17 @@ from typing import Any
 import torch
 
 from blt_kernels._files import write_text
-from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, llama
-from blt_kernels.nn import ByteModel, TransformerLayer, next_byte_bits, next_byte_targets
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, llama, load_model
+from blt_kernels.nn import ByteModel, TransformerLayer, config_from_dict, next_byte_bits, next_byte_targets
 from blt_kernels.tools import data, train_parallel, train_state
 from blt_kernels.tools.evaluate import measure, threshold_for_patch_size
+from blt_kernels.tools.stored_patches import RowPatches, StoredPatches, provenance
 from blt_kernels.tools.train_log import Log, draw_curve
 
 # Options that decide how a run is watched, stored and computed, but for rounding not what it computes.
 _FREE = (
     *("paths", "out", "checkpoint_every", "checkpoint_seconds", "log_every", "tensorboard", "patch_size", "save_bf16"),
-    *("device", "accumulate", "checkpoint_activations", "compile", "parallel", "shard_tables"),
+    *("device", "accumulate", "checkpoint_activations", "compile", "parallel", "shard_tables", "patches", "keep"),
 )
 _GLOBAL_LAYERS = ("global_transformer.layers.", "global_layers.")
 # What the threshold of an entropy model is chosen on. Rows begin with two short patches: they should be long.
@@ -44,10 +45,10 @@ _THRESHOLD_BYTES, _THRESHOLD_CONTEXT = 1 << 20, 2048
 class TrainConfig:
     """Everything that a run depends on.
 
-    `model` is "entropy", "blt" or "megabyte"; `preset` "small" or "paper"; `overrides` replaces fields of that
-    configuration. `batch_bytes` ids make a step, in pieces of at most `context`. A fraction `heldout` of the files is
-    never trained on; at most `eval_bytes` of them are measured every `eval_every` steps, all of them at the end.
-    `patcher` is the entropy model of a BLT with entropy patching, the bundled one if None.
+    `model` is "entropy", "blt" or "megabyte"; `preset` "small", as for None, or "paper"; `overrides` replaces fields of
+    that configuration. `batch_bytes` ids make a step, in pieces of at most `context`. A fraction `heldout` of the files
+    is never trained on; at most `eval_bytes` of them are measured every `eval_every` steps, all of them at the end.
+    `patcher` is the entropy model of a BLT with entropy patching; if None, that of `init`, or the bundled one.
     A checkpoint is written every `checkpoint_every` steps, and no later than `checkpoint_seconds` after the last.
     `bf16` is autocast: faster on CPUs with AMX, and on GPUs. `save_bf16` halves the size of the final model. An entropy
     model is saved with the threshold that makes patches of `patch_size` bytes on held-out files, if there are any.
@@ -60,12 +61,23 @@ class TrainConfig:
     its shape, unless `overrides` has one, and begins with its weights. `global_learning_rate` is the `learning_rate` of
     that transformer's layers, with the same course. `tensorboard` asks for events, or for none; None wants them if it
     is installed.
+
+    `init` is a model of that kind, as `blt_kernels.models.load_model` reads it, that the run begins as: it has the
+    configuration and the weights, and a BLT its patcher, unless `patcher` is another one. `preset` and `overrides` may
+    then only repeat what the model has.
+
+    The learning rate rises for `warmup` steps and falls along a cosine until the last of `steps`. A run may go on with
+    more `steps`: from there on it has the learning rate that a run of that length has at the same step. `keep` is how
+    many checkpoints, the newest ones, stay.
+
+    `patches` is a folder of stored patches (see `blt_kernels.tools.stored_patches`): a BLT that patches as they were
+    made reads them instead of running its entropy model, and on the CPU ends in bitwise the same weights.
     """
 
     model: str
     paths: Sequence[Path]
     out: Path
-    preset: str = "small"
+    preset: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     patcher: Path | None = None
     include: Sequence[str] = ("*",)
@@ -97,20 +109,26 @@ class TrainConfig:
     init_global: Path | None = None
     global_learning_rate: float | None = None
     tensorboard: bool | None = None
+    patches: Path | None = None
+    init: Path | None = None
+    keep: int = 1
 
     def __post_init__(self) -> None:
         if self.model not in ("entropy", "blt", "megabyte"):
             raise ValueError(f"model: expected 'entropy', 'blt' or 'megabyte', got {self.model!r}")
-        if self.preset not in ("small", "paper"):
+        if self.preset not in (None, "small", "paper"):
             raise ValueError(f"preset: expected 'small' or 'paper', got {self.preset!r}")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {self.parallel!r}")
-        if self.model != "blt" and self.init_global is not None:
-            raise ValueError(f"init_global: expected None, since model is {self.model!r}, got {self.init_global}")
+        for name in ("init_global", "patches", "patcher"):
+            if self.model != "blt" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: expected None, since model is {self.model!r}, got {getattr(self, name)}")
+        if self.init is not None and self.init_global is not None:
+            raise ValueError(f"init_global: expected None beside init, got {self.init_global}")
         if self.model == "entropy" and self.global_learning_rate is not None:
             got = self.global_learning_rate
             raise ValueError(f"global_learning_rate: expected None, since model is 'entropy', got {got}")
-        for name in ("steps", "warmup", "eval_every", "checkpoint_every", "log_every", "accumulate"):
+        for name in ("steps", "warmup", "eval_every", "checkpoint_every", "log_every", "accumulate", "keep"):
             if getattr(self, name) < (name != "warmup"):
                 raise ValueError(f"{name}: expected at least {int(name != 'warmup')}, got {getattr(self, name)}")
 
@@ -137,20 +155,36 @@ class TrainResult:
 
 
 def build_model(config: TrainConfig) -> ByteModel:
-    """A freshly initialised model; the patcher of a BLT is loaded, and its global transformer with `init_global`."""
-    config_class: Any = {"entropy": ByteLMConfig, "blt": BLTConfig, "megabyte": MegaByteConfig}[config.model]
-    values = {**asdict(config_class.small() if config.preset == "small" else config_class()), **config.overrides}
+    """The model that a run begins as: the one in `init`, or a freshly initialised one.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A file is not there or holds another model, or `init` contradicts another option; the message names it.
+    """
+    model = _initial_model(config) if config.init is not None else _fresh_model(config)
+    if model.config_class is BLTConfig:
+        patching = model.config.patching
+        if patching == "bpe":
+            message = "expected a rule for the bytes of files, got 'bpe', whose delimiters none has"
+            raise ValueError(f"--set patching: {message}")
+        if patching != "entropy" and config.patcher is not None:
+            raise ValueError(f"patcher: expected None, since patching is {patching!r}, got {config.patcher}")
+    return model
+
+
+def _fresh_model(config: TrainConfig) -> ByteModel:
+    """The patcher of a BLT is loaded, and its global transformer with `init_global`."""
+    values = {**_preset(config), **config.overrides}
     if config.model == "entropy":
         return ByteLM.from_values(values, config.ops)
     if config.model == "megabyte":
         return MegaByte.from_values(values, config.ops)
     if config.init_global is not None and "global_transformer" not in config.overrides:
         values["global_transformer"] = asdict(llama.read_config(config.init_global))
-    if values["patching"] == "bpe":
-        raise ValueError("--set patching: expected a rule for the bytes of files, got 'bpe', whose delimiters none has")
     patcher = None
     if values["patching"] == "entropy":
-        patcher = _patcher(config.patcher)
+        patcher = _patcher(config)
         values["threshold"] = config.overrides.get("threshold", patcher.config.threshold)
     model = BLT.from_values({**values, "patcher": patcher and asdict(patcher.config)}, config.ops)
     if patcher is not None:
@@ -161,12 +195,49 @@ def build_model(config: TrainConfig) -> ByteModel:
     return model
 
 
-def _patcher(path: Path | None) -> ByteLM:
+def _initial_model(config: TrainConfig) -> ByteModel:
+    """The model in `init`, in fp32: a BLT with its own patcher, unless `patcher` is given."""
+    assert config.init is not None
+    cls: type[ByteModel] = {"entropy": ByteLM, "blt": BLT, "megabyte": MegaByte}[config.model]
+    model = load_model(config.init, config.ops, dtype=torch.float32)
+    if type(model) is not cls:
+        expected, got = cls.__name__, type(model).__name__
+        raise ValueError(f"init: expected a {expected}, since model is {config.model!r}, got a {got} in {config.init}")
+    given = dict(config.overrides)
+    if isinstance(model, BLT) and model.config.patching == "entropy":
+        if config.patcher is not None:
+            model.patcher = _patcher(config).requires_grad_(False)
+            threshold = config.overrides.get("threshold", model.patcher.config.threshold)
+            model.config = replace(model.config, patcher=model.patcher.config, threshold=threshold)
+        elif model.patcher is None:
+            raise ValueError(f"patcher: expected an entropy model, since there is none in {config.init}, got None")
+    if config.preset is not None:
+        preset = _preset(config)
+        given = {**{name: preset[name] for name in preset if name not in ("threshold", "patcher")}, **given}
+    wanted = config_from_dict(type(model.config), {**asdict(model.config), **given})
+    for name in given:
+        has, want = getattr(model.config, name), getattr(wanted, name)
+        if has != want:
+            option = f"--set {name}" if name in config.overrides else f"preset {config.preset!r}: {name}"
+            raise ValueError(f"{option}: expected {has!r}, as in {config.init}, got {want!r}")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # what was loaded may be the mapped file
+    return model
+
+
+def _preset(config: TrainConfig) -> dict[str, Any]:
+    """The configuration that `preset` names."""
+    config_class: Any = {"entropy": ByteLMConfig, "blt": BLTConfig, "megabyte": MegaByteConfig}[config.model]
+    return asdict(config_class() if config.preset == "paper" else config_class.small())
+
+
+def _patcher(config: TrainConfig) -> ByteLM:
+    path = config.patcher
     if path is None:
-        return ByteLM.bundled()
+        return ByteLM.bundled(config.ops)
     if path.is_dir():
-        return ByteLM.from_pretrained(path, dtype=torch.float32)
-    return ByteLM.load(path, dtype=torch.float32)
+        return ByteLM.from_pretrained(path, config.ops, dtype=torch.float32)
+    return ByteLM.load(path, config.ops, dtype=torch.float32)
 
 
 def train(config: TrainConfig, report: Callable[[Progress], None] | None = None) -> TrainResult:
@@ -232,7 +303,8 @@ class _Run:
         ranks.barrier()  # before one of them writes another
         if checkpoint is not None:
             self._resume(checkpoint)
-        else:
+        self.patches = self._row_patches()
+        if checkpoint is None:
             if ranks.rank == 0:
                 listing = "".join(f"{source.path}\n" for source in self.heldout_sources)
                 write_text(self.out / "heldout.txt", listing)
@@ -248,10 +320,12 @@ class _Run:
         predicted, parts = max(self.batches.predicted(self.step), 1), ranks.world * config.accumulate
         bits = torch.zeros((), device=ranks.device)
         for part in range(ranks.rank, parts, ranks.world):
-            tokens, rows = (t.to(ranks.device) for t in self.batches.batch(self.step, part, parts))
+            batch = self.batches.rows(self.step, part, parts)
+            tokens, rows = (t.to(ranks.device) for t in data.read_rows(batch))
+            options = {} if self.patches is None else {"layout": self.patches.layout(batch)}
             with train_parallel.synchronised(self.called, last=part + ranks.world >= parts):
                 with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.bf16):
-                    logits = self.called(tokens, rows)
+                    logits = self.called(tokens, rows, **options)
                 loss = next_byte_bits(logits, next_byte_targets(tokens, rows), predicted)
                 (loss * ranks.world).backward()
             bits += loss.detach()
@@ -322,10 +396,21 @@ class _Run:
     def _measure(self, sources: Sequence[data.Source]) -> tuple[float, int]:
         config = self.config
         size, context = config.batch_bytes, config.context
-        return measure(self.model, sources, size, context, bf16=config.bf16, ranks=self.ranks)
+        return measure(self.model, sources, size, context, bf16=config.bf16, ranks=self.ranks, patches=self.patches)
+
+    def _row_patches(self) -> RowPatches | None:
+        config, model, stored = self.config, self.model, None
+        if not isinstance(model, BLT):
+            return None
+        if config.patches is not None:
+            stored = StoredPatches(config.patches)
+            made_with = provenance(model, config.context, config.bf16)
+            stored.check(made_with, [*self.train_sources, *self.heldout_sources])
+        return RowPatches(model, config.context, config.bf16, stored)
 
     def _options(self) -> dict[str, Any]:
         options = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
+        options["preset"] = self.config.preset or "small"
         options["files"] = [source.digest for source in self.train_sources]
         return json.loads(json.dumps(options, default=str))
 
@@ -336,16 +421,19 @@ class _Run:
             "seconds": self.seconds,
             "heldout_bits": self.heldout_bits,
         }
-        train_state.save(self.out / "checkpoint", self.step, self.model, self.optimizer, values, self.ranks)
+        keep = self.config.keep
+        train_state.save(self.out / "checkpoint", self.step, self.model, self.optimizer, values, self.ranks, keep)
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def _resume(self, checkpoint: Path) -> None:
         values, options = train_state.read_values(checkpoint), self._options()
         stored = values["options"]
-        other = [name for name in options if stored.get(name) != options[name]]
+        other = [name for name in options if name != "steps" and stored.get(name) != options[name]]
         if other:
             shown = ", ".join(name if name == "files" else f"{name}={stored.get(name)!r}" for name in other)
             raise ValueError(f"out: {self.out} holds a run with other options ({shown}): choose another directory")
+        if options["steps"] < stored["steps"]:
+            raise ValueError(f"steps: expected at least {stored['steps']}, as {self.out} has, got {options['steps']}")
         train_state.load(checkpoint, self.model, self.optimizer, self.ranks)
         self.step, self.seconds, self.heldout_bits = values["step"], values["seconds"], values["heldout_bits"]
         self.saved_step = self.step

@@ -1,8 +1,9 @@
 """Checkpoints through torch.distributed.checkpoint, which any number of ranks reads, whatever number wrote them.
 
 A checkpoint is a directory named by its step. It holds weights and optimiser state in the files of that format, and
-numbers and options in ``values.json``. It is complete once ``.metadata`` is there, which is written last; then the one
-before it is removed. So a run that is killed at any moment has a complete one.
+numbers and options in ``values.json``. It is complete once ``.metadata`` is there, which is written last; only then are
+older ones removed. So a run that is killed at any moment has a complete one. Nothing but checkpoints is ever removed:
+whatever else lies beside or inside of them stays.
 
 The hash tables of a BLT are stored as ``[N, V, D]``: that is how they are sharded. Like all pickles, ``.metadata`` is
 only to be read from where one trusts.
@@ -12,10 +13,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,41 @@ from blt_kernels.tools.train_parallel import TABLES, Ranks, TableShards
 
 def latest(folder: Path) -> Path | None:
     """The last complete checkpoint in a directory."""
-    complete = [path.parent for path in folder.glob("*/.metadata")]
-    return max(complete, key=lambda path: int(path.name), default=None)
+    return max((path for path in _checkpoints(folder) if _is_complete(path)), key=_step, default=None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in a directory, and what kills left of others."""
+    return [path for path in folder.glob("*") if path.name.isascii() and path.name.isdecimal() and path.is_dir()]
+
+
+def _is_complete(path: Path) -> bool:
+    return (path / ".metadata").exists()
+
+
+def _step(path: Path) -> int:
+    return int(path.name)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, and its directory unless there is something else in it."""
+    for pattern in (".metadata*", "values.json", "*.distcp"):  # first what makes it complete
+        for file in path.glob(pattern):
+            file.unlink(missing_ok=True)
+    with suppress(OSError):
+        path.rmdir()
 
 
 def save(
-    folder: Path, step: int, model: ByteModel, optimizer: torch.optim.Optimizer, values: dict[str, Any], ranks: Ranks
+    folder: Path,
+    step: int,
+    model: ByteModel,
+    optimizer: torch.optim.Optimizer,
+    values: dict[str, Any],
+    ranks: Ranks,
+    keep: int = 1,
 ) -> None:
-    """Write a checkpoint, unless there is one of this step, then remove the others.
+    """Write a checkpoint, unless there is one of this step, then remove all but the `keep` newest ones.
 
     All ranks take part; `values` are those of rank 0.
 
@@ -50,11 +77,11 @@ def save(
         It cannot be written. The checkpoint before it stays.
     """
     path = folder / str(step)
-    if ranks.first((path / ".metadata").exists()):
+    if ranks.first(_is_complete(path)):
         return
     if ranks.rank == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
+        _remove(path)
+        path.mkdir(parents=True, exist_ok=True)
         with (path / "values.json").open("w", encoding="utf-8") as file:
             json.dump(values, file)
             file.flush()
@@ -66,15 +93,15 @@ def save(
             save_tensors({**weights, **_moments(model, optimizer)}, checkpoint_id=path, no_dist=ranks.world == 1)
     except BaseException as error:
         if ranks.rank == 0:
-            shutil.rmtree(path, ignore_errors=True)  # an incomplete one would only fill the disk
+            _remove(path)  # an incomplete one would only fill the disk
         if isinstance(error, CheckpointException):  # which is no Exception
             reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
             raise OSError(f"{path}: the checkpoint could not be written: {reasons}") from error
         raise
     if ranks.rank == 0:
-        for other in folder.iterdir():
-            if other.is_dir() and other != path:
-                shutil.rmtree(other)
+        complete = sorted((other for other in _checkpoints(folder) if _is_complete(other)), key=_step)
+        for other in set(_checkpoints(folder)) - set(complete[-keep:]):
+            _remove(other)
 
 
 def read_values(path: Path) -> dict[str, Any]:
