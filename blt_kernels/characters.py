@@ -9,7 +9,8 @@ from torch import Tensor
 
 from blt_kernels.ids import BYTE_OFFSET
 from blt_kernels.layout import PatchLayout
-from blt_kernels.nn import row_positions
+from blt_kernels.nn import load_ops, row_positions
+from blt_kernels.ops import _common
 
 
 def character_ends(ids: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -65,6 +66,11 @@ def whole_characters(
     -------
     bool ``[T]``
         The decisions that remain, and those of the cuts. A decision needs no byte after the one that it follows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `max_patch_length` is no positive int.
     """
     total = ids.shape[0]
     first = row_positions(cu_seqlens, total) == 0
@@ -72,6 +78,7 @@ def whole_characters(
     boundaries = (boundaries & ends) | first
     if max_patch_length is None:
         return boundaries
+    _common.check_int("max_patch_length", max_patch_length, 1)
     after = torch.arange(1, total + 1, device=ids.device)
     start = torch.where(boundaries, after, 0).cummax(0).values  # of the patch
     end = torch.where(ends, after, 0).cummax(0).values  # of the last complete character
@@ -81,13 +88,26 @@ def whole_characters(
 
 
 def patches_of_whole_characters(
-    ops: SimpleNamespace,
     layout: PatchLayout,
     ids: Tensor,
     max_patch_length: int | None = None,
     max_patches: int | None = None,
+    *,
+    ops: SimpleNamespace | None = None,
 ) -> PatchLayout:
-    """The patches of a `layout` by `whole_characters`, on the ops of `blt_kernels.nn.load_ops`."""
+    """The patches of a `layout`, of any scheme of BLT, by `whole_characters`.
+
+    Parameters
+    ----------
+    layout : PatchLayout
+        Of its starts, those are left that cut no character, and those at 0 and 1, which BLT always has.
+    ids : int32 or int64 ``[T]``
+    max_patch_length, max_patches
+        As in `whole_characters` and in `blt_kernels.patch_starts`.
+    ops : namespace, optional
+        Of `blt_kernels.nn.load_ops`: the public ops if None.
+    """
+    ops = load_ops("fused") if ops is None else ops
     boundaries = layout.decode_ids == layout.patch_ids
     boundaries = whole_characters(boundaries, ids, layout.cu_seqlens, max_patch_length)
     return ops.patch_starts(boundaries.float(), layout.cu_seqlens, threshold=0.5, max_patches=max_patches)

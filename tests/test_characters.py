@@ -186,6 +186,14 @@ def test_compiled_without_a_graph_break() -> None:
         assert_equal(compiled(ids).compact(), model.patch(ids))
 
 
+def test_max_patch_length_is_checked() -> None:
+    model = blt(BASE).patcher
+    assert model is not None
+    for longest, error in ((0, ValueError), (-1, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match="max_patch_length: expected"):
+            model.patch("text", whole_characters=True, max_patch_length=longest)
+
+
 def test_nothing_waits_for_the_device() -> None:
     """On the meta device a read of a value fails."""
     with torch.device("meta"):

@@ -30,7 +30,6 @@ from blt_kernels.characters import patches_of_whole_characters
 from blt_kernels.cli import app, main
 from blt_kernels.models import ByteLM
 from blt_kernels.models.byte_lm import ByteLMConfig
-from blt_kernels.nn import load_ops
 from blt_kernels.testing import SCRIPTS, binary, invalid_utf8, real_text
 from blt_kernels.tools import doctor
 from blt_kernels.tools.patch import Window
@@ -189,7 +188,7 @@ def test_whole_characters(options: list[str], expected: Callable[..., bk.PatchLa
     data = CONTENT["scripts"]
     file, ids = saved(data), bk.to_ids(data)
     layout = expected(ids, entropies_of(data))
-    layout = patches_of_whole_characters(load_ops("reference"), layout, ids, longest)
+    layout = patches_of_whole_characters(layout, ids, longest)
     starts = patches_of(file, *options, "--whole-characters")
     assert starts == starts_of(layout)
     for a, b in pairwise([*starts, len(data)]):

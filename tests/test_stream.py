@@ -18,7 +18,6 @@ import blt_kernels as bk
 from blt_kernels.characters import patches_of_whole_characters
 from blt_kernels.models import ByteLM
 from blt_kernels.models.byte_lm import ByteLMConfig
-from blt_kernels.nn import load_ops
 from blt_kernels.testing import SCRIPTS, assert_equal, binary, invalid_utf8, real_text
 from blt_kernels.tools import stream
 from blt_kernels.tools.stream import Rules, Scheme, StreamCutter, cut, find_threshold, parse_byte
@@ -67,7 +66,7 @@ def whole(rules: Rules, data: bytes, entropy: Tensor) -> list[int]:
     else:
         layout = bk.delimiter_patch(tokens, (10 if rules.delimiter is None else rules.delimiter) + 4)
     if rules.whole_characters:
-        layout = patches_of_whole_characters(load_ops("reference"), layout, tokens, rules.max_patch_length)
+        layout = patches_of_whole_characters(layout, tokens, rules.max_patch_length)
     return offsets(layout)
 
 
@@ -155,7 +154,7 @@ def test_topk_of_whole_characters() -> None:
     model, data = tiny_model(), "".join(SCRIPTS.values()).encode()
     entropy = entropy_of(data, model)
     (piece,) = cut([data], Rules(Scheme.topk, patch_size=3, whole_characters=True), model)[1]
-    layout = patches_of_whole_characters(load_ops("reference"), bk.topk_patch(entropy, 3), bk.to_ids(data))
+    layout = patches_of_whole_characters(bk.topk_patch(entropy, 3), bk.to_ids(data))
     assert piece.starts.tolist() == offsets(layout)
 
 

@@ -393,7 +393,7 @@ class BLT(ByteModel):
                 size = config.patch_size if config.patching == "static" else 1
                 layout = self.ops.static_patch(rows, size=size, num_bytes=ids.shape[0], max_patches=capacity)
             if config.whole_characters:
-                layout = patches_of_whole_characters(self.ops, layout, ids, config.max_patch_length, max_patches)
+                layout = patches_of_whole_characters(layout, ids, config.max_patch_length, max_patches, ops=self.ops)
             elif config.max_patch_length is not None:
                 ends = (layout.decode_ids == layout.patch_ids).float()  # where the byte to come starts a patch
                 layout = self.ops.patch_starts(

@@ -40,10 +40,10 @@ class ByteLMConfig(TransformerConfig):
     `threshold` is the entropy in nats above which its patches start. With `split_documents`, attention also stops after
     every EOS inside a row, as in facebookresearch/blt; without it, as in transformers, rows are taken as they are.
 
-    With `reset_at_newlines`, the context starts anew at every newline (the BLT paper, section 4.4): attention reaches
-    back to the last newline and no further. The newline is the first byte of the new context, as BOS is of a document,
-    so that the entropy of the byte after it does not depend on the lines before. The paper does not say on which side
-    it is, and facebookresearch/blt has no such option.
+    With `reset_at_newlines`, the context starts anew at every newline, 0x0A (the BLT paper, section 4.4): attention
+    reaches back to the last one and no further. The newline is the first byte of the new context, as BOS is of a
+    document, so that the entropy of the byte after it does not depend on the lines before. The paper does not say on
+    which side it is, and facebookresearch/blt has no such option.
     """
 
     dim: int = 768
@@ -189,7 +189,7 @@ class ByteLM(ByteModel):
             max_patches=None if whole_characters else max_patches,
         )
         if whole_characters:
-            layout = patches_of_whole_characters(self.ops, layout, ids, max_patch_length, max_patches)
+            layout = patches_of_whole_characters(layout, ids, max_patch_length, max_patches, ops=self.ops)
         return entropy.view(tokens.shape), layout
 
     @classmethod

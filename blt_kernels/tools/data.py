@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blt_kernels.nn import BOS, BYTE_OFFSET, EOS
+from blt_kernels.ids import to_ids
 
 SKIPPED_DIRECTORIES = ("__pycache__", "site-packages", "node_modules", ".*")
 _BLOCK = 1 << 20
@@ -236,12 +236,7 @@ def read_ids(source: Source, start: int, length: int) -> np.ndarray:
         data = file.read(last - first)
     if len(data) != last - first:
         raise ValueError(f"{source.path}: expected {source.size} bytes, the file has become shorter")
-    ids = np.empty(length, dtype=np.int32)
-    ids[first - start : last - start] = np.frombuffer(data, dtype=np.uint8)
-    ids[first - start : last - start] += BYTE_OFFSET
-    ids[: first - start] = BOS
-    ids[last - start :] = EOS
-    return ids
+    return to_ids(data, bos=start < first, eos=last < start + length, dtype=torch.int32).numpy()
 
 
 def _walk(root: Path, include: Sequence[str]) -> Iterator[Path]:

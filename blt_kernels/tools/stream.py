@@ -15,16 +15,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
 from blt_kernels import bpe
 from blt_kernels.characters import character_ends, patches_of_whole_characters
-from blt_kernels.ids import BYTE_OFFSET, to_ids
+from blt_kernels.ids import BYTE_OFFSET, to_bytes, to_ids
 from blt_kernels.layout import PatchLayout
-from blt_kernels.nn import load_ops
 from blt_kernels.ops import entropy_patch as ops
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ class Rules:
             return ops.static_patch(documents, size, first=-(-offset // size) * size + 1 - offset)
         if self.scheme is Scheme.bpe:
             assert self.tokenizer is not None
-            data = bytes((tokens - BYTE_OFFSET).tolist())
+            data = cast("bytes", to_bytes(tokens))
             lengths = bpe.token_lengths(_tokenizer(self.tokenizer), data, "--scheme bpe", "--tokenizer")
             ends = torch.zeros(tokens.shape[0])
             ends[torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1] = 1
@@ -426,7 +425,7 @@ def _cut_at_once(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None) ->
     tokens = to_ids(data, dtype=torch.int32)
     layout = rules.layout(tokens, entropy)
     if rules.whole_characters:
-        layout = patches_of_whole_characters(load_ops("fused"), layout, tokens)
+        layout = patches_of_whole_characters(layout, tokens)
     yield Piece(0, data, entropy, layout.compact().patch_offsets[:-1].long())
 
 
