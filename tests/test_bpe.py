@@ -118,6 +118,9 @@ def test_patches_are_tokens() -> None:
     """A patch ends with the delimiter of the token after it, as facebookresearch/blt has it."""
     layers = TransformerConfig(32, 1, 2, ffn_dim=64)
     blt = BLT(BLTConfig(layers, layers, layers, None, ngram_vocab=97, patching="bpe"))
+    for text in ("the end ü", b"x", ["x"], torch.zeros(2, dtype=torch.uint8)):  # no delimiters
+        with pytest.raises(ValueError, match=r"tokens: expected ids of `to_ids\(..., tokenizer=...\)`, .* got text"):
+            blt.patch(text)
     ids = bk.to_ids("the end ü", bos=True, eos=True, tokenizer=TOKENIZERS["byte level"])
     layout = blt.patch(ids)
     patches = bk.to_bytes(ids, layout.patch_offsets)

@@ -41,7 +41,10 @@ RULES = {
     "delimiter 0": Rules(Scheme.delimiter, delimiter=0),
     "delimiter 255": Rules(Scheme.delimiter, delimiter=255),
 }
-RULES |= {f"{name}, whole characters": replace(rules, whole_characters=True) for name, rules in RULES.items()}
+RULES |= {
+    f"{name}, whole characters": replace(RULES[name], whole_characters=True)
+    for name in ("entropy", "both, capped", "monotonic, capped", "space", "static 3", "byte", "delimiter 255")
+}
 TINY = ByteLMConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=64, window=16)
 
 
@@ -239,7 +242,6 @@ def test_cut_fills_in_the_threshold() -> None:
             Rules(threshold_add=0.5),
             Rules(max_patch_length=3),
             Rules(whole_characters=True),
-            Rules(whole_characters=True, max_patch_length=4),
         ]
     ),
 )

@@ -22,7 +22,7 @@ import blt_kernels as bk
 from blt_kernels.models import ByteLM, load_model
 from blt_kernels.nn import BOS, EOS, TransformerLayer, next_byte_targets
 from blt_kernels.testing import SCRIPTS
-from blt_kernels.tools import data, train, train_log, train_state
+from blt_kernels.tools import data, flops, train, train_log, train_state
 from blt_kernels.tools.evaluate import EvalConfig, evaluate, measure
 from blt_kernels.tools.ngram import NgramModel
 from blt_kernels.tools.train import TrainConfig
@@ -391,6 +391,12 @@ def test_patching_options_of_a_run(corpus: Path, tmp_path: Path) -> None:
     assert "".join(patch.decode() for patch in patches) == text
     with pytest.raises(ValueError, match="--set patching: expected a rule for the bytes of files, got 'bpe'"):
         train.build_model(config(corpus, tmp_path, model="blt", overrides={"patching": "bpe"}))
+    run.model.config = replace(run.model.config, patching="bpe")
+    run.model.save(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoint .*model.safetensors, patching: expected .* got 'bpe'"):
+        evaluate(EvalConfig(tmp_path / "model.safetensors", [corpus]))
+    with pytest.raises(ValueError, match=r"measure: config.patching: expected .* got 'bpe'"):
+        flops.measure(replace(run.model.config, patcher=None), 4.5, 100, [corpus])
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 30])

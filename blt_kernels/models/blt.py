@@ -350,7 +350,7 @@ class BLT(ByteModel):
         ----------
         tokens : int32 or int64 ``[T]`` or ``[B, S]``, or text
             Ids as in `forward`, or whatever `blt_kernels.to_ids` takes: str, bytes, uint8 arrays and tensors, and lists
-            of them, each a row.
+            of them, each a row. No text if patching is "bpe": it has no delimiters.
         cu_seqlens : int32 or int64 ``[R+1]``, optional
             As in `forward`.
         max_patches : int, optional
@@ -362,6 +362,8 @@ class BLT(ByteModel):
             An argument has the wrong type, dtype, shape or value (ids as in `forward`), or the scheme needs a patcher
             and there is none.
         """
+        if self.config.patching == "bpe" and not (isinstance(tokens, Tensor) and tokens.dtype != torch.uint8):
+            raise ValueError("tokens: expected ids of `to_ids(..., tokenizer=...)`, since patching is 'bpe', got text")
         tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
         _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)

@@ -239,6 +239,13 @@ def read_ids(source: Source, start: int, length: int) -> np.ndarray:
     return to_ids(data, bos=start < first, eos=last < start + length, dtype=torch.int32).numpy()
 
 
+def check_patching(name: str, patching: str) -> None:
+    """Raise ValueError, opening with `name`, for a scheme of BLT that finds nothing in files: "bpe"."""
+    if patching == "bpe":
+        message = "expected a rule for the bytes of files, got 'bpe', whose delimiters (id 3) none has"
+        raise ValueError(f"{name}: {message}")
+
+
 def _walk(root: Path, include: Sequence[str]) -> Iterator[Path]:
     for directory, subdirectories, names in os.walk(root):
         skipped = SKIPPED_DIRECTORIES

@@ -73,11 +73,14 @@ def evaluate(config: EvalConfig, report: Report | None = None) -> Evaluation:
     Raises
     ------
     FileNotFoundError, ValueError
-        As `data.find_sources`; the chosen side of the split is empty, or `strided` is not for this model.
+        As `data.find_sources`; the chosen side of the split is empty, `strided` is not for this model, or the
+        model has BPE patching, whose delimiters files do not have.
     """
     model = load_model(config.checkpoint, config.ops, dtype=torch.float32, device=config.device)
     if config.strided and not isinstance(model, MegaByte):
         raise ValueError(f"strided: expected a MegaByte, got a {type(model).__name__} in {config.checkpoint}")
+    if isinstance(model, BLT):
+        data.check_patching(f"checkpoint {config.checkpoint}, patching", model.config.patching)
     sources = data.find_sources(config.paths, config.include)
     train, held = data.split_sources(sources, config.heldout, config.seed)
     chosen = {"all": sources, "heldout": held, "train": train}[config.split]

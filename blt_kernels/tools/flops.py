@@ -209,6 +209,7 @@ def _patches(
     model: BLT, tokens: Tensor, rows: Tensor, patch_size: float, sources: Sequence[data.Source], context: int
 ) -> PatchLayout:
     config = model.config
+    data.check_patching("measure: config.patching", config.patching)
     if config.patching != "entropy":
         return model.patch(tokens, rows)
     patcher = ByteLM.bundled()

@@ -333,8 +333,8 @@ def with_entropy(
 def find_threshold(data: bytes, entropy: Tensor, rules: Rules) -> float:
     """The threshold at which the mean patch size of bytes with entropies ``[T]`` is nearest to ``rules.target_size``.
 
-    By bisection: a higher threshold never makes more patches, whatever the rule. Only where `max_patch_length` is
-    shorter than characters that are kept whole may it make a few more.
+    By bisection: a higher threshold makes no more patches, whatever the rule. Only with `max_patch_length` and
+    `whole_characters` together may it make a few more; then another threshold may be nearer.
     """
     target = rules.target_size
     assert target is not None

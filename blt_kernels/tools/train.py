@@ -165,9 +165,7 @@ def build_model(config: TrainConfig) -> ByteModel:
     model = _initial_model(config) if config.init is not None else _fresh_model(config)
     if model.config_class is BLTConfig:
         patching = model.config.patching
-        if patching == "bpe":
-            message = "expected a rule for the bytes of files, got 'bpe', whose delimiters none has"
-            raise ValueError(f"--set patching: {message}")
+        data.check_patching("--set patching", patching)
         if patching != "entropy" and config.patcher is not None:
             raise ValueError(f"patcher: expected None, since patching is {patching!r}, got {config.patcher}")
     return model
