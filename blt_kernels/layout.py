@@ -238,9 +238,16 @@ class PatchLayout:
         max_patches
             The capacity C, at least B; T if None. If it is too small, starts are dropped from the end of the documents
             that do not fit, so that every later document that is not empty keeps at least one patch.
+
+        Raises
+        ------
+        ValueError
+            The capacity is beyond what int32 ids count.
         """
         num_bytes, num_documents = cuts.shape[0], cu_seqlens.shape[0] - 1
         capacity = num_bytes if max_patches is None else max_patches
+        if capacity > _MAX_BYTES:
+            raise ValueError(f"max_patches: expected at most {_MAX_BYTES}, as int32 ids count, got {capacity}")
         position = torch.arange(num_bytes, device=cuts.device)
         cu = cu_seqlens.long()
         document = torch.searchsorted(cu[1:], position, right=True)  # [T], B for bytes beyond the last document

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
@@ -99,7 +99,7 @@ def known_ids(ids: Tensor, cu_seqlens: Tensor, alphabet: int) -> Tensor:
     return inside & (ids >= 0) & (ids < alphabet)
 
 
-def embed_ids(table: nn.Module, ids: Tensor, known: Tensor) -> Tensor:
+def embed_ids(table: Callable[[Tensor], Tensor], ids: Tensor, known: Tensor) -> Tensor:
     """The rows of `table`, ``[*ids.shape, D]``; 0, which gets no gradient, for ids that are not `known`."""
     return table(ids.where(known, 0)).where(known[..., None], 0)
 

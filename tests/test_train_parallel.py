@@ -103,11 +103,12 @@ def work(rank: int, root: Path) -> None:
 
 
 def embedding_inputs(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Other numbers of bytes and rows on every rank, and bytes beyond the last row."""
+    """Other numbers of bytes and rows on every rank, and bytes beyond the last row, which hold anything."""
     generator = torch.Generator().manual_seed(rank)
     tokens = torch.randint(4, 12, (40 - 17 * rank,), generator=generator)
     rows = [torch.tensor([0, 3, 3, 38]), torch.tensor([0, 23])][rank]
     grad = torch.randn(len(tokens), 6, dtype=torch.float64, generator=generator)
+    tokens[rows[-1] :], grad[rows[-1] :] = -100, torch.nan
     return tokens, rows, grad
 
 

@@ -356,6 +356,7 @@ def _visited(
     if causal:
         end = end.minimum(own + 1)
     if window is not None:
+        window = min(window, 2**31 - 1)  # offsets are int32
         first, end = (own + 1 - window).clamp(min=0), end.minimum(own + window)
     return int((end - first).clamp(min=0).sum())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from blt_kernels.ops import _autograd
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64)
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
 def define(name: str, schema: str, reference: Callable) -> None:
@@ -58,14 +60,18 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if value != value:
         raise ValueError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name}: expected a number that a float holds, got an int of {value.bit_length()} bits")
 
 
 def check_int(name: str, value: object, minimum: int) -> None:
-    """Raise unless `value` is an int (or a symbolic one) of at least `minimum`."""
+    """Raise unless `value` is an int (or a symbolic one) of at least `minimum` that an int64 holds."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name}: expected a value >= {minimum}, got {value}")
+    if value > INT64_MAX:
+        raise ValueError(f"{name}: expected a value <= 2**63 - 1, got {value}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -88,6 +94,12 @@ def readable(x: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def check_total(name: str, total: int) -> None:
+    """Raise unless int32 offsets reach over the `total` positions of the data."""
+    if not torch.compiler.is_compiling() and total > INT32_MAX:
+        raise ValueError(f"{name}: expected at most 2**31 - 1 positions, which int32 offsets reach, got {total}")
+
+
 def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.device) -> Tensor:
     """Check document offsets and return them as int32.
 
@@ -95,6 +107,7 @@ def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.devic
     themselves, whatever the values are.
     """
     check_tensor(name, offsets, 1, INTS)
+    check_total(name, total)
     if offsets.shape[0] < 1:
         raise ValueError(f"{name}: expected at least one entry, got an empty tensor")
     if offsets.device != device:
@@ -137,10 +150,12 @@ def pack(name: str, data: Tensor, cu_seqlens: Tensor | None, trailing: int) -> t
         if cu_seqlens is not None:
             raise ValueError(f"cu_seqlens: expected None, since {name} is padded with shape {list(data.shape)}")
         rows, length = data.shape[:2]
+        check_total(name, rows * length)
         offsets = torch.arange(rows + 1, dtype=torch.int32, device=data.device) * length
         return data.flatten(0, 1), offsets
     total = data.shape[0]
     if cu_seqlens is None:
+        check_total(name, total)
         return data, torch.arange(2, dtype=torch.int32, device=data.device) * total
     return data, check_offsets("cu_seqlens", cu_seqlens, total, device=data.device)
 
@@ -150,6 +165,8 @@ def check_capacity(max_patches: int | None, cu_seqlens: Tensor) -> None:
     if max_patches is None:
         return
     check_int("max_patches", max_patches, 0)
+    if max_patches > INT32_MAX:
+        raise ValueError(f"max_patches: expected at most 2**31 - 1, as int32 ids count, got {max_patches}")
     documents = cu_seqlens.shape[0] - 1
     if max_patches < documents:
         raise ValueError(f"max_patches: expected at least one patch a document ({documents}), got {max_patches}")

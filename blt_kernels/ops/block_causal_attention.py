@@ -62,6 +62,7 @@ def block_causal_attention(
     -------
     out : dtype and shape of `q`
         0 for a query that sees no key, or lies beyond the last document. Accumulated in fp32 (fp64 for fp64 inputs).
+        Such queries, and keys and values that no query sees, may hold anything and get gradients of 0.
     lse : fp32 (fp64 for fp64 inputs) ``q.shape[:-1]``, if `return_lse`
         Natural logarithm; -inf for a query that sees no key. Not differentiable.
 
@@ -142,7 +143,7 @@ def _check_seqused(seqused_k: Tensor, offsets_k: Tensor) -> Tensor:
         for document, (n, length) in enumerate(zip(used, lengths, strict=True)):
             if not 0 <= n <= length:
                 raise ValueError(f"seqused_k: expected 0 to {length} keys, the length of document {document}, got {n}")
-    return seqused_k.to(torch.int32).contiguous()
+    return seqused_k.clamp(max=_common.INT32_MAX).to(torch.int32).contiguous()
 
 
 # --- who computes it on CUDA ------------------------------------------------------------------------------------------

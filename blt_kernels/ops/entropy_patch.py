@@ -46,7 +46,7 @@ def entropy_patch(
     Returns
     -------
     entropy : fp32 (fp64 for fp64 logits) ``logits.shape[:-1]``
-        In nats.
+        In nats. 0 for rows beyond the last document, which may hold anything and get no gradient.
     layout : PatchLayout
         With capacity `max_patches`, or T.
 
@@ -237,6 +237,7 @@ def static_patch(
             raise ValueError("num_bytes: expected an int where cu_seqlens is not on the CPU, got None")
         num_bytes = int(cu_seqlens[-1]) if cu_seqlens.shape[0] else 0
     _common.check_int("num_bytes", num_bytes, 0)
+    _common.check_total("num_bytes", num_bytes)
     offsets = _common.check_offsets("cu_seqlens", cu_seqlens, num_bytes, device=cu_seqlens.device)
     _common.check_capacity(max_patches, offsets)
     return _layout(torch.ops.blt_kernels.static_patch_fwd(offsets, num_bytes, size, first, max_patches), offsets)
@@ -265,8 +266,7 @@ def delimiter_patch(
         An argument has the wrong type, dtype, shape or value; the message names it.
     """
     _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
-    if not isinstance(id, int) or isinstance(id, bool):
-        raise TypeError(f"id: expected an int, got {id!r}")
+    _common.check_int("id", id, -_common.INT64_MAX - 1)
     packed, offsets = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
     _common.check_capacity(max_patches, offsets)
     return _layout(torch.ops.blt_kernels.delimiter_patch_fwd(packed, offsets, id, max_patches), offsets)
@@ -387,7 +387,7 @@ _define_scheme(
 
 
 def _entropy_patch_fwd(logits: Tensor, cu_seqlens: Tensor, *rules: Any) -> tuple[Tensor, ...]:
-    entropy, log_sum = reference.token_entropy_fwd_reference(logits)
+    entropy, log_sum = reference.document_entropy_reference(logits, cu_seqlens)
     return entropy, log_sum, *_tensors(reference.patch_starts_reference(entropy, cu_seqlens, *rules))
 
 
@@ -486,13 +486,18 @@ def _linear_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> 
 
 
 def _save_entropy_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+    ctx.save_for_backward(inputs[0], inputs[1], inputs[3])
 
 
 def _second_entropy_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    grad_entropy, logits = ctx.saved_tensors
+    grad_entropy, logits, log_sum = ctx.saved_tensors
+    unread = (log_sum == torch.inf)[:, None]
+
+    def entropy(x: Tensor) -> Tensor:
+        return reference.token_entropy_reference(x.masked_fill(unread, 0))
+
     # The gradient depends on entropy and log_sum through the logits alone.
-    grads = _autograd.second_derivative(reference.token_entropy_reference, (logits,), grad_entropy, (cotangent,))
+    grads = _autograd.second_derivative(entropy, (logits,), grad_entropy, (cotangent,))
     return *grads, None, None
 
 

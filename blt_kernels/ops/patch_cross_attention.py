@@ -53,7 +53,8 @@ def patch_cross_attention(
     Returns
     -------
     dtype and shape of `q`
-        0 for an empty patch, and for a byte that has no patch to read (id -1); they send no gradient either.
+        0 for an empty patch, and for a byte that has no patch to read (id -1); they send no gradient either. Bytes
+        beyond the last document and patches beyond the last one may hold anything and get gradients of 0.
         Accumulated in fp32 (fp64 for fp64 inputs).
 
     Raises

@@ -28,7 +28,8 @@ def patch_unpool(y: Tensor, layout: PatchLayout, ids: str = "patch") -> Tensor:
     Returns
     -------
     dtype of `y` ``[T, D]``
-        0 where the id is -1. The gradient of y is the sum over the bytes that read a patch, in fp32 (fp64 for fp64 y).
+        0 where the id is -1, as beyond the last document. The gradient of y is the sum over the bytes that read a
+        patch, in fp32 (fp64 for fp64 y). Patches that no byte reads may hold anything and get a gradient of 0.
 
     Raises
     ------

@@ -130,6 +130,7 @@ def visible(
     position = row + shift[document]  # the key that the query is aligned with
     first, last = start[document], end[document]
     if window is not None:
+        window = min(window, 2**31 - 1)  # offsets are int32: a longer window reaches no further, and would overflow
         first = torch.maximum(first, position - (window - 1))
     if causal:
         last = torch.minimum(last, position + 1)

@@ -30,12 +30,20 @@ def token_entropy_fwd_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_entropy_bwd_reference(grad_entropy: Tensor, logits: Tensor, entropy: Tensor, log_sum: Tensor) -> Tensor:
-    """dH/dx = -p (log p + H)."""
+    """dH/dx = -p (log p + H); 0 for rows whose log_sum is infinite, which `entropy_patch` has not read."""
     x = logits.to(entropy.dtype)
     log_p = x - x.amax(-1, keepdim=True) - log_sum[..., None]
     p = log_p.exp()
     slope = -p * (log_p.masked_fill(p == 0, 0) + entropy[..., None])
-    return (grad_entropy[..., None] * slope).to(logits.dtype).contiguous()
+    grad = grad_entropy[..., None] * slope
+    return grad.masked_fill(log_sum[..., None] == torch.inf, 0).to(logits.dtype).contiguous()
+
+
+def document_entropy_reference(logits: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the rows ``[T, A]`` in documents; entropy 0 and an infinite log_sum for those beyond, never read."""
+    beyond = torch.arange(logits.shape[0], device=logits.device) >= cu_seqlens[-1]
+    entropy, log_sum = token_entropy_fwd_reference(logits.masked_fill(beyond[:, None], 0))
+    return entropy.masked_fill(beyond, 0), log_sum.masked_fill(beyond, torch.inf)
 
 
 def linear_entropy_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -95,7 +103,7 @@ def entropy_patch_reference(
     max_patches: int | None = None,
 ) -> tuple[Tensor, PatchLayout]:
     """Entropy and patches of logits ``[T, A]``."""
-    entropy = token_entropy_reference(logits)
+    entropy = document_entropy_reference(logits, cu_seqlens)[0]
     return entropy, patch_starts_reference(
         entropy.detach(), cu_seqlens, threshold, threshold_add, monotonic, max_patch_length, max_patches
     )
@@ -125,7 +133,7 @@ def delimiter_patch_reference(
     tokens: Tensor, cu_seqlens: Tensor, id: int, max_patches: int | None = None
 ) -> PatchLayout:
     """Patches end at the delimiter; the first byte is a patch of its own."""
-    cuts = (tokens == id) | (_local_index(tokens.shape[0], cu_seqlens) == 0)
+    cuts = (tokens.long() == id) | (_local_index(tokens.shape[0], cu_seqlens) == 0)
     return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
 
 

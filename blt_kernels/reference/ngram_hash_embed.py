@@ -42,13 +42,14 @@ def ngram_hash_fwd_reference(
     """sum_j window[j] * prime**j mod vocab, with j = 0 the oldest byte of the window, in wrapping int64: ``[N, T]``."""
     local = _local_index(tokens.shape[0], cu_seqlens)
     # back[d]: the byte d places before, 0 before the start of its document.
-    back = [F.pad(tokens.long(), (d, 0))[: local.shape[0]].where(local >= d, 0) for d in range(max(ngram_sizes))]
+    reach = min(max(ngram_sizes), tokens.shape[0])
+    back = [F.pad(tokens.long(), (d, 0))[: local.shape[0]].where(local >= d, 0) for d in range(reach)]
     hashes = []
     for prime in PRIMES[:num_functions]:
         for size in ngram_sizes:
             total = torch.zeros_like(local)
-            for d in range(size):
-                total = total + back[d] * _wrap(prime ** (size - 1 - d))
+            for d in range(min(size, reach)):
+                total = total + back[d] * _wrap(pow(prime, size - 1 - d, 2**64))
             hashes.append(total.remainder(vocab))
     return torch.stack(hashes)
 

@@ -166,6 +166,7 @@ def _graph(
 ) -> list[_Edges]:
     """All edges, by distance. Encoding, byte i is read by patches ids[i] + d; decoding, it reads patches ids[i] - d."""
     capacity = patch_offsets.shape[0] - 1
+    queries_per_patch = queries_per_patch if capacity else 1  # no patch may have any number of queries
     bounds = F.pad(cu_patches, (0, 1)).long()
     document = torch.searchsorted(cu_patches[1:].contiguous(), ids.contiguous(), right=True)  # of the patch
     low, high = bounds[document], bounds[document + 1]

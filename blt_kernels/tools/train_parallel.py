@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blt_kernels.models import BLT
-from blt_kernels.nn import BYTE_OFFSET, ByteModel, CrossAttention, TransformerLayer
+from blt_kernels.nn import BYTE_OFFSET, ByteModel, CrossAttention, TransformerLayer, embed_ids, known_ids
 from blt_kernels.ops import _common
 from blt_kernels.ops.ngram_hash_embed import ngram_hash_embed
 
@@ -259,6 +259,8 @@ def sharded_ngram_hash_embed(
     """
     group, width = shards.mesh.get_group(), tables.shape[-1]
     ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+    if byte_table is not None:
+        _common.check_ids(ids, rows, byte_table.shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
     everyones, everyones_rows, capacity = _gather_tokens(ids, rows, group)
     parts = ngram_hash_embed(
         everyones,
@@ -272,7 +274,7 @@ def sharded_ngram_hash_embed(
     )
     out = _SumOverRanks.apply(parts.view(-1, capacity, width), group)[: ids.shape[0]]
     if byte_table is not None:
-        out = out + F.embedding(ids, byte_table)
+        out = out + embed_ids(partial(F.embedding, weight=byte_table), ids, known_ids(ids, rows, byte_table.shape[0]))
     inside = torch.arange(ids.shape[0], device=ids.device) < rows[-1]
     return out.where(inside[:, None], 0).view(*tokens.shape, width)
 

@@ -143,11 +143,16 @@ def ranges(
     # Rows of 16 bytes, so that the kernels are not compiled again for a `last` that begins elsewhere.
     first, last = cu_seqlens_q.new_empty(2, triton.cdiv(rows, 4) * 4)[:, :rows].unbind()
     block_causal_attention_ranges_kernel[(triton.cdiv(rows, _ROWS),)](
-        first, last, *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys, window or 0,
+        first, last, *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys, reach(window),
         OF_KEYS=of_keys, CAUSAL=causal, WINDOWED=window is not None, USED=seqused_k is not None, ROWS=_ROWS,
         num_warps=4,
     )  # fmt: skip
     return first, last
+
+
+def reach(window: int | None) -> int:
+    """Return the `window` that kernels are given: rows are int32, so a longer one than that reaches no further."""
+    return 0 if window is None else min(window, 2**31 - 1)
 
 
 def search_arguments(

@@ -26,6 +26,8 @@ LayoutTensors build_layout(Tensor cu_seqlens, int64_t num_bytes, std::optional<i
   const int64_t capacity = max_patches.value_or(num_bytes);
   int64_t occupied = 0;  // documents from here on that are not empty: each of them is owed a patch
   for (int64_t b = 0; b < num_documents; ++b) occupied += documents[b] < documents[b + 1];
+  STD_TORCH_CHECK(capacity <= std::numeric_limits<int32_t>::max(), "max_patches: expected at most ",
+                  std::numeric_limits<int32_t>::max(), ", got ", capacity);
   STD_TORCH_CHECK(capacity >= occupied, "max_patches: expected at least one patch a document (", occupied, "), got ",
                   capacity);
 

@@ -70,7 +70,9 @@ Visibility check_visibility(const Tensor& q, const Tensor& k, Offsets& offsets, 
     check_size(*offsets.used, "seqused_k", 0, documents);
   }
   STD_TORCH_CHECK(!window || *window >= 1, "window: expected a value >= 1, got ", window.value_or(0));
-  return {cu_q, cu_k, used, documents, window.value_or(0), causal};
+  // Rows are int32, so that no window reaches further than this, and sums of it with a row do not overflow.
+  constexpr int64_t kLongest = std::numeric_limits<int32_t>::max();
+  return {cu_q, cu_k, used, documents, std::min(window.value_or(kLongest), kLongest), causal};
 }
 
 void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {

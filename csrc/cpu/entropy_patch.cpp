@@ -35,19 +35,22 @@ Tensor check_logits(const Tensor& logits) {
   return rows;
 }
 
-// entropy[i], log_sum[i] of logits[i]; the outputs are contiguous, the logits have unit stride in a row.
+// entropy[i], log_sum[i] of logits[i] for the first `count` rows; the outputs are contiguous, the logits have unit stride in
+// a row. The other rows are not read: their entropy is 0, their log_sum kUnread.
 template <class T>
-void entropy_rows(const Tensor& logits, accumulator_t<T>* entropy, accumulator_t<T>* log_sum) {
+void entropy_rows(const Tensor& logits, int64_t count, accumulator_t<T>* entropy, accumulator_t<T>* log_sum) {
   const T* const data = logits.const_data_ptr<T>();
   const int64_t stride = logits.stride(0);
   const RowShape<T> shape(logits.size(1));
-  parallel_for(logits.size(0), kRowGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(count, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto row = row_entropy(data + i * stride, shape);
       entropy[i] = row.entropy;
       log_sum[i] = row.log_sum;
     }
   });
+  std::fill(entropy + count, entropy + logits.size(0), accumulator_t<T>(0));
+  std::fill(log_sum + count, log_sum + logits.size(0), accumulator_t<T>(kUnread));
 }
 
 template <class T>
@@ -58,21 +61,31 @@ void entropy_grad_rows(const Tensor& grad, const Tensor& logits, const accumulat
   const int64_t stride = logits.stride(0), width = logits.size(1);
   const RowShape<T> shape(width);
   parallel_for(logits.size(0), kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      row_entropy_grad(out + i * width, data + i * stride, shape, upstream[i], {entropy[i], log_sum[i]});
+    for (int64_t i = begin; i < end; ++i) {
+      T* const row = out + i * width;
+      if (log_sum[i] == kUnread)
+        std::fill(row, row + width, T(0.0f));
+      else
+        row_entropy_grad(row, data + i * stride, shape, upstream[i], {entropy[i], log_sum[i]});
+    }
   });
 }
 
-std::tuple<Tensor, Tensor> token_entropy_fwd_cpu(const Tensor& logits) {
-  const Tensor rows = check_logits(logits);
+// Of the first `count` rows.
+std::tuple<Tensor, Tensor> entropies(const Tensor& rows, int64_t count) {
   Tensor entropy = torch::stable::new_empty(rows, {rows.size(0)}, accumulator(rows));
   Tensor log_sum = torch::stable::new_empty(rows, {rows.size(0)}, accumulator(rows));
   dispatch_float(rows.scalar_type(), "logits", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulator_t<T>;
-    entropy_rows<T>(rows, entropy.mutable_data_ptr<A>(), log_sum.mutable_data_ptr<A>());
+    entropy_rows<T>(rows, count, entropy.mutable_data_ptr<A>(), log_sum.mutable_data_ptr<A>());
   });
   return {entropy, log_sum};
+}
+
+std::tuple<Tensor, Tensor> token_entropy_fwd_cpu(const Tensor& logits) {
+  const Tensor rows = check_logits(logits);
+  return entropies(rows, rows.size(0));
 }
 
 // One value a row, contiguous: a gradient that was expanded from a scalar is copied.
@@ -146,9 +159,11 @@ LayoutTensors patch_starts_fwd_cpu(const Tensor& entropy, const Tensor& cu_seqle
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cpu(
-    const Tensor& logits, const Tensor& cu_seqlens, double threshold, std::optional<double> threshold_add,
-    bool monotonic, std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
-  auto scores = token_entropy_fwd_cpu(logits);
+    const Tensor& logits, Tensor cu_seqlens, double threshold, std::optional<double> threshold_add, bool monotonic,
+    std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
+  const Tensor rows = check_logits(logits);
+  const int32_t* const documents = check_offsets(cu_seqlens, "cu_seqlens", rows.size(0));
+  auto scores = entropies(rows, documents[cu_seqlens.size(0) - 1]);
   auto layout = patch_starts_fwd_cpu(std::get<0>(scores), cu_seqlens, threshold, threshold_add, monotonic,
                                      max_patch_length, max_patches);
   return std::tuple_cat(std::move(scores), std::move(layout));
@@ -286,7 +301,7 @@ std::tuple<Tensor, Tensor> linear_entropy_fwd_cpu(const Tensor& hidden, const Te
     A* const entropies = entropy.mutable_data_ptr<A>();
     A* const log_sums = log_sum.mutable_data_ptr<A>();
     for_each_tile(hidden, weight, bias, [&](int64_t begin, int64_t, const Tensor&, const Tensor& logits) {
-      entropy_rows<T>(logits, entropies + begin, log_sums + begin);
+      entropy_rows<T>(logits, logits.size(0), entropies + begin, log_sums + begin);
     });
   });
   return {entropy, log_sum};

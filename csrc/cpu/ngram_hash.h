@@ -3,7 +3,7 @@
 //   hash_n(t) = sum over d < n of token[t - d] * prime^(n - 1 - d) mod vocab, in wrapping int64, ids before the document 0
 //
 // The hash of an n-gram is that of the next shorter one times the prime, plus the oldest byte: so a byte takes as many
-// steps as its longest n-gram has bytes, whatever the number of sizes, and no window is ever stored.
+// steps as its longest n-gram has bytes in the document, whatever the number of sizes, and no window is ever stored.
 #pragma once
 
 #include <algorithm>
@@ -72,12 +72,20 @@ inline Ngrams check_ngrams(const Tensor& tokens, Tensor& cu_seqlens, const std::
   return {{kPrimes.begin(), kPrimes.begin() + num_functions}, sizes, Modulus(vocab), offsets, cu_seqlens.size(0) - 1};
 }
 
+// base^exponent in wrapping arithmetic.
+inline uint64_t power(uint64_t base, int64_t exponent) {
+  uint64_t result = 1;
+  for (; exponent > 0; exponent /= 2, base *= base)
+    if (exponent % 2 == 1) result *= base;
+  return result;
+}
+
 // Calls f(t, hashes), with a hash for each table, for the bytes of [begin, end) that are in a document.
 template <class Id, class F>
 void for_each_hash(const Ngrams& ngrams, const Id* tokens, int64_t begin, int64_t end, const F& f) {
   const int64_t longest = *std::max_element(ngrams.sizes.begin(), ngrams.sizes.end());
-  std::vector<uint64_t> by_size(longest + 1), hashes(ngrams.tables());
   end = std::min(end, ngrams.end());
+  std::vector<uint64_t> by_size(std::min(longest, ngrams.end()) + 1), hashes(ngrams.tables());
   const int32_t* const first = ngrams.cu_seqlens + 1;
   int64_t document = std::upper_bound(first, first + ngrams.documents, begin) - first;
   for (int64_t t = begin; t < end; ++t) {
@@ -86,10 +94,10 @@ void for_each_hash(const Ngrams& ngrams, const Id* tokens, int64_t begin, int64_
     uint64_t* out = hashes.data();
     for (const uint64_t prime : ngrams.primes) {
       uint64_t hash = 0;
-      int64_t n = 0;
-      for (; n < known; ++n) by_size[n + 1] = hash = hash * prime + static_cast<uint64_t>(int64_t{tokens[t - n]});
-      for (; n < longest; ++n) by_size[n + 1] = hash *= prime;
-      for (const int64_t size : ngrams.sizes) *out++ = ngrams.vocab(by_size[size]);
+      for (int64_t n = 0; n < known; ++n)
+        by_size[n + 1] = hash = hash * prime + static_cast<uint64_t>(int64_t{tokens[t - n]});
+      for (const int64_t size : ngrams.sizes)
+        *out++ = ngrams.vocab(size <= known ? by_size[size] : hash * power(prime, size - known));
     }
     f(t, static_cast<const uint64_t*>(hashes.data()));
   }

@@ -60,9 +60,8 @@ struct Visibility {
     const int64_t begin = cu_k[b];
     const int64_t end = used ? std::min<int64_t>(begin + std::max(used[b], 0), cu_k[b + 1]) : cu_k[b + 1];
     const int64_t aligned = row + end - cu_q[b + 1];
-    const int64_t reach = window > 0 ? window : std::numeric_limits<int32_t>::max();
-    const int64_t first = std::max(begin, aligned - reach + 1);
-    const int64_t last = std::min(end, causal ? aligned + 1 : aligned + reach);
+    const int64_t first = std::max(begin, aligned - window + 1);
+    const int64_t last = std::min(end, causal ? aligned + 1 : aligned + window);
     return {first, std::max(first, last)};
   }
 };

@@ -36,17 +36,21 @@ Shape entropy_grid(int64_t rows) {
   return {.blocks = ceil_div<int64_t>(rows * row_lanes(sizeof(T)), kEntropyThreads), .threads = kEntropyThreads};
 }
 
-EntropyTensors token_entropy_fwd_cuda(const Tensor& logits) {
-  const Tensor rows = check_logits(logits);
-  const Device device(rows);
+// Of the rows before *end, or of all.
+EntropyTensors entropies(const Device& device, const Tensor& rows, const i32* end) {
   Tensor entropy = device_output(rows, {rows.size(0)}, accumulator(rows));
   Tensor log_sum = device_output(rows, {rows.size(0)}, accumulator(rows));
   dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    device.launch<token_entropy_fwd_kernel<T>>(entropy_grid<T>(rows.size(0)), logit_rows<T>(device, rows),
+    device.launch<token_entropy_fwd_kernel<T>>(entropy_grid<T>(rows.size(0)), logit_rows<T>(device, rows), end,
                                                device.write<acc_t<T>>(entropy), device.write<acc_t<T>>(log_sum));
   });
   return {entropy, log_sum};
+}
+
+EntropyTensors token_entropy_fwd_cuda(const Tensor& logits) {
+  const Tensor rows = check_logits(logits);
+  return entropies(Device(rows), rows, nullptr);
 }
 
 // One value for each row of logits, contiguous: a gradient that was expanded from a scalar is copied.
@@ -93,7 +97,8 @@ template <class Rule>
 LayoutTensors build_layout(const Device& device, const Rule& rule, const Documents& documents, const Tensor& cu_seqlens,
                            std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
   const int64_t bytes = documents.bytes, capacity = max_patches.value_or(bytes);
-  STD_TORCH_CHECK(capacity >= 0, "max_patches: expected a value >= 0, got ", capacity);
+  STD_TORCH_CHECK(capacity >= 0 && capacity <= kNoLimit, "max_patches: expected a value from 0 to ", kNoLimit, ", got ",
+                  capacity);
   STD_TORCH_CHECK(!max_patch_length || *max_patch_length >= 1, "max_patch_length: expected at least 1, got ",
                   max_patch_length.value_or(0));
   const i32 limit = static_cast<i32>(std::min<int64_t>(max_patch_length.value_or(kNoLimit), kNoLimit));
@@ -138,9 +143,12 @@ LayoutTensors patch_starts_fwd_cuda(const Tensor& entropy, Tensor cu_seqlens, do
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cuda(
-    const Tensor& logits, const Tensor& cu_seqlens, double threshold, std::optional<double> threshold_add,
-    bool monotonic, std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
-  auto scores = token_entropy_fwd_cuda(logits);
+    const Tensor& logits, Tensor cu_seqlens, double threshold, std::optional<double> threshold_add, bool monotonic,
+    std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
+  const Tensor rows = check_logits(logits);
+  const Device device(rows);
+  const Documents documents = check_documents(device, cu_seqlens, rows.size(0));
+  auto scores = entropies(device, rows, documents.offsets + documents.count);
   auto layout = patch_starts_fwd_cuda(std::get<0>(scores), cu_seqlens, threshold, threshold_add, monotonic,
                                       max_patch_length, max_patches);
   return std::tuple_cat(std::move(scores), std::move(layout));

@@ -2,8 +2,8 @@
 //
 //   hash_n(t) = sum over d < n of token[t - d] * prime^(n - 1 - d) mod vocab, in wrapping int64, ids before the document 0
 //
-// A thread takes a hash from the newest token to the oldest, one multiplication for each; tokens come from L1, since the
-// n-grams of neighbours overlap. The remainder takes three multiplications and no division. The kernel below has a thread
+// A thread takes a hash from the newest token to the oldest, one multiplication for each, and squares for those before the
+// document; tokens come from L1, since the n-grams of neighbours overlap. The remainder takes three multiplications and no division. The kernel below has a thread
 // for each byte; those of ngram_hash_embed.cuh hash as a first step of their own.
 //
 // Bytes of the kernel: tokens read and hashes written once. Roofline: a memory copy, of 8 N bytes for each byte of text.
@@ -44,7 +44,7 @@ struct Text {
 // The hash of each table: functions outer, sizes inner.
 struct Ngrams {
   u64 primes[kMaxFunctions];
-  i32 sizes[kMaxTables];
+  i64 sizes[kMaxTables];
   int num_sizes, tables;
   Modulus vocab;
 };
@@ -67,13 +67,15 @@ __device__ __forceinline__ i64 document_start(const Text<Id>& text, i64 t) {
 template <class Id>
 __device__ __forceinline__ u64 ngram_hash(const Text<Id>& text, const Ngrams& ngrams, int table, i64 t, i64 start) {
   const u64 prime = ngrams.primes[table / ngrams.num_sizes];
-  const int size = ngrams.sizes[table % ngrams.num_sizes];
-  const int known = static_cast<int>(least<i64>(size, t - start + 1));
+  const i64 size = ngrams.sizes[table % ngrams.num_sizes];
+  const int known = static_cast<int>(least(size, t - start + 1));
   const Id* const newest = text.tokens + t;
   u64 hash = 0;
 #pragma unroll 4
   for (int d = 0; d < known; ++d) hash = hash * prime + static_cast<u64>(static_cast<i64>(newest[-d]));
-  for (int d = known; d < size; ++d) hash *= prime;
+  u64 base = prime;
+  for (i64 left = size - known; left > 0; left >>= 1, base *= base)
+    if (left & 1) hash *= base;
   return ngrams.vocab(hash);
 }
 

@@ -61,9 +61,8 @@ Hashed check_hashed(const Tensor& tokens, const Tensor& cu_seqlens, const std::v
                   " tables on CUDA, got ", num_functions, " functions of ", count, " sizes");
   std::copy(kPrimes.begin(), kPrimes.end(), hashed.ngrams.primes);
   for (int64_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(sizes[i] >= 1 && sizes[i] <= INT32_MAX, "ngram_sizes: expected values from 1 to ", INT32_MAX,
-                    ", got ", sizes[i]);
-    hashed.ngrams.sizes[i] = static_cast<i32>(sizes[i]);
+    STD_TORCH_CHECK(sizes[i] >= 1, "ngram_sizes: expected values >= 1, got ", sizes[i]);
+    hashed.ngrams.sizes[i] = sizes[i];
   }
   hashed.ngrams.num_sizes = static_cast<int>(count);
   hashed.ngrams.tables = static_cast<int>(num_functions * count);

@@ -3,7 +3,8 @@
 //   m = max x,  d = x - m,  s = sum exp(d),  log_sum = log s,  H = log_sum - (sum exp(d) d) / s
 //   grad_x = -grad_H p (log p + H),  log p = d - log_sum
 //
-// Entries of -inf add nothing. A row with NaN or +inf, or with nothing but -inf, gives NaN.
+// Entries of -inf add nothing. A row with NaN or +inf, or with nothing but -inf, gives NaN. Rows beyond the last document are
+// not read: they have entropy 0, and a log_sum of infinity, by which backward gives them gradients of 0.
 //
 // Tiling: a few neighbouring lanes own a row, 8 for 16-bit numbers, and keep a tile of it in registers: all of it up to 320
 // logits. All loads of a tile are in flight together. Its maximum is found first; sums of the tiles before it, if there are
@@ -56,6 +57,12 @@ inline constexpr A kLogOfZero = -2000;
 template <class A>
 __device__ __forceinline__ A minus_infinity() {
   return static_cast<A>(-__int_as_float(0x7f800000));
+}
+
+// log_sum, in [0, log A] or NaN otherwise, of a row that no document has.
+template <class A>
+__device__ __forceinline__ A unread_log_sum() {
+  return -minus_infinity<A>();
 }
 
 // The maximum to subtract from a row: of a row of -inf none, so that x - m is -inf and not NaN.
@@ -164,9 +171,9 @@ struct RowLane {
   Words held[kPacks];
   T held_edges[kEdges];
 
-  // A row of no elements where it is beyond the last.
-  __device__ __forceinline__ RowLane(const LogitRows<T>& logits, i64 index) {
-    const i32 size = index < logits.rows ? logits.alphabet : 0;
+  // A row of no elements unless it is to be read.
+  __device__ __forceinline__ RowLane(const LogitRows<T>& logits, i64 index, bool reads) {
+    const i32 size = reads ? logits.alphabet : 0;
     row = logits.data + least(index, logits.rows - 1) * logits.stride;
     lane = threadIdx.x % kLanes;
     const i32 past = static_cast<i32>(reinterpret_cast<u64>(row) / sizeof(T) % kPack);
@@ -223,13 +230,15 @@ struct RowLane {
   }
 };
 
+// Reads rows before *end alone; all of them without an `end`.
 template <class T>
 __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 4)
-    token_entropy_fwd_kernel(LogitRows<T> logits, acc_t<T>* entropy, acc_t<T>* log_sum) {
+    token_entropy_fwd_kernel(LogitRows<T> logits, const i32* end, acc_t<T>* entropy, acc_t<T>* log_sum) {
   using A = acc_t<T>;
   constexpr int kLanes = RowLane<T>::kLanes;
   const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
-  RowLane<T> row(logits, index);
+  const bool reads = index < logits.rows && (end == nullptr || index < *end);
+  RowLane<T> row(logits, index, reads);
   const i32 tiles = RowLane<T>::tiles(logits);
   EntropySums<A> sums;
   for (i32 tile = 0; tile < tiles; ++tile) {
@@ -240,8 +249,8 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 4)
   sums.s = warp_sum<kLanes>(sums.s);
   sums.t = warp_sum<kLanes>(sums.t);
   if (row.lane == 0 && index < logits.rows) {
-    entropy[index] = sums.entropy();
-    log_sum[index] = sums.log_sum();
+    entropy[index] = reads ? sums.entropy() : 0;
+    log_sum[index] = reads ? sums.log_sum() : unread_log_sum<A>();
   }
 }
 
@@ -254,7 +263,7 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
   constexpr int kLanes = RowLane<T>::kLanes, kPack = RowLane<T>::kPack;
   const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
   const bool there = index < logits.rows;
-  RowLane<T> row(logits, index);
+  RowLane<T> row(logits, index, there);
   const i32 tiles = RowLane<T>::tiles(logits);
   A m = minus_infinity<A>();
   for (i32 tile = 0; tile < tiles; ++tile) {
@@ -262,7 +271,9 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     m = most(m, row.tile_max(tile));
   }
   const EntropySlope<A> of(m, there ? grad_entropy[index] : 0, there ? entropy[index] : 0, there ? log_sum[index] : 0);
-  const auto slope = [=](T x) { return narrow<T>(of(widen(x))); };
+  // A row that forward has not read, which may hold anything, was read here: to wait for its log_sum first would cost more.
+  const bool unread = there && log_sum[index] == unread_log_sum<A>();
+  const auto slope = [=](T x) { return unread ? narrow<T>(A(0)) : narrow<T>(of(widen(x))); };
   T* const to = grad_logits + (there ? index * logits.alphabet : 0);
   for (i32 tile = 0; tile < tiles; ++tile) {
     if (tiles > 1) row.read(tile);
