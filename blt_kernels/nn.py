@@ -147,6 +147,13 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "num_heads"):
             _common.check_int(name, getattr(self, name), 0 if name == "num_layers" else 1)
+        for name in ("num_kv_heads", "ffn_dim", "window"):
+            if getattr(self, name) is not None:
+                _common.check_int(name, getattr(self, name), 1)
+        for name in ("rope_theta", "norm_eps"):
+            _common.check_number(name, getattr(self, name))
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta: expected a value > 0, got {self.rope_theta}")
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim: expected a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.dim}")
         if self.num_heads % self.kv_heads:
@@ -386,15 +393,9 @@ class ByteModel(nn.Module):
             The file is damaged or holds another model, its configuration is not one of this version, or keys are
             missing, unknown or of the wrong shape or dtype; the message names the file and them.
         """
+        config = stored_config(path, cls.__name__, cls.config_class)
         with open_safetensors(path, device) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("model") != cls.__name__:
-                raise ValueError(f"path: expected a file of {cls.__name__}, got {metadata.get('model')!r} in {path}")
             tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
-        try:
-            config = config_from_dict(cls.config_class, json.loads(metadata.get("config", "null")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
         with torch.device("meta"):
             model = cls(config, ops)
         expected = {name: value.shape for name, value in model.state_dict().items()}
@@ -407,6 +408,18 @@ def model_name(path: str | os.PathLike[str]) -> str | None:
     """The class of the model in a file that `ByteModel.save` wrote; None for other safetensors files."""
     with open_safetensors(path) as file:
         return (file.metadata() or {}).get("model")
+
+
+def stored_config(path: str | os.PathLike[str], name: str, cls: type) -> Any:
+    """The configuration, of the class `cls`, in a file of the model `name`; ValueError if it is another file."""
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+    if metadata.get("model") != name:
+        raise ValueError(f"path: expected a file of {name}, got {metadata.get('model')!r} in {path}")
+    try:
+        return config_from_dict(cls, json.loads(metadata.get("config", "null")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def config_from_dict(cls: type, values: dict[str, Any]) -> Any:

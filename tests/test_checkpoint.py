@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
-import pickle
 import re
 import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
+from urllib.parse import unquote
 
+import oracle
+import oracle_bytelatent
 import pytest
 import torch
 from torch import Tensor
 
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, load_model
-from blt_kernels.models.checkpoint_formats import Values, transformers_blt
+from blt_kernels.models import checkpoint_fields as fields
+from blt_kernels.models.checkpoint import read_config
+from blt_kernels.models.checkpoint_fields import Values
+from blt_kernels.models.checkpoint_formats import transformers_blt
 from blt_kernels.nn import EOS, TransformerConfig
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -57,14 +67,25 @@ CASES: dict[str, dict] = {
     "scaled_positions": {"global_config": {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64}}},
+    "scaled_by_default": {"global_config": {"max_position_embeddings": 64, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}},
+    "scaling_first": {"global_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
+                                        "rope_scaling": {"rope_type": "default", "rope_theta": 77.0}}},
     "long_patches": {"max_patch_length": 3},
     "bytes": {"patch_in_forward": False},
     "spaces": {"patching_mode": "space"},
+    # As transformers' own conversion of a checkpoint of facebookresearch/blt names things that its classes ignore.
+    "converted": {"realtime_patching": True, "patching_device": "cuda", "patching_threshold_add": 0.5, "pm_size": 0,
+                  "monotonicity": True,
+                  "encoder_config": {"norm_eps": 0.5, "pm_size": 0, "rope_theta": 300.0,
+                                     "rope_scaling": {"rope_type": "default"}},
+                  "patcher_config": {"norm_eps": 0.5, "attn_impl": "sdpa", "attn_bias_type": "causal"}},
 }  # fmt: skip
 
 
 def merged(values: dict, changes: dict) -> dict:
-    return {**values, **{key: {**values[key], **new} if isinstance(new, dict) else new for key, new in changes.items()}}
+    inner = {key: {**values.get(key, {}), **new} for key, new in changes.items() if isinstance(new, dict)}
+    return {**values, **changes, **inner}
 
 
 def batch(rows: int = 3, length: int = LENGTH) -> Tensor:
@@ -168,7 +189,14 @@ OLD_STYLE = {
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {f"{part}_config": OLD_STYLE for part in ("encoder", "decoder", "global", "patcher")}]
+    "values",
+    [
+        {},
+        {
+            **{f"{part}_config": OLD_STYLE for part in ("encoder", "global", "patcher")},
+            "decoder_config": {**OLD_STYLE, "hidden_size_global": 64},
+        },
+    ],
 )
 def test_keys_that_are_missing_mean_what_they_do_in_transformers(values: dict, tmp_path) -> None:
     blt = pytest.importorskip("transformers.models.blt")
@@ -281,6 +309,24 @@ def test_keys_that_do_not_fit_are_named(folder) -> None:
     [
         ({"model_type": "llama"}, "model_type: expected 'blt', got 'llama'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings: expected False"),
+        ({"quantization_config": {"bits": 4}}, r"config.json: quantization_config: expected None, got {'bits': 4}"),
+        ({"global_config": {"per_layer_config": {"0": {}}}}, "global_config.per_layer_config: expected None, got "),
+        ({"cross_attn_window": 2}, "config.json: expected the fields of BltConfig, got cross_attn_window as well"),
+        ({"decoder_config": {"window": 2}}, "decoder_config: expected the fields of BltLocalDecoderConfig, got window"),
+        ({"encoder_config": {"vocab_size": 300}}, "encoder_config.vocab_size: expected 260, got 300"),
+        ({"encoder_config": {"cross_attn_k": 3}}, "encoder_config.cross_attn_k: expected 2, got 3"),
+        ({"decoder_config": {"cross_attn_k": 3}}, "decoder_config.cross_attn_k: expected 2, got 3"),
+        ({"decoder_config": {"hidden_size_global": 32}}, "decoder_config.hidden_size_global: expected 48, got 32"),
+        ({"patcher_config": {"head_dim": 8}}, "patcher_config.head_dim: expected 16, got 8"),
+        ({"patcher_config": {"hidden_act": "relu"}}, "patcher_config.hidden_act: expected 'silu', got 'relu'"),
+        ({"patch_size": None}, "patch_size: expected a number, .* got None"),
+        ({"patching_threshold": None}, "patching_threshold: expected float, got None"),
+        ({"encoder_hash_byte_group_nb_functions": 12}, "num_functions: expected at most 11, got 12"),
+        ({"encoder_hash_byte_group_size": [3, "4"]}, "ngram_sizes: expected an int, got '4'"),
+        ({"global_config": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: expected 1, got 0.5"),
+        ({"global_config": {"rope_parameters": {"beta": 1}}}, "'llama3', got beta as well"),
+        ({"global_config": {"num_attention_heads": 5, "head_dim": None}}, "global_config: dim: expected a multiple of"),
+        ({"eos_id": 260}, "eos_id: expected a value < vocab_size = 260, got 260"),
         ({"encoder_config": {"hidden_act": "gelu"}}, "hidden_act: expected 'silu', got 'gelu'"),
         ({"global_config": {"rope_parameters": {"rope_type": "yarn"}}}, "rope_type: expected 'default' or 'llama3'"),
     ],
@@ -291,6 +337,29 @@ def test_configurations_that_are_not_ours_say_why(folder, changes: dict, message
     file.write_text(json.dumps(merged(json.loads(file.read_text()), changes)))
     with pytest.raises(ValueError, match=message):
         BLT.from_pretrained(folder[0])
+
+
+TABLES = {
+    "BltConfig": fields.BLT_CONFIG,
+    "BltLocalEncoderConfig": fields.ENCODER_CONFIG,
+    "BltLocalDecoderConfig": fields.DECODER_CONFIG,
+    "BltGlobalTransformerConfig": fields.GLOBAL_CONFIG,
+    "BltPatcherConfig": fields.PATCHER_CONFIG,
+    "LlamaConfig": fields.LLAMA_CONFIG,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_field_of_transformers_is_known(name: str) -> None:
+    pytest.importorskip("transformers.models.blt")
+    import transformers.models.blt.configuration_blt as blt
+    import transformers.models.llama.configuration_llama as llama
+
+    cls, table = getattr(blt if name.startswith("Blt") else llama, name), TABLES[name]
+    assert table.owner == name
+    stored = set(cls().to_dict()) | {field.name for field in dataclasses.fields(cls)}
+    assert {key for key in stored if not key.startswith("_")} <= {*table.read, *table.fixed, *table.ignored}
+    assert not {*table.read} & {*table.fixed} | {*table.read, *table.fixed} & table.ignored
 
 
 LAYERS = TransformerConfig(32, 2, 4, num_kv_heads=2, window=WINDOW)
@@ -355,7 +424,8 @@ ARGS = {
     "cross_attn_window_encoder": None, "cross_attn_window_decoder": 3, "use_rope": True, "pm_size": 0,
     "downsampling_by_pooling": "max", "encoder_hash_byte_group_size": "3,4", "encoder_hash_byte_group_vocab": 31,
     "encoder_hash_byte_group_nb_functions": 2, "encoder_enable_byte_ngrams": False,
-    "local_attention_window_len": WINDOW, "patching_mode": "byte", "patching_threshold": 9.0, "unknown_to_us": 5,
+    "local_attention_window_len": WINDOW, "patching_mode": "byte", "patching_threshold": 9.0,
+    "attn_impl": "xformers", "attn_bias_type": "block_causal", "eos_id": 2,
 }  # fmt: skip
 RULES = {"patching_mode": "entropy", "threshold": 5.1, "threshold_add": 0.01, "monotonicity": False, "patch_size": 4.5}
 ENTROPY = {"dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 260, "ffn_dim_multiplier": 1.0, "rope_theta": 7.0}
@@ -383,9 +453,9 @@ THEIR_NAMES = (
 )  # fmt: skip
 
 
-def their_state(model: torch.nn.Module, head: str) -> dict[str, Tensor]:
+def foreign_names(weights: dict[str, Tensor], head: str) -> dict[str, Tensor]:
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in weights.items():
         for ours, theirs in THEIR_NAMES:
             name = name.replace(ours, theirs)
         state[name.replace("lm_head", head)] = value.clone()
@@ -408,7 +478,7 @@ def theirs(tmp_path):
             part.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("patcher.")})
         (tmp_path / name).mkdir()
         (tmp_path / name / "params.json").write_text(json.dumps({**values, "data": {"patcher_args": RULES}}))
-        state = {**their_state(part, head), "rope_embeddings.freqs_cis": torch.zeros(2)}
+        state = {**foreign_names(part.state_dict(), head), "rope_embeddings.freqs_cis": torch.zeros(2)}
         torch.save({"model": state, "optim": {}}, tmp_path / name / "consolidated.pth")
     return tmp_path, model
 
@@ -466,6 +536,7 @@ def test_hub_layout_of_facebookresearch(theirs) -> None:
     root, expected = theirs
     hub_layout(root)
     args = {**ENTROPY, "sliding_window": WINDOW, "norm_eps": 1e-4, "n_kv_heads": None, "multiple_of": 256}
+    args |= {"attn_impl": "xformers", "attn_bias_type": "local_block_causal"}
     (root / "entropy_model" / "config.json").write_text(json.dumps({"args": args}))
     model = BLT.from_pretrained(root / "blt", patcher=root / "entropy_model")
     patcher = dataclasses.replace(EXPECTED.patcher, window=WINDOW, rope_theta=7.0, norm_eps=1e-4)
@@ -473,11 +544,11 @@ def test_hub_layout_of_facebookresearch(theirs) -> None:
     assert torch.equal(model.local_decoder.norm.weight, expected.local_decoder.norm.weight)
     with pytest.raises(ValueError, match="expected the arguments of an entropy model, got vocab_size, dim_global"):
         ByteLM.from_pretrained(root / "blt")
-    with pytest.raises(ValueError, match="dim_local_encoder: expected a value, found none"):
+    with pytest.raises(ValueError, match=r"config.json: expected the arguments of a BLT, got args$"):
         BLT.from_pretrained(root / "entropy_model")
     (root / "blt" / "train_args.json").unlink()
     bare = BLT.from_pretrained(root / "blt").config
-    assert (bare.patching, bare.threshold, bare.threshold_add) == ("byte", 9.0, None)
+    assert (bare.patching, bare.threshold, bare.threshold_add) == ("byte", 9.0, None)  # of the model's arguments
 
 
 @pytest.mark.parametrize(
@@ -486,8 +557,36 @@ def test_hub_layout_of_facebookresearch(theirs) -> None:
         ("cross_attn_init_by_pooling", False, "cross_attn_init_by_pooling: expected True, got False"),
         ("downsampling_by_pooling", "avg", "downsampling_by_pooling: expected 'max', got 'avg'"),
         ("dim_token", 16, "dim_token: expected 32, got 16"),
-        ("head_dim", 8, "head_dim: expected None, got 8"),
-        ("dim_local_encoder", ..., "dim_local_encoder: expected a value, found none"),
+        ("head_dim", 8, "head_dim: expected 16, got 8"),
+        ("dim_local_encoder", ..., "dim_local_decoder: expected 512, got 32"),  # the default of that class
+        ("dim_global", 32, "dim_global: expected another width than dim_local_decoder, .* got 32"),
+        ("use_rope", False, "use_rope: expected True, got False"),
+        ("encoder_enable_byte_ngrams", True, "encoder_enable_byte_ngrams: expected False, got True"),
+        ("cross_attn_encoder", ..., "cross_attn_encoder: expected True, got False"),
+        ("cross_attn_k", None, "cross_attn_k: expected a value, got None"),
+        ("cross_attn_nheads", None, "cross_attn_nheads: expected a value, got None"),
+        ("encoder_hash_byte_group_size", None, "encoder_hash_byte_group_size: expected a value, got None"),
+        ("encoder_hash_byte_group_size", "3;4", "encoder_hash_byte_group_size: expected numbers between commas"),
+        ("encoder_hash_byte_group_size", [], "ngram_sizes: expected a sequence of at least one int"),
+        ("encoder_hash_byte_group_nb_functions", 12, "num_functions: expected at most 11, got 12"),
+        ("attn_impl", "fmha", "attn_impl: expected 'xformers', 'sdpa' or 'flex_attention', got 'fmha'"),
+        ("attn_bias_type", "local_block_causal", "attn_bias_type: expected one of None, 'causal', 'block_causal', got"),
+        ("local_attention_window_len", None, "local_attention_window_len: expected a window, got None"),
+        ("eos_id", None, "eos_id: expected an id, .* got None"),
+        ("eos_id", 0, "eos_id: expected an id, and with attn_bias_type 'block_causal' not 0, got 0"),
+        ("eos_id", 260, "eos_id: expected a value < vocab_size = 260, got 260"),
+        ("patching_mode", "", "patching_mode: expected a mode, .* got ''"),
+        ("patching_mode", "static", "patching_mode: expected 'entropy', 'space', 'byte' or 'bpe', got 'static'"),
+        ("n_heads_global", 5, "params.json: model: dim: expected a multiple of"),
+        ("multiple_of", 0, "multiple_of: expected a value >= 1, got 0"),
+        ("dim_global", "48", "model.dim_global: expected int, got '48'"),
+        ("monotonicity", None, "monotonicity: expected bool, got None"),
+        (
+            "efficient_attn",
+            "sdpa",
+            "model: expected the fields of ByteLatentTransformerArgs, got efficient_attn as well",
+        ),
+        ("patch_size", 4.0, "use_local_encoder_transformer: expected True, since dim_global / patch_size is not 32"),
         ("n_layers_global", 3, "missing global_transformer.layers.2.attention.wq.weight"),
         (
             "encoder_hash_byte_group_vocab",
@@ -517,6 +616,190 @@ def test_patching_modes_of_facebookresearch(theirs) -> None:
     file.write_text(json.dumps({"model": ARGS, "data": {"patcher_args": rules}}))
     config = BLT.from_pretrained(file.parent).config
     assert (config.patching, config.max_patch_length) == ("space", 3)
+    assert config.threshold == ByteLMConfig().threshold  # the default of that class, not the model's
+    for rules, message in (
+        ({"threshold": None}, "data.patcher_args.threshold: expected float, got None"),
+        ({"newlines": True}, "data.patcher_args: expected the fields of PatcherArgs, got newlines as well"),
+    ):
+        file.write_text(json.dumps({"model": ARGS, "data": {"patcher_args": rules}}))
+        with pytest.raises(ValueError, match=message):
+            BLT.from_pretrained(file.parent)
+
+
+# What differs from ARGS, and the masks that the oracle shall use where the code has others.
+FOREIGN: dict[str, tuple[dict, dict]] = {
+    "block_causal": ({}, {}),
+    "causal": ({"attn_bias_type": "causal"}, {}),
+    "missing": ({"attn_bias_type": ..., "attn_impl": ..., "eos_id": ...}, {"attn_bias_type": "causal", "eos_id": 2}),
+    "sdpa": ({"attn_impl": "sdpa"}, {}),
+    "flex": ({"attn_impl": "flex_attention"},
+             {"attn_bias_type": "causal", "local_attention_window_len": 1000, "eos_id": 1000}),
+    "another_end": ({"eos_id": 9}, {}),
+    "no_end_of_documents": ({"eos_id": 0, "attn_bias_type": "causal"}, {}),
+    "windows": ({"cross_attn_window_encoder": 2, "cross_attn_all_layers_encoder": False, "n_kv_heads": 1}, {}),
+    "more_ids": ({"pm_size": 5, "cross_attn_all_layers_decoder": False}, {}),
+    "share": ({"dim_token": None, "dim_global": 64, "patch_size": 2.0, "head_dim": None}, {}),
+}  # fmt: skip
+
+
+def text_row() -> list[int]:
+    """Words, EOS in and between them, the id 9 too."""
+    row = [1, *(b + 4 for b in b"first of the texts"), 2, 1, *(b + 4 for b in b"a second one, longer"), 2, 70]
+    row[10] = row[25] = 9
+    return row
+
+
+def random_state(path: Path) -> dict[str, Tensor]:
+    """Weights for the configuration in `path`, under the names of facebookresearch/blt: all of them tell."""
+    config = read_config(path)
+    torch.manual_seed(0)
+    model = BLT(config) if isinstance(config, BLTConfig) else ByteLM(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if not name.startswith("patcher."):
+                value.uniform_(0.5, 1.5) if "norm" in name else value.normal_(0, 0.3)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("patcher.")}
+    return foreign_names(state, "local_decoder.output" if isinstance(config, BLTConfig) else "output")
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_equals_facebookresearch(case: str, tmp_path) -> None:
+    changes, masks = FOREIGN[case]
+    args = {key: value for key, value in {**ARGS, **changes}.items() if value is not ...}
+    (tmp_path / "params.json").write_text(json.dumps({"model": {**args, "patching_mode": "space"}}))
+    state = random_state(tmp_path)
+    torch.save({"model": state}, tmp_path / "consolidated.pth")
+    model, row = BLT.from_pretrained(tmp_path, dtype=torch.float64), text_row()
+    lengths = oracle.lengths_of(oracle.space_starts(row), len(row), include_next_byte=True)
+    complete = {**args, "encoder_hash_byte_group_size": [3, 4], **masks}
+    expected = oracle_bytelatent.blt_logits(state, complete, row, lengths)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(model(torch.tensor(row)), expected, rtol=0, atol=1e-12)
+    batch = torch.tensor([row[:30], row[5:35]])
+    for tokens, logits in zip(batch.tolist(), model(batch), strict=True):
+        lengths = oracle.lengths_of(oracle.space_starts(tokens), len(tokens), include_next_byte=True)
+        expected = oracle_bytelatent.blt_logits(state, complete, tokens, lengths)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+    model.save(tmp_path / "model.safetensors")
+    assert torch.equal(load_model(tmp_path / "model.safetensors")(batch), model(batch))
+
+
+LM_ARGS = {"dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 260, "multiple_of": 16, "eos_id": 2, "norm_eps": 1e-3,
+           "rope_theta": 100.0, "attn_impl": "xformers", "attn_bias_type": "local_block_causal",
+           "sliding_window": WINDOW}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "masks"),
+    [
+        ({}, {}),
+        ({"eos_id": 9, "n_kv_heads": 1}, {}),
+        ({"attn_bias_type": "block_causal", "sliding_window": None}, {}),
+        ({"attn_bias_type": "causal", "sliding_window": None}, {}),
+        ({"attn_bias_type": None}, {}),  # that code ignores the window then
+        ({"attn_bias_type": ..., "attn_impl": ..., "eos_id": ...}, {"attn_bias_type": None, "eos_id": 2}),
+        ({"attn_impl": "flex_attention"}, {"attn_bias_type": "causal"}),
+    ],
+)
+def test_equals_the_entropy_model_of_facebookresearch(changes: dict, masks: dict, tmp_path) -> None:
+    args = {key: value for key, value in {**LM_ARGS, **changes}.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps({"args": args}))
+    state = random_state(tmp_path)
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    model, row = ByteLM.from_pretrained(tmp_path, dtype=torch.float64), text_row()
+    expected = oracle_bytelatent.byte_lm_logits(state, {**args, **masks}, row)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(model(torch.tensor(row)), expected, rtol=0, atol=1e-12)
+    model.save(tmp_path / "ours.safetensors")
+    assert ByteLM.load(tmp_path / "ours.safetensors").config == model.config
+    model.save_pretrained(tmp_path / "theirs")
+    again = ByteLM.from_pretrained(tmp_path / "theirs")
+    assert again.config == model.config
+    assert torch.equal(again(torch.tensor(row)), model(torch.tensor(row)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_bias_type": "causal"}, "sliding_window: expected None, since attn_bias_type is 'causal', got 7"),
+        ({"sliding_window": None}, "sliding_window: expected a window, since attn_bias_type is 'local_block_causal'"),
+        ({"attn_bias_type": "local"}, "attn_bias_type: expected one of None, 'causal', 'block_causal', 'local_block"),
+        ({"attn_impl": None}, "attn_impl: expected 'xformers', 'sdpa' or 'flex_attention', got None"),
+        ({"eos_id": None}, "eos_id: expected an id, got None"),
+        ({"weight_tying": True}, "args.weight_tying: expected False, got True"),
+        ({"head_dim": 4}, "head_dim: expected 16, got 4"),
+        ({"n_heads": None}, "n_heads: expected a value, got None"),
+        ({"vocab_size": ...}, "vocab_size: expected a value >= 1, got -1"),
+        ({"dropout": 0.1}, "args: expected the fields of LMTransformerArgs, got dropout as well"),
+    ],
+)
+def test_arguments_of_entropy_models_that_are_not_ours_say_why(changes: dict, message: str, tmp_path) -> None:
+    args = {key: value for key, value in {**LM_ARGS, **changes}.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps({"args": args}))
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(fields.BYTE_LATENT_TRANSFORMER_ARGS.ignored))
+def test_ignored_arguments_of_facebookresearch_change_nothing(name: str, tmp_path) -> None:
+    (tmp_path / "params.json").write_text(json.dumps({"model": {**ARGS, name: "whatever"}}))
+    changed = read_config(tmp_path)
+    (tmp_path / "params.json").write_text(json.dumps({"model": ARGS}))
+    assert changed == read_config(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["consolidated.safetensors", "consolidated/consolidated.safetensors"])
+def test_consolidated_safetensors(theirs, place: str) -> None:
+    root, expected = theirs
+    for folder in (root / "blt", root / "entropy_model"):
+        state = torch.load(folder / "consolidated.pth")["model"]
+        (folder / place).parent.mkdir(exist_ok=True)
+        safetensors.save_file(state, folder / place)
+        (folder / "consolidated.pth").unlink()
+    assert torch.equal(BLT.from_pretrained(root / "blt")(batch()), expected(batch()))
+
+
+def test_damaged_files_are_named(theirs) -> None:
+    root, _ = theirs
+    file = root / "blt" / "consolidated.pth"
+    whole = file.read_bytes()
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)  # before torch 1.6: read, not mapped
+    BLT.from_pretrained(root / "blt")
+    for damaged in (b"", b"abc", b"PK\x03\x04", whole[:2000], whole[:-200], b"\x80\x02" + whole):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"blt/consolidated.pth: expected weights of torch.save, got "):
+            BLT.from_pretrained(root / "blt")
+    for content in ([1], {"model": [1]}):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=r"blt/consolidated.pth: expected weights under 'model', got "):
+            BLT.from_pretrained(root / "blt")
+    file.unlink()
+    (root / "blt" / "consolidated.safetensors").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"consolidated.safetensors: expected a whole safetensors file"):
+        BLT.from_pretrained(root / "blt")
+    index = root / "blt" / "model.safetensors.index.json"
+    for text, message in (
+        ("{", "expected JSON, got "),
+        ("[]", "expected a JSON object, got list"),
+        ("{}", "weight_map: expected the names of files by those of weights, got {}"),
+        ('{"weight_map": 5}', "weight_map: expected a JSON object, got int"),
+        ('{"weight_map": {"x": 5}}', "weight_map: expected the names of files by those of weights, got {'x': 5}"),
+    ):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=f"model.safetensors.index.json: {re.escape(message)}"):
+            BLT.from_pretrained(root / "blt")
+    index.write_text('{"weight_map": {"x": "model-1.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match=r"blt: expected model-1.safetensors, found none"):
+        BLT.from_pretrained(root / "blt")
+    params = root / "blt" / "params.json"
+    for damaged, message in (
+        (b"\xff\xfe", "expected JSON, got "),
+        (b'{"model": 3}', "model: expected a JSON object, got int"),
+        (b"3", "expected a JSON object, got int"),
+    ):
+        params.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"params.json: {message}"):
+            BLT.from_pretrained(root / "blt")
 
 
 class Surprise:
@@ -532,7 +815,7 @@ def test_consolidated_weights_have_a_key(theirs) -> None:
 
 def test_pickled_code_is_not_run(theirs, capsys) -> None:
     torch.save({"model": {"tok_embeddings.weight": Surprise()}}, theirs[0] / "blt" / "consolidated.pth")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only"):
+    with pytest.raises(ValueError, match=r"consolidated.pth: expected weights of torch.save, got .*Weights only"):
         BLT.from_pretrained(theirs[0] / "blt")
     assert not capsys.readouterr().out
 
@@ -559,6 +842,102 @@ def test_the_hub(theirs, tmp_path, monkeypatch) -> None:
     assert {repository for repository, _, _ in asked} == {"facebook/blt"}
     with pytest.raises(FileNotFoundError, match=r"facebook/blt: expected config.json or params.json, found none"):
         BLT.from_pretrained("facebook/blt")
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """Answers as the hub does for the files in `root`, or with the error that a test chooses."""
+
+    root: Path
+    failure: str | None = None  # for files in entropy_model/ alone, if `late`
+    late = False
+    COMMIT = "0" * 40
+    CODES: ClassVar = {"EntryNotFound": 404, "RepoNotFound": 401, "RevisionNotFound": 404, "GatedRepo": 403, "": 503}
+
+    def do_GET(self) -> None:
+        name = unquote(self.path).split("/resolve/", 1)[1].split("/", 1)[1]
+        file, failure = self.root / name, self.failure
+        if failure is None or (self.late and not name.startswith("entropy_model/")):
+            failure = None if file.is_file() else "EntryNotFound"
+        if failure == "silence":
+            self.close_connection = True
+            return
+        self.send_response(200 if failure is None else self.CODES[failure])
+        self.send_header("X-Repo-Commit", self.COMMIT)
+        if failure is None:
+            content = file.read_bytes()
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Content-Length", str(len(content)))
+        else:
+            self.send_header("X-Error-Code", failure)
+            self.send_header("Content-Length", "0")
+        self.end_headers()
+        if failure is None and self.command == "GET":
+            self.wfile.write(content)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *args: object) -> None:
+        """Write nothing."""
+
+
+@pytest.fixture
+def fake_hub(theirs, tmp_path, monkeypatch) -> Iterator[type[FakeHub]]:
+    """A hub with the repository owner/blt, whose entropy model lies in a folder of it, and an empty cache."""
+    hub = pytest.importorskip("huggingface_hub")
+    root, _ = theirs
+    (root / "entropy_model").rename(root / "blt" / "entropy_model")
+    handler = type("Handler", (FakeHub,), {"root": root / "blt"})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    template = hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub.constants.ENDPOINT, endpoint)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub.constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    monkeypatch.setattr(hub.utils._http.time, "sleep", lambda seconds: None)  # between attempts
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+FAILURES = {
+    "silence": (ConnectionError, r"owner/blt.*: \S+\.json could not be downloaded: RemoteProtocolError"),
+    "": (ConnectionError, r"owner/blt.*: the hub does not say whether there is \S+\.json: .*503"),
+    "GatedRepo": (PermissionError, "owner/blt: the hub gives no access to it"),
+    "RepoNotFound": (FileNotFoundError, "owner/blt: there is no such directory, and no repository on the hub but"),
+    "RevisionNotFound": (ValueError, "revision: expected one of owner/blt, got None"),
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_the_hub_fails_with_is_told(fake_hub, failure: str, late: bool) -> None:
+    """Never a missing file; and if the entropy model cannot be reached, no model without it."""
+    fake_hub.failure, fake_hub.late = failure, late
+    error, message = FAILURES[failure]
+    with pytest.raises(error, match=message):
+        BLT.from_pretrained("owner/blt")
+
+
+def test_the_cache_of_the_hub_serves_offline(fake_hub, theirs, monkeypatch) -> None:
+    import huggingface_hub as hub
+
+    expected = theirs[1]
+    (fake_hub.root / "entropy_model").rename(fake_hub.root / "elsewhere")
+    assert BLT.from_pretrained("owner/blt").patcher is None  # which the cache notes
+    (fake_hub.root / "elsewhere").rename(fake_hub.root / "entropy_model")
+    with pytest.raises(FileNotFoundError, match=r"owner/blt/none: expected config.json or params.json, found none"):
+        BLT.from_pretrained("owner/blt/none")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    assert BLT.from_pretrained("owner/blt").patcher is None
+    with pytest.raises(ConnectionError, match=r"owner/other: the hub does not say .* offline"):
+        BLT.from_pretrained("owner/other")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    assert torch.equal(BLT.from_pretrained("owner/blt")(batch()), expected(batch()))
+    fake_hub.failure = ""
+    assert torch.equal(BLT.from_pretrained("owner/blt")(batch()), expected(batch()))
 
 
 def test_paths_that_are_not_there_say_why(tmp_path, monkeypatch) -> None:

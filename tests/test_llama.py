@@ -99,7 +99,15 @@ def edit(path: Path, **changes: Any) -> None:
         ({"attention_bias": True}, "attention_bias: expected False, got True"),
         ({"mlp_bias": True}, "mlp_bias: expected False, got True"),
         ({"head_dim": 16}, "head_dim: expected 8, got 16"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: expected a value, found none"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_parameters.low_freq_factor: expected a number, got None",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1, got 0.5"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config: expected None, got {'bits': 4}"),
+        ({"sliding_window": 9}, "expected the fields of LlamaConfig, got sliding_window as well"),
+        ({"hidden_size": "48"}, "hidden_size: expected int, got '48'"),
+        ({"num_attention_heads": 0}, "config.json: num_heads: expected a value >= 1, got 0"),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "linear"}},
             "rope_type: expected 'default' or 'llama3', got 'linear'",

@@ -32,7 +32,7 @@ def load_model(
 
     Raises
     ------
-    FileNotFoundError, ImportError, ValueError
+    OSError, ImportError, ValueError
         As in `ByteModel.load` and `BLT.from_pretrained`.
     """
     if os.path.isdir(path):

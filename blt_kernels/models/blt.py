@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from blt_kernels.characters import patches_of_whole_characters
 from blt_kernels.ids import ALPHABET, BPE, EOS, ids_of
 from blt_kernels.layout import PatchLayout
-from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig
+from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig, check_eos_id
 from blt_kernels.nn import (
     ByteModel,
     CrossAttention,
@@ -28,6 +28,7 @@ from blt_kernels.nn import (
     row_positions,
 )
 from blt_kernels.ops import _common
+from blt_kernels.ops.ngram_hash_embed import check_sizes
 
 SCHEMES = ("entropy", "space", "static", "byte", "bpe")
 
@@ -53,8 +54,10 @@ class BLTConfig:
 
     Where facebookresearch/blt and transformers differ:
 
-    - `split_documents`: self-attention also stops after every EOS inside a row, and the global one after the patch that
-      holds it, as in facebookresearch/blt. Without it, as in transformers, rows are taken as they are.
+    - `split_documents`: self-attention also stops after every `eos_id` inside a row, and the global one after the patch
+      that holds it, as in facebookresearch/blt. Without it, as in transformers, rows are taken as they are.
+    - `global_across_documents`: with `split_documents`, only the layers over bytes stop there, and the global
+      transformer attends to its whole row, as facebookresearch/blt does with the ``attn_bias_type`` "causal".
     - `pool_every_layer`, which tells only where `cross_attn_all_layers_encoder` has several layers: the patches are
       pooled anew at every layer, as in transformers, so that the cross attention of the last layer alone is seen (and
       is all that is computed here). Without it, as in facebookresearch/blt, they are pooled at the first layer, and
@@ -88,9 +91,19 @@ class BLTConfig:
     cross_attn_grouped_heads: bool = False
     whole_characters: bool = False
     reset_at_newlines: bool = False
+    global_across_documents: bool = False
+    eos_id: int = EOS
 
     def __post_init__(self) -> None:
         _common.check_choice("patching", self.patching, SCHEMES)
+        for name in ("vocab_size", "queries_per_patch", "ngram_vocab", "patch_size"):
+            _common.check_int(name, getattr(self, name), 1)
+        for name in ("cross_attn_heads", "cross_attn_window_encoder", "cross_attn_window_decoder", "max_patch_length"):
+            if getattr(self, name) is not None:
+                _common.check_int(name, getattr(self, name), 1)
+        check_sizes(self.ngram_sizes, self.num_functions)
+        _common.check_number("threshold", self.threshold)
+        check_eos_id(self.eos_id, self.vocab_size)
         if self.encoder.dim != self.decoder.dim:
             raise ValueError(f"decoder.dim: expected encoder.dim = {self.encoder.dim}, got {self.decoder.dim}")
         self.cross_attention(self.encoder)  # raises if heads and width do not go together
@@ -259,10 +272,12 @@ class BLT(ByteModel):
         ImportError
             safetensors or, for the hub, huggingface_hub is not installed.
         FileNotFoundError
-            There is no such directory, or a file is not in it.
+            There is no such directory or repository, or a file is not in it.
+        OSError
+            A file cannot be read, or the hub does not answer (ConnectionError) or gives no access (PermissionError).
         ValueError
-            The file holds another model or asks for what BLT lacks, or keys are missing, unknown or of the wrong shape;
-            the message names them.
+            A file is damaged, holds another model or asks for what BLT lacks, weights are missing, unknown or of the
+            wrong shape or dtype, or the repository has no such revision; the message names the file and them.
         """
         from blt_kernels.models import checkpoint
 
@@ -271,12 +286,17 @@ class BLT(ByteModel):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a directory that transformers' ``BltForCausalLM.from_pretrained`` reads, and `from_pretrained` too.
 
+        Tied weights are written under each of their names.
+
         Raises
         ------
         ImportError
             safetensors is not installed.
+        OSError
+            The directory cannot be written.
         ValueError
-            transformers would compute something else; the message names the field of the configuration.
+            transformers would compute something else; the message names the field of the configuration. Or a parameter
+            is on the meta device, or fake.
         """
         from blt_kernels.models import checkpoint
 
@@ -409,11 +429,11 @@ class BLT(ByteModel):
         """Offsets of the documents that attention stays within: of bytes, and of patches."""
         if not self.config.split_documents:
             return rows, layout.cu_patches
-        ends = ids == EOS
+        ends = ids == self.config.eos_id
+        documents = attention_documents(ends.roll(1), rows)
+        if self.config.global_across_documents:
+            return documents, layout.cu_patches
         slot = torch.where(ends, layout.patch_ids, -1) + 1
         counts = torch.zeros(layout.capacity + 1, dtype=torch.int32, device=ids.device)
         patch_ends = counts.index_add(0, slot, ends.int())
-        return (
-            attention_documents(ends.roll(1), rows),
-            attention_documents((patch_ends[1:] > 0).roll(1), layout.cu_patches),
-        )
+        return documents, attention_documents((patch_ends[1:] > 0).roll(1), layout.cu_patches)

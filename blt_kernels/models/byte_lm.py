@@ -33,12 +33,19 @@ NEWLINE = ord("\n") + BYTE_OFFSET
 BUNDLED = Path(__file__).parent.parent / "assets" / "entropy_model.safetensors"
 
 
+def check_eos_id(eos_id: int, vocab_size: int) -> None:
+    """Raise unless `eos_id`, the id that ends a document, is one of the vocabulary."""
+    _common.check_int("eos_id", eos_id, 0)
+    if eos_id >= vocab_size:
+        raise ValueError(f"eos_id: expected a value < vocab_size = {vocab_size}, got {eos_id}")
+
+
 @dataclass(frozen=True)
 class ByteLMConfig(TransformerConfig):
     """The defaults are the entropy model of the BLT paper (arXiv 2412.09871, section 4.2).
 
     `threshold` is the entropy in nats above which its patches start. With `split_documents`, attention also stops after
-    every EOS inside a row, as in facebookresearch/blt; without it, as in transformers, rows are taken as they are.
+    every `eos_id` inside a row, as in facebookresearch/blt; without it, as in transformers, rows are taken as they are.
 
     With `reset_at_newlines`, the context starts anew at every newline, 0x0A (the BLT paper, section 4.4): attention
     reaches back to the last one and no further. The newline is the first byte of the new context, as BOS is of a
@@ -55,6 +62,13 @@ class ByteLMConfig(TransformerConfig):
     threshold: float = 1.335442066192627
     split_documents: bool = False
     reset_at_newlines: bool = False
+    eos_id: int = EOS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _common.check_int("vocab_size", self.vocab_size, 1)
+        _common.check_number("threshold", self.threshold)
+        check_eos_id(self.eos_id, self.vocab_size)
 
     @staticmethod
     def small() -> ByteLMConfig:
@@ -106,12 +120,17 @@ class ByteLM(ByteModel):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a directory that transformers' ``BltPatcher.from_pretrained`` reads, and `from_pretrained` too.
 
+        Tied weights are written under each of their names.
+
         Raises
         ------
         ImportError
             safetensors is not installed.
+        OSError
+            The directory cannot be written.
         ValueError
-            transformers would compute something else; the message names the field of the configuration.
+            transformers would compute something else; the message names the field of the configuration. Or a parameter
+            is on the meta device, or fake.
         """
         from blt_kernels.models import checkpoint
 
@@ -149,7 +168,8 @@ class ByteLM(ByteModel):
             reset_at_newlines = self.config.reset_at_newlines
         documents = rows
         if self.config.split_documents or reset_at_newlines:
-            starts = (ids == EOS).roll(1) if self.config.split_documents else torch.zeros_like(ids, dtype=torch.bool)
+            ends = ids == self.config.eos_id
+            starts = ends.roll(1) if self.config.split_documents else torch.zeros_like(ends)
             documents = attention_documents(starts | (ids == NEWLINE) if reset_at_newlines else starts, rows)
         x = embed_ids(self.embed_tokens, ids, known_ids(ids, rows, self.config.vocab_size))
         table = rotary_table(row_positions(rows, ids.shape[0]), self.config, x.dtype)

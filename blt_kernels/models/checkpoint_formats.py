@@ -5,42 +5,18 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from blt_kernels.ids import EOS
+from blt_kernels.models import checkpoint_fields as fields
 from blt_kernels.models.blt import BLTConfig
 from blt_kernels.models.byte_lm import ByteLMConfig
-from blt_kernels.nn import ALPHABET, TransformerConfig
-
-
-class Values(dict[str, Any]):
-    """A JSON object that can name the file it is from."""
-
-    file: Path
-
-    @staticmethod
-    def read(file: Path) -> Values:
-        return Values.of(file, json.loads(file.read_text()))
-
-    @staticmethod
-    def of(file: Path, values: dict[str, Any] | None) -> Values:
-        result = Values(values or {})
-        result.file = file
-        return result
-
-    def inner(self, key: str) -> Values:
-        """The object under a key; an empty one if there is none."""
-        return Values.of(self.file, self.get(key))
-
-    def expect(self, key: str, expected: object) -> None:
-        """Raise ValueError if there is another value under `key`."""
-        _expect(f"{self.file}: {key}", expected, self.get(key, expected))
-
-    def __missing__(self, key: str) -> Any:
-        raise ValueError(f"{self.file}: {key}: expected a value, found none")
+from blt_kernels.models.checkpoint_fields import Values
+from blt_kernels.nn import TransformerConfig
 
 
 def _expect(what: str, expected: object, got: object) -> None:
@@ -52,19 +28,13 @@ def is_blt(values: Values) -> bool:
     """Whether a configuration, of either format, is that of a whole BLT and not of an entropy model."""
     if "model_type" in values:
         return values["model_type"] == "blt"
-    return "dim_global" in (values.inner("args") or values.inner("model"))
+    if "args" in values:
+        return "dim_global" in values.inner("args")
+    entropy_model = values.get("train_entropy_model", bool(values.inner("entropy_model")))
+    return bool(values.inner("model")) and not entropy_model
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
-
-# What a key that is missing means: transformers has the values of its 1B model.
-_DEFAULTS = {
-    "encoder_config": TransformerConfig(1024, 1, 16),
-    "global_config": TransformerConfig(2048, 25, 16, ffn_dim=5632),
-    "decoder_config": TransformerConfig(1024, 9, 16, ffn_dim=2816),
-    "patcher_config": TransformerConfig(768, 14, 12, ffn_dim=2048, rope_theta=10000.0),
-}
-_THRESHOLD = 1.335442066192627
 
 
 def transformers_names(name: str) -> list[str]:
@@ -74,26 +44,37 @@ def transformers_names(name: str) -> list[str]:
 
 def transformers_blt(values: Values) -> BLTConfig:
     """Configuration of a ``BltForCausalLM``."""
-    values.expect("tie_word_embeddings", False)
-    encoder, decoder = values.inner("encoder_config"), values.inner("decoder_config")
-    window = values.get("local_attention_window_len", 512)
-    own = values.get("patch_in_forward", True)
-    return BLTConfig(
-        encoder=TransformerConfig(**_layers(encoder, "encoder_config", window)),
-        global_transformer=TransformerConfig(**_layers(values.inner("global_config"), "global_config", None)),
-        decoder=TransformerConfig(**_layers(decoder, "decoder_config", window)),
-        patcher=transformers_patcher(values) if own else None,
-        vocab_size=values.get("vocab_size", ALPHABET),
-        queries_per_patch=values.get("cross_attn_k", 2),
-        ngram_sizes=tuple(values.get("encoder_hash_byte_group_size") or (3, 4, 5, 6, 7, 8)),
-        ngram_vocab=values.get("encoder_hash_byte_group_vocab", 500002),
-        num_functions=values.get("encoder_hash_byte_group_nb_functions", 1),
-        cross_attn_all_layers_encoder=encoder.get("cross_attn_all_layers", False),
-        cross_attn_all_layers_decoder=decoder.get("cross_attn_all_layers", True),
-        patching="entropy" if own and values.get("patching_mode", "entropy") == "entropy" else "byte",
-        threshold=values.get("patching_threshold", _THRESHOLD),
-        max_patch_length=values.get("max_patch_length"),
-        split_documents=values.get("split_documents", False),
+    whole = fields.BLT_CONFIG.take(values)
+    encoder = fields.ENCODER_CONFIG.take(whole.inner("encoder_config"))
+    decoder = fields.DECODER_CONFIG.take(whole.inner("decoder_config"))
+    layers = fields.GLOBAL_CONFIG.take(whole.inner("global_config"))
+    encoder.expect("vocab_size", whole["vocab_size"])
+    encoder.expect("cross_attn_k", whole["cross_attn_k"])
+    decoder.expect("cross_attn_k", whole["cross_attn_k"])
+    decoder.expect("hidden_size_global", layers["hidden_size"])
+    entropy = whole["patch_in_forward"] and whole["patching_mode"] == "entropy"
+    if entropy and whole["patch_size"] is None:
+        raise whole.error("patch_size", "a number, without which transformers patches by byte")
+    window = whole["local_attention_window_len"]
+    return whole.build(
+        BLTConfig,
+        encoder=_layers(encoder, window),
+        global_transformer=_layers(layers, None),
+        decoder=_layers(decoder, window),
+        patcher=transformers_patcher(values) if whole["patch_in_forward"] else None,
+        vocab_size=whole["vocab_size"],
+        queries_per_patch=whole["cross_attn_k"],
+        ngram_sizes=tuple(whole["encoder_hash_byte_group_size"] or (3, 4, 5, 6, 7, 8)),
+        ngram_vocab=whole["encoder_hash_byte_group_vocab"],
+        num_functions=whole["encoder_hash_byte_group_nb_functions"],
+        cross_attn_all_layers_encoder=bool(encoder["cross_attn_all_layers"]),
+        cross_attn_all_layers_decoder=bool(decoder["cross_attn_all_layers"]),
+        patching="entropy" if entropy else "byte",
+        threshold=whole["patching_threshold"],
+        max_patch_length=whole["max_patch_length"],
+        split_documents=whole["split_documents"],
+        global_across_documents=whole["global_across_documents"],
+        eos_id=whole["eos_id"],
         pool_every_layer=True,
         cross_attn_grouped_heads=True,
     )
@@ -102,51 +83,67 @@ def transformers_blt(values: Values) -> BLTConfig:
 def transformers_patcher(values: Values) -> ByteLMConfig:
     """Configuration of the patcher of a ``BltForCausalLM``."""
     config = transformers_byte_lm(values.inner("patcher_config"))
-    return replace(config, threshold=values.get("patching_threshold", _THRESHOLD))
+    return replace(config, threshold=fields.BLT_CONFIG.take(values)["patching_threshold"])
 
 
 def transformers_byte_lm(values: Values) -> ByteLMConfig:
     """Configuration of a ``BltPatcher``."""
-    return ByteLMConfig(
-        **_layers(values, "patcher_config", values.get("sliding_window", 512)),
-        vocab_size=values.get("vocab_size", ALPHABET),
-        threshold=values.get("patching_threshold", _THRESHOLD),
-        split_documents=values.get("split_documents", False),
+    taken = fields.PATCHER_CONFIG.take(values)
+    return taken.build(
+        ByteLMConfig,
+        **vars(_layers(taken, taken["sliding_window"])),
+        vocab_size=taken["vocab_size"],
+        threshold=taken["patching_threshold"],
+        split_documents=taken["split_documents"],
+        eos_id=taken["eos_id"],
     )
 
 
-def _layers(values: Values, kind: str, window: int | None) -> dict[str, Any]:
-    """Arguments of a `TransformerConfig`."""
-    default = _DEFAULTS[kind]
-    values.expect("hidden_act", "silu")
-    dim = values.get("hidden_size", default.dim)
-    heads = values.get("num_attention_heads", default.num_heads)
-    kv_heads = values.get("num_key_value_heads") or heads
-    return {
-        "dim": dim,
-        "num_layers": values.get("num_hidden_layers", default.num_layers),
-        "num_heads": heads,
-        "num_kv_heads": None if kv_heads == heads else kv_heads,
-        "ffn_dim": values.get("intermediate_size", default.ffn_dim) or int(8 * dim / 3),
-        "window": window,
-        "norm_eps": values.get("rms_norm_eps", default.norm_eps),
-        **rope(values, default.rope_theta),
-    }
+def llama(values: Values) -> TransformerConfig:
+    """Configuration of the layers of a ``LlamaForCausalLM``."""
+    values.expect("model_type", "llama")
+    return _layers(fields.LLAMA_CONFIG.take(values), None)
 
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def rope(values: Values, theta: float) -> dict[str, Any]:
-    """Rotary positions as arguments of a `TransformerConfig`; `theta` if the file has none."""
-    inner = values.inner("rope_parameters") or values.inner("rope_scaling")
-    kind = inner.get("rope_type", inner.get("type", "default"))
+def _layers(values: Values, window: int | None) -> TransformerConfig:
+    """A stack of layers from the fields of its class."""
+    dim, heads = values["hidden_size"], values["num_attention_heads"]
+    kv_heads = values["num_key_value_heads"] or heads
+    if values["hidden_act"] not in ("silu", "swish"):
+        raise values.error("hidden_act", "'silu'")
+    if values["head_dim"] is not None and heads > 0:
+        values.expect("head_dim", dim // heads)
+    rope = fields.ROPE_PARAMETERS.take(values.inner("rope_scaling") or values.inner("rope_parameters"))
+    kind = rope["rope_type"] or rope["type"] or "default"
     if kind not in ("default", "llama3"):
-        raise ValueError(f"{values.file}: rope_type: expected 'default' or 'llama3', got {kind!r}")
-    return {
-        "rope_theta": float(inner.get("rope_theta", values.get("rope_theta", theta))),
-        "rope_scaling": tuple(float(inner[key]) for key in _LLAMA3) if kind == "llama3" else None,
-    }
+        raise ValueError(f"{rope}: rope_type: expected 'default' or 'llama3', got {kind!r}")
+    for of in (rope, values):
+        if of["partial_rotary_factor"] is not None:
+            of.expect("partial_rotary_factor", 1)
+    scaling = None
+    if kind == "llama3":
+        rope["original_max_position_embeddings"] = (
+            rope["original_max_position_embeddings"] or values["max_position_embeddings"]
+        )
+        for key in _LLAMA3:
+            if rope[key] is None:
+                raise rope.error(key, "a number")
+        scaling = tuple(float(rope[key]) for key in _LLAMA3)
+    return values.build(
+        TransformerConfig,
+        dim=dim,
+        num_layers=values["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=None if kv_heads == heads else kv_heads,
+        ffn_dim=values["intermediate_size"] or int(8 * dim / 3),
+        window=window,
+        norm_eps=values["rms_norm_eps"],
+        rope_theta=float(values["rope_theta"] if rope["rope_theta"] is None else rope["rope_theta"]),
+        rope_scaling=scaling,
+    )
 
 
 def transformers_blt_values(config: BLTConfig) -> dict[str, Any]:
@@ -206,6 +203,8 @@ def transformers_blt_values(config: BLTConfig) -> dict[str, Any]:
         "patching_threshold": config.threshold,
         "max_patch_length": config.max_patch_length,
         "split_documents": config.split_documents,
+        "global_across_documents": config.global_across_documents,
+        "eos_id": config.eos_id,
         "global_config": _layer_values(config.global_transformer),
         **nested,
     }
@@ -220,8 +219,9 @@ def transformers_byte_lm_values(config: ByteLMConfig) -> dict[str, Any]:
         transformers would compute something else; the message names the field.
     """
     _expect("config.reset_at_newlines, to be read by transformers", False, config.reset_at_newlines)
-    own = {"vocab_size": config.vocab_size, "sliding_window": config.window, "split_documents": config.split_documents}
-    return {**_layer_values(config), **own}
+    own = {"vocab_size": config.vocab_size, "sliding_window": config.window}
+    documents = {"split_documents": config.split_documents, "eos_id": config.eos_id}
+    return {**_layer_values(config), **own, **documents}
 
 
 def _layer_values(config: TransformerConfig) -> dict[str, Any]:
@@ -271,81 +271,151 @@ def bytelatent_names(name: str, tables: int = 0) -> list[str]:
 
 def bytelatent_blt(values: Values, training: Values) -> BLTConfig:
     """Configuration, without patcher, of a ``ByteLatentTransformer``."""
-    args, rules = values.inner("args") or values.inner("model"), training.inner("data").inner("patcher_args")
+    if not is_blt(values):
+        raise ValueError(f"{values.file}: expected the arguments of a BLT, got {', '.join(values)}")
+    args = fields.BYTE_LATENT_TRANSFORMER_ARGS.take(values.inner("args") or values.inner("model"))
     local, window = args["dim_local_encoder"], args["local_attention_window_len"]
-    for key in ("cross_attn_encoder", "cross_attn_decoder", "cross_attn_init_by_pooling", "use_rope"):
-        args.expect(key, True)
-    args.expect("downsampling_by_pooling", "max")
-    args.expect("encoder_enable_byte_ngrams", False)
-    args.expect("head_dim", None)
-    args.expect("pm_size", 0)
     args.expect("dim_local_decoder", local)
-    if args.get("dim_token") is not None:
+    if args["dim_token"] is not None:
         args.expect("dim_token", local)
+    elif args["patch_size"] and not args["use_local_encoder_transformer"]:  # the width of a byte is then a share
+        width = int(args["dim_global"] // args["patch_size"])
+        if width != local:
+            raise args.error("use_local_encoder_transformer", f"True, since dim_global / patch_size is not {local}")
+    if args["dim_global"] == local:
+        raise args.error("dim_global", "another width than dim_local_decoder, for which patches have no projection")
+    for key in ("cross_attn_k", "cross_attn_nheads", "encoder_hash_byte_group_size"):
+        if args[key] is None:
+            raise args.error(key, "a value")
     sizes = args["encoder_hash_byte_group_size"]
     if isinstance(sizes, str):
-        sizes = [int(size) for size in sizes.split(",") if size]
+        if re.fullmatch(r"[\d, ]*", sizes) is None:
+            raise args.error("encoder_hash_byte_group_size", "numbers between commas")
+        sizes = [int(size) for size in sizes.replace(" ", "").split(",") if size]
 
-    mode = rules.get("patching_mode", args.get("patching_mode"))
-    if mode not in ("entropy", "space", "byte", "bpe"):
-        expected = "'entropy', 'space', 'byte' or 'bpe'"
-        raise ValueError(f"{training.file}: patching_mode: expected {expected}, got {mode!r}")
-    threshold = rules.get("threshold", args.get("patching_threshold"))
+    # Which entries attention reaches, by `create_causal_mask` of that repository. Its "sdpa" has no mask but "causal"
+    # and raises for any other; that is taken as the mask that is asked for.
+    across = args["attn_bias_type"] != "block_causal"
+    if args["attn_impl"] == "flex_attention":
+        window, split = None, False
+    else:
+        _expect_masks(args, (None, "causal", "block_causal"))
+        split = True
+        if window is None:
+            raise args.error("local_attention_window_len", "a window")
+        if args["eos_id"] is None or (args["eos_id"] == 0 and not across):
+            raise args.error("eos_id", "an id, and with attn_bias_type 'block_causal' not 0")
+        # The global transformer is given EOS where a patch holds EOS, and 0 elsewhere, and looks for `eos_id` in there.
+        across = across or args["eos_id"] != EOS
+    rules = _bytelatent_rules(args, training)
 
     def layers(dim: int, name: str, kv_heads: int | None, window: int | None) -> TransformerConfig:
-        sizes = (dim, args[f"n_layers_{name}"], args[f"n_heads_{name}"], kv_heads)
-        return TransformerConfig(**_bytelatent_layers(args, *sizes, window))
+        return _bytelatent_layers(args, dim, args[f"n_layers_{name}"], args[f"n_heads_{name}"], kv_heads, window)
 
-    return BLTConfig(
-        encoder=layers(local, "local_encoder", args.get("n_kv_heads"), window),
-        global_transformer=layers(args["dim_global"], "global", args.get("n_kv_heads_global"), None),
-        decoder=layers(local, "local_decoder", args.get("n_kv_heads"), window),
+    return args.build(
+        BLTConfig,
+        encoder=layers(local, "local_encoder", args["n_kv_heads"], window),
+        global_transformer=layers(args["dim_global"], "global", args["n_kv_heads_global"], None),
+        decoder=layers(local, "local_decoder", args["n_kv_heads"], window),
         patcher=None,
-        vocab_size=args["vocab_size"],
+        vocab_size=args["vocab_size"] + args["pm_size"],
         queries_per_patch=args["cross_attn_k"],
         ngram_sizes=tuple(sizes),
         ngram_vocab=args["encoder_hash_byte_group_vocab"],
         num_functions=args["encoder_hash_byte_group_nb_functions"],
-        cross_attn_all_layers_encoder=args.get("cross_attn_all_layers_encoder", False),
-        cross_attn_all_layers_decoder=args.get("cross_attn_all_layers_decoder", False),
+        cross_attn_all_layers_encoder=args["cross_attn_all_layers_encoder"],
+        cross_attn_all_layers_decoder=args["cross_attn_all_layers_decoder"],
         cross_attn_heads=args["cross_attn_nheads"],
-        cross_attn_window_encoder=args.get("cross_attn_window_encoder"),
-        cross_attn_window_decoder=args.get("cross_attn_window_decoder"),
-        patching=mode,
-        threshold=_THRESHOLD if threshold is None else threshold,
-        threshold_add=rules.get("threshold_add", args.get("patching_threshold_add")),
-        monotonic=rules.get("monotonicity", args.get("monotonicity", False)),
-        max_patch_length=rules.get("max_patch_length", args.get("max_patch_length")),
-        split_documents=True,
+        cross_attn_window_encoder=args["cross_attn_window_encoder"],
+        cross_attn_window_decoder=args["cross_attn_window_decoder"],
+        split_documents=split,
+        global_across_documents=split and across,
+        eos_id=args["eos_id"] if split else EOS,
+        **rules,
     )
+
+
+def _bytelatent_rules(args: Values, training: Values) -> dict[str, Any]:
+    """The patching rule as arguments of a `BLTConfig`: of the training arguments, if there are, or of the model's."""
+    if args["patching_mode"] == "":
+        raise args.error("patching_mode", "a mode, since without one rows begin with ids that no patch counts")
+    data = training.inner("data")
+    if data.get("patcher_args") is not None:
+        rules = fields.PATCHER_ARGS.take(data.inner("patcher_args"))
+        threshold, threshold_add = rules["threshold"], rules["threshold_add"]
+    else:
+        rules, threshold, threshold_add = args, args["patching_threshold"], args["patching_threshold_add"]
+    if rules["patching_mode"] not in ("entropy", "space", "byte", "bpe"):
+        raise rules.error("patching_mode", "'entropy', 'space', 'byte' or 'bpe'")
+    return {
+        "patching": rules["patching_mode"],
+        "threshold": fields.PATCHER_ARGS.read["threshold"][1] if threshold is None else threshold,
+        "threshold_add": threshold_add,
+        "monotonic": rules["monotonicity"],
+        "max_patch_length": rules["max_patch_length"],
+    }
 
 
 def bytelatent_byte_lm(values: Values) -> ByteLMConfig:
     """Configuration of an ``LMTransformer``, the entropy model."""
     args, sizes = values.inner("args"), values.inner("entropy_model")
-    if sizes:
+    if sizes:  # `load_entropy_model` reads these alone, and the rest is always the same
         read = {key: sizes[key] for key in ("dim", "n_layers", "n_heads", "vocab_size", "ffn_dim_multiplier")}
-        args = Values.of(values.file, {**read, "sliding_window": 512})
+        masks = {"sliding_window": 512, "attn_bias_type": "local_block_causal", "attn_impl": "xformers"}
+        args = Values.of(values.file, "entropy_model", {**read, **masks})
     if not args or "dim_global" in args:
         raise ValueError(f"{values.file}: expected the arguments of an entropy model, got {', '.join(args or values)}")
-    shape = (args["dim"], args["n_layers"], args["n_heads"], args.get("n_kv_heads"))
-    layers = _bytelatent_layers(args, *shape, args["sliding_window"])
-    return ByteLMConfig(**layers, vocab_size=args["vocab_size"], split_documents=True)
+    args = fields.LM_TRANSFORMER_ARGS.take(args)
+    if args["n_heads"] is None:
+        raise args.error("n_heads", "a value")
+
+    bias, window = args["attn_bias_type"], args["sliding_window"]
+    split = bias in ("block_causal", "local_block_causal")
+    if args["attn_impl"] == "flex_attention":
+        window, split = None, False
+    else:
+        _expect_masks(args, (None, "causal", "block_causal", "local_block_causal"))
+        if bias is None:
+            window = None  # that code ignores it
+        elif (window is None) == (bias == "local_block_causal"):
+            expected = "a window" if window is None else "None"
+            raise args.error("sliding_window", f"{expected}, since attn_bias_type is {bias!r}")
+        if split and args["eos_id"] is None:
+            raise args.error("eos_id", "an id")
+    layers = _bytelatent_layers(args, args["dim"], args["n_layers"], args["n_heads"], args["n_kv_heads"], window)
+    return args.build(
+        ByteLMConfig,
+        **vars(layers),
+        vocab_size=args["vocab_size"],
+        split_documents=split,
+        eos_id=args["eos_id"] if split else EOS,
+    )
+
+
+def _expect_masks(args: Values, biases: Sequence[str | None]) -> None:
+    if args["attn_impl"] not in ("xformers", "sdpa"):
+        raise args.error("attn_impl", "'xformers', 'sdpa' or 'flex_attention'")
+    if args["attn_bias_type"] not in biases:
+        raise args.error("attn_bias_type", f"one of {', '.join(map(repr, biases))}")
 
 
 def _bytelatent_layers(
     args: Values, dim: int, num_layers: int, num_heads: int, kv_heads: int | None, window: int | None
-) -> dict[str, Any]:
-    """Arguments of a `TransformerConfig`."""
-    multiplier, multiple = args.get("ffn_dim_multiplier"), args.get("multiple_of", 256)
+) -> TransformerConfig:
+    if args["head_dim"] and num_heads > 0:
+        args.expect("head_dim", dim // num_heads)
+    multiplier, multiple = args["ffn_dim_multiplier"], args["multiple_of"]
+    if multiple < 1:
+        raise args.error("multiple_of", "a value >= 1")
     ffn_dim = int((1.0 if multiplier is None else multiplier) * int(8 * dim / 3))
-    return {
-        "dim": dim,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": kv_heads,
-        "ffn_dim": multiple * math.ceil(ffn_dim / multiple),
-        "window": window,
-        "rope_theta": args.get("rope_theta", 10000.0),
-        "norm_eps": args.get("norm_eps", 1e-5),
-    }
+    return args.build(
+        TransformerConfig,
+        dim=dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=kv_heads or None,
+        ffn_dim=multiple * math.ceil(ffn_dim / multiple),
+        window=window,
+        rope_theta=args["rope_theta"],
+        norm_eps=args["norm_eps"],
+    )

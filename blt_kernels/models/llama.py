@@ -6,7 +6,8 @@ or its shards and their index. transformers turns entries j and j + E/2 of a hea
 2j + 1: so the rows of the query and key projections change places.
 
 The scaled rotary positions of Llama 3.1 and later come along. What the layers here lack is an error: other scalings of
-them, biases, heads whose width is not ``hidden_size / num_attention_heads``.
+them, biases, heads whose width is not ``hidden_size / num_attention_heads``, quantized weights, fields that are not of
+Llama.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from blt_kernels.models.blt import BLT
 from blt_kernels.models.checkpoint import Folder
-from blt_kernels.models.checkpoint_formats import rope
+from blt_kernels.models.checkpoint_formats import llama
 from blt_kernels.nn import TransformerConfig, check_tensors
 
 
@@ -37,28 +38,14 @@ def read_config(path: str | os.PathLike[str], *, revision: str | None = None) ->
     ImportError
         For the hub, huggingface_hub is not installed.
     FileNotFoundError
-        There is no such directory, or no ``config.json`` in it.
+        There is no such directory or repository, or no ``config.json`` in it.
+    OSError
+        The file cannot be read, or the hub does not answer (ConnectionError) or gives no access (PermissionError).
     ValueError
-        It is not the configuration of a Llama, or asks for what the layers here lack; the message names it.
+        It is not the configuration of a Llama, has unknown fields or asks for what the layers here lack, or the
+        repository has no such revision; the message names it.
     """
-    values = Folder.open(path, revision).json("config.json")
-    values.expect("model_type", "llama")
-    values.expect("hidden_act", "silu")
-    values.expect("attention_bias", False)
-    values.expect("mlp_bias", False)
-    dim, heads = values["hidden_size"], values["num_attention_heads"]
-    if values.get("head_dim") is not None:
-        values.expect("head_dim", dim // heads)
-    kv_heads = values.get("num_key_value_heads") or heads
-    return TransformerConfig(
-        dim,
-        values["num_hidden_layers"],
-        heads,
-        num_kv_heads=None if kv_heads == heads else kv_heads,
-        ffn_dim=values["intermediate_size"],
-        norm_eps=values["rms_norm_eps"],
-        **rope(values, 10000.0),
-    )
+    return llama(Folder.open(path, revision).json("config.json"))
 
 
 @torch.no_grad()
@@ -74,18 +61,18 @@ def load_global_transformer(model: BLT, path: str | os.PathLike[str], *, revisio
 
     Raises
     ------
-    ImportError, FileNotFoundError
+    ImportError, OSError
         As `read_config`; or safetensors is not installed.
     ValueError
-        As `read_config`; or the layers differ in number or shape from those of the model, or keys are missing, unknown
-        or misshapen; the message names them.
+        As `read_config`; or a file is damaged, or the layers differ in number or shape from those of the model, or
+        weights are missing, unknown, misshapen or no floats; the message names them.
     """
-    llama, own = read_config(path, revision=revision), model.config.global_transformer
+    theirs, own = read_config(path, revision=revision), model.config.global_transformer
     for name in ("dim", "num_layers", "num_heads", "kv_heads", "hidden_dim", "rope_theta", "rope_scaling", "norm_eps"):
-        if getattr(own, name) != getattr(llama, name):
+        if getattr(own, name) != getattr(theirs, name):
             field = {"kv_heads": "num_kv_heads", "hidden_dim": "ffn_dim"}.get(name, name)
             raise ValueError(
-                f"global_transformer.{field}: expected {getattr(llama, name)} of {path}, got {getattr(own, name)}"
+                f"global_transformer.{field}: expected {getattr(theirs, name)} of {path}, got {getattr(own, name)}"
             )
     folder = Folder.open(path, revision)
     weights = folder.weights()
@@ -101,7 +88,7 @@ def load_global_transformer(model: BLT, path: str | os.PathLike[str], *, revisio
     for name, parameter in parameters.items():
         value = weights[name]
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            value = _interleave(value, llama.head_dim)
+            value = _interleave(value, theirs.head_dim)
         parameter.copy_(value)
 
 

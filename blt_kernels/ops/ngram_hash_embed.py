@@ -148,6 +148,11 @@ def ngram_hash(
 
 def _check_hash(tokens: Tensor, ngram_sizes: Sequence[int], num_functions: int) -> list[int]:
     _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
+    return check_sizes(ngram_sizes, num_functions)
+
+
+def check_sizes(ngram_sizes: Sequence[int], num_functions: int) -> list[int]:
+    """Return the sizes as a list; raise TypeError or ValueError for what cannot be hashed."""
     if not isinstance(ngram_sizes, (list, tuple)) or not ngram_sizes:
         raise TypeError(f"ngram_sizes: expected a sequence of at least one int, got {ngram_sizes!r}")
     for size in ngram_sizes:

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from blt_kernels.layout import PatchLayout
-from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
-from blt_kernels.models import checkpoint_formats as formats
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, checkpoint
 from blt_kernels.models.flops import (
     PAPER_SIZES,
     PARTS,
@@ -30,7 +29,7 @@ from blt_kernels.models.flops import (
     counted_parts,
     paper_flops,
 )
-from blt_kernels.nn import ByteModel, config_from_dict, safetensors_module
+from blt_kernels.nn import ByteModel, model_name, stored_config
 from blt_kernels.tools import data
 from blt_kernels.tools.evaluate import threshold_for_patch_size
 from blt_kernels.tools.render import Color, console
@@ -103,43 +102,22 @@ def read_config(name: str) -> Config:
 
     Raises
     ------
+    OSError
+        The file cannot be read, or the directory has no configuration.
     ValueError
-        There is none of this name, or it is not of a model that this package has.
+        There is none of this name, it is damaged, or it is not of a model that this package has.
     """
     path = Path(name)
     if name in PRESETS:
         return PRESETS[name]
     if path.is_dir():
-        return _read_directory(path)
+        return checkpoint.read_config(path)
     if path.is_file():
-        with safetensors_module().safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("model") not in _CONFIGS:
-            raise ValueError(f"{path}: expected a file of {', '.join(_CONFIGS)}, got {metadata.get('model')!r}")
-        return config_from_dict(_CONFIGS[metadata["model"]], json.loads(metadata["config"]))
+        model = model_name(path)
+        if model not in _CONFIGS:
+            raise ValueError(f"{path}: expected a file of {', '.join(_CONFIGS)}, got {model!r}")
+        return stored_config(path, model, _CONFIGS[model])
     raise ValueError(f"config: expected a file, a directory or one of {', '.join(PRESETS)}, got {name!r}")
-
-
-def _read_directory(path: Path) -> Config:
-    """``config.json`` or ``params.json`` of transformers or of facebookresearch/blt; weights are not read."""
-    files = [path / file for file in ("config.json", "params.json") if (path / file).is_file()]
-    if not files:
-        raise ValueError(f"{path}: expected config.json or params.json, found none")
-    values = formats.Values.read(files[0])
-    if values.get("model_type") == "blt":
-        return formats.transformers_blt(values)
-    if values.get("model_type") == "blt_patcher":
-        return formats.transformers_byte_lm(values)
-    if "dim_global" not in (values.inner("args") or values.inner("model")):
-        return formats.bytelatent_byte_lm(values)
-    training = path / "train_args.json"
-    config = formats.bytelatent_blt(values, formats.Values.read(training) if training.is_file() else values)
-    patcher = next((p for p in (path / "entropy_model", path.parent / "entropy_model") if p.is_dir()), None)
-    if patcher is not None:
-        found = _read_directory(patcher)
-        assert isinstance(found, ByteLMConfig)
-        config = replace(config, patcher=found)
-    return config
 
 
 def with_window(config: Config, window: int | None) -> Config:
