@@ -221,16 +221,17 @@ def test_what_we_built_is_read_by_transformers(tmp_path) -> None:
     local = TransformerConfig(32, 2, 2, window=WINDOW)
     config = BLTConfig(
         local, TransformerConfig(48, 2, 2), local, ByteLMConfig(32, 2, 2, window=WINDOW), ngram_vocab=53,
-        split_documents=True, threshold=5.1,
+        split_documents=True, global_across_documents=True, eos_id=9, threshold=5.1,
     )  # fmt: skip
     ours = BLT(config)
     ours.save_pretrained(tmp_path)
     theirs, tokens = blt.BltForCausalLM.from_pretrained(tmp_path).eval(), batch()
-    tokens[tokens == EOS] = 4  # it knows no documents
+    tokens[tokens == 9] = 4  # it knows no documents
     torch.testing.assert_close(their_logits(theirs, tokens), ours(tokens), rtol=0, atol=1e-5)
     again = BLT.from_pretrained(tmp_path)
-    assert again.config.split_documents
-    assert torch.equal(again(batch()), ours(batch()))
+    assert (again.config.split_documents, again.config.global_across_documents, again.config.eos_id) == (True, True, 9)
+    tokens[1, 5] = 9
+    assert torch.equal(again(tokens), ours(tokens))
     ours.to(torch.bfloat16).save_pretrained(tmp_path)  # over the file that `again` has mapped
     assert {p.dtype for p in BLT.from_pretrained(tmp_path).parameters()} == {torch.bfloat16}
     assert theirs.config.dtype == torch.float32
@@ -603,6 +604,15 @@ def test_arguments_of_facebookresearch_that_are_not_ours_say_why(theirs, key: st
     (theirs[0] / "blt" / "params.json").write_text(json.dumps({"model": args}))
     with pytest.raises(ValueError, match=message):
         BLT.from_pretrained(theirs[0] / "blt")
+
+
+def test_unknown_fields_that_are_null_ask_for_nothing(theirs) -> None:
+    file = theirs[0] / "blt" / "params.json"
+    expected = read_config(file.parent)
+    values = json.loads(file.read_text())
+    values["model"]["efficient_attn"] = values["data"]["patcher_args"]["newlines"] = None
+    file.write_text(json.dumps(values))
+    assert read_config(file.parent) == expected
 
 
 def test_patching_modes_of_facebookresearch(theirs) -> None:

@@ -287,6 +287,22 @@ def test_arguments_that_do_not_fit_say_why() -> None:
         BLTConfig(decoder=LOCAL)
     with pytest.raises(ValueError, match="num_kv_heads: expected a divisor of num_heads = 4, got 3"):
         TransformerConfig(32, 1, 4, num_kv_heads=3)
+    for cls in (BLTConfig, ByteLMConfig):
+        with pytest.raises(ValueError, match="eos_id: expected a value < vocab_size = 260, got 260"):
+            cls(eos_id=260)
+        with pytest.raises(ValueError, match="eos_id: expected a value >= 0, got -1"):
+            cls(eos_id=-1)
+        with pytest.raises(TypeError, match="threshold: expected a number, got None"):
+            cls(threshold=None)
+    for name in ("queries_per_patch", "ngram_vocab", "patch_size", "cross_attn_window_encoder", "max_patch_length"):
+        with pytest.raises(ValueError, match=f"{name}: expected a value >= 1, got 0"):
+            BLTConfig(**{name: 0})
+    with pytest.raises(ValueError, match="num_functions: expected at most 11, got 12"):
+        BLTConfig(num_functions=12)
+    with pytest.raises(ValueError, match="window: expected a value >= 1, got 0"):
+        TransformerConfig(32, 1, 4, window=0)
+    with pytest.raises(ValueError, match="rope_theta: expected a value > 0, got 0"):
+        TransformerConfig(32, 1, 4, rope_theta=0)
     with pytest.raises(ValueError, match="expected a multiple of patch_size = 5"):
         MegaByteConfig(patch_size=5)
 

@@ -6,8 +6,9 @@ There is a table for each class of configuration. A field is
 - fixed: only one of its values is computed here, and every other one is an error that names it.
 - ignored: it does not change what that code computes at inference, or that code does not use it at all.
 
-A field that is in no table is an error that names it, for it may change what is computed. The tables are those of
-transformers 5.23, with the names that files of versions 4 have as well, and of facebookresearch/blt at 9774ed4.
+A field that is in no table, unless it is null, is an error that names it, for it may change what is computed. The
+tables are of transformers 5.23, with the names that files of versions 4 have as well, and of facebookresearch/blt at
+9774ed4.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class Fields:
             A field is unknown, has a value of another type, or one that is not computed here; the message names it.
         """
         known = self.read.keys() | self.fixed.keys() | self.ignored
-        unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
+        given = (key for key, value in values.items() if value is not None and not key.startswith("_"))
+        unknown = sorted(set(given) - known)
         if unknown:
             raise ValueError(
                 f"{values}: expected the fields of {self.owner}, got {', '.join(unknown)} as well, which may change "
@@ -243,7 +245,7 @@ LLAMA_CONFIG = Fields(
     "LlamaConfig",
     read=_stack(4096, 32, 32, 11008, 2048, theta=10000.0, eps=1e-6),
     fixed={"model_type": ("llama", "llama"), "attention_bias": (False, False), "mlp_bias": (False, False), **_NONE},
-    ignored=_EVERY | names("vocab_size tie_word_embeddings attention_dropout pretraining_tp"),
+    ignored=_EVERY | names("vocab_size tie_word_embeddings attention_dropout pretraining_tp unsloth_version"),
 )
 ROPE_PARAMETERS = Fields(
     "the rotary positions 'default' and 'llama3'",
