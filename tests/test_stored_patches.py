@@ -298,7 +298,10 @@ def test_a_folder_that_is_not_complete_or_damaged_is_refused(corpus: Path, patch
         (folder / "patches.bits").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"patches.bits is damaged: it is not what index.json describes"):
             StoredPatches(folder)
-    for index in ("", "[]", '{"format": 2}', '{"format": 1}'):
+    whole = json.loads((folder / "index.json").read_text())
+    others = [{**whole, "format": 2}, {**whole, "made_with": {}}, {**whole, "made_with": {"context": 1}}]
+    others += [{**whole, "files": [{}]}, {**whole, "files": [{"size": "1"}]}, {**whole, "files": [{"size": 1}]}]
+    for index in ("", "[]", '{"format": 1}', *map(json.dumps, others)):
         (folder / "index.json").write_text(index)
         with pytest.raises(ValueError, match=r"index.json is no index of stored patches of format 1"):
             StoredPatches(folder)

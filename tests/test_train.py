@@ -705,6 +705,13 @@ def test_the_commands(corpus: Path, tmp_path: Path) -> None:
     result = json.loads(measured.output)
     assert 0 < result["ngram_bits_per_byte"] < 8 < result["bits_per_byte"] + 4
     assert f"over {result['num_bytes']:,} bytes" in trained.output
+    begin = ["train", "entropy", str(corpus), *options, f"--init={out / 'model.safetensors'}", "--no-tensorboard"]
+    begin += ["--steps=3", "--checkpoint-every=1", "--keep=2", f"--out={tmp_path / 'second'}"]
+    assert runner.invoke(app, begin).exit_code == 0
+    assert {path.name for path in (tmp_path / "second" / "checkpoint").iterdir()} == {"2", "3"}
+    contradiction = runner.invoke(app, [*begin, "--set=dim=64"])
+    assert contradiction.exit_code == 1
+    assert "blt-kernels train: --set dim: expected 32, as in " in contradiction.output
     wrong = runner.invoke(app, ["train", "entropy", str(corpus), "--set", "dim"])
     assert wrong.exit_code == 2
     assert "expected KEY=JSON, got 'dim'" in wrong.output

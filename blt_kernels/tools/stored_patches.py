@@ -28,11 +28,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import NoneType
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from blt_kernels._files import whole_file
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models import BLT, ByteLM
 from blt_kernels.tools import data
@@ -390,8 +392,11 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        known = index["format"] == _FORMAT and {"made_with", "files", "sha256"} <= set(index)
-    except (ValueError, KeyError, TypeError):
+        known = index["format"] == _FORMAT and isinstance(index["sha256"], (str, NoneType))
+        known &= isinstance(index["made_with"]["context"], int) and index["made_with"]["context"] >= 2
+        for file in index["files"]:
+            known &= isinstance(file["size"], int) and file["size"] > 0 and isinstance(file["sha256"], str)
+    except (ValueError, LookupError, TypeError):
         known = False
     if not known:
         raise ValueError(f"patches: {path} is no index of stored patches of format {_FORMAT}")
@@ -409,12 +414,10 @@ def _check_same(folder: Path, stored: dict[str, Any], index: dict[str, Any]) -> 
 
 
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    part = folder / f"{_INDEX}.part"
-    with part.open("w", encoding="utf-8") as file:
+    with whole_file(folder / _INDEX) as part, part.open("w", encoding="utf-8") as file:
         json.dump(index, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, folder / _INDEX)
 
 
 def _write_all(descriptor: int, content: bytes, offset: int) -> None:
