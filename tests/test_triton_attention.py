@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels.reference import block_causal_attention as reference
-from blt_kernels.testing import assert_close, document_lengths, offsets_of
+from blt_kernels.testing import assert_close, assert_equal, document_lengths, offsets_of
 from blt_kernels.triton.attention_launch import (
     KERNELS,
     MAX_SPLITS,
@@ -247,6 +247,18 @@ def test_every_pair_of_what_there_is(
     (out, lse, *_), _ = check(run, tensors, cu_q, cu_k, window=window, causal=causal, seqused_k=seqused_k)
     assert not out[first >= last].any()
     assert (lse[first >= last] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_long_window_is_none(run: Callable, causal: bool) -> None:
+    """Of more queries than keys, whose positions are negative, and with a cache."""
+    for queries, keys, options in (([5, 40], [30, 3], {}), ([2], [40], {"splits": 2})):
+        q, k, v, grad = inputs(sum(queries), sum(keys), (2, 1), 16, torch.float32)
+        cu = offsets_of(queries), offsets_of(keys)
+        expected, _ = run((q, k, v, *cu, None, causal, None, None), grad, **options)
+        for window in (2**31 - 1, 2**31, 2**63 - 1):
+            actual, _ = run((q, k, v, *cu, window, causal, None, None), grad, **options)
+            assert_equal(actual, expected, name=f"window = {window}")
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])

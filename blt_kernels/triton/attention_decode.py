@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blt_kernels.triton.attention_launch import MAX_SPLITS, architecture, decode_splits, launch_options, padded_width
-from blt_kernels.triton.attention_ranges import keys_of_query, search_arguments
+from blt_kernels.triton.attention_ranges import keys_of_query, reach, search_arguments
 from blt_kernels.triton.attention_tiles import (
     attend_run,
     flip_if_negative,
@@ -122,7 +122,7 @@ def decode(
         parts = q.new_empty((splits, *q.shape), dtype=torch.float32)
         weights = q.new_empty((splits, queries, heads), dtype=torch.float32)
     block_causal_attention_decode_kernel[(queries, groups * blocks, splits)](
-        q, k, v, parts, weights, *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys, window or 0,
+        q, k, v, parts, weights, *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys, reach(window),
         *strides(q, k, v), *scales(scale, width), heads, heads // groups, blocks, width,
         CAUSAL=causal, WINDOWED=window is not None, USED=seqused_k is not None,
         ROWS=launch.rows, STEP=launch.step, E=padded, EVEN=padded == width, PRECISION=precision_of(q),
