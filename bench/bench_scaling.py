@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import blt_kernels as bk
+from blt_kernels._files import whole_file
 from blt_kernels.testing import offsets_of, real_text
 
 THRESHOLD = 1.335442066192627  # of the released BLT models
@@ -308,7 +309,8 @@ def plot(rows: list[timing.Row], path: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     figure.suptitle(f"{threads} threads, width {WIDTH}; 4.5 bytes a patch and {DOCUMENT} a document unless they change")
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
 def test_scaling(run_benchmark: Callable[[], None]) -> None:

@@ -133,4 +133,5 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     right.set(ylabel="bits per byte more than clean", title="noised text")
     right.grid(alpha=0.3, axis="y")
     right.legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=130)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=130, format="png")

@@ -16,7 +16,7 @@ from blt_kernels import _jit
 from blt_kernels._files import whole_file, write_text
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, load_model
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.tools import train_log, train_state
+from blt_kernels.tools import stored_patches, train_log, train_state
 from blt_kernels.tools.train_parallel import Ranks
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -51,10 +51,10 @@ def tied() -> ByteLM:
     return model
 
 
-def save_checkpoint(folder: Path) -> None:
+def save_checkpoint(folder: Path, values: dict[str, str] | None = None) -> None:
     model = byte_lm()
     optimizer = torch.optim.SGD(model.parameters())
-    train_state.save(folder / "checkpoint", 3, model, optimizer, {}, Ranks(torch.device("cpu")))
+    train_state.save(folder / "checkpoint", 3, model, optimizer, values or {}, Ranks(torch.device("cpu")))
 
 
 def draw(folder: Path) -> None:
@@ -68,6 +68,8 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "text": lambda folder: write_text(folder / "page.html", "x" * 2000),
     "cache": lambda folder: _jit._write(folder / "kernel.cubin", b"x" * 2000),
     "training": save_checkpoint,
+    "numbers of training": lambda folder: save_checkpoint(folder, {"options": "x" * 2000}),
+    "index of patches": lambda folder: stored_patches._write_index(folder, {"files": ["x" * 2000]}),
     "curve": draw,
 }
 
@@ -78,7 +80,7 @@ def test_a_full_disk_leaves_nothing_new(writer: str, tmp_path: Path) -> None:
     written = {file for file in tmp_path.rglob("*") if file.is_file()}
     assert written
     before = {file: file.read_bytes() for file in written}
-    if writer == "training":  # a checkpoint of this step is there, and would not be written again
+    if writer.endswith("training"):  # a checkpoint of this step is there, and would not be written again
         (tmp_path / "checkpoint" / "3").rename(tmp_path / "moved")
         before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with full_disk():

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blt_kernels._files import whole_file
 from blt_kernels.tools.render import Glyph, glyphs
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def write(path: Path, title: str, window: Window, statistics: Statistics, rules:
     if statistics.mean is not None:
         shown += f"; {statistics.patches:,} patches, {statistics.mean:.2f} bytes on average"
     figure.suptitle(f"{title}: {rules.describe()}\n{shown}", fontsize=11, parse_math=False)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110, format=path.suffix[1:] or "png")
 
 
 def _draw_row(axis: Any, window: Window, curve: list[float], rules: Rules, begin: int, end: int) -> None:

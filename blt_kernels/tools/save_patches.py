@@ -100,7 +100,7 @@ def patching_model(rules: Rules, path: Path | None) -> BLT:
         raise ValueError(f"--model {path}: expected --scheme entropy to use it")
     nothing = TransformerConfig(dim=2, num_layers=0, num_heads=1)
     config = BLTConfig(
-        nothing, nothing, nothing, None, patching=rules.scheme.value, ngram_sizes=(), ngram_vocab=1, **values
+        nothing, nothing, nothing, None, patching=rules.scheme.value, ngram_sizes=(1,), ngram_vocab=1, **values
     )
     model = BLT(config)
     model.patcher = patcher and patcher.requires_grad_(False)

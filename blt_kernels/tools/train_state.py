@@ -79,16 +79,16 @@ def save(
     path = folder / str(step)
     if ranks.first(_is_complete(path)):
         return
-    if ranks.rank == 0:
-        _remove(path)
-        path.mkdir(parents=True, exist_ok=True)
-        with (path / "values.json").open("w", encoding="utf-8") as file:
-            json.dump(values, file)
-            file.flush()
-            os.fsync(file.fileno())
-    ranks.barrier()
-    weights = _weights(model)  # first: that shards again what FSDP2 left whole after a forward without backward
     try:
+        if ranks.rank == 0:
+            _remove(path)
+            path.mkdir(parents=True, exist_ok=True)
+            with (path / "values.json").open("w", encoding="utf-8") as file:
+                json.dump(values, file)
+                file.flush()
+                os.fsync(file.fileno())
+        ranks.barrier()
+        weights = _weights(model)  # first: that shards again what FSDP2 left whole after a forward without backward
         with _quiet():
             save_tensors({**weights, **_moments(model, optimizer)}, checkpoint_id=path, no_dist=ranks.world == 1)
     except BaseException as error:
