@@ -56,6 +56,17 @@ def test_padded_input_gives_shapes(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_optimizer_steps_take_tensors_without_data(kind: str) -> None:
+    context, take = without_data(kind)
+    with context:
+        table, sums, rows, values = (
+            take(x) for x in (torch.ones(9, 4), torch.ones(9), torch.arange(3), torch.ones(3, 4))
+        )
+        assert torch.ops.blt_kernels.sgd_step(table, rows, values, 0.1) is None
+        assert torch.ops.blt_kernels.rowwise_adagrad_step(table, sums, rows, values, 0.1, 1e-8) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("ops", "split"), [("fused", False), ("fused", True), ("reference", True)])
 @pytest.mark.parametrize("name", ["byte_lm", "blt", "blt_cross_windows", "blt_space", "megabyte_extended"])
 def test_models_give_shapes(name: str, ops: str, split: bool, kind: str) -> None:
