@@ -280,15 +280,23 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
         for row in rows
     ]
     measured = {_key(row) for row in new}
-    old = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            old = [row for row in csv.DictReader(file) if _key(row) not in measured]
+    old = [row for row in read_csv(path) if _key(row) not in measured]
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], restval="")
         writer.writeheader()
         writer.writerows(old + new)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file, none if there is no file; ValueError if it holds something else."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.DictReader(file)
+        if not {"op", "shape", "dtype", "threads"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"csv: expected a table of measurements, got {path}")
+        return list(reader)
 
 
 def _key(row: dict[str, str]) -> tuple[str, ...]:

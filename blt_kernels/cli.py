@@ -1,12 +1,14 @@
 """The command line ``blt-kernels``: arguments and help texts. What a command does is in `blt_kernels.tools`.
 
-Exit codes: 0 for success; 1 for an error while running, told in one line; 2 for a command line that does not parse.
+Exit codes: 0 for success; 1 for an error while running and 2 for a command line that does not parse, each told in one
+line; 130 for an interruption. Whatever else is raised is a bug and shows its traceback.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,22 +23,79 @@ except ModuleNotFoundError as missing:
 from blt_kernels.tools.render import Color
 from blt_kernels.tools.stream import Scheme
 
-EXPECTED = (OSError, ValueError, TypeError, ImportError)
+EXPECTED = (OSError, ValueError, ImportError, MemoryError)
+_UsageError: Any = typer.BadParameter.__mro__[1]  # of the click inside of typer, which exports only subclasses
+_INT64 = range(-(1 << 63), 1 << 63)
+
+
+class _Command(typer.core.TyperCommand):
+    """Refuses what no option can mean: nothing, which pathlib takes for the current directory, and endless numbers."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, arg in pairwise(["", *args]):
+            option, sign, value = arg.partition("=")
+            if not arg or (option.startswith("--") and sign and not value):
+                where = option or (before if before.startswith("--") else "an argument")
+                raise typer.BadParameter("expected a value, got ''", ctx=ctx, param_hint=where)
+        try:
+            rest = super().parse_args(ctx, args)
+        except _UsageError as error:
+            for option in getattr(getattr(error, "param", None), "opts", ()):
+                values = [value for name, value in pairwise(args) if name == option]
+                values += [arg.removeprefix(f"{option}=") for arg in args if arg.startswith(f"{option}=")]
+                if values and values[-1] not in error.message:
+                    error.message += f", got {values[-1]!r}"
+            raise
+        for param in self.params:
+            given = ctx.params.get(param.name)
+            if isinstance(given, int) and given not in _INT64:
+                raise typer.BadParameter("expected a number of 64 bits", ctx=ctx, param_hint=param.opts[0])
+        return rest
 
 
 class _Group(typer.core.TyperGroup):
-    """Tells errors that a user can cause in one line, exit code 1. BLT_KERNELS_TRACEBACK=1 shows from where."""
+    """Tells errors that a user can cause in one line. BLT_KERNELS_TRACEBACK=1 shows from where."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except EXPECTED as error:
-            if os.environ.get("BLT_KERNELS_TRACEBACK"):
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except _UsageError as error:
+            raise self._told(ctx, error, error.format_message(), 2) from None
+        except (*EXPECTED, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
                 raise
-            typer.echo(f"blt-kernels {ctx.invoked_subcommand}: {one_line(error)}", err=True)
-            raise typer.Exit(1) from None
+            raise self._told(ctx, error, one_line(error), 1) from None
+
+    def _told(self, ctx: Any, error: Exception, message: str, code: int) -> Exception:
+        """What to raise for an error after it has been told."""
+        if os.environ.get("BLT_KERNELS_TRACEBACK"):
+            return error
+        command, message = self.commands.get(ctx.invoked_subcommand), " ".join(message.split())
+        if command is None:
+            typer.echo(f"blt-kernels: {message}", err=True)
+        else:
+            typer.echo(f"blt-kernels {command.name}: {_as_typed(message, command)}", err=True)
+        return typer.Exit(code)
+
+
+def _as_typed(message: str, command: Any) -> str:
+    """A message that begins with the name of a field, with the option or argument that the field is from instead."""
+    others = {"overrides": "set_", "config": "configs", "paths": "text"}
+    params, (name, colon, rest) = {param.name: param for param in command.params}, message.partition(": ")
+    param = params.get(name) or params.get(others.get(name))
+    if not colon or param is None:
+        return message
+    return f"{param.opts[0] if param.opts[0].startswith('-') else param.metavar.strip('[].')}: {rest}"
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch asked for more memory than there is; only on CUDA it raises a class of its own for it."""
+    words = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return any(word in str(error) for word in words)
 
 
 def one_line(error: BaseException) -> str:
@@ -44,7 +103,10 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
         return f"{where}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (MemoryError, RuntimeError)):
+        return f"not enough memory for a model or batch of this size: {text[:200]}"
+    return text
 
 
 app = typer.Typer(
@@ -78,7 +140,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(cls=_Command)
 def doctor(json: JsonOption = False, color: ColorOption = Color.auto) -> None:
     """Say what is installed, which kernels run where, what is missing and the command that brings it."""
     from blt_kernels.tools import doctor
@@ -87,10 +149,12 @@ def doctor(json: JsonOption = False, color: ColorOption = Color.auto) -> None:
 
 
 @app.command(
+    cls=_Command,
     epilog="Without colours, patches are separated by │. Characters that a boundary cuts, and bytes that are no text, "
-    "are shown in hexadecimal: ⟨E2⟩."
+    "are shown in hexadecimal: ⟨E2⟩.",
 )
 def patch(
+    ctx: typer.Context,
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files to cut; - is standard input.")],
     scheme: Annotated[Scheme, typer.Option(help="How bytes are cut.")] = Scheme.entropy,
     threshold: Annotated[
@@ -184,10 +248,13 @@ def patch(
         return
     if given:
         raise ValueError(f"--{next(iter(given))}: expected --save beside it")
+    drawn = _given(ctx, "max_show", *(("start", "length") if plot is html is None else ()))
+    if json and drawn:
+        raise ValueError(f"{drawn}: expected no --json beside it, or --html or --plot as well")
     patch.run(files, rules, outputs, model, color)
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo(
     file: Annotated[
         Path | None, typer.Argument(metavar="[FILE]", help="File to cut; one of the standard library if not given.")
@@ -201,7 +268,7 @@ def demo(
     demo.run(file, rounds=rounds, color=color)
 
 
-@app.command()
+@app.command(cls=_Command)
 def bench(
     ops: Annotated[
         list[str] | None, typer.Argument(metavar="[OP]...", help="Ops to measure; all if not given.")
@@ -226,8 +293,6 @@ def bench(
     """Time the ops against the best that one could run instead, and against what the machine can do at all."""
     from blt_kernels.tools import bench
 
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
     try:
         counts = [int(count) for count in threads.split(",")]
     except ValueError:
@@ -246,8 +311,9 @@ def bench(
     )
 
 
-@app.command()
+@app.command(cls=_Command)
 def train(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="entropy, blt or megabyte.")],
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files and directories to learn.")],
     out: Annotated[
@@ -324,6 +390,12 @@ def train(
     from blt_kernels.tools import watch
     from blt_kernels.tools.train import TrainConfig
 
+    if model != "entropy" and _given(ctx, "patch_size"):
+        raise ValueError(
+            f"--patch-size {patch_size}: expected the model entropy, whose threshold it is for, got {model}"
+        )
+    if heldout == 0 and (ignored := _given(ctx, "eval_every", "eval_bytes", "patch_size")):
+        raise ValueError(f"{ignored}: expected --heldout above 0 beside it")
     config = TrainConfig(
         model,
         paths,
@@ -363,18 +435,27 @@ def train(
     watch.run_train(config, color)
 
 
+def _given(ctx: typer.Context, *names: str) -> str | None:
+    """The first of these options that stands on the command line."""
+    given = (name for name in names if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE")
+    return next(("--" + name.replace("_", "-") for name in given), None)
+
+
 def _key_and_json(setting: str) -> tuple[str, Any]:
     import json
 
     key, _, value = setting.partition("=")
     try:
-        return key, json.loads(value)
+        if key:
+            return key, json.loads(value)
+        raise ValueError
     except ValueError:
         raise typer.BadParameter(f"expected KEY=JSON, got {setting!r}", param_hint="--set") from None
 
 
-@app.command("eval")
+@app.command("eval", cls=_Command)
 def evaluate(
+    ctx: typer.Context,
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="The model.safetensors of a run, or a directory.")
     ],
@@ -400,6 +481,8 @@ def evaluate(
     from blt_kernels.tools import watch
     from blt_kernels.tools.evaluate import EvalConfig
 
+    if split == "all" and (ignored := _given(ctx, "heldout", "seed")):
+        raise ValueError(f"{ignored}: expected --split heldout or train beside it")
     config = EvalConfig(
         checkpoint,
         paths,
@@ -417,7 +500,7 @@ def evaluate(
     watch.run_eval(config, as_json=json, color=color)
 
 
-@app.command()
+@app.command(cls=_Command)
 def flops(
     configs: Annotated[
         list[str] | None,
@@ -427,7 +510,9 @@ def flops(
             ".safetensors file; a directory of transformers or facebookresearch/blt. All five sizes if not given.",
         ),
     ] = None,
-    patch_sizes: Annotated[str, typer.Option(help="Bytes of a patch on average, with commas.")] = "4.5,6,8",
+    patch_sizes: Annotated[
+        str | None, typer.Option(help="Bytes of a patch on average, with commas; 4.5,6,8 if not given.")
+    ] = None,
     context: Annotated[int, typer.Option(help="Bytes of a row.")] = 16384,
     window: Annotated[
         int | None, typer.Option(help="Bytes that layers over bytes see; the configuration's own if not given.")
@@ -445,7 +530,7 @@ def flops(
     from blt_kernels.tools import flops
 
     try:
-        sizes = [float(size) for size in patch_sizes.split(",")]
+        sizes = None if patch_sizes is None else [float(size) for size in patch_sizes.split(",")]
     except ValueError:
         message = f"expected numbers with commas, got {patch_sizes!r}"
         raise typer.BadParameter(message, param_hint="--patch-sizes") from None
@@ -458,4 +543,19 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    app(prog_name="blt-kernels")
+    try:
+        app(prog_name="blt-kernels")
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write out what standard output holds, here rather than when Python ends, which has no words for a full disk."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at the end
+        if not isinstance(error, BrokenPipeError):
+            typer.echo(f"blt-kernels: standard output: {error.strerror}", err=True)
+        raise SystemExit(1) from None

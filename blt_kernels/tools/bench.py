@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from blt_kernels.tools import checks
 from blt_kernels.tools.render import Color, console
 
+_MOST_THREADS = 1024
 SOURCE = Path(__file__).resolve().parents[2] / "bench"
 
 
@@ -76,15 +78,24 @@ def run(
     for op in ops:
         if op not in known:
             raise ValueError(f"ops: expected some of {', '.join(known)}, got {op!r}")
-    if rounds < 1 or min(threads, default=0) < 1:
-        raise ValueError(f"rounds and threads: expected at least 1, got {rounds} and {threads}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected cpu, since torch sees no CUDA device, got 'cuda'")
+    checks.check_count("rounds", rounds, 1)
+    for count in threads:
+        if not 1 <= count <= _MOST_THREADS:  # with more, OpenMP ends the process
+            raise ValueError(f"threads: expected 1 to {_MOST_THREADS}, got {count}")
+    checks.check_finite("budget", budget, 0)
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    checks.check_device(device)
+    if csv is not None and not save:
+        raise ValueError(f"csv: expected None, since nothing is saved, got {csv}")
+    if csv is not None and csv.is_dir():
+        raise ValueError(f"csv: expected a file, got the directory {csv}")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     timing = importlib.import_module("timing")
     out, rows, wrong = console(color), [], []
     path = csv or timing.csv_path(device)
+    timing.read_csv(path)  # fails before anything is measured
     before = torch.get_num_threads()
     try:
         for count in threads:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels.ids import to_ids
+from blt_kernels.tools import checks
 
 SKIPPED_DIRECTORIES = ("__pycache__", "site-packages", "node_modules", ".*")
 _BLOCK = 1 << 20
@@ -59,9 +60,13 @@ def find_sources(paths: Sequence[str | os.PathLike[str]], include: Sequence[str]
         Nothing is left.
     """
     found: dict[str, Source] = {}
+    if list(include) != ["*"] and not any(Path(path).is_dir() for path in paths):
+        raise ValueError(f"include: expected a directory among the paths, got {', '.join(map(str, paths))}")
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"paths: no such file or directory: {path}")
+        if not path.is_file() and not path.is_dir():  # a pipe can be read only once, /dev/zero for ever
+            raise ValueError(f"paths: expected a file or a directory, got {path}")
         for file in [path] if path.is_file() else _walk(path, include):
             digest, size = file_digest(file)
             if size and (digest not in found or file < found[digest].path):
@@ -76,14 +81,19 @@ def split_sources(sources: Sequence[Source], heldout: float, seed: int) -> tuple
 
     The content alone decides, so that the split is the same wherever the files lie, and for a file in any set of files.
     """
-    if not 0 <= heldout <= 1:
-        raise ValueError(f"heldout: expected a fraction from 0 to 1, got {heldout}")
+    check_heldout(heldout)
     train: list[Source] = []
     held: list[Source] = []
     for source in sources:
         key = hashlib.sha256(f"{seed}:{source.digest}".encode()).digest()
         (held if int.from_bytes(key[:8], "big") / 2**64 < heldout else train).append(source)
     return train, held
+
+
+def check_heldout(heldout: float) -> None:
+    """Raise ValueError unless it is a fraction."""
+    if not 0 <= heldout <= 1:
+        raise ValueError(f"heldout: expected a fraction from 0 to 1, got {heldout}")
 
 
 class PackedBatches:
@@ -102,8 +112,8 @@ class PackedBatches:
     def __init__(self, sources: Sequence[Source], batch_bytes: int, context: int, seed: int) -> None:
         if not sources:
             raise ValueError("sources: expected at least one file, got none")
-        if context < 2 or batch_bytes < 2:
-            raise ValueError(f"context, batch_bytes: expected at least 2 ids, got {context} and {batch_bytes}")
+        checks.check_count("context", context, 2)
+        checks.check_count("batch_bytes", batch_bytes, 2)
         self.sources, self.seed = sources, seed
         sizes = np.array([source.size + 2 for source in sources], dtype=np.int64)
         counts = num_pieces(sizes - 2, context)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from blt_kernels.models import BLT, ByteLM, MegaByte, load_model
 from blt_kernels.nn import BYTE_OFFSET, ByteModel, next_byte_targets, row_positions
 from blt_kernels.ops.entropy_patch import token_entropy
-from blt_kernels.tools import data
+from blt_kernels.tools import checks, data
 from blt_kernels.tools.ngram import NgramModel
 from blt_kernels.tools.stored_patches import RowPatches
 from blt_kernels.tools.train_parallel import Ranks
@@ -55,6 +55,10 @@ class EvalConfig:
             raise ValueError(f"split: expected 'all', 'heldout' or 'train', got {self.split!r}")
         if self.ngram and self.split != "heldout":
             raise ValueError(f"ngram: expected split='heldout', since it trains on the other side, got {self.split!r}")
+        for name in ("batch_bytes", "context"):
+            checks.check_count(name, getattr(self, name), 2)
+        data.check_heldout(self.heldout)
+        checks.check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def evaluate(config: EvalConfig, report: Report | None = None) -> Evaluation:
         As `data.find_sources`; the chosen side of the split is empty, `strided` is not for this model, or the
         model has BPE patching, whose delimiters files do not have.
     """
-    model = load_model(config.checkpoint, config.ops, dtype=torch.float32, device=config.device)
+    with checks.reading("checkpoint"):
+        model = load_model(config.checkpoint, config.ops, dtype=torch.float32, device=config.device)
     if config.strided and not isinstance(model, MegaByte):
         raise ValueError(f"strided: expected a MegaByte, got a {type(model).__name__} in {config.checkpoint}")
     if isinstance(model, BLT):

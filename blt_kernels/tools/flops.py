@@ -47,25 +47,36 @@ _MODELS: dict[type, type[ByteModel]] = {BLTConfig: BLT, ByteLMConfig: ByteLM, Me
 _CONFIGS: dict[str, type] = {model.__name__: config for config, model in _MODELS.items()}
 
 # What a model is measured on: at most so many ids, in rows no longer than this. It must fit into memory with gradients.
+_PATCH_SIZES = (4.5, 6.0, 8.0)
 _MEASURED_BYTES, _MEASURED_CONTEXT, _MOST_PARAMETERS = 8192, 2048, 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Options:
-    """`patch_sizes` and `context` in bytes. `window` replaces the local windows; `text` is what is measured on."""
+    """`patch_sizes`, 4.5, 6 and 8 if None, and `context` in bytes.
 
-    patch_sizes: Sequence[float] = (4.5, 6.0, 8.0)
+    `window` replaces the local windows; `text` is what is measured on.
+    """
+
+    patch_sizes: Sequence[float] | None = None
     context: int = 16384
     window: int | None = None
     measure: bool = False
     text: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
-        for size in self.patch_sizes:
-            if not 1 <= size <= self.context:
-                raise ValueError(f"patch_sizes: expected 1 to context = {self.context} bytes, got {size}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window: expected at least 1, got {self.window}")
+        checks.check_count("context", self.context, 2)
+        for size in self.patch_sizes or ():
+            self.check_patch_size(size)
+        if self.window is not None:
+            checks.check_count("window", self.window, 1)
+        if self.text and not self.measure:
+            raise ValueError(f"text: expected measure beside it, got {', '.join(map(str, self.text))}")
+
+    def check_patch_size(self, size: float) -> None:
+        """Raise ValueError unless a row holds a patch of this size."""
+        if not 1 <= size <= self.context:
+            raise ValueError(f"patch_sizes: expected 1 to context = {self.context} bytes, got {size}")
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ def read_config(name: str) -> Config:
         if model not in _CONFIGS:
             raise ValueError(f"{path}: expected a file of {', '.join(_CONFIGS)}, got {model!r}")
         return stored_config(path, model, _CONFIGS[model])
-    raise ValueError(f"config: expected a file, a directory or one of {', '.join(PRESETS)}, got {name!r}")
+    raise ValueError(f"expected a file, a directory or one of {', '.join(PRESETS)}, got {name!r}")
 
 
 def with_window(config: Config, window: int | None) -> Config:
@@ -215,10 +226,19 @@ def run(names: Sequence[str], options: Options, *, as_json: bool, color: Color =
     if not as_json:
         rows = f"rows of {options.context:,} bytes"
         out.print(f"millions of FLOPs a byte, {rows}: formula of the paper | this implementation", soft_wrap=True)
+    read = {}
     for name in names or PAPER_SIZES:
-        config = with_window(read_config(name), options.window)
-        found = []
-        for size in _sizes(config, options.patch_sizes):
+        with checks.reading("config"):
+            read[name] = read_config(name)
+    if options.window is not None and all(isinstance(config, MegaByteConfig) for config in read.values()):
+        raise ValueError(f"window: expected a configuration with windows beside MegaByte's, got {options.window}")
+    if options.patch_sizes is not None and all(_own_size(config) is not None for config in read.values()):
+        given = ",".join(f"{size:g}" for size in options.patch_sizes)
+        raise ValueError(f"patch_sizes: expected a configuration without a patch size of its own, got {given}")
+    for name, whole in read.items():
+        config, own, found = with_window(whole, options.window), _own_size(whole), []
+        for size in (options.patch_sizes or _PATCH_SIZES) if own is None else [own]:
+            options.check_patch_size(size)
             here = count_flops(config, Rows.even(options.context, size)).per_byte(options.context)
             done = measure(config, size, options.context, options.text) if options.measure else None
             found.append(Result(size, paper_flops(config, size, options.context), here, done))
@@ -232,14 +252,13 @@ def run(names: Sequence[str], options: Options, *, as_json: bool, color: Color =
         out.print(json.dumps(records, indent=2), soft_wrap=True)
 
 
-def _sizes(config: Config, sizes: Sequence[float]) -> Sequence[float]:
-    """The patch sizes that there are: of a configuration that has its own, this one."""
+def _own_size(config: Config) -> float | None:
+    """The patch size of a configuration that has one, None if it depends on the text."""
     if isinstance(config, ByteLMConfig):
-        return [1]
+        return 1
     if isinstance(config, MegaByteConfig):
-        return [config.patch_size]
-    own = {"static": config.patch_size, "byte": 1}
-    return [own[config.patching]] if config.patching in own else sizes
+        return config.patch_size
+    return {"static": config.patch_size, "byte": 1}.get(config.patching)
 
 
 def _table(name: str, results: Sequence[Result]) -> Table:

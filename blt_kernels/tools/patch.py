@@ -68,6 +68,8 @@ class Outputs:
                 continue
             if path.suffix.lower() not in suffixes:
                 raise ValueError(f"--{name} {path}: expected a name ending in {' or '.join(suffixes)}")
+            if path.is_dir():
+                raise ValueError(f"--{name} {path}: expected a file, got a directory")
             if not path.parent.is_dir():
                 raise ValueError(f"--{name} {path}: expected an existing folder, {path.parent} is none")
             if len(files) != 1:
@@ -203,7 +205,7 @@ class Window:
     @property
     def stop(self) -> int:
         """The offset after the last byte."""
-        return self.start + self.length
+        return min(self.start + self.length, (1 << 63) - 1)  # which tensors of offsets can hold
 
     def add(self, piece: Piece) -> None:
         """Keep what lies in the window."""
@@ -340,7 +342,11 @@ def _show(
         (outputs.html, HTML_LENGTH, page.write),
     ):
         if path is not None:
-            write(path, title, window.narrow(outputs.length or length), statistics, used)
+            try:
+                write(path, title, window.narrow(outputs.length or length), statistics, used)
+            except OSError as error:
+                name = "plot" if path is outputs.plot else "html"
+                raise ValueError(f"--{name} {path}: {error.strerror or error}") from error
             print(f"wrote {path}", file=sys.stderr)
 
 

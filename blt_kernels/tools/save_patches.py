@@ -10,7 +10,7 @@ from typing import Any
 
 from blt_kernels.models import BLT, BLTConfig, ByteLM
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.tools import data, render, stored_patches
+from blt_kernels.tools import checks, data, render, stored_patches
 from blt_kernels.tools.stream import Rules, Scheme, load_model
 
 _SCHEMES = (Scheme.entropy, Scheme.space, Scheme.static, Scheme.byte)  # of a BLT that is trained on files
@@ -32,6 +32,7 @@ class SaveConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        checks.check_device(self.device)
         if self.context < 2:
             raise ValueError(f"--context {self.context}: expected at least 2 ids")
         if self.processes < 1 or (self.processes > 1 and self.device != "cpu"):

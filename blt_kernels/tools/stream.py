@@ -25,6 +25,7 @@ from blt_kernels.characters import character_ends, patches_of_whole_characters
 from blt_kernels.ids import BYTE_OFFSET, to_bytes, to_ids
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import entropy_patch as ops
+from blt_kernels.tools import checks
 
 if TYPE_CHECKING:
     from blt_kernels.models.byte_lm import ByteLM
@@ -269,7 +270,8 @@ def load_model(path: Path | None = None) -> ByteLM:
         raise ModuleNotFoundError("--model: needs safetensors: pip install 'blt-kernels[cli]'") from None
     file = BUNDLED if path is None else path
     if file.is_dir():
-        return ByteLM.from_pretrained(file, dtype=torch.float32).eval()
+        with checks.reading("model"):
+            return ByteLM.from_pretrained(file, dtype=torch.float32).eval()
     if not file.is_file():
         train = "train one: blt-kernels train entropy PATH..."
         if path is None:

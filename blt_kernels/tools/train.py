@@ -26,7 +26,7 @@ import torch
 from blt_kernels._files import write_text
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, llama, load_model
 from blt_kernels.nn import ByteModel, TransformerLayer, config_from_dict, next_byte_bits, next_byte_targets
-from blt_kernels.tools import data, train_parallel, train_state
+from blt_kernels.tools import checks, data, train_parallel, train_state
 from blt_kernels.tools.evaluate import measure, threshold_for_patch_size
 from blt_kernels.tools.stored_patches import RowPatches, StoredPatches, provenance
 from blt_kernels.tools.train_log import Log, draw_curve
@@ -128,9 +128,22 @@ class TrainConfig:
         if self.model == "entropy" and self.global_learning_rate is not None:
             got = self.global_learning_rate
             raise ValueError(f"global_learning_rate: expected None, since model is 'entropy', got {got}")
-        for name in ("steps", "warmup", "eval_every", "checkpoint_every", "log_every", "accumulate", "keep"):
-            if getattr(self, name) < (name != "warmup"):
-                raise ValueError(f"{name}: expected at least {int(name != 'warmup')}, got {getattr(self, name)}")
+        for name in ("batch_bytes", "context"):
+            checks.check_count(name, getattr(self, name), 2)
+        for name in ("steps", "eval_every", "eval_bytes", "checkpoint_every", "log_every", "accumulate", "keep"):
+            checks.check_count(name, getattr(self, name), 1)
+        for name in ("warmup", "seed"):
+            checks.check_count(name, getattr(self, name), 0)
+        checks.check_finite("learning_rate", self.learning_rate, 0, exclusive=True)
+        checks.check_finite("final_learning_rate", self.final_learning_rate, 0)
+        if self.global_learning_rate is not None:
+            checks.check_finite("global_learning_rate", self.global_learning_rate, 0, exclusive=True)
+        checks.check_finite("checkpoint_seconds", self.checkpoint_seconds, 0)
+        checks.check_finite("patch_size", self.patch_size, 1)
+        data.check_heldout(self.heldout)
+        checks.check_device(self.device)
+        if self.shard_tables and self.model != "blt":
+            raise ValueError(f"shard_tables: expected False, since model is {self.model!r}, got True")
 
 
 @dataclass(frozen=True)
@@ -175,29 +188,40 @@ def _fresh_model(config: TrainConfig) -> ByteModel:
     """The patcher of a BLT is loaded, and its global transformer with `init_global`."""
     values = {**_preset(config), **config.overrides}
     if config.model == "entropy":
-        return ByteLM.from_values(values, config.ops)
+        return ByteLM(_config(ByteLMConfig, values), config.ops)
     if config.model == "megabyte":
-        return MegaByte.from_values(values, config.ops)
+        return MegaByte(_config(MegaByteConfig, values), config.ops)
     if config.init_global is not None and "global_transformer" not in config.overrides:
-        values["global_transformer"] = asdict(llama.read_config(config.init_global))
+        with checks.reading("init_global"):
+            values["global_transformer"] = asdict(llama.read_config(config.init_global))
     patcher = None
     if values["patching"] == "entropy":
         patcher = _patcher(config)
         values["threshold"] = config.overrides.get("threshold", patcher.config.threshold)
-    model = BLT.from_values({**values, "patcher": patcher and asdict(patcher.config)}, config.ops)
+    model = BLT(_config(BLTConfig, {**values, "patcher": patcher and asdict(patcher.config)}), config.ops)
     if patcher is not None:
         assert model.patcher is not None  # the configuration has one
         model.patcher.load_state_dict(patcher.state_dict())
     if config.init_global is not None:
-        llama.load_global_transformer(model, config.init_global)
+        with checks.reading("init_global"):
+            llama.load_global_transformer(model, config.init_global)
     return model
+
+
+def _config(cls: type, values: dict[str, Any]) -> Any:
+    """The configuration with `overrides` in it."""
+    try:
+        return config_from_dict(cls, values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"overrides: {error}") from error
 
 
 def _initial_model(config: TrainConfig) -> ByteModel:
     """The model in `init`, in fp32: a BLT with its own patcher, unless `patcher` is given."""
     assert config.init is not None
     cls: type[ByteModel] = {"entropy": ByteLM, "blt": BLT, "megabyte": MegaByte}[config.model]
-    model = load_model(config.init, config.ops, dtype=torch.float32)
+    with checks.reading("init"):
+        model = load_model(config.init, config.ops, dtype=torch.float32)
     if type(model) is not cls:
         expected, got = cls.__name__, type(model).__name__
         raise ValueError(f"init: expected a {expected}, since model is {config.model!r}, got a {got} in {config.init}")
@@ -212,7 +236,7 @@ def _initial_model(config: TrainConfig) -> ByteModel:
     if config.preset is not None:
         preset = _preset(config)
         given = {**{name: preset[name] for name in preset if name not in ("threshold", "patcher")}, **given}
-    wanted = config_from_dict(type(model.config), {**asdict(model.config), **given})
+    wanted = _config(type(model.config), {**asdict(model.config), **given})
     for name in given:
         has, want = getattr(model.config, name), getattr(wanted, name)
         if has != want:
@@ -233,9 +257,10 @@ def _patcher(config: TrainConfig) -> ByteLM:
     path = config.patcher
     if path is None:
         return ByteLM.bundled(config.ops)
-    if path.is_dir():
-        return ByteLM.from_pretrained(path, config.ops, dtype=torch.float32)
-    return ByteLM.load(path, config.ops, dtype=torch.float32)
+    with checks.reading("patcher"):
+        if path.is_dir():
+            return ByteLM.from_pretrained(path, config.ops, dtype=torch.float32)
+        return ByteLM.load(path, config.ops, dtype=torch.float32)
 
 
 def train(config: TrainConfig, report: Callable[[Progress], None] | None = None) -> TrainResult:
@@ -281,7 +306,12 @@ class _Run:
             if find_spec(package) is None:
                 raise ImportError(f"training needs {package}: pip install 'blt-kernels[cli]'")
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"out: expected a directory, or a place for one, got {self.out}: {error.strerror}"
+            ) from None
         sources = data.find_sources(config.paths, config.include)
         self.train_sources, self.heldout_sources = data.split_sources(sources, config.heldout, config.seed)
         if not self.train_sources:
@@ -458,7 +488,8 @@ def _optimizer(model: ByteModel, config: TrainConfig) -> torch.optim.AdamW:
     A group has a `scale` of the learning rate, and parameters that are all sharded or all whole.
     """
     decays = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    ratio = (config.global_learning_rate or config.learning_rate) / config.learning_rate
+    rate = config.learning_rate if config.global_learning_rate is None else config.global_learning_rate
+    ratio = rate / config.learning_rate
     groups: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -58,9 +58,19 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log; none if there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The complete lines of a log, none if there is no file; ValueError if one is damaged."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    return [_entry(path, number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
+
+
+def _entry(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        raise ValueError(f"{path}: expected a JSON object with a step in line {number}, got {line.strip()[:80]!r}")
+    return entry
 
 
 def draw_curve(log: Path, path: Path) -> None:

@@ -30,6 +30,7 @@ from blt_kernels.models import BLT
 from blt_kernels.nn import BYTE_OFFSET, ByteModel, CrossAttention, TransformerLayer, embed_ids, known_ids
 from blt_kernels.ops import _common
 from blt_kernels.ops.ngram_hash_embed import ngram_hash_embed
+from blt_kernels.tools import checks
 
 TABLES = "encoder_hash_tok_embedding.weight"
 
@@ -60,7 +61,13 @@ class Ranks:
 
 
 def is_first() -> bool:
-    """Whether this process is the one of its run that talks."""
+    """Whether this process is the one of its run that talks.
+
+    Raises
+    ------
+    ValueError
+        Some of the variables that torchrun sets are missing or no numbers.
+    """
     return not _launched() or os.environ["RANK"] == "0"
 
 
@@ -70,10 +77,11 @@ def start(device: str) -> Iterator[Ranks]:
 
     Data on the CPU goes through gloo, on CUDA through nccl.
     """
-    own, begin = torch.device(device), _launched() and not dist.is_initialized()
+    own, begin = torch.device(device), not dist.is_initialized() and _launched()
     cuda = own.type == "cuda"
     if begin:
         if cuda:
+            checks.check_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if not (dist.is_available() and dist.is_initialized()):
@@ -89,8 +97,23 @@ def start(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")  # that torchrun gives its processes
+
+
 def _launched() -> bool:
-    return dist.is_available() and dist.is_torchelastic_launched()
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        for name in ("WORLD_SIZE", "RANK"):
+            if name in os.environ and os.environ.get("WORLD_SIZE") != "1":  # each would train alone, in one directory
+                got = os.environ[name]
+                raise ValueError(f"{name}: expected torchrun, which sets TORCHELASTIC_RUN_ID too, got {got!r} alone")
+        return False
+    for name in (*_NUMBERS, "MASTER_ADDR"):
+        value = os.environ.get(name)
+        if not value or (name in _NUMBERS and not value.isdecimal()):
+            raise ValueError(f"{name}: expected what torchrun sets, since TORCHELASTIC_RUN_ID is set, got {value!r}")
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise ValueError(f"RANK: expected less than WORLD_SIZE = {os.environ['WORLD_SIZE']}, got {os.environ['RANK']}")
+    return True
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -105,13 +105,39 @@ def save(
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """What `save` was given as `values`."""
-    return json.loads((path / "values.json").read_text(encoding="utf-8"))
+    """What `save` was given as `values`.
+
+    Raises
+    ------
+    OSError, ValueError
+        They cannot be read, or are damaged.
+    """
+    file = path / "values.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged: {error}. {_way_out(path)}") from error
+    expected: dict[str, Any] = {"options": dict, "step": int, "seconds": float, "heldout_bits": (float, type(None))}
+    for name, kind in expected.items():
+        if not isinstance(values, dict) or not isinstance(values.get(name), kind):
+            raise ValueError(f"{file}: damaged: expected the {name} of a run. {_way_out(path)}")
+    return values
+
+
+def _way_out(path: Path) -> str:
+    return f"Without {path}, the run goes on from the checkpoint before, or anew in another --out"
 
 
 def load(path: Path, model: ByteModel, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """Read a checkpoint into a model and its fresh optimiser, sharded or not. All ranks take part."""
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    """Read a checkpoint into a model and its fresh optimiser, sharded or not. All ranks take part.
+
+    Raises
+    ------
+    ValueError
+        It is damaged.
+    """
+    with _reading(path):
+        stored = FileSystemReader(path).read_metadata().state_dict_metadata
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
         for key, what in stored.items():
@@ -120,14 +146,16 @@ def load(path: Path, model: ByteModel, optimizer: torch.optim.Optimizer, ranks: 
                 dtype = what.properties.dtype  # type: ignore[union-attr]
                 value = parameter.new_zeros((), dtype=dtype) if scalar else torch.zeros_like(parameter, dtype=dtype)
                 optimizer.state[parameter][key.removeprefix(prefix)] = value
-    with _quiet():
-        load_tensors({**_weights(model), **_moments(model, optimizer)}, checkpoint_id=path, no_dist=ranks.world == 1)
+    state = {**_weights(model), **_moments(model, optimizer)}
+    with _reading(path):
+        load_tensors(state, checkpoint_id=path, no_dist=ranks.world == 1)
 
 
 def load_weights(path: Path, model: ByteModel) -> None:
-    """Read the weights of a checkpoint into a model that is not sharded, on one rank alone."""
-    with _quiet():
-        load_tensors(_weights(model), checkpoint_id=path, no_dist=True)
+    """Read the weights of a checkpoint into a model that is not sharded, on one rank alone; ValueError if damaged."""
+    state = _weights(model)
+    with _reading(path):
+        load_tensors(state, checkpoint_id=path, no_dist=True)
 
 
 def _weights(model: ByteModel) -> dict[str, Tensor]:
@@ -150,6 +178,20 @@ def _as_stored(model: ByteModel, name: str, value: Tensor) -> Tensor:
     if isinstance(shards, TableShards):
         return shards.whole(value.detach())
     return value.detach().unflatten(0, (-1, model.config.ngram_vocab))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Tell what torch raises for files that are no checkpoint, which may be anything that pickle and zipfile raise."""
+    try:
+        with _quiet():
+            yield
+    except MemoryError:
+        raise
+    except (CheckpointException, Exception) as error:
+        causes = [failure[0] for failure in getattr(error, "failures", {}).values()] or [error]
+        reason = f"{type(causes[0]).__name__}: {causes[0]}"
+        raise ValueError(f"{path}: the checkpoint is damaged: {reason}. {_way_out(path)}") from error
 
 
 @contextmanager

@@ -1,0 +1,46 @@
+"""Checks of values that the options of several commands have. Messages begin with the name of the field."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def check_count(name: str, value: int, minimum: int) -> None:
+    """Raise ValueError unless a number of things is at least `minimum`."""
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def check_finite(name: str, value: float, minimum: float, *, exclusive: bool = False) -> None:
+    """Raise ValueError unless a number is finite and at least, or `exclusive`, more than `minimum`."""
+    if not (math.isfinite(value) and (value > minimum if exclusive else value >= minimum)):
+        expected = "more than" if exclusive else "at least"
+        raise ValueError(f"{name}: expected a finite number of {expected} {minimum:g}, got {value}")
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Have errors of a file begin with the name of the field that it is from."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{name}: {str(error).removeprefix('path: ')}") from error
+
+
+def check_device(device: str, name: str = "device") -> None:
+    """Raise ValueError unless there is such a device: "cpu", "cuda" or "cuda:N"."""
+    if device == "cpu":
+        return
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
+    if match is None:
+        raise ValueError(f"{name}: expected 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    count = torch.cuda.device_count()
+    if int(match[1] or 0) >= count:
+        seen = f"torch sees {count} CUDA devices" if count else "torch sees no CUDA device"
+        raise ValueError(f"{name}: {seen}, got {device!r}")
