@@ -38,18 +38,19 @@ class _Command(typer.core.TyperCommand):
                 where = option or (before if before.startswith("--") else "an argument")
                 raise typer.BadParameter("expected a value, got ''", ctx=ctx, param_hint=where)
         try:
-            rest = super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, list(args))  # it empties what it is given
         except _UsageError as error:
             for option in getattr(getattr(error, "param", None), "opts", ()):
                 values = [value for name, value in pairwise(args) if name == option]
                 values += [arg.removeprefix(f"{option}=") for arg in args if arg.startswith(f"{option}=")]
-                if values and values[-1] not in error.message:
+                if values and repr(values[-1]) not in error.message:
                     error.message += f", got {values[-1]!r}"
             raise
         for param in self.params:
             given = ctx.params.get(param.name)
             if isinstance(given, int) and given not in _INT64:
-                raise typer.BadParameter("expected a number of 64 bits", ctx=ctx, param_hint=param.opts[0])
+                message = f"expected a number of 64 bits, got {given}"
+                raise typer.BadParameter(message, ctx=ctx, param_hint=param.opts[0])
         return rest
 
 

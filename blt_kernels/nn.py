@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import ModuleType, SimpleNamespace, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -436,8 +436,22 @@ def config_from_dict(cls: type, values: dict[str, Any]) -> Any:
             if nested is None:
                 raise ValueError(f"config: expected a value of {cls.__name__}.{name}, got {value}")
             value = config_from_dict(nested, value)  # type: ignore[arg-type]
-        arguments[name] = tuple(value) if isinstance(value, list) else value
+        value = tuple(value) if isinstance(value, list) else value
+        _check_kind(name, value, hints[name])
+        arguments[name] = value
     return cls(**arguments)
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    """Raise ValueError unless a value is of a kind of its field that the classes themselves do not check."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for kind in kinds:
+        expected = get_origin(kind) or kind
+        if expected in (bool, tuple) or is_dataclass(expected):
+            lengths = [len(get_args(kind))] if expected is tuple and Ellipsis not in get_args(kind) else []
+            fits = isinstance(value, expected) and (not lengths or len(value) in lengths)
+            if not fits and not (value is None and type(None) in kinds):
+                raise ValueError(f"{name}: expected {expected.__name__}, got {value}")
 
 
 def check_tensors(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:

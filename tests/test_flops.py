@@ -348,7 +348,8 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert "expected a file, a directory or one of 400M, 1B" in result.output
     assert run("--patch-sizes", "six").exit_code == 2
     assert (
-        "--patch-sizes: expected 1 to context = 100 bytes, got 200" in run("--context", 100, "--patch-sizes", 200).output
+        "--patch-sizes: expected 1 to context = 100 bytes, got 200"
+        in run("--context", 100, "--patch-sizes", 200).output
     )
     assert "expected at most 1,000,000,000 parameters" in run("8B", "--measure").output
     other = tmp_path / "other.safetensors"

@@ -30,7 +30,7 @@ from blt_kernels.models.flops import (
     paper_flops,
 )
 from blt_kernels.nn import ByteModel, model_name, stored_config
-from blt_kernels.tools import data
+from blt_kernels.tools import checks, data
 from blt_kernels.tools.evaluate import threshold_for_patch_size
 from blt_kernels.tools.render import Color, console
 

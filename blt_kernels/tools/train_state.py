@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from blt_kernels.models import BLT
 from blt_kernels.nn import ByteModel
 from blt_kernels.tools.train_parallel import TABLES, Ranks, TableShards
+
+_OWN = re.compile(r"\.metadata(\.tmp)?|values\.json|__\d+_\d+\.distcp")  # the files of a checkpoint
 
 
 def latest(folder: Path) -> Path | None:
@@ -51,8 +54,8 @@ def _step(path: Path) -> int:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint, and its directory unless there is something else in it."""
-    for pattern in (".metadata*", "values.json", "*.distcp"):  # first what makes it complete
-        for file in path.glob(pattern):
+    for file in sorted(path.glob("*")):  # .metadata first, which makes it complete
+        if _OWN.fullmatch(file.name):
             file.unlink(missing_ok=True)
     with suppress(OSError):
         path.rmdir()
@@ -101,7 +104,8 @@ def save(
     if ranks.rank == 0:
         complete = sorted((other for other in _checkpoints(folder) if _is_complete(other)), key=_step)
         for other in set(_checkpoints(folder)) - set(complete[-keep:]):
-            _remove(other)
+            if other in complete or all(_OWN.fullmatch(file.name) for file in other.iterdir()):
+                _remove(other)
 
 
 def read_values(path: Path) -> dict[str, Any]:
