@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from blt_kernels import PatchLayout
 from blt_kernels.ids import to_ids
 from blt_kernels.reference.entropy_patch import token_entropy_reference
-from blt_kernels.testing import document_lengths, offsets_of, ragged_layout, real_text
+from blt_kernels.testing import assert_close, document_lengths, offsets_of, ragged_layout, real_text
 
 Make = Callable[[torch.dtype, int, int], dict[str, Any]]
 
@@ -208,3 +210,101 @@ def make_cross_attention(direction: str, kind: str = "", width: int = 10, **opti
         }
 
     return make
+
+
+# --- scores of any size -----------------------------------------------------------------------------------------------
+
+
+def large_scores(
+    size: float, heads: tuple[int, int], width: int, scale: float | None, dtype: torch.dtype
+) -> tuple[list[Tensor], list[int]]:
+    """q, k, v, a gradient and the offsets of documents, in all but one of which the largest scores are about +-`size`.
+
+    Scores are exact in fp32, whatever the order of their sums, and many are equal: a small integer times a power of two
+    in half of the columns, where a document's keys are alike. The other half, where queries are 0, tells them apart.
+    Documents have scores of both signs in every tile; ordinary ones; one key; hugely negative ones only; scores of 0 in
+    the first tiles, then hugely negative ones, then positive ones.
+    """
+    lengths, half = [70, 50, 1, 40, 130], width // 2
+    offsets = offsets_of(lengths).tolist()
+    total = offsets[-1]
+    factor = width**-0.5 if scale is None else abs(scale)
+    unit = 2.0 ** math.floor(math.log2(size / factor / (2 * half)) / 2)
+    generator = torch.Generator().manual_seed(0)
+    sign = torch.randint(-1, 2, (total, heads[1], 1), generator=generator).double()
+    sign[offsets[2]], sign[offsets[3] : offsets[4]] = 1.0, -1.0
+    sign[offsets[4] :] = torch.tensor([0.0] * 80 + [-1.0] * 30 + [1.0] * 20)[:, None, None]
+    if scale is not None and scale < 0:
+        sign = -sign
+    q = torch.randint(1, 3, (total, heads[0], 1), generator=generator).double() * unit
+    q = torch.cat((q.expand(-1, -1, half), torch.zeros(total, heads[0], width - half)), -1)
+    k = torch.cat(((sign * unit).expand(-1, -1, half), torch.zeros(total, heads[1], width - half)), -1)
+    k[..., half:] = torch.randn(total, heads[1], width - half, generator=generator)
+    for x in (q, k):
+        x[offsets[1] : offsets[2]] = torch.randn(lengths[1], *x.shape[1:], generator=generator)
+    v = torch.randn(total, heads[1], width, generator=generator)
+    grad = torch.randn(total, heads[0], width, generator=generator) / 16
+    return [x.to(dtype) for x in (q, k, v, grad)], offsets
+
+
+LARGE_SCORES: list[tuple[int, float | None, int | None]] = [  # width, scale, window
+    (32, None, None),
+    (64, None, 40),
+    (45, -0.3, None),
+    (96, 0.0625, None),
+    (256, -0.3, 3),
+]
+
+
+def sizes_of_scores(dtype: torch.dtype) -> list[float]:
+    """As large as the dtype's q and k allow: gradients of fp16 overflow with larger ones."""
+    return [1e4, 1e6, 3e9, 3e38] if dtype != torch.float16 else [1e4, 1e6, 3e9]
+
+
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: list[int], window: int | None, scale: float | None
+) -> Tensor:
+    """Causal attention one document at a time: scores and softmax in fp32 or fp64, the weights in the dtype of v."""
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    outs = []
+    for begin, end in itertools.pairwise(offsets):
+        own, keys, values = q[begin:end], *(x[begin:end].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        scores = torch.einsum("qhe,khe->hqk", own.to(accumulator) * factor, keys.to(accumulator))
+        ahead = torch.arange(end - begin) - torch.arange(end - begin)[:, None]
+        hidden = (ahead > 0) | (ahead <= -(window or end))
+        p = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,khe->qhe", p.to(v.dtype), values))
+    return torch.cat(outs)
+
+
+def check_large_scores(
+    attend: Callable[[list[Tensor], list[int]], tuple[Tensor, ...]],
+    size: float,
+    heads: tuple[int, int],
+    width: int,
+    scale: float | None,
+    window: int | None,
+    dtype: torch.dtype,
+) -> None:
+    """`attend` returns out and the gradients of q, k and v: as close to fp64 as eager attention, in each document.
+
+    Where all keys with a weight are alike, large numbers cancel in grad_q: rounding is held to their size.
+    """
+    tensors, offsets = large_scores(size, heads, width, scale, dtype)
+    assert all(x.isfinite().all() for x in tensors)
+    results = [attend(tensors, offsets)]
+    for cast in (dtype, torch.float64):
+        leaves = [x.to(cast).requires_grad_() for x in tensors[:3]]
+        out = eager_attention(*leaves, offsets, window, scale)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, tensors[3].to(cast))))
+    _, k, v, grad = (x.double() for x in tensors)
+    half, factor = width // 2, width**-0.5 if scale is None else abs(scale)
+    cancels = factor * k[..., :half].abs().max() * grad.abs().sum(-1).max() * v.abs().max()
+    for document, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        for name, *triple in zip(("out", "grad_q", "grad_k", "grad_v"), *results, strict=True):
+            ours, eager, truth = (x[begin:end] for x in triple)
+            if name == "grad_q" and document != 1:
+                assert (ours[..., :half].double() - truth[..., :half]).abs().max() <= torch.finfo(dtype).eps * cancels
+                ours, eager, truth = (x[..., half:] for x in (ours, eager, truth))
+            assert_close(ours, eager, truth, name=f"{name} of document {document}")

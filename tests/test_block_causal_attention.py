@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import inputs
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from blt_kernels import block_causal_attention, static_patch
+from blt_kernels import _load, block_causal_attention, static_patch
 from blt_kernels.models.blt import BLTConfig, LocalEncoder
 from blt_kernels.nn import TransformerConfig, TransformerLayer, load_ops, rotary_table, row_positions
 from blt_kernels.reference import block_causal_attention as reference
@@ -401,6 +406,86 @@ def test_what_nobody_sees_may_hold_anything(dtype: torch.dtype, device: str) -> 
         results.append([out, *torch.autograd.grad(out, own, grad)])
         assert not any(x[~seen].any() for x in results[-1][2:])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def attend_on_cpu(scale: float | None, window: int | None) -> Callable[..., tuple[Tensor, ...]]:
+    """out and the gradients of q, k and v, for `inputs.check_large_scores`."""
+
+    def attend(tensors: list[Tensor], offsets: list[int]) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+        out = block_causal_attention(*leaves, torch.tensor(offsets), window=window, scale=scale)
+        return out.detach(), *torch.autograd.grad(out, leaves, tensors[3])
+
+    return attend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "scale", "window"), inputs.LARGE_SCORES)
+def test_scores_of_any_size(
+    width: int, scale: float | None, window: int | None, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """Up to near the largest of fp32, of both signs: outputs and gradients are as precise as for ordinary ones."""
+    if device != "cpu":
+        pytest.skip("test_triton_attention.py has the same for Triton")
+    for size in inputs.sizes_of_scores(dtype):
+        inputs.check_large_scores(attend_on_cpu(scale, window), size, (4, 2), width, scale, window, dtype)
+
+
+@pytest.mark.parametrize("size", [1e12, 1e290])
+def test_scores_of_any_size_in_fp64(size: float, device: str) -> None:
+    for scale in (None, -0.3):
+        tensors, offsets = inputs.large_scores(size, (4, 2), 40, scale, torch.float64)
+        leaves = [x.to(device).requires_grad_() for x in tensors[:3]]
+        expected = inputs.eager_attention(*leaves, offsets, None, scale)
+        out = block_causal_attention(*leaves, torch.tensor(offsets, device=device), scale=scale)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        grad = tensors[3].to(device)
+        ours, theirs = (torch.autograd.grad(x, leaves, grad) for x in (out, expected))
+        torch.testing.assert_close(ours[0][..., 20:], theirs[0][..., 20:], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(ours[1:], theirs[1:], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "scale", "window"), inputs.LARGE_SCORES)
+def test_decoding_with_scores_of_any_size(
+    width: int, scale: float | None, window: int | None, dtype: torch.dtype, device: str
+) -> None:
+    """The last query of each document, on its own tile, and lse, which is as precise as fp32 is."""
+    for size in inputs.sizes_of_scores(dtype):
+        (q, k, v, _), offsets = inputs.large_scores(size, (4, 2), width, scale, dtype)
+        last = torch.tensor(offsets[1:]) - 1
+        cu_q, cu_k = (torch.tensor(x, device=device) for x in (range(len(offsets)), offsets))
+        options = {"window": window, "scale": scale, "return_lse": True}
+        out, lse = block_causal_attention(*(x.to(device) for x in (q[last], k, v)), cu_q, cu_k, **options)
+        eager, truth = (
+            inputs.eager_attention(*(x.to(cast) for x in (q, k, v)), offsets, window, scale)[last]
+            for cast in (dtype, torch.float64)
+        )
+        assert_close(out.cpu(), eager, truth)
+        _, expected = oracle(*(x.double() for x in (q, k, v)), offsets, offsets, window, scale=scale)
+        torch.testing.assert_close(lse.cpu().double(), expected[last], rtol=3e-6, atol=3e-5)
+        _, whole = block_causal_attention(*(x.to(device) for x in (q, k, v)), cu_k, **options)
+        torch.testing.assert_close(whole.cpu().double(), expected, rtol=3e-6, atol=3e-5)
+
+
+@pytest.mark.parametrize("isa", ["v2", "v3"])
+def test_scores_of_any_size_on_other_instruction_sets(isa: str) -> None:
+    """v2 has no fused multiply-adds, v3 has."""
+    if isa not in _load.load().available:
+        pytest.skip(f"{isa} was not built, or this machine does not run it")
+    code = (
+        "import inputs, torch, test_block_causal_attention as tests\n"
+        "torch.set_num_threads(1)\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    for width, scale, window in inputs.LARGE_SCORES[1:4]:\n"
+        "        for size in inputs.sizes_of_scores(dtype):\n"
+        "            attend = tests.attend_on_cpu(scale, window)\n"
+        "            inputs.check_large_scores(attend, size, (4, 2), width, scale, window, dtype)\n"
+    )
+    here = Path(__file__).parent
+    environment = os.environ | {"BLT_KERNELS_ISA": isa, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("slope", [-0.5, 0.5])

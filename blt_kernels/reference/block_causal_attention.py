@@ -89,21 +89,24 @@ def block_causal_attention_bwd_reference(
     scale: float | None,
     seqused_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With p = exp(s - lse) and ds = p * (g v^T - sum(g * out)): dq = scale * ds k, dk = scale * ds^T q, dv = p^T g."""
+    """With p = softmax(s) and ds = p * (g v^T - sum(p * g v^T)): dq = scale * ds k, dk = scale * ds^T q, dv = p^T g.
+
+    Kernels take p = exp(s - lse) and sum(g * out), which is the same but for the rounding of lse and out.
+    """
     first, last, live = visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
     query = _clean(q, first < last) * _scale(q, scale)
     key, value = _clean(k, live), _clean(v, live)
     grad = _clean(grad_out, first < last)
-    delta = (grad * out).sum(-1, keepdim=True)  # [Tq, H, 1]
-    shift = lse.masked_fill(lse == -torch.inf, 0)[..., None]
     aligned = cu_seqlens_k is None and seqused_k is None
     grad_q, grad_k, grad_v = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     with _full_precision(q):
         for rows, keys in _blocks(q.shape[0], key.shape[0], window, causal, aligned):
-            queries, grads, shifts, deltas = (_by_group(x[rows], key.shape[1]) for x in (query, grad, shift, delta))
+            queries, grads = (_by_group(x[rows], key.shape[1]) for x in (query, grad))
             hidden = _hidden(keys, first[rows], last[rows], q.shape[1] // k.shape[1])
-            p = torch.bmm(queries, key[keys].permute(1, 2, 0)).sub_(shifts).masked_fill_(hidden, -torch.inf).exp_()
-            ds = torch.bmm(grads, value[keys].permute(1, 2, 0)).sub_(deltas).mul_(p)
+            scores = torch.bmm(queries, key[keys].permute(1, 2, 0)).masked_fill_(hidden, -torch.inf)
+            p = scores.softmax(-1).masked_fill_(hidden, 0)
+            slopes = torch.bmm(grads, value[keys].permute(1, 2, 0))
+            ds = slopes.sub_((p * slopes).sum(-1, keepdim=True)).mul_(p)
             grad_q[rows] = _by_row(torch.bmm(ds, key[keys].transpose(0, 1)), query[rows])
             grad_k[keys] += torch.bmm(ds.mT, queries).transpose(0, 1)  # sums over the heads of a group
             grad_v[keys] += torch.bmm(p.mT, grads).transpose(0, 1)

@@ -79,18 +79,27 @@ def patch_cross_attention_bwd_reference(
     window: int | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With p = exp(s - lse) and ds = p * (g v^T - sum(g * out)): dq = scale * ds k, dk = scale * ds^T q, dv = p^T g."""
+    """With p = softmax(s) and ds = p * (g v^T - sum(p * g v^T)): dq = scale * ds k, dk = scale * ds^T q, dv = p^T g.
+
+    exp(s - lse) is p, but for the rounding of lse: it is divided by its sum.
+    """
     graph = _graph(patch_offsets, cu_patches, ids, direction, queries_per_patch, window)
     query, key, value = graph[0].query_side(q) * _scale(q, scale), graph[0].key_side(k), graph[0].key_side(v)
     grad = graph[0].query_side(grad_out)
-    delta = (grad * graph[0].query_side(out)).sum(-1, keepdim=True)
     shift = graph[0].query_side(lse[..., None])
     grad_q, grad_k, grad_v = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    weights, slopes = [], []
+    total, delta = torch.zeros_like(shift), torch.zeros_like(shift)
     for e in graph:
         s = (e.query(query) * e.key(key)).sum(-1, keepdim=True)
-        p = (s - e.query(shift)).exp().where(e.real, 0)
-        dp = (e.query(grad) * e.key(value)).sum(-1, keepdim=True)
-        ds = (p * (dp - e.query(delta))).where(e.real, 0)
+        weights.append((s - e.query(shift)).exp().where(e.real, 0))
+        slopes.append((e.query(grad) * e.key(value)).sum(-1, keepdim=True).where(e.real, 0))
+        total = total + e.sum_query(weights[-1])
+        delta = delta + e.sum_query(weights[-1] * slopes[-1])
+    total = total.masked_fill(total == 0, 1)
+    for e, weight, dp in zip(graph, weights, slopes, strict=True):
+        p = (weight / e.query(total)).where(e.real, 0)
+        ds = p * (dp - e.query(delta / total))
         grad_q += e.sum_query(ds * e.key(key))
         grad_k += e.sum_key(ds * e.query(query))
         grad_v += e.sum_key(p * e.query(grad))

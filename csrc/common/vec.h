@@ -197,21 +197,25 @@ inline void store_pair(Half* p, Pair x) {
 // --- exp ------------------------------------------------------------------------------------------------------------
 
 inline constexpr float kExpMin = -87.0f;  // exp(kExpMin) is 1e-38, the smallest result that is not subnormal
+inline constexpr float kLog2e = 0x1.715476p+0f;
 
-// exp(x) for kExpMin <= x <= 88, relative error below 1.5e-7. x = (n + f) ln2 with n an integer and |f| <= 1/2; 2^f is a
-// minimax polynomial that is exact at 0, and n is added to the exponent bits. NaN gives NaN.
-inline VecF exp(VecF x) {
-  constexpr float kLog2e = 0x1.715476p+0f;
-  constexpr float kRound = 0x1.8p+23f;  // adding it leaves round(x log2 e) in the low bits
+// 2^(factor x) for -126 <= factor x <= 127, relative error below 1.5e-7 where factor x is exact. factor x = n + f with n an
+// integer and |f| <= 1/2; 2^f is a minimax polynomial that is exact at 0, and n is added to the exponent bits. NaN gives
+// NaN.
+inline VecF exp2_of_product(VecF x, float factor) {
+  constexpr float kRound = 0x1.8p+23f;  // adding it leaves round(factor x) in the low bits
   constexpr float kExp2[] = {1.0f,           0x1.62e430p-1f,  0x1.ebfbdcp-3f, 0x1.c6aee8p-5f,
                              0x1.3b2d4cp-7f, 0x1.5f3e54p-10f, 0x1.41fbbcp-13f};
-  const VecF shifted = x * kLog2e + kRound;
+  const VecF shifted = x * factor + kRound;
   const VecF n = shifted - kRound;
-  const VecF f = x * kLog2e - n;  // a single rounding where there is a fused multiply-add
+  const VecF f = x * factor - n;  // a single rounding where there is a fused multiply-add
   VecF p = broadcast(kExp2[6]);
   for (int i = 5; i >= 0; --i) p = p * f + kExp2[i];
   return bit_cast<VecF>(bit_cast<VecU>(p) + (bit_cast<VecU>(shifted) << 23));
 }
+
+// exp(x) for kExpMin <= x <= 88, relative error below 1.5e-7.
+inline VecF exp(VecF x) { return exp2_of_product(x, kLog2e); }
 
 // fp64: for checks, not for speed.
 inline Vec<double> exp(Vec<double> x) {

@@ -110,6 +110,11 @@ inline void gather(BFloat16* rows, const Heads<const BFloat16>& x, int64_t head,
   std::fill(rows + range.size() * width, rows + padded * width, BFloat16(0.0f));
 }
 
+// x *= power, for whole vectors of numbers. A power of two is exact.
+inline void multiply(BFloat16* x, int64_t count, float power) {
+  for (int64_t i = 0; i < count; i += kLanes) store_as<BFloat16, float>(x + i, power * load_as<float>(x + i));
+}
+
 // Of 16 rows, `stride` apart, the pairs that begin at 16 even columns: pairs[column / 2][row].
 inline void load_pairs(VecF (&pairs)[kLanes], const BFloat16* rows, int64_t stride) {
 #pragma GCC unroll 16
@@ -172,8 +177,6 @@ inline VecF exp2_or_zero(VecF x) {
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // a NaN stays
   return (VecF)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)(x - f));
 }
-
-inline constexpr float kLog2e = 0x1.715476p+0f;
 
 // --- scratch ----------------------------------------------------------------------------------------------------------
 

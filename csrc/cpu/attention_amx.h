@@ -10,49 +10,62 @@ namespace blt {
 
 #if BLT_AMX
 
-inline constexpr int64_t kForwardBlocks = 2, kForwardGathered = 3;  // of amx_scratch: queries, sums; keys, values twice
+inline constexpr int64_t kForwardGathered = 3;  // of amx_scratch: keys, values twice
+
+// Up to this size of an exponent of 2, factor * score - shift is precise enough for weights in bf16: its rounding is that
+// of the shift, at most 2^-14. One multiply-add is all that it takes.
+inline constexpr float kFusedExponent = 1024;
 
 // scores [rows][lane] become weights in pairs, after raise_tops; an even number of rows.
-template <bool kMasked>
-void weigh_pairs(BFloat16* weights, const float* scores, int64_t rows, float factor, QueryBlock<float>& block) {
+inline void weigh_pairs(BFloat16* weights, const float* scores, int64_t rows, float factor, QueryBlock<float>& block) {
+  const float to_base_2 = kLog2e * factor;
   for (int c = 0; c < kColumns; ++c) {
-    const VecF shift = kLog2e * block.shift(c);
-    const auto weigh = [&](int64_t j) {
-      const VecF s = load(scores + j * kWidth<float> + c * kLanes), p = exp2_or_zero(kLog2e * factor * s - shift);
-      if constexpr (kMasked) return s == kNone<float> ? VecF{} : p;
-      return p;
+    const VecF top = block.shift(c), shift = to_base_2 * top;
+    const auto weigh = [&](auto exponent) {
+      VecF even = {}, odd = {};
+      for (int64_t j = 0; j < rows; j += 2) {
+        const float* const cell = scores + j * kWidth<float> + c * kLanes;
+        const VecF p = exp2_or_zero(exponent(load(cell))), q = exp2_or_zero(exponent(load(cell + kWidth<float>)));
+        even += p;
+        odd += q;
+        join(weights + j * kWidth<float> + 2 * c * kLanes, p, q);
+      }
+      block.total[c] += even + odd;
     };
-    VecF even = {}, odd = {};
-    for (int64_t j = 0; j < rows; j += 2) {
-      const VecF p = weigh(j), q = weigh(j + 1);
-      even += p;
-      odd += q;
-      join(weights + j * kWidth<float> + 2 * c * kLanes, p, q);
-    }
-    block.total[c] += even + odd;
+    if (any((shift > broadcast(kFusedExponent)) | (shift < broadcast(-kFusedExponent))))
+      weigh([&](VecF s) { return to_base_2 * (s - top); });
+    else
+      weigh([&](VecF s) { return to_base_2 * s - shift; });
   }
 }
 
 // As `attend`, for E a multiple of 32.
-inline void attend_amx(const Problem<BFloat16>& problem, const Heads<BFloat16>& out, float* lse, int64_t head,
-                       std::span<const Tile> tiles, Scratch<float> scratch) {
-  const int64_t width = problem.width, group = problem.group_of(head);
+template <class Results>
+void attend_amx(const Problem<BFloat16>& problem, const Results& results, int64_t head, Run tiles,
+                Scratch<float> scratch) {
+  const int64_t width = problem.width, group = problem.group_of(head), sums = Results::kValues ? width : 1;
   const Range streamed = keys_of(tiles);
-  const float factor = static_cast<float>(std::abs(problem.scale));
+  const auto [power, factor] = Scaling<float>(problem.scale);
   float* const scores = scratch.take(kAmxStep * kWidth<float>);
   BFloat16* const weights = take_bf16(scratch, kAmxStep * kWidth<float>);
   BFloat16* const keys = take_bf16(scratch, kColumnStride * width);
   BFloat16* const values = take_bf16(scratch, kColumnStride * width);
   BFloat16* const rows = take_bf16(scratch, kColumnStride * width);
+  float* const slopes = Results::kValues ? nullptr : scratch.take(kAmxStep * kWidth<float>);
   QueryBlock<float> blocks[kMaxTiles<float>];
-  BFloat16* queries[kMaxTiles<float>];
+  BFloat16 *queries[kMaxTiles<float>], *grads[kMaxTiles<float>];
   for (size_t t = 0; t < tiles.size(); ++t) {
     QueryBlock<float>& block = blocks[t];
     gather(rows, problem.q, head, tiles[t].lanes, kWidth<float>, width);
-    if (problem.scale < 0) std::transform(rows, rows + kWidth<float> * width, rows, std::negate<>());
+    multiply(rows, kWidth<float> * width, power);
     queries[t] = take_bf16(scratch, width * kWidth<float>);
     pack_transposed(queries[t], rows, width);
-    block.sums = scratch.zeros(width * kWidth<float>);
+    if constexpr (!Results::kValues) {
+      gather(rows, results.grad, head, tiles[t].lanes, kWidth<float>, width);
+      grads[t] = take_bf16(scratch, width * kWidth<float>);
+      pack_transposed(grads[t], rows, width);
+    }
+    block.sums = scratch.zeros(sums * kWidth<float>);
     block.keys.set(problem.visible, tiles[t], streamed.begin);
     for (int c = 0; c < kColumns; ++c) block.top[c] = broadcast(kNone<float>), block.total[c] = VecF{};
   }
@@ -63,7 +76,7 @@ inline void attend_amx(const Problem<BFloat16>& problem, const Heads<BFloat16>& 
     const int64_t padded = whole_squares(gathered.size());
     gather(keys, problem.k, group, gathered, padded, width);
     gather(rows, problem.v, group, gathered, padded, width);
-    gather_columns(values, rows, padded, width);
+    if constexpr (Results::kValues) gather_columns(values, rows, padded, width);
     for (size_t t = 0; t < tiles.size(); ++t) {
       const Range seen = whole_registers(overlap(gathered, tiles[t].streamed), first);
       QueryBlock<float>& block = blocks[t];
@@ -71,18 +84,20 @@ inline void attend_amx(const Problem<BFloat16>& problem, const Heads<BFloat16>& 
         const int64_t skipped = begin - first, count = whole_squares(std::min(kAmxStep, seen.end - begin));
         const Range relative = {begin - streamed.begin, begin - streamed.begin + count};
         amx_product(scores, count, keys + skipped * width, width, queries[t], width, false);
-        if (block.keys.all_see(relative)) {
-          raise_tops<false>(scores, relative, factor, block, width);
-          weigh_pairs<false>(weights, scores, count, factor, block);
+        const bool all = block.keys.all_see(relative);
+        if constexpr (Results::kValues) {
+          (all ? raise_tops<false, float> : raise_tops<true, float>)(scores, relative, factor, block, sums);
+          weigh_pairs(weights, scores, count, factor, block);
+          amx_product(block.sums, width, values + skipped, kColumnStride, weights, count, true);
         } else {
-          raise_tops<true>(scores, relative, factor, block, width);
-          weigh_pairs<true>(weights, scores, count, factor, block);
+          (all ? weigh<false, float> : weigh<true, float>)(scores, relative, factor, block, sums);
+          amx_product(slopes, count, rows + skipped * width, width, grads[t], width, false);
+          add_products(block.sums, scores, slopes, count);
         }
-        amx_product(block.sums, width, values + skipped, kColumnStride, weights, count, true);
       }
     }
   }
-  for (size_t t = 0; t < tiles.size(); ++t) finish(problem, out, lse, head, tiles[t], blocks[t]);
+  for (size_t t = 0; t < tiles.size(); ++t) results.finish(problem, head, tiles[t].lanes, blocks[t]);
 }
 
 #endif

@@ -2,7 +2,9 @@
 // products in tile registers. Weights and slopes are rounded to bf16 before they meet the rows that they weigh.
 #pragma once
 
-#include "amx.h"
+#include <functional>
+
+#include "attention_amx.h"
 #include "attention_backward.h"
 
 namespace blt {
@@ -14,19 +16,21 @@ inline constexpr int64_t kAmxBackwardBlocks = 4, kAmxBackwardGathered = 4;
 // Rows of the sums that are written behind the last: products have whole registers of them.
 inline constexpr int64_t kAmxBackwardPadding = 2 * kTileRows;
 
-// The right factor of the rows of a tile, in place of what transpose_in makes.
+// The right factor of the rows of a tile times `power`, in place of what transpose_in makes.
 inline BFloat16* pack_tile(Scratch<float>& scratch, BFloat16* rows, const Heads<const BFloat16>& x, int64_t head,
-                           const Range& range, int64_t width) {
+                           const Range& range, int64_t width, float power) {
   BFloat16* const right = take_bf16(scratch, width * kWidth<float>);
   gather(rows, x, head, range, kWidth<float>, width);
+  multiply(rows, kWidth<float> * width, power);
   pack_transposed(right, rows, width);
   return right;
 }
 
-// Of gathered queries: the keys that each sees, lse in units of log 2, and delta.
+// Of gathered queries: the keys that each sees, lse in units of log 2, and delta; top and share of those that are large.
 struct QueryRows {
   Range seen[kGathered];
-  float lse[kGathered], delta[kGathered];
+  float lse[kGathered], delta[kGathered], top[kGathered], share[kGathered];
+  bool large[kGathered];
 };
 
 // p and ds of a step as right factors; ds as a left one too, [query][lane].
@@ -35,14 +39,20 @@ struct Weights {
 };
 
 // From scores and slopes [query][lane], which are q . k and grad . v. The lanes begin at `key`.
-template <bool kMasked>
+template <bool kMasked, bool kLarge>
 void weigh_queries(const Weights& weights, const float* scores, const float* slopes, int64_t rows,
                    const QueryRows& queries, int64_t first, float factor, int64_t key) {
+  const float to_base_2 = kLog2e * factor;
   for (int c = 0; c < kColumns; ++c) {
     const VecF number = lane_numbers<float>(c);
     const auto weigh = [&](int64_t i) -> std::pair<VecF, VecF> {
       const int64_t cell = i * kWidth<float> + c * kLanes;
-      const VecF p = exp2_or_zero(kLog2e * factor * load(scores + cell) - queries.lse[first + i]);
+      const VecF s = load(scores + cell);
+      VecF p;
+      if (kLarge && queries.large[first + i])
+        p = queries.share[first + i] * exp2_or_zero(to_base_2 * (s - queries.top[first + i]));
+      else
+        p = exp2_or_zero(to_base_2 * s - queries.lse[first + i]);
       const VecF ds = p * (load(slopes + cell) - queries.delta[first + i]);
       if constexpr (kMasked) {
         const Range& seen = queries.seen[first + i];
@@ -70,7 +80,7 @@ inline void propagate_amx(const Problem<BFloat16>& problem, const Saved<BFloat16
                           int64_t group, Run tiles, Scratch<float> scratch) {
   const int64_t width = problem.width, heads = problem.heads, shared = heads / problem.groups;
   const Range streamed = keys_of(tiles);
-  const float factor = static_cast<float>(problem.scale);
+  const auto [power, factor] = Scaling<float>(problem.scale);
   float* const scores = scratch.take(kAmxStep * kWidth<float>);
   float* const slopes = scratch.take(kAmxStep * kWidth<float>);
   const auto take_step = [&] { return take_bf16(scratch, kAmxStep * kWidth<float>); };
@@ -82,8 +92,8 @@ inline void propagate_amx(const Problem<BFloat16>& problem, const Saved<BFloat16
   KeyBlock<float, BFloat16> blocks[kMaxTiles<float>];
   for (size_t t = 0; t < tiles.size(); ++t) {
     const Range& keys = tiles[t].lanes;
-    blocks[t].keys = pack_tile(scratch, queries, problem.k, group, keys, width);
-    blocks[t].values = pack_tile(scratch, queries, problem.v, group, keys, width);
+    blocks[t].keys = pack_tile(scratch, queries, problem.k, group, keys, width, power);
+    blocks[t].values = pack_tile(scratch, queries, problem.v, group, keys, width, 1);
     blocks[t].key_sums = scratch.zeros(width * kWidth<float>);
     blocks[t].value_sums = scratch.zeros(width * kWidth<float>);
     blocks[t].rows = take_bf16(scratch, width * kWidth<float>);
@@ -106,8 +116,11 @@ inline void propagate_amx(const Problem<BFloat16>& problem, const Saved<BFloat16
       for (int64_t i = 0; i < gathered.size(); ++i) {
         while (problem.visible.cu_q[b + 1] <= first + i) ++b;
         rows.seen[i] = problem.visible.keys(first + i, b);
-        rows.lse[i] = kLog2e * saved.lse[(first + i) * heads + head];
-        rows.delta[i] = saved.delta[(first + i) * heads + head];
+        const int64_t number = (first + i) * heads + head;
+        rows.lse[i] = kLog2e * saved.lse[number];
+        rows.delta[i] = saved.delta[number];
+        rows.large[i] = is_large<BFloat16>(saved.lse[number]);
+        if (rows.large[i]) rows.top[i] = saved.top[number], rows.share[i] = saved.share[number];
         if (rows.seen[i].size() > 0) continue;
         std::fill_n(queries + i * width, width, BFloat16(0.0f));  // may hold anything
         std::fill_n(grads + i * width, width, BFloat16(0.0f));
@@ -124,10 +137,11 @@ inline void propagate_amx(const Problem<BFloat16>& problem, const Saved<BFloat16
           const bool all = std::all_of(rows.seen + skipped, rows.seen + skipped + count, [&](const Range& seen) {
             return seen.begin <= keys.begin && keys.begin + kWidth<float> <= seen.end;
           });
-          if (all)
-            weigh_queries<false>(weights, scores, slopes, count, rows, skipped, factor, keys.begin);
-          else
-            weigh_queries<true>(weights, scores, slopes, count, rows, skipped, factor, keys.begin);
+          const bool large = std::any_of(rows.large + skipped, rows.large + skipped + count, std::identity());
+          const auto weigh = large ? all ? weigh_queries<false, true> : weigh_queries<true, true>
+                             : all ? weigh_queries<false, false>
+                                   : weigh_queries<true, false>;
+          weigh(weights, scores, slopes, count, rows, skipped, factor, keys.begin);
           amx_product(block.key_sums, width, query_columns + skipped, kColumnStride, weights.ds, count, true);
           amx_product(block.value_sums, width, grad_columns + skipped, kColumnStride, weights.p, count, true);
           amx_product(sums.row(begin, head), count, weights.ds_rows, kWidth<float>, block.rows, kWidth<float>, true,
@@ -137,7 +151,7 @@ inline void propagate_amx(const Problem<BFloat16>& problem, const Saved<BFloat16
     }
 
   float share[kWidth<float>], one[kWidth<float>];
-  std::fill(share, share + kWidth<float>, factor);
+  std::fill(share, share + kWidth<float>, static_cast<float>(problem.scale));
   std::fill(one, one + kWidth<float>, 1.0f);
   for (size_t t = 0; t < tiles.size(); ++t) {
     transpose_out(grad_k, group, tiles[t].lanes, width, blocks[t].key_sums, share);

@@ -3,21 +3,21 @@
 // dk and dv of a tile gather in its lanes. ds of a step is a left factor too: its product with the rows of the keys
 // is added to dq, of which each segment of the tiles has sums of its own (visible_tiles.h). Segments follow from the
 // shapes alone, and the sums of a query are added in their order, so threads change no bit.
+//
+// p = exp(s - lse) is as precise as lse, which is rounded: rows with a large lse have their softmax summed once more
+// before the pass, by that of forward without values.
 #pragma once
 
 #include <span>
 
-#include "attention_blocks.h"
+#include "attention_forward.h"
 
 namespace blt {
 
-// What the pass reads: the gradient of the output, and of each query lse and delta = grad . out.
+// What the pass reads: the gradient of the output, and of each query lse and delta = grad . out, with more of those whose
+// lse is large.
 template <class T, class A>
-struct Saved {
-  Heads<const T> grad;
-  const A* lse;    // [Tq, H]
-  const A* delta;  // [Tq, H]
-};
+using Saved = RowSoftmax<T, A>;
 
 // dq without the factor `scale`, as far as the keys of a segment add to it: [head][row][pitch].
 template <class A>
@@ -30,7 +30,7 @@ struct QuerySums {
 // The keys of a Tile across the lanes; T is what the factors are kept in.
 template <class A, class T = A>
 struct KeyBlock {
-  T *keys, *values;          // [E][lane]
+  T *keys, *values;          // [E][lane], the keys times Scaling::power
   T* rows;                   // the keys again, as a right factor: [lane][pitch]
   A *key_sums, *value_sums;  // [E][lane]
 };
@@ -49,28 +49,38 @@ void for_each_seen(const Visibility& visible, const Range& lanes, F f) {
   }
 }
 
-// scores and slopes [rows][lane], which come in as q . k and grad . v, become p and ds. seen: the keys of each row.
-template <class A>
-void weigh_rows(A* scores, A* slopes, const Range* seen, const A* lse, const A* delta, int64_t stride, int64_t rows,
-                A factor, const Range& keys) {
+// scores and slopes [rows][lane], which come in as q . k and grad . v, become p and ds. seen: the keys of each row, the
+// first of which is number `row` of what is saved, and the next `stride` further on.
+template <class T, class A>
+void weigh_rows(A* scores, A* slopes, const Range* seen, const Saved<T, A>& saved, int64_t row, int64_t stride,
+                int64_t rows, A factor, const Range& keys) {
   Vec<A> number[kColumns];
   for (int c = 0; c < kColumns; ++c) number[c] = lane_numbers<A>(c);
   for (int64_t i = 0; i < rows; ++i) {
     const bool masked = keys.begin < seen[i].begin || seen[i].end < keys.end;
     const A first = static_cast<A>(seen[i].begin - keys.begin), last = static_cast<A>(seen[i].end - keys.begin);
-    const A row_lse = lse[i * stride], row_delta = delta[i * stride];
+    const int64_t at = row + i * stride;
+    const A lse = saved.lse[at], delta = saved.delta[at];
+    const auto weigh = [&](auto weight) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; ++c) {
-      const int64_t cell = i * kWidth<A> + c * lanes<A>;
-      Vec<A> p = bounded_exp(factor * load(scores + cell) - row_lse);
-      Vec<A> slope = p * (load(slopes + cell) - row_delta);
-      if (masked) {
-        const Mask<A> sees = (first <= number[c]) & (number[c] < last);
-        p = sees ? p : Vec<A>{};
-        slope = sees ? slope : Vec<A>{};
+      for (int c = 0; c < kColumns; ++c) {
+        const int64_t cell = i * kWidth<A> + c * lanes<A>;
+        Vec<A> p = weight(load(scores + cell));
+        Vec<A> slope = p * (load(slopes + cell) - delta);
+        if (masked) {
+          const Mask<A> sees = (first <= number[c]) & (number[c] < last);
+          p = sees ? p : Vec<A>{};
+          slope = sees ? slope : Vec<A>{};
+        }
+        store(scores + cell, p);
+        store(slopes + cell, slope);
       }
-      store(scores + cell, p);
-      store(slopes + cell, slope);
+    };
+    if (is_large<T>(lse)) {
+      const A top = saved.top[at], share = saved.share[at];
+      weigh([&](Vec<A> s) { return share * bounded_exp(s - top, factor); });
+    } else {
+      weigh([&](Vec<A> s) { return bounded_exp(factor * s - lse); });
     }
   }
 }
@@ -82,7 +92,7 @@ void propagate(const Problem<T>& problem, const Saved<T, A>& saved, const Heads<
                const QuerySums<A>& sums, int64_t group, Run tiles, Scratch<A> scratch) {
   const int64_t width = problem.width, heads = problem.heads, shared = heads / problem.groups;
   const Range streamed = keys_of(tiles);
-  const A factor = static_cast<A>(problem.scale);
+  const auto [power, factor] = Scaling<A>(problem.scale);
   A* const scores = scratch.take(kStep * kWidth<A>);
   A* const slopes = scratch.take(kStep * kWidth<A>);
   A* const queries = scratch.take(kStep * width);
@@ -90,7 +100,7 @@ void propagate(const Problem<T>& problem, const Saved<T, A>& saved, const Heads<
   KeyBlock<A> blocks[kMaxTiles<A>];
   for (size_t t = 0; t < tiles.size(); ++t) {
     const Range& keys = tiles[t].lanes;
-    blocks[t].keys = transpose_in<T, A>(scratch.take(width * kWidth<A>), problem.k, group, keys, width, 1);
+    blocks[t].keys = transpose_in<T, A>(scratch.take(width * kWidth<A>), problem.k, group, keys, width, power);
     blocks[t].values = transpose_in<T, A>(scratch.take(width * kWidth<A>), problem.v, group, keys, width, 1);
     blocks[t].key_sums = scratch.zeros(width * kWidth<A>);
     blocks[t].value_sums = scratch.zeros(width * kWidth<A>);
@@ -118,12 +128,12 @@ void propagate(const Problem<T>& problem, const Saved<T, A>& saved, const Heads<
         const Range rows = overlap(step, tiles[t].streamed);
         if (rows.size() <= 0) continue;
         const KeyBlock<A>& block = blocks[t];
-        const int64_t skipped = rows.begin - begin, i = rows.begin * heads + head;
+        const int64_t skipped = rows.begin - begin;
         const A* const left = queries + skipped * width;
         const A* const left_grads = grads + skipped * width;
         product(scores, rows.size(), left, width, 1, block.keys, width, false);
         product(slopes, rows.size(), left_grads, width, 1, block.values, width, false);
-        weigh_rows(scores, slopes, seen + skipped, saved.lse + i, saved.delta + i, heads, rows.size(), factor,
+        weigh_rows(scores, slopes, seen + skipped, saved, rows.begin * heads + head, heads, rows.size(), factor,
                    tiles[t].lanes);
         product(block.key_sums, width, left, 1, width, slopes, rows.size(), true);
         product(block.value_sums, width, left_grads, 1, width, scores, rows.size(), true);
@@ -133,7 +143,7 @@ void propagate(const Problem<T>& problem, const Saved<T, A>& saved, const Heads<
     }
 
   A share[kWidth<A>], one[kWidth<A>];
-  std::fill(share, share + kWidth<A>, factor);
+  std::fill(share, share + kWidth<A>, static_cast<A>(problem.scale));
   std::fill(one, one + kWidth<A>, A(1));
   for (size_t t = 0; t < tiles.size(); ++t) {
     transpose_out(grad_k, group, tiles[t].lanes, width, blocks[t].key_sums, share);

@@ -28,6 +28,22 @@ struct Problem {
   int64_t group_of(int64_t head) const { return head / (heads / groups); }
 };
 
+// scale = power * factor. Products are those of one side times `power`: its sign is that of the scale, so that the largest
+// product is the largest score, and it is a power of two of at most 1, so that it rounds nothing and no product is larger
+// than its score. Differences of products times `factor` are those of the scores, exact at any size: factor * product -
+// factor * (largest product), in one multiply-add, is not, and may be millions.
+template <class A>
+struct Scaling {
+  A power = 0, factor = 1;  // of a scale of 0
+
+  explicit Scaling(double scale) {
+    if (scale == 0) return;
+    const double whole = std::exp2(std::min(std::floor(std::log2(std::abs(scale))), 0.0));
+    power = static_cast<A>(std::copysign(whole, scale));
+    factor = static_cast<A>(std::abs(scale) / whole);
+  }
+};
+
 // --- vectors ----------------------------------------------------------------------------------------------------------
 
 // lanes<A> elements as accumulators, and back.
@@ -80,12 +96,13 @@ inline void transpose(Vec<A> (&rows)[lanes<A>]) {
   }
 }
 
-// exp for x of at most 88, and 0 below kExpMin: products with subnormal weights would take a hundred times as long.
-inline VecF bounded_exp(VecF x) {
-  const VecF p = exp(x);  // of any bits below kExpMin
-  return x < broadcast(kExpMin) ? VecF{} : p;
+// exp(factor x) for factor x of at most 88, and 0 below kExpMin: products with subnormal weights would take a hundred
+// times as long.
+inline VecF bounded_exp(VecF x, float factor = 1) {
+  const VecF p = exp2_of_product(x, kLog2e * factor);  // any bits below kExpMin
+  return x < broadcast(kExpMin / factor) ? VecF{} : p;
 }
-inline Vec<double> bounded_exp(Vec<double> x) { return exp(x); }
+inline Vec<double> bounded_exp(Vec<double> x, double factor = 1) { return exp(factor * x); }
 
 template <class M>
 inline bool any(M mask) {

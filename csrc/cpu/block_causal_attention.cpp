@@ -28,7 +28,6 @@
 #include "../common/check.h"
 #include "../common/dispatch.h"
 #include "../common/parallel.h"
-#include "attention_amx.h"
 #include "attention_amx_backward.h"
 #include "attention_backward.h"
 #include "attention_decode.h"
@@ -113,6 +112,23 @@ void fill_rows(Tensor& x, int64_t begin, A value) {
   std::fill(data + begin * row, data + x.numel(), value);
 }
 
+// `attend` for the runs of tiles that are wanted.
+template <class T, class A, class Results, class Wanted>
+void stream_keys(const Tensor& like, const Problem<T>& problem, const Results& results, const std::vector<Tile>& tiles,
+                 Wanted wanted) {
+  int64_t size = tile_scratch<A>(Results::kBlocks, problem.width);
+  auto run = attend<Results, T, A>;
+#if BLT_AMX
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (has_amx() && problem.width % kTileDepth == 0)
+      run = attend_amx<Results>, size = amx_scratch(Results::kBlocks, kForwardGathered, problem.width);
+#endif
+  for_each_item<A>(like, problem.heads, runs_of(tiles, tiles_of_item<A>(Results::kBlocks, problem.width)), kWidth<A>,
+                   size, [&](int64_t head, Run tiles, Scratch<A> scratch) {
+                     if (wanted(head, tiles)) run(problem, results, head, tiles, scratch);
+                   });
+}
+
 std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, const Tensor& cu_seqlens_q,
                                                           const std::optional<Tensor>& cu_seqlens_k,
                                                           std::optional<int64_t> window, bool causal,
@@ -141,16 +157,7 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(Tensor q, Tensor k, Te
       if (is_few) few.push_back(tile), most = std::max(most, tile.lanes.size());
       return is_few;
     });
-    int64_t size = tile_scratch<A>(2, width);
-    auto run = attend<T, A>;
-#if BLT_AMX
-    if constexpr (std::is_same_v<T, BFloat16>)
-      if (has_amx() && width % kTileDepth == 0)
-        run = attend_amx, size = amx_scratch(kForwardBlocks, kForwardGathered, width);
-#endif
-    for_each_item<A>(
-        q, problem.heads, runs_of(many, tiles_of_item<A>(2, width)), kWidth<A>, size,
-        [&](int64_t head, Run tiles, Scratch<A> scratch) { run(problem, rows, lses, head, tiles, scratch); });
+    stream_keys<T, A>(q, problem, Output<T, A>{rows, lses}, many, [](int64_t, Run) { return true; });
     // Groups are split only as far as there are threads for them.
     const int64_t parts = std::min<int64_t>(problem.groups, torch::stable::get_num_threads());
     const int64_t groups = (problem.groups + parts - 1) / parts;  // of a part
@@ -209,10 +216,22 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(Tensor grad_ou
     const Heads<T> grads_q = output_heads<T>(grad_q), grads_k = output_heads<T>(grad_k),
                    grads_v = output_heads<T>(grad_v);
     A* const deltas = delta.mutable_data_ptr<A>();
-    const Saved<T, A> saved = {grads, lse.const_data_ptr<A>(), deltas};
-    const int64_t width = problem.width, rows = visible.cu_q[visible.documents];
+    const A* const lses = lse.const_data_ptr<A>();
+    const int64_t width = problem.width, heads = problem.heads, rows = visible.cu_q[visible.documents];
     fill_rows(grad_q, rows, T(0));
     dot_rows(grads, heads_of<T>(out), rows, problem.heads, width, deltas);
+    const std::vector<Tile> queries = query_tiles(visible, kWidth<A>);
+    Saved<T, A> saved = {grads, lses, deltas, nullptr, nullptr};
+    Tensor softmax;
+    if (std::any_of(lses, lses + rows * heads, is_large<T, A>)) {
+      softmax = torch::stable::new_empty(q, {2, rows, heads}, accumulator(q));
+      saved.top = softmax.mutable_data_ptr<A>(), saved.share = saved.top + rows * heads;
+      stream_keys<T, A>(q, problem, saved, queries, [&](int64_t head, Run run) {
+        for (int64_t i = run.front().lanes.begin; i < run.back().lanes.end; ++i)
+          if (is_large<T>(lses[i * heads + head])) return true;
+        return false;
+      });
+    }
     int64_t blocks = kBackwardBlocks, size = tile_scratch<A>(blocks, width), pitch = whole_vectors<A>(width);
     int64_t padding = 0;
     auto run = propagate<T, A>;
@@ -223,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(Tensor grad_ou
         size = amx_scratch(blocks, kAmxBackwardGathered, width);
       }
 #endif
-    const std::vector<Tile> tiles = key_tiles(query_tiles(visible, kWidth<A>), k.size(0), kWidth<A>);
+    const std::vector<Tile> tiles = key_tiles(queries, k.size(0), kWidth<A>);
     const std::vector<Segment> segments =
         segments_of(tiles, problem.groups, tiles_of_item<A>(blocks, width), rows, padding);
     const int64_t shared = problem.heads / problem.groups;
