@@ -42,6 +42,7 @@ from blt_kernels.tools.data import Row, Source
 
 _FORMAT = 1
 _BLOCK_IDS = 1 << 18  # ids of full pieces in a block: a few seconds of work on a CPU
+_CALL_IDS = 1 << 16  # ids that a GPU gets at once
 _INDEX, _BITS, _DONE = "index.json", "patches.bits", "done"
 
 
@@ -99,19 +100,29 @@ class RowPatches:
 
 def cut_pieces(model: BLT, pieces: Sequence[Row], bf16: bool) -> list[np.ndarray]:
     """For each id of each piece, whether the one after it starts a patch: bool ``[length]``."""
-    if not pieces:
-        return []
     device = next(model.parameters()).device
-    ids = [data.read_ids(*piece) for piece in pieces]
-    together = [[each] for each in ids] if device.type == "cpu" else [ids]
     cuts = []
-    for group in together:
-        tokens, offsets = data.pack_rows(group)
+    for group in _calls(pieces, 1 if device.type == "cpu" else _CALL_IDS):
+        tokens, offsets = data.read_rows(group)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             layout = model.patch(tokens.to(device), offsets.to(device))
         starts_after = (layout.decode_ids == layout.patch_ids).cpu().numpy()
         cuts += np.split(starts_after, offsets[1:-1].numpy())
     return cuts
+
+
+def _calls(pieces: Sequence[Row], limit: int) -> Iterator[list[Row]]:
+    """Pieces in turn, as many together as have `limit` ids, and at least one."""
+    group: list[Row] = []
+    size = 0
+    for piece in pieces:
+        if group and size + piece.length > limit:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += piece.length
+    if group:
+        yield group
 
 
 # --- stored -----------------------------------------------------------------------------------------------------------
