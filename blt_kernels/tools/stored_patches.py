@@ -41,7 +41,7 @@ from blt_kernels.tools import data
 from blt_kernels.tools.data import Row, Source
 
 _FORMAT = 1
-_BLOCK_IDS = 1 << 18  # ids of full pieces in a block: a few seconds of work on a CPU
+_BLOCK_IDS = 1 << 16  # ids of full pieces in a block: a few seconds of work on a CPU
 _CALL_IDS = 1 << 16  # ids that a GPU gets at once
 _INDEX, _BITS, _DONE = "index.json", "patches.bits", "done"
 
