@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -19,6 +22,7 @@ import pytest
 import torch
 
 import blt_kernels as bk
+from blt_kernels import _files
 from blt_kernels.models import ByteLM, load_model
 from blt_kernels.nn import BOS, EOS, TransformerLayer, next_byte_targets
 from blt_kernels.testing import SCRIPTS
@@ -514,6 +518,36 @@ def test_a_log_without_its_checkpoint_is_not_overwritten(corpus: Path, tmp_path:
     with pytest.raises(ValueError, match="holds the log of a run but no checkpoint"):
         train.train(config(corpus, tmp_path))
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 7}\n'
+
+
+def test_two_runs_in_one_directory(corpus: Path, tmp_path: Path) -> None:
+    """The second one is refused and the first one goes on; the lock ends with a run, however that ends."""
+    options = config(corpus, tmp_path / "run", steps=3, checkpoint_every=1)
+
+    def second(now: train.Progress) -> None:
+        with pytest.raises(ValueError, match=r"^out: another process is writing to .*/run: wait for it"):
+            train.train(options)
+
+    train.train(options, second)
+    assert train_state.latest(tmp_path / "run" / "checkpoint").name == "3"
+    with pytest.raises(ZeroDivisionError):
+        train.train(replace(options, steps=5), lambda now: 1 // 0)
+    train.train(replace(options, steps=5))
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(number: int) -> Callable[[int, int], None]:
+        def flock(descriptor: int, operation: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    monkeypatch.setattr(fcntl, "flock", fail(errno.EOPNOTSUPP))
+    with _files.locked(tmp_path / "new", "out"):
+        assert (tmp_path / "new").is_dir()
+    monkeypatch.setattr(fcntl, "flock", fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"), _files.locked(tmp_path / "new", "out"):
+        pass
 
 
 def test_the_patcher_may_be_a_directory(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from blt_kernels._files import write_text
+from blt_kernels._files import locked, write_text
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, llama, load_model
 from blt_kernels.nn import ByteModel, TransformerLayer, config_from_dict, next_byte_bits, next_byte_targets
 from blt_kernels.tools import checks, data, train_parallel, train_state
@@ -279,9 +280,13 @@ def train(config: TrainConfig, report: Callable[[Progress], None] | None = None)
     FileNotFoundError
         A path does not exist.
     ValueError
-        There is nothing to train on, or ``config.out`` holds a run with other options; the message names them.
+        There is nothing to train on, ``config.out`` holds a run with other options, or another process is training
+        there; the message names them.
     """
-    with train_parallel.start(config.device) as ranks:
+    with (
+        train_parallel.start(config.device) as ranks,
+        locked(Path(config.out), "out") if ranks.rank == 0 else nullcontext(),
+    ):
         return _train(config, report, ranks)
 
 
@@ -306,12 +311,7 @@ class _Run:
             if find_spec(package) is None:
                 raise ImportError(f"training needs {package}: pip install 'blt-kernels[cli]'")
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"out: expected a directory, or a place for one, got {self.out}: {error.strerror}"
-            ) from None
+        self.out.mkdir(parents=True, exist_ok=True)
         sources = data.find_sources(config.paths, config.include)
         self.train_sources, self.heldout_sources = data.split_sources(sources, config.heldout, config.seed)
         if not self.train_sources:

@@ -1,9 +1,9 @@
 """Checkpoints through torch.distributed.checkpoint, which any number of ranks reads, whatever number wrote them.
 
 A checkpoint is a directory named by its step. It holds weights and optimiser state in the files of that format, and
-numbers and options in ``values.json``. It is complete once ``.metadata`` is there, which is written last; only then are
-older ones removed. So a run that is killed at any moment has a complete one. Nothing but checkpoints is ever removed:
-whatever else lies beside or inside of them stays.
+numbers and options in ``values.json``. It is complete once ``values.json`` and ``.metadata``, which is written last,
+are there; only then are older ones removed. So a run that is killed at any moment has a complete one. Nothing but
+checkpoints is ever removed: whatever else lies beside or inside of them stays.
 
 The hash tables of a BLT are stored as ``[N, V, D]``: that is how they are sharded. Like all pickles, ``.metadata`` is
 only to be read from where one trusts.
@@ -45,7 +45,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_complete(path: Path) -> bool:
-    return (path / ".metadata").exists()
+    return all((path / name).exists() for name in (".metadata", "values.json"))
 
 
 def _step(path: Path) -> int:
@@ -73,6 +73,8 @@ def save(
     """Write a checkpoint, unless there is one of this step, then remove all but the `keep` newest ones.
 
     All ranks take part; `values` are those of rank 0.
+
+    Incomplete ones are removed too: no other process may write to `folder`.
 
     Raises
     ------
