@@ -292,11 +292,28 @@ def test_torch_func(case: OpCase, device: str) -> None:
     assert_equal(torch.vmap(function)(*stacked), outputs)
     first = torch.vmap(function, in_dims=(0, *[None] * (len(leaves) - 1)))(stacked[0], *leaves[1:])
     assert_equal(first[0], outputs[0])
+    assert torch.vmap(function)(*(x[:0] for x in stacked)).shape == outputs[:0].shape
+
+    def penalty(gradients: Callable[..., tuple[Tensor, ...]], *values: Tensor) -> Tensor:
+        return sum(g.square().sum() for g in gradients(*values))
+
+    def by_autograd(*values: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(*values), values, create_graph=True)
+
+    by_func = torch.func.grad(loss, every)
+    asked = tuple(x.detach().requires_grad_() for x in leaves)
+    twice = torch.autograd.grad(penalty(by_autograd, *asked), asked)
+    nested = torch.func.grad(lambda *values: penalty(by_func, *values), every)(*leaves)
+    mixed = torch.autograd.grad(penalty(by_func, *asked), asked)  # autograd through torch.func
+    assert_close(nested, twice, twice)
+    assert_close(mixed, twice, twice)
 
     with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
         torch.func.jvp(loss, leaves, leaves)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="expected no tangents"):
         function(torch.autograd.forward_ad.make_dual(leaves[0], leaves[0]), *leaves[1:])
+    with pytest.raises(NotImplementedError, match="expected no tangents"):
+        torch.func.jvp(lambda *values: sum(g.sum() for g in by_func(*values)), leaves, leaves)
 
 
 OF_OFFSETS_ALONE = ("static_patch", "byte_patch")

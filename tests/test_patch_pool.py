@@ -271,3 +271,17 @@ def test_errors(change: dict, error: type[Exception], message: str) -> None:
     arguments = {"x": torch.zeros(20, 3), "layout": ragged_layout(20), "reduce": "max"}
     with pytest.raises(error, match=message):
         patch_pool(**{**arguments, **change})
+
+
+def test_second_derivative_of_many_ties_in_fp16(device: str) -> None:
+    """Cotangents that add up to more than fp16 holds, shared by 1000 ties; NaN in a patch with a NaN."""
+    layout = PatchLayout.from_lengths(torch.tensor([[1000, 2]])).to(device)
+    x = torch.zeros(1002, 1, dtype=torch.half, device=device)
+    x[1001] = torch.nan
+    x.requires_grad_()
+    out = patch_pool(x, layout)
+    grad_out = torch.ones_like(out, requires_grad=True)
+    (grad_x,) = torch.autograd.grad(out, x, grad_out, create_graph=True)
+    (second,) = torch.autograd.grad(grad_x, grad_out, torch.full_like(grad_x, 100.0))
+    assert second[0].item() == 100
+    assert second[1].isnan()

@@ -9,7 +9,7 @@ a derivative has an Autograd kernel that either differentiates or raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,22 +48,22 @@ def register_autograd(operator: str, backward: Backward, *, setup_context: Setup
         @staticmethod
         def forward(ctx: Any, call: _Call, *flat: Any) -> tuple[Tensor, ...]:
             ctx.lengths, arguments = call.lengths, _unflatten(flat, call.lengths)
-            with torch._C._AutoDispatchBelowAutograd():
+            # Both modes are off here, but levels of torch.func below this one differentiate too.
+            nested = torch._C._are_functorch_transforms_active()
+            with (
+                torch.set_grad_enabled(nested),
+                forward_ad._set_fwd_grad_enabled(nested),
+                torch._C._AutoDispatchBelowAutograd(),
+            ):
                 output = overload.redispatch(call.keyset, *arguments)
                 setup_context(ctx, arguments, output)
-            outputs, call.output_spec = pytree.tree_flatten(output)
-            return tuple(outputs)
+            outputs = _as_tuple(output)
+            call.output_lengths = _lengths(outputs)
+            return tuple(_flatten(outputs, call.output_lengths))
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            flat_needs = ctx.needs_input_grad
-            ctx.needs_input_grad = _unflatten(flat_needs[1:], ctx.lengths)
-            try:
-                results = backward(ctx, *grads)
-            finally:
-                ctx.needs_input_grad = flat_needs
-            results = results if isinstance(results, tuple) else (results,)
-            return None, *_flatten(results, ctx.lengths)
+            return None, *_flatten(_as_tuple(backward(_Context(ctx), *grads)), ctx.lengths)
 
     Function.__name__ = Function.__qualname__ = operator
 
@@ -75,12 +75,13 @@ def register_autograd(operator: str, backward: Backward, *, setup_context: Setup
             )
         keyset &= torch._C._after_autograd_keyset
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            call = _Call(keyset, [len(x) if _is_tensor_list(x) else None for x in arguments])
-            outputs = Function.apply(call, *_flatten(arguments, call.lengths))
-            return pytree.tree_unflatten(outputs, call.output_spec)
+            call = _Call(keyset, _lengths(arguments))
+            outputs = _unflatten(Function.apply(call, *_flatten(arguments, call.lengths)), call.output_lengths)
+            return outputs if several else outputs[0]
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset, *arguments)
 
+    several = len(overload._schema.returns) > 1
     _LIBRARY.impl(operator, kernel, "Autograd", with_keyset=True)
 
 
@@ -92,10 +93,13 @@ def register_vmap(operator: str) -> None:
         flat, spec = pytree.tree_flatten(arguments)
         dims = pytree.tree_leaves(in_dims, is_leaf=lambda x: x is None)
         outputs = []
-        for i in range(info.batch_size):
-            entry = [x if dim is None else x.select(dim, i) for x, dim in zip(flat, dims, strict=True)]
+        for i in range(max(info.batch_size, 1)):  # without entries, one of zeros gives the shapes
+            entry = [
+                x if dim is None else x.select(dim, i) if info.batch_size else x.sum(dim, dtype=x.dtype)
+                for x, dim in zip(flat, dims, strict=True)
+            ]
             outputs.append(overload(*pytree.tree_unflatten(entry, spec)))
-        stacked = pytree.tree_map(lambda *entries: torch.stack(entries), *outputs)
+        stacked = pytree.tree_map(lambda *entries: torch.stack(entries)[: info.batch_size], *outputs)
         return stacked, pytree.tree_map(lambda _: 0, stacked)
 
     torch.library.register_vmap(f"blt_kernels::{operator}", rule)
@@ -127,18 +131,37 @@ def second_derivative(
 
 @dataclass
 class _Call:
-    """One call of an operator: what an autograd.Function, which knows flat tensors only, cannot tell of it.
+    """One call of an operator. An autograd.Function takes and returns flat tensors only: the lengths are of its lists.
 
     Attributes
     ----------
     keyset : dispatch keys below Autograd
     lengths : for each argument, the length of a list of tensors, or None
-    output_spec : the structure of the output, known after the call
+    output_lengths : the same of the outputs, known after the call
     """
 
     keyset: Any
     lengths: list[int | None]
-    output_spec: Any = None
+    output_lengths: list[int | None] = field(default_factory=list)
+
+
+class _Context:
+    """The context of a backward, whose `needs_input_grad` has a list for each argument that is a list of tensors."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx  # several threads may run backward with it: it is not written to
+        self.needs_input_grad = _unflatten(ctx.needs_input_grad[1:], ctx.lengths)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _lengths(values: Iterable[Any]) -> list[int | None]:
+    return [len(x) if _is_tensor_list(x) else None for x in values]
 
 
 def _is_tensor_list(value: Any) -> bool:

@@ -7,6 +7,7 @@ decides about the byte to come, which only `PatchLayout.decode_ids` shows.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def token_entropy(logits: Tensor) -> Tensor:
     """
     _common.check_tensor("logits", logits, range(1, 65), _common.FLOATS)
     _check_alphabet("logits", logits.shape[-1])
-    entropy, _log_sum = torch.ops.blt_kernels.token_entropy_fwd(logits.reshape(-1, logits.shape[-1]))
+    entropy, _log_sum = torch.ops.blt_kernels.token_entropy_fwd(_rows(logits))
     return entropy.view(logits.shape[:-1])
 
 
@@ -124,7 +125,7 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
         _common.check_tensor("bias", bias, 1, _common.FLOATS)
         _common.check_same("bias", bias, "hidden", hidden, dtype=not autocast)
         _common.check_shape("bias", bias, (weight.shape[0],), "[A of weight]")
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = _rows(hidden)
     head = _common.autocast(rows, weight) if bias is None else _common.autocast(rows, weight, bias)
     entropy, _log_sum = torch.ops.blt_kernels.linear_entropy_fwd(*head, *[None] * (3 - len(head)))
     return entropy.view(hidden.shape[:-1])
@@ -297,6 +298,11 @@ def topk_patch(
     packed, offsets = _common.pack("entropy", entropy.detach(), cu_seqlens, trailing=0)
     _common.check_capacity(max_patches, offsets)
     return _layout(torch.ops.blt_kernels.topk_patch_fwd(packed, offsets, patch_size, max_patches), offsets)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[..., D]`` as ``[rows, D]``; a -1 in their place is refused where there are none."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _check_alphabet(name: str, alphabet: int) -> None:

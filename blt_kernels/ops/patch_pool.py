@@ -124,11 +124,15 @@ def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     def pool(y: Tensor, name: str) -> Tensor:
         return torch.ops.blt_kernels.patch_pool_fwd(y, patch_offsets, patch_ids, [name])
 
+    def unpool(y: Tensor) -> Tensor:
+        return torch.ops.blt_kernels.patch_unpool_fwd(y, patch_offsets, patch_ids)
+
     for i, name in enumerate(ctx.reduce):
         if name in ("max", "min"):
             extreme = out.detach()[:, i * width : (i + 1) * width].contiguous()
-            tie = (x == torch.ops.blt_kernels.patch_unpool_fwd(extreme, patch_offsets, patch_ids)).to(cotangent.dtype)
-            grads.append(pool(cotangent * tie, "sum") / pool(tie, "sum").clamp(min=1))
+            tie = (x == unpool(extreme)).to(torch.promote_types(cotangent.dtype, torch.float32))
+            weight = tie / unpool(pool(tie, "sum"))  # NaN in a patch with a NaN
+            grads.append(pool(cotangent * weight, "sum").to(cotangent.dtype))
         else:
             grads.append(pool(cotangent, name))
     return torch.cat(grads, -1), None, None, None, None, None
