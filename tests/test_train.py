@@ -609,6 +609,44 @@ def test_a_run_begins_as_a_model(model: str, corpus: Path, tmp_path: Path) -> No
         train.build_model(replace(options, model=other))
 
 
+def test_files_of_options_that_change_are_named(corpus: Path, tmp_path: Path) -> None:
+    """A run goes on as the model that it began as, or not at all."""
+
+    def save(path: Path, model: str, seed: int = 0, **values: object) -> Path:
+        torch.manual_seed(seed)
+        overrides = {"blt": {**SMALL_BLT, "patching": "entropy"}, "entropy": TINY}[model]
+        train.build_model(config(corpus, tmp_path, model=model, overrides={**overrides, **values})).save(path)
+        return path
+
+    def changed(options: TrainConfig, match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            train.train(replace(options, steps=2))
+
+    patcher = save(tmp_path / "patcher.safetensors", "entropy", threshold=5.5)
+    overrides = {**SMALL_BLT, "patching": "entropy"}
+    with_patcher = config(corpus, tmp_path / "run", model="blt", overrides=overrides, patcher=patcher, steps=1)
+    train.train(with_patcher)
+    began = r"safetensors has changed since the run in .*/run began \("
+    save(patcher, "entropy", threshold=4.5)
+    changed(with_patcher, "^patcher: .*" + began + "patcher.threshold: expected 5.5, got 4.5; threshold: ")
+    save(patcher, "entropy", threshold=5.5, rope_theta=100.0)
+    changed(with_patcher, "^patcher: .*" + began + "patcher.rope_theta: expected 10000.0, got 100.0")
+    save(patcher, "entropy", seed=1, threshold=5.5)
+    changed(with_patcher, "^patcher: .*" + began + "other weights")
+    save(patcher, "entropy", threshold=5.5)
+    train.train(replace(with_patcher, steps=2))
+
+    init = save(tmp_path / "init.safetensors", "blt")
+    with_init = config(corpus, tmp_path / "begun" / "run", model="blt", overrides={}, init=init, steps=1)
+    train.train(with_init)
+    save(init, "blt", monotonic=True)
+    changed(with_init, "^init: .*" + began + "monotonic: expected False, got True")
+    save(init, "blt", encoder={**TINY, "rope_theta": 100.0})
+    changed(with_init, "^init: .*" + began + "encoder.rope_theta: expected 500000.0, got 100.0")
+    save(init, "blt")
+    train.train(replace(with_init, steps=2))
+
+
 def test_a_run_begins_as_a_checkpoint_of_transformers(tmp_path: Path) -> None:
     """With its patcher, or with another one and its threshold; a patcher alone begins an entropy model."""
     fresh = train.build_model(TrainConfig("blt", [], tmp_path, overrides=SMALL_CHECKPOINT))

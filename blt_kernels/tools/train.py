@@ -29,7 +29,7 @@ from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, M
 from blt_kernels.nn import ByteModel, TransformerLayer, config_from_dict, next_byte_bits, next_byte_targets
 from blt_kernels.tools import checks, data, train_parallel, train_state
 from blt_kernels.tools.evaluate import measure, threshold_for_patch_size
-from blt_kernels.tools.stored_patches import RowPatches, StoredPatches, provenance
+from blt_kernels.tools.stored_patches import RowPatches, StoredPatches, model_digest, provenance
 from blt_kernels.tools.train_log import Log, draw_curve
 
 # Options that decide how a run is watched, stored and computed, but for rounding not what it computes.
@@ -37,6 +37,7 @@ _FREE = (
     *("paths", "out", "checkpoint_every", "checkpoint_seconds", "log_every", "tensorboard", "patch_size", "save_bf16"),
     *("device", "accumulate", "checkpoint_activations", "compile", "parallel", "shard_tables", "patches", "keep"),
 )
+_MODELS: dict[str, type[ByteModel]] = {"entropy": ByteLM, "blt": BLT, "megabyte": MegaByte}
 _GLOBAL_LAYERS = ("global_transformer.layers.", "global_layers.")
 # What the threshold of an entropy model is chosen on. Rows begin with two short patches: they should be long.
 _THRESHOLD_BYTES, _THRESHOLD_CONTEXT = 1 << 20, 2048
@@ -220,7 +221,7 @@ def _config(cls: type, values: dict[str, Any]) -> Any:
 def _initial_model(config: TrainConfig) -> ByteModel:
     """The model in `init`, in fp32: a BLT with its own patcher, unless `patcher` is given."""
     assert config.init is not None
-    cls: type[ByteModel] = {"entropy": ByteLM, "blt": BLT, "megabyte": MegaByte}[config.model]
+    cls = _MODELS[config.model]
     with checks.reading("init"):
         model = load_model(config.init, config.ops, dtype=torch.float32)
     if type(model) is not cls:
@@ -280,8 +281,8 @@ def train(config: TrainConfig, report: Callable[[Progress], None] | None = None)
     FileNotFoundError
         A path does not exist.
     ValueError
-        There is nothing to train on, ``config.out`` holds a run with other options, or another process is training
-        there; the message names them.
+        There is nothing to train on, ``config.out`` holds a run with other options or one that began with other content
+        in the files of options, or another process is training there; the message names them.
     """
     with (
         train_parallel.start(config.device) as ranks,
@@ -415,7 +416,8 @@ class _Run:
         """The model, or, where its parameters may be sharded, another one with those of the checkpoint."""
         if self.ranks.world == 1:
             return self.model
-        model = build_model(self.config)
+        cls: Any = _MODELS[self.config.model]
+        model = cls(self.model.config, self.config.ops)  # the files of `build_model` may have changed
         checkpoint = train_state.latest(self.out / "checkpoint")
         assert checkpoint is not None  # there is always one
         train_state.load_weights(checkpoint, model)
@@ -445,6 +447,7 @@ class _Run:
     def _save(self) -> None:
         values = {
             "options": self._options(),
+            "config": asdict(self.model.config),
             "step": self.step,
             "seconds": self.seconds,
             "heldout_bits": self.heldout_bits,
@@ -462,9 +465,45 @@ class _Run:
             raise ValueError(f"out: {self.out} holds a run with other options ({shown}): choose another directory")
         if options["steps"] < stored["steps"]:
             raise ValueError(f"steps: expected at least {stored['steps']}, as {self.out} has, got {options['steps']}")
+        self._check_files(values["config"])
+        patcher = self._patcher_digest()
         train_state.load(checkpoint, self.model, self.optimizer, self.ranks)
+        if patcher != self._patcher_digest():
+            raise self._changed("patcher" if self.config.patcher or not self.config.init else "init", "other weights")
         self.step, self.seconds, self.heldout_bits = values["step"], values["seconds"], values["heldout_bits"]
         self.saved_step = self.step
+
+    def _check_files(self, began_with: dict[str, Any]) -> None:
+        """Raise ValueError unless the files that options name give the configuration that the run began with."""
+        old, new = (_flat(json.loads(json.dumps(values))) for values in (began_with, asdict(self.model.config)))
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        if not names:
+            return
+        config, tops = self.config, {name.partition(".")[0] for name in names}
+        if tops <= {"patcher", "threshold"} and (config.patcher or not config.init):
+            option = "patcher"
+        else:
+            option = "init" if config.init else "init_global" if config.init_global else "preset"
+        shown = (f"{name}: expected {old.get(name)!r}, got {new.get(name)!r}" for name in names)
+        raise self._changed(option, "; ".join(shown))
+
+    def _changed(self, option: str, what: str) -> ValueError:
+        """The error that a file has changed."""
+        name = getattr(self.config, option) or ("the bundled one" if option == "patcher" else "small")
+        began = f"has changed since the run in {self.out} began"
+        return ValueError(f"{option}: {name} {began} ({what}): bring it back, or choose another directory")
+
+    def _patcher_digest(self) -> str | None:
+        patcher = getattr(self.model, "patcher", None)
+        return patcher and model_digest(patcher)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a configuration and of those in it: ``encoder.dim``."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _prepare_layers(model: ByteModel, config: TrainConfig) -> None:

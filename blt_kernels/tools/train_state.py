@@ -1,9 +1,9 @@
 """Checkpoints through torch.distributed.checkpoint, which any number of ranks reads, whatever number wrote them.
 
 A checkpoint is a directory named by its step. It holds weights and optimiser state in the files of that format, and
-numbers and options in ``values.json``. It is complete once ``values.json`` and ``.metadata``, which is written last,
-are there; only then are older ones removed. So a run that is killed at any moment has a complete one. Nothing but
-checkpoints is ever removed: whatever else lies beside or inside of them stays.
+numbers, options and the configuration of the model in ``values.json``. It is complete once ``values.json`` and
+``.metadata``, which is written last, are there; only then are older ones removed. So a run that is killed at any moment
+has a complete one. Nothing but checkpoints is ever removed: whatever else lies beside or inside of them stays.
 
 The hash tables of a BLT are stored as ``[N, V, D]``: that is how they are sharded. Like all pickles, ``.metadata`` is
 only to be read from where one trusts.
@@ -123,7 +123,13 @@ def read_values(path: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: damaged: {error}. {_way_out(path)}") from error
-    expected: dict[str, Any] = {"options": dict, "step": int, "seconds": float, "heldout_bits": (float, type(None))}
+    expected: dict[str, Any] = {
+        "options": dict,
+        "config": dict,
+        "step": int,
+        "seconds": float,
+        "heldout_bits": (float, type(None)),
+    }
     for name, kind in expected.items():
         if not isinstance(values, dict) or not isinstance(values.get(name), kind):
             raise ValueError(f"{file}: damaged: expected the {name} of a run. {_way_out(path)}")
