@@ -215,6 +215,7 @@ def test_training_learns_and_leaves_everything_behind(model: str, corpus: Path, 
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
         "checkpoint",
         "heldout.txt",
+        "lock",
         "log.jsonl",
         "loss.png",
         "model.safetensors",

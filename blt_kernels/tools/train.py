@@ -1,9 +1,10 @@
 """Training on files, resumable at any moment.
 
 A run is a directory: ``checkpoint`` (see `blt_kernels.tools.train_state`), ``log.jsonl``, ``tensorboard``,
-``heldout.txt`` (the files that were held out), and at the end ``model.safetensors`` and ``loss.png``. The data of a
-step is a function of the seed and the step alone, so that a run that was killed and started again with the same options
-goes on from its last checkpoint and ends, on the CPU, in bitwise the same weights.
+``heldout.txt`` (the files that were held out), ``lock``, which keeps other processes from it, and at the end
+``model.safetensors`` and ``loss.png``. The data of a step is a function of the seed and the step alone, so that a run
+that was killed and started again with the same options goes on from its last checkpoint and ends, on the CPU, in
+bitwise the same weights.
 
 torchrun starts a run on several processes: ``torchrun --nproc-per-node 2 -m blt_kernels train ...``. They share the
 rows of each step, as micro-batches do. The loss is the mean over all predicted bytes of the step, so that its numbers,
