@@ -172,7 +172,7 @@ def patch(
         str | None, typer.Option(help="The byte that ends a patch: one character, or 0x0A; a newline if not given.")
     ] = None,
     whole_characters: Annotated[
-        bool, typer.Option("--whole-characters", help="Start no patch inside of a UTF-8 character.")
+        bool, typer.Option("--whole-characters", help="Start no patch inside of a UTF-8 character, but for the second byte of a file.")
     ] = False,
     reset_at_newlines: Annotated[
         bool, typer.Option("--reset-at-newlines", help="Start the context of the entropy model anew at every newline.")

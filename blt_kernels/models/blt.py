@@ -286,7 +286,8 @@ class BLT(ByteModel):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a directory that transformers' ``BltForCausalLM.from_pretrained`` reads, and `from_pretrained` too.
 
-        Tied weights are written under each of their names.
+        Tied weights are written under each of their names. transformers knows no documents: with `split_documents`,
+        which only `from_pretrained` reads back, its logits differ in rows that hold an EOS before their end.
 
         Raises
         ------
