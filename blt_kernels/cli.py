@@ -172,7 +172,10 @@ def patch(
         str | None, typer.Option(help="The byte that ends a patch: one character, or 0x0A; a newline if not given.")
     ] = None,
     whole_characters: Annotated[
-        bool, typer.Option("--whole-characters", help="Start no patch inside of a UTF-8 character, but for the second byte of a file.")
+        bool,
+        typer.Option(
+            "--whole-characters", help="Start no patch inside of a UTF-8 character, but for the second byte of a file."
+        ),
     ] = False,
     reset_at_newlines: Annotated[
         bool, typer.Option("--reset-at-newlines", help="Start the context of the entropy model anew at every newline.")
@@ -329,7 +332,12 @@ def train(
         typer.Option(metavar="PATH", help="Entropy model of a BLT; if not given, that of --init or in the package."),
     ] = None,
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Names to take from directories.")] = None,
-    heldout: Annotated[float, typer.Option(help="Fraction of the files to keep for measuring.")] = 0.05,
+    heldout: Annotated[
+        float,
+        typer.Option(
+            help="Fraction of the files to keep for measuring, each by its own chance: of few files perhaps none."
+        ),
+    ] = 0.05,
     seed: Annotated[int, typer.Option(help="Of the split, the order of the data and the first weights.")] = 0,
     steps: Annotated[
         int,

@@ -715,19 +715,23 @@ def test_measuring_does_not_count_eos(corpus: Path) -> None:
     assert size == sum(source.size for source in sources)
 
 
-def test_the_threshold_makes_patches_of_the_size_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("heldout", [0.5, 0.0])
+def test_the_threshold_makes_patches_of_the_size_asked_for(tmp_path: Path, heldout: float) -> None:
+    """On held-out files, or on those of the training if there are none."""
     generator = np.random.default_rng(0)
     for i in range(12):  # random, so that no entropy comes twice
         (tmp_path / f"{i}.bin").write_bytes(generator.integers(97, 123, 300, dtype=np.uint8).tobytes())
-    options = config(tmp_path, tmp_path / "run", include=["*.bin"], heldout=0.5, patch_size=3.0, save_bf16=True)
+    options = config(tmp_path, tmp_path / "run", include=["*.bin"], heldout=heldout, patch_size=3.0, save_bf16=True)
     result = train.train(options)
     model = ByteLM.load(result.model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    held = data.split_sources(data.find_sources([tmp_path], ["*.bin"]), 0.5, 0)[1]
+    trained, held = data.split_sources(data.find_sources([tmp_path], ["*.bin"]), heldout, 0)
     model = model.float()
-    assert measure(model, held, 256, 64)[0] == pytest.approx(result.heldout_bits, rel=1e-6)  # saved as it was measured
+    if held:
+        # It is saved as it was measured.
+        assert measure(model, held, 256, 64)[0] == pytest.approx(result.heldout_bits, rel=1e-6)
     patches = num_bytes = 0
-    for tokens, rows in data.heldout_batches(held, 256, 2048):
+    for tokens, rows in data.heldout_batches(held or trained, 256, 2048):
         patches += int(model.patch(tokens, rows)[1].num_patches)
         num_bytes += len(tokens)
     assert patches == round(num_bytes / 3.0)

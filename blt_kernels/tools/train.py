@@ -54,7 +54,8 @@ class TrainConfig:
     `patcher` is the entropy model of a BLT with entropy patching; if None, that of `init`, or the bundled one.
     A checkpoint is written every `checkpoint_every` steps, and no later than `checkpoint_seconds` after the last.
     `bf16` is autocast: faster on CPUs with AMX, and on GPUs. `save_bf16` halves the size of the final model. An entropy
-    model is saved with the threshold that makes patches of `patch_size` bytes on held-out files, if there are any.
+    model is saved with the threshold that makes patches of `patch_size` bytes on held-out files, or on those of the
+    training if none is held out.
 
     `accumulate` micro-batches of a rank make its share of a step. `checkpoint_activations` computes every layer twice
     to keep only its input, with the same numbers. `compile` compiles the layers, once for all lengths. On several
@@ -395,8 +396,8 @@ class _Run:
         if self.heldout_sources:
             bits, size = self._measure(self.heldout_sources)
         changes = {}
-        if isinstance(self.model, ByteLM) and self.heldout_sources:
-            sample = _first(self.heldout_sources, _THRESHOLD_BYTES)
+        if isinstance(self.model, ByteLM):
+            sample = _first(self.heldout_sources or self.train_sources, _THRESHOLD_BYTES)
             context = max(config.context, _THRESHOLD_CONTEXT)
             threshold = threshold_for_patch_size(self.model, sample, config.patch_size, config.batch_bytes, context)
             changes["threshold"] = threshold
