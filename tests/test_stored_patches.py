@@ -309,8 +309,26 @@ def test_a_folder_that_is_not_complete_or_damaged_is_refused(corpus: Path, patch
         (folder / "patches.bits").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"patches.bits is damaged: it is not what index.json describes"):
             StoredPatches(folder)
+    (folder / "patches.bits").write_bytes(content)
     whole = json.loads((folder / "index.json").read_text())
-    others = [{**whole, "format": 2}, {**whole, "made_with": {}}, {**whole, "made_with": {"context": 1}}]
+    files, context = whole["files"], whole["made_with"]["context"]
+    longest = max(range(len(files)), key=lambda i: files[i]["size"])
+    for size, error in (
+        (
+            files[longest]["size"] + 9 * context,
+            r"index.json is damaged: files of these sizes have [\d,]+ bytes of patches",
+        ),
+        (files[longest]["size"] ^ 1, r"index.json is damaged: the size of .*\.txt: expected \d+, got \d+"),
+    ):
+        changed = [{**file, "size": size if i == longest else file["size"]} for i, file in enumerate(files)]
+        (folder / "index.json").write_text(json.dumps({**whole, "files": changed}))
+        with pytest.raises(ValueError, match=error):
+            StoredPatches(folder).check(whole["made_with"], data.find_sources([corpus]))
+        with pytest.raises(ValueError, match=r"holds patches of something else \(files\)"):
+            store(corpus, folder, model)
+    others = [{**whole, "files": []}, {**whole, "files": [files[0], files[0]]}]
+    others += [{**whole, "files": [{**files[0], "size": 1 << 70}]}, {**whole, "made_with": {"context": 1 << 70}}]
+    others += [{**whole, "format": 2}, {**whole, "made_with": {}}, {**whole, "made_with": {"context": 1}}]
     others += [{**whole, "files": [{}]}, {**whole, "files": [{"size": "1"}]}, {**whole, "files": [{"size": 1}]}]
     for index in ("", "[]", '{"format": 1}', *map(json.dumps, others)):
         (folder / "index.json").write_text(index)
@@ -355,6 +373,59 @@ def test_saving_goes_on_where_it_was_stopped(
     (tmp_path / "lost" / "patches.bits").unlink()
     store(corpus, tmp_path / "lost", model)
     assert contents(tmp_path / "lost") == contents(tmp_path / "whole")
+    # Marks that are gone when all is done are not missed.
+    store(
+        corpus, tmp_path / "unmarked", model, report=lambda _: (tmp_path / "unmarked" / "done").unlink(missing_ok=True)
+    )
+    assert contents(tmp_path / "unmarked") == contents(tmp_path / "whole")
+
+
+def test_patches_that_are_lost_or_damaged_are_made_anew(corpus: Path, patcher: Path, tmp_path: Path) -> None:
+    folder, model = tmp_path / "patches", blt(patcher)
+    store(corpus, folder, model)
+    whole, bits = contents(folder), folder / "patches.bits"
+    for content in (None, b"", whole["patches.bits"][:-1], whole["patches.bits"][:-1] + b"\x55"):
+        bits.unlink() if content is None else bits.write_bytes(content)
+        (folder / "done").write_bytes(b"\1" * 100)  # of the first time
+        reports: list[int] = []
+        store(corpus, folder, model, report=reports.append)
+        assert reports[0] == 0 < sum(reports)
+        assert contents(folder) == whole
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_a_file_that_changes_while_its_patches_are_stored(
+    moment: str, corpus: Path, patcher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the same size. What is stored is of the very bytes with the digest that is stored."""
+    monkeypatch.setattr(stored_patches, "_BLOCK_IDS", 4 * CONTEXT)
+    folder, model, sources = tmp_path / "patches", blt(patcher), data.find_sources([corpus])
+    path = sources[-1].path
+    content = path.read_bytes()
+
+    def change(ids: int = 0) -> None:
+        path.write_bytes(content[:-1] + b"\0")
+
+    if moment == "before":
+        change()
+    with pytest.raises(ValueError, match=f"^{path}: the file has changed while patches were stored"):
+        stored_patches.save(folder, sources, model, CONTEXT, report=change)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"no index.json in|is not complete"):
+        StoredPatches(folder)
+    path.write_bytes(content)
+    store(corpus, folder, model)
+    store(corpus, tmp_path / "whole", model)
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_two_processes_in_one_folder(corpus: Path, patcher: Path, tmp_path: Path) -> None:
+    """The second one is refused and the first one goes on."""
+
+    def second(ids: int) -> None:
+        with pytest.raises(ValueError, match=r"^save: another process is writing to .*/patches: wait for it"):
+            store(corpus, tmp_path / "patches", blt(patcher))
+
+    store(corpus, tmp_path / "patches", blt(patcher), report=second)
 
 
 def test_a_folder_of_something_else_is_not_overwritten(corpus: Path, patcher: Path, tmp_path: Path) -> None:
@@ -469,6 +540,14 @@ def test_patch_save_then_train(corpus: Path, patcher: Path, tmp_path: Path) -> N
         ([*saving, "--json"], "patch: --json: expected none beside --save"),
         ([*saving, "--max-show", "3"], "patch: --max-show: expected none beside --save"),
         ([*saving, "--context", "1"], "patch: --context 1: expected at least 2 ids"),
+        (
+            ["patch", "--save", str(corpus), str(corpus), *shared],
+            f"patch: --save {corpus}: expected a folder outside of {corpus}",
+        ),
+        (
+            ["patch", "--save", str(corpus / "new"), str(corpus / "1.txt"), f"{corpus}/../corpus", *shared],
+            f"patch: --save {corpus / 'new'}: expected a folder outside of {corpus}/../corpus",
+        ),
         ([*saving, "--processes", "0"], "patch: --processes 0: expected at least 1"),
         ([*saving, "--threshold", "1"], "(threshold="),
         (["patch", str(corpus / "1.txt"), "--processes", "2"], "patch: --processes: expected --save beside it"),

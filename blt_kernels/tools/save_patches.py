@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -33,6 +34,10 @@ class SaveConfig:
 
     def __post_init__(self) -> None:
         checks.check_device(self.device)
+        folder = Path(os.path.realpath(self.folder))
+        for path in self.paths:
+            if Path(os.path.realpath(path)) in (folder, *folder.parents):
+                raise ValueError(f"--save {self.folder}: expected a folder outside of {path}, whose patches it is for")
         if self.context < 2:
             raise ValueError(f"--context {self.context}: expected at least 2 ids")
         if self.processes < 1 or (self.processes > 1 and self.device != "cpu"):

@@ -14,6 +14,7 @@ A folder of stored patches holds
 - ``patches.bits``: the pieces in order, one bit for each id, from the highest bit of a byte down: 1 if the id after it
   starts a patch. Every piece begins at a byte. The file is mapped to memory, not read.
 - ``done``: while the folder is being made, a byte for each block of pieces, 1 once the block is on the disk.
+- ``lock``: keeps other processes from the folder while one stores patches in it.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from blt_kernels._files import whole_file
+from blt_kernels._files import locked, whole_file
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models import BLT, ByteLM
+from blt_kernels.nn import BYTE_OFFSET
 from blt_kernels.tools import data
 from blt_kernels.tools.data import Row, Source
 
@@ -98,12 +101,17 @@ class RowPatches:
         return [next(computed) if cuts is None else cuts for cuts in found]
 
 
-def cut_pieces(model: BLT, pieces: Sequence[Row], bf16: bool) -> list[np.ndarray]:
+def cut_pieces(
+    model: BLT,
+    pieces: Sequence[Row],
+    bf16: bool,
+    read: Callable[[Sequence[Row]], tuple[Tensor, Tensor]] = data.read_rows,
+) -> list[np.ndarray]:
     """For each id of each piece, whether the one after it starts a patch: bool ``[length]``."""
     device = next(model.parameters()).device
     cuts = []
     for group in _calls(pieces, 1 if device.type == "cpu" else _CALL_IDS):
-        tokens, offsets = data.read_rows(group)
+        tokens, offsets = read(group)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             layout = model.patch(tokens.to(device), offsets.to(device))
         starts_after = (layout.decode_ids == layout.patch_ids).cpu().numpy()
@@ -199,19 +207,32 @@ class StoredPatches:
         path = folder / _BITS
         if not path.exists() or data.file_digest(path)[0] != self.index["sha256"]:
             raise ValueError(f"patches: {path} is damaged: it is not what {_INDEX} describes")
+        expected, got = self.places.num_bytes, path.stat().st_size
+        if expected != got:
+            message = f"files of these sizes have {expected:,} bytes of patches, and {_BITS} has {got:,}"
+            raise ValueError(f"patches: {folder / _INDEX} is damaged: {message}")
         self.bits = np.memmap(path, dtype=np.uint8, mode="r")
 
     def check(self, made_with: dict[str, Any], sources: Iterable[Source]) -> None:
-        """Raise ValueError, naming what differs, unless the patches were made with the same and for these files."""
+        """Raise ValueError, naming what differs, unless the patches were made with the same and for these files.
+
+        The index has their sizes, too, which say where the patches of each file are.
+        """
         stored = self.index["made_with"]
         names = [name for name in {**stored, **made_with} if stored.get(name) != made_with.get(name)]
         if names:
             shown = "; ".join(f"{name}: expected {made_with.get(name)}, got {stored.get(name)}" for name in names)
             raise ValueError(f"patches: {self.folder} was made with something else ({shown})")
+        sources = list(sources)
         missing = [source for source in sources if source.digest not in self.number]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"patches: {self.folder} has none of {missing[0].path}{more}, as the file is now")
+        for source in sources:
+            size = self.index["files"][self.number[source.digest]]["size"]
+            if size != source.size:
+                message = f"the size of {source.path}: expected {source.size}, got {size}"
+                raise ValueError(f"patches: {self.folder / _INDEX} is damaged: {message}")
 
     def cuts(self, piece: Row) -> np.ndarray:
         """For each id of a piece, whether the one after it starts a patch: bool ``[length]``."""
@@ -251,8 +272,13 @@ def save(
     Raises
     ------
     ValueError
-        The folder holds patches of other files or made with something else; the message names it. Or there are several
-        processes and the model is not on the CPU.
+        The folder holds patches of other files or made with something else, or another process is writing to it; the
+        message names it. Or a file is no longer what its source says: patches are of the very bytes with that digest.
+        Or there are several processes and the model is not on the CPU.
+
+    Notes
+    -----
+    The files are read once before anything is computed. What is stored is computed anew if it is damaged.
     """
     device = next(model.parameters()).device.type
     if processes != 1 and (processes < 1 or device != "cpu"):
@@ -261,21 +287,29 @@ def save(
         )
     files = [{"name": str(s.path), "size": s.size, "sha256": s.digest} for s in sources]
     index = {"format": _FORMAT, "made_with": provenance(model, context, bf16), "files": files, "sha256": None}
-    places = _Places([source.size for source in sources], context)
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "save"):
+        _save(folder, index, _Blocks(sources, context), model, processes, report or (lambda _: None))
+
+
+def _save(
+    folder: Path, index: dict[str, Any], blocks: _Blocks, model: BLT, processes: int, report: Callable[[int], None]
+) -> None:
+    """`save`, while no other process does."""
+    places, path = blocks.places, folder / _BITS
     stored = _read_index(folder)
     if stored is not None:
         _check_same(folder, stored, index)
         index["files"] = stored["files"]  # their names then
-    else:
-        _write_index(folder, index)
-    blocks = _Blocks(sources, places)
-    report = report or (lambda _: None)
     if stored is not None and stored["sha256"] is not None:
-        report(data.num_ids(sources, context))
+        whole = path.exists() and path.stat().st_size == places.num_bytes
+        whole = whole and data.file_digest(path)[0] == stored["sha256"]
         (folder / _DONE).unlink(missing_ok=True)
-        return
-    bits = os.open(folder / _BITS, os.O_RDWR | os.O_CREAT, 0o666)
+        if whole:
+            report(data.num_ids(blocks.sources, places.context))
+            return
+    digests = blocks.digests()
+    _write_index(folder, index)
+    bits = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     done = os.open(folder / _DONE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if os.fstat(bits).st_size != places.num_bytes:  # then no mark can be true
@@ -284,7 +318,8 @@ def save(
         marks = os.pread(done, blocks.count, 0).ljust(blocks.count, b"\0")
         todo = [block for block in range(blocks.count) if not marks[block]]
         report(sum(blocks.num_ids(block) for block in range(blocks.count) if marks[block]))
-        for block, content in _compute(model, blocks, bf16, todo, processes):
+        for block, (content, read) in _compute(model, blocks, index["made_with"]["bf16"], todo, processes):
+            blocks.check_read(block, read, digests[block])
             _write_all(bits, content, places.byte_of(blocks.pieces(block).start))
             os.fsync(bits)  # before the mark says so
             os.pwrite(done, b"\1", block)
@@ -293,18 +328,18 @@ def save(
     finally:
         os.close(bits)
         os.close(done)
-    index["sha256"] = data.file_digest(folder / _BITS)[0]
+    index["sha256"] = data.file_digest(path)[0]
     _write_index(folder, index)
-    (folder / _DONE).unlink()
+    (folder / _DONE).unlink(missing_ok=True)
 
 
 class _Blocks:
     """Pieces, cut into blocks of as many."""
 
-    def __init__(self, sources: Sequence[Source], places: _Places) -> None:
-        self.sources, self.places = sources, places
-        self.size = max(1, _BLOCK_IDS // places.context)
-        self.total = int(places.first[-1])
+    def __init__(self, sources: Sequence[Source], context: int) -> None:
+        self.sources, self.places = sources, _Places([source.size for source in sources], context)
+        self.size = max(1, _BLOCK_IDS // context)
+        self.total = int(self.places.first[-1])
         self.count = -(-self.total // self.size)
 
     def pieces(self, block: int) -> range:
@@ -318,10 +353,64 @@ class _Blocks:
     def num_ids(self, block: int) -> int:
         return sum(row.length for row in self.rows(block))
 
-    def bits(self, model: BLT, block: int, bf16: bool) -> bytes:
-        """What `patches.bits` holds of a block."""
-        cuts = cut_pieces(model, list(self.rows(block)), bf16)
-        return b"".join(np.packbits(each).tobytes() for each in cuts)
+    def bits(self, model: BLT, block: int, bf16: bool) -> tuple[bytes, list[bytes]]:
+        """What `patches.bits` holds of a block, and the digests of what was read for it, as in `digests`."""
+        reader = _Reader()
+        cuts = cut_pieces(model, list(self.rows(block)), bf16, reader)
+        return b"".join(np.packbits(each).tobytes() for each in cuts), reader.digests
+
+    def digests(self) -> list[list[bytes]]:
+        """For each block, a digest of what it has of each of its files.
+
+        Raises
+        ------
+        ValueError
+            A file is no longer what it was when it was found.
+        """
+        digests, whole = [], hashlib.sha256()
+        for block in range(self.count):
+            reader = _Reader()
+            for row in self.rows(block):
+                ids = reader([row])[0].numpy()
+                ends = row.start + row.length == row.source.size + 2
+                whole.update(
+                    (ids[1 : -1 if ends else None] - BYTE_OFFSET).astype(np.uint8).tobytes()
+                )  # the first one is known
+                if ends and whole.hexdigest() != row.source.digest:
+                    raise _changed(row.source)
+                whole = hashlib.sha256() if ends else whole
+            digests.append(reader.digests)
+        return digests
+
+    def check_read(self, block: int, read: list[bytes], expected: list[bytes]) -> None:
+        """Raise ValueError, naming a file, unless what was read for a block has the digests expected."""
+        sources = dict.fromkeys(row.source for row in self.rows(block))
+        for source, one, other in zip(sources, read, expected, strict=True):
+            if one != other:
+                raise _changed(source)
+
+
+def _changed(source: Source) -> ValueError:
+    return ValueError(f"{source.path}: the file has changed while patches were stored: bring it back or start anew")
+
+
+class _Reader:
+    """Reads rows, and computes a digest of what it has read of each file."""
+
+    def __init__(self) -> None:
+        self.files: dict[Source, Any] = {}
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """As `data.read_rows`."""
+        parts = [data.read_ids(*row) for row in rows]
+        for row, ids in zip(rows, parts, strict=True):
+            # Modulo 256, which takes no two bytes to one, nor BOS or EOS to what could be in their place.
+            self.files.setdefault(row.source, hashlib.sha256()).update(ids.astype(np.uint8).tobytes())
+        return data.pack_rows(parts)
+
+    @property
+    def digests(self) -> list[bytes]:
+        return [digest.digest() for digest in self.files.values()]
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -329,8 +418,8 @@ class _Blocks:
 
 def _compute(
     model: BLT, blocks: _Blocks, bf16: bool, todo: Sequence[int], processes: int
-) -> Iterator[tuple[int, bytes]]:
-    """The bits of blocks, in the order in which they are done."""
+) -> Iterator[tuple[int, tuple[bytes, list[bytes]]]]:
+    """What `_Blocks.bits` gives of blocks, in the order in which they are done."""
     processes = min(processes, len(todo))
     if processes <= 1:
         yield from ((block, blocks.bits(model, block, bf16)) for block in todo)
@@ -387,7 +476,7 @@ def _work(connection: Connection, model: BLT, blocks: _Blocks, bf16: bool, threa
         while True:
             block = connection.recv()
             try:
-                answer: bytes | Exception = blocks.bits(model, block, bf16)
+                answer: tuple[bytes, list[bytes]] | Exception = blocks.bits(model, block, bf16)
             except Exception as error:
                 answer = error
             connection.send(answer)
@@ -404,9 +493,11 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         known = index["format"] == _FORMAT and isinstance(index["sha256"], (str, NoneType))
-        known &= isinstance(index["made_with"]["context"], int) and index["made_with"]["context"] >= 2
+        known &= isinstance(index["made_with"]["context"], int) and 2 <= index["made_with"]["context"] < 1 << 48
         for file in index["files"]:
-            known &= isinstance(file["size"], int) and file["size"] > 0 and isinstance(file["sha256"], str)
+            known &= isinstance(file["size"], int) and 0 < file["size"] < 1 << 48
+            known &= isinstance(file["sha256"], str)
+        known &= len({file["sha256"] for file in index["files"]}) == len(index["files"]) > 0
     except (ValueError, LookupError, TypeError):
         known = False
     if not known:
@@ -418,7 +509,7 @@ def _check_same(folder: Path, stored: dict[str, Any], index: dict[str, Any]) -> 
     old, new = stored["made_with"], index["made_with"]
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     shown = [f"{name}={old.get(name)!r}" for name in names]
-    if [file["sha256"] for file in stored["files"]] != [file["sha256"] for file in index["files"]]:
+    if [(f["sha256"], f["size"]) for f in stored["files"]] != [(f["sha256"], f["size"]) for f in index["files"]]:
         shown.append("files")
     if shown:
         raise ValueError(f"save: {folder} holds patches of something else ({', '.join(shown)}): choose another folder")
