@@ -66,7 +66,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{name}: another process is writing to {folder}: wait for it, or choose another"
+                f"{name}: another process is writing to {folder}: wait for it, or choose another directory"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):

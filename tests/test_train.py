@@ -354,15 +354,15 @@ def test_the_newest_checkpoints_stay_and_nothing_else_goes(corpus: Path, tmp_pat
         assert train_state.latest(folder).name == str(step)
     assert [path.name for path in (folder / "2").iterdir()] == ["mine.txt"]
     assert all(file.read_text() == "mine" for file in (*notes, folder / "todo.txt"))
-    # One more, of fewer; and the older of two is whole.
-    run = train._Run(config(corpus, tmp_path, checkpoint_every=2, keep=1), ALONE)
-    assert run.step == 6
+    # The older of two is whole; and fewer from now on.
     for file in (folder / "6").iterdir():
         file.unlink()
-    run = train._Run(config(corpus, tmp_path, checkpoint_every=2, keep=1), ALONE)
+    run = train._Run(config(corpus, tmp_path, checkpoint_every=2, keep=2), ALONE)
     assert run.step == 4
     while run.step < 6:
         run.record(run.advance(), 1.0)
+    assert {path.name for path in folder.iterdir()} == {"4", "6"} | others
+    assert train._Run(config(corpus, tmp_path, checkpoint_every=2, keep=1), ALONE).step == 6
     assert {path.name for path in folder.iterdir()} == {"6"} | others
 
 

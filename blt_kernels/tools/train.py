@@ -474,6 +474,8 @@ class _Run:
             raise self._changed("patcher" if self.config.patcher or not self.config.init else "init", "other weights")
         self.step, self.seconds, self.heldout_bits = values["step"], values["seconds"], values["heldout_bits"]
         self.saved_step = self.step
+        if self.ranks.rank == 0:  # `keep` may be smaller than it was
+            train_state.prune(checkpoint.parent, self.config.keep)
 
     def _check_files(self, began_with: dict[str, Any]) -> None:
         """Raise ValueError unless the files that options name give the configuration that the run began with."""

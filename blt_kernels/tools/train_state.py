@@ -70,11 +70,11 @@ def save(
     ranks: Ranks,
     keep: int = 1,
 ) -> None:
-    """Write a checkpoint, unless there is one of this step, then remove all but the `keep` newest ones.
+    """Write a checkpoint, unless there is one of this step, then `prune`.
 
     All ranks take part; `values` are those of rank 0.
 
-    Incomplete ones are removed too: no other process may write to `folder`.
+    As that removes incomplete ones, no other process may write to `folder`.
 
     Raises
     ------
@@ -104,10 +104,15 @@ def save(
             raise OSError(f"{path}: the checkpoint could not be written: {reasons}") from error
         raise
     if ranks.rank == 0:
-        complete = sorted((other for other in _checkpoints(folder) if _is_complete(other)), key=_step)
-        for other in set(_checkpoints(folder)) - set(complete[-keep:]):
-            if other in complete or all(_OWN.fullmatch(file.name) for file in other.iterdir()):
-                _remove(other)
+        prune(folder, keep)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the `keep` newest ones, and what kills left of others. On rank 0 alone."""
+    complete = sorted((path for path in _checkpoints(folder) if _is_complete(path)), key=_step)
+    for path in set(_checkpoints(folder)) - set(complete[-keep:]):
+        if path in complete or all(_OWN.fullmatch(file.name) for file in path.iterdir()):
+            _remove(path)
 
 
 def read_values(path: Path) -> dict[str, Any]:
