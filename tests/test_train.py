@@ -521,6 +521,26 @@ def test_a_log_without_its_checkpoint_is_not_overwritten(corpus: Path, tmp_path:
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 7}\n'
 
 
+def test_a_run_inside_of_its_corpus(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes is not among the files that it goes on with, nor what its own directory had."""
+    (corpus / "runs" / "entropy").mkdir(parents=True)
+    (corpus / "runs" / "notes.txt").write_text("of the corpus")
+    (corpus / "runs" / "entropy" / "notes.txt").write_text("of the run")
+    monkeypatch.chdir(corpus)
+    options = config(Path(), Path("runs/entropy"), steps=1, overrides=TINY)
+    for steps in (1, 2):
+        train.train(replace(options, steps=steps))
+    run = train._Run(replace(options, steps=2), ALONE)
+    names = {source.path.name for source in run.train_sources + run.heldout_sources}
+    assert len(run.train_sources + run.heldout_sources) == 31
+    assert "notes.txt" in names
+    assert run.step == 2
+    # A corpus inside of a run is one.
+    assert train._Run(config(corpus, tmp_path), ALONE).step == 0
+    with pytest.raises(ValueError, match=r"^out: expected another directory than the paths to train on, got \."):
+        config(Path(), Path())
+
+
 def test_two_runs_in_one_directory(corpus: Path, tmp_path: Path) -> None:
     """The second one is refused and the first one goes on; the lock ends with a run, however that ends."""
     options = config(corpus, tmp_path / "run", steps=3, checkpoint_every=1)

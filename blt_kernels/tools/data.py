@@ -45,12 +45,14 @@ class Row(NamedTuple):
     length: int
 
 
-def find_sources(paths: Sequence[str | os.PathLike[str]], include: Sequence[str] = ("*",)) -> list[Source]:
+def find_sources(
+    paths: Sequence[str | os.PathLike[str]], include: Sequence[str] = ("*",), left_out: Path | None = None
+) -> list[Source]:
     """Files under `paths`, in the order of their content's digest.
 
     A file that is named is always taken. Directories are walked: names must match one of the `include` patterns, and
-    binary files (a zero byte among the first 8192), hidden and `SKIPPED_DIRECTORIES` are left out. Empty files hold
-    nothing to learn, and of identical files one is kept.
+    binary files (a zero byte among the first 8192), hidden and `SKIPPED_DIRECTORIES` are left out, and so is
+    the directory `left_out`. Empty files hold nothing to learn, and of identical files one is kept.
 
     Raises
     ------
@@ -67,7 +69,7 @@ def find_sources(paths: Sequence[str | os.PathLike[str]], include: Sequence[str]
             raise FileNotFoundError(f"paths: no such file or directory: {path}")
         if not path.is_file() and not path.is_dir():  # a pipe can be read only once, /dev/zero for ever
             raise ValueError(f"paths: expected a file or a directory, got {path}")
-        for file in [path] if path.is_file() else _walk(path, include):
+        for file in [path] if path.is_file() else _walk(path, include, left_out):
             digest, size = file_digest(file)
             if size and (digest not in found or file < found[digest].path):
                 found[digest] = Source(file, size, digest)
@@ -256,10 +258,13 @@ def check_patching(name: str, patching: str) -> None:
         raise ValueError(f"{name}: {message}")
 
 
-def _walk(root: Path, include: Sequence[str]) -> Iterator[Path]:
+def _walk(root: Path, include: Sequence[str], left_out: Path | None) -> Iterator[Path]:
+    own = left_out and os.path.realpath(left_out)
     for directory, subdirectories, names in os.walk(root):
         skipped = SKIPPED_DIRECTORIES
         subdirectories[:] = sorted(s for s in subdirectories if not any(fnmatch(s, pattern) for pattern in skipped))
+        if own is not None:
+            subdirectories[:] = [s for s in subdirectories if os.path.realpath(Path(directory, s)) != own]
         for name in sorted(names):
             file = Path(directory, name)
             if any(fnmatch(name, pattern) for pattern in include) and file.is_file() and not _is_binary(file):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -52,10 +53,10 @@ class TrainConfig:
     that configuration. `batch_bytes` ids make a step, in pieces of at most `context`. A fraction `heldout` of the files
     is never trained on; at most `eval_bytes` of them are measured every `eval_every` steps, all of them at the end.
     `patcher` is the entropy model of a BLT with entropy patching; if None, that of `init`, or the bundled one.
-    A checkpoint is written every `checkpoint_every` steps, and no later than `checkpoint_seconds` after the last.
-    `bf16` is autocast: faster on CPUs with AMX, and on GPUs. `save_bf16` halves the size of the final model. An entropy
-    model is saved with the threshold that makes patches of `patch_size` bytes on held-out files, or on those of the
-    training if none is held out.
+    `out` is left out where it lies inside of `paths`. A checkpoint is written every `checkpoint_every` steps, and no
+    later than `checkpoint_seconds` after the last. `bf16` is autocast: faster on CPUs with AMX, and on GPUs.
+    `save_bf16` halves the size of the final model. An entropy model is saved with the threshold that makes patches of
+    `patch_size` bytes on held-out files, or on those of the training if none is held out.
 
     `accumulate` micro-batches of a rank make its share of a step. `checkpoint_activations` computes every layer twice
     to keep only its input, with the same numbers. `compile` compiles the layers, once for all lengths. On several
@@ -124,6 +125,8 @@ class TrainConfig:
             raise ValueError(f"preset: expected 'small' or 'paper', got {self.preset!r}")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {self.parallel!r}")
+        if os.path.isdir(self.out) and os.path.realpath(self.out) in map(os.path.realpath, self.paths):
+            raise ValueError(f"out: expected another directory than the paths to train on, got {self.out}")
         for name in ("init_global", "patches", "patcher"):
             if self.model != "blt" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: expected None, since model is {self.model!r}, got {getattr(self, name)}")
@@ -315,7 +318,7 @@ class _Run:
                 raise ImportError(f"training needs {package}: pip install 'blt-kernels[cli]'")
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        sources = data.find_sources(config.paths, config.include)
+        sources = data.find_sources(config.paths, config.include, left_out=self.out)
         self.train_sources, self.heldout_sources = data.split_sources(sources, config.heldout, config.seed)
         if not self.train_sources:
             raise ValueError(f"heldout: all of {len(sources)} files are held out at {config.heldout}")
