@@ -538,7 +538,7 @@ def test_a_run_inside_of_its_corpus(corpus: Path, tmp_path: Path, monkeypatch: p
     # A corpus inside of a run is one.
     assert train._Run(config(corpus, tmp_path), ALONE).step == 0
     with pytest.raises(ValueError, match=r"^out: expected another directory than the paths to train on, got \."):
-        config(Path(), Path())
+        train.train(config(Path(), Path()))
 
 
 def test_two_runs_in_one_directory(corpus: Path, tmp_path: Path) -> None:

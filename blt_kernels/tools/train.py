@@ -125,8 +125,6 @@ class TrainConfig:
             raise ValueError(f"preset: expected 'small' or 'paper', got {self.preset!r}")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {self.parallel!r}")
-        if os.path.isdir(self.out) and os.path.realpath(self.out) in map(os.path.realpath, self.paths):
-            raise ValueError(f"out: expected another directory than the paths to train on, got {self.out}")
         for name in ("init_global", "patches", "patcher"):
             if self.model != "blt" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: expected None, since model is {self.model!r}, got {getattr(self, name)}")
@@ -289,9 +287,12 @@ def train(config: TrainConfig, report: Callable[[Progress], None] | None = None)
         There is nothing to train on, ``config.out`` holds a run with other options or one that began with other content
         in the files of options, or another process is training there; the message names them.
     """
+    out = Path(config.out)
+    if out.is_dir() and os.path.realpath(out) in map(os.path.realpath, config.paths):
+        raise ValueError(f"out: expected another directory than the paths to train on, got {out}")
     with (
         train_parallel.start(config.device) as ranks,
-        locked(Path(config.out), "out") if ranks.rank == 0 else nullcontext(),
+        locked(out, "out") if ranks.rank == 0 else nullcontext(),
     ):
         return _train(config, report, ranks)
 
