@@ -36,7 +36,7 @@ RESIDENT = {  # warps that a multiprocessor has registers for, at least, by (ker
 RESIDENT_SMALL = {"ranges": 48, "bwd_sums": 16, "combine": 16}  # kernels that stream
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 OFFSETS = ("first", "last", "cu_q", "cu_k", "used")
-STORED_AS_FP32 = ("lse", "sums", "parts", "weights")
+STORED_AS_FP32 = ("lse", "sums", "parts")
 
 
 def kernel_of(name: str) -> Any:
@@ -77,7 +77,7 @@ def compiled(
         elif argument in ("q", "k", "v", "out") or argument.startswith("grad_"):
             signature[argument] = f"*{NAMES[dtype]}"
         else:
-            signature[argument] = "fp32" if argument.endswith("scale") else "i32"
+            signature[argument] = "fp32" if argument.endswith(("scale", "power", "factor")) else "i32"
         if signature[argument][0] == "*" or argument.startswith("stride"):
             aligned[(index,)] = [["tt.divisibility", 16]]
     own = {k: v for k, v in constants.items() if k in signature}

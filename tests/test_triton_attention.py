@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from inputs import LARGE_SCORES, eager_attention, large_scores, sizes_of_scores
 from torch import Tensor
 
 from blt_kernels.reference import block_causal_attention as reference
@@ -162,6 +163,28 @@ def inputs(queries: int, keys: int, heads: tuple[int, int], width: int, dtype: t
     return [randn(*size, width, seed=seed, dtype=dtype) for seed, size in enumerate(sizes)]
 
 
+def flash_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Gradients with weights exp(s - lse) and with sum(g * out), from rounded `lse` and `out`, as in the kernels.
+
+    The reference makes both anew from the scores, so its errors are smaller where gradients cancel.
+    """
+    accumulator, factor = lse.dtype, q.shape[-1] ** -0.5 if rest[4] is None else rest[4]
+    first, last, live = reference.visible(q, k, *rest[:4], rest[5])
+    rows = (first < last)[:, None, None]
+    grad, q, out = (torch.where(rows, x, 0).to(accumulator) for x in (grad, q, out))
+    keys, values = (torch.where(live[:, None, None], x, 0).to(accumulator) for x in (k, v))
+    keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
+    key = torch.arange(k.shape[0])
+    seen = (first[:, None] <= key) & (key < last[:, None])
+    p = (torch.einsum("qhe,khe->hqk", q * factor, keys) - lse.T[..., None]).exp().where(seen, 0)
+    ds = p * (torch.einsum("qhe,khe->hqk", grad, values) - (grad * out).sum(-1).T[..., None])
+    grads = (torch.einsum("hqk,khe->qhe", ds, keys) * factor,)
+    grads += tuple(torch.einsum("hqk,qhe->khe", w, x) for w, x in ((ds, q * factor), (p, grad)))
+    return tuple(x.unflatten(1, (y.shape[1], -1)).sum(2).to(v.dtype) for x, y in zip(grads, (q, k, v), strict=True))
+
+
 def check(run: Callable, tensors: list[Tensor], cu_q: Tensor, cu_k: Tensor | None = None, **changed: Any) -> Any:
     """Compare all results with the reference in fp64: errors at most twice those of the reference in the same dtype."""
     options = {"window": None, "causal": True, "scale": None, "seqused_k": None} | changed
@@ -173,7 +196,7 @@ def check(run: Callable, tensors: list[Tensor], cu_q: Tensor, cu_k: Tensor | Non
     def expected(dtype: torch.dtype) -> tuple[Tensor, ...]:
         own = [x.to(dtype) for x in tensors]
         out = reference.block_causal_attention_fwd_reference(*own[:3], *rest)
-        return *out, *reference.block_causal_attention_bwd_reference(own[3], *own[:3], *out, *rest)
+        return *out, *flash_gradients(own[3], *own[:3], *out, *rest)
 
     names = ("out", "lse", "dq", "dk", "dv")
     for name, *triple in zip(names, results, expected(q.dtype), expected(torch.float64), strict=False):
@@ -264,6 +287,87 @@ def test_a_long_window_is_none(run: Callable, causal: bool) -> None:
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 def test_scales(run: Callable, scale: float) -> None:
     check(run, inputs(70, 70, (1, 1), 32, torch.bfloat16), offsets_of([50, 20]), scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "size"),
+    [
+        (0, torch.float32, 1e6),
+        (1, torch.bfloat16, 3e38),
+        (2, torch.bfloat16, 1e6),
+        (3, torch.float16, 3e9),
+        (4, torch.bfloat16, 3e9),
+        (4, torch.float32, 3e38),
+    ],
+)
+def test_scores_of_any_size(run: Callable, case: int, dtype: torch.dtype, size: float) -> None:
+    """Up to near the largest of fp32, of both signs: outputs are as precise as for ordinary ones, in each document."""
+    width, scale, window = LARGE_SCORES[case]
+    (q, k, v, _), offsets = large_scores(size, (2, 1), width, scale, dtype)
+    cu = torch.tensor(offsets, dtype=torch.int32)
+    (out, _), _ = run((q, k, v, cu, None, window, True, scale, None))
+    eager, truth = (
+        eager_attention(*(x.to(cast) for x in (q, k, v)), offsets, window, scale) for cast in (dtype, torch.float64)
+    )
+    for begin, end in itertools.pairwise(offsets):
+        assert_close(out[begin:end], eager[begin:end], truth[begin:end])
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(torch.bfloat16, 133120.0), (torch.float16, 65504.0)])
+def test_alike_keys_of_huge_scores_weigh_the_same(run: Callable, dtype: torch.dtype, number: float) -> None:
+    """The average of values of 1 is exactly 1, whatever 1 / sqrt(128) and its rounding make of the scores."""
+    q, k, v = torch.full((70, 2, 128), number, dtype=dtype), *(torch.ones(70, 1, 128, dtype=dtype) for _ in "kv")
+    k *= number
+    cu = offsets_of([40, 30])
+    results, _ = run((q, k, v, cu, None, None, True, None, None), randn(70, 2, 128, dtype=dtype))
+    assert_equal(results[0], v.expand_as(q))
+    assert all(x.isfinite().all() for x in results)
+    last = offsets_of([1, 1])
+    for splits in (1, 3):
+        (out, lse), _ = run((q[:2], k, v, last, cu, None, True, None, None), splits=splits)
+        assert_equal(out, torch.ones_like(out))
+        assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decoding_with_scores_of_any_size(run: Callable, dtype: torch.dtype) -> None:
+    """Keys of the same score lie in several parts, whose logarithms would have lost their weights."""
+    for size in sizes_of_scores(dtype)[1:]:
+        for width, scale, window in LARGE_SCORES[1:3]:
+            (q, k, v, _), offsets = large_scores(size, (2, 1), width, scale, dtype)
+            last = torch.tensor(offsets[1:]) - 1
+            cu_q, cu_k = offsets_of([1] * len(last)), torch.tensor(offsets, dtype=torch.int32)
+            (out, _), _ = run((q[last], k, v, cu_q, cu_k, window, True, scale, None), splits=3)
+            eager, truth = (
+                eager_attention(*(x.to(cast) for x in (q, k, v)), offsets, window, scale)[last]
+                for cast in (dtype, torch.float64)
+            )
+            assert_close(out, eager, truth)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float32, 1e3), (torch.bfloat16, 1e4), (torch.float32, 3e9), (torch.bfloat16, 3e38), (torch.float16, 3e9)],
+)
+def test_gradients_of_large_scores(run: Callable, dtype: torch.dtype, size: float) -> None:
+    """Weights are off by 2^-22 times the size of scores at most, and finite and at most 1 whatever that is."""
+    width, scale, _ = LARGE_SCORES[2]
+    (q, k, v, grad), offsets = large_scores(size, (2, 1), width, scale, dtype)
+    cu = torch.tensor(offsets, dtype=torch.int32)
+    (_, _, *grads), _ = run((q, k, v, cu, None, None, True, scale, None), grad)
+    assert all(x.isfinite().all() for x in grads)
+    eps = torch.finfo(dtype).eps
+    for begin, end in itertools.pairwise(offsets):
+        most = grad[begin:end].abs().double().sum((0, 1))
+        assert (grads[2][begin:end].abs() <= (1 + 2 * eps) * most).all()
+    if size <= 1e4:
+        leaves = [x.double().requires_grad_() for x in (q, k, v)]
+        out = eager_attention(*leaves, offsets, None, scale)
+        exact, terms = (
+            torch.autograd.grad(out, leaves[2], x, retain_graph=True)[0] for x in (grad.double(), grad.double().abs())
+        )
+        tiny = 1e-30  # weights below the smallest of fp32 are 0
+        assert ((grads[2] - exact).abs() <= (2**-22 * size + 2 * eps) * terms + tiny).all()
 
 
 def test_launches_as_on_hopper(run: Callable) -> None:

@@ -7,6 +7,9 @@ Three kernels: the row sums `delta`; dk and dv of `rows` keys of one key head, w
 of all heads that read this key head; dq of `rows` queries of one head, which streams keys as forward does. Both make
 the scores anew, so a (query, key) pair costs 14 E flops, 4 E more than if dq were added up by atomics, and everything
 is the same bit for bit from run to run.
+
+p is as precise as lse, which is rounded: its relative error is up to about 2^-22 |lse|. So that it is at most 1 where
+lse is huge there is a minimum, one instruction a pair.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from blt_kernels.triton.attention_tiles import (
     check,
     is_partial,
     load_rows,
+    multiply,
     packed_at,
     precision_of,
     row_mask,
     rows_of,
     runs_here,
+    scale_of,
     scales,
     sees,
     strides,
@@ -59,11 +64,11 @@ def block_causal_attention_bwd_sums_kernel(
 
 @triton.jit
 def dkdv_run(
-    dk, dv, k, v, q, grad_out, lse, delta, stride_qt, stride_qh, stride_gt, stride_gh, scale, first, last,
+    dk, dv, k, v, q, grad_out, lse, delta, stride_qt, stride_qh, stride_gt, stride_gh, factor, first, last,
     begin, end, queries, group, width,
     STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the queries ``[begin, end)`` of each head of a group; k and v are ``[ROWS, E]``.
+    """Add the queries ``[begin, end)`` of each head of a group; v and k, times the power of `scales`, are [ROWS, E].
 
     The heads are in the same loop, so that loads of the next one start before this one is done.
     """
@@ -76,7 +81,7 @@ def dkdv_run(
         q_rows = load_rows(tile_at(q + head * stride_qh, start, stride_qt, local, E), width, E, EVEN)
         grad = load_rows(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), width, E, EVEN)
         score = tl.dot(k, q_rows.T, input_precision=PRECISION)  # [ROWS, STEP]
-        p = tl.exp(score * scale - tl.load(lse + head * queries + start + local)[None, :])
+        p = tl.minimum(tl.exp(score * factor - tl.load(lse + head * queries + start + local)[None, :]), 1.0)
         if is_partial(start, first, last, STEP):
             p = tl.where(sees(first, last, start, end, STEP), p, 0.0)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
@@ -90,7 +95,7 @@ def dkdv_run(
 def block_causal_attention_bwd_dkdv_kernel(
     q, k, v, grad_out, sums, first, last, grad_k, grad_v,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    scale, queries, keys, groups, group, width,
+    scale, power, factor, queries, keys, groups, group, width,
     ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -103,6 +108,7 @@ def block_causal_attention_bwd_dkdv_kernel(
     first_row, last_row, gap = load_ranges(first, last, row, keys)
     stored = row_mask(inside, width, E, EVEN)
     k_rows = tl.load(tile_at(k + key_head * stride_kh, start, stride_kt, local, E), mask=stored, other=0.0)
+    k_rows = multiply(k_rows, power)
     v_rows = tl.load(tile_at(v + key_head * stride_vh, start, stride_vt, local, E), mask=stored, other=0.0)
     dk = tl.zeros((ROWS, E), tl.float32)
     dv = tl.zeros((ROWS, E), tl.float32)
@@ -114,7 +120,7 @@ def block_causal_attention_bwd_dkdv_kernel(
     begin, end = next_run(first_row, last_row, gap, 0)
     while begin < end:
         dk, dv = dkdv_run(
-            dk, dv, k_rows, v_rows, q, grad_out, lse, delta, stride_qt, stride_qh, stride_gt, stride_gh, scale,
+            dk, dv, k_rows, v_rows, q, grad_out, lse, delta, stride_qt, stride_qh, stride_gt, stride_gh, factor,
             first_row, last_row, begin, end, queries, group, width, STEP, E, EVEN, PRECISION,
         )  # fmt: skip
         begin, end = next_run(first_row, last_row, gap, end)
@@ -126,17 +132,18 @@ def block_causal_attention_bwd_dkdv_kernel(
 
 @triton.jit
 def dq_run(
-    dq, q, grad, lse, delta, k, v, stride_kt, stride_vt, scale, first, last, begin, end, width,
+    dq, q, grad, lse, delta, k, v, stride_kt, stride_vt, factor, first, last, begin, end, width,
     STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys ``[begin, end)``; q and grad are ``[ROWS, E]``."""
+    """Add the keys ``[begin, end)``; q, times the power of `scales`, and grad are ``[ROWS, E]``."""
     step = tl.arange(0, STEP)
     for offset in tl.range(0, end - begin, STEP):
         start = begin + offset
         local = tl.minimum(step, end - 1 - start)  # the last key again, not what is behind it
         k_rows = load_rows(tile_at(k, start, stride_kt, local, E), width, E, EVEN)
         v_rows = load_rows(tile_at(v, start, stride_vt, local, E), width, E, EVEN)
-        p = tl.exp(tl.dot(q, k_rows.T, input_precision=PRECISION) * scale - lse[:, None])  # [ROWS, STEP]
+        score = tl.dot(q, k_rows.T, input_precision=PRECISION)  # [ROWS, STEP]
+        p = tl.minimum(tl.exp(score * factor - lse[:, None]), 1.0)
         dp = tl.dot(grad, v_rows.T, input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if is_partial(start, first, last, STEP):
@@ -149,7 +156,7 @@ def dq_run(
 def block_causal_attention_bwd_dq_kernel(
     q, k, v, grad_out, sums, first, last, grad_q,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    scale, queries, heads, group, width,
+    scale, power, factor, queries, heads, group, width,
     ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -162,6 +169,7 @@ def block_causal_attention_bwd_dq_kernel(
     first_row, last_row, gap = load_ranges(first, last, row, queries)
     stored = row_mask(inside, width, E, EVEN)
     q_rows = tl.load(tile_at(q + head * stride_qh, start, stride_qt, local, E), mask=stored, other=0.0)
+    q_rows = multiply(q_rows, power)
     grad = tl.load(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), mask=stored, other=0.0)
     lse = tl.load(sums + head * queries + row, mask=inside, other=0.0)
     delta = tl.load(sums + (heads + head) * queries + row, mask=inside, other=0.0)
@@ -171,7 +179,7 @@ def block_causal_attention_bwd_dq_kernel(
     begin, end = next_run(first_row, last_row, gap, 0)
     while begin < end:
         dq = dq_run(
-            dq, q_rows, grad, lse, delta, k, v, stride_kt, stride_vt, scale, first_row, last_row, begin, end, width,
+            dq, q_rows, grad, lse, delta, k, v, stride_kt, stride_vt, factor, first_row, last_row, begin, end, width,
             STEP, E, EVEN, PRECISION,
         )  # fmt: skip
         begin, end = next_run(first_row, last_row, gap, end)
@@ -208,7 +216,8 @@ def block_causal_attention_bwd_cuda(
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
     sums = q.new_empty((2, heads, queries), dtype=torch.float32)
     padded = padded_width(width)
-    _, factor = scales(scale, width)
+    power, _, factor = scales(scale, q)
+    factors = scale_of(scale, q), power, factor
     options = {
         "E": padded,
         "EVEN": padded == width,
@@ -224,13 +233,13 @@ def block_causal_attention_bwd_cuda(
         )  # fmt: skip
         own = launch or launch_options("bwd_dkdv", width, q.dtype, window, architecture(q))
         block_causal_attention_bwd_dkdv_kernel[(triton.cdiv(keys, own.rows), groups)](
-            q, k, v, grad_out, sums, *of_keys, grad_k, grad_v, *strides(q, k, v, grad_out), factor,
+            q, k, v, grad_out, sums, *of_keys, grad_k, grad_v, *strides(q, k, v, grad_out), *factors,
             queries, keys, groups, heads // groups, width,
             ROWS=own.rows, STEP=own.step, num_warps=own.warps, num_stages=own.stages, **options,
         )  # fmt: skip
         own = launch or launch_options("bwd_dq", width, q.dtype, window, architecture(q))
         block_causal_attention_bwd_dq_kernel[(triton.cdiv(queries, own.rows), heads)](
-            q, k, v, grad_out, sums, *of_queries, grad_q, *strides(q, k, v, grad_out), factor,
+            q, k, v, grad_out, sums, *of_queries, grad_q, *strides(q, k, v, grad_out), *factors,
             queries, heads, heads // groups, width,
             ROWS=own.rows, STEP=own.step, num_warps=own.warps, num_stages=own.stages, **options,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from blt_kernels.triton.attention_launch import WIDTHS
 
 _LOG2_E = math.log2(math.e)
-_TINY = 1e-37  # stands in for a scale of 0: it makes finite scores 0, and leaves -inf what it is
+_TINY = 1e-37  # a smaller scale counts as 0
 _MAX_ROWS = (1 << 31) - 256  # so that ends of tiles fit into 32 bits
 _MAX_STRIDE = 1 << 22  # of rows, so that offsets within a tile fit into 32 bits
 
@@ -48,9 +48,9 @@ def load_rows(tile, width, E: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def flip_if_negative(q, scale):
-    """Return -q if the scale is negative: with its absolute value the greatest product is the greatest score."""
-    return (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
+def multiply(x, power):
+    """Return a tile times `power` of `scales`, which rounds nothing."""
+    return (x.to(tl.float32) * power).to(x.dtype)
 
 
 @triton.jit
@@ -69,14 +69,18 @@ def sees(first, last, start, end, STEP: tl.constexpr):
 @triton.jit
 def attend_run(
     acc, top, total, q, k, v, stride_kt, stride_vt, scale, first, last, begin, end, width,
-    STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):  # fmt: skip
     """Add the keys ``[begin, end)`` to what the rows `q` ``[ROWS, E]`` have seen.
 
-    `acc` is the sum of values with weights ``exp2(scale * (score - top))``, and `total` that of the weights.
+    `acc` is the sum of values with weights ``exp2(scale * (score - top))``, and `total` that of the weights. Without
+    EXACT an exponent is one fused multiply-add, off by half a unit in the last place of ``scale * top``: `top` is right
+    whatever its size, but weights are wrong by any factor where it is huge. STAGES are tiles in flight; as launched if
+    None.
     """
     step = tl.arange(0, STEP)
-    for offset in tl.range(0, end - begin, STEP):
+    for offset in tl.range(0, end - begin, STEP, num_stages=STAGES):
         start = begin + offset
         local = tl.minimum(step, end - 1 - start)  # the last key again, not what is behind it
         k_rows = load_rows(tile_at(k, start, stride_kt, local, E), width, E, EVEN)
@@ -85,9 +89,9 @@ def attend_run(
         if is_partial(start, first, last, STEP):
             score = tl.where(sees(first, last, start, end, STEP), score, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top * scale)  # 0 for rows that have not seen a key yet
-        p = tl.exp2(score * scale - shift[:, None])
-        decay = tl.exp2(top * scale - shift)
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # 0 for rows that have not seen a key yet
+        p = tl.exp2((score - base[:, None]) * scale) if EXACT else tl.exp2(score * scale - (base * scale)[:, None])
+        decay = tl.exp2((top - base) * scale)  # exactly 1 where the top stays
         total = total * decay + tl.sum(p, 1)
         acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * decay[:, None], input_precision=PRECISION)
         top = new_top
@@ -102,10 +106,24 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and abs(x.stride(0)) < _MAX_STRIDE else x.contiguous()
 
 
-def scales(scale: float | None, width: int) -> tuple[float, float]:
-    """Return the factor of products for exp2, which is never 0, and for exp."""
-    factor = width**-0.5 if scale is None else scale
-    return factor * _LOG2_E or _TINY, factor
+def scale_of(scale: float | None, x: Tensor) -> float:
+    """Return the scale, or that of the head width of `x`."""
+    return x.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def scales(scale: float | None, x: Tensor) -> tuple[float, float, float]:
+    """Return `power`, which one side of the products of `x` is multiplied by, and their factors for exp2 and for exp.
+
+    The scale is ``power * factor``. The power has its sign, so that the greatest product is the greatest score. It is a
+    power of two of at most 1, so that it rounds nothing and no product overflows whose score does not; products of fp16
+    never do, and rows of fp16 would lose bits. The factor is never 0, so that it leaves -inf what it is.
+    """
+    scale = scale_of(scale, x)
+    if abs(scale) < _TINY:
+        return 0.0, _LOG2_E, 1.0
+    whole = 1.0 if x.dtype == torch.float16 else 2.0 ** min(math.frexp(scale)[1] - 1, 0)
+    factor = abs(scale) / whole
+    return math.copysign(whole, scale), factor * _LOG2_E, factor
 
 
 def precision_of(x: Tensor) -> str:

@@ -6,7 +6,9 @@
 A program owns `rows` queries of one head, packed rows whatever documents they are of, and streams the keys that they
 see past them in steps (attention_ranges.py). So the grid is bounded by Tq, and many tiny documents cost no more than a
 long one. Only steps that some query does not see whole are masked. exp2 is used throughout, with scale * log2(e)
-folded into the difference of score and maximum, one fused multiply-add.
+folded into the difference of score and maximum: one fused multiply-add in 16 bits up to a width of 128. That rounds
+the maximum, so a program whose maxima reach _LARGE starts anew, and subtracts before it multiplies. In fp32 and for
+wider heads, where products take much longer, all programs do so at once.
 
 Flops: 4 E a (query, key) pair. Bytes: q and out once; k and v once for every block of queries, from L2: the blocks of
 a head run side by side, the longest rows of a document first.
@@ -29,7 +31,7 @@ from blt_kernels.triton.attention_ranges import load_ranges, next_run, ranges
 from blt_kernels.triton.attention_tiles import (
     attend_run,
     check,
-    flip_if_negative,
+    multiply,
     packed_at,
     precision_of,
     row_mask,
@@ -40,12 +42,14 @@ from blt_kernels.triton.attention_tiles import (
     tile_at,
 )
 
+_LARGE = tl.constexpr(1024.0)  # of scale * log2(e) * product: its rounding changes weights by up to 2^-15 below it
+
 
 @triton.jit(do_not_specialize=["queries", "heads", "group", "width"])
 def block_causal_attention_fwd_kernel(
     q, k, v, out, lse, first, last,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    scale, natural_scale, queries, heads, group, width,
+    power, scale, natural_scale, queries, heads, group, width,
     ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,27 +62,39 @@ def block_causal_attention_fwd_kernel(
     first_key, last_key, gap = load_ranges(first, last, row, queries)
     loaded = row_mask(inside, width, E, EVEN)
     q_rows = tl.load(tile_at(q + head * stride_qh, start, stride_qt, local, E), mask=loaded, other=0.0)
-    q_rows = flip_if_negative(q_rows, scale)
-    scale = tl.abs(scale)
+    q_rows = multiply(q_rows, power)
     k += head // group * stride_kh
     v += head // group * stride_vh
 
     acc = tl.zeros((ROWS, E), tl.float32)
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    exact: tl.constexpr = (q_rows.dtype == tl.float32) | (E > 128)  # where products take much longer than exponents
     begin, end = next_run(first_key, last_key, gap, 0)
     while begin < end:
         acc, top, total = attend_run(
             acc, top, total, q_rows, k, v, stride_kt, stride_vt, scale, first_key, last_key, begin, end, width,
-            STEP, E, EVEN, PRECISION,
+            STEP, E, EVEN, PRECISION, EXACT=exact,
         )  # fmt: skip
         begin, end = next_run(first_key, last_key, gap, end)
 
     seen = first_key < last_key
+    if not exact:
+        overflowed = (total < float("inf")) == 0  # or NaN: an earlier maximum was huge
+        if tl.max((seen & ((tl.abs(top * scale) >= _LARGE) | overflowed)).to(tl.int32)) > 0:
+            acc = tl.zeros((ROWS, E), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
+            begin, end = next_run(first_key, last_key, gap, 0)
+            while begin < end:  # with one stage, since that is rare and two pipelines take too many registers
+                acc, top, total = attend_run(
+                    acc, top, total, q_rows, k, v, stride_kt, stride_vt, scale, first_key, last_key, begin, end, width,
+                    STEP, E, EVEN, PRECISION, EXACT=True, STAGES=1,
+                )  # fmt: skip
+                begin, end = next_run(first_key, last_key, gap, end)
     acc = tl.where(seen[:, None], acc / tl.where(total == 0, 1.0, total)[:, None], 0.0)
     at = packed_at(out, row * heads + head, width, E, EVEN and E <= 64)
     tl.store(at, acc.to(out.dtype.element_ty), mask=loaded)
-    lse_rows = tl.where(seen, top * tl.abs(natural_scale) + tl.log(total), -float("inf"))
+    lse_rows = tl.where(seen, top * natural_scale + tl.log(total), -float("inf"))
     tl.store(lse + row * heads + head, lse_rows, mask=inside)
 
 
@@ -115,7 +131,7 @@ def block_causal_attention_fwd_cuda(
         first, last = ranges(False, queries, k.shape[0], cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
         padded = padded_width(width)
         block_causal_attention_fwd_kernel[(triton.cdiv(queries, launch.rows), heads)](
-            q, k, v, out, lse, first, last, *strides(q, k, v), *scales(scale, width),
+            q, k, v, out, lse, first, last, *strides(q, k, v), *scales(scale, q),
             queries, heads, heads // groups, width,
             ROWS=launch.rows, STEP=launch.step, E=padded, EVEN=padded == width,
             PRECISION=precision_of(q), num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
