@@ -641,12 +641,13 @@ def test_files_of_options_that_change_are_named(corpus: Path, tmp_path: Path) ->
 
     def changed(options: TrainConfig, match: str) -> None:
         with pytest.raises(ValueError, match=match):
-            train.train(replace(options, steps=2))
+            train._Run(options, ALONE)
 
     patcher = save(tmp_path / "patcher.safetensors", "entropy", threshold=5.5)
     overrides = {**SMALL_BLT, "patching": "entropy"}
-    with_patcher = config(corpus, tmp_path / "run", model="blt", overrides=overrides, patcher=patcher, steps=1)
-    train.train(with_patcher)
+    few = {"model": "blt", "steps": 1, "heldout": 0.0}
+    with_patcher = config(corpus, tmp_path / "run", overrides=overrides, patcher=patcher, **few)
+    train._Run(with_patcher, ALONE)
     began = r"safetensors has changed since the run in .*/run began \("
     save(patcher, "entropy", threshold=4.5)
     changed(with_patcher, "^patcher: .*" + began + "patcher.threshold: expected 5.5, got 4.5; threshold: ")
@@ -655,17 +656,17 @@ def test_files_of_options_that_change_are_named(corpus: Path, tmp_path: Path) ->
     save(patcher, "entropy", seed=1, threshold=5.5)
     changed(with_patcher, "^patcher: .*" + began + "other weights")
     save(patcher, "entropy", threshold=5.5)
-    train.train(replace(with_patcher, steps=2))
+    train._Run(with_patcher, ALONE)
 
     init = save(tmp_path / "init.safetensors", "blt")
-    with_init = config(corpus, tmp_path / "begun" / "run", model="blt", overrides={}, init=init, steps=1)
-    train.train(with_init)
+    with_init = config(corpus, tmp_path / "begun" / "run", overrides={}, init=init, **few)
+    train._Run(with_init, ALONE)
     save(init, "blt", monotonic=True)
     changed(with_init, "^init: .*" + began + "monotonic: expected False, got True")
     save(init, "blt", encoder={**TINY, "rope_theta": 100.0})
     changed(with_init, "^init: .*" + began + "encoder.rope_theta: expected 500000.0, got 100.0")
     save(init, "blt")
-    train.train(replace(with_init, steps=2))
+    train._Run(with_init, ALONE)
 
 
 def test_a_run_begins_as_a_checkpoint_of_transformers(tmp_path: Path) -> None:
