@@ -100,6 +100,10 @@ __device__ __forceinline__ A no_score() {
 }
 __device__ __forceinline__ float power_of_e(float x) { return expf(x); }
 __device__ __forceinline__ double power_of_e(double x) { return exp(x); }
+// x * y, never fused with the subtraction that follows: in scale * s - lse the rounding of lse, millions for scores of
+// 1e13, would be left.
+__device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+__device__ __forceinline__ double rounded_product(double x, double y) { return __dmul_rn(x, y); }
 __device__ __forceinline__ float log_to_e(float x) { return logf(x); }
 __device__ __forceinline__ double log_to_e(double x) { return log(x); }
 
@@ -137,7 +141,7 @@ __device__ __forceinline__ void attend(const CrossAttention<typename S::T>& prob
       for (int i = 0; i < kHeld; ++i) scores[a][i] = there ? dot(q[i], key) : 0;
       if (there) sum_lanes<S::kLanes>(scores[a]);
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) scores[a][i] = there ? scores[a][i] * problem.scale : none;
+      for (int i = 0; i < kHeld; ++i) scores[a][i] = there ? rounded_product(scores[a][i], problem.scale) : none;
     }
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {

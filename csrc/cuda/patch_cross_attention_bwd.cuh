@@ -70,7 +70,7 @@ __device__ __forceinline__ void sum_softmax(Softmax<typename S::A> (&softmax)[kH
       dots<S>(scores, slopes, q, g, widen(k[ahead]), widen(v[ahead]));
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        const A weight = power_of_e(scores[i] * problem.scale - softmax[i].lse);
+        const A weight = power_of_e(rounded_product(scores[i], problem.scale) - softmax[i].lse);
         total[i] += weight;
         sum[i] += weight * slopes[i];
       }
@@ -114,7 +114,7 @@ __device__ __forceinline__ void grad_rows(const CrossAttention<typename S::T>& p
       dots<S>(scores, slopes, a, b, x, y);
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        const A exponent = scores[i] * problem.scale - (kHoldsQueries ? softmax[i].lse : own.lse);
+        const A exponent = rounded_product(scores[i], problem.scale) - (kHoldsQueries ? softmax[i].lse : own.lse);
         weights[i] = i < count ? power_of_e(exponent) : 0;
         total += weights[i];
         sum += i < count ? weights[i] * slopes[i] : 0;

@@ -211,6 +211,8 @@ T atomicCAS(T* to, std::type_identity_t<T> expected, std::type_identity_t<T> val
 // --- arithmetic -------------------------------------------------------------------------------------------------------
 
 inline float __expf(float x) { return expf(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline double __dmul_rn(double x, double y) { return x * y; }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1 / x; }
