@@ -14,7 +14,7 @@ from blt_kernels.ops import _common
 
 
 def character_ends(ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Which ids a patch may end with, bool ``[T]``: those after which no character of UTF-8 is incomplete.
+    """Return which ids a patch may end with, bool ``[T]``: those that leave no character of UTF-8 incomplete.
 
     Only ids up to each one decide. It is what an incremental decoder holds back: a lead byte and the continuation bytes
     that may follow it, until the last of them has come. What cannot begin or continue a character, such as 0x80 after

@@ -72,7 +72,7 @@ class _Group(typer.core.TyperGroup):
             raise self._told(ctx, error, one_line(error), 1) from None
 
     def _told(self, ctx: Any, error: Exception, message: str, code: int) -> Exception:
-        """What to raise for an error after it has been told."""
+        """Return the exception to raise once an error has been told."""
         if os.environ.get("BLT_KERNELS_TRACEBACK"):
             return error
         command, message = self.commands.get(ctx.invoked_subcommand), " ".join(message.split())
@@ -94,7 +94,7 @@ def _as_typed(message: str, command: Any) -> str:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch asked for more memory than there is; only on CUDA it raises a class of its own for it."""
+    """Return whether torch ran out of memory, for which it has an exception class of its own on CUDA only."""
     words = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
     return any(word in str(error) for word in words)
 

@@ -158,7 +158,7 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
 
 
 def ids_of(tokens: Any, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """What a model is given as `tokens` and `cu_seqlens`: ids as they are, text by `to_ids` on `device`."""
+    """Return `tokens` and `cu_seqlens` for a model: ids stay as they are, text becomes ids on `device`."""
     if isinstance(tokens, Tensor) and tokens.dtype != torch.uint8:
         return tokens, cu_seqlens
     ids = _to_ids("tokens", tokens, False, False, torch.int64, device)

@@ -405,7 +405,7 @@ class BLT(ByteModel):
                 reset_at_newlines=config.reset_at_newlines or None,
             )
         else:
-            # What the scheme alone makes may be more or fewer patches than there are in the end.
+            # The scheme alone may make more or fewer patches than there are in the end.
             final = config.max_patch_length is None and not config.whole_characters
             capacity = max_patches if final else None
             if config.patching == "space":

@@ -58,7 +58,7 @@ class Values(dict[str, Any]):
             raise self.error(key, repr(expected), default)
 
     def error(self, key: str, expected: str, default: object = None) -> ValueError:
-        """What to raise where the value under `key`, or `default` if there is none, is not as `expected`."""
+        """Return the error that the value under `key`, or `default` if there is none, is not as `expected`."""
         return ValueError(f"{self.file}: {self._path(key)}: expected {expected}, got {self.get(key, default)!r}")
 
     def build(self, cls: type[Config], **arguments: Any) -> Config:
@@ -126,8 +126,8 @@ class Fields:
 
 # --- transformers -----------------------------------------------------------------------------------------------------
 
-# Of every configuration: how it was saved, what is returned, what is generated, heads for other tasks. Names that begin
-# with an underscore are of this kind too.
+# Every configuration has these fields. They say how it was saved, what a call returns, how text is generated, and which
+# heads other tasks have. Names that begin with an underscore are ignored like them.
 _EVERY = names("""
     architectures attn_implementation auto_map dtype name_or_path torch_dtype torchscript
     transformers_version use_cache return_dict output_attentions output_hidden_states output_scores
@@ -142,7 +142,7 @@ _EVERY = names("""
 """)
 _NONE = {"quantization_config": (None, None), "per_layer_config": (None, None)}
 
-# What transformers' own conversion of a checkpoint of facebookresearch/blt writes, and its classes do not use.
+# transformers' own conversion of a checkpoint of facebookresearch/blt writes these fields, and its classes ignore them.
 _CONVERTED = names("attn_bias_type attn_impl norm_eps pm_size")
 
 
@@ -264,7 +264,8 @@ ROPE_PARAMETERS = Fields(
 
 # --- facebookresearch/blt ---------------------------------------------------------------------------------------------
 
-# How weights are drawn, how long the tables of positions are, which arithmetic makes them: not what they mean.
+# These fields say how weights are drawn, and how long and in which arithmetic the tables of positions are made. They do
+# not change what a trained model computes.
 _BASE = names("seed init_base_std init_std_factor max_seqlen rope_use_fp32_in_outer_product")
 
 BYTE_LATENT_TRANSFORMER_ARGS = Fields(
@@ -324,17 +325,17 @@ BYTE_LATENT_TRANSFORMER_ARGS = Fields(
     ignored=_BASE
     # Replaced by those of the three parts.
     | names("dim n_layers n_heads dim_token_emb dim_patch_emb")
-    # Who makes the patches, and how many rows the entropy model takes at a time.
+    # These say who makes the patches, and how many rows the entropy model takes at a time.
     | names("patch_in_forward patching_batch_size patching_device")
-    # Of training, of data, or of how the same is computed.
+    # These are about training and data, or about how the same result is computed.
     | names("""
         dropout layer_ckpt recompute_attn recompute_fc1_out recompute_fc3_out custom_bwd sequence_parallel loss_parallel
         fuse_sequence_parallel use_fsdp attn_to_keep full_logging_n_layers log_patch_lengths
         max_encoder_seq_length max_length pad_to_max_length cross_attn_use_flex_attention
     """)
-    # Of byte n-grams, which `encoder_enable_byte_ngrams` excludes.
+    # These describe byte n-grams, which `encoder_enable_byte_ngrams` excludes.
     | names("encoder_ngram_to_size_str ngram_vocab_sizes")
-    # Declared and nowhere used.
+    # These are declared and used nowhere.
     | names("""
         alpha_depth architecture conv_kernel_size encoder_enable_byte_group_hash encoder_lm_loss encoder_ngram_table_dir
         encoder_preds_low_entropy_toks encoder_preds_random_toks entropy_model_checkpoint_dir
