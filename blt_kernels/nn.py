@@ -94,7 +94,7 @@ def attention_documents(starts: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def known_ids(ids: Tensor, cu_seqlens: Tensor, alphabet: int) -> Tensor:
-    """Which ids are in a row and in the alphabet, bool ``[T]``: the others may hold anything."""
+    """Return which ids are in a row and in the alphabet, bool ``[T]``: the others may hold anything."""
     inside = torch.arange(ids.shape[0], device=ids.device) < cu_seqlens[-1]
     return inside & (ids >= 0) & (ids < alphabet)
 

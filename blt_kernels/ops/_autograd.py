@@ -1,4 +1,4 @@
-"""How an operator gets its derivatives: reverse mode once or twice, `torch.func`, and an error for forward mode.
+"""Registers the derivatives of operators: reverse mode once or twice, `torch.func`, an error for forward mode.
 
 `torch.library.register_autograd` gives an operator one derivative in reverse mode. The operator then raises under
 `torch.func` and drops the tangents of forward mode without a word; and a backward operator that has no formula of its

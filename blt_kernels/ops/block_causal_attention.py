@@ -77,10 +77,10 @@ def block_causal_attention(
     autocast dtype, as in `F.scaled_dot_product_attention`. The last query is aligned with the last key as in flash
     attention 2.1 and later: n new bytes and a cache of m keys need no more.
 
-    Scores may be of any size that fp32 holds. On the CPU gradients are as precise as those of eager attention: for
-    queries whose lse is 128 or more, 1024 in 16 bits, backward takes the products of q and k twice. On CUDA backward
-    takes the weights ``exp(s - lse)`` from the rounded lse: their relative error is up to about ``2^-22 |lse|``, 0.2%
-    for 1e4. Far beyond 1e6 they are finite and at most 1, but need not sum to 1.
+    Scores may be of any size that fp32 holds. On the CPU gradients are about as precise as those of eager attention:
+    for queries whose lse is 128 or more, 1024 in 16 bits, backward takes the products of q and k twice. On CUDA
+    backward takes the weights ``exp(s - lse)`` from the rounded lse: their relative error is up to about
+    ``2^-22 |lse|``, 0.2% for 1e4. Far beyond 1e6 they are finite and at most 1, but need not sum to 1.
     """
     _common.check_tensor("q", q, (3, 4), _common.FLOATS)
     dims = q.dim()

@@ -137,7 +137,7 @@ def _calls(pieces: Sequence[Row], limit: int) -> Iterator[list[Row]]:
 
 
 def provenance(model: BLT, context: int, bf16: bool) -> dict[str, Any]:
-    """What the patches of a piece depend on beside its bytes: as JSON."""
+    """Return, as JSON, what the patches of a piece depend on beside its bytes."""
     patcher = model.patcher if model.config.patching == "entropy" else None
     values = {
         "entropy model": patcher and model_digest(patcher),
@@ -159,7 +159,7 @@ def model_digest(model: ByteLM) -> str:
 
 
 class _Places:
-    """Where the bits of each piece are, of files of `sizes` bytes."""
+    """Locates the bits of each piece of files of `sizes` bytes."""
 
     def __init__(self, sizes: Sequence[int], context: int) -> None:
         self.context, self.stride = context, -(-context // 8)  # bytes of a full piece
@@ -354,7 +354,7 @@ class _Blocks:
         return sum(row.length for row in self.rows(block))
 
     def bits(self, model: BLT, block: int, bf16: bool) -> tuple[bytes, list[bytes]]:
-        """What `patches.bits` holds of a block, and the digests of what was read for it, as in `digests`."""
+        """Return what `patches.bits` holds of a block, and the digests of what was read for it, as in `digests`."""
         reader = _Reader()
         cuts = cut_pieces(model, list(self.rows(block)), bf16, reader)
         return b"".join(np.packbits(each).tobytes() for each in cuts), reader.digests
@@ -419,7 +419,7 @@ class _Reader:
 def _compute(
     model: BLT, blocks: _Blocks, bf16: bool, todo: Sequence[int], processes: int
 ) -> Iterator[tuple[int, tuple[bytes, list[bytes]]]]:
-    """What `_Blocks.bits` gives of blocks, in the order in which they are done."""
+    """Yield blocks and their `_Blocks.bits`, in the order in which they are done."""
     processes = min(processes, len(todo))
     if processes <= 1:
         yield from ((block, blocks.bits(model, block, bf16)) for block in todo)
