@@ -100,6 +100,19 @@ def test_traffic_is_counted_in_sectors() -> None:
     assert module.take_launches() == []
 
 
+@pytest.mark.parametrize("n", [1, 64, 300])
+def test_the_longest_thread_is_counted(n: int) -> None:
+    module = emulator()
+    module.take_launches()
+    planted("one_thread", torch.ones(n))  # one thread of the grid loads all of x and stores once
+    planted("half_warp", torch.ones(n))  # every thread loads and stores once
+    planted("block_sum", torch.ones(n))  # thread 0: x, 6 sums of 2 loads and a store of shared memory, the result
+    one_thread, half_warp, block_sum = (launch.longest for launch in module.take_launches())
+    assert one_thread == n + 1
+    assert half_warp == 2
+    assert block_sum == 1 + 1 + 6 * 3 + 1 + 1
+
+
 def test_every_kernel_is_known_by_name() -> None:
     names = emulator().kernels()
     assert len(names) == len(set(names))

@@ -74,6 +74,7 @@ struct Fibre {
   bool done = false;
   const char* waits = nullptr;  // for what
   Site site;
+  int64_t accesses = 0;  // of tensors and of shared memory
 };
 
 struct Range {
@@ -303,6 +304,8 @@ void visit(const void* pointer, size_t bytes, bool write) {
   if (m.current < 0) return;
   const auto at = reinterpret_cast<uintptr_t>(pointer);
   if (at - m.stacks < kMaxThreads * kStack) return;
+  if (!write && m.constants.holds(at, bytes) && !m.static_memory.holds(at)) return;
+  m.record->longest = std::max(m.record->longest, ++m.fibres[m.current].accesses);
   for (size_t i = 0; i < m.tensors.size(); ++i) {
     if (!m.tensors[i].holds(at, bytes)) continue;
     if (write && !m.tensors[i].writable) continue;  // the same memory may be there as an output too
@@ -313,7 +316,6 @@ void visit(const void* pointer, size_t bytes, bool write) {
   }
   if (m.dynamic_memory.holds(at)) return visit_shared(m.dynamic_memory, at, bytes, write);
   if (m.static_memory.holds(at)) return visit_shared(m.static_memory, at, bytes, write);
-  if (!write && m.constants.holds(at, bytes)) return;
   const bool read_only =
       std::any_of(m.tensors.begin(), m.tensors.end(), [&](const Range& tensor) { return tensor.holds(at, bytes); });
   fault(std::string(write ? "a write" : "a read") +

@@ -30,11 +30,13 @@ struct Known {
 };
 
 // What a launch did. Bytes are what would cross from L2: whole sectors of 32 bytes, each counted once a block unless it
-// left a cache of 256 KB meanwhile; and as the threads asked for them.
+// left a cache of 256 KB meanwhile; and as the threads asked for them. `longest` is the critical path: the most loads and
+// stores, of tensors and of shared memory, that a single thread makes.
 struct Launch {
   std::string kernel;
   int64_t blocks, rows, threads, shared;
   int64_t read = 0, written = 0, loaded = 0, stored = 0;
+  int64_t longest = 0;
 };
 
 // Runs kernel(parameters) in every thread. Throws what the first fault says.

@@ -19,7 +19,8 @@ PYBIND11_MODULE(blt_emulator, module) {
       .def_readonly("read", &Launch::read)
       .def_readonly("written", &Launch::written)
       .def_readonly("loaded", &Launch::loaded)
-      .def_readonly("stored", &Launch::stored);
+      .def_readonly("stored", &Launch::stored)
+      .def_readonly("longest", &Launch::longest);
   py::enum_<Order>(module, "Order")
       .value("FORWARD", Order::kForward)
       .value("BACKWARD", Order::kBackward)

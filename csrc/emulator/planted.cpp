@@ -52,6 +52,15 @@ __global__ void counts_kernel(const float* x, i64 n, float* out) {
   if (i < n) out[i] = static_cast<float>(counts.votes + 1000 * counts.arrivals);
 }
 
+// Sound: the last thread has all the work, a load for each number of x and a store.
+__global__ void one_thread_kernel(const float* x, i64 n, float* out) {
+  const i64 i = my_index();
+  if (i >= n) return;
+  float sum = 0;
+  for (i64 j = 0; i == n - 1 && j < n; ++j) sum += x[j];
+  out[i] = sum;
+}
+
 // A race: the neighbour's value before the barrier.
 __global__ void race_kernel(const float* x, i64 n, float* out) {
   __shared__ float values[kThreads];
@@ -148,6 +157,7 @@ Tensor planted(std::string name, const Tensor& x) {
   BLT_PLANTED(block_sum)
   BLT_PLANTED(half_warp)
   BLT_PLANTED(counts)
+  BLT_PLANTED(one_thread)
   BLT_PLANTED(race)
   BLT_PLANTED(divergent_barrier)
   BLT_PLANTED(two_barriers)
