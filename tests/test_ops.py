@@ -56,25 +56,38 @@ def with_grad(case: OpCase, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(case: OpCase, function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """Outputs of `function`, and the gradients of its differentiable arguments for fixed cotangents."""
-    arguments = with_grad(case, arguments)
-    out = function(**arguments)
-    if not case.differentiable:
-        return out, []
-    results = [x for x in floats_of(out) if x.requires_grad]
+def cotangents_of(case: OpCase, out: Any) -> list[Tensor]:
+    """The same powers of two and their negatives for every run: exact in every dtype. One for each gradient asked."""
     generator = torch.Generator().manual_seed(0)
-    # Powers of two and their negatives: exact in every dtype, so that all runs see the same cotangents.
-    cotangents = [
+    return [
         (
             2.0 ** torch.randint(-2, 3, x.shape, generator=generator)
             * (1 - 2 * torch.randint(2, x.shape, generator=generator))
         ).to(x.device, x.dtype)
-        for x in results
+        for x in floats_of(out)
+        if case.differentiable and x.requires_grad
     ]
-    leaves = tensors_of({name: arguments[name] for name in case.differentiable})
-    grads = torch.autograd.grad(results, leaves, cotangents)
-    return map_tensors(Tensor.detach, out), [g.to_dense() if g.is_sparse else g for g in grads]
+
+
+def forward(case: OpCase, function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """Outputs of `function`, and the leaves that have gradients."""
+    arguments = with_grad(case, arguments)
+    return function(**arguments), tensors_of({name: arguments[name] for name in case.differentiable})
+
+
+def backward(case: OpCase, out: Any, leaves: list[Tensor], cotangents: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    """Detached outputs, and the gradients of the leaves."""
+    if not case.differentiable:
+        return out, []
+    results = [x for x in floats_of(out) if x.requires_grad]
+    return map_tensors(Tensor.detach, out), list(torch.autograd.grad(results, leaves, cotangents))
+
+
+def run(case: OpCase, function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """Outputs of `function`, and the gradients of its differentiable arguments for fixed cotangents."""
+    out, leaves = forward(case, function, arguments)
+    out, grads = backward(case, out, leaves, cotangents_of(case, out))
+    return out, [g.to_dense() if g.is_sparse else g for g in grads]
 
 
 def check(case: OpCase, batch: list[dict[str, Any]], function: Callable[..., Any] | None = None) -> None:
@@ -348,7 +361,7 @@ def test_only_asked_gradients_are_computed(case: OpCase, device: str) -> None:
         position += count
 
 
-# --- torch.library, torch.compile, autocast, CUDA graphs --------------------------------------------------------------
+# --- torch.library, torch.compile, autocast --------------------------------------------------------------
 
 
 @TRACE_CASES
@@ -408,28 +421,6 @@ def test_autocast(case: OpCase, device: str) -> None:
     assert_equal(from_mixed, expected)
     assert all(g.dtype == torch.float32 for g in grads)
     assert_equal([g.to(e.dtype) for g, e in zip(grads, expected_grads, strict=True)], expected_grads)
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if not c.sparse], ids=lambda case: case.name)
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graph(case: OpCase) -> None:
-    """Sparse gradients aside: how many rows they have is known on the device only, so that they wait for it."""
-    first, second = (make(case, "cuda", 300, seed) for seed in (18, 19))
-    second = {name: x if isinstance(x, Tensor) else first[name] for name, x in second.items()}
-    if any(a.shape != b.shape for a, b in zip(tensors_of(first), tensors_of(second), strict=True)):
-        second = map_tensors(Tensor.clone, first)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run(case, case.function, first)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(case, case.function, first)
-    for held, new in zip(tensors_of(first), tensors_of(second), strict=True):
-        held.copy_(new)
-    graph.replay()
-    assert_equal(captured, run(case, case.function, second))
 
 
 # --- memory safety ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -289,10 +290,13 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def _triton(operator: str, file: str) -> Callable[..., tuple[Tensor, ...]]:
     """Return a launcher of `triton/`, which is imported when it is called for the first time."""
 
-    def launch(*arguments: Any) -> tuple[Tensor, ...]:
-        return getattr(importlib.import_module(f"blt_kernels.triton.{file}"), f"{operator}_cuda")(*arguments)
+    @cache
+    def launcher() -> Callable[..., tuple[Tensor, ...]]:
+        module = importlib.import_module(f"blt_kernels.triton.{file}")
+        importlib.import_module("blt_kernels.triton.capture").refuse_in_captures()
+        return getattr(module, f"{operator}_cuda")
 
-    return launch
+    return lambda *arguments: launcher()(*arguments)
 
 
 def _forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:

@@ -79,11 +79,11 @@ def patch_starts_reference(
     h = entropy.float()
     local = _local_index(h.shape[0], cu_seqlens)
     rise = h - h.roll(1)
-    limit = torch.tensor(threshold, dtype=torch.float32, device=h.device)
+    limit = torch.full((), threshold, dtype=torch.float32, device=h.device)
     if monotonic:
         cuts = (rise > limit) | (local == 1)
     elif threshold_add is not None:
-        limit_add = torch.tensor(threshold_add, dtype=torch.float32, device=h.device)
+        limit_add = torch.full((), threshold_add, dtype=torch.float32, device=h.device)
         cuts = ((rise > limit_add) & (h > limit) & (local != 2)) | (local == 1)
     else:
         cuts = h > limit

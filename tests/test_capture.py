@@ -1,0 +1,294 @@
+"""CUDA graphs: every op captures, forward and backward; nothing of what a capture forbids happens in Python.
+
+On a GPU each op is captured and replayed. Without one, the same calls run on tensors of "meta", which stand in for
+those of a GPU: whatever would read values on the host, or copy pageable memory to the device, is reported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, OpCase
+from test_ops import backward, cotangents_of, forward, make, map_tensors, tensors_of
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blt_kernels.testing import assert_equal
+
+DEVICE = "meta"
+DENSE = [c for c in CASES if not c.sparse]  # the size of a sparse gradient depends on the data: its launcher waits
+
+
+# --- what a capture forbids -------------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Report, in `forbidden`, calls that a capture on `DEVICE` does not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forbidden: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = tensors_of((args, kwargs))
+        on_device = [x for x in given if x.device.type == DEVICE]
+        if on_device and waits(func, args):
+            self.forbidden.append(f"{func} reads values of the device")
+        if on_device and torch.device(kwargs.get("device") or DEVICE).type == "cpu":
+            self.forbidden.append(f"{func} copies to the host")
+        result = func(*args, **kwargs)
+        made = [x for x in tensors_of(result) if x.device.type == DEVICE]
+        from_host = [x for x in given if x.device.type == "cpu"]
+        if torch.Tag.pointwise in func.tags:  # takes a number of the host as an argument of its kernel
+            from_host = [x for x in from_host if x.dim()]
+        if from_host and (on_device or made):
+            self.forbidden.append(f"{func} copies from the host")
+        return result
+
+
+class WatchConstructors(TorchFunctionMode):
+    """Report tensors made of numbers or arrays of the host, which no dispatcher is told about on "meta"."""
+
+    def __init__(self, forbidden: list[str]) -> None:
+        super().__init__()
+        self.forbidden = forbidden
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor) and result.device.type == DEVICE:
+            self.forbidden.append(f"{func.__name__} copies from the host")
+        if func is Tensor.__getitem__ and args[0].device.type == DEVICE and any(isinstance(i, list) for i in args[1:]):
+            self.forbidden.append("a list of indices is copied from the host")
+        return result
+
+
+def waits(func: Any, args: tuple[Any, ...]) -> bool:
+    """Does the size or the value of what `func` returns depend on values of its arguments?"""
+    if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default):
+        return any(x.dtype in (torch.bool, torch.uint8) for x in tensors_of(args[1]))
+    return bool({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags))
+
+
+def forbidden(function: Callable[[], Any]) -> list[str]:
+    """What `function` does that a capture would not allow."""
+    with Watch() as watch, WatchConstructors(watch.forbidden):
+        try:
+            function()
+        except (NotImplementedError, RuntimeError):
+            if not watch.forbidden:
+                raise
+    return watch.forbidden
+
+
+X = torch.empty(6, 3, device=DEVICE)
+FORBIDDEN: dict[str, Callable[[], Any]] = {
+    "cpu": X.cpu,
+    "item": lambda: X[0, 0].item(),
+    "tolist": X.tolist,
+    "to_cpu": lambda: X.to("cpu", torch.float64),
+    "nonzero": X.nonzero,
+    "mask": lambda: X[X > 0],
+    "set_by_mask": lambda: X.clone().index_put_((X > 0,), torch.ones((), device=DEVICE)),
+    "if": lambda: 1 if X.sum() > 0 else 2,
+    "unique": X.unique,
+    "repeat_interleave": lambda: X[0].repeat_interleave(torch.empty(3, dtype=torch.int64, device=DEVICE)),
+    "tensor": lambda: torch.tensor([1.0, 2.0], device=DEVICE),
+    "as_tensor": lambda: torch.as_tensor([1, 2], device=DEVICE),
+    "new_tensor": lambda: X.new_tensor([1.0, 2.0]),
+    "arange_to": lambda: torch.arange(3).to(DEVICE),
+    "pageable_copy": lambda: torch.empty(3, device=DEVICE).copy_(torch.zeros(3)),
+    "index_of_the_host": lambda: X[torch.tensor([0, 2])],
+    "list_index": lambda: X[[0, 2]],
+    "number_copied": lambda: torch.zeros(()).to(DEVICE),
+}
+ALLOWED: dict[str, Callable[[], Any]] = {
+    "arange_there": lambda: torch.arange(3, dtype=torch.int32, device=DEVICE) * 2 + X[0],
+    "number_as_argument": lambda: X * torch.tensor(2.0),
+    "filled": lambda: torch.full((3,), 2.0, device=DEVICE),
+    "gather": lambda: X[torch.arange(2, device=DEVICE)],
+    "on_the_host_alone": lambda: (torch.arange(3).tolist(), torch.tensor([1]).item(), torch.ones(3).nonzero()),
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_what_a_capture_forbids_is_seen(name: str) -> None:
+    assert forbidden(FORBIDDEN[name])
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_a_capture_allows_is_not(name: str) -> None:
+    assert not forbidden(ALLOWED[name])
+
+
+# --- the ops ----------------------------------------------------------------------------------------------------------
+
+
+def padded(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Two documents of one length: ``[2, S, ...]`` for whatever has a row for each byte, and no offsets."""
+    layout = arguments.get("layout")
+    by_byte = {"logits", "hidden", "entropy", "tokens", "x"} & arguments.keys()
+    if "q" in arguments:
+        by_byte |= {"q", "k", "v"} if layout is None else {"k", "v"} if arguments["direction"] == "encode" else {"q"}
+
+    def two(x: Tensor) -> Tensor:
+        return x[: x.shape[0] // 2 * 2].unflatten(0, (2, -1))
+
+    changed = {
+        **{name: two(arguments[name]) for name in by_byte},
+        **({"seqused_k": arguments["seqused_k"][:2]} if "seqused_k" in arguments else {}),
+    }
+    return {name: changed.get(name, x) for name, x in arguments.items() if not name.startswith("cu_seqlens")}
+
+
+def takes_padded(case: OpCase) -> bool:
+    return case.function.__name__ not in ("static_patch", "byte_patch", "patch_unpool")
+
+
+CALLS = [
+    *(pytest.param(case, case.function, False, id=f"{case.name}-packed") for case in DENSE),
+    *(pytest.param(case, case.function, True, id=f"{case.name}-padded") for case in DENSE if takes_padded(case)),
+    *(pytest.param(case, case.reference, False, id=f"{case.name}-reference") for case in DENSE),
+]
+
+
+@pytest.mark.parametrize(("case", "function", "is_padded"), CALLS)
+def test_ops_do_nothing_that_a_capture_forbids(case: OpCase, function: Callable[..., Any], is_padded: bool) -> None:
+    """The references too: they compute what no kernel takes, such as attention in fp64."""
+    arguments = make(case, "cpu", 40, 1)
+    arguments = map_tensors(lambda x: x.to(DEVICE), padded(arguments) if is_padded else arguments)
+    out, _ = forward(case, function, arguments)
+    cotangents = cotangents_of(case, out)
+    assert not forbidden(lambda: backward(case, *forward(case, function, arguments), cotangents))
+
+
+@pytest.mark.parametrize("queries", [1, 3, 40])
+@pytest.mark.parametrize("options", [{}, {"window": 5, "cached": True}], ids=["own", "cache"])
+def test_triton_launchers_do_nothing_that_a_capture_forbids(
+    queries: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of attention, whose launchers are in Python; kernels are not run."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    from blt_kernels.triton.attention_backward import block_causal_attention_bwd_cuda
+    from blt_kernels.triton.block_causal_attention import block_causal_attention_fwd_cuda
+
+    launched: list[str] = []
+    monkeypatch.setattr(jit.JITFunction, "run", lambda self, *_args, **_kwargs: launched.append(self.__name__))
+    keys = 3000 if options.get("cached") else 2 * queries
+    q, k = (torch.empty(n, h, 64, dtype=torch.bfloat16, device=DEVICE) for n, h in ((2 * queries, 4), (keys, 2)))
+    offsets = torch.empty(3, dtype=torch.int32, device=DEVICE)
+    rest = (offsets, *((offsets, 5) if "cached" in options else (None, None)), True, None)
+    rest = (*rest, torch.empty(2, dtype=torch.int32, device=DEVICE) if "cached" in options else None)
+
+    def both() -> None:
+        out, lse = block_causal_attention_fwd_cuda(q, k, k, *rest)
+        block_causal_attention_bwd_cuda(out, q, k, k, out, lse, *rest)
+
+    assert not forbidden(both)
+    few = "cached" in options and queries < 40
+    assert any(("decode" if few else "fwd") in name for name in launched), launched
+    assert any("dkdv" in name for name in launched), launched
+
+
+@pytest.mark.parametrize("operator", ["fwd", "bwd"])
+def test_triton_kernels_are_not_compiled_in_a_capture(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes before anything that would end the capture."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    from blt_kernels.ops import block_causal_attention as op
+
+    file = {"fwd": "block_causal_attention", "bwd": "attention_backward"}[operator]
+    q, offsets = torch.empty(0, 2, 32), torch.zeros(1, dtype=torch.int32)
+    arguments = (*[q] * (3 if operator == "fwd" else 5), *([] if operator == "fwd" else [q[..., 0]]), offsets)
+    op._triton(f"block_causal_attention_{operator}", file)(*arguments, None, None, True, None, None)
+    modules = [module for name, module in sys.modules.items() if name.startswith("blt_kernels.triton.")]
+    kernels = {x for m in modules for name, x in vars(m).items() if name.endswith("_kernel")}
+    assert len(kernels) >= 6
+    compiled: list[Any] = []
+    monkeypatch.setattr(jit.JITFunction, "compile", lambda *_args, **_options: compiled.append(1), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for kernel in kernels:
+        with pytest.raises(RuntimeError, match=f"{kernel.__name__} is not compiled .*: run the same call once before"):
+            kernel._do_compile(None, None, 0, None, None, None, False)
+    assert not compiled
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of what `function` does, and what it returned. After a failure captures and allocations work as before.
+
+    `torch.cuda.graph` leaves its stream current, and the allocator on the memory of the graph, when a capture ends in
+    an error.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                result = function()
+        except BaseException:
+            end_allocations(graph)
+            raise
+    return graph, result
+
+
+def end_allocations(graph: torch.cuda.CUDAGraph) -> None:
+    """Allocate outside of the memory of a graph whose capture failed, if that has not ended already."""
+    try:
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
+    except RuntimeError:
+        return
+
+
+def warm_up(function: Callable[[], Any]) -> Any:
+    """Run `function` on a stream of its own, as a capture does; twice, since what is made once is made then."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            result = function()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    return result
+
+
+def replaced(first: Iterable[Tensor], second: Iterable[Tensor]) -> None:
+    for held, new in zip(first, second, strict=True):
+        held.copy_(new)
+
+
+@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph(case: OpCase) -> None:
+    first, second = (make(case, "cuda", 300, seed) for seed in (18, 19))
+    second = {name: x if isinstance(x, Tensor) else first[name] for name, x in second.items()}
+    if any(a.shape != b.shape for a, b in zip(tensors_of(first), tensors_of(second), strict=True)):
+        second = map_tensors(Tensor.clone, first)
+    cotangents = warm_up(lambda: cotangents_of(case, forward(case, case.function, first)[0]))
+
+    def step(arguments: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+        return backward(case, *forward(case, case.function, arguments), cotangents)
+
+    warm_up(lambda: step(first))
+    graph, captured = capture(lambda: step(first))
+    replaced(tensors_of(first), tensors_of(second))
+    graph.replay()
+    assert_equal(captured, step(second))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_failed_cuda_capture_leaves_nothing_behind() -> None:
+    stream, x = torch.cuda.current_stream(), torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError):
+        capture(lambda: (x * 2).sum().item())
+    assert torch.cuda.current_stream() == stream
+    warm_up(lambda: x * 3)
+    graph, captured = capture(lambda: x * 3)
+    graph.replay()
+    assert (captured == 3).all()
+    assert (torch.ones(5, device="cuda") * 2).sum().item() == 10
