@@ -75,8 +75,8 @@ def entropy_comparisons(sizes: Sizes, device: str, dtype: torch.dtype, compile_p
     if compile_peers:
         graph = compiled(peers.entropy_and_mask)
         implementations["torch.compile, mask only"] = lambda: graph(logits, THRESHOLD)
-    # Written: entropy and what backward needs, patch_ids, decode_ids and patch_offsets.
-    work = read + tokens * (4 + 4 + 3 * 4)
+    # Written: entropy and what backward needs, patch_ids, decode_ids, patch_offsets and decode_offsets.
+    work = read + tokens * (4 + 4 + 4 * 4)
     yield Comparison(
         "entropy_patch",
         shape,

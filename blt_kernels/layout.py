@@ -34,6 +34,11 @@ class PatchLayout:
         The patch whose global output byte ``i`` may read when it predicts byte ``i + 1``: the one before the patch of
         byte ``i + 1``. The byte after a document's last one belongs to a new patch if the boundary decision after the
         last byte says so. -1 where there is none: it reads zeros and sends no gradient.
+    decode_offsets : int32 ``[C+1]``
+        The first byte of patch ``p``'s document whose decode id is ``p`` or more, or the end of the document if there
+        is none; beyond ``P`` the end of the last document. The bytes whose decode id is ``p`` are the first ones of
+        ``[decode_offsets[p], decode_offsets[p+1])``. All others there begin the next document and have decode id -1,
+        as have all bytes before ``decode_offsets[0]``.
     cu_seqlens : int32 ``[B+1]``
         Document ``b`` is bytes ``[cu_seqlens[b], cu_seqlens[b+1])``.
     overflowed : bool ``[1]``
@@ -44,6 +49,7 @@ class PatchLayout:
     cu_patches: Tensor
     patch_ids: Tensor
     decode_ids: Tensor
+    decode_offsets: Tensor
     cu_seqlens: Tensor
     overflowed: Tensor
 
@@ -92,6 +98,7 @@ class PatchLayout:
             self.cu_patches,
             self.patch_ids,
             self.decode_ids,
+            self.decode_offsets[: num_patches + 1],
             self.cu_seqlens,
             self.overflowed,
         )
@@ -271,15 +278,20 @@ class PatchLayout:
             decode_ids = torch.where(inside & (decode_ids >= cu_patches[own]), decode_ids, -1)
         else:
             kept, patch_ids = starts, torch.full_like(position, -1)
-            decode_ids = patch_ids
-        # Scatter the kept starts; everything else lands in the extra slot, which is cut off.
-        slot = torch.where(kept, patch_ids, capacity + 1)
-        offsets = cu[-1].repeat(capacity + 2).scatter(0, slot, position)[: capacity + 1]
+            decode_ids, last, opens = patch_ids, kept, kept
+
+        def per_patch(chosen: Tensor, value: Tensor) -> Tensor:
+            # One byte of each patch is chosen. The others write to an extra entry, which is cut off.
+            entry = torch.where(chosen, patch_ids, capacity + 1)
+            return cu[-1].repeat(capacity + 2).scatter(0, entry, value)[: capacity + 1]
+
+        # The last byte of a patch reads it, unless it ends its document and no patch starts after it.
         return PatchLayout(
-            offsets.int(),
+            per_patch(kept, position).int(),
             cu_patches.int(),
             patch_ids.int(),
             decode_ids.int(),
+            per_patch(inside & (last | opens), position + (~opens).long()).int(),
             cu_seqlens.int(),
             (order[cu[-1:]] != cu_patches[-1:]),
         )

@@ -84,7 +84,7 @@ def layout_of(starts: Sequence[Starts], sizes: Sequence[int], max_patches: int |
     """The fields of a PatchLayout, as lists, for documents of `sizes` bytes."""
     total = sum(sizes)
     capacity = total if max_patches is None else max_patches
-    offsets, cu_patches, patch_ids, decode_ids, cu_seqlens = [], [0], [], [], [0]
+    offsets, cu_patches, patch_ids, decode_ids, decode_offsets, cu_seqlens = [], [0], [], [], [], [0]
     overflowed = False
     for b, (own, size) in enumerate(zip(starts, sizes, strict=True)):
         first = cu_patches[-1]
@@ -99,15 +99,20 @@ def layout_of(starts: Sequence[Starts], sizes: Sequence[int], max_patches: int |
             patch_of = [sum(s <= j for s in kept) - 1 for j in (i, i + 1)]
             patch_ids.append(first + patch_of[0])
             decode_ids.append(first + patch_of[1] - 1 if patch_of[1] > 0 else -1)
-        offsets += [cu_seqlens[-1] + s for s in inside[:granted]]
+        start, end = cu_seqlens[-1], cu_seqlens[-1] + size
+        for patch in range(first, first + granted):
+            decode_offsets.append(next((i for i in range(start, end) if decode_ids[i] >= patch), end))
+        offsets += [start + s for s in inside[:granted]]
         cu_patches.append(first + granted)
-        cu_seqlens.append(cu_seqlens[-1] + size)
+        cu_seqlens.append(end)
     offsets += [total] * (capacity + 1 - len(offsets))
+    decode_offsets += [total] * (capacity + 1 - len(decode_offsets))
     return {
         "patch_offsets": offsets,
         "cu_patches": cu_patches,
         "patch_ids": patch_ids,
         "decode_ids": decode_ids,
+        "decode_offsets": decode_offsets,
         "cu_seqlens": cu_seqlens,
         "overflowed": [overflowed],
     }

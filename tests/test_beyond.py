@@ -63,6 +63,7 @@ def longer_layout(layout: PatchLayout) -> PatchLayout:
         patch_offsets=torch.cat([layout.patch_offsets, layout.patch_offsets[-1:].expand(TAIL_PATCHES)]),
         patch_ids=torch.cat([layout.patch_ids, nothing]),
         decode_ids=torch.cat([layout.decode_ids, nothing]),
+        decode_offsets=torch.cat([layout.decode_offsets, layout.decode_offsets[-1:].expand(TAIL_PATCHES)]),
     )
 
 

@@ -101,6 +101,7 @@ def test_all_fields_by_hand(device: str) -> None:
         "cu_patches": [0, 3, 3, 4, 6],
         "patch_ids": [0, 1, 1, 2, 3, 4, 5],
         "decode_ids": [0, 0, 1, 1, 3, 4, 5],
+        "decode_offsets": [0, 2, 4, 4, 5, 6, 7, 7],
         "cu_seqlens": [0, 4, 4, 5, 7],
         "overflowed": [False],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
@@ -30,6 +31,21 @@ def from_documents(documents: list[list[bool]], max_patches: int | None = None, 
     )
 
 
+def check_decode_offsets(layout: PatchLayout) -> None:
+    """The definition of `decode_offsets`, and what readers of patches rely on."""
+    ids, offsets = layout.decode_ids.tolist(), layout.decode_offsets.tolist()
+    patches, documents = layout.cu_patches.tolist(), layout.cu_seqlens.tolist()
+    for b, (start, end) in enumerate(itertools.pairwise(documents)):
+        for p in range(patches[b], patches[b + 1]):
+            assert offsets[p] == next((i for i in range(start, end) if ids[i] >= p), end)
+    assert offsets[patches[-1] :] == [documents[-1]] * (layout.capacity + 1 - patches[-1])
+    assert offsets == sorted(offsets)
+    assert set(ids[: offsets[0]]) <= {-1}
+    for p, (start, end) in enumerate(itertools.pairwise(offsets)):
+        readers = ids.count(p)
+        assert ids[start:end] == [p] * readers + [-1] * (end - start - readers)
+
+
 def starts_of(document: list[bool]) -> list[int]:
     return [0, *(i + 1 for i, cut in enumerate(document) if cut)] if document else []
 
@@ -53,7 +69,8 @@ def test_bytes_beyond_the_last_document_belong_to_no_patch(documents: list[list[
     size = without.num_bytes
     assert layout.num_bytes == layout.capacity == size + tail
     assert layout.patch_ids[size:].tolist() == layout.decode_ids[size:].tolist() == [-1] * tail
-    assert layout.patch_offsets.tolist() == without.patch_offsets.tolist() + [size] * tail
+    for name in ("patch_offsets", "decode_offsets"):
+        assert getattr(layout, name).tolist() == getattr(without, name).tolist() + [size] * tail
     for name in ("patch_ids", "decode_ids"):
         assert getattr(layout, name)[:size].tolist() == getattr(without, name).tolist()
     assert layout.to_lengths(include_next_byte=True).tolist() == without.to_lengths(include_next_byte=True).tolist()
@@ -80,6 +97,26 @@ def test_no_document_and_no_byte() -> None:
         assert "no bytes on average" in repr(layout)
     assert from_documents([]).num_documents == 0
     assert from_documents([[], []]).to_lengths(include_next_byte=True).tolist() == [[1], [1]]
+
+
+def test_decode_offsets_by_hand() -> None:
+    # Two patches and a start after the last byte; no byte; one patch of three bytes, which none of them reads; one patch
+    # that its last byte reads; a single byte with a start after it; one without.
+    documents = [[True, False, True], [], [False, False, False], [False, True], [True], [False]]
+    layout = from_documents(documents)
+    assert layout.patch_offsets.tolist() == [0, 1, 3, 6, 8, 9, 10, 10, 10, 10, 10]
+    assert layout.decode_ids.tolist() == [0, 0, 1, -1, -1, -1, -1, 3, 4, -1]
+    assert layout.decode_offsets.tolist() == [0, 2, 6, 7, 8, 10, 10, 10, 10, 10, 10]
+    # The capacity drops the start after byte 0 and with it that after the document's last byte.
+    short = from_documents(documents, 5)
+    assert short.decode_ids.tolist() == [-1, -1, -1, -1, -1, -1, -1, 2, 3, -1]
+    assert short.decode_offsets.tolist() == [3, 6, 7, 8, 10, 10]
+
+
+@given(DOCUMENTS, st.none() | st.integers(0, 16), st.integers(0, 3))
+def test_decode_offsets_are_what_they_say(documents: list[list[bool]], room: int | None, tail: int) -> None:
+    max_patches = None if room is None else len(documents) + room
+    check_decode_offsets(from_documents(documents, max_patches, tail))
 
 
 # --- lengths ----------------------------------------------------------------------------------------------------------
@@ -227,6 +264,7 @@ def test_compact_trims_the_capacity() -> None:
     layout = ragged_layout(500, 3)
     compact = layout.compact()
     assert compact.capacity == int(layout.num_patches) < layout.capacity
+    assert compact.decode_offsets.shape == compact.patch_offsets.shape
     assert compact.patch_lengths.min() > 0
     assert_equal(compact.to_lengths(True), layout.to_lengths(True))
     assert_equal(compact.compact(), compact)

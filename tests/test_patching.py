@@ -14,6 +14,7 @@ from backends import emulator, order, use
 from hypothesis import given
 from hypothesis import strategies as st
 from test_entropy_patch import RULES
+from test_layout import check_decode_offsets
 from torch import Tensor
 
 import blt_kernels as bk
@@ -76,6 +77,7 @@ def capacity(room: int | None, documents: list[list[Any]]) -> int | None:
 
 def check_scheme(layout: bk.PatchLayout, starts: list[list[int]], sizes: list[int], max_patches: int | None) -> None:
     assert as_lists(layout) == oracle.layout_of(starts, sizes, max_patches)
+    check_decode_offsets(layout)
     if not bool(layout.overflowed):
         for include_next_byte in (False, True):
             rows = [oracle.lengths_of(s, n, include_next_byte) for s, n in zip(starts, sizes, strict=True)]
@@ -278,11 +280,11 @@ def test_layouts_of_many_bytes(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_traffic_and_launches(dtype: torch.dtype) -> None:
-    """Bytes as in the headers: an entropy, two ids and an offset, a quarter byte of bits; on top of the logits."""
+    """Bytes as in the headers: an entropy, two ids and two offsets, a quarter byte of bits; on top of the logits."""
     num_bytes = 4096
     logits = ragged_logits((num_bytes, 260), dtype=dtype)
     cu_seqlens = offsets_of([1000, 0, 3000, 96])
-    of_layout, of_logits = num_bytes * (4 + 12 + 0.25), num_bytes * (260 * dtype.itemsize + 8)
+    of_layout, of_logits = num_bytes * (4 + 16 + 0.25), num_bytes * (260 * dtype.itemsize + 8)
     with use("emulated"):
         emulator().take_launches()
         entropy, _ = bk.entropy_patch(logits, cu_seqlens, threshold=1.3)

@@ -8,6 +8,7 @@ decides about the byte to come, which only `PatchLayout.decode_ids` shows.
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -321,18 +322,21 @@ def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool,
 
 
 def _layout(tensors: Any, cu_seqlens: Tensor) -> PatchLayout:
-    patch_offsets, cu_patches, patch_ids, decode_ids, overflowed = tensors
-    return PatchLayout(patch_offsets, cu_patches, patch_ids, decode_ids, cu_seqlens, overflowed)
+    patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed = tensors
+    return PatchLayout(patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, cu_seqlens, overflowed)
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 
-_LAYOUT = "Tensor patch_offsets, Tensor cu_patches, Tensor patch_ids, Tensor decode_ids, Tensor overflowed"
+_LAYOUT = (
+    "Tensor patch_offsets, Tensor cu_patches, Tensor patch_ids, Tensor decode_ids, Tensor decode_offsets,"
+    " Tensor overflowed"
+)
 _RULES = "float threshold, float? threshold_add, bool monotonic, SymInt? max_patch_length, SymInt? max_patches"
 
 
 def _tensors(layout: PatchLayout) -> tuple[Tensor, ...]:
-    return layout.patch_offsets, layout.cu_patches, layout.patch_ids, layout.decode_ids, layout.overflowed
+    return tuple(getattr(layout, field.name) for field in fields(layout) if field.name != "cu_seqlens")
 
 
 def _empty_layout(num_bytes: int, cu_seqlens: Tensor, max_patches: int | None) -> tuple[Tensor, ...]:
@@ -342,6 +346,7 @@ def _empty_layout(num_bytes: int, cu_seqlens: Tensor, max_patches: int | None) -
         cu_seqlens.new_empty(cu_seqlens.shape[0]),
         cu_seqlens.new_empty(num_bytes),
         cu_seqlens.new_empty(num_bytes),
+        cu_seqlens.new_empty(capacity + 1),
         cu_seqlens.new_empty(1, dtype=torch.bool),
     )
 

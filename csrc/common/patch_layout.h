@@ -4,7 +4,7 @@
 //   cut(t, i) -> bool: does the byte after byte t (local index i in its document) start a patch?
 //
 // It is called once for every byte of a document, in order, so a rule may keep state between calls.
-// Bytes moved: 8 written a byte (patch_ids, decode_ids), 4 a patch; what the rule reads comes on top.
+// Bytes moved: 8 written a byte (patch_ids, decode_ids), 8 a patch; what the rule reads comes on top.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +17,7 @@
 
 namespace blt {
 
-using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Cut>
 LayoutTensors build_layout(Tensor cu_seqlens, int64_t num_bytes, std::optional<int64_t> max_patches, Cut cut) {
@@ -35,11 +35,13 @@ LayoutTensors build_layout(Tensor cu_seqlens, int64_t num_bytes, std::optional<i
   Tensor cu_patches = torch::stable::new_empty(cu_seqlens, {num_documents + 1});
   Tensor patch_ids = torch::stable::new_empty(cu_seqlens, {num_bytes});
   Tensor decode_ids = torch::stable::new_empty(cu_seqlens, {num_bytes});
+  Tensor decode_offsets = torch::stable::new_empty(cu_seqlens, {capacity + 1});
   Tensor overflowed = torch::stable::new_empty(cu_seqlens, {1}, ScalarType::Bool);
   int32_t* const offsets = patch_offsets.mutable_data_ptr<int32_t>();
   int32_t* const patches = cu_patches.mutable_data_ptr<int32_t>();
   int32_t* const ids = patch_ids.mutable_data_ptr<int32_t>();
   int32_t* const decodes = decode_ids.mutable_data_ptr<int32_t>();
+  int32_t* const readers = decode_offsets.mutable_data_ptr<int32_t>();
 
   bool any_dropped = false;
   int32_t next = 0;  // the next patch to hand out
@@ -65,7 +67,12 @@ LayoutTensors build_layout(Tensor cu_seqlens, int64_t num_bytes, std::optional<i
       // The patch before the next byte's, where that is in the document.
       const auto decode_id = [first](int32_t next_patch) { return next_patch > first ? next_patch - 1 : -1; };
       std::transform(ids + begin + 1, ids + end, decodes + begin, decode_id);
-      decodes[end - 1] = decode_id(patch + (cut(end - 1, end - 1 - begin) & !dropped));
+      const bool opens = cut(end - 1, end - 1 - begin) & !dropped;
+      decodes[end - 1] = decode_id(patch + opens);
+      // The last byte of a patch is the first to read it, unless no patch starts after the document's last byte.
+      std::transform(offsets + first + 1, offsets + patch + 1, readers + first,
+                     [](int32_t start) { return start - 1; });
+      readers[patch] = static_cast<int32_t>(end) - opens;
       any_dropped |= dropped;
       next = patch + 1;
     }
@@ -73,10 +80,11 @@ LayoutTensors build_layout(Tensor cu_seqlens, int64_t num_bytes, std::optional<i
   }
   const int32_t end = documents[num_documents];
   std::fill(offsets + next, offsets + capacity + 1, end);
+  std::fill(readers + next, readers + capacity + 1, end);
   std::fill(ids + end, ids + num_bytes, -1);
   std::fill(decodes + end, decodes + num_bytes, -1);
   *overflowed.mutable_data_ptr<bool>() = any_dropped;
-  return {patch_offsets, cu_patches, patch_ids, decode_ids, overflowed};
+  return {patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed};
 }
 
 }  // namespace blt

@@ -12,7 +12,7 @@
 namespace blt {
 namespace {
 
-using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using EntropyTensors = std::tuple<Tensor, Tensor>;
 
 // --- entropies --------------------------------------------------------------------------------------------------------
@@ -106,6 +106,7 @@ LayoutTensors build_layout(const Device& device, const Rule& rule, const Documen
   Tensor cu_patches = device_output(cu_seqlens, {documents.count + 1});
   Tensor patch_ids = device_output(cu_seqlens, {bytes});
   Tensor decode_ids = device_output(cu_seqlens, {bytes});
+  Tensor decode_offsets = device_output(cu_seqlens, {capacity + 1});
   Tensor overflowed = device_output(cu_seqlens, {1}, ScalarType::Bool);
 
   const int64_t chunks = bytes / kChunkBytes + 1;
@@ -115,13 +116,17 @@ LayoutTensors build_layout(const Device& device, const Rule& rule, const Documen
   ChunkSummary* const chunk_summaries = device.write<ChunkSummary>(summaries);
   device.launch<patch_counts_kernel<Rule>>({.blocks = chunks, .threads = kLayoutThreads}, rule, documents, limit,
                                            cut_words, chunk_summaries);
-  const LayoutOutputs out = {device.write<i32>(patch_offsets), device.write<i32>(cu_patches),
-                             device.write<i32>(patch_ids),     device.write<i32>(decode_ids),
-                             device.write<bool>(overflowed),   capacity};
+  const LayoutOutputs out = {device.write<i32>(patch_offsets),
+                             device.write<i32>(cu_patches),
+                             device.write<i32>(patch_ids),
+                             device.write<i32>(decode_ids),
+                             device.write<i32>(decode_offsets),
+                             device.write<bool>(overflowed),
+                             capacity};
   const int64_t fillers = ceil_div<int64_t>(capacity + 1, kChunkBytes);
   device.launch<patch_layout_kernel>({.blocks = std::max(chunks, fillers), .threads = kLayoutThreads}, documents, limit,
                                      cut_words, chunk_summaries, static_cast<i32>(chunks), out);
-  return {patch_offsets, cu_patches, patch_ids, decode_ids, overflowed};
+  return {patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed};
 }
 
 LayoutTensors patch_starts_fwd_cuda(const Tensor& entropy, Tensor cu_seqlens, double threshold,
@@ -142,7 +147,7 @@ LayoutTensors patch_starts_fwd_cuda(const Tensor& entropy, Tensor cu_seqlens, do
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cuda(
     const Tensor& logits, Tensor cu_seqlens, double threshold, std::optional<double> threshold_add, bool monotonic,
     std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
   const Tensor rows = check_logits(logits);

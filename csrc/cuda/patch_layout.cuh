@@ -16,7 +16,7 @@
 // Tiling: a block owns a chunk of 2048 bytes, 64 words of 32 bits; lanes are the bytes of a word in ballots, and a warp
 // scans 64 words. Documents that begin in a chunk are found by a search of 32 probes a step and marked as bits in shared
 // memory: nothing costs time for documents that are elsewhere, empty ones in any number included.
-// Bytes, for each of T: what the rule reads (4 of an fp32 entropy), 8 for two ids, 1/8 each way for the bits; 4 for each of C
+// Bytes, for each of T: what the rule reads (4 of an fp32 entropy), 8 for two ids, 1/8 each way for the bits; 8 for each of C
 // patches and 8 for each document. Each block of the second kernel reads all summaries, 16 bytes a chunk: 8 KB for a million
 // bytes. Roofline: a memory copy that is 1/40 of what the logits take.
 #pragma once
@@ -200,6 +200,7 @@ struct LayoutOutputs {
   i32* patch_offsets;           // [capacity + 1]
   i32* cu_patches;              // [documents + 1]
   i32 *patch_ids, *decode_ids;  // [bytes]
+  i32* decode_offsets;          // [capacity + 1]
   bool* overflowed;             // [1]
   i64 capacity;
 };
@@ -258,7 +259,7 @@ __device__ __forceinline__ void sum_chunks(Counts& counts, const ChunkSummary* s
   __syncthreads();
 }
 
-// Blocks beyond the last chunk only fill patch_offsets.
+// Blocks beyond the last chunk only fill the offsets beyond the last patch.
 static __global__ void __launch_bounds__(kLayoutThreads)
     patch_layout_kernel(Documents documents, i32 limit, const u32* cuts, const ChunkSummary* summaries, i32 chunks,
                         LayoutOutputs out) {
@@ -271,7 +272,7 @@ static __global__ void __launch_bounds__(kLayoutThreads)
   const i32 room = static_cast<i32>(most<i64>(0, out.capacity - counts.all_firsts));
   const i64 patches = static_cast<i64>(counts.all_firsts) + least(counts.all_inners, room);
   for (i64 p = static_cast<i64>(chunk) * kChunkBytes + thread; p < (chunk + i64{1}) * kChunkBytes; p += kLayoutThreads)
-    if (p >= patches && p <= out.capacity) out.patch_offsets[p] = place.end;
+    if (p >= patches && p <= out.capacity) out.patch_offsets[p] = out.decode_offsets[p] = place.end;
   if (chunk == 0 && thread == 0) *out.overflowed = counts.all_inners > room;
   if (chunk >= chunks) return;
 
@@ -281,8 +282,8 @@ static __global__ void __launch_bounds__(kLayoutThreads)
   const auto inners_until = [&](int i) { return counts.inners + bits.inners_until(i); };
   // In garbage there may be more documents than patches.
   const auto in_range = [&](i32 patch) { return static_cast<i32>(least<i64>(patch, out.capacity - 1)); };
-  const auto start_patch = [&](i32 patch, i32 t) {
-    if (patch >= 0 && patch < out.capacity) out.patch_offsets[patch] = t;
+  const auto write = [&](i32* offsets, i32 patch, i32 t) {
+    if (patch >= 0 && patch < out.capacity) offsets[patch] = t;
   };
 
   for (i64 b = place.document + thread; b <= documents.count; b += kLayoutThreads) {
@@ -311,14 +312,18 @@ static __global__ void __launch_bounds__(kLayoutThreads)
     const i32 patch = firsts - 1 + kept;
     // The patches that the document has had when the next byte begins.
     i32 kept_next = kept_behind;
-    if (bits.begins_at(i + 1)) {
+    const bool last = bits.begins_at(i + 1);
+    if (last) {
       const bool dropped = inners > room && inners > inners_of_earlier;
       kept_next = kept + (!dropped && starts_behind(bits, start, limit, w, lane));
     }
     out.patch_ids[t] = in_range(patch);
     out.decode_ids[t] = kept_next > kept_of_earlier ? in_range(firsts - 2 + kept_next) : -1;
-    if (bits.begins_at(i)) start_patch(patch, t);
-    if (kept_behind > kept) start_patch(patch + 1, t + 1);
+    if (bits.begins_at(i)) write(out.patch_offsets, patch, t);
+    if (kept_behind > kept) write(out.patch_offsets, patch + 1, t + 1);
+    // The last byte of a patch reads it, unless it ends its document and no patch starts after it.
+    const bool opens = kept_next > kept;
+    if (last || opens) write(out.decode_offsets, patch, t + !opens);
   }
 }
 
