@@ -100,8 +100,8 @@ def test_no_document_and_no_byte() -> None:
 
 
 def test_decode_offsets_by_hand() -> None:
-    # Two patches and a start after the last byte; no byte; one patch of three bytes, which none of them reads; one patch
-    # that its last byte reads; a single byte with a start after it; one without.
+    # Two patches and a start after the last byte; no byte; one patch of three bytes, which none of them reads; one
+    # patch that its last byte reads; a single byte with a start after it; one without.
     documents = [[True, False, True], [], [False, False, False], [False, True], [True], [False]]
     layout = from_documents(documents)
     assert layout.patch_offsets.tolist() == [0, 1, 3, 6, 8, 9, 10, 10, 10, 10, 10]
