@@ -113,6 +113,16 @@ def test_the_longest_thread_is_counted(n: int) -> None:
     assert block_sum == 1 + 1 + 6 * 3 + 1 + 1
 
 
+def test_zeroing_is_counted_as_a_launch() -> None:
+    module = emulator()
+    module.take_launches()
+    assert planted("zero", torch.ones(100)).tolist() == [0.0] * 100
+    (launch,) = module.take_launches()
+    assert (launch.kernel, launch.read, launch.written, launch.stored) == ("memset", 0, 416, 400)
+    assert planted("zero", torch.ones(0)).numel() == 0
+    assert module.take_launches() == []
+
+
 def test_every_kernel_is_known_by_name() -> None:
     names = emulator().kernels()
     assert len(names) == len(set(names))

@@ -24,6 +24,8 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+
+#include <atomic>
 #elif defined(BLT_KERNELS_EMULATE)
 #include "../emulator/emulator.h"
 #else
@@ -51,8 +53,6 @@ struct Shape {
   int64_t shared = 0;  // bytes of dynamic shared memory
   int64_t rows = 1;
 };
-
-inline constexpr int64_t kStaticShared = 48 << 10;  // more must be asked for
 
 // The device of a tensor while an op runs there: current, with its current stream.
 class Device {
@@ -94,6 +94,20 @@ class Device {
     return static_cast<T*>(data);
   }
 
+  // Zeroes a contiguous tensor: a memset on the stream, which needs no kernel.
+  void zero(Tensor& x) const {
+    STD_TORCH_CHECK(x.is_contiguous(), "a tensor to zero has to be contiguous");
+    const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
+    if (bytes == 0) return;
+#if defined(__CUDACC__)
+    check(cudaMemsetAsync(x.mutable_data_ptr(), 0, static_cast<size_t>(bytes), stream()), "a tensor was not zeroed");
+#elif defined(BLT_KERNELS_EMULATE)
+    emulator::zero(x.mutable_data_ptr(), bytes);
+#else
+    jit::zero(index_, x.mutable_data_ptr(), bytes, stream_);
+#endif
+  }
+
   template <auto kKernel, class... Arguments>
   void launch(const Shape& shape, const Arguments&... arguments) const {
     launch_as<kKernel>(kKernel, shape, arguments...);
@@ -108,13 +122,15 @@ class Device {
 #if defined(__CUDACC__)
     void* packed[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
     const void* const kernel = reinterpret_cast<const void*>(kKernel);
-    cudaError_t error = cudaSuccess;
-    if (shape.shared > kStaticShared)
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared));
-    if (error == cudaSuccess)
-      error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.rows)),
-                               dim3(shape.threads), packed, shape.shared, static_cast<cudaStream_t>(stream_));
-    STD_TORCH_CHECK(error == cudaSuccess, "a kernel was not launched: ", cudaGetErrorString(error));
+    static std::atomic<uint64_t> loaded{0};  // a bit for each device
+    const uint64_t bit = uint64_t{1} << (index_ % 64);
+    if ((loaded.load(std::memory_order_relaxed) & bit) == 0) {
+      load(kernel);
+      loaded.fetch_or(bit, std::memory_order_relaxed);
+    }
+    check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.rows)),
+                           dim3(shape.threads), packed, static_cast<size_t>(shape.shared), stream()),
+          "a kernel was not launched");
 #elif defined(BLT_KERNELS_EMULATE)
     // Parameters are copied out of sight of the emulator, which allows kernels nothing of the launcher's stack.
     const auto run = [&]() __attribute__((no_sanitize("thread"))) { kKernel(arguments...); };
@@ -128,6 +144,32 @@ class Device {
                 stream_);
 #endif
   }
+
+#if defined(__CUDACC__)
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
+
+  static void check(cudaError_t error, const char* what) {
+    STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+  }
+
+  // Loads a kernel, which the driver otherwise puts off until its first launch, and lets it have all the shared memory that
+  // a block may have. While a graph is captured, loading may synchronise, which would spoil the capture.
+  void load(const void* kernel) const {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream(), &capture), "no capture status");
+    STD_TORCH_CHECK(
+        capture == cudaStreamCaptureStatusNone,
+        "a kernel was launched for the first time while a CUDA graph was captured: call the op once on inputs "
+        "of the same dtypes and shapes before the capture, as a warm-up");
+    cudaFuncAttributes attributes{};
+    int most = 0;
+    check(cudaFuncGetAttributes(&attributes, kernel), "a kernel does not load");
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_), "no limit of shared memory");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               most - static_cast<int>(attributes.sharedSizeBytes)),
+          "a kernel does not get its shared memory");
+  }
+#endif
 
 #if defined(BLT_KERNELS_EMULATE)
   static int64_t extent(const Tensor& x) {

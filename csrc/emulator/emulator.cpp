@@ -377,6 +377,13 @@ void Scope::add(const void* data, int64_t bytes, bool writable) {
   machine().tensors.push_back({begin, begin + static_cast<uintptr_t>(bytes), writable});
 }
 
+void zero(void* data, int64_t bytes) {
+  std::memset(data, 0, static_cast<size_t>(bytes));
+  Launch& record = machine().launches.emplace_back(Launch{"memset", 1, 1, 1, 0});
+  record.written = (bytes + 31) / 32 * 32;
+  record.stored = bytes;
+}
+
 void poison(void* data, int64_t bytes) { std::memset(data, 0xff, static_cast<size_t>(bytes)); }
 
 // --- what kernels call ------------------------------------------------------------------------------------------------

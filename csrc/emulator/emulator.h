@@ -53,6 +53,9 @@ class Scope {
   void add(const void* data, int64_t bytes, bool writable);
 };
 
+// What Device::zero does; recorded as a launch of "memset".
+void zero(void* data, int64_t bytes);
+
 // Fills new memory with bytes that are NaN as a floating point number, and far out of range as an id.
 void poison(void* data, int64_t bytes);
 

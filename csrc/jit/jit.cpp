@@ -7,6 +7,7 @@
 #include <deque>
 #include <mutex>
 #include <stdexcept>
+#include <type_traits>
 
 namespace blt::jit {
 namespace {
@@ -21,46 +22,105 @@ std::deque<Entry>& entries() {
   return all;
 }
 
-void* symbol(void* library, const char* name) {
+// A function of a library that the process may have loaded for itself alone (RTLD_LOCAL), so dlsym(RTLD_DEFAULT) does not
+// find it.
+template <class Function>
+Function function_in(void* library, const char* name) {
   void* const found = dlsym(library, name);
   if (found == nullptr) throw std::runtime_error(std::string("blt_kernels: there is no ") + name + " to call");
-  return found;
+  return reinterpret_cast<Function>(found);
 }
 
+// The functions of the driver that are called here, with the types and numbers of cuda.h.
 struct Driver {
-  using Launch = int (*)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                         unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** arguments,
-                         void** extra);
-  using SetAttribute = int (*)(void* function, int attribute, int value);
-  using ErrorText = int (*)(int error, const char** text);
-  Launch launch;
-  SetAttribute set_attribute;
-  ErrorText error_text;
+  using Result = int;
+  static constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+  static constexpr int kStaticSharedBytes = 1;      // CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+  static constexpr int kSharedBytesOptin = 97;      // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+
+  Result (*launch)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** arguments, void** extra);
+  Result (*memset)(uintptr_t data, unsigned char value, size_t bytes, void* stream);
+  Result (*is_capturing)(void* stream, int* status);
+  Result (*function_attribute)(int* value, int attribute, void* function);
+  Result (*set_function_attribute)(void* function, int attribute, int value);
+  Result (*device_attribute)(int* value, int attribute, int device);
+  Result (*device)(int* device, int ordinal);
+  Result (*current_context)(void** context);
+  Result (*primary_context)(void** context, int device);
+  Result (*use_context)(void* context);
+  Result (*error_text)(Result error, const char** text);
 
   Driver() {
     void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
     if (library == nullptr) throw std::runtime_error("blt_kernels: libcuda.so.1 does not load; is there a driver?");
-    launch = reinterpret_cast<Launch>(symbol(library, "cuLaunchKernel"));
-    set_attribute = reinterpret_cast<SetAttribute>(symbol(library, "cuFuncSetAttribute"));
-    error_text = reinterpret_cast<ErrorText>(symbol(library, "cuGetErrorString"));
+    const auto find = [library](auto& function, const char* name) {
+      function = function_in<std::remove_reference_t<decltype(function)>>(library, name);
+    };
+    find(launch, "cuLaunchKernel");
+    find(memset, "cuMemsetD8Async");
+    find(is_capturing, "cuStreamIsCapturing");
+    find(function_attribute, "cuFuncGetAttribute");
+    find(set_function_attribute, "cuFuncSetAttribute");
+    find(device_attribute, "cuDeviceGetAttribute");
+    find(device, "cuDeviceGet");
+    find(current_context, "cuCtxGetCurrent");
+    find(primary_context, "cuDevicePrimaryCtxRetain");
+    find(use_context, "cuCtxSetCurrent");
+    find(error_text, "cuGetErrorString");
   }
 
-  void check(int error, const Entry& entry) const {
+  void check(Result error, const std::string& what) const {
     if (error == 0) return;
     const char* text = "unknown error";
     error_text(error, &text);
-    throw std::runtime_error(entry.name + " was not launched: " + text);
+    throw std::runtime_error(what + ": " + text);
+  }
+
+  // The runtime's context of a device becomes current in a thread at the thread's first call of the runtime; the driver
+  // asks for it before. In a thread of autograd the first call may be ours.
+  void ensure_context(int32_t index) const {
+    void* context = nullptr;
+    check(current_context(&context), "no current CUDA context");
+    if (context != nullptr) return;
+    int handle = 0;
+    check(device(&handle, index), "no such CUDA device");
+    check(primary_context(&context, handle), "no CUDA context");
+    check(use_context(context), "no CUDA context");
+  }
+
+  // Lets a kernel have all the shared memory that a block may have.
+  void allow_shared_memory(void* function, int32_t index, const std::string& name) const {
+    int handle = 0, most = 0, used = 0;
+    check(device(&handle, index), name);
+    check(device_attribute(&most, kSharedBytesOptin, handle), name);
+    check(function_attribute(&used, kStaticSharedBytes, function), name);
+    check(set_function_attribute(function, kMaxDynamicSharedBytes, most - used), name);
   }
 };
 
-void* function_of(Entry& entry, int32_t device) {
+const Driver& driver() {
+  static const Driver loaded;
+  return loaded;
+}
+
+void* function_of(Entry& entry, int32_t device, void* stream) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto index = static_cast<size_t>(device);
   if (entry.functions.size() <= index) entry.functions.resize(index + 1, nullptr);
   void*& function = entry.functions[index];
-  if (function == nullptr && compile != nullptr) function = compile(entry.name.c_str(), device);
-  if (function == nullptr) throw std::runtime_error(entry.name + " was not compiled; what NVRTC said is above");
-  return function;
+  if (function != nullptr) return function;
+  int capturing = 0;
+  driver().check(driver().is_capturing(stream, &capturing), "no capture status");
+  if (capturing != 0)
+    throw std::runtime_error(entry.name +
+                             " was launched for the first time while a CUDA graph was captured, so it would have to be "
+                             "compiled and loaded: call the op once on inputs of the same dtypes and shapes before the "
+                             "capture, as a warm-up");
+  void* const compiled = compile == nullptr ? nullptr : compile(entry.name.c_str(), device);
+  if (compiled == nullptr) throw std::runtime_error(entry.name + " was not compiled; what NVRTC said is above");
+  driver().allow_shared_memory(compiled, device, entry.name);
+  return function = compiled;
 }
 
 }  // namespace
@@ -69,24 +129,30 @@ Entry* add_entry(std::string_view name) { return &entries().emplace_back(Entry{s
 
 void* current_stream(int32_t device) {
   using Current = int (*)(int32_t device, void** stream);
-  static const auto current = reinterpret_cast<Current>(symbol(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const auto current = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    if (library == nullptr) throw std::runtime_error("blt_kernels: torch has not loaded libtorch_cuda.so");
+    return function_in<Current>(library, "aoti_torch_get_current_cuda_stream");
+  }();
   void* stream = nullptr;
   if (current(device, &stream) != 0) throw std::runtime_error("blt_kernels: no current CUDA stream");
   return stream;
 }
 
+void zero(int32_t device, void* data, int64_t bytes, void* stream) {
+  driver().ensure_context(device);
+  driver().check(driver().memset(reinterpret_cast<uintptr_t>(data), 0, static_cast<size_t>(bytes), stream),
+                 "a tensor was not zeroed");
+}
+
 void launch(Entry* entry, int32_t device, int64_t blocks, int64_t rows, int threads, int64_t shared, void** arguments,
             void* stream) {
-  static const Driver driver;
-  constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  void* const function = function_of(*entry, device);
-  if (shared > kWithoutAsking)
-    driver.check(driver.set_attribute(function, kMaxDynamicSharedBytes, static_cast<int>(shared)), *entry);
-  driver.check(
-      driver.launch(function, static_cast<unsigned>(blocks), static_cast<unsigned>(rows), 1,
-                    static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(shared), stream, arguments, nullptr),
-      *entry);
+  driver().ensure_context(device);
+  void* const function = function_of(*entry, device, stream);
+  driver().check(
+      driver().launch(function, static_cast<unsigned>(blocks), static_cast<unsigned>(rows), 1,
+                      static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(shared), stream, arguments, nullptr),
+      entry->name + " was not launched");
 }
 
 // --- called from Python -----------------------------------------------------------------------------------------------

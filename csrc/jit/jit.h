@@ -26,6 +26,7 @@ struct Known {
 };
 
 void* current_stream(int32_t device);
+void zero(int32_t device, void* data, int64_t bytes, void* stream);
 void launch(Entry* entry, int32_t device, int64_t blocks, int64_t rows, int threads, int64_t shared, void** arguments,
             void* stream);
 
