@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import timing
 import torch
 from common import assert_agree, name_of, name_of_pass, normal, steps
 from peers import block_causal_attention as peers
-from timing import OURS, Comparison
+from timing import OURS, Comparison, Make
 from torch import Tensor
 
 import blt_kernels as bk
@@ -55,38 +56,58 @@ CASES = {  # with the passes that are measured: backward or not
 TILE = (128, 128)  # queries and keys
 ROOM = 8192  # keys of a cache
 USED = [ROOM * (n % 8 + 1) // 8 - n for n in range(64)]
+BLOCK = 512  # queries at a time in fp64
 MOST_FOR_A_MASK = 10_000  # bytes
 MOST_FOR_A_LOOP = 1000  # documents
 
-_failures: list[str] = []
 
-
-def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
-    """Yield forward and backward, whole and windowed, and a step of decoding; inputs are made when their turn comes."""
+def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
+    """Yield forward and backward, whole and windowed, and a step of decoding."""
     for case, passes in CASES[device]:
         if small:
             case = replace(case, lengths=SMALL, window=case.window and 16)
         for backward in passes:
-            yield comparison(case, device, backward, compile_peers)
+            yield partial(comparison, case, device, backward, compile_peers)
     if device == "cuda":
         yield decoding([60, 1, 33] if small else USED, 64 if small else ROOM, device)
 
 
-def working(case: str, factories: dict[str, Callable[[], Callable[[], Any]]]) -> dict[str, Callable[[], Any]]:
-    """Make the implementations, and leave out peers that fail: `remarks` says which, and how."""
-    made = {}
-    for name, factory in factories.items():
-        try:
-            made[name] = factory()
-            if name != OURS:
-                made[name]()
-        except Exception as error:  # what a peer raises is its own affair
-            if name == OURS:
-                raise
-            made.pop(name, None)
-            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-            _failures.append(f"{name} fails for {case}: {reason}")
-    return made
+def exact(
+    inputs: Sequence[Tensor], lengths: Sequence[int], window: int | None, grad: Tensor | None = None
+) -> list[Tensor]:
+    """The output in fp64, or the gradients of q, k and v: `BLOCK` queries at a time, so that memory is O(BLOCK * T)."""
+    q, k, v = (x.detach().double() for x in inputs)
+    group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    results = [torch.zeros_like(x) for x in ((q,) if grad is None else (q, k, v))]
+    counts = torch.tensor(lengths)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts).to(q.device)
+    position = torch.arange(q.shape[0], device=q.device)
+    first = torch.maximum(starts, position + 1 - (window or q.shape[0]))
+    for begin in range(0, q.shape[0], BLOCK):
+        end = min(begin + BLOCK, q.shape[0])
+        rows, keys = slice(begin, end), slice(int(first[begin]), end)  # the first key never falls from row to row
+        own, values = (x[keys].repeat_interleave(group, 1) for x in (k, v))
+        masked = (position[keys] > position[rows, None]) | (position[keys] < first[rows, None])
+        p = (torch.einsum("qhe,khe->hqk", q[rows], own) * scale).masked_fill_(masked, -math.inf).softmax(-1)
+        if grad is None:
+            results[0][rows] = torch.einsum("hqk,khe->qhe", p, values)
+            continue
+        grad_out = grad[rows].double()
+        grad_p = torch.einsum("qhe,khe->hqk", grad_out, values)
+        grad_s = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * scale
+        results[0][rows] = torch.einsum("hqk,khe->qhe", grad_s, own)
+        for result, weights, other in ((results[1], grad_s, q[rows]), (results[2], p, grad_out)):
+            result[keys] += torch.einsum("hqk,qhe->khe", weights, other).unflatten(1, (-1, group)).sum(2)
+    return results
+
+
+def made(
+    factories: dict[str, Callable[[], Callable[[], Any]]],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The implementations, and why a peer cannot be made here."""
+    failures: dict[str, str] = {}
+    implementations = timing.run_each(factories, failures)
+    return implementations, failures
 
 
 def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> Comparison:
@@ -119,7 +140,7 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
         factories["flex_attention"] = lambda: run(peers.flex_attention(cu_seqlens, window))
     grouping = f"{case.heads}/{case.key_heads} heads, " if case.key_heads != case.heads else ""
     shape = f"{f'window {window}, ' if window else ''}{grouping}{list(q.shape)} in {len(lengths)} documents"
-    implementations = working(f"{name_of_pass(backward)} of {shape}", factories)
+    implementations, failures = made(factories)
     pairs = sum(min(i + 1, window or n) for n in lengths for i in range(n))
     flops = (
         (14 if backward else 4) * pairs * case.heads * case.width
@@ -130,15 +151,12 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
     def agree(results: dict[str, Any]) -> None:
         # The first key head and the query heads that read it: all of them in fp64 take longer than the measurement.
         heads = (case.heads // case.key_heads, 1, 1)
-        exact_inputs = tuple(
-            x[:, :n].detach().double().requires_grad_(backward) for x, n in zip(inputs, heads, strict=True)
-        )
-        exact = one_by_one(*exact_inputs)
+        sampled = [x[:, :n] for x, n in zip(inputs, heads, strict=True)]
+        truth = exact(sampled, lengths, window, grad[:, : heads[0]] if backward else None)
         if backward:
-            truth = torch.autograd.grad(exact, exact_inputs, grad[:, : heads[0]].double())
             shown = {name: [x[:, :n] for x, n in zip(r, heads, strict=True)] for name, r in results.items()}
         else:
-            truth, shown = (exact,), {name: [r[:, : heads[0]]] for name, r in results.items()}
+            shown = {name: [r[:, : heads[0]]] for name, r in results.items()}
         assert_agree(shown, truth, eager)
 
     return Comparison(
@@ -152,6 +170,7 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
         agree,
         unit="flop",
         device=device,
+        failures=failures,
     )
 
 
@@ -165,8 +184,8 @@ def decoding(used: list[int], room: int, device: str) -> Comparison:
     with_cache = peers.attention_with_cache(used, room)
 
     def agree(results: dict[str, Any]) -> None:
-        exact = with_cache(q.double(), k.double(), v.double())
-        assert_agree({name: [result] for name, result in results.items()}, [exact], "SDPA by document")
+        truth = with_cache(q.double(), k.double(), v.double())
+        assert_agree({name: [result] for name, result in results.items()}, [truth], "SDPA by document")
 
     shape = f"{count} queries, {heads}/{groups} heads x {width}, caches of {sum(used)} keys in {count} x {room}"
 
@@ -180,24 +199,26 @@ def decoding(used: list[int], room: int, device: str) -> Comparison:
         "varlen_attn": lambda: run(peers.varlen_attention(queries, None, keys, seqused_k)),
         "set_attention_backend('flash')": lambda: run(delegated),
     }
+    implementations, failures = made(factories)
     moved = 2 * sum(used) * groups * width * q.element_size()
     copied = torch.empty(moved // 2, dtype=torch.uint8, device=device)
     return Comparison(
         "block_causal_attention decode",
         shape,
         name_of(q.dtype),
-        working(f"a step of decoding, {shape}", factories),
+        implementations,
         moved,
         timing.copies(copied),
         moved,
         agree,
         device=device,
+        failures=failures,
     )
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """Tiles that the kernels for CUDA visit, against the fewest that could hold what is seen, and peers that failed."""
-    lines = list(_failures)
+    """Tiles that the kernels for CUDA visit, against the fewest that could hold what is seen."""
+    lines = []
     for lengths, window in ((DOCUMENTS, None), ([8192] * 2, None), ([16384] * 2, WINDOW), ([1] * 100_000, None)):
         position = torch.cat([torch.arange(n) for n in lengths])
         last = torch.arange(1, position.numel() + 1)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timing
 import torch
 import torch.nn.functional as F
-from common import name_of, ragged_entropies
+from common import name_of, nbytes, ragged_entropies
 from peers import compiled
 from peers import entropy_patch as peers
-from timing import OURS, Comparison
+from timing import OURS, Comparison, Make
 from torch import Tensor
 
 import blt_kernels as bk
@@ -34,15 +35,15 @@ class Sizes:
     length: int = 8192
 
 
-def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
-    """All comparisons, of the sizes of BASELINES or of small ones; inputs are made when their turn comes."""
+def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
+    """All comparisons, of the sizes of BASELINES or of small ones."""
     sizes = Sizes(2, 512) if small else Sizes()
     for dtype in (torch.float32, torch.bfloat16):
         yield from entropy_comparisons(sizes, device, dtype, compile_peers)
     if device == "cuda" and not small:  # a GPU is through with the others before it is busy
         yield from entropy_comparisons(Sizes(rows=128), device, torch.bfloat16, compile_peers)
-    yield patch_starts_comparison(sizes, device)
-    yield linear_entropy_comparison(sizes, device)
+    yield partial(patch_starts_comparison, sizes, device)
+    yield partial(linear_entropy_comparison, sizes, device)
 
 
 def starts(lengths: Tensor, size: int) -> list[list[int]]:
@@ -51,16 +52,25 @@ def starts(lengths: Tensor, size: int) -> list[list[int]]:
     return [sorted({start for start in row if start < size}) for row in found]
 
 
-def entropy_comparisons(sizes: Sizes, device: str, dtype: torch.dtype, compile_peers: bool) -> Iterator[Comparison]:
-    logits = ragged_logits((sizes.rows, sizes.length, ALPHABET), dtype=dtype, device=device)
-    tokens = sizes.rows * sizes.length
-    shape = str(list(logits.shape))
-    read = logits.numel() * logits.element_size()
+def entropy_comparisons(sizes: Sizes, device: str, dtype: torch.dtype, compile_peers: bool) -> Iterator[Make]:
+    yield partial(entropy_patch_comparison, sizes, device, dtype, compile_peers)
+    yield partial(token_entropy_comparison, sizes, device, dtype, compile_peers)
+
+
+def logits_of(sizes: Sizes, device: str, dtype: torch.dtype) -> Tensor:
+    return ragged_logits((sizes.rows, sizes.length, ALPHABET), dtype=dtype, device=device)
+
+
+def assert_entropy(entropy: Tensor, logits: Tensor) -> None:
+    assert_close(entropy, peers.eager_entropy(logits.float()), peers.eager_entropy(logits.double()))
+
+
+def entropy_patch_comparison(sizes: Sizes, device: str, dtype: torch.dtype, compile_peers: bool) -> Comparison:
+    logits = logits_of(sizes, device, dtype)
 
     def agree(results: dict[str, Any]) -> None:
         entropy, layout = results[OURS]
-        truth = peers.eager_entropy(logits.double())
-        assert_close(entropy, peers.eager_entropy(logits.float()), truth)
+        assert_entropy(entropy, logits)
         expected = starts(layout.to_lengths(), sizes.length)
         # Steps in bf16 arithmetic flip decisions near the threshold, of which these logits have none.
         for name in set(results) & {"facebookresearch/blt", "transformers"}:
@@ -76,19 +86,21 @@ def entropy_comparisons(sizes: Sizes, device: str, dtype: torch.dtype, compile_p
         graph = compiled(peers.entropy_and_mask)
         implementations["torch.compile, mask only"] = lambda: graph(logits, THRESHOLD)
     # Written: entropy and what backward needs, patch_ids, decode_ids, patch_offsets and decode_offsets.
-    work = read + tokens * (4 + 4 + 4 * 4)
-    yield Comparison(
+    return Comparison(
         "entropy_patch",
-        shape,
+        str(list(logits.shape)),
         name_of(dtype),
         implementations,
-        work,
+        nbytes(logits) + sizes.rows * sizes.length * (4 + 4 + 4 * 4),
         timing.reads(logits),
-        read,
+        nbytes(logits),
         agree,
         device=device,
     )
 
+
+def token_entropy_comparison(sizes: Sizes, device: str, dtype: torch.dtype, compile_peers: bool) -> Comparison:
+    logits = logits_of(sizes, device, dtype)
     alone: dict[str, Callable[[], Any]] = {
         OURS: lambda: bk.token_entropy(logits),
         "eager": lambda: peers.eager_entropy(logits),
@@ -96,15 +108,15 @@ def entropy_comparisons(sizes: Sizes, device: str, dtype: torch.dtype, compile_p
     if compile_peers:
         entropy_graph = compiled(peers.eager_entropy)
         alone["torch.compile"] = lambda: entropy_graph(logits)
-    yield Comparison(
+    return Comparison(
         "token_entropy",
-        shape,
+        str(list(logits.shape)),
         name_of(dtype),
         alone,
-        read + tokens * 8,
+        nbytes(logits) + sizes.rows * sizes.length * 8,
         timing.reads(logits),
-        read,
-        lambda results: agree({OURS: (results[OURS], bk.patch_starts(results[OURS], threshold=THRESHOLD))}),
+        nbytes(logits),
+        lambda results: assert_entropy(results[OURS], logits),
         device=device,
     )
 

@@ -7,13 +7,14 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import timing
 import torch
 from common import name_of_pass, normal
 from peers import models as peers
-from timing import OURS, Comparison
+from timing import OURS, Comparison, Make
 from torch import Tensor
 
 from blt_kernels.ids import to_ids
@@ -23,11 +24,11 @@ from blt_kernels.models.flops import Rows, count_flops
 PATCH_SIZE = 4.5
 
 
-def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
+def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
     """Yield forward, and forward with backward, on rows of real text."""
     for rows, length in ((2, 64),) if small else ((2, 1024), (1, 8192)):
         for backward in (False, True):
-            yield comparison(rows, length, device, backward, small)
+            yield partial(comparison, rows, length, device, backward, small)
 
 
 def comparison(rows: int, length: int, device: str, backward: bool, small: bool) -> Comparison:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import timing
 import torch
 from common import assert_agree, name_of, nbytes, normal, steps
 from peers import ngram_hash_embed as peers
-from timing import OURS, Comparison
+from timing import OURS, Comparison, Make
 from torch import Tensor
 
 import blt_kernels as bk
@@ -36,15 +37,15 @@ class Sizes:
     dtype: torch.dtype = torch.float32
 
 
-def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
-    """Yield the hash, forward, and both kinds of gradient; inputs are made when their turn comes."""
+def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
+    """Yield the hash, forward, and both kinds of gradient."""
     sizes = Sizes(2, 256, 1009, 499, 32) if small else Sizes()
     if device == "cuda":
         sizes = replace(sizes, width=2 * sizes.width, dtype=torch.bfloat16)
-    yield hash_comparison(sizes, device)
-    yield forward_comparison(sizes, device)
+    yield partial(hash_comparison, sizes, device)
+    yield partial(forward_comparison, sizes, device)
     for grad in ("dense", "sparse"):
-        yield backward_comparison(sizes, grad, device)
+        yield partial(backward_comparison, sizes, grad, device)
 
 
 def text(sizes: Sizes, device: str) -> Tensor:

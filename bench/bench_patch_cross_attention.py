@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timing
@@ -24,7 +25,7 @@ from common import (
     steps,
 )
 from peers import patch_cross_attention as peers
-from timing import OURS, Comparison
+from timing import OURS, Comparison, Make
 from torch import Tensor
 
 import blt_kernels as bk
@@ -51,12 +52,12 @@ class Case:
     length: int = 8192
 
 
-def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
-    """Yield forward and backward of every case; inputs are made when their turn comes."""
+def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
+    """Yield forward and backward of every case."""
     length = 96 if small else 8192
     for rows, direction, dtype in CASES[device]:
         for backward in (False, True):
-            yield comparison(Case(rows, direction, dtype, length), device, backward, compile_peers)
+            yield partial(comparison, Case(rows, direction, dtype, length), device, backward, compile_peers)
 
 
 def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> Comparison:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import timing
 import torch
 from common import assert_agree, layout_of, local_ids, name_of, name_of_pass, nbytes, normal, pad_patches, steps
 from peers import patch_pool as peers
-from timing import OURS, Comparison
+from timing import OURS, Comparison, Make
 from torch import Tensor
 
 import blt_kernels as bk
@@ -23,13 +24,13 @@ CASES = (
 )
 
 
-def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
-    """Yield forward and backward of every case, then bf16 against fp32; inputs are made when their turn comes."""
+def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
+    """Yield forward and backward of every case, then bf16 against fp32."""
     shape = (2, 256, 32) if small else (8, 8192, 512 if device == "cpu" else 1024)
     for reduce, dtype in CASES:
         for backward in (False, True):
-            yield comparison(shape, reduce, dtype, device, backward)
-    yield precision_comparison(shape, device)
+            yield partial(comparison, shape, reduce, dtype, device, backward)
+    yield partial(precision_comparison, shape, device)
 
 
 def comparison(

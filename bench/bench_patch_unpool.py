@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import timing
@@ -10,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from common import assert_agree, layout_of, local_ids, name_of, name_of_pass, nbytes, normal, pad_patches, steps
 from peers import patch_pool as peers
-from timing import OURS, Comparison
+from timing import OURS, Comparison, Make
 from torch import Tensor
 
 import blt_kernels as bk
 
 
-def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
-    """Yield forward and backward of both kinds of ids; inputs are made when their turn comes."""
+def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
+    """Yield forward and backward of both kinds of ids."""
     shape = (2, 256, 32) if small else (8, 8192, 512 if device == "cpu" else 1024)
     for kind, dtype in (("patch", torch.float32), ("decode", torch.float32), ("patch", torch.bfloat16)):
         for backward in (False, True):
-            yield comparison(shape, kind, dtype, device, backward)
+            yield partial(comparison, shape, kind, dtype, device, backward)
 
 
 def comparison(shape: tuple[int, int, int], kind: str, dtype: torch.dtype, device: str, backward: bool) -> Comparison:

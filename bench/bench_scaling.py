@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timing
 import torch
 from common import layout_of, name_of_pass, normal, ragged_entropies, steps
-from timing import OURS, Comparison
+from timing import OURS, Comparison, Make
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -183,8 +184,8 @@ def sweeps(small: bool) -> list[Sweep]:
     ]
 
 
-def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Comparison]:
-    """Yield a comparison for every value of every sweep and op; inputs are made when their turn comes.
+def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
+    """Yield a comparison for every value of every sweep and op.
 
     The two passes are told apart where the bytes change; elsewhere forward is a part of what is measured.
     """
@@ -194,10 +195,13 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
             for backward in passes if sweep.quantity == BYTES else passes[-1:]:
                 for value in sweep.values:
                     text = Text(*sweep.text(value), 1009 if small else 100002, device)
-                    yield comparison(op, make(text), text, value, sweep.quantity, backward)
+                    yield partial(comparison, op, make, text, value, sweep.quantity, backward)
 
 
-def comparison(op: str, run: Run, text: Text, value: int, quantity: str, backward: bool) -> Comparison:
+def comparison(
+    op: str, make: Callable[[Text], Run], text: Text, value: int, quantity: str, backward: bool
+) -> Comparison:
+    run = make(text)
     grad = torch.ones_like(run.function(*run.inputs)) if backward else None
     for x in run.inputs:
         x.requires_grad_(backward)

@@ -26,14 +26,16 @@ def nbytes(*tensors: Tensor) -> int:
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    return torch.empty(shape).normal_(generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    """Normal numbers, drawn on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.empty(shape, device=device).normal_(generator=generator).to(dtype)
 
 
 def ragged_entropies(*shape: int, device: str = "cpu") -> Tensor:
     """Entropies of which one in 4.5 is above BLT's threshold, without the logits."""
-    generator = torch.Generator().manual_seed(0)
-    high = torch.rand(shape, generator=generator) < 1 / 4.5
-    return (torch.rand(shape, generator=generator) + 2 * high).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    high = torch.rand(shape, generator=generator, device=device) < 1 / 4.5
+    return torch.rand(shape, generator=generator, device=device) + 2 * high
 
 
 def steps(function: Callable[[], Tensor], inputs: Sequence[Tensor], grad: Tensor | None) -> Callable[[], Any]:

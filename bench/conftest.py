@@ -18,7 +18,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "run_benchmark" in metafunc.fixturenames:
         found = [
             pytest.param((i, name), id=f"{c.op}-{c.shape}-{c.dtype}-{name}")
-            for i, c in enumerate(metafunc.module.comparisons(small=metafunc.config.getoption("--small")))
+            for i, make in enumerate(metafunc.module.comparisons(small=metafunc.config.getoption("--small")))
+            for c in [make()]
             for name in c.implementations
         ]
         metafunc.parametrize("run_benchmark", found, indirect=True)
@@ -29,7 +30,7 @@ def run_benchmark(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[]
     """Run one implementation of one comparison, after a check that all of them agree."""
     index, implementation = request.param
     small = request.config.getoption("--small")
-    comparison = next(itertools.islice(request.module.comparisons(small=small), index, None))
+    comparison = next(itertools.islice(request.module.comparisons(small=small), index, None))()
 
     def run() -> None:
         if implementation == OURS:

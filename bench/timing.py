@@ -14,10 +14,12 @@ import os
 import platform
 import re
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch
 from blt_kernels._files import whole_file
 
 OURS = "blt_kernels"
+OK = "ok"
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 2e-3  # a shorter function is called in a loop, so that the clock and the loop weigh nothing
 SLOW_SECONDS = 0.2  # a longer function is warm after one call
@@ -45,6 +48,7 @@ class Comparison:
     work : bytes that the op must read and write; flops if `unit` is "flop"
     limits : name -> function without arguments; the fastest, scaled from `limit_work` to `work`, is the limit
     agree : raises if the results of the implementations, by name, are not the same
+    failures : name of an implementation that cannot be run here -> why
     """
 
     op: str
@@ -57,6 +61,11 @@ class Comparison:
     agree: Callable[[dict[str, Any]], None]
     unit: str = "byte"
     device: str = "cpu"
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+Make = Callable[[], Comparison]
+"""What the benches yield: it makes the inputs of a comparison, which may take gigabytes, when it is called."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class Row:
     ratio_to_best_peer : time of the best peer as a multiple of this one's
     extra_mb : most memory that was held during a call, outputs included
     rounds : how many samples the median is of
+    status : "ok"; or why there is no time, and then the figures are NaN
     """
 
     op: str
@@ -84,10 +94,13 @@ class Row:
     ratio_to_best_peer: float | None
     extra_mb: float | None
     rounds: int
+    status: str = OK
 
 
 def compare(comparison: Comparison, *, rounds: int, warmup: int = 3, budget: float = BUDGET_SECONDS) -> list[Row]:
     """Check that the implementations agree, then time them and the limits in turn.
+
+    A peer that raises becomes a row without a time; the others are measured.
 
     Parameters
     ----------
@@ -97,22 +110,91 @@ def compare(comparison: Comparison, *, rounds: int, warmup: int = 3, budget: flo
         Times that it is called before, after the call whose result is checked, which may compile; once if it is slow.
     budget
         Seconds of measurement after which an implementation that has `FEWEST_SAMPLES` is left out of later rounds.
+
+    Raises
+    ------
+    Exception
+        What our implementation or `agree` raises.
     """
+    failures = dict(comparison.failures)
     functions = {**comparison.implementations, **{f"limit: {name}": f for name, f in comparison.limits.items()}}
-    results = {name: function() for name, function in comparison.implementations.items()}
-    comparison.agree(results)
-    del results
+    comparison.agree(run_each(comparison.implementations, failures))
     clock = _Clock(comparison.device)
-    repeats = {name: _warm_up(clock, function, warmup) for name, function in functions.items()}
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
+    repeats: dict[str, int] = {}
+    for name in [name for name in functions if name not in failures]:
+        with failing(name, failures):
+            repeats[name] = _warm_up(clock, functions[name], warmup)
+    samples: dict[str, list[float]] = {name: [] for name in repeats}
+    names = list(repeats)
     for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             spent = sum(samples[name]) * repeats[name]
-            if len(samples[name]) < FEWEST_SAMPLES or spent < budget:
-                samples[name].append(clock.sample(functions[name], repeats[name]))
-    return _rows(comparison, functions, samples)
+            if name not in failures and (len(samples[name]) < FEWEST_SAMPLES or spent < budget):
+                with failing(name, failures):
+                    samples[name].append(clock.sample(functions[name], repeats[name]))
+    measured = {name: times for name, times in samples.items() if name not in failures}
+    return _rows(comparison, functions, measured) + [failed(comparison, *failure) for failure in failures.items()]
+
+
+def rows_of(make: Make, compare: Callable[[Comparison], list[Row]]) -> list[Row]:
+    """Make a comparison and measure it, or say in a row why that failed; its inputs are gone afterwards."""
+    (op, shape), dtype = name_of_case(make), ""
+    try:
+        comparison = make()
+        op, shape, dtype = comparison.op, comparison.shape, comparison.dtype
+        return compare(comparison)
+    except Exception as error:
+        reason = reason_of(error)
+    finally:
+        comparison = None  # it may hold gigabytes, which go before the next inputs are made
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return [failed_row(op, shape, dtype, OURS, reason)]
+
+
+def run_each(implementations: dict[str, Callable[[], Any]], failures: dict[str, str]) -> dict[str, Any]:
+    """Results by name; a peer that raises goes to `failures`."""
+    results: dict[str, Any] = {}
+    for name, function in implementations.items():
+        with failing(name, failures):
+            results[name] = function()
+    return results
+
+
+@contextmanager
+def failing(name: str, failures: dict[str, str]) -> Iterator[None]:
+    """Note what a peer or a limit raises in `failures`; what ours raises is raised."""
+    try:
+        yield
+    except Exception as error:  # out of memory, not supported, not there: its own affair
+        if name == OURS:
+            raise
+        failures[name] = reason_of(error)
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one short line."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+
+
+def failed(comparison: Comparison, implementation: str, reason: str) -> Row:
+    """The row of an implementation that has no time."""
+    return failed_row(comparison.op, comparison.shape, comparison.dtype, implementation, reason)
+
+
+def failed_row(op: str, shape: str, dtype: str, implementation: str, reason: str) -> Row:
+    """A row without a time."""
+    nan = math.nan
+    return Row(op, shape, dtype, torch.get_num_threads(), implementation, nan, None, nan, nan, None, None, 0, reason)
+
+
+def name_of_case(make: Make) -> tuple[str, str]:
+    """What a comparison that could not be made is called: its bench, and what it was to be made of."""
+    if not isinstance(make, partial):
+        return make.__module__, make.__name__
+    arguments = [repr(x) for x in make.args] + [f"{name}={x!r}" for name, x in make.keywords.items()]
+    return make.func.__module__.removeprefix("bench_"), textwrap.shorten(", ".join(arguments), 120)
 
 
 def _warm_up(clock: _Clock, function: Callable[[], Any], times: int) -> int:
@@ -131,10 +213,10 @@ def _rows(
     scale = comparison.work / comparison.limit_work
     limits = [name for name in samples if name.startswith("limit: ")]
     limit = min(limits, key=median.__getitem__)
-    peers = [name for name in comparison.implementations if name != OURS]
+    peers = [name for name in comparison.implementations if name != OURS and name in samples]
     best = min(peers, key=median.__getitem__) if peers else OURS
     rows = []
-    for name in [*comparison.implementations, limit]:
+    for name in [*(name for name in comparison.implementations if name in samples), limit]:
         own_scale = 1.0 if name == limit else scale
         work = comparison.limit_work if name == limit else comparison.work
         rows.append(
@@ -275,10 +357,7 @@ def csv_path(device: str = "cpu") -> Path:
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
     """Add rows to a file. What it has of comparisons that were measured again is replaced."""
-    new = [
-        {k: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for k, v in asdict(row).items()}
-        for row in rows
-    ]
+    new = [{k: _cell(v) for k, v in asdict(row).items()} for row in rows]
     measured = {_key(row) for row in new}
     old = [row for row in read_csv(path) if _key(row) not in measured]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,6 +365,25 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], restval="")
         writer.writeheader()
         writer.writerows(old + new)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def append_csv(rows: Iterable[Row], path: Path) -> None:
+    """Add rows at the end of a file, at once on the disk, so that a process that is killed loses none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        if file.tell() == 0:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({k: _cell(v) for k, v in asdict(row).items()})
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -201,16 +201,16 @@ def ragged_logits(
     A share `surprise` of the rows is flat enough for an entropy above BLT's threshold of 1.335 nats at A = 260, so that
     patches have ``1 / surprise`` bytes on average. No row is close to the threshold.
     """
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.empty(*shape).normal_(generator=generator)
-    flat = torch.rand(*shape[:-1], 1, generator=generator) < surprise
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.empty(*shape, device=device).normal_(generator=generator)
+    flat = torch.rand(*shape[:-1], 1, generator=generator, device=device) < surprise
     # Standard deviations: of 260 normal logits at most 2.5 leaves 2.8 nats and more; a peak of 20 leaves next to none.
-    spread = torch.where(flat, 0.5, 1.0) + torch.rand(*shape[:-1], 1, generator=generator)
+    spread = torch.where(flat, 0.5, 1.0) + torch.rand(*shape[:-1], 1, generator=generator, device=device)
     x *= spread
     if shape[-1] > 1:
-        peak = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator)
+        peak = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator, device=device)
         x.scatter_add_(-1, peak, torch.where(flat, 0.0, 16.0))
-    return x.to(device, dtype)
+    return x.to(dtype)
 
 
 @lru_cache(maxsize=1)

@@ -30,8 +30,9 @@ def timing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_implementations_agree_and_are_measured(timing: ModuleType, name: str) -> None:
     bench = importlib.import_module(name)
     rows = []
-    for comparison in bench.comparisons(small=True, compile_peers=False):
-        new = timing.compare(comparison, rounds=1, warmup=0)
+    for make in bench.comparisons(small=True, compile_peers=False):
+        new = timing.compare(make(), rounds=1, warmup=0)
+        assert {row.status for row in new} == {timing.OK}
         assert new[0].implementation == timing.OURS
         assert new[-1].implementation.startswith("limit: ")
         assert new[-1].share_of_limit == 1
@@ -125,7 +126,7 @@ def test_csv_replaces_what_was_measured_again(timing: ModuleType, tmp_path: Path
     assert rows == [(timing.OURS, "2", "2"), (timing.OURS, "1", "3")]
     path.write_text("op,shape,dtype,threads,implementation\nold,[1],int,1,peer\n")
     timing.write_csv([first], path)
-    assert path.read_text().splitlines()[1] == "old,[1],int,1,peer,,,,,,,"
+    assert path.read_text().splitlines()[1] == "old,[1],int,1,peer,,,,,,,,"
 
 
 def test_readme_has_a_line_for_every_input(timing: ModuleType, tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_peak_memory_counts_what_is_held_at_a_time(timing: ModuleType) -> None:
 
     assert 8000 <= timing.peak_extra_bytes(three) < 8100  # and a scalar or two
     entropy = torch.rand(5000)
-    out_bytes = 4 * (5001 + 2 + 5000 + 5000) + 1
+    out_bytes = 4 * (2 * 5001 + 2 + 5000 + 5000) + 1
     assert out_bytes <= timing.peak_extra_bytes(lambda: patch_starts(entropy, threshold=0.5)) < out_bytes + 1000
 
 
@@ -212,15 +213,98 @@ def test_command_goes_on_after_a_wrong_result(timing: ModuleType, monkeypatch: p
             timing.Comparison, shape="[]", dtype="int", work=1, limits={"none": int}, limit_work=1, agree=agree
         )
         return [
-            make(op="wrong", implementations={timing.OURS: int}),
-            make(op="right", implementations={timing.OURS: lambda: 1}),
+            partial(make, op="wrong", implementations={timing.OURS: int}),
+            partial(make, op="right", implementations={timing.OURS: lambda: 1}),
         ]
 
     monkeypatch.setattr(importlib.import_module("bench_entropy_patch"), "comparisons", comparisons)
     result = CliRunner().invoke(cli.app, ["bench", "entropy_patch", "--rounds", "1", "--threads", "1", "--no-save"])
     assert result.exit_code == 1
-    assert "wrong [] int: they differ" in result.output
+    assert "not timed: blt_kernels of wrong [] int: AssertionError: they differ" in result.output
     assert "right  []  int  1 threads" in result.output
+
+
+def test_command_goes_on_after_any_exception(
+    timing: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Inputs that do not fit, an op or a peer that raises, at once or later: a row each, and all else is timed."""
+    calls: dict[str, int] = {}
+
+    def fails(times: int) -> Callable[[], int]:
+        """Raises at this call."""
+
+        def function() -> int:
+            calls["peer"] = calls.get("peer", 0) + 1
+            if calls["peer"] >= times:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return 1
+
+        return function
+
+    def too_large(size: int) -> timing.Comparison:
+        raise torch.OutOfMemoryError(f"no room for {size}")
+
+    def comparisons(**_options: object) -> list[object]:
+        make = partial(
+            timing.Comparison, shape="[]", dtype="int", work=1, limits={"none": int}, limit_work=1, agree=lambda _: None
+        )
+        ours = {timing.OURS: lambda: 1}
+        return [
+            partial(too_large, 7),
+            partial(make, op="raises", implementations={timing.OURS: fails(1)}),
+            partial(make, op="peer raises", implementations={**ours, "peer": fails(1)}, failures={"flex": "not here"}),
+            partial(make, op="peer raises later", implementations={**ours, "peer": fails(9), "other": int}),
+            partial(make, op="right", implementations=ours),
+        ]
+
+    monkeypatch.setattr(importlib.import_module("bench_entropy_patch"), "comparisons", comparisons)
+    path = tmp_path / "rows.csv"
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-9)
+    arguments = ["bench", "entropy_patch", "--rounds", "9", "--threads", "1", "--csv", str(path)]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1
+    assert "5 implementations were not timed" in result.output
+    with path.open() as file:
+        rows = [(row["op"], row["implementation"], row["status"], row["median_ms"]) for row in csv.DictReader(file)]
+    memory = "OutOfMemoryError: CUDA out of memory"
+    assert [row for row in rows if row[2] != "ok"] == [
+        ("test_bench", timing.OURS, "OutOfMemoryError: no room for 7", ""),
+        ("raises", timing.OURS, memory, ""),
+        ("peer raises", "flex", "not here", ""),
+        ("peer raises", "peer", memory, ""),
+        ("peer raises later", "peer", memory, ""),
+    ]
+    timed = [(op, name) for op, name, status, ms in rows if status == "ok" and float(ms) >= 0]
+    assert [op for op, name in timed if name == timing.OURS] == ["peer raises", "peer raises later", "right"]
+    assert ("peer raises later", "other") in timed
+
+
+@pytest.mark.parametrize(("key_heads", "window"), [(2, None), (1, 9)])
+def test_exact_attention_is_that_of_autograd(
+    timing: ModuleType, monkeypatch: pytest.MonkeyPatch, key_heads: int, window: int | None
+) -> None:
+    bench = importlib.import_module("bench_block_causal_attention")
+    peers = importlib.import_module("peers.block_causal_attention")
+    lengths = [30, 0, 1, 50]
+    q, k, v = (
+        torch.randn(81, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (2, key_heads, key_heads)
+    )
+    grad = torch.randn(81, 2, 8, dtype=torch.float64)
+    out = peers.attention_by_document(lengths, window)(q, k, v)
+    for block in (7, 512):
+        monkeypatch.setattr(bench, "BLOCK", block)
+        torch.testing.assert_close(bench.exact((q, k, v), lengths, window), [out.detach()])
+        expected = list(torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
+        torch.testing.assert_close(bench.exact((q, k, v), lengths, window, grad), expected)
+
+
+def test_rows_are_appended_at_once(timing: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.csv"
+    row = timing.Row("op", "[1]", "int", 1, timing.OURS, 2.0, 1, 1.0, 1.0, None, None, 3)
+    for number in (1, 2):
+        timing.append_csv([row, timing.failed_row("op", "[1]", "int", "peer", "not here")], path)
+        rows = timing.read_csv(path)
+        assert [(r["median_ms"], r["status"]) for r in rows] == [("2", "ok"), ("", "not here")] * number
 
 
 def test_exponent(timing: ModuleType) -> None:

@@ -70,8 +70,8 @@ def run(
     Raises
     ------
     FileNotFoundError, ValueError
-        There are no benches, or none of that name; a value is out of range; results of some implementations disagree,
-        which then were not timed.
+        There are no benches, or none of that name; a value is out of range; something was not measured, because it
+        failed or because results disagree. Everything else was.
     """
     folder = find_benches()
     known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
@@ -93,7 +93,7 @@ def run(
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     timing = importlib.import_module("timing")
-    out, rows, wrong = console(color), [], []
+    out, rows = console(color), []
     path = csv or timing.csv_path(device)
     timing.read_csv(path)  # fails before anything is measured
     before = torch.get_num_threads()
@@ -103,20 +103,20 @@ def run(
             for op in ops or known:
                 module = importlib.import_module(f"bench_{op}")
                 options = {"small": small, "device": device, "compile_peers": compile_peers}
-                for new in _measure(module, partial(timing.compare, rounds=rounds, budget=budget), **options):
-                    if isinstance(new, str):
-                        out.print(f"not timed, since results disagree: {new}", style="red", markup=False)
-                        wrong.append(new)
-                    else:
-                        out.print(_table(new))
-                        rows += new
-                        if save:  # at once, so that an end half way loses nothing
-                            timing.write_csv(new, path)
+                for new in _measure(timing, module, partial(timing.compare, rounds=rounds, budget=budget), **options):
+                    if measured := _measured(new):
+                        out.print(_table(measured))
+                    for row in _failed(new):
+                        name = f"{row.implementation} of {row.op} {row.shape} {row.dtype}"
+                        out.print(f"not timed: {name}: {row.status}", style="red", markup=False, soft_wrap=True)
+                    rows += new
+                    if save:  # at once, so that an end half way loses nothing
+                        timing.write_csv(new, path)
     finally:
         torch.set_num_threads(before)
     modules = {op: importlib.import_module(f"bench_{op}") for op in ops or known}
     for module in modules.values():
-        for line in module.remarks(rows):
+        for line in module.remarks(_measured(rows)):
             out.print(line, soft_wrap=True)
     out.print(
         "Medians of interleaved rounds. Share: of the limit, the fastest of several ways to read, copy or multiply as "
@@ -125,26 +125,33 @@ def run(
     if save and rows:
         out.print(f"wrote {path}", soft_wrap=True)
         for op, module in modules.items():
-            if hasattr(module, "plot"):
-                _plot(module, rows, path.with_name(f"{path.stem}-{op}.png"), out)
-    if wrong:
-        raise ValueError(f"{len(wrong)} comparisons were not timed, since their results disagree")
+            if hasattr(module, "plot") and _measured(rows):
+                _plot(module, _measured(rows), path.with_name(f"{path.stem}-{op}.png"), out)
+    if failed := _failed(rows):
+        raise ValueError(f"{len(failed)} implementations were not timed, since they failed or their results disagree")
 
 
-def _measure(module: ModuleType, compare: Callable[..., list[Any]], **options: Any) -> Iterator[list[Any] | str]:
-    """The rows of every comparison, or how its results disagree. Those of one op that differ in shape come together."""
+def _measure(
+    timing: ModuleType, module: ModuleType, compare: Callable[..., list[Any]], **options: Any
+) -> Iterator[list[Any]]:
+    """The rows of every comparison, also of one that raises. Those of one op that differ in shape come together."""
     rows: list[Any] = []
-    for comparison in module.comparisons(**options):
-        if rows and (rows[0].op, rows[0].dtype) != (comparison.op, comparison.dtype):
+    for make in module.comparisons(**options):
+        new = timing.rows_of(make, compare)
+        if rows and (rows[0].op, rows[0].dtype) != (new[0].op, new[0].dtype):
             yield rows
             rows = []
-        try:
-            rows += compare(comparison)
-        except AssertionError as error:
-            yield f"{comparison.op} {comparison.shape} {comparison.dtype}: {error}"
-        del comparison  # it may hold gigabytes, which go before the next inputs are made
+        rows += new
     if rows:
         yield rows
+
+
+def _measured(rows: list[Any]) -> list[Any]:
+    return [row for row in rows if row.status == "ok"]
+
+
+def _failed(rows: list[Any]) -> list[Any]:
+    return [row for row in rows if row.status != "ok"]
 
 
 def _plot(module: ModuleType, rows: list[Any], path: Path, out: Console) -> None:
