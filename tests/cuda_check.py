@@ -57,7 +57,7 @@ class Kernel:
         """Is it for rows of 16-byte vectors? A pack of 16 bytes in the name says so; those of entropies always are."""
         pack = re.search(r"<(?:blt::Split<)?(\w+), (?:int, |long long, )?(\d+)", self.name)
         packed = pack is not None and SIZES.get(pack[1], 0) * int(pack[2]) == 16
-        return packed or self.name.startswith("token_entropy")
+        return packed or self.name.startswith(("token_entropy", "entropy_patch"))
 
 
 def torch_headers() -> Path:

@@ -27,6 +27,7 @@ FAULTS = {
     "write_behind": r"a write outside of every tensor, 4 bytes at 0x",
     "write_input": r"a write of a tensor that is only read, 4 bytes at 0x",
     "null": r"a read outside of every tensor, 4 bytes at 0",
+    "waiting_block": r"waits for a block that has not run",
     "misaligned": r"an access out of alignment, 16 bytes at 0x",
 }
 

@@ -36,21 +36,17 @@ Shape entropy_grid(int64_t rows) {
   return {.blocks = ceil_div<int64_t>(rows * row_lanes(sizeof(T)), kEntropyThreads), .threads = kEntropyThreads};
 }
 
-// Of the rows before *end, or of all.
-EntropyTensors entropies(const Device& device, const Tensor& rows, const i32* end) {
+EntropyTensors token_entropy_fwd_cuda(const Tensor& logits) {
+  const Tensor rows = check_logits(logits);
+  const Device device(rows);
   Tensor entropy = device_output(rows, {rows.size(0)}, accumulator(rows));
   Tensor log_sum = device_output(rows, {rows.size(0)}, accumulator(rows));
   dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    device.launch<token_entropy_fwd_kernel<T>>(entropy_grid<T>(rows.size(0)), logit_rows<T>(device, rows), end,
+    device.launch<token_entropy_fwd_kernel<T>>(entropy_grid<T>(rows.size(0)), logit_rows<T>(device, rows),
                                                device.write<acc_t<T>>(entropy), device.write<acc_t<T>>(log_sum));
   });
   return {entropy, log_sum};
-}
-
-EntropyTensors token_entropy_fwd_cuda(const Tensor& logits) {
-  const Tensor rows = check_logits(logits);
-  return entropies(Device(rows), rows, nullptr);
 }
 
 // One value for each row of logits, contiguous: a gradient that was expanded from a scalar is copied.
@@ -93,40 +89,78 @@ Documents check_documents(const Device& device, Tensor& cu_seqlens, int64_t byte
   return {device.read<i32>(cu_seqlens), count, static_cast<i32>(bytes)};
 }
 
-template <class Rule>
-LayoutTensors build_layout(const Device& device, const Rule& rule, const Documents& documents, const Tensor& cu_seqlens,
-                           std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
+// A layout to be: its documents and capacity, and the memory by which the blocks that build it tell each other what they know.
+struct Plan {
+  Documents documents;
+  int64_t capacity;
+  LayoutScratch scratch;
+  Tensor memory;
+};
+
+Plan plan_layout(const Device& device, const Documents& documents, const Tensor& cu_seqlens,
+                 std::optional<int64_t> max_patches) {
   const int64_t bytes = documents.bytes, capacity = max_patches.value_or(bytes);
   STD_TORCH_CHECK(capacity >= 0 && capacity <= kNoLimit, "max_patches: expected a value from 0 to ", kNoLimit, ", got ",
                   capacity);
+  const int64_t chunks = bytes / kChunkBytes + 1;
+  const int64_t parts = capacity >= bytes ? 0 : std::min<int64_t>(ceil_div<int64_t>(documents.count, 128), kMaxParts);
+  constexpr int64_t kWords = sizeof(Published) / sizeof(i32);
+  const int64_t published = ChunkCounts::slots(chunks) * kWords;
+  Tensor memory = device_output(cu_seqlens, {published + 1 + parts});
+  i32* const words = device.write<i32>(memory);
+  const ChunkCounts counts = {reinterpret_cast<Published*>(words), words + published, static_cast<i32>(chunks)};
+  return {documents, capacity, {counts, words + published + 1, static_cast<int>(parts)}, memory};
+}
+
+// After a launch that has prepared the layout.
+template <class Rule>
+LayoutTensors launch_layout(const Device& device, const Rule& rule, const Plan& plan, const Tensor& cu_seqlens,
+                            std::optional<int64_t> max_patch_length) {
   STD_TORCH_CHECK(!max_patch_length || *max_patch_length >= 1, "max_patch_length: expected at least 1, got ",
                   max_patch_length.value_or(0));
   const i32 limit = static_cast<i32>(std::min<int64_t>(max_patch_length.value_or(kNoLimit), kNoLimit));
+  const int64_t bytes = plan.documents.bytes, capacity = plan.capacity;
   Tensor patch_offsets = device_output(cu_seqlens, {capacity + 1});
-  Tensor cu_patches = device_output(cu_seqlens, {documents.count + 1});
+  Tensor cu_patches = device_output(cu_seqlens, {plan.documents.count + 1});
   Tensor patch_ids = device_output(cu_seqlens, {bytes});
   Tensor decode_ids = device_output(cu_seqlens, {bytes});
   Tensor decode_offsets = device_output(cu_seqlens, {capacity + 1});
   Tensor overflowed = device_output(cu_seqlens, {1}, ScalarType::Bool);
-
-  const int64_t chunks = bytes / kChunkBytes + 1;
-  Tensor cuts = device_output(cu_seqlens, {chunks, kChunkWords});
-  Tensor summaries = device_output(cu_seqlens, {chunks, static_cast<int64_t>(sizeof(ChunkSummary) / sizeof(i32))});
-  u32* const cut_words = device.write<u32>(cuts);
-  ChunkSummary* const chunk_summaries = device.write<ChunkSummary>(summaries);
-  device.launch<patch_counts_kernel<Rule>>({.blocks = chunks, .threads = kLayoutThreads}, rule, documents, limit,
-                                           cut_words, chunk_summaries);
-  const LayoutOutputs out = {device.write<i32>(patch_offsets),
-                             device.write<i32>(cu_patches),
-                             device.write<i32>(patch_ids),
-                             device.write<i32>(decode_ids),
-                             device.write<i32>(decode_offsets),
-                             device.write<bool>(overflowed),
-                             capacity};
-  const int64_t fillers = ceil_div<int64_t>(capacity + 1, kChunkBytes);
-  device.launch<patch_layout_kernel>({.blocks = std::max(chunks, fillers), .threads = kLayoutThreads}, documents, limit,
-                                     cut_words, chunk_summaries, static_cast<i32>(chunks), out);
+  const LayoutOutputs out = {.patch_offsets = device.write<i32>(patch_offsets),
+                             .cu_patches = device.write<i32>(cu_patches),
+                             .patch_ids = device.write<i32>(patch_ids),
+                             .decode_ids = device.write<i32>(decode_ids),
+                             .decode_offsets = device.write<i32>(decode_offsets),
+                             .overflowed = device.write<bool>(overflowed),
+                             .capacity = capacity};
+  const int64_t blocks = plan.scratch.counts.chunks + ceil_div<int64_t>(capacity + 1, kChunkBytes);
+  device.launch<patch_layout_kernel<Rule>>({.blocks = blocks, .threads = kLayoutThreads}, rule, plan.documents, limit,
+                                           plan.scratch, out);
   return {patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed};
+}
+
+template <class Rule>
+LayoutTensors build_layout(const Device& device, const Rule& rule, const Documents& documents, const Tensor& cu_seqlens,
+                           std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
+  const Plan plan = plan_layout(device, documents, cu_seqlens, max_patches);
+  const int64_t work = std::max<int64_t>(ChunkCounts::slots(plan.scratch.counts.chunks), plan.scratch.parts * kWarp);
+  device.launch<prepare_layout_kernel>({.blocks = ceil_div<int64_t>(work, kLayoutThreads), .threads = kLayoutThreads},
+                                       documents, plan.scratch);
+  return launch_layout(device, rule, plan, cu_seqlens, max_patch_length);
+}
+
+// f(EntropyRule of the entropies).
+template <class F>
+LayoutTensors dispatch_rule(const Device& device, const Tensor& entropy, double threshold,
+                            std::optional<double> threshold_add, bool monotonic, F&& f) {
+  const EntropyMode mode = monotonic       ? EntropyMode::kMonotonic
+                           : threshold_add ? EntropyMode::kBoth
+                                           : EntropyMode::kGlobal;
+  return dispatch_device_float(entropy.scalar_type(), "entropy", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return f(EntropyRule<T>{device.read<T>(entropy), static_cast<float>(threshold),
+                            static_cast<float>(threshold_add.value_or(0)), mode});
+  });
 }
 
 LayoutTensors patch_starts_fwd_cuda(const Tensor& entropy, Tensor cu_seqlens, double threshold,
@@ -136,13 +170,7 @@ LayoutTensors patch_starts_fwd_cuda(const Tensor& entropy, Tensor cu_seqlens, do
   const Tensor values = torch::stable::contiguous(entropy);
   const Device device(values);
   const Documents documents = check_documents(device, cu_seqlens, values.size(0));
-  const EntropyMode mode = monotonic       ? EntropyMode::kMonotonic
-                           : threshold_add ? EntropyMode::kBoth
-                                           : EntropyMode::kGlobal;
-  return dispatch_device_float(values.scalar_type(), "entropy", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const EntropyRule<T> rule = {device.read<T>(values), static_cast<float>(threshold),
-                                 static_cast<float>(threshold_add.value_or(0)), mode};
+  return dispatch_rule(device, values, threshold, threshold_add, monotonic, [&](const auto& rule) {
     return build_layout(device, rule, documents, cu_seqlens, max_patch_length, max_patches);
   });
 }
@@ -153,10 +181,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entro
   const Tensor rows = check_logits(logits);
   const Device device(rows);
   const Documents documents = check_documents(device, cu_seqlens, rows.size(0));
-  auto scores = entropies(device, rows, documents.offsets + documents.count);
-  auto layout = patch_starts_fwd_cuda(std::get<0>(scores), cu_seqlens, threshold, threshold_add, monotonic,
-                                      max_patch_length, max_patches);
-  return std::tuple_cat(std::move(scores), std::move(layout));
+  const Plan plan = plan_layout(device, documents, cu_seqlens, max_patches);
+  Tensor entropy = device_output(rows, {rows.size(0)}, accumulator(rows));
+  Tensor log_sum = device_output(rows, {rows.size(0)}, accumulator(rows));
+  dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    Shape grid = entropy_grid<T>(rows.size(0));
+    grid.blocks = std::max<int64_t>(grid.blocks, 1);
+    device.launch<entropy_patch_fwd_kernel<T>>(grid, logit_rows<T>(device, rows), documents, plan.scratch,
+                                               device.write<acc_t<T>>(entropy), device.write<acc_t<T>>(log_sum));
+  });
+  LayoutTensors layout = dispatch_rule(device, entropy, threshold, threshold_add, monotonic, [&](const auto& rule) {
+    return launch_layout(device, rule, plan, cu_seqlens, max_patch_length);
+  });
+  return std::tuple_cat(EntropyTensors{entropy, log_sum}, std::move(layout));
 }
 
 // f(Tag<integer>) for ids of type int32 or int64.

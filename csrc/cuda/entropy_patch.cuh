@@ -2,9 +2,11 @@
 //
 //   rule(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
 //
-// From logits to a layout in three launches: token_entropy_fwd_kernel, patch_counts_kernel with an EntropyRule,
-// patch_layout_kernel. Bytes: those of the logits, of their entropies (8 written and 4 read a row), and of the layout.
-// topk_patch, for analysis only, decides in a launch of its own: one block for each document, 34 passes over it.
+// From logits to a layout in two launches: entropy_patch_fwd_kernel, then patch_layout_kernel with an EntropyRule. Bytes: those
+// of the logits, of their entropies (8 written and 4 read a row), and of the layout. Decisions as bits from the first kernel
+// would save 4 of the 560 bytes of a row, and cost it a barrier.
+// The other schemes take two launches as well, prepare_layout_kernel and patch_layout_kernel; topk_patch, for analysis only,
+// decides in a launch of its own: one block for each document, 34 passes over it.
 #pragma once
 
 #include "patch_layout.cuh"
@@ -32,6 +34,15 @@ struct EntropyRule {
     return i > 2 && rise > threshold_add && h > threshold;
   }
 };
+
+// Entropies of the rows of all documents, and what the layout kernel finds ready.
+template <class T>
+__global__ void __launch_bounds__(kEntropyThreads, entropy_blocks(sizeof(T)))
+    entropy_patch_fwd_kernel(LogitRows<T> logits, Documents documents, LayoutScratch scratch, acc_t<T>* entropy,
+                             acc_t<T>* log_sum) {
+  entropy_of_rows<T>(logits, documents.end(), entropy, log_sum);
+  prepare_layout<kEntropyThreads>(documents, scratch);
+}
 
 // ASCII letters and digits, and UTF-8 continuation bytes, go on with a patch; everything else is space-like. Ids are
 // byte + 4; those below are special.

@@ -1,4 +1,4 @@
-// From boundary decisions to the tensors of a PatchLayout, in two kernels: what PatchLayout.from_cuts specifies.
+// From boundary decisions to the tensors of a PatchLayout, in one kernel: what PatchLayout.from_cuts specifies.
 //
 //   rule(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
 //
@@ -9,42 +9,35 @@
 //   - Where the patches of a rule must not be longer than m, a byte t starts a patch after it if t - j is a multiple of m,
 //     with j the last byte up to t for which the rule itself says so: a running maximum. Without a limit m is so large that
 //     only t = j is. Every document's first byte is a j (the rules that have a limit say so), so none crosses documents.
-// patch_counts_kernel asks the rule, keeps its answers as bits, and leaves a summary of each chunk of bytes. The j before a
-// chunk is not known then, but only the bytes before the chunk's first own j, its `head`, depend on it, and how many of them
-// start patches is a quotient: patch_layout_kernel gets all counts before its chunk from the summaries alone.
+// A block asks the rule about the bytes of its chunk and keeps the answers as bits. The j before a chunk is not known then, but
+// only the bytes before the chunk's first own j, its `head`, depend on it, and how many of them start patches is a quotient:
+// counts of chunks can be joined. chunk_counts.cuh tells a block those of all chunks before its own, within the launch.
+// R is needed before all chunks are known: documents that are not empty are counted in the launch before (prepare_layout),
+// unless C is so large that no start is ever dropped.
 //
 // Tiling: a block owns a chunk of 2048 bytes, 64 words of 32 bits; lanes are the bytes of a word in ballots, and a warp
 // scans 64 words. Documents that begin in a chunk are found by a search of 32 probes a step and marked as bits in shared
-// memory: nothing costs time for documents that are elsewhere, empty ones in any number included.
-// Bytes, for each of T: what the rule reads (4 of an fp32 entropy), 8 for two ids, 1/8 each way for the bits; 8 for each of C
-// patches and 8 for each document. Each block of the second kernel reads all summaries, 16 bytes a chunk: 8 KB for a million
-// bytes. Roofline: a memory copy that is 1/40 of what the logits take.
+// memory: nothing costs time for documents that are elsewhere, empty ones in any number included. Blocks behind those of
+// the chunks write the offsets beyond the last patch, which wait for all chunks.
+// Bytes, for each of T: what the rule reads (4 of an fp32 entropy), 8 for two ids; 8 for each of C patches and 8 for each
+// document; at most 3 KB for a chunk to know what is before it. Roofline: a memory copy that is 1/40 of what the logits take.
 #pragma once
 
-#include "device.cuh"
+#include "chunk_counts.cuh"
 
 namespace blt {
 
 inline constexpr int kLayoutThreads = 512;
 inline constexpr int kLayoutWarps = kLayoutThreads / kWarp;
-inline constexpr int kChunkWords = 64;
-inline constexpr int kChunkBytes = kChunkWords * 32;
-inline constexpr i32 kNoLimit = 0x7fffffff;
+inline constexpr int kChunkWords = kChunkBytes / 32;
 
 // Bytes [offsets[b], offsets[b+1]) are document b; `bytes` of them at most, and fewer than 2^31 - 2 kChunkBytes.
 struct Documents {
   const i32* offsets;  // [count + 1]
   i64 count;
   i32 bytes;
-};
 
-// Positions are relative to the chunk. "Inners" are counted by the byte before them.
-struct alignas(16) ChunkSummary {
-  i32 last;    // the last byte for which the rule says yes, absolute; -1 if there is none
-  u16 head;    // bytes before the first such byte, as far as an inner can follow them
-  u16 inners;  // behind the head
-  u16 tail;    // inners since the last document that begins here
-  u16 firsts;
+  __device__ __forceinline__ i32 end() const { return most(0, least(offsets[count], bytes)); }
 };
 
 __device__ __forceinline__ u32 bits_before(int bit) { return (1u << bit) - 1; }
@@ -118,7 +111,7 @@ struct ChunkPlace {
 __device__ __forceinline__ ChunkPlace mark_documents(ChunkBits& bits, const Documents& documents, i32 start) {
   const int thread = threadIdx.x;
   if (thread <= kChunkWords) bits.begins[thread] = 0;
-  const i32 end = most(0, least(documents.offsets[documents.count], documents.bytes));
+  const i32 end = documents.end();
   const i64 document = lower_bound(documents.offsets, documents.count + 1, start);
   // Offsets that are garbage must not lead out of the bytes before the chunk.
   const i32 open = document > 0 && start > 0 ? most(0, least(documents.offsets[document - 1], start - 1)) : -1;
@@ -163,38 +156,54 @@ __device__ __forceinline__ void find_inners(ChunkBits& bits, const ChunkPlace& p
   __syncthreads();
 }
 
-// --- first kernel: the rule, and a summary of each chunk --------------------------------------------------------------
+// --- the launch before ------------------------------------------------------------------------------------------------
 
-// Chunks cover the positions 0 to T. cuts[chunk][kChunkWords], summaries[chunk].
-template <class Rule>
-__global__ void __launch_bounds__(kLayoutThreads)
-    patch_counts_kernel(Rule rule, Documents documents, i32 limit, u32* cuts, ChunkSummary* summaries) {
-  __shared__ ChunkBits bits;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const i32 start = static_cast<i32>(blockIdx.x) * kChunkBytes;
-  const ChunkPlace place = mark_documents(bits, documents, start);
-  for (int w = warp; w < kChunkWords; w += kLayoutWarps) {
-    const i32 t = start + w * 32 + lane;
-    const i32 begin = most(0, last_until(bits.begins, bits.begin_before, start, w, lane));
-    const u32 vote = __ballot_sync(kAllLanes, t < place.end && rule(t, t - begin));
-    if (lane == 0) bits.cuts[w] = cuts[static_cast<i64>(blockIdx.x) * kChunkWords + w] = vote;
+// What the layout kernel finds ready: nothing published, and how many documents of each of `parts` parts are not empty.
+inline constexpr int kMaxParts = 256;
+struct LayoutScratch {
+  ChunkCounts counts;
+  i32* documents;  // [parts]
+  int parts;       // up to kMaxParts; 0 if the capacity is so large that the number of documents does not matter
+};
+
+// By all blocks of a launch of kThreads threads. A warp counts the documents of a part.
+template <int kThreads>
+__device__ __forceinline__ void prepare_layout(const Documents& documents, const LayoutScratch& scratch) {
+  const i64 thread = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x,
+            threads = static_cast<i64>(gridDim.x) * kThreads;
+  if (thread == 0) *scratch.counts.next_ticket = 0;
+  for (i64 slot = thread; slot < ChunkCounts::slots(scratch.counts.chunks); slot += threads)
+    scratch.counts.published[slot].ready = 0;
+  const i64 each = ceil_div<i64>(documents.count, most(1, scratch.parts));
+  for (i64 part = thread / kWarp; part < scratch.parts; part += threads / kWarp) {
+    i32 count = 0;
+#pragma unroll 4
+    for (i64 b = part * each + thread % kWarp; b < least((part + 1) * each, documents.count); b += kWarp)
+      count += documents.offsets[b] < documents.offsets[b + 1];
+    count = warp_sum(count);
+    if (thread % kWarp == 0) scratch.documents[part] = count;
   }
-  __syncthreads();
-  find_inners(bits, place, -1, limit);
-  if (warp != 0) return;
-  i32 head = least(kChunkBytes, most(0, place.end - start));
+}
+
+static __global__ void __launch_bounds__(kLayoutThreads)
+    prepare_layout_kernel(Documents documents, LayoutScratch scratch) {
+  prepare_layout<kLayoutThreads>(documents, scratch);
+}
+
+// --- the layout -------------------------------------------------------------------------------------------------------
+
+// The counts of a chunk. By one warp.
+__device__ __forceinline__ Counts chunk_counts(const ChunkBits& bits, const ChunkPlace& place) {
+  const int lane = threadIdx.x % kWarp;
+  i32 head = least(kChunkBytes, most(0, place.end - place.start));
   for (int w = lane; w < kChunkWords; w += kWarp)
     if (bits.cuts[w] != 0) head = least(head, w * 32 + __ffs(static_cast<int>(bits.cuts[w])) - 1);
   head = warp_fold(head, [](i32 a, i32 b) { return least(a, b); });
   if (head > 0 && bits.begins_at(head)) --head;
-  if (lane != 0) return;
-  const i32 last_begin = bits.begin_before[kChunkWords] - start, inners = bits.inners_before[kChunkWords];
-  const i32 tail = last_begin < 0 ? 0 : inners - bits.inners_until(last_begin);
-  summaries[blockIdx.x] = {bits.cut_before[kChunkWords], static_cast<u16>(head), static_cast<u16>(inners),
-                           static_cast<u16>(tail), static_cast<u16>(bits.firsts_before[kChunkWords])};
+  const i32 last_begin = bits.begin_before[kChunkWords] - place.start, inners = bits.inners_before[kChunkWords];
+  return {bits.cut_before[kChunkWords], head, inners, last_begin < 0 ? 0 : inners - bits.inners_until(last_begin),
+          bits.firsts_before[kChunkWords]};
 }
-
-// --- second kernel: the layout ----------------------------------------------------------------------------------------
 
 struct LayoutOutputs {
   i32* patch_offsets;           // [capacity + 1]
@@ -205,81 +214,28 @@ struct LayoutOutputs {
   i64 capacity;
 };
 
-// What is known before a chunk, and of all chunks together.
-struct Counts {
-  i32 all_firsts, all_inners;
-  i32 firsts, inners;  // before the chunk
-  i32 open_inners;     // before the document that goes on into the chunk
-  i32 cut;             // the last byte before the chunk for which the rule says yes, or -1
-};
-
-// Each thread takes neighbouring chunks; their cuts become known by a scan over the threads. Ends in a barrier.
-__device__ __forceinline__ void sum_chunks(Counts& counts, const ChunkSummary* summaries, i32 chunks, i32 limit,
-                                           i32 chunk, i32 open_chunk) {
-  __shared__ i32 last_of_warp[kLayoutWarps];
-  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
-  const i32 each = ceil_div(chunks, kLayoutThreads);
-  const i32 from = least(chunks, thread * each), to = least(chunks, from + each);
-  i32 last = -1;
-  for (i32 c = from; c < to; ++c) last = most(last, summaries[c].last);
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const i32 other = __shfl_up_sync(kAllLanes, last, distance);
-    if (lane >= distance) last = most(last, other);
-  }
-  if (lane == kWarp - 1) last_of_warp[warp] = last;
-  if (thread == 0) counts = {0, 0, 0, 0, 0, -1};
-  __syncthreads();
-  i32 cut = __shfl_up_sync(kAllLanes, last, 1);
-  if (lane == 0) cut = -1;
-  for (int w = 0; w < warp; ++w) cut = most(cut, last_of_warp[w]);
-
-  Counts sums = {0, 0, 0, 0, 0, -1};
-  for (i32 c = from; c < to; ++c) {
-    const ChunkSummary summary = summaries[c];
-    const i32 before = c * kChunkBytes - 1 - cut;  // bytes since the last cut
-    i32 inners = summary.inners;
-    if (cut >= 0) inners += (before + summary.head) / limit - before / limit;
-    if (c == chunk) counts.cut = cut;
-    sums.all_firsts += summary.firsts;
-    sums.all_inners += inners;
-    if (c < chunk) sums.firsts += summary.firsts, sums.inners += inners;
-    if (c <= open_chunk) sums.open_inners += c == open_chunk ? inners - summary.tail : inners;
-    cut = most(cut, summary.last);
-  }
-  const auto add = [&](i32& total, i32 own) {
-    const i32 sum = warp_sum(own);
-    if (lane == 0) atomicAdd(&total, sum);
-  };
-  add(counts.all_firsts, sums.all_firsts);
-  add(counts.all_inners, sums.all_inners);
-  add(counts.firsts, sums.firsts);
-  add(counts.inners, sums.inners);
-  add(counts.open_inners, sums.open_inners);
-  __syncthreads();
+// All firsts, in each lane of a warp.
+__device__ __forceinline__ i32 all_firsts(const LayoutScratch& scratch) {
+  i32 count = 0;
+  for (int part = threadIdx.x % kWarp; part < scratch.parts; part += kWarp) count += scratch.documents[part];
+  return warp_sum(count);
 }
 
-// Blocks beyond the last chunk only fill the offsets beyond the last patch.
-static __global__ void __launch_bounds__(kLayoutThreads)
-    patch_layout_kernel(Documents documents, i32 limit, const u32* cuts, const ChunkSummary* summaries, i32 chunks,
-                        LayoutOutputs out) {
-  __shared__ ChunkBits bits;
-  __shared__ Counts counts;
-  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
-  const i32 chunk = static_cast<i32>(blockIdx.x), start = least(chunk, chunks) * kChunkBytes;
-  const ChunkPlace place = mark_documents(bits, documents, start);
-  sum_chunks(counts, summaries, chunks, limit, chunk, place.open < 0 ? -1 : place.open / kChunkBytes);
-  const i32 room = static_cast<i32>(most<i64>(0, out.capacity - counts.all_firsts));
-  const i64 patches = static_cast<i64>(counts.all_firsts) + least(counts.all_inners, room);
-  for (i64 p = static_cast<i64>(chunk) * kChunkBytes + thread; p < (chunk + i64{1}) * kChunkBytes; p += kLayoutThreads)
-    if (p >= patches && p <= out.capacity) out.patch_offsets[p] = out.decode_offsets[p] = place.end;
-  if (chunk == 0 && thread == 0) *out.overflowed = counts.all_inners > room;
-  if (chunk >= chunks) return;
+// Writes kChunkBytes of the offsets beyond the last patch, those of block `filler` of as many as that takes.
+__device__ __forceinline__ void fill_offsets(const Documents& documents, const Counts& total, i32 room, i64 filler,
+                                             const LayoutOutputs& out) {
+  const i64 patches = static_cast<i64>(total.documents) + least(total.interior, room);
+  const i32 end = documents.end();
+  for (i64 p = filler * kChunkBytes + threadIdx.x; p < (filler + 1) * kChunkBytes; p += kLayoutThreads)
+    if (p >= patches && p <= out.capacity) out.patch_offsets[p] = out.decode_offsets[p] = end;
+}
 
-  if (thread < kChunkWords) bits.cuts[thread] = cuts[static_cast<i64>(chunk) * kChunkWords + thread];
-  __syncthreads();
-  find_inners(bits, place, counts.cut, limit);
-  const auto inners_until = [&](int i) { return counts.inners + bits.inners_until(i); };
+// Writes what belongs to the bytes and documents of a chunk.
+__device__ __forceinline__ void write_layout(const ChunkBits& bits, const ChunkPlace& place, const Documents& documents,
+                                             const Counts& before, i32 limit, i32 room, const LayoutOutputs& out) {
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  const i32 start = place.start;
+  const auto inners_until = [&](int i) { return before.interior + bits.inners_until(i); };
   // In garbage there may be more documents than patches.
   const auto in_range = [&](i32 patch) { return static_cast<i32>(least<i64>(patch, out.capacity - 1)); };
   const auto write = [&](i32* offsets, i32 patch, i32 t) {
@@ -292,7 +248,8 @@ static __global__ void __launch_bounds__(kLayoutThreads)
     if (at < 0) continue;
     const u32 firsts = bits.begins[at / 32] & bits_before(at % 32);
     out.cu_patches[b] =
-        in_range(counts.firsts + bits.firsts_before[at / 32] + __popc(firsts) - 1 + least(inners_until(at), room)) + 1;
+        in_range(before.documents + bits.firsts_before[at / 32] + __popc(firsts) - 1 + least(inners_until(at), room)) +
+        1;
   }
 
   for (int w = warp; w < kChunkWords; w += kLayoutWarps) {
@@ -303,11 +260,11 @@ static __global__ void __launch_bounds__(kLayoutThreads)
       out.patch_ids[t] = out.decode_ids[t] = -1;
       continue;
     }
-    const i32 firsts = counts.firsts + bits.firsts_before[w] + __popc(bits.begins[w] & bits_until(lane));
+    const i32 firsts = before.documents + bits.firsts_before[w] + __popc(bits.begins[w] & bits_until(lane));
     const i32 inners = inners_until(i), inners_behind = inners + (bits.inners[w] >> lane & 1);
     const i32 kept = least(inners, room), kept_behind = least(inners_behind, room);
     const i32 begin = last_until(bits.begins, bits.begin_before, start, w, lane) - start;
-    const i32 inners_of_earlier = begin >= 0 ? inners_until(begin) : counts.open_inners;
+    const i32 inners_of_earlier = begin >= 0 ? inners_until(begin) : before.interior - before.since_document;
     const i32 kept_of_earlier = least(inners_of_earlier, room);
     const i32 patch = firsts - 1 + kept;
     // The patches that the document has had when the next byte begins.
@@ -325,6 +282,48 @@ static __global__ void __launch_bounds__(kLayoutThreads)
     const bool opens = kept_next > kept;
     if (last || opens) write(out.decode_offsets, patch, t + !opens);
   }
+}
+
+// Blocks: one a chunk, and one for each kChunkBytes of capacity + 1.
+template <class Rule>
+__global__ void __launch_bounds__(kLayoutThreads, 3)
+    patch_layout_kernel(Rule rule, Documents documents, i32 limit, LayoutScratch scratch, LayoutOutputs out) {
+  __shared__ ChunkBits bits;
+  __shared__ Counts counts;  // before the chunk; for those who fill, of all chunks
+  __shared__ i32 ticket, room;
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  if (thread == 0) ticket = atomicAdd(scratch.counts.next_ticket, 1);
+  if (warp == 1) {
+    const i32 firsts = all_firsts(scratch);
+    if (lane == 0) room = static_cast<i32>(most<i64>(0, out.capacity - firsts));
+  }
+  __syncthreads();
+  const i32 chunk = ticket, chunks = scratch.counts.chunks;
+  if (chunk >= chunks) {
+    if (thread == 0) counts = await(scratch.counts.total());
+    __syncthreads();
+    return fill_offsets(documents, counts, room, chunk - chunks, out);
+  }
+
+  const i32 start = chunk * kChunkBytes;
+  const ChunkPlace place = mark_documents(bits, documents, start);
+  for (int w = warp; w < kChunkWords; w += kLayoutWarps) {
+    const i32 t = start + w * 32 + lane;
+    const i32 begin = most(0, last_until(bits.begins, bits.begin_before, start, w, lane));
+    const u32 vote = __ballot_sync(kAllLanes, t < place.end && rule(t, t - begin));
+    if (lane == 0) bits.cuts[w] = vote;
+  }
+  __syncthreads();
+  find_inners(bits, place, -1, limit);
+  if (warp == 0) {
+    const Counts own = chunk_counts(bits, place), before = scratch.counts.before(chunk, own, limit);
+    if (lane == 0) counts = before;
+    if (lane == 0 && chunk == chunks - 1)
+      *out.overflowed = joined(before, own, static_cast<u32>(start), limit).interior > room;
+  }
+  __syncthreads();
+  if (limit < kNoLimit) find_inners(bits, place, counts.last_boundary, limit);
+  write_layout(bits, place, documents, counts, limit, room, out);
 }
 
 }  // namespace blt

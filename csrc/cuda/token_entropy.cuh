@@ -24,6 +24,8 @@
 namespace blt {
 
 inline constexpr int kEntropyThreads = 256;
+// Blocks on a multiprocessor that forward is compiled for, for numbers of `size` bytes.
+__host__ __device__ constexpr int entropy_blocks(int size) { return size == 8 ? 2 : 4; }
 
 // Powers of what is cheapest: of 2 in fp32, where it is one instruction, of e in fp64. Logarithms are in their units.
 //   exp(d) = power(kPerNat<A> d)
@@ -230,14 +232,14 @@ struct RowLane {
   }
 };
 
-// Reads rows before *end alone; all of them without an `end`.
+// By all blocks of a launch. Reads rows before `end` alone.
 template <class T>
-__global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 4)
-    token_entropy_fwd_kernel(LogitRows<T> logits, const i32* end, acc_t<T>* entropy, acc_t<T>* log_sum) {
+__device__ __forceinline__ void entropy_of_rows(const LogitRows<T>& logits, i64 end, acc_t<T>* entropy,
+                                                acc_t<T>* log_sum) {
   using A = acc_t<T>;
   constexpr int kLanes = RowLane<T>::kLanes;
   const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
-  const bool reads = index < logits.rows && (end == nullptr || index < *end);
+  const bool reads = index < least(logits.rows, end);
   RowLane<T> row(logits, index, reads);
   const i32 tiles = RowLane<T>::tiles(logits);
   EntropySums<A> sums;
@@ -252,6 +254,12 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 4)
     entropy[index] = reads ? sums.entropy() : 0;
     log_sum[index] = reads ? sums.log_sum() : unread_log_sum<A>();
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kEntropyThreads, entropy_blocks(sizeof(T)))
+    token_entropy_fwd_kernel(LogitRows<T> logits, acc_t<T>* entropy, acc_t<T>* log_sum) {
+  entropy_of_rows<T>(logits, logits.rows, entropy, log_sum);
 }
 
 // grad_logits is contiguous. If its rows have the alignment of those of the logits, their packs are stored whole.

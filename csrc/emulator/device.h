@@ -43,6 +43,8 @@ uint3 grid_size();
 void* dynamic_shared(size_t bytes);
 void barrier(const Site& site);
 void fault_if_misaligned(const void* pointer, size_t bytes);
+// Blocks run one after the other: what a block waits for never comes.
+[[noreturn]] void fault_of_wait();
 
 // What the lanes of a mask bring to a meeting, in a warp: all see it once all are there.
 enum class Meeting { kSync, kVote, kShuffle, kMatch, kReduce };

@@ -447,6 +447,8 @@ void fault_of_lane(int source, uint32_t mask, const Site& site) {
   fault(text(site) + ": a value from lane " + std::to_string(source) + ", which is not in the mask " + number);
 }
 
+void fault_of_wait() { fault("waits for a block that has not run"); }
+
 void fault_if_misaligned(const void* pointer, size_t bytes) {
   const auto at = reinterpret_cast<uintptr_t>(pointer);
   if (at % bytes != 0) fault("an access out of alignment, " + bytes_at(at, bytes));

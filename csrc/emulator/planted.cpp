@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../common/launch.h"
+#include "../cuda/chunk_counts.cuh"
 
 namespace blt {
 namespace {
@@ -146,6 +147,12 @@ __global__ void null_kernel(const float*, i64, float* out) {
 }
 __global__ void misaligned_kernel(const float* x, i64, float* out) { store(out, load<4>(x + 1)); }
 
+// The first block to run waits for another one, which does not run at the same time here.
+__global__ void waiting_block_kernel(const float*, i64, float* out) {
+  const Published other = {};
+  if (threadIdx.x == 0) out[0] = static_cast<float>(await(other).interior);
+}
+
 Tensor planted(std::string name, const Tensor& x) {
   const Device device(x);
   Tensor out = device_output(x, {x.size(0)});
@@ -176,6 +183,7 @@ Tensor planted(std::string name, const Tensor& x) {
   BLT_PLANTED(write_input)
   BLT_PLANTED(null)
   BLT_PLANTED(misaligned)
+  BLT_PLANTED(waiting_block)
 #undef BLT_PLANTED
   if (name == "zero") device.zero(out);
   return out;
