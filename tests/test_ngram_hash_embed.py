@@ -515,19 +515,71 @@ def test_traffic_of_the_embedding(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("op", EMULATED_BACKWARD)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_traffic_of_the_gradient(dtype: torch.dtype, op: str) -> None:
-    """Rows are read once a list and written once; sorting 10 bits takes two passes."""
+@pytest.mark.parametrize("rows", [600, 40000])
+def test_traffic_of_the_gradient(rows: int, dtype: torch.dtype, op: str) -> None:
+    """Rows are read once a list, and only those are written that were read; sorting 10 or 16 bits takes two passes."""
     backends.emulator()
-    num_bytes, rows, width, lists = 512, 1000, 768, 7
-    grad_out = torch.ones(num_bytes, width, dtype=dtype)
+    num_bytes, width, lists = 512, 768, 7
+    grad_out, tokens = torch.ones(num_bytes, width, dtype=dtype), random_tokens(num_bytes)
     cu_seqlens = torch.tensor([0, 100, num_bytes], dtype=torch.int32)
-    result, launches = emulated(
-        op, grad_out, random_tokens(num_bytes), cu_seqlens, *LARGE.values(), None, rows, True, A
-    )
+    result, launches = emulated(op, grad_out, tokens, cu_seqlens, *LARGE.values(), None, rows, True, A)
     values = result if op.endswith("embed_bwd") else result[1]
     assert sum(x.sum(dtype=torch.float64).item() for x in values) == lists * num_bytes * width
-    rows_moved = lists * num_bytes + sum(x.shape[0] for x in values)
-    assert_traffic(launches, rows_moved * width * dtype.itemsize + lists * num_bytes * (8 + 2 * 24 + 8))
+    hashes = ngram_hash(tokens, cu_seqlens, vocab=rows)
+    runs = sum(x.unique().numel() for x in (*hashes, tokens))
+    rows_moved, sort, find = lists * num_bytes + runs, 8 + 2 * 26, 8 + 8 + 8
+    assert_traffic(launches, rows_moved * width * dtype.itemsize + lists * num_bytes * (sort + find) + 8 * runs)
+
+
+def sums_by_id(ids: Tensor, op: str, grad_out: Tensor, rows: int = 200) -> tuple[Tensor, list[Any]]:
+    """The gradient of a table that ids alone choose rows of, and the launches."""
+    cu_seqlens = torch.tensor([0, ids.numel()], dtype=torch.int32)
+    result, launches = emulated(op, grad_out, ids, cu_seqlens, [1], 1, None, rows, True, None)
+    if op.endswith("embed_bwd"):
+        return result[0], launches
+    return torch.zeros(rows, grad_out.shape[1]).index_add_(0, result[0][0], result[1][0]), launches
+
+
+@pytest.mark.parametrize("op", EMULATED_BACKWARD)
+def test_long_runs_across_the_levels(op: str) -> None:
+    """Lengths and places about multiples of 64 and 64^2; whole numbers, so that sums are exact in any order."""
+    backends.emulator()
+    lengths = [1, 63, 64, 0, 65, 1, 4095, 4096, 2, 61, 4097, 1, 8192, 0, 0, 12290, 127, 4032, 30]
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    ids = ids[torch.randperm(ids.numel(), generator=generator)]
+    grad_out = torch.randint(-9, 9, (ids.numel(), 4), generator=generator).float()
+    expected = torch.zeros(200, 4).index_add_(0, ids, grad_out)
+    got, launches = sums_by_id(ids, op, grad_out)
+    assert torch.equal(got, expected)
+    assert sum("chunk_sums" in launch.kernel for launch in launches) == 2
+    # Two accesses for a reader or less, 63 of them a level at most, up and down.
+    assert max(launch.longest for launch in launches if "embed" in launch.kernel) <= 2 * 64 * (2 * 2 + 1)
+
+
+@pytest.mark.parametrize("rows", [1, 190])
+def test_no_thread_adds_up_more_for_long_runs(rows: int) -> None:
+    """One row for the whole text takes three levels of sums."""
+    backends.emulator()
+    num_bytes = 2 * 64**3 + 5000
+    ids = torch.arange(num_bytes) % rows
+    grad, launches = sums_by_id(ids, "ngram_hash_embed_bwd", torch.ones(num_bytes, 1))
+    assert torch.equal(grad[:, 0], ids.bincount(minlength=200).float())
+    assert sum("chunk_sums" in launch.kernel for launch in launches) == 3
+    assert max(launch.longest for launch in launches) <= 400
+
+
+def test_sorting_moves_as_many_bytes_for_each_reader_of_a_long_text() -> None:
+    """Scans of counts in two levels, and no tile that looks at all tiles before it."""
+    backends.emulator()
+    moved = []
+    for num_bytes in (40 * 2048, 160 * 2048):
+        _, launches = sums_by_id(torch.arange(num_bytes) % 190, "ngram_hash_embed_bwd", torch.ones(num_bytes, 1))
+        kernels = [launch for launch in launches if "embed" not in launch.kernel and "chunk" not in launch.kernel]
+        moved.append({x.kernel: (x.loaded + x.stored) / num_bytes for x in kernels})
+        assert max(x.longest for x in kernels if "scan" in x.kernel) <= 2 * 64
+    for kernel, each in moved[0].items():
+        assert moved[1][kernel] <= max(1.01 * each, 1), kernel
 
 
 @pytest.mark.parametrize(("rows", "passes"), [(1, 1), (255, 1), (256, 2), (65535, 2), (65536, 3)])

@@ -1,5 +1,5 @@
 // Launchers of ngram_hash_embed.cuh. Grids follow from the shapes alone; only the sparse gradient, whose size is the number
-// of distinct rows, copies these numbers to the host.
+// of distinct rows, copies these numbers to the host. A dense gradient is zeroed by torch, with one kernel for each tensor.
 
 #include "ngram_hash_embed.cuh"
 
@@ -200,15 +200,28 @@ TableGrads check_backward(const Tensor& grad_out, const Tensor& tokens, const Te
   return grads;
 }
 
+// Counts of digits become places: at once, or by segments of kScanTiles tiles.
+void place_digits(const Device& device, int64_t lists, int64_t tiles, u32* counts, u32* segments) {
+  const int64_t parts = ceil_div<int64_t>(tiles, kScanTiles);
+  const Shape scan = {.blocks = lists, .threads = kSortThreads};
+  if (parts == 1) return device.launch<radix_scan_kernel<kSortBits>>(scan, counts, tiles);
+  const Shape grid = {.blocks = parts, .threads = kSortThreads, .rows = lists};
+  device.launch<radix_sum_kernel<kSortBits>>(grid, counts, tiles, segments);
+  device.launch<radix_scan_kernel<kSortBits>>(scan, segments, parts);
+  device.launch<radix_spread_kernel<kSortBits>>(grid, counts, tiles, segments);
+}
+
 // readers[lists][bytes], sorted: from one tensor to another and back, a pass for each digit of the rows.
 Tensor sort_readers(const Device& device, const TableGrads& grads) {
   const int64_t bytes = grads.bytes(), lists = grads.lists(), tiles = ceil_div<int64_t>(bytes, kSortTile);
   Tensor from = device_output(grads.hashed.tokens, {lists, bytes}, ScalarType::Long);
   Tensor to = device_output(from, {lists, bytes});
   Tensor counts = device_output(from, {lists, tiles, kSortThreads}, ScalarType::Int);
+  Tensor sums = device_output(from, {lists, ceil_div<int64_t>(tiles, kScanTiles), kSortThreads}, ScalarType::Int);
   if (bytes == 0) return from;
   const Shape grid = {.blocks = tiles, .threads = kSortThreads, .rows = lists};
   u32* const places = device.write<u32>(counts);
+  u32* const segments = device.write<u32>(sums);
   dispatch_ids(grads.hashed.tokens, [&](auto tag) {
     using Id = typename decltype(tag)::type;
     device.launch<ngram_readers_kernel<Id>>(grid, grads.hashed.text<Id>(device), grads.hashed.ngrams, grads.shard,
@@ -217,7 +230,7 @@ Tensor sort_readers(const Device& device, const TableGrads& grads) {
   device.write<Reader>(to);
   for (int shift = 0; shift < static_cast<int>(std::bit_width(grads.none())); shift += kSortBits) {
     if (shift > 0) device.launch<radix_count_kernel<kSortBits>>(grid, device.read<Reader>(from), bytes, shift, places);
-    device.launch<radix_scan_kernel<kSortBits>>({.blocks = lists, .threads = kSortThreads}, places, tiles);
+    place_digits(device, lists, tiles, places, segments);
     device.launch<radix_scatter_kernel<kSortBits>>(grid, device.read<Reader>(from), bytes, shift, places,
                                                    device.write<Reader>(to));
     std::swap(from, to);
@@ -225,23 +238,66 @@ Tensor sort_readers(const Device& device, const TableGrads& grads) {
   return from;
 }
 
-// f(Tag<T>, Constant<pack>, readers) once the readers are sorted and their chunks added up.
+// starts[lists][bytes + 1] and totals[lists] of the runs of sorted readers; see run_starts_kernel.
+struct RunTensors {
+  Tensor starts, totals;
+};
+
+RunTensors find_runs(const Device& device, const TableGrads& grads, const Tensor& sorted) {
+  const int64_t lists = grads.lists(), bytes = grads.bytes(), tiles = ceil_div<int64_t>(bytes, kSortTile);
+  RunTensors runs = {device_output(sorted, {lists, bytes + 1}, ScalarType::Int),
+                     device_output(sorted, {lists}, ScalarType::Int)};
+  if (bytes == 0) {
+    torch::stable::zero_(runs.totals);
+    return runs;
+  }
+  Tensor counts = device_output(sorted, {lists, tiles}, ScalarType::Int);
+  const Shape grid = {.blocks = tiles, .threads = kSortThreads, .rows = lists};
+  const Reader* const readers = device.read<Reader>(sorted);
+  u32* const found = device.write<u32>(counts);
+  device.launch<run_count_kernel<kSortItems>>(grid, readers, bytes, found);
+  device.launch<run_scan_kernel<kSortItems>>({.blocks = lists, .threads = kSortThreads}, found, tiles);
+  device.launch<run_starts_kernel<kSortItems>>(grid, readers, bytes, grads.none(), found,
+                                               device.write<u32>(runs.starts), device.write<i32>(runs.totals));
+  return runs;
+}
+
+// f(Tag<T>, Constant<pack>, readers) once the readers are sorted and their chunks added up, level by level.
 template <class F>
 void with_readers(const Device& device, const TableGrads& grads, const Tensor& sorted, F&& f) {
-  const int64_t lists = grads.lists(), chunks = grads.bytes() / kChunk, width = grads.width();
-  Tensor sums = device_output(grads.grad_out, {lists, chunks, width}, accumulator(grads.grad_out));
+  using Sizes = Readers<float>;
+  const int64_t lists = grads.lists(), bytes = grads.bytes(), width = grads.width();
+  int levels = 0;
+  int64_t rows = 0;
+  for (; Sizes::sums_of(bytes, levels + 1) >= 2; ++levels) rows += lists * Sizes::sums_of(bytes, levels + 1);
+  Tensor sums = device_output(grads.grad_out, {rows, width}, accumulator(grads.grad_out));
   dispatch_device_float(grads.grad_out.scalar_type(), "grad_out", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* const grad = device.read<T>(grads.grad_out);
-    const Readers<T> readers = {device.read<Reader>(sorted), grads.bytes(), grad,
-                                grads.grad_out.stride(0),    width,         device.write<acc_t<T>>(sums)};
+    const Readers<T> readers = {device.read<Reader>(sorted), bytes, grad,
+                                grads.grad_out.stride(0),    width, device.write<acc_t<T>>(sums),
+                                static_cast<int>(lists),     levels};
     dispatch_pack<T>({address(grad), row_bytes(grads.grad_out), bytes_of<T>(width)}, [&](auto pack) {
-      if (width > 0)
-        device.launch<ngram_chunk_sums_kernel<T, pack()>>({.blocks = chunks, .threads = kEmbedThreads, .rows = lists},
-                                                          readers, grads.none());
+      for (int level = 1; level <= levels && width > 0; ++level)
+        device.launch<ngram_chunk_sums_kernel<T, pack()>>(
+            {.blocks = Sizes::sums_of(bytes, level), .threads = kEmbedThreads, .rows = lists}, readers, level,
+            grads.none());
       f(tag, pack, readers);
     });
   });
+}
+
+// launch(shape, owned, first_list) for the hashed tables and for the byte table, of whose lists none has more than max_runs
+// runs. A block owns some runs for each of its threads' columns, fewer where each has more readers.
+template <class F>
+void launch_owners(const TableGrads& grads, int pack, int64_t first_list, int64_t lists, int64_t max_runs, F&& launch) {
+  constexpr int64_t kReaders = 8;  // for a thread, if they are shared equally
+  if (max_runs == 0) return;
+  const int64_t beside = std::max<int64_t>(1, kEmbedThreads * pack / std::max<int64_t>(1, grads.width()));
+  const int64_t each = std::max<int64_t>(1, kReaders * max_runs / grads.bytes());
+  const int64_t owned = std::min<int64_t>(kMaxOwned, beside * std::min(each, kReaders));
+  launch(Shape{.blocks = ceil_div(max_runs, owned), .threads = kEmbedThreads, .rows = lists}, static_cast<int>(owned),
+         static_cast<int>(first_list));
 }
 
 std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tensor& tokens, Tensor cu_seqlens,
@@ -254,43 +310,27 @@ std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tens
   std::vector<int64_t> sizes(grads.slots(), 0);
   for (int64_t n = 0; n < grads.lists(); ++n) sizes[grads.slot(n)] += grads.rows(n);
   std::vector<Tensor> result;
-  for (const int64_t size : sizes) result.push_back(device_output(grads.grad_out, {size, grads.width()}));
-  if (grads.width() == 0) return result;
+  for (const int64_t size : sizes) {
+    result.push_back(device_output(grads.grad_out, {size, grads.width()}));
+    torch::stable::zero_(result.back());
+  }
+  if (grads.width() == 0 || grads.bytes() == 0) return result;
   const Tensor sorted = sort_readers(device, grads);
+  const RunTensors found = find_runs(device, grads, sorted);
   with_readers(device, grads, sorted, [&](auto tag, auto pack, const auto& readers) {
     using T = typename decltype(tag)::type;
     TableRows<T> to = {};
     for (int64_t n = 0; n < grads.lists(); ++n)
       to.first[n] = device.write<T>(result[grads.slot(n)]) + grads.first_row(n) * grads.width();
-    const auto launch = [&](int64_t first_list, int64_t lists) {
-      // Fewer rows to a block where each has more readers: a block sums some 2 * kMaxOwned of both at most.
-      const int64_t rows = grads.rows(first_list);
-      const int64_t owned = std::max<int64_t>(1, kMaxOwned * rows / std::max<int64_t>(1, rows + grads.bytes()));
-      device.launch<ngram_hash_embed_bwd_kernel<T, pack()>>(
-          {.blocks = ceil_div(rows, owned), .threads = kEmbedThreads, .rows = lists}, readers,
-          static_cast<int>(first_list), rows, static_cast<int>(owned), to);
+    const auto launch = [&](const Shape& shape, int owned, int first_list) {
+      const Runs runs = {device.read<u32>(found.starts), device.read<i32>(found.totals), owned};
+      device.launch<ngram_hash_embed_bwd_kernel<T, pack()>>(shape, readers, runs, first_list, to);
     };
-    launch(0, grads.tables());
-    if (grads.alphabet) launch(grads.tables(), 1);
+    const auto max_runs = [&](int64_t list) { return std::min(grads.bytes(), grads.rows(list)); };
+    launch_owners(grads, pack(), 0, grads.tables(), max_runs(0), launch);
+    if (grads.alphabet) launch_owners(grads, pack(), grads.tables(), 1, max_runs(grads.tables()), launch);
   });
   return result;
-}
-
-// Rows of each list that are read at all, on the host: the one place that waits for the device.
-std::vector<int32_t> count_runs(const Device& device, const TableGrads& grads, const Tensor& sorted, Tensor& starts) {
-  const int64_t lists = grads.lists(), bytes = grads.bytes(), tiles = ceil_div<int64_t>(bytes, kSortTile);
-  if (bytes == 0) return std::vector<int32_t>(lists, 0);
-  Tensor counts = device_output(sorted, {lists, tiles}, ScalarType::Int);
-  Tensor totals = device_output(sorted, {lists}, ScalarType::Int);
-  const Shape grid = {.blocks = tiles, .threads = kSortThreads, .rows = lists};
-  const Reader* const readers = device.read<Reader>(sorted);
-  u32* const found = device.write<u32>(counts);
-  device.launch<run_count_kernel<kSortItems>>(grid, readers, bytes, found);
-  device.launch<run_starts_kernel<kSortItems>>(grid, readers, bytes, grads.none(), found, device.write<u32>(starts),
-                                               device.write<i32>(totals));
-  const Tensor here = torch::stable::to(totals, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  const int32_t* const total = here.const_data_ptr<int32_t>();
-  return {total, total + lists};
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd_cuda(
@@ -302,8 +342,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd
   const Device device(grads.grad_out);
   const int64_t lists = grads.lists(), width = grads.width();
   const Tensor sorted = sort_readers(device, grads);
-  Tensor starts = device_output(sorted, {lists, grads.bytes() + 1}, ScalarType::Int);
-  const std::vector<int32_t> runs = count_runs(device, grads, sorted, starts);
+  const RunTensors found = find_runs(device, grads, sorted);
+  // The one place that waits for the device.
+  const Tensor here = torch::stable::to(found.totals, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  const std::vector<int32_t> runs(here.const_data_ptr<int32_t>(), here.const_data_ptr<int32_t>() + lists);
   std::vector<int64_t> sizes(grads.slots(), 0), before(lists, 0);
   for (int64_t n = 0; n < lists; ++n) before[n] = sizes[grads.slot(n)], sizes[grads.slot(n)] += runs[n];
   std::vector<Tensor> rows, values;
@@ -319,13 +361,14 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd
     for (int64_t n = 0; n < lists; ++n) {
       to.rows[n] = device.write<i64>(rows[grads.slot(n)]) + before[n];
       to.values[n] = device.write<T>(values[grads.slot(n)]) + before[n] * width;
-      to.counts[n] = runs[n];
     }
-    const int64_t owned = std::max<int64_t>(1, kEmbedThreads * pack() / std::max<int64_t>(1, width));
-    const int64_t most = *std::max_element(runs.begin(), runs.end());
-    device.launch<ngram_hash_embed_sparse_bwd_kernel<T, pack()>>(
-        {.blocks = ceil_div(most, owned), .threads = kEmbedThreads, .rows = lists}, readers, device.read<u32>(starts),
-        static_cast<int>(owned), to);
+    const auto launch = [&](const Shape& shape, int owned, int first_list) {
+      const Runs owners = {device.read<u32>(found.starts), device.read<i32>(found.totals), owned};
+      device.launch<ngram_hash_embed_sparse_bwd_kernel<T, pack()>>(shape, readers, owners, first_list, to);
+    };
+    launch_owners(grads, pack(), 0, grads.tables(), *std::max_element(runs.begin(), runs.begin() + grads.tables()),
+                  launch);
+    if (grads.alphabet) launch_owners(grads, pack(), grads.tables(), 1, runs.back(), launch);
   });
   return {rows, values};
 }

@@ -7,16 +7,25 @@
 // leaves the addresses of all rows in shared memory; then a thread owns 16 bytes of columns of an output row and adds up
 // its N + 1 rows, kAhead of them in flight. Bytes: N + 1 rows read and one written for each byte of text.
 //
-// Backward: each table, and the byte table, has a list of readers (row, byte), sorted by row (radix_sort.cuh), so that a row
-// has one owner, which adds up its bytes in their order. Long runs are split: the sums of kChunk neighbouring readers of
-// the same row, wherever kChunk divides their place in the list, are ready before the owner starts. It adds what is before
-// the first of them, them, and what is behind: always the same order, and no atomics.
-// A dense gradient has an owner for each row of the table, who finds its run by bisection; it writes zeros if there is none.
-// A sparse gradient has one for each run. Bytes: a row read for each byte and list, each row of the gradient written once;
-// beside that, for each byte and list, 8 bytes written and 24 a pass of the sort, and 8 to look at readers at the end.
+// Backward: each table, and the byte table, has a list of readers (row, byte), sorted by row (radix_sort.cuh). The readers of
+// one row are a run, whose owner adds up their bytes in order. A block owns up to kMaxOwned neighbouring runs, a thread 16
+// bytes of columns of one at a time. Long runs are split at multiples of kChunk = 64 places in the list, in levels: a sum of
+// level 1 is that of 64 neighbouring readers of the same row, one of level l + 1 that of 64 sums of level l. They are ready
+// before the owner starts, who adds readers up to the first multiple of 64, sums of level 1 up to the first of 64^2, and so
+// on up, and then down to the end: always the same order, no atomics, and at most 126 levels + 127 additions one after the
+// other however long the run. Levels: as many as have at least 2 sums, 2 from 8192 bytes on, 4 for 256M.
+// A dense gradient is zeroed as one block of memory, and owners write the rows that were read; a sparse one has these rows
+// alone.
 //
-// Roofline: memory; some 30 instructions for 16 bytes. Registers: at most 72, for 7 blocks of 128 threads an SM: with
-// 7 loads of 16 bytes in flight each that is 100 KB, more than twice what hides the latency of the memory.
+// Bytes: for each byte and list a row read; for each run a row written; a dense gradient written once more, with zeros; sums
+// are at most 1/64 of their readers' rows in number, in fp32, written and read. Beside that, for each byte and list, 8 bytes
+// written, 26 a pass of the sort, 8 + 8 to find runs and 8 to read at the end, and for each run 4 written and 4 read.
+// Launches: 1 + 3 a pass + 3 + levels + 2; 2 more a pass above 131072 bytes.
+//
+// Roofline: memory; some 30 instructions for 16 bytes. Forward and sums: at most 72 registers, for 7 blocks of 128 threads an
+// SM: with 8 loads of 16 bytes in flight each that is 100 KB, more than twice what hides the latency of the memory. Owners:
+// most runs are a reader or two long, and have no more loads in flight, so that there are 10 blocks an SM with 48 registers
+// and 4 loads ahead: 20 to 80 KB.
 #pragma once
 
 #include "ngram_hash.cuh"
@@ -27,8 +36,10 @@ namespace blt {
 inline constexpr int kEmbedThreads = 128;
 inline constexpr int kEmbedBytes = 16;  // of text, for a block
 inline constexpr int kAhead = 8;        // rows in flight
-inline constexpr int kChunk = 64;       // readers that are added up ahead of their owner
-inline constexpr int kMaxOwned = 32;    // rows of a dense gradient, for a block
+inline constexpr int kAheadOfRuns = 4;  // the same for owners of runs
+inline constexpr int kChunkBits = 6;
+inline constexpr int kChunk = 1 << kChunkBits;  // readers that are added up ahead of their owner
+inline constexpr int kMaxOwned = 120;           // runs, for a block
 
 // What of the tables is here to be read: rows [low, low + rows) of each hashed one, and the byte table if it has rows.
 struct Shard {
@@ -70,7 +81,7 @@ struct RowWalk {
 };
 
 // sum += the kPack numbers at row_of(i) for i in [begin, end), one after the other; nothing where that is null.
-template <class T, int kPack, class RowOf>
+template <class T, int kAhead, int kPack, class RowOf>
 __device__ __forceinline__ void add_rows(acc_t<T> (&sum)[kPack], u32 begin, u32 end, const RowOf& row_of) {
 #pragma unroll 1
   for (u32 i = begin; i < end; i += kAhead) {
@@ -126,7 +137,7 @@ __global__ void __launch_bounds__(kEmbedThreads, 7)
     const T* const* const own = rows + at.row * lists;
     const int column = at.pack * kPack;
     acc_t<T> sum[kPack] = {};
-    add_rows<T>(sum, 0, lists, [=](u32 i) { return own[i] == nullptr ? nullptr : own[i] + column; });
+    add_rows<T, kAhead>(sum, 0, lists, [=](u32 i) { return own[i] == nullptr ? nullptr : own[i] + column; });
     store_sum<T>(out + (first + at.row) * width + column, sum);
   }
 }
@@ -153,7 +164,7 @@ __global__ void __launch_bounds__(kSortThreads, 6)
   digits.store(counts);
 }
 
-// Sorted readers[lists][bytes] of the rows of `grad`, and the sums[lists][bytes / kChunk][width] of their chunks.
+// Sorted readers[lists][bytes] of the rows of `grad`. sums: for each level from 1 on [lists][sums of a list][width].
 template <class T>
 struct Readers {
   const Reader* readers;
@@ -161,51 +172,72 @@ struct Readers {
   const T* grad;
   i64 stride, width;
   acc_t<T>* sums;
+  int lists, levels;
+
+  __host__ __device__ static i64 sums_of(i64 bytes, int level) { return bytes >> (kChunkBits * level); }
+  // The sums of a level for a list.
+  __device__ __forceinline__ acc_t<T>* sums_at(int level, int list) const {
+    i64 row = list * sums_of(bytes, level);
+    for (int below = 1; below < level; ++below) row += lists * sums_of(bytes, below);
+    return sums + row * width;
+  }
 };
 
-// sum += the rows that readers [begin, end) of a list send to kPack columns.
-template <class T, int kPack>
-__device__ __forceinline__ void add_readers(acc_t<T> (&sum)[kPack], const Readers<T>& from, int list, u32 begin,
-                                            u32 end, int column) {
-  const Reader* const readers = from.readers + list * from.bytes;
-  const T* const grad = from.grad + column;
-  add_rows<T>(sum, begin, end, [=](u32 i) { return grad + readers[i].byte * from.stride; });
-}
-
-// The same for a whole run, whose chunks are ready.
-template <class T, int kPack>
-__device__ __forceinline__ void add_run(acc_t<T> (&sum)[kPack], const Readers<T>& from, int list, u32 begin, u32 end,
-                                        int column) {
+// sum += [begin, end) of a level, in kPack columns: the rows of readers for level 0, else sums of readers of the same row.
+template <int kAhead, class T, int kPack>
+__device__ __forceinline__ void add_level(acc_t<T> (&sum)[kPack], const Readers<T>& from, int level, int list,
+                                          u32 begin, u32 end, int column) {
   using A = acc_t<T>;
-  const u32 chunk = ceil_div<u32>(begin, kChunk), last_chunk = end / kChunk;
-  if (chunk >= last_chunk) return add_readers(sum, from, list, begin, end, column);
-  add_readers(sum, from, list, begin, chunk * kChunk, column);
-  const A* const sums = from.sums + list * (from.bytes / kChunk) * from.width + column;
+  if (level == 0) {
+    const Reader* const readers = from.readers + list * from.bytes;
+    const T* const grad = from.grad + column;
+    return add_rows<T, kAhead>(sum, begin, end, [=](u32 i) { return grad + readers[i].byte * from.stride; });
+  }
+  const A* const sums = from.sums_at(level, list) + column;
   constexpr int kPart = kParts<A, kPack>;
 #pragma unroll
   for (int c = 0; c < kPack; c += kPart) {
     A part[kPart];
 #pragma unroll
     for (int i = 0; i < kPart; ++i) part[i] = sum[c + i];
-    add_rows<A>(part, chunk, last_chunk, [=](u32 i) { return sums + i * from.width + c; });
+    add_rows<A, kAhead>(part, begin, end, [=](u32 i) { return sums + i * from.width + c; });
 #pragma unroll
     for (int i = 0; i < kPart; ++i) sum[c + i] = part[i];
   }
-  add_readers(sum, from, list, last_chunk * kChunk, end, column);
 }
 
-// A block for each chunk, which only does something if all of its readers read the same row.
+// The same for the run [begin, end) of readers: up the levels as far as whole sums lie in it, and down again.
 template <class T, int kPack>
-__global__ void __launch_bounds__(kEmbedThreads, 7) ngram_chunk_sums_kernel(Readers<T> from, u32 none) {
+__device__ __forceinline__ void add_run(acc_t<T> (&sum)[kPack], const Readers<T>& from, int list, u32 begin, u32 end,
+                                        int column) {
+  int top = 0;
+  for (u32 low = begin, high = end; top < from.levels; ++top) {
+    low = ceil_div<u32>(low, kChunk), high /= kChunk;
+    if (low >= high) break;
+  }
+#pragma unroll 1
+  for (int piece = 0; piece <= 2 * top; ++piece) {
+    const bool down = piece > top;
+    const int level = down ? 2 * top - piece : piece, shift = kChunkBits * level;
+    const u32 first = (begin + (1u << shift) - 1) >> shift, last = end >> shift;
+    const u32 low = down ? last / kChunk * kChunk : first;
+    const u32 high = down || level == top ? last : ceil_div<u32>(first, kChunk) * kChunk;
+    add_level<kAheadOfRuns>(sum, from, level, list, low, high, column);
+  }
+}
+
+// A block for each sum of a level, which only does something if all of its readers read the same row.
+template <class T, int kPack>
+__global__ void __launch_bounds__(kEmbedThreads, 7) ngram_chunk_sums_kernel(Readers<T> from, int level, u32 none) {
   using A = acc_t<T>;
-  const u32 begin = blockIdx.x * kChunk;
-  const Reader* const chunk = from.readers + blockIdx.y * from.bytes + begin;
-  if (chunk[0].row == none || chunk[0].row != chunk[kChunk - 1].row) return;
-  A* const to = from.sums + (blockIdx.y * (from.bytes / kChunk) + blockIdx.x) * from.width;
+  const int list = blockIdx.y, shift = kChunkBits * level;
+  const Reader* const chunk = from.readers + list * from.bytes + (static_cast<i64>(blockIdx.x) << shift);
+  if (chunk[0].row == none || chunk[0].row != chunk[(1 << shift) - 1].row) return;
+  A* const to = from.sums_at(level, list) + blockIdx.x * from.width;
   for (RowWalk at(static_cast<int>(from.width / kPack)); at.row < 1; ++at) {
     const int column = at.pack * kPack;
     A sum[kPack] = {};
-    add_readers(sum, from, blockIdx.y, begin, begin + kChunk, column);
+    add_level<kAhead>(sum, from, level - 1, list, blockIdx.x * kChunk, (blockIdx.x + 1) * kChunk, column);
     constexpr int kPart = kParts<A, kPack>;
 #pragma unroll
     for (int c = 0; c < kPack; c += kPart) {
@@ -217,70 +249,67 @@ __global__ void __launch_bounds__(kEmbedThreads, 7) ngram_chunk_sums_kernel(Read
   }
 }
 
-// The place of the first reader of this row or a later one.
-__device__ __forceinline__ u32 first_reader(const Reader* readers, u32 count, u32 row) {
-  u32 low = 0, high = count;
-  while (low < high) {
-    const u32 middle = (low + high) / 2;
-    if (readers[middle].row >= row)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  return low;
-}
+// Where the runs of each list begin, starts[lists][bytes + 1], and how many there are, totals[lists]. A block owns `owned`
+// neighbouring ones; a grid may have more blocks than there are runs.
+struct Runs {
+  const u32* starts;
+  const i32* totals;
+  int owned;
+};
 
-// Dense gradients of `rows` rows each, of the lists from `first_list`. A block owns `owned` neighbouring rows.
-template <class T, int kPack>
-__global__ void __launch_bounds__(kEmbedThreads, 7)
-    ngram_hash_embed_bwd_kernel(Readers<T> from, int first_list, i64 rows, int owned,
-                                __grid_constant__ const TableRows<T> grads) {
-  __shared__ u32 begins[kMaxOwned + 1];
-  const int list = first_list + blockIdx.y;
-  const i64 first = static_cast<i64>(blockIdx.x) * owned;
-  const int here = static_cast<int>(least<i64>(owned, rows - first));
-  static_assert(kMaxOwned < kEmbedThreads, "a thread looks for each row and the one behind");
-  if (static_cast<int>(threadIdx.x) <= here)
-    begins[threadIdx.x] = first_reader(from.readers + list * from.bytes, static_cast<u32>(from.bytes),
-                                       static_cast<u32>(first) + threadIdx.x);
+// The sums of the runs that the block owns go to row_of(run, row), for run `run` of the list and a row of its table.
+template <int kPack, class T, class RowOf>
+__device__ __forceinline__ void write_runs(const Readers<T>& from, const Runs& runs, int list, const RowOf& row_of) {
+  __shared__ u32 begins[kMaxOwned + 1], rows[kMaxOwned + 1];
+  static_assert(kMaxOwned < kEmbedThreads, "a thread for each run and the one behind");
+  const i64 first = static_cast<i64>(blockIdx.x) * runs.owned;
+  const int here = static_cast<int>(least<i64>(runs.owned, runs.totals[list] - first)), run = threadIdx.x;
+  if (here <= 0) return;
+  if (run <= here) {
+    begins[run] = runs.starts[list * (from.bytes + 1) + first + run];
+    if (run < here) rows[run] = from.readers[list * from.bytes + begins[run]].row;
+  }
   __syncthreads();
-  T* const to = grads.first[list] + first * from.width;
   for (RowWalk at(static_cast<int>(from.width / kPack)); at.row < here; ++at) {
     const int column = at.pack * kPack;
     acc_t<T> sum[kPack] = {};
     add_run(sum, from, list, begins[at.row], begins[at.row + 1], column);
-    store_sum<T>(to + at.row * from.width + column, sum);
+    store_sum<T>(row_of(first + at.row, rows[at.row], at.pack == 0) + column, sum);
   }
 }
 
-// Where the runs of each list go, `counts` of them. Rows of a fused tensor are numbered through all hashed tables.
+// Dense gradients of the lists from `first_list`, which are 0 already.
+template <class T, int kPack>
+__global__ void __launch_bounds__(kEmbedThreads, 10)
+    ngram_hash_embed_bwd_kernel(Readers<T> from, Runs runs, int first_list,
+                                __grid_constant__ const TableRows<T> grads) {
+  const int list = first_list + blockIdx.y;
+  T* const to = grads.first[list];
+  write_runs<kPack>(from, runs, list, [=](i64, u32 row, bool) { return to + row * from.width; });
+}
+
+// Where the runs of each list go. Rows of a fused tensor are numbered through all hashed tables.
 template <class T>
 struct SparseGrads {
   i64* rows[kMaxTables + 1];
   T* values[kMaxTables + 1];
-  i32 counts[kMaxTables + 1];
   int tables;
   i64 numbers;  // that a table takes: 0 where each has its own tensor
 };
 
-// Sparse gradients of all lists, from starts[lists][bytes + 1]. A block owns `owned` neighbouring runs.
+// Sparse gradients of the lists from `first_list`.
 template <class T, int kPack>
-__global__ void __launch_bounds__(kEmbedThreads, 7)
-    ngram_hash_embed_sparse_bwd_kernel(Readers<T> from, const u32* starts, int owned,
+__global__ void __launch_bounds__(kEmbedThreads, 10)
+    ngram_hash_embed_sparse_bwd_kernel(Readers<T> from, Runs runs, int first_list,
                                        __grid_constant__ const SparseGrads<T> grads) {
-  const int list = blockIdx.y;
-  const i64 first = static_cast<i64>(blockIdx.x) * owned;
-  const int here = static_cast<int>(least<i64>(owned, grads.counts[list] - first));
-  const u32* const begins = starts + list * (from.bytes + 1) + first;
+  const int list = first_list + blockIdx.y;
+  i64* const rows = grads.rows[list];
+  T* const values = grads.values[list];
   const i64 number = list < grads.tables ? list * grads.numbers : 0;
-  for (RowWalk at(static_cast<int>(from.width / kPack)); at.row < here; ++at) {
-    const int column = at.pack * kPack;
-    const u32 begin = begins[at.row];
-    if (at.pack == 0) grads.rows[list][first + at.row] = number + from.readers[list * from.bytes + begin].row;
-    acc_t<T> sum[kPack] = {};
-    add_run(sum, from, list, begin, begins[at.row + 1], column);
-    store_sum<T>(grads.values[list] + (first + at.row) * from.width + column, sum);
-  }
+  write_runs<kPack>(from, runs, list, [=](i64 run, u32 row, bool once) {
+    if (once) rows[run] = number + row;
+    return values + run * from.width;
+  });
 }
 
 }  // namespace blt

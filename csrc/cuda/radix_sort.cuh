@@ -1,13 +1,22 @@
 // Readers of rows sorted by row, several lists of the same length at once, and where each row's run of them begins.
 //
 // Least significant digit first, stable, kBits a pass: tiles count their digits (radix_count_kernel, or whoever writes the
-// readers), the counts become places (radix_scan_kernel), and every tile puts its readers there (radix_scatter_kernel). A
-// grid has a row for each list. Ranks inside a tile come from warps in order: a warp matches 32 neighbouring readers at a
-// time, so that equal digits keep their order without an atomic; counting adds integers, whose order is of no matter.
-// Runs are found in two kernels: tiles count where rows change, then each sums the counts of the tiles before it.
+// readers), the counts become places, and every tile puts its readers there (radix_scatter_kernel). A grid has a row for
+// each list. Ranks inside a tile come from warps in order: a warp matches 32 neighbouring readers at a time, so that equal
+// digits keep their order without an atomic; counting adds integers, whose order is of no matter.
 //
-// Bytes a pass: 8 read to count, 8 read and 8 written to move a reader; 2 * 4 << kBits for each tile's counts. A pass is
-// some 20 times smaller than what the rows themselves are worth, and stays in L2. Registers: at most 48, for 5 blocks an SM.
+// Counts become places in two levels: a block sums the counts of kScanTiles tiles (radix_sum_kernel), a block a list scans
+// these sums (radix_scan_kernel), and a block walks kScanTiles tiles again from where its sum says (radix_spread_kernel). A
+// list of at most kScanTiles tiles is scanned as it is. No block waits for another of its launch. The serial part is a sum
+// for kScanTiles * kSortTile = 131072 readers, 2048 rows of 1 KB for 256M readers.
+// Runs: tiles count where rows change (run_count_kernel), a block a list scans the counts, 2048 a step (run_scan_kernel),
+// and tiles write where their runs begin (run_starts_kernel).
+//
+// Bytes a pass: 8 read to count, 8 read and 8 written to move a reader; for each tile of 2048 readers its 1 KB of counts is
+// written, read and written to make places, and read, and read once more above kScanTiles tiles: 2 to 2.5 a reader. For
+// runs: 8 read to count and to write, 4 written for each run. Launches: 3 a pass, 5 above kScanTiles tiles, and 3 for runs. A
+// pass is some 20 times smaller than what the rows themselves are worth, and stays in L2. Registers: at most 48, for 5
+// blocks an SM.
 #pragma once
 
 #include "device.cuh"
@@ -18,6 +27,7 @@ inline constexpr int kSortBits = 8;
 inline constexpr int kSortThreads = 256;
 inline constexpr int kSortItems = 8;  // of a thread
 inline constexpr int kSortTile = kSortThreads * kSortItems;
+inline constexpr int kScanTiles = 64;  // whose counts a block makes places of
 
 // A row of a table and a byte that reads it.
 struct alignas(8) Reader {
@@ -79,28 +89,56 @@ __global__ void __launch_bounds__(kSortThreads, 6)
   digits.store(counts);
 }
 
-// counts[list][tile][digit] becomes the place of the tile's first reader with that digit. A block for each list.
+// Of rows of counts of all digits: the thread's digit. Their sum, and places from `place` on in their stead.
 template <int kBits>
-__global__ void __launch_bounds__(kSortThreads, 6) radix_scan_kernel(u32* counts, i64 tiles) {
-  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
-  constexpr int kAhead = 8;
-  u32* const own = counts + (blockIdx.x * tiles << kBits) + threadIdx.x;
+__device__ __forceinline__ u32 sum_counts(const u32* own, i64 rows) {
   u32 sum = 0;
 #pragma unroll 8
-  for (i64 tile = 0; tile < tiles; ++tile) sum += own[tile << kBits];
-  u32 place = block_sums(sum).before;
-  for (i64 tile = 0; tile < tiles; tile += kAhead) {
+  for (i64 row = 0; row < rows; ++row) sum += own[row << kBits];
+  return sum;
+}
+template <int kBits>
+__device__ __forceinline__ void place_counts(u32* own, i64 rows, u32 place) {
+  constexpr int kAhead = 8;
+  for (i64 row = 0; row < rows; row += kAhead) {
     u32 ahead[kAhead] = {};
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
-      if (tile + i < tiles) ahead[i] = own[(tile + i) << kBits];
+      if (row + i < rows) ahead[i] = own[(row + i) << kBits];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (tile + i >= tiles) break;
-      own[(tile + i) << kBits] = place;
+      if (row + i >= rows) break;
+      own[(row + i) << kBits] = place;
       place += ahead[i];
     }
   }
+}
+
+// sums[list][segment][digit] of counts[list][tile][digit], kScanTiles tiles a segment. A block for each segment.
+template <int kBits>
+__global__ void __launch_bounds__(kSortThreads, 6) radix_sum_kernel(const u32* counts, i64 tiles, u32* sums) {
+  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
+  const i64 first = static_cast<i64>(blockIdx.x) * kScanTiles, segment = blockIdx.y * gridDim.x + blockIdx.x;
+  const u32* const own = counts + ((blockIdx.y * tiles + first) << kBits) + threadIdx.x;
+  sums[(segment << kBits) + threadIdx.x] = sum_counts<kBits>(own, least<i64>(kScanTiles, tiles - first));
+}
+
+// counts[list][row][digit] becomes the place of the first reader with that digit of a tile, or of a segment. A block for
+// each list.
+template <int kBits>
+__global__ void __launch_bounds__(kSortThreads, 6) radix_scan_kernel(u32* counts, i64 rows) {
+  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
+  u32* const own = counts + (blockIdx.x * rows << kBits) + threadIdx.x;
+  place_counts<kBits>(own, rows, block_sums(sum_counts<kBits>(own, rows)).before);
+}
+
+// counts[list][tile][digit] becomes places, from those of the segments on. A block for each segment.
+template <int kBits>
+__global__ void __launch_bounds__(kSortThreads, 6) radix_spread_kernel(u32* counts, i64 tiles, const u32* segments) {
+  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
+  const i64 first = static_cast<i64>(blockIdx.x) * kScanTiles, segment = blockIdx.y * gridDim.x + blockIdx.x;
+  u32* const own = counts + ((blockIdx.y * tiles + first) << kBits) + threadIdx.x;
+  place_counts<kBits>(own, least<i64>(kScanTiles, tiles - first), segments[(segment << kBits) + threadIdx.x]);
 }
 
 template <int kBits>
@@ -169,17 +207,38 @@ __global__ void __launch_bounds__(kSortThreads, 6) run_count_kernel(const Reader
   if (threadIdx.x == 0) counts[static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x] = total;
 }
 
-// starts[list][count + 1]: where each run begins, then where the last one ends. totals[list]: runs of rows but `none`, which
-// sorts last.
+// counts[list][tile] becomes the number of runs that begin before the tile. A block for each list.
+template <int kItems>
+__global__ void __launch_bounds__(kSortThreads, 6) run_scan_kernel(u32* counts, i64 tiles) {
+  u32* const own = counts + blockIdx.x * tiles;
+  u32 before = 0;
+  for (i64 step = 0; step < tiles; step += kSortThreads * kItems) {
+    const i64 first = step + static_cast<i64>(threadIdx.x) * kItems;
+    u32 here[kItems] = {}, sum = 0;
+#pragma unroll
+    for (int r = 0; r < kItems; ++r) {
+      if (first + r < tiles) here[r] = own[first + r];
+      sum += here[r];
+    }
+    const Placed placed = block_sums(sum);
+    u32 runs = before + placed.before;
+#pragma unroll
+    for (int r = 0; r < kItems; ++r) {
+      if (first + r < tiles) own[first + r] = runs;
+      runs += here[r];
+    }
+    before += placed.total;
+  }
+}
+
+// starts[list][count + 1]: where each run begins, then where the last one ends. befores[list][tile]: runs that begin before
+// the tile. totals[list]: runs of rows but `none`, which sorts last.
 template <int kItems>
 __global__ void __launch_bounds__(kSortThreads, 6)
-    run_starts_kernel(const Reader* readers, i64 count, u32 none, const u32* counts, u32* starts, i32* totals) {
+    run_starts_kernel(const Reader* readers, i64 count, u32 none, const u32* befores, u32* starts, i32* totals) {
   const Reader* const list = readers + blockIdx.y * count;
   const i64 first = (static_cast<i64>(blockIdx.x) * kSortThreads + threadIdx.x) * kItems;
-  u32 runs = 0;
-  for (u32 tile = threadIdx.x; tile < blockIdx.x; tile += kSortThreads)
-    runs += counts[static_cast<i64>(blockIdx.y) * gridDim.x + tile];
-  const u32 before = block_sums(runs).total;
+  const u32 before = befores[static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x];
   const u32 begins = run_begins<kItems>(list, count, first);
   const Placed placed = block_sums(__popc(begins));
   u32* const to = starts + blockIdx.y * (count + 1);
