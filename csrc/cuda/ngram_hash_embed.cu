@@ -1,5 +1,5 @@
 // Launchers of ngram_hash_embed.cuh. Grids follow from the shapes alone; only the sparse gradient, whose size is the number
-// of distinct rows, copies these numbers to the host. A dense gradient is zeroed by torch, with one kernel for each tensor.
+// of distinct rows, copies these numbers to the host.
 
 #include "ngram_hash_embed.cuh"
 
@@ -248,7 +248,7 @@ RunTensors find_runs(const Device& device, const TableGrads& grads, const Tensor
   RunTensors runs = {device_output(sorted, {lists, bytes + 1}, ScalarType::Int),
                      device_output(sorted, {lists}, ScalarType::Int)};
   if (bytes == 0) {
-    torch::stable::zero_(runs.totals);
+    device.zero(runs.totals);
     return runs;
   }
   Tensor counts = device_output(sorted, {lists, tiles}, ScalarType::Int);
@@ -312,7 +312,7 @@ std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tens
   std::vector<Tensor> result;
   for (const int64_t size : sizes) {
     result.push_back(device_output(grads.grad_out, {size, grads.width()}));
-    torch::stable::zero_(result.back());
+    device.zero(result.back());
   }
   if (grads.width() == 0 || grads.bytes() == 0) return result;
   const Tensor sorted = sort_readers(device, grads);
