@@ -15,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 
 say := @printf '\033[1m==> %s\033[0m\n'
 
-.PHONY: help demo test bench lint gpu cuda-check wheel-check sanitize clean
+.PHONY: help demo test bench lint gpu gpu-build cuda-check wheel-check sanitize clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,22 +52,15 @@ lint: .venv/built  ## Check style and types: ruff, mypy, clang-format
 	mypy
 	clang-format --dry-run --Werror $(SOURCES)
 
-GPU_PYTHON = PYTHONPATH=$(CURDIR) $(OWN_PYTHON)
-SANITIZER := compute-sanitizer --error-exitcode 1 --kernel-name kernel_substring=blt
-gpu:  ## On a machine with CUDA: build, test, sanitize and bench with its own python3, offline
-	@$(OWN_PYTHON) -c 'import importlib.util as u, sys; sys.exit(None if u.find_spec("torch") and \
-	    __import__("torch").cuda.is_available() else "make gpu: $(OWN_PYTHON) has no torch that sees a CUDA device")'
-	$(say) 'building with $(OWN_PYTHON)'
-	BLT_KERNELS_CUDA_ARCHS="$$($(OWN_PYTHON) -c 'from blt_kernels import _jit; import torch; \
-	    print(_jit.architecture(torch.cuda.get_device_capability())[3:])')" $(OWN_PYTHON) setup.py --quiet build_ext --inplace
-	$(say) 'pytest on CUDA tensors'
-	BLT_KERNELS_BACKENDS=cuda $(GPU_PYTHON) -m pytest -q -n 8 --dist worksteal tests -k 'cuda or nvcc'
-	$(say) 'compute-sanitizer'
-	for tool in memcheck racecheck synccheck initcheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(CURDIR) \
-	        $(SANITIZER) --tool $$tool $(OWN_PYTHON) tests/cuda_cases.py || exit 1; done
-	$(say) 'benchmarks; the rows go to bench/results'
-	$(GPU_PYTHON) -m blt_kernels bench --device cuda --rounds 15 --budget 1
+# REHEARSE=1 runs all of it without a GPU; CALL=2 or STAGES="smoke timings" picks what runs; OUT is where results go.
+GPU_PYTHON = $(if $(REHEARSE),$(BIN)/python,$(OWN_PYTHON))
+GPU_OPTIONS = $(if $(STAGES),--stages $(STAGES),--call $(or $(CALL),1)) $(if $(REHEARSE),--rehearse)
+gpu: $(if $(REHEARSE),.venv/built $(EMULATOR))  ## On a machine with CUDA: checks and measurements with its own python3
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) bench/gpu.py $(GPU_OPTIONS) $(if $(OUT),--out $(OUT))
+
+gpu-build: .venv/built  ## Compile the kernels for a lent Hopper GPU into build/gpu, which is carried there
+	$(say) 'nvcc, for minutes'
+	python bench/gpu_stages/build.py
 
 wheel-check: .venv/built  ## Only the tests of the wheel: from the sdist, contents, stable ABIs, loading
 	$(say) 'sdist, the wheel from it, and its audits'

@@ -1,28 +1,51 @@
-"""Write the table of the newest results into README.md: ``python bench/readme.py [CSV]``."""
+"""Write the tables of the newest results into README.md: ``python bench/readme.py``.
+
+Results are files ``bench/results/<date>-<device>.csv``. One with the name of a GPU gives the table of GPUs, the others
+that of CPUs; where there is none of a kind, nothing stands between its markers.
+"""
 
 from __future__ import annotations
 
 import csv
-import sys
+import re
 from pathlib import Path
 
 from blt_kernels._files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MARKERS = {"cpu": ("<!-- bench:begin -->", "<!-- bench:end -->"), "gpu": ("<!-- gpu:begin -->", "<!-- gpu:end -->")}
+GPUS = "nvidia"
 OURS, LIMIT = "blt_kernels", "limit: "
 FORWARD, BACKWARD = " fwd", " fwd+bwd"
+
+Row = dict[str, str]
+
+
+def newest(folder: Path, kind: str) -> Path | None:
+    """The last results of a kind, "cpu" or "gpu", by their date."""
+    dated = [path for path in folder.glob("*.csv") if re.match(r"\d{4}-\d\d-\d\d-", path.name)]
+    return max((path for path in dated if kind_of(path) == kind), default=None)
+
+
+def kind_of(path: Path) -> str:
+    return "gpu" if GPUS in path.name else "cpu"
 
 
 def table(path: Path) -> str:
     """One line for every op and input, forward and backward side by side, with the most threads measured.
 
-    What has no pass in its name stands under forward. Scaling is told elsewhere.
+    What has no pass in its name stands under forward. Scaling is told elsewhere. Rows that were not timed are left out,
+    and so is what was measured with no limit beside it. Of two measurements of the same the later one stands.
     """
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = [
+            row for row in csv.DictReader(file) if row["median_ms"] and (row.get("status") or "ok").startswith("ok")
+        ]
+    alone = [row for row in rows if row["op"].startswith(LIMIT)]
+    limited = {key_of(row) for row in rows if row["implementation"].startswith(LIMIT)}
+    rows = [row for row in rows if key_of(row) in limited]
     threads = max((row["threads"] for row in rows), key=int)
-    groups: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = {}
+    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
         if row["threads"] == threads and "scaling" not in row["op"]:
             backward = row["op"].endswith(BACKWARD)
@@ -30,8 +53,11 @@ def table(path: Path) -> str:
             key = f"`{op}`", f"{row['shape']} {row['dtype']}"
             groups.setdefault(key, {}).setdefault(BACKWARD if backward else FORWARD, []).append(row)
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    on_gpu = kind_of(path) == "gpu"
+    how = "milliseconds, medians of interleaved rounds in one process"
+    how = "milliseconds a call, medians of CUDA graphs of 20 calls replayed in turn" if on_gpu else how
     lines = [
-        f"`{shown}`, {threads} threads: milliseconds, medians of interleaved rounds in one process; in brackets the"
+        f"`{shown}`, {ceilings_of(alone) if on_gpu else f'{threads} threads'}: {how}; in brackets the"
         " share of what the machine can read, copy or multiply; then how many times longer the best peer takes.",
         "",
         "| op | input | forward | best peer | forward + backward | best peer |",
@@ -43,7 +69,21 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def cells_of(rows: list[dict[str, str]]) -> tuple[str, str]:
+def key_of(row: Row) -> tuple[str, ...]:
+    return row["op"], row["shape"], row["dtype"], row["threads"]
+
+
+def ceilings_of(rows: list[Row]) -> str:
+    """What a copy and products reached, in the units of data sheets."""
+    found = {(row["op"].removeprefix(LIMIT), row["dtype"]): float(row["gb_per_s"]) / 1e3 for row in rows}
+    return ", ".join(
+        f"{what} {rate:.3g} TB/s" if what == "copy" else f"{dtype} product {rate:.3g} TFLOP/s"
+        for (what, dtype), rate in found.items()
+        if what in ("copy", "product")
+    )
+
+
+def cells_of(rows: list[Row]) -> tuple[str, str]:
     """Our time, and the best peer with its ratio; both empty where nothing was measured."""
     by_name = {row["implementation"]: row for row in rows}
     if OURS not in by_name:
@@ -55,14 +95,20 @@ def cells_of(rows: list[dict[str, str]]) -> tuple[str, str]:
     return time, f"{best}: {float(ours['ratio_to_best_peer']):.2g}" if best else ""
 
 
+def with_tables(text: str, folder: Path) -> str:
+    """README with what stands between the markers replaced."""
+    for kind, (begin, end) in MARKERS.items():
+        before, rest = text.split(begin)
+        path = newest(folder, kind)
+        text = f"{before}{begin}\n{table(path)}\n{end}" if path else f"{before}{begin}\n{end}"
+        text += rest.split(end)[1]
+    return text
+
+
 def main() -> None:
-    """Replace what stands between the markers."""
-    results = sorted((ROOT / "bench" / "results").glob("*.csv"))
-    path = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else results[-1]
+    """Write README.md anew."""
     readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    write_text(readme, f"{before}{BEGIN}\n{table(path)}\n{END}{after}")
+    write_text(readme, with_tables(readme.read_text(encoding="utf-8"), ROOT / "bench" / "results"))
 
 
 if __name__ == "__main__":

@@ -148,6 +148,33 @@ def test_readme_has_a_line_for_every_input(timing: ModuleType, tmp_path: Path) -
     ]
 
 
+def test_readme_shows_results_of_gpus(timing: ModuleType, tmp_path: Path) -> None:
+    """By the name of the file; rows that failed or stand alone are not in the table; later ones replace others."""
+    readme = importlib.import_module("readme")
+    text = "".join(f"{kind}\n{begin}\nold\n{end}\n" for kind, (begin, end) in readme.MARKERS.items())
+    row = timing.Row("pool fwd", "[8]", "bf16", 16, timing.OURS, 9.0, 1, 1.0, 0.5, 1.0, None, 3, "ok, by graphs")
+    limit = replace(row, implementation="limit: copy", median_ms=0.1)
+    timing.append_csv([replace(row, op="cpu op"), replace(limit, op="cpu op")], tmp_path / "2026-01-02-intel-xeon.csv")
+    assert readme.with_tables(text, tmp_path).endswith("gpu\n<!-- gpu:begin -->\n<!-- gpu:end -->\n")
+    alone = [("limit: copy", "float32", 4321.0), ("limit: product", "bfloat16", 790000.0)]
+    rows = [
+        *(replace(row, op=op, dtype=dtype, gb_per_s=rate, threads=1) for op, dtype, rate in alone),
+        *(row, limit, timing.failed_row("pool fwd", "[8]", "bf16", "flex", "out of memory")),
+        replace(row, implementation="peer", median_ms=1.5),
+        replace(row, op="search fwd", status="ok, in the table"),
+        replace(row, median_ms=0.5, share_of_limit=0.88, ratio_to_best_peer=3.0),
+    ]
+    (tmp_path / "model-sm90.csv").write_text("kernel,share\n")
+    timing.append_csv(rows, tmp_path / "2026-12-01-nvidia-h100-80gb-hbm3.csv")
+    timing.append_csv([replace(row, op="older"), limit], tmp_path / "2026-11-30-nvidia-h200.csv")
+    cpu, gpu = readme.with_tables(text, tmp_path).split("gpu\n<!-- gpu:begin")
+    assert "| `cpu op` | [8] bf16 | 9 (50%) |" in cpu
+    assert "old" not in gpu
+    lines = [line for line in gpu.splitlines() if line]
+    assert "nvidia-h100-80gb-hbm3.csv`, copy 4.32 TB/s, bfloat16 product 790 TFLOP/s: milliseconds a call" in lines[1]
+    assert lines[4:] == ["| `pool` | [8] bf16 | 0.5 (88%) | peer: 3 |  |  |", "<!-- gpu:end -->"]
+
+
 def test_scaling_fits_exponents(timing: ModuleType) -> None:
     bench = importlib.import_module("bench_scaling")
     row = timing.Row("op fwd, scaling with bytes", "", "int", 2, timing.OURS, 1.0, 1, 1.0, 1.0, None, 1.0, 3)

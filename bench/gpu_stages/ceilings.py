@@ -1,0 +1,101 @@
+"""What is on the machine, and what it can do at most: copies, reads and products, against which all else is judged."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from common import normal
+from timing import OURS, Row, failed_row
+
+import blt_kernels as bk
+from blt_kernels import _cuda, _load
+from gpu_stages import Case
+from gpu_stages.target import Target
+
+PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "transformers", "pytest", "hypothesis")
+ROUNDS = 7
+
+
+def ceilings_cases(target: Target) -> list[Case]:
+    """Versions, then the ceilings, then what a call costs however small it is."""
+    size = 1 << (16 if target.rehearsal else 31)
+    side = 64 if target.rehearsal else 8192
+    cases = [
+        Case("versions", versions),
+        Case("kernels", kernels),
+        Case("copy", partial(copy, size=size)),
+        Case("read", partial(read, size=size)),
+        *(Case(f"product {d}", partial(product, side=side, dtype=d)) for d in (torch.bfloat16, torch.float32)),
+        Case("launch", launch),
+    ]
+    return [case for case in cases if target.wants(case.name)]
+
+
+def versions(target: Target) -> Iterator[Row]:
+    found = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    if not target.rehearsal:
+        properties = torch.cuda.get_device_properties(0)
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+        found += [
+            f"{properties.name}, {properties.multi_processor_count} multiprocessors",
+            f"{properties.L2_cache_size >> 20} MB of L2",
+            "driver, clocks and power limit: "
+            + subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip(),
+        ]
+    yield note("versions", "; ".join(found))
+
+
+def kernels(target: Target) -> Iterator[Row]:
+    """Which kernels are loaded: without compiled ones all that follows would measure the references."""
+    cpu, cuda = _load.loaded(), _cuda.load()
+    yield note("kernels", f"CPU: {cpu.isa or cpu.reason}; CUDA: {cuda.compiler or cuda.reason}, {cuda.path}")
+    if cuda.compiler is None and not target.rehearsal:
+        raise RuntimeError(f"no CUDA kernels: {cuda.reason}")
+
+
+def note(op: str, text: str) -> Row:
+    """A row that tells something."""
+    return failed_row(op, "", "", OURS, f"ok: {text}")
+
+
+def copy(target: Target, size: int) -> Iterator[Row]:
+    a, b = (torch.empty(size // 4, device=target.device).uniform_() for _ in range(2))
+    yield measured(target, "limit: copy", f"{size} bytes", "float32", lambda: b.copy_(a), 2 * size)
+
+
+def read(target: Target, size: int) -> Iterator[Row]:
+    a = torch.empty(size // 4, device=target.device).uniform_()
+    yield measured(target, "limit: read (torch.sum)", f"{size} bytes", "float32", a.sum, size)
+
+
+def product(target: Target, side: int, dtype: torch.dtype) -> Iterator[Row]:
+    a, b = (normal(side, side, seed=seed, dtype=dtype, device=target.device) for seed in (0, 1))
+    name = str(dtype).removeprefix("torch.")
+    yield measured(target, "limit: product", f"{side}^3", name, lambda: a @ b, 2 * side**3)
+
+
+def launch(target: Target) -> Iterator[Row]:
+    """The smallest call of an op, on the GPU alone, where it is one kernel."""
+    x = torch.zeros(1, 260, device=target.device)
+    yield measured(target, "smallest call: token_entropy", "[1, 260]", "float32", lambda: bk.token_entropy(x), 1)
+
+
+def measured(target: Target, op: str, shape: str, dtype: str, function: Callable[[], Any], work: int) -> Row:
+    """A row of one function; `work` in bytes or flops."""
+    seconds, how = target.seconds_a_call([function])
+    seconds()
+    times = sorted(seconds() for _ in range(ROUNDS))
+    median = times[len(times) // 2]
+    status = f"ok, {how}"
+    return Row(op, shape, dtype, 1, OURS, median * 1e3, None, work / median / 1e9, 1.0, None, None, ROUNDS, status)

@@ -1,0 +1,37 @@
+"""The launch search: at most 12 candidates for each of the kernels of block_causal_attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import search_attention
+from timing import OURS, Row, failed_row
+
+from gpu_stages import Case
+from gpu_stages.target import Target
+
+KERNELS = ("fwd", "bwd_dkdv", "bwd_dq", "decode")
+SECONDS = 11.0  # a kernel
+
+
+def search_cases(target: Target) -> list[Case]:
+    cases = [Case(f"search {kernel}", partial(search, kernel=kernel)) for kernel in KERNELS]
+    return [case for case in cases if target.wants(case.name)]
+
+
+def search(target: Target, kernel: str) -> Iterator[Row]:
+    """One row a candidate, the table's own launch first."""
+    if target.rehearsal:  # nothing is launched where no GPU is
+        yield failed_row(f"search {kernel}", "", "", OURS, "ok: not timed in a rehearsal")
+        return
+    for found in search_attention.search(kernel, SECONDS):
+        launch = "rows {rows} step {step} warps {warps} stages {stages}".format(**found)
+        shape = f"{launch}, width {found['width']}, window {found['window']}"
+        name, dtype = f"search {kernel}", str(found["dtype"]).removeprefix("torch.")
+        if found["milliseconds"] is None:
+            yield failed_row(name, shape, dtype, OURS, found["error"] or "no time")
+        else:
+            status = "ok, in the table" if found["in_table"] else "ok"
+            nan = float("nan")
+            yield Row(name, shape, dtype, 1, OURS, found["milliseconds"], None, nan, nan, None, None, 1, status)

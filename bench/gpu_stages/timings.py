@@ -1,0 +1,119 @@
+"""Times of every op at the shapes of BASELINES, beside its peers, by CUDA graphs: the comparisons of ``bench_<op>.py``.
+
+A graph holds 20 calls, on several copies of the inputs where one copy would fit in the L2 cache. Graphs of all
+implementations and of the limit are replayed in turn, so that a ratio is one of neighbours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import timing
+from timing import Comparison, Make, Row
+
+from gpu_stages import Case
+from gpu_stages.target import Target
+
+OPS = ("patch_pool", "entropy_patch", "patch_cross_attention", "ngram_hash_embed", "patch_unpool")
+ROUNDS = 5
+MAX_COPIES = 4
+SLOW_SECONDS = 0.05  # a peer that takes longer is timed call by call, since a graph would hold it 20 times
+WITH_FLEX = (0, 3)  # of the cases of bench_block_causal_attention: compiling takes many seconds
+
+
+def timings_cases(target: Target) -> list[Case]:
+    """The first comparison of every op, then the second ones."""
+    device = target.device
+    found = []
+    for op in OPS:
+        bench = importlib.import_module(f"bench_{op}")
+        makes = list(bench.comparisons(small=target.rehearsal, device=device, compile_peers=False))
+        found.append([case_of(op, make) for make in makes][: 1 if target.rehearsal else None])
+    in_turn = [case for cases in itertools.zip_longest(*found) for case in cases if case is not None]
+    return [case for case in in_turn if target.wants(case.name)]
+
+
+def attention_cases(target: Target) -> list[Case]:
+    """block_causal_attention beside cuDNN, varlen_attn and, for two shapes, flex_attention; decoding after four."""
+    bench = importlib.import_module("bench_block_causal_attention")
+    device, found = target.device, []
+    for number, (case, passes) in enumerate(bench.CASES[device]):
+        if target.rehearsal:
+            case = replace(case, lengths=[5, 0, 3], heads=2, key_heads=2, width=16)
+        for backward in passes[: 1 if target.rehearsal else None]:
+            make = partial(bench.comparison, case, device, backward, number in WITH_FLEX and not target.rehearsal)
+            found.append(case_of("block_causal_attention", make))
+    if target.rehearsal:
+        found = found[:1]
+    else:
+        decoding = partial(bench.decoding, bench.USED, bench.ROOM, device)
+        found.insert(4, case_of("block_causal_attention decode", decoding))
+    return [case for case in found if target.wants(case.name)]
+
+
+def case_of(op: str, make: Make) -> Case:
+    _, arguments = timing.name_of_case(make)
+    return Case(f"{op} {getattr(make, 'func', make).__name__} {arguments}", partial(measure, make=make))
+
+
+def measure(target: Target, make: Make) -> Iterator[Row]:
+    """The rows of a comparison, the failures of peers too."""
+    yield from timing.rows_of(make, lambda comparison: compare(target, comparison, make))
+    target.free()
+
+
+def compare(target: Target, comparison: Comparison, make: Make) -> list[Row]:
+    """Check that the implementations agree, then time them."""
+    failures = dict(comparison.failures)
+    results = timing.run_each(comparison.implementations, failures)
+    if target.warm:
+        return []
+    comparison.agree(results)
+    del results
+    target.free()
+    others = [make().implementations for _ in range(copies_for(target, comparison) - 1)]
+    limits = {f"limit: {name}": function for name, function in comparison.limits.items()}
+    samplers: dict[str, Callable[[], float]] = {}
+    ways: dict[str, str] = {}
+    for name, function in {**comparison.implementations, **limits}.items():
+        if name in failures:
+            continue
+        with timing.failing(name, failures):
+            functions = [function, *(other[name] for other in others if name in other)]
+            samplers[name], ways[name] = sampler(target, functions)
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(1 if target.rehearsal else ROUNDS):
+        for name in [name for name in samplers if name not in failures]:
+            with timing.failing(name, failures):
+                samples[name].append(samplers[name]())
+    measured = {name: times for name, times in samples.items() if name not in failures}
+    shown = replace(comparison, device="graph")  # the memory that a call holds is measured on the CPU only
+    rows = timing._rows(shown, {}, measured)
+    rows = [replace(row, status=f"ok, {ways[row.implementation]}") for row in rows]
+    return rows + [timing.failed(comparison, *failure) for failure in failures.items()]
+
+
+def copies_for(target: Target, comparison: Comparison) -> int:
+    """How many copies of the inputs do not fit in the L2 cache together; products reuse what they read anyway."""
+    large = 2 * target.l2_bytes()
+    if comparison.unit != "byte" or comparison.work >= large:
+        return 1
+    return min(MAX_COPIES, large // max(comparison.work, 1) + 1)
+
+
+def sampler(target: Target, functions: list[Callable[[], Any]]) -> tuple[Callable[[], float], str]:
+    """What times a call; a slow peer is called once a sample."""
+    if not target.rehearsal:
+        import torch
+
+        clock = timing._Clock("cuda")
+        functions[0]()
+        torch.cuda.synchronize()
+        if clock.sample(functions[0], 1) > SLOW_SECONDS:
+            return lambda: clock.sample(functions[0], 1), "by events"
+    return target.seconds_a_call(functions)
