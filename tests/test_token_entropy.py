@@ -94,6 +94,23 @@ def test_large_logits_neither_overflow_nor_vanish(device: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alphabet", [260, 700])
+@pytest.mark.parametrize("size", [1e4, 2.0**22, 1e9, 1e30, -1e4, -1e30, -3e38])
+def test_logits_around_a_large_value(size: float, alphabet: int, dtype: torch.dtype, device: str) -> None:
+    """Small differences of large numbers, and maxima that grow from tile to tile, with ties among them."""
+    generator = torch.Generator().manual_seed(int(abs(size)) % 1000)
+    logits = torch.randn(64, alphabet, generator=generator) * 2
+    logits[1::2, alphabet // 3 :] += size  # what comes before is small, or larger than the rest
+    logits[::2] += size
+    logits[3:9, -5:] = size
+    x = logits.to(dtype).to(device).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    ours, eager, truth = bk.token_entropy(x), reference.token_entropy_reference(x), eager_entropy(wide)
+    assert_close(ours, eager.detach(), truth)
+    assert_accurate(gradients(ours, [x]), gradients(eager, [x]), gradients(truth, [wide]), dtype)
+
+
 @pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 0), (2, 3, 4)])
 def test_token_and_linear_entropy_take_any_leading_shape(leading: tuple[int, ...], device: str) -> None:
     hidden, weight = torch.randn(*leading, 6, device=device), torch.randn(5, 6, device=device)

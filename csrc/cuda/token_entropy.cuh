@@ -13,8 +13,8 @@
 // alignment takes the same path. The lanes of a row add up in an order that is always the same.
 //
 // Bytes: forward reads the logits once and writes 8 a row. Backward reads them once and writes the gradient, plus 12 a row;
-// rows longer than a tile are read twice. Roofline: a memory copy. 7 instructions for a logit and some 50 for a row make
-// about 120 of a warp for 260 logits; an H200 issues those of 8 rows in a nanosecond, of which 4 TB/s brings 7.7 in bf16.
+// rows longer than a tile are read twice. Roofline: a memory copy. 260 logits in bf16 take 118 instructions of a warp (6.5 a
+// logit, the rest for the row); an H200 issues those of 8 rows in a nanosecond, of which 4 TB/s brings 7.7.
 // Registers: at most 64 in forward, so that 4 blocks of 256 fit on an SM, with 64 KB of loads in flight; 80 in backward, 3
 // blocks.
 #pragma once
@@ -74,6 +74,9 @@ __device__ __forceinline__ A finite_max(A m) {
 }
 
 // sum exp(d) and sum exp(d) d of numbers d = x - m, the latter in units of kPerNat; m is common to all lanes of the row.
+//
+// d is rounded before it is scaled: one fused multiply-add, k x - fl(k m), would save an instruction of 7, but then the largest
+// number's exponent is k m - fl(k m) and not 0, and the entropy of a row of one number 1e-8.
 template <class A>
 struct EntropySums {
   A max = minus_infinity<A>(), s = 0, t = 0;
@@ -94,15 +97,43 @@ struct EntropySums {
   __device__ __forceinline__ A entropy() const { return natural_log(s) - t * kNats<A> / s; }
 };
 
+// 16 bytes of numbers. They are held like this, since the compiler spreads 16-bit numbers over a register each.
+using Words = Pack<u32, 4>;
+
+template <class To, class From>
+__device__ __forceinline__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits as another type");
+  union {
+    From from;
+    To to;
+  } both = {from};
+  return both.to;
+}
+
+template <class T>
+__device__ __forceinline__ Pack<T, 16 / sizeof(T)> numbers_of(const Words& words) {
+  return bits_as<Pack<T, 16 / sizeof(T)>>(words);
+}
+
+// Number c of them. A bf16 is the upper half of an fp32.
+template <class T>
+__device__ __forceinline__ acc_t<T> number_at(const Words& words, int c) {
+  return widen(numbers_of<T>(words)[c]);
+}
+template <>
+__device__ __forceinline__ float number_at<bf16>(const Words& words, int c) {
+  return __uint_as_float(c % 2 == 0 ? words[c / 2] << 16 : words[c / 2] & 0xffff0000u);
+}
+
 // The maximum of numbers; NaN goes unnoticed. 16-bit numbers are compared two at a time.
 template <class T>
 struct Maximum {
   T best = minus_infinity<T>();
   __device__ __forceinline__ void add(T x) { best = best < x ? x : best; }
-  template <int kSize>
-  __device__ __forceinline__ void add(const Pack<T, kSize>& pack) {
+  __device__ __forceinline__ void add(const Words& words) {
+    const auto numbers = numbers_of<T>(words);
 #pragma unroll
-    for (int c = 0; c < kSize; ++c) add(pack[c]);
+    for (int c = 0; c < static_cast<int>(16 / sizeof(T)); ++c) add(numbers[c]);
   }
   __device__ __forceinline__ T value() const { return best; }
 };
@@ -112,14 +143,20 @@ __device__ __forceinline__ __half2 both(fp16 a, fp16 b) { return __halves2half2(
 
 template <class T>
 struct PairMaximum {
-  decltype(both(T(), T())) best = both(narrow<T>(minus_infinity<float>()), narrow<T>(minus_infinity<float>()));
-  __device__ __forceinline__ void add(T x) { best = __hmax2(best, both(x, x)); }
-  template <int kSize>
-  __device__ __forceinline__ void add(const Pack<T, kSize>& pack) {
-#pragma unroll
-    for (int c = 0; c < kSize; c += 2) best = __hmax2(best, both(pack[c], pack[c + 1]));
+  using Pair = decltype(both(T(), T()));
+  u32 best = bits_as<u32>(both(narrow<T>(minus_infinity<float>()), narrow<T>(minus_infinity<float>())));
+  __device__ __forceinline__ void add_pair(u32 pair) {
+    best = bits_as<u32>(__hmax2(bits_as<Pair>(best), bits_as<Pair>(pair)));
   }
-  __device__ __forceinline__ float value() const { return most(widen(best.x), widen(best.y)); }
+  __device__ __forceinline__ void add(T x) { add_pair(bits_as<u32>(both(x, x))); }
+  __device__ __forceinline__ void add(const Words& words) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) add_pair(words[w]);
+  }
+  __device__ __forceinline__ float value() const {
+    const Pair pair = bits_as<Pair>(best);
+    return most(widen(pair.x), widen(pair.y));
+  }
 };
 template <>
 struct Maximum<bf16> : PairMaximum<bf16> {};
@@ -148,18 +185,6 @@ struct LogitRows {
 
 // How many lanes own a row of numbers of `size` bytes.
 __host__ __device__ constexpr int row_lanes(int size) { return size == 2 ? 8 : size == 4 ? 16 : 32; }
-
-// 16 bytes of numbers. They are held like this, since the compiler spreads 16-bit numbers over a register each.
-using Words = Pack<u32, 4>;
-
-template <class T>
-__device__ __forceinline__ Pack<T, 16 / sizeof(T)> numbers_of(const Words& words) {
-  union {
-    Words words;
-    Pack<T, 16 / sizeof(T)> numbers;
-  } both = {words};
-  return both.numbers;
-}
 
 // One lane's share of a row: every kLanes-th pack of the aligned part, and every kLanes-th of the edge elements around it.
 template <class T>
@@ -197,22 +222,31 @@ struct RowLane {
   // Edges belong to tile 0.
   __device__ __forceinline__ bool has_edge(i32 tile, int e) const { return tile == 0 && e * kLanes + lane < edges; }
 
+  // Before the packs: a load behind those of the packs would be issued when they have arrived.
+  __device__ __forceinline__ void read_edges() {
+#pragma unroll
+    for (int e = 0; e < kEdges; ++e)
+      if (has_edge(0, e)) held_edges[e] = row[edge_column(e)];
+  }
   __device__ __forceinline__ void read(i32 tile) {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p)
       if (has_pack(tile, p)) held[p] = load_once<4>(reinterpret_cast<const u32*>(row + pack_column(tile, p)));
+  }
+  // Zeros in the place of what was read.
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int e = 0; e < kEdges; ++e)
-      if (has_edge(tile, e)) held_edges[e] = row[edge_column(e)];
+    for (int p = 0; p < kPacks; ++p) held[p] = {};
+#pragma unroll
+    for (int e = 0; e < kEdges; ++e) held_edges[e] = narrow<T>(0);
   }
   template <class F>
   __device__ __forceinline__ void each(i32 tile, F f) const {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p)
       if (has_pack(tile, p)) {
-        const Pack<T, kPack> pack = numbers_of<T>(held[p]);
 #pragma unroll
-        for (int c = 0; c < kPack; ++c) f(widen(pack[c]));
+        for (int c = 0; c < kPack; ++c) f(number_at<T>(held[p], c));
       }
 #pragma unroll
     for (int e = 0; e < kEdges; ++e)
@@ -223,7 +257,7 @@ struct RowLane {
     Maximum<T> m;
 #pragma unroll
     for (int p = 0; p < kPacks; ++p)
-      if (has_pack(tile, p)) m.add(numbers_of<T>(held[p]));
+      if (has_pack(tile, p)) m.add(held[p]);
 #pragma unroll
     for (int e = 0; e < kEdges; ++e)
       if (has_edge(tile, e)) m.add(held_edges[e]);
@@ -243,6 +277,7 @@ __device__ __forceinline__ void entropy_of_rows(const LogitRows<T>& logits, i64 
   RowLane<T> row(logits, index, reads);
   const i32 tiles = RowLane<T>::tiles(logits);
   EntropySums<A> sums;
+  row.read_edges();
   for (i32 tile = 0; tile < tiles; ++tile) {
     row.read(tile);
     sums.rescale(most(sums.max, row.tile_max(tile)));
@@ -273,25 +308,27 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
   const bool there = index < logits.rows;
   RowLane<T> row(logits, index, there);
   const i32 tiles = RowLane<T>::tiles(logits);
+  A upstream = there ? grad_entropy[index] : 0, h = there ? entropy[index] : 0, shift = there ? log_sum[index] : 0;
+  row.read_edges();
   A m = minus_infinity<A>();
   for (i32 tile = 0; tile < tiles; ++tile) {
     row.read(tile);
     m = most(m, row.tile_max(tile));
   }
-  const EntropySlope<A> of(m, there ? grad_entropy[index] : 0, there ? entropy[index] : 0, there ? log_sum[index] : 0);
   // A row that forward has not read, which may hold anything, was read here: to wait for its log_sum first would cost more.
-  const bool unread = there && log_sum[index] == unread_log_sum<A>();
-  const auto slope = [=](T x) { return unread ? narrow<T>(A(0)) : narrow<T>(of(widen(x))); };
+  const bool unread = shift == unread_log_sum<A>();
+  if (unread) upstream = h = shift = m = 0;
+  const EntropySlope<A> slope(m, upstream, h, shift);
   T* const to = grad_logits + (there ? index * logits.alphabet : 0);
   for (i32 tile = 0; tile < tiles; ++tile) {
     if (tiles > 1) row.read(tile);
+    if (unread) row.clear();
 #pragma unroll
     for (int p = 0; p < RowLane<T>::kPacks; ++p) {
       if (!row.has_pack(tile, p)) continue;
-      const Pack<T, kPack> pack = numbers_of<T>(row.held[p]);
       Pack<T, kPack> grad;
 #pragma unroll
-      for (int c = 0; c < kPack; ++c) grad[c] = slope(pack[c]);
+      for (int c = 0; c < kPack; ++c) grad[c] = narrow<T>(slope(number_at<T>(row.held[p], c)));
       T* const at = to + row.pack_column(tile, p);
       if constexpr (kAligned) {
         store(at, grad);
@@ -302,7 +339,7 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     }
 #pragma unroll
     for (int e = 0; e < RowLane<T>::kEdges; ++e)
-      if (row.has_edge(tile, e)) to[row.edge_column(e)] = slope(row.held_edges[e]);
+      if (row.has_edge(tile, e)) to[row.edge_column(e)] = narrow<T>(slope(widen(row.held_edges[e])));
   }
 }
 
