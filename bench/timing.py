@@ -194,7 +194,7 @@ def name_of_case(make: Make) -> tuple[str, str]:
     if not isinstance(make, partial):
         return make.__module__, make.__name__
     arguments = [repr(x) for x in make.args] + [f"{name}={x!r}" for name, x in make.keywords.items()]
-    return make.func.__module__.removeprefix("bench_"), textwrap.shorten(", ".join(arguments), 120)
+    return make.func.__module__.removeprefix("bench_"), ", ".join(textwrap.shorten(x[:1000], 100) for x in arguments)
 
 
 def _warm_up(clock: _Clock, function: Callable[[], Any], times: int) -> int:

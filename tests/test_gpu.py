@@ -114,6 +114,8 @@ def test_every_case_of_a_gpu_is_listed_without_one(stages: Callable[[str], Modul
     assert counts["timings"] >= 25
     assert counts["attention"] >= 12
     assert counts["search"] == 4
+    attention = [case.name for case in registry["attention"].cases(target)]
+    assert [name for name in attention if name.endswith("True")] == attention[-4:]  # with flex_attention
     first = [case.name.split()[0] for case in registry["timings"].cases(target)[:5]]
     assert len(set(first)) == 5
     names = [case.name for case in registry["smoke"].cases(target)]
@@ -165,7 +167,7 @@ def test_the_summary_says_what_was_measured(stages: Callable[[str], ModuleType])
 
 def test_counters_are_read(stages: Callable[[str], ModuleType]) -> None:
     printed = importlib.import_module("gpu_stand_in").NCU
-    first, second = stages("counters").rows_of(f"output of the program\n{printed}")
+    first, second = stages("counters").rows_of(f"output of the program\n{printed}==PROF== Disconnected\n")
     assert first.op == "ncu blt::patch_pool_fwd_kernel<__nv_bfloat16, 8, 1>"
     assert (first.median_ms, first.share_of_limit) == (0.064512, 0.815)
     assert first.status == (
@@ -193,6 +195,13 @@ def test_errors_of_the_sanitizer_are_rows(stages: Callable[[str], ModuleType], m
     ]
     monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(["case one", "Killed"]))
     assert [r.status for r in checks.sanitize(target, "memcheck")] == ["0 errors: no summary"]
+    race = ["case one", "========= Error: Race reported between Write access at blt::kernel"]
+    race += ["========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"]
+    monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(race))
+    assert [r.status[:14] for r in checks.sanitize(target, "racecheck")] == ["Error: Race re", "1 errors: RACE"]
+    clean = ["case one", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"]
+    monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(clean))
+    assert [r.status[:7] for r in checks.sanitize(target, "racecheck")] == ["ok: RAC"]
 
 
 def test_failing_tests_are_rows(stages: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,13 +55,13 @@ STAGES = {
     for stage in (
         Stage("ceilings", "ceilings", 30, 25),
         Stage("smoke", "smoke", 80, 30),
-        Stage("timings", "timings", 110, 25),
-        Stage("attention", "timings", 60, 25),
+        Stage("timings", "timings", 110, 30),
+        Stage("attention", "timings", 75, 45),
         Stage("search", "search", 45, 20),
-        Stage("counters", "counters", 45, 45),
-        Stage("memcheck", "checks", 60, 60),
-        Stage("racecheck", "checks", 60, 60),
-        Stage("suite", "checks", 90, 90),
+        Stage("counters", "counters", 60, 60),
+        Stage("memcheck", "checks", 50, 50),
+        Stage("racecheck", "checks", 50, 50),
+        Stage("suite", "checks", 60, 60),
     )
 }
 CALLS = {  # what a call of a machine is for, and its budget in seconds, without the machine's start

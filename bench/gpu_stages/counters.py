@@ -36,7 +36,8 @@ def counters_cases(target: Target) -> list[Case]:
 def profile(target: Target) -> Iterator[Row]:
     """Run this file under ncu, and a row a kernel."""
     sections = [option for name in SECTIONS for option in ("--section", name)]
-    options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw", *sections]
+    options = ["--clock-control", "none", "--profile-from-start", "off", *sections]
+    options += ["--csv", "--page", "raw", "--print-units", "base"]
     options += ["--kernel-name", KERNELS, "--launch-count", str(MAX_KERNELS)]
     program = [sys.executable, str(Path(__file__).resolve()), target.device]
     done = subprocess.run([*target.tool("ncu"), *options, *program], capture_output=True, text=True)
@@ -52,7 +53,7 @@ def rows_of(output: str) -> Iterator[Row]:
     """A row a kernel, from the table that ``ncu --csv --page raw`` prints behind the output of the program."""
     begin = output.find('"ID"')
     for line in csv.DictReader(io.StringIO(output[begin:] if begin >= 0 else "")):
-        if not line["ID"]:  # the units
+        if not line["ID"] or not line.get("Kernel Name"):  # the units, or what is printed behind the table
             continue
         dram = number(line, r"dram_{1,2}throughput\.avg\.pct")
         issue = number(line, r"(issue_active|inst_issued)\.avg\.pct")

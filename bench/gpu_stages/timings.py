@@ -23,7 +23,7 @@ OPS = ("patch_pool", "entropy_patch", "patch_cross_attention", "ngram_hash_embed
 ROUNDS = 5
 MAX_COPIES = 4
 SLOW_SECONDS = 0.05  # a peer that takes longer is timed call by call, since a graph would hold it 20 times
-WITH_FLEX = (0, 3)  # of the cases of bench_block_causal_attention: compiling takes many seconds
+WITH_FLEX = (0, 3)  # of the cases of bench_block_causal_attention, once more and last: compiling takes many seconds
 
 
 def timings_cases(target: Target) -> list[Case]:
@@ -35,24 +35,26 @@ def timings_cases(target: Target) -> list[Case]:
         makes = list(bench.comparisons(small=target.rehearsal, device=device, compile_peers=False))
         found.append([case_of(op, make) for make in makes][: 1 if target.rehearsal else None])
     in_turn = [case for cases in itertools.zip_longest(*found) for case in cases if case is not None]
+    if not target.rehearsal:
+        in_turn += [
+            case_of("models", make) for make in importlib.import_module("bench_models").comparisons(device=device)
+        ]
     return [case for case in in_turn if target.wants(case.name)]
 
 
 def attention_cases(target: Target) -> list[Case]:
     """block_causal_attention beside cuDNN, varlen_attn and, for two shapes, flex_attention; decoding after four."""
     bench = importlib.import_module("bench_block_causal_attention")
-    device, found = target.device, []
-    for number, (case, passes) in enumerate(bench.CASES[device]):
-        if target.rehearsal:
-            case = replace(case, lengths=[5, 0, 3], heads=2, key_heads=2, width=16)
-        for backward in passes[: 1 if target.rehearsal else None]:
-            make = partial(bench.comparison, case, device, backward, number in WITH_FLEX and not target.rehearsal)
-            found.append(case_of("block_causal_attention", make))
+    device = target.device
     if target.rehearsal:
-        found = found[:1]
+        tiny = replace(bench.CASES[device][0][0], lengths=[5, 0, 3], heads=2, key_heads=2, width=16)
+        makes = [partial(bench.comparison, tiny, device, False, False)]
     else:
-        decoding = partial(bench.decoding, bench.USED, bench.ROOM, device)
-        found.insert(4, case_of("block_causal_attention decode", decoding))
+        passes = [(number, case, b) for number, (case, both) in enumerate(bench.CASES[device]) for b in both]
+        makes = [partial(bench.comparison, case, device, backward, False) for _, case, backward in passes]
+        makes.insert(4, partial(bench.decoding, bench.USED, bench.ROOM, device))
+        makes += [partial(bench.comparison, case, device, b, True) for number, case, b in passes if number in WITH_FLEX]
+    found = [case_of("block_causal_attention", make) for make in makes]
     return [case for case in found if target.wants(case.name)]
 
 
