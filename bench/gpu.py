@@ -24,7 +24,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -73,7 +73,10 @@ def main() -> int:
         with background(arguments, chosen):
             for name in chosen:
                 left = started + budget - LEFT_SECONDS - time.monotonic()
-                run_stage(STAGES[name], min(STAGES[name].seconds, left), arguments, files, log)
+                stage = STAGES[name]
+                if arguments.rehearse:
+                    stage = replace(stage, seconds=4 * stage.seconds, case_seconds=4 * stage.case_seconds)
+                run_stage(stage, min(stage.seconds, left), arguments, files, log)
     files.progress.unlink(missing_ok=True)
     rows = timing.read_csv(files.rows)[before:]
     print(summary(rows, time.monotonic() - started))

@@ -34,7 +34,6 @@ class Target:
 
     device = "cuda"
     rehearsal = False
-    calls = CALLS
 
     def __init__(self, only: Sequence[str] = (), warm: bool = False) -> None:
         self.only, self.warm = tuple(only), warm
@@ -77,7 +76,9 @@ class Target:
         graph, results = capture(function)
         return graph.replay, results
 
-    def seconds_a_call(self, functions: Sequence[Callable[[], Any]]) -> tuple[Callable[[], float], str]:
+    def seconds_a_call(
+        self, functions: Sequence[Callable[[], Any]], calls: int = CALLS
+    ) -> tuple[Callable[[], float], str]:
         """What measures the time of a call, and how: by replays of a graph of `calls` calls, by turns of `functions`.
 
         What cannot be captured, since it waits for the GPU, is timed call by call with a cold L2.
@@ -85,13 +86,13 @@ class Target:
         from timing import FLUSH_BYTES
 
         try:
-            replay, _ = self.capture(lambda: _call_in_turn(functions, self.calls))
+            replay, _ = self.capture(lambda: _call_in_turn(functions, calls))
         except Exception:
             if not self.usable():
                 raise
             flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
             return lambda: _elapsed(functions[0], flush.zero_), "by events"
-        return lambda: _elapsed(replay) / self.calls, "by graphs"
+        return lambda: _elapsed(replay) / calls, "by graphs"
 
     def tool(self, name: str) -> list[str]:
         """The command of ncu or compute-sanitizer."""
@@ -106,7 +107,6 @@ class Rehearsal(Target):
 
     device = "cpu"
     rehearsal = True
-    calls = 1
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -158,7 +158,9 @@ class Rehearsal(Target):
 
         return replay, results
 
-    def seconds_a_call(self, functions: Sequence[Callable[[], Any]]) -> tuple[Callable[[], float], str]:
+    def seconds_a_call(
+        self, functions: Sequence[Callable[[], Any]], calls: int = CALLS
+    ) -> tuple[Callable[[], float], str]:
         def seconds() -> float:
             start = time.perf_counter()
             functions[0]()

@@ -1,7 +1,7 @@
 """Times of every op at the shapes of BASELINES, beside its peers, by CUDA graphs: the comparisons of ``bench_<op>.py``.
 
-A graph holds 20 calls, on several copies of the inputs where one copy would fit in the L2 cache. Graphs of all
-implementations and of the limit are replayed in turn, so that a ratio is one of neighbours.
+A graph holds 20 calls, fewer of long ones, on several copies of the inputs where one copy would fit in the L2 cache.
+Graphs of all implementations and of the limit are replayed in turn, so that a ratio is one of neighbours.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import timing
 from timing import Comparison, Make, Row
 
 from gpu_stages import Case
-from gpu_stages.target import Target
+from gpu_stages.target import CALLS, Target
 
 OPS = ("patch_pool", "entropy_patch", "patch_cross_attention", "ngram_hash_embed", "patch_unpool")
 ROUNDS = 5
 MAX_COPIES = 4
-SLOW_SECONDS = 0.05  # a peer that takes longer is timed call by call, since a graph would hold it 20 times
+SLOW_SECONDS = 0.05  # a peer that takes longer is timed call by call
+GRAPH_SECONDS = 0.03  # a graph of longer calls holds fewer of them
 WITH_FLEX = (0, 3)  # of the cases of bench_block_causal_attention, once more and last: compiling takes many seconds
 
 
@@ -109,13 +110,12 @@ def copies_for(target: Target, comparison: Comparison) -> int:
 
 
 def sampler(target: Target, functions: list[Callable[[], Any]]) -> tuple[Callable[[], float], str]:
-    """What times a call; a slow peer is called once a sample."""
-    if not target.rehearsal:
-        import torch
-
-        clock = timing._Clock("cuda")
-        functions[0]()
-        torch.cuda.synchronize()
-        if clock.sample(functions[0], 1) > SLOW_SECONDS:
-            return lambda: clock.sample(functions[0], 1), "by events"
-    return target.seconds_a_call(functions)
+    """What times a call; one of many milliseconds is called less often, a slow peer once a sample."""
+    if target.rehearsal:
+        return target.seconds_a_call(functions)
+    clock = timing._Clock("cuda")
+    functions[0]()
+    seconds = clock.sample(functions[0], 1)
+    if seconds > SLOW_SECONDS:
+        return lambda: clock.sample(functions[0], 1), "by events"
+    return target.seconds_a_call(functions, max(2, min(CALLS, int(GRAPH_SECONDS / seconds))))
