@@ -3,16 +3,24 @@
     p_ij = exp(s_ij - lse_i),  ds_ij = p_ij (g_i . v_j - delta_i),  delta_i = g_i . out_i
     dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij g_i
 
-Three kernels: the row sums `delta`; dk and dv of `rows` keys of one key head, which stream the queries that see them,
-of all heads that read this key head; dq of `rows` queries of one head, which streams keys as forward does. Both make
-the scores anew, so a (query, key) pair costs 14 E flops, 4 E more than if dq were added up by atomics, and everything
-is the same bit for bit from run to run.
+Three kernels: the row sums, `delta` and lse (times log2(e), but for fp32); dk and dv of `rows` keys of one key head,
+which stream the queries that attend to them, of all heads that read this key head; dq of `rows` queries of one head,
+which streams keys as forward does. Both make the scores anew, so a (query, key) pair costs 14 E flops, 4 E more than if
+dq were added up by atomics, and everything is the same bit for bit from run to run.
 
-p is as precise as lse, which is rounded: its relative error is up to about 2^-22 |lse|. So that it is at most 1 where
-lse is huge there is a minimum, one instruction a pair.
+A pair costs seven instructions beside the products: p = exp2(min(scale log2(e) q . k - lse, 0)) is a multiply-add, a
+minimum and an exponential, ds a subtraction and a product, and both are rounded, two at a time. p is as precise as lse,
+which is rounded: its relative error is up to about 2^-22 |lse|. The minimum makes it at most 1 where lse is huge.
+Only a tile that some row does not attend to whole is masked, behind a branch that all threads take alike. That costs
+about 15 instructions a tile; a loop for such tiles of its own would save them and wait for its first tile once more.
+
+Scores of keys are computed transposed, [keys, queries], so that on Hopper p and ds are operands in registers of the
+products that follow, and q and the gradient, which both kinds of products read, operands in shared memory.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -24,22 +32,21 @@ from blt_kernels.triton.attention_launch import Launch, architecture, launch_opt
 from blt_kernels.triton.attention_ranges import load_ranges, next_run, ranges
 from blt_kernels.triton.attention_tiles import (
     check,
-    is_partial,
     load_rows,
-    multiply,
-    packed_at,
     precision_of,
     row_mask,
     rows_of,
     runs_here,
     scale_of,
-    scales,
     sees,
     strides,
     tile_at,
 )
 
 _SUM_ROWS = 64
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_MAX = tl.constexpr(3.4e38)  # of fp32
+_MIN_SCALE = 2.0**-64  # products whose scores are below 1e19 do not overflow
 
 
 @triton.jit(do_not_specialize=["queries", "heads", "width"])
@@ -47,9 +54,9 @@ def block_causal_attention_bwd_sums_kernel(
     grad_out, out, lse, sums, first, last, stride_gt, stride_gh, stride_ot, stride_oh, queries, heads, width,
     ROWS: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Write ``sums [2, heads, queries]``, `lse` and delta side by side in each head. Rows without keys are not read."""
+    """Write ``sums [2, heads, queries]``: lse as `weights` takes it, and delta. Rows without keys are not read."""
     head = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * ROWS
+    start = tl.program_id(0) * ROWS
     local = tl.arange(0, ROWS)
     row = start + local
     first_key, last_key, _ = load_ranges(first, last, row, queries)
@@ -57,37 +64,66 @@ def block_causal_attention_bwd_sums_kernel(
     grad = tl.load(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), mask=loaded, other=0.0)
     result = tl.load(tile_at(out + head * stride_oh, start, stride_ot, local, E), mask=loaded, other=0.0)
     delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
-    total = tl.load(lse + row * heads + head, mask=row < queries, other=0.0)
+    total = tl.load(lse + row.to(tl.int64) * heads + head, mask=row < queries, other=0.0)
+    if grad_out.dtype.element_ty != tl.float32:
+        total *= _LOG2_E
+    # Finite, so that no exponent is inf - inf; NaN stays.
+    total = tl.clamp(total, -_MAX, _MAX, propagate_nan=tl.PropagateNan.ALL)
     tl.store(sums + head * queries + row, total, mask=row < queries)
     tl.store(sums + (heads + head) * queries + row, delta, mask=row < queries)
 
 
 @triton.jit
+def weights(score, factor, lse, EXACT: tl.constexpr):
+    """Return ``exp2(score * factor - lse)``, or ``exp`` of it if EXACT: at most 1 however lse is rounded, NaN for NaN.
+
+    In fp32 the factor and lse times log2(e) would be rounded once more, in proportion to the scores and not to the
+    exponent, and products take much longer than one more instruction.
+    """
+    exponent = score * factor - lse
+    if EXACT:
+        exponent *= _LOG2_E
+    return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def attended_by_all(first, last):
+    """Return the interval that every row attends to. Rows that attend to nothing, whose results are 0, do not count."""
+    live = first < last
+    return tl.max(tl.where(live, first, 0)), tl.min(tl.where(live, last, 2147483647))
+
+
+@triton.jit
 def dkdv_run(
     dk, dv, k, v, q, grad_out, lse, delta, stride_qt, stride_qh, stride_gt, stride_gh, factor, first, last,
-    begin, end, queries, group, width,
+    all_first, all_last, begin, end, queries, group, width,
     STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the queries ``[begin, end)`` of each head of a group; v and k, times the power of `scales`, are [ROWS, E].
+    """Add the queries ``[begin, end)`` of each head of a group, to which the keys `k` and `v` ``[ROWS, E]`` belong.
 
-    The heads are in the same loop, so that loads of the next one start before this one is done.
+    Key j is attended to by the queries ``[first_j, last_j)``, and every key by ``[all_first, all_last)``. The heads are
+    in the same loop, so that loads of the next one start before this one is done.
     """
     step = tl.arange(0, STEP)
-    tiles = tl.cdiv(end - begin, STEP)
-    for index in tl.range(0, tiles * group):
-        head = (index // tiles).to(tl.int64)
-        start = begin + index % tiles * STEP
+    head = (begin * 0).to(tl.int64)
+    start = begin
+    for _ in tl.range(0, tl.cdiv(end - begin, STEP) * group):
         local = tl.minimum(step, end - 1 - start)  # the last query again, not what is behind it
         q_rows = load_rows(tile_at(q + head * stride_qh, start, stride_qt, local, E), width, E, EVEN)
         grad = load_rows(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), width, E, EVEN)
         score = tl.dot(k, q_rows.T, input_precision=PRECISION)  # [ROWS, STEP]
-        p = tl.minimum(tl.exp(score * factor - tl.load(lse + head * queries + start + local)[None, :]), 1.0)
-        if is_partial(start, first, last, STEP):
+        lse_rows = tl.load(lse + head * queries + start + local)
+        p = weights(score, factor, lse_rows[None, :], k.dtype == tl.float32)
+        if (start < all_first) | (start + STEP > all_last):
             p = tl.where(sees(first, last, start, end, STEP), p, 0.0)
-        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, grad.T, input_precision=PRECISION)
         ds = p * (dp - tl.load(delta + head * queries + start + local)[None, :])
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q_rows.dtype), q_rows, dk, input_precision=PRECISION)
+        start += STEP
+        done = start >= end
+        head += done.to(tl.int64)
+        start = tl.where(done, begin, start)
     return dk, dv
 
 
@@ -95,21 +131,18 @@ def dkdv_run(
 def block_causal_attention_bwd_dkdv_kernel(
     q, k, v, grad_out, sums, first, last, grad_k, grad_v,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    scale, power, factor, queries, keys, groups, group, width,
+    scale, factor, queries, keys, groups, group, width,
     ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write `grad_k` and `grad_v` of ROWS keys of one key head; queries [first, last) see a key."""
+    """Write `grad_k` and `grad_v` of ROWS keys of one key head; queries [first, last) attend to a key."""
     key_head = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * ROWS  # early keys are seen by the most queries
+    start = tl.program_id(0) * ROWS  # the most queries attend to early keys
     local = tl.arange(0, ROWS)
     row = start + local
-    inside = row < keys
-    first_row, last_row, gap = load_ranges(first, last, row, keys)
-    stored = row_mask(inside, width, E, EVEN)
-    k_rows = tl.load(tile_at(k + key_head * stride_kh, start, stride_kt, local, E), mask=stored, other=0.0)
-    k_rows = multiply(k_rows, power)
-    v_rows = tl.load(tile_at(v + key_head * stride_vh, start, stride_vt, local, E), mask=stored, other=0.0)
+    loaded = row_mask(row < keys, width, E, EVEN)
+    k_rows = tl.load(tile_at(k + key_head * stride_kh, start, stride_kt, local, E), mask=loaded, other=0.0)
+    v_rows = tl.load(tile_at(v + key_head * stride_vh, start, stride_vt, local, E), mask=loaded, other=0.0)
     dk = tl.zeros((ROWS, E), tl.float32)
     dv = tl.zeros((ROWS, E), tl.float32)
     head = key_head * group
@@ -117,25 +150,37 @@ def block_causal_attention_bwd_dkdv_kernel(
     grad_out += head * stride_gh
     lse = sums + head * queries
     delta = lse + groups.to(tl.int64) * group * queries
+    first_row, last_row, gap = load_ranges(first, last, row, keys)
+    all_first, all_last = attended_by_all(first_row, last_row)
     begin, end = next_run(first_row, last_row, gap, 0)
     while begin < end:
         dk, dv = dkdv_run(
             dk, dv, k_rows, v_rows, q, grad_out, lse, delta, stride_qt, stride_qh, stride_gt, stride_gh, factor,
-            first_row, last_row, begin, end, queries, group, width, STEP, E, EVEN, PRECISION,
+            first_row, last_row, all_first, all_last, begin, end, queries, group, width, STEP, E, EVEN, PRECISION,
         )  # fmt: skip
         begin, end = next_run(first_row, last_row, gap, end)
-    seen = (first_row < last_row)[:, None]
-    at = (row * groups + key_head)[:, None] * width + tl.arange(0, E)[None, :]
-    tl.store(grad_k + at, tl.where(seen, dk * scale, 0.0).to(grad_k.dtype.element_ty), mask=stored)
-    tl.store(grad_v + at, tl.where(seen, dv, 0.0).to(grad_v.dtype.element_ty), mask=stored)
+    # `end` is 0 here, which the compiler does not know: it keeps no addresses and masks in registers over the loop.
+    start += end
+    inside = local < keys - start
+    first_row = tl.load(first + start + local, mask=inside, other=0)
+    last_row = tl.load(last + start + local, mask=inside, other=0)
+    live, stored = (first_row < last_row)[:, None], row_mask(inside, width, E, EVEN)
+    stride = groups * (E if EVEN else width)  # with a factor that is known, so that stores are of 16 bytes
+    grads = tl.where(live, dv, 0.0).to(grad_v.dtype.element_ty)
+    tl.store(tile_at(grad_v + key_head * (E if EVEN else width), start, stride, local, E), grads, mask=stored)
+    grads = tl.where(live, dk * scale, 0.0).to(grad_k.dtype.element_ty)
+    tl.store(tile_at(grad_k + key_head * (E if EVEN else width), start, stride, local, E), grads, mask=stored)
 
 
 @triton.jit
 def dq_run(
-    dq, q, grad, lse, delta, k, v, stride_kt, stride_vt, factor, first, last, begin, end, width,
+    dq, q, grad, lse, delta, k, v, stride_kt, stride_vt, factor, first, last, all_first, all_last, begin, end, width,
     STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys ``[begin, end)``; q, times the power of `scales`, and grad are ``[ROWS, E]``."""
+    """Add the keys ``[begin, end)``; q and grad are ``[ROWS, E]``.
+
+    Query i attends to the keys ``[first_i, last_i)``, and every query to ``[all_first, all_last)``.
+    """
     step = tl.arange(0, STEP)
     for offset in tl.range(0, end - begin, STEP):
         start = begin + offset
@@ -143,10 +188,9 @@ def dq_run(
         k_rows = load_rows(tile_at(k, start, stride_kt, local, E), width, E, EVEN)
         v_rows = load_rows(tile_at(v, start, stride_vt, local, E), width, E, EVEN)
         score = tl.dot(q, k_rows.T, input_precision=PRECISION)  # [ROWS, STEP]
-        p = tl.minimum(tl.exp(score * factor - lse[:, None]), 1.0)
         dp = tl.dot(grad, v_rows.T, input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        if is_partial(start, first, last, STEP):
+        ds = weights(score, factor, lse[:, None], q.dtype == tl.float32) * (dp - delta[:, None])
+        if (start < all_first) | (start + STEP > all_last):
             ds = tl.where(sees(first, last, start, end, STEP), ds, 0.0)
         dq = tl.dot(ds.to(k_rows.dtype), k_rows, dq, input_precision=PRECISION)
     return dq
@@ -156,36 +200,36 @@ def dq_run(
 def block_causal_attention_bwd_dq_kernel(
     q, k, v, grad_out, sums, first, last, grad_q,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    scale, power, factor, queries, heads, group, width,
+    scale, factor, queries, heads, group, width,
     ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `grad_q` of ROWS queries of one head."""
     head = tl.program_id(1).to(tl.int64)
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * ROWS  # late queries have the most keys
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # late queries have the most keys
     local = tl.arange(0, ROWS)
     row = start + local
     inside = row < queries
     first_row, last_row, gap = load_ranges(first, last, row, queries)
     stored = row_mask(inside, width, E, EVEN)
     q_rows = tl.load(tile_at(q + head * stride_qh, start, stride_qt, local, E), mask=stored, other=0.0)
-    q_rows = multiply(q_rows, power)
     grad = tl.load(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), mask=stored, other=0.0)
     lse = tl.load(sums + head * queries + row, mask=inside, other=0.0)
     delta = tl.load(sums + (heads + head) * queries + row, mask=inside, other=0.0)
     k += head // group * stride_kh
     v += head // group * stride_vh
     dq = tl.zeros((ROWS, E), tl.float32)
+    all_first, all_last = attended_by_all(first_row, last_row)
     begin, end = next_run(first_row, last_row, gap, 0)
     while begin < end:
         dq = dq_run(
-            dq, q_rows, grad, lse, delta, k, v, stride_kt, stride_vt, factor, first_row, last_row, begin, end, width,
-            STEP, E, EVEN, PRECISION,
+            dq, q_rows, grad, lse, delta, k, v, stride_kt, stride_vt, factor, first_row, last_row,
+            all_first, all_last, begin, end, width, STEP, E, EVEN, PRECISION,
         )  # fmt: skip
         begin, end = next_run(first_row, last_row, gap, end)
-    dq = tl.where((first_row < last_row)[:, None], dq * scale, 0.0)
-    at = packed_at(grad_q, row * heads + head, width, E, EVEN and E <= 64)
-    tl.store(at, dq.to(grad_q.dtype.element_ty), mask=stored)
+    dq = tl.where((first_row < last_row)[:, None], dq * scale, 0.0).to(grad_q.dtype.element_ty)
+    stride = heads * (E if EVEN else width)  # with a factor that is known, so that stores are of 16 bytes
+    tl.store(tile_at(grad_q + head * (E if EVEN else width), start, stride, local, E), dq, mask=stored)
 
 
 def block_causal_attention_bwd_cuda(
@@ -216,8 +260,14 @@ def block_causal_attention_bwd_cuda(
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
     sums = q.new_empty((2, heads, queries), dtype=torch.float32)
     padded = padded_width(width)
-    power, _, factor = scales(scale, q)
-    factors = scale_of(scale, q), power, factor
+    scale = scale_of(scale, q)
+    q_scores, k_scores, factor = q, k, scale
+    if abs(scale) < _MIN_SCALE and q.dtype != torch.float16:  # whose products are small
+        factor, exponent = math.frexp(scale)
+        power = 2.0**exponent if scale else 0.0
+        q_scores, k_scores = rows_of(q * power), rows_of(k * power)
+    if q.dtype != torch.float32:
+        factor *= _LOG2_E.value
     options = {
         "E": padded,
         "EVEN": padded == width,
@@ -233,13 +283,13 @@ def block_causal_attention_bwd_cuda(
         )  # fmt: skip
         own = launch or launch_options("bwd_dkdv", width, q.dtype, window, architecture(q))
         block_causal_attention_bwd_dkdv_kernel[(triton.cdiv(keys, own.rows), groups)](
-            q, k, v, grad_out, sums, *of_keys, grad_k, grad_v, *strides(q, k, v, grad_out), *factors,
+            q, k_scores, v, grad_out, sums, *of_keys, grad_k, grad_v, *strides(q, k_scores, v, grad_out), scale, factor,
             queries, keys, groups, heads // groups, width,
             ROWS=own.rows, STEP=own.step, num_warps=own.warps, num_stages=own.stages, **options,
         )  # fmt: skip
         own = launch or launch_options("bwd_dq", width, q.dtype, window, architecture(q))
         block_causal_attention_bwd_dq_kernel[(triton.cdiv(queries, own.rows), heads)](
-            q, k, v, grad_out, sums, *of_queries, grad_q, *strides(q, k, v, grad_out), *factors,
+            q_scores, k, v, grad_out, sums, *of_queries, grad_q, *strides(q_scores, k, v, grad_out), scale, factor,
             queries, heads, heads // groups, width,
             ROWS=own.rows, STEP=own.step, num_warps=own.warps, num_stages=own.stages, **options,
         )  # fmt: skip

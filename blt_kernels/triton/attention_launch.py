@@ -54,7 +54,7 @@ _AMPERE: _Table = {
 # With two stages Triton waits for the copies that it has just started, so there are three wherever these fit.
 _HOPPER: _Table = _AMPERE | {
     ("fwd", 2): (Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 32, 8, 3)),
-    ("bwd_dkdv", 2): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 8, 2), Launch(32, 32, 8, 2)),
+    ("bwd_dkdv", 2): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(32, 32, 8, 2)),
     ("bwd_dq", 2): (Launch(128, 64, 4, 2), Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 32, 8, 3)),
 }
 _BLACKWELL: _Table = _AMPERE | {
@@ -67,7 +67,10 @@ _SHORT = {  # what short windows change, by (kernel, size of an element, width, 
     ("fwd", 2, 32, 9): Launch(128, 64, 4, 3),
     ("fwd", 2, 64, 9): Launch(128, 64, 4, 3),
 }
-_PADDED = {("fwd", 2, 128, 9): Launch(128, 64, 8, 3)}  # the same for head widths that are padded: masks take registers
+_PADDED = {  # the same for head widths that are padded: masks take registers
+    ("fwd", 2, 128, 9): Launch(128, 64, 8, 3),
+    ("bwd_dkdv", 2, 128, 9): Launch(128, 32, 8, 2),
+}
 
 _SPLIT_KEYS = 256  # fewest keys that are worth a program of their own
 MAX_SPLITS = 64
