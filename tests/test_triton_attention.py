@@ -289,6 +289,21 @@ def test_scales(run: Callable, scale: float) -> None:
     check(run, inputs(70, 70, (1, 1), 32, torch.bfloat16), offsets_of([50, 20]), scale=scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_that_overflow_before_they_are_scaled(run: Callable, dtype: torch.dtype) -> None:
+    """Powers of two move from the scale to q and k: results stay the same."""
+    q, k, v, grad = inputs(70, 70, (2, 1), 32, dtype)
+    cu = offsets_of([50, 20])
+    q *= 16
+    (out, _, *grads), _ = run((q, k, v, cu, None, 25, True, 0.5, None), grad)
+    large = (q * 2.0**62, k * 2.0**59, v, cu, None, 25, True, 2.0**-122, None)
+    assert not torch.einsum("qhe,khe->hqk", large[0].float(), large[1].float().expand(-1, 2, -1)).isfinite().all()
+    (large_out, _, dq, dk, dv), _ = run(large, grad)
+    assert_equal((large_out, dv), (out, grads[2]))
+    for scaled, plain in ((dq * 2.0**62, grads[0]), (dk * 2.0**59, grads[1])):
+        torch.testing.assert_close(scaled, plain, rtol=0, atol=2.0**-64)  # without subnormal numbers
+
+
 @pytest.mark.parametrize(
     ("case", "dtype", "size"),
     [

@@ -31,6 +31,7 @@ from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.triton.attention_launch import Launch, architecture, launch_options, padded_width
 from blt_kernels.triton.attention_ranges import load_ranges, next_run, ranges
 from blt_kernels.triton.attention_tiles import (
+    MIN_SCALE,
     check,
     load_rows,
     precision_of,
@@ -46,7 +47,7 @@ from blt_kernels.triton.attention_tiles import (
 _SUM_ROWS = 64
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _MAX = tl.constexpr(3.4e38)  # of fp32
-_MIN_SCALE = 2.0**-64  # products whose scores are below 1e19 do not overflow
+_SMALL_SCALE = 2.0**-64  # products of larger ones overflow only where scores are beyond 1e19
 
 
 @triton.jit(do_not_specialize=["queries", "heads", "width"])
@@ -262,9 +263,9 @@ def block_causal_attention_bwd_cuda(
     padded = padded_width(width)
     scale = scale_of(scale, q)
     q_scores, k_scores, factor = q, k, scale
-    if abs(scale) < _MIN_SCALE and q.dtype != torch.float16:  # whose products are small
+    if abs(scale) < _SMALL_SCALE and q.dtype != torch.float16:  # whose products are small
         factor, exponent = math.frexp(scale)
-        power = 2.0**exponent if scale else 0.0
+        power = 0.0 if abs(scale) < MIN_SCALE else 2.0**exponent
         q_scores, k_scores = rows_of(q * power), rows_of(k * power)
     if q.dtype != torch.float32:
         factor *= _LOG2_E.value

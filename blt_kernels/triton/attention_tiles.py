@@ -12,7 +12,7 @@ from torch import Tensor
 from blt_kernels.triton.attention_launch import WIDTHS
 
 _LOG2_E = math.log2(math.e)
-_TINY = 1e-37  # a smaller scale counts as 0
+MIN_SCALE = 1e-37  # a smaller scale counts as 0
 _MAX_ROWS = (1 << 31) - 256  # so that ends of tiles fit into 32 bits
 _MAX_STRIDE = 1 << 22  # of rows, so that offsets within a tile fit into 32 bits
 
@@ -119,7 +119,7 @@ def scales(scale: float | None, x: Tensor) -> tuple[float, float, float]:
     never do, and rows of fp16 would lose bits. The factor is never 0, so that it leaves -inf what it is.
     """
     scale = scale_of(scale, x)
-    if abs(scale) < _TINY:
+    if abs(scale) < MIN_SCALE:
         return 0.0, _LOG2_E, 1.0
     whole = 1.0 if x.dtype == torch.float16 else 2.0 ** min(math.frexp(scale)[1] - 1, 0)
     factor = abs(scale) / whole
