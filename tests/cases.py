@@ -178,6 +178,8 @@ ATTENTION = [
     _attention("both sides", _make_attention(window=4, causal=False, scale=0.5, groups=1)),
     _attention("keys", _make_attention(keys=True, groups=2, window=9, return_lse=True)),
     _attention("wide", _make_attention(width=96, groups=2), trace=False),
+    _attention("decoding", inputs.make_decoding(return_lse=True), trace=False),
+    _attention("decoding, window", inputs.make_decoding(width=64, groups=1, window=40), trace=False),
     _cross("encode", _make_cross("encode")),
     _cross("decode", _make_cross("decode")),
     _cross("encode, window", _make_cross("encode", "tail", window=3)),

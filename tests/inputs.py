@@ -194,6 +194,25 @@ def make_attention(*, keys: bool = False, groups: int = 4, width: int = 10, **op
     return make
 
 
+def make_decoding(*, groups: int = 2, width: int = 10, **options: Any) -> Make:
+    """A few queries a document and a cache of its keys, all but the last ones used."""
+
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        lengths = document_lengths(num_bytes, seed)
+        queries = [min(n, (b + seed) % 3) for b, n in enumerate(lengths)]
+        return {
+            "q": random_normal(sum(queries), 4, width, dtype=dtype, seed=seed),
+            "k": random_normal(num_bytes, groups, width, dtype=dtype, seed=seed + 1),
+            "v": random_normal(num_bytes, groups, width, dtype=dtype, seed=seed + 2),
+            "cu_seqlens_q": offsets_of(queries),
+            "cu_seqlens_k": offsets_of(lengths),
+            "seqused_k": torch.tensor([n - n // 9 for n in lengths], dtype=torch.int32),
+            **options,
+        }
+
+    return make
+
+
 def make_cross_attention(direction: str, kind: str = "", width: int = 10, **options: Any) -> Make:
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         layout = make_layout(num_bytes, seed, kind)

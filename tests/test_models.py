@@ -26,6 +26,7 @@ from blt_kernels.nn import (
     rotary_table,
     rotate,
 )
+from blt_kernels.testing import assert_close
 
 WINDOW = 7
 BYTE_LM = ByteLMConfig(dim=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_dim=64, window=WINDOW, threshold=5.1)
@@ -351,6 +352,39 @@ def test_capacity_does_not_change_a_blt() -> None:
     model, (tokens, rows) = build("blt"), documents()
     exact = model(tokens, rows)
     torch.testing.assert_close(model(tokens, rows, max_patches=len(tokens)), exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("lower", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("name", ["byte_lm", "blt"])
+def test_a_training_step_on_every_device(name: str, lower: torch.dtype | None, installed: str) -> None:
+    """Logits and gradients, before and after a step, and weights are about as exact as those of the reference ops."""
+    tokens, rows = (x.to(installed) for x in documents((1, 150, 0, 3, 90, 16)))
+    patches = build(name).to(installed)  # which rounding would move
+    given = {"layout": patches.patch(tokens, rows)} if name == "blt" else {}
+
+    def step(ops: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+        model = build(name, ops, torch.float32).to(installed, dtype)
+        weights = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.SGD(weights.values(), lr=0.1)
+        logits = []
+        for _ in range(2):
+            optimizer.zero_grad()
+            with torch.autocast(installed, lower, enabled=lower is not None and dtype == torch.float32):
+                logits.append(model(tokens, rows, **given).detach())
+                loss = model.loss(tokens, rows, **given)
+            loss.backward()
+            optimizer.step()
+        grads = [p.grad for p in weights.values()]
+        return {"logits": logits, "gradients": grads, "weights": list(weights.values())}
+
+    ours, eager, truth = (
+        step("fused", torch.float32),
+        step("reference", torch.float32),
+        step("reference", torch.float64),
+    )
+    assert all(g.any() for g in truth["gradients"])
+    for what, values in ours.items():
+        assert_close(values, eager[what], truth[what], name=what)
 
 
 def test_sizes_of_the_paper() -> None:
