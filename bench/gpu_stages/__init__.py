@@ -57,7 +57,7 @@ STAGES = {
         Stage("smoke", "smoke", 80, 30),
         Stage("timings", "timings", 110, 30),
         Stage("attention", "timings", 75, 45),
-        Stage("search", "search", 45, 20),
+        Stage("search", "search", 55, 20),
         Stage("counters", "counters", 60, 60),
         Stage("memcheck", "checks", 50, 50),
         Stage("racecheck", "checks", 50, 50),

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -50,9 +51,10 @@ def versions(target: Target) -> Iterator[Row]:
         found += [
             f"{properties.name}, {properties.multi_processor_count} multiprocessors",
             f"{properties.L2_cache_size >> 20} MB of L2",
-            "driver, clocks and power limit: "
-            + subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip(),
         ]
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+            found.append(f"driver, clocks and power limit: {done.stdout.strip()}")
     yield note("versions", "; ".join(found))
 
 
