@@ -245,6 +245,30 @@ def test_carried_kernels_are_used(stages: Callable[[str], ModuleType], carried: 
     assert (package / "include" / "device.cuh").exists()
 
 
+def test_the_folder_is_small_and_complete(
+    stages: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a compiler that copies: what `make gpu-build` writes is what a machine with a GPU takes."""
+    build, folder, package = stages("build"), tmp_path / "gpu", tmp_path / "package"
+    package.mkdir()
+
+    def compiles(into: Path, *_options: object) -> None:
+        (into / "include").mkdir(parents=True, exist_ok=True)
+        shutil.copy(next((ROOT / "blt_kernels").glob("_C_v*.so")), into / "_C_cuda.abi3.so")
+
+    monkeypatch.setattr(build, "build", compiles)
+    assert build.carry(folder).startswith(f"{folder}: ")
+    build.install(folder, package)
+    assert [path.name for path in package.glob("*.so")] == ["_C_cuda.abi3.so"]
+    monkeypatch.setattr(build, "MAX_BYTES", 1000)
+    with pytest.raises(SystemExit, match="MB that may be carried"):
+        build.carry(folder)
+    assert not (folder / "manifest.json").exists()  # what is too large is not used
+    monkeypatch.setattr(build, "newer_symbols", lambda _: ["GLIBC_2.99"])
+    with pytest.raises(SystemExit, match=r"_C_cuda.abi3.so needs GLIBC_2.99"):
+        build.carry(folder)
+
+
 @pytest.mark.parametrize("fault", ["missing", "other sources", "does not load"])
 def test_kernels_are_built_where_the_carried_ones_cannot_be_used(
     stages: Callable[[str], ModuleType], carried: Path, fault: str

@@ -94,7 +94,7 @@ def carry(folder: Path = CARRIED) -> str:
         raise SystemExit(f"gpu-build: {folder} has {size >> 20} MB, of {MAX_BYTES >> 20} MB that may be carried")
     manifest = {"sources": source_hash(), "arch": ARCH, "isas": ISAS, "built_with": platform.platform()}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    return f"{folder.relative_to(ROOT)}: {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s"
+    return f"{folder}: {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s"
 
 
 # --- on the machine with the GPU --------------------------------------------------------------------------------------
