@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import inputs
 import torch
 from cases import CASES, OpCase
 from test_capture import replaced, warm_up
@@ -15,8 +14,7 @@ from timing import OURS, Row, failed_row
 from torch import Tensor
 
 import blt_kernels as bk
-from blt_kernels.reference.block_causal_attention import block_causal_attention_reference
-from blt_kernels.testing import assert_equal, offsets_of, poisoned_empty
+from blt_kernels.testing import assert_equal, poisoned_empty
 from gpu_stages import Case
 from gpu_stages.target import Target
 
@@ -25,45 +23,21 @@ LARGE = 700  # bytes: several blocks
 TINY = (0, 40)
 
 
-def make_decoding(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
-    """One query a document, with caches of several lengths."""
-    documents, room = max(1, num_bytes // 32), 40
-    return {
-        "q": inputs.random_normal(documents, 4, 32, dtype=dtype, seed=seed),
-        **{
-            name: inputs.random_normal(documents * room, 2, 32, dtype=dtype, seed=seed + i)
-            for i, name in enumerate("kv", 1)
-        },
-        "cu_seqlens_q": offsets_of([1] * documents),
-        "cu_seqlens_k": offsets_of([room] * documents),
-        "seqused_k": torch.arange(documents, dtype=torch.int32) % room + 1,
-    }
-
-
-DECODING = OpCase(
-    "block_causal_attention",
-    bk.block_causal_attention,
-    block_causal_attention_reference,
-    "decoding",
-    make_decoding,
-    differentiable=("q", "k", "v"),
-)
-
-
 def smoke_cases(target: Target) -> list[Case]:
     """The first case of every function, then the second ones: in fp32 and bf16, or with ids; in a rehearsal one an op.
 
     Attention comes last, since Triton compiles its kernels meanwhile.
     """
     by_function: dict[Any, list[OpCase]] = {}
-    for case in [*CASES, DECODING]:
+    for case in CASES:
         by_function.setdefault(case.function, []).append(case)
     ordered = sorted(
         ((place, case) for cases in by_function.values() for place, case in enumerate(cases)),
         key=lambda x: (x[1].op == "block_causal_attention", x[0]),
     )
     if target.rehearsal:
-        ordered = [*{case.op: (0, case) for _, case in reversed(ordered)}.values(), (0, DECODING)]
+        decoding = next((0, case) for case in CASES if case.label == "decoding")
+        ordered = [*{case.op: (0, case) for _, case in reversed(ordered)}.values(), decoding]
     found = []
     for _place, case in ordered:
         for dtype in dtypes_of(case)[: 1 if target.rehearsal else None]:
