@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import io
 import json
@@ -32,14 +33,13 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 def rehearse(folder: Path, *options: str, faults: str = "") -> tuple[list[dict[str, str]], str, int]:
     """The rows of a rehearsal, what it printed and its exit code."""
-    sys.path.insert(0, str(BENCH))
-    read_csv = importlib.import_module("timing").read_csv
     environment = os.environ | {"PYTHONPATH": str(ROOT), "BLT_KERNELS_PLANTED": faults, "OUT": str(folder)}
     command = [sys.executable, str(BENCH / "gpu.py"), "--rehearse", *options]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert "Traceback" not in done.stderr, done.stderr
     (path,) = folder.glob("*.csv")
-    return read_csv(path), done.stdout, done.returncode
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file)), done.stdout, done.returncode
 
 
 def of_stage(rows: list[dict[str, str]], name: str) -> list[tuple[str, str, str]]:
