@@ -298,6 +298,27 @@ def test_traffic_and_launches(dtype: torch.dtype) -> None:
             assert sum(x.read + x.written for x in launches) <= 1.1 * of_layout, name
 
 
+def test_padded_text_takes_no_launch_for_its_offsets() -> None:
+    """Kernels know the offsets of documents of one length, and write them beside the layout."""
+    logits = ragged_logits((5, 700, 30))
+    tokens = (logits[..., 0] * 60).long().clamp(-100, 100) + 104
+    calls: dict[str, Any] = {
+        "entropy_patch": lambda: bk.entropy_patch(logits, threshold=2.0, max_patches=900)[1],
+        "patch_starts": lambda: bk.patch_starts(logits[..., 0], threshold=1.0, max_patch_length=9),
+        "space_patch": lambda: bk.space_patch(tokens),
+        "delimiter_patch": lambda: bk.delimiter_patch(tokens, 104),
+        "topk_patch": lambda: bk.topk_patch(logits[..., 0], 4),
+        "one document": lambda: bk.space_patch(tokens.flatten()),
+        "empty documents": lambda: bk.space_patch(tokens[:, :0], max_patches=5),
+    }
+    for name, call in calls.items():
+        expected = call()
+        with use("emulated"), torch.profiler.profile() as profile:
+            assert_equal(call(), expected)
+        made = {event.key for event in profile.key_averages()} & {"aten::arange", "aten::mul"}
+        assert not made, (name, made)
+
+
 @pytest.mark.parametrize("max_patches", [None, 100])
 def test_layouts_are_the_same_in_any_order_of_threads(max_patches: int | None) -> None:
     entropy, cu_seqlens = ragged_logits((5000,)), offsets_of([3000, 0, 1, 1900, 60])
@@ -361,8 +382,8 @@ def test_offsets_that_are_garbage_lead_nowhere(seed: int) -> None:
         offsets = torch.randint(low, high, (num_documents + 1,), generator=generator, dtype=torch.int64).int()
         with use("emulated"):
             for room in (None, 0, 30):
-                torch.ops.blt_kernels.patch_starts_fwd(entropy, offsets, 0.5, 0.1, False, 7, room)
-                torch.ops.blt_kernels.patch_starts_fwd(entropy, offsets, 0.5, None, False, None, room)
-                torch.ops.blt_kernels.space_patch_fwd(tokens, offsets, room)
+                torch.ops.blt_kernels.patch_starts_fwd(entropy, offsets, 0, 0.5, 0.1, False, 7, room)
+                torch.ops.blt_kernels.patch_starts_fwd(entropy, offsets, 0, 0.5, None, False, None, room)
+                torch.ops.blt_kernels.space_patch_fwd(tokens, offsets, 0, room)
                 torch.ops.blt_kernels.static_patch_fwd(offsets, num_bytes, 5, 2, room)
-            torch.ops.blt_kernels.topk_patch_fwd(entropy, offsets, 4, None)
+            torch.ops.blt_kernels.topk_patch_fwd(entropy, offsets, 0, 4, None)

@@ -140,34 +140,45 @@ def check_ids(tokens: Tensor, cu_seqlens: Tensor, alphabet: int, meaning: str, *
     raise ValueError(f"tokens: expected ids from 0 to {alphabet - 1}, {meaning}, got {got}{hint}")
 
 
-def pack(name: str, data: Tensor, cu_seqlens: Tensor | None, trailing: int) -> tuple[Tensor, Tensor]:
-    """Return packed data ``[T, ...]`` and int32 offsets ``[B+1]`` of its documents.
+def documents_of(
+    name: str, data: Tensor, cu_seqlens: Tensor | None, trailing: int
+) -> tuple[Tensor, Tensor | None, int]:
+    """Return packed data ``[T, ...]``, int32 offsets of its documents and their number B.
 
-    `data` is ``[T, ...]`` or ``[B, S, ...]`` with `trailing` dimensions behind the bytes. Packed data without
-    `cu_seqlens` is one document.
+    The offsets are None for documents of one length: operators that take ``num_documents`` make them. `data` is
+    ``[T, ...]`` or ``[B, S, ...]`` with `trailing` dimensions behind the bytes. Packed data without `cu_seqlens` is one
+    document.
     """
     if data.dim() == trailing + 2:
         if cu_seqlens is not None:
             raise ValueError(f"cu_seqlens: expected None, since {name} is padded with shape {list(data.shape)}")
         rows, length = data.shape[:2]
         check_total(name, rows * length)
-        offsets = torch.arange(rows + 1, dtype=torch.int32, device=data.device) * length
-        return data.flatten(0, 1), offsets
+        return data.flatten(0, 1), None, rows
     total = data.shape[0]
     if cu_seqlens is None:
         check_total(name, total)
-        return data, torch.arange(2, dtype=torch.int32, device=data.device) * total
-    return data, check_offsets("cu_seqlens", cu_seqlens, total, device=data.device)
+        return data, None, 1
+    offsets = check_offsets("cu_seqlens", cu_seqlens, total, device=data.device)
+    return data, offsets, offsets.shape[0] - 1
 
 
-def check_capacity(max_patches: int | None, cu_seqlens: Tensor) -> None:
+def pack(name: str, data: Tensor, cu_seqlens: Tensor | None, trailing: int) -> tuple[Tensor, Tensor]:
+    """Return packed data ``[T, ...]`` and int32 offsets ``[B+1]`` of its documents, as in `documents_of`."""
+    packed, offsets, num_documents = documents_of(name, data, cu_seqlens, trailing)
+    if offsets is None:
+        length = data.shape[1] if data.dim() == trailing + 2 else data.shape[0]
+        offsets = torch.arange(num_documents + 1, dtype=torch.int32, device=data.device) * length
+    return packed, offsets
+
+
+def check_capacity(max_patches: int | None, documents: int) -> None:
     """Raise unless `max_patches` leaves at least one patch for every document."""
     if max_patches is None:
         return
     check_int("max_patches", max_patches, 0)
     if max_patches > INT32_MAX:
         raise ValueError(f"max_patches: expected at most 2**31 - 1, as int32 ids count, got {max_patches}")
-    documents = cu_seqlens.shape[0] - 1
     if max_patches < documents:
         raise ValueError(f"max_patches: expected at least one patch a document ({documents}), got {max_patches}")
 

@@ -8,7 +8,6 @@ decides about the byte to come, which only `PatchLayout.decode_ids` shows.
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -64,10 +63,10 @@ def entropy_patch(
     _common.check_tensor("logits", logits, (2, 3), _common.FLOATS)
     _check_alphabet("logits", logits.shape[-1])
     _check_rules(threshold, threshold_add, monotonic, max_patch_length)
-    packed, offsets = _common.pack("logits", logits, cu_seqlens, trailing=1)
-    _common.check_capacity(max_patches, offsets)
+    packed, offsets, documents = _common.documents_of("logits", logits, cu_seqlens, trailing=1)
+    _common.check_capacity(max_patches, documents)
     entropy, _log_sum, *layout = torch.ops.blt_kernels.entropy_patch_fwd(
-        packed, offsets, threshold, threshold_add, monotonic, max_patch_length, max_patches
+        packed, offsets, documents, threshold, threshold_add, monotonic, max_patch_length, max_patches
     )
     return entropy.view(logits.shape[:-1]), _layout(layout, offsets)
 
@@ -172,10 +171,10 @@ def patch_starts(
     """
     _common.check_tensor("entropy", entropy, (1, 2), _common.FLOATS)
     _check_rules(threshold, threshold_add, monotonic, max_patch_length)
-    packed, offsets = _common.pack("entropy", entropy.detach(), cu_seqlens, trailing=0)
-    _common.check_capacity(max_patches, offsets)
+    packed, offsets, documents = _common.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
+    _common.check_capacity(max_patches, documents)
     layout = torch.ops.blt_kernels.patch_starts_fwd(
-        packed, offsets, threshold, threshold_add, monotonic, max_patch_length, max_patches
+        packed, offsets, documents, threshold, threshold_add, monotonic, max_patch_length, max_patches
     )
     return _layout(layout, offsets)
 
@@ -199,9 +198,9 @@ def space_patch(tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches
         An argument has the wrong type, dtype, shape or value; the message names it.
     """
     _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
-    packed, offsets = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
-    _common.check_capacity(max_patches, offsets)
-    return _layout(torch.ops.blt_kernels.space_patch_fwd(packed, offsets, max_patches), offsets)
+    packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
+    _common.check_capacity(max_patches, documents)
+    return _layout(torch.ops.blt_kernels.space_patch_fwd(packed, offsets, documents, max_patches), offsets)
 
 
 def static_patch(
@@ -241,7 +240,7 @@ def static_patch(
     _common.check_int("num_bytes", num_bytes, 0)
     _common.check_total("num_bytes", num_bytes)
     offsets = _common.check_offsets("cu_seqlens", cu_seqlens, num_bytes, device=cu_seqlens.device)
-    _common.check_capacity(max_patches, offsets)
+    _common.check_capacity(max_patches, offsets.shape[0] - 1)
     return _layout(torch.ops.blt_kernels.static_patch_fwd(offsets, num_bytes, size, first, max_patches), offsets)
 
 
@@ -269,9 +268,9 @@ def delimiter_patch(
     """
     _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
     _common.check_int("id", id, -_common.INT64_MAX - 1)
-    packed, offsets = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
-    _common.check_capacity(max_patches, offsets)
-    return _layout(torch.ops.blt_kernels.delimiter_patch_fwd(packed, offsets, id, max_patches), offsets)
+    packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
+    _common.check_capacity(max_patches, documents)
+    return _layout(torch.ops.blt_kernels.delimiter_patch_fwd(packed, offsets, documents, id, max_patches), offsets)
 
 
 def topk_patch(
@@ -296,9 +295,9 @@ def topk_patch(
     """
     _common.check_tensor("entropy", entropy, (1, 2), _common.FLOATS)
     _common.check_int("patch_size", patch_size, 1)
-    packed, offsets = _common.pack("entropy", entropy.detach(), cu_seqlens, trailing=0)
-    _common.check_capacity(max_patches, offsets)
-    return _layout(torch.ops.blt_kernels.topk_patch_fwd(packed, offsets, patch_size, max_patches), offsets)
+    packed, offsets, documents = _common.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
+    _common.check_capacity(max_patches, documents)
+    return _layout(torch.ops.blt_kernels.topk_patch_fwd(packed, offsets, documents, patch_size, max_patches), offsets)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -321,33 +320,34 @@ def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool,
         _common.check_int("max_patch_length", max_patch_length, 1)
 
 
-def _layout(tensors: Any, cu_seqlens: Tensor) -> PatchLayout:
-    patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed = tensors
-    return PatchLayout(patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, cu_seqlens, overflowed)
+def _layout(tensors: Any, cu_seqlens: Tensor | None) -> PatchLayout:
+    patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, made = tensors
+    offsets = made if cu_seqlens is None else cu_seqlens
+    return PatchLayout(patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, offsets, overflowed)
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
+# Without cu_seqlens there are num_documents documents of one length. Then their offsets are the last output, which is
+# empty otherwise: an output may not be an input.
 
 _LAYOUT = (
     "Tensor patch_offsets, Tensor cu_patches, Tensor patch_ids, Tensor decode_ids, Tensor decode_offsets,"
-    " Tensor overflowed"
+    " Tensor overflowed, Tensor made_cu_seqlens"
 )
+_DOCUMENTS = "Tensor? cu_seqlens, SymInt num_documents"
 _RULES = "float threshold, float? threshold_add, bool monotonic, SymInt? max_patch_length, SymInt? max_patches"
 
 
-def _tensors(layout: PatchLayout) -> tuple[Tensor, ...]:
-    return tuple(getattr(layout, field.name) for field in fields(layout) if field.name != "cu_seqlens")
-
-
-def _empty_layout(num_bytes: int, cu_seqlens: Tensor, max_patches: int | None) -> tuple[Tensor, ...]:
+def _empty_layout(
+    num_bytes: int, like: Tensor, cu_seqlens: Tensor | None, num_documents: int, max_patches: int | None
+) -> tuple[Tensor, ...]:
     capacity = num_bytes if max_patches is None else max_patches
+    count = num_documents + 1 if cu_seqlens is None else cu_seqlens.shape[0]
+    sizes = capacity + 1, count, num_bytes, num_bytes, capacity + 1
     return (
-        cu_seqlens.new_empty(capacity + 1),
-        cu_seqlens.new_empty(cu_seqlens.shape[0]),
-        cu_seqlens.new_empty(num_bytes),
-        cu_seqlens.new_empty(num_bytes),
-        cu_seqlens.new_empty(capacity + 1),
-        cu_seqlens.new_empty(1, dtype=torch.bool),
+        *(like.new_empty(size, dtype=torch.int32) for size in sizes),
+        like.new_empty(1, dtype=torch.bool),
+        like.new_empty(count if cu_seqlens is None else 0, dtype=torch.int32),
     )
 
 
@@ -356,56 +356,38 @@ def _empty_entropy(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape[0], dtype=dtype), rows.new_empty(rows.shape[0], dtype=dtype)
 
 
-def _define_scheme(name: str, arguments: str, scheme: Any, num_bytes: Any) -> None:
-    """Register a patching scheme. `num_bytes` finds T among the arguments, which end in cu_seqlens ... max_patches."""
-    offsets = [a.split()[-1] for a in arguments.split(", ")].index("cu_seqlens")
-    _common.define(name, f"({arguments}) -> ({_LAYOUT})", lambda *args: _tensors(scheme(*args)))
-    torch.library.register_fake(
-        f"blt_kernels::{name}", lambda *args: _empty_layout(num_bytes(*args), args[offsets], args[-1])
-    )
+def _define_scheme(name: str, values: str, arguments: str, scheme: Any) -> None:
+    """Register a patching scheme of bytes with `values`; `arguments` follow those of the documents."""
+
+    def fake(x: Tensor, cu_seqlens: Tensor | None, num_documents: int, *rest: Any) -> tuple[Tensor, ...]:
+        return _empty_layout(x.shape[0], x, cu_seqlens, num_documents, rest[-1])
+
+    _common.define(name, f"(Tensor {values}, {_DOCUMENTS}, {arguments}) -> ({_LAYOUT})", scheme)
+    torch.library.register_fake(f"blt_kernels::{name}", fake)
 
 
+_define_scheme("patch_starts_fwd", "entropy", _RULES, reference.patch_starts_fwd_reference)
+_define_scheme("space_patch_fwd", "tokens", "SymInt? max_patches", reference.space_patch_fwd_reference)
+_define_scheme("delimiter_patch_fwd", "tokens", "int id, SymInt? max_patches", reference.delimiter_patch_fwd_reference)
 _define_scheme(
-    "patch_starts_fwd",
-    f"Tensor entropy, Tensor cu_seqlens, {_RULES}",
-    reference.patch_starts_reference,
-    lambda entropy, *_: entropy.shape[0],
+    "topk_patch_fwd", "entropy", "SymInt patch_size, SymInt? max_patches", reference.topk_patch_fwd_reference
 )
-_define_scheme(
-    "space_patch_fwd",
-    "Tensor tokens, Tensor cu_seqlens, SymInt? max_patches",
-    reference.space_patch_reference,
-    lambda tokens, *_: tokens.shape[0],
-)
-_define_scheme(
+_common.define(
     "static_patch_fwd",
-    "Tensor cu_seqlens, SymInt num_bytes, SymInt size, SymInt first, SymInt? max_patches",
-    reference.static_patch_reference,
-    lambda _cu_seqlens, num_bytes, *_: num_bytes,
-)
-_define_scheme(
-    "delimiter_patch_fwd",
-    "Tensor tokens, Tensor cu_seqlens, int id, SymInt? max_patches",
-    reference.delimiter_patch_reference,
-    lambda tokens, *_: tokens.shape[0],
-)
-_define_scheme(
-    "topk_patch_fwd",
-    "Tensor entropy, Tensor cu_seqlens, SymInt patch_size, SymInt? max_patches",
-    reference.topk_patch_reference,
-    lambda entropy, *_: entropy.shape[0],
+    f"(Tensor cu_seqlens, SymInt num_bytes, SymInt size, SymInt first, SymInt? max_patches) -> ({_LAYOUT})",
+    reference.static_patch_fwd_reference,
 )
 
 
-def _entropy_patch_fwd(logits: Tensor, cu_seqlens: Tensor, *rules: Any) -> tuple[Tensor, ...]:
-    entropy, log_sum = reference.document_entropy_reference(logits, cu_seqlens)
-    return entropy, log_sum, *_tensors(reference.patch_starts_reference(entropy, cu_seqlens, *rules))
+@torch.library.register_fake("blt_kernels::static_patch_fwd")
+def _(cu_seqlens: Tensor, num_bytes: int, _size: int, _first: int, max_patches: int | None) -> tuple[Tensor, ...]:
+    return _empty_layout(num_bytes, cu_seqlens, cu_seqlens, 0, max_patches)
 
 
 _common.define(
     "entropy_patch_fwd",
-    f"(Tensor logits, Tensor cu_seqlens, {_RULES}) -> (Tensor entropy, Tensor log_sum, {_LAYOUT})",
-    _entropy_patch_fwd,
+    f"(Tensor logits, {_DOCUMENTS}, {_RULES}) -> (Tensor entropy, Tensor log_sum, {_LAYOUT})",
+    reference.entropy_patch_fwd_reference,
 )
 _common.define(
     "token_entropy_fwd", "(Tensor logits) -> (Tensor entropy, Tensor log_sum)", reference.token_entropy_fwd_reference
@@ -429,8 +411,9 @@ _common.define(
 
 
 @torch.library.register_fake("blt_kernels::entropy_patch_fwd")
-def _(logits: Tensor, cu_seqlens: Tensor, *rules: Any) -> tuple[Tensor, ...]:
-    return *_empty_entropy(logits), *_empty_layout(logits.shape[0], cu_seqlens, rules[-1])
+def _(logits: Tensor, cu_seqlens: Tensor | None, num_documents: int, *rules: Any) -> tuple[Tensor, ...]:
+    layout = _empty_layout(logits.shape[0], logits, cu_seqlens, num_documents, rules[-1])
+    return *_empty_entropy(logits), *layout
 
 
 @torch.library.register_fake("blt_kernels::token_entropy_fwd")
@@ -477,7 +460,7 @@ def _token_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> T
 
 
 def _entropy_patch_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    return _logits_grad(ctx, grad_entropy), None, None, None, None, None, None
+    return _logits_grad(ctx, grad_entropy), None, None, None, None, None, None, None
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -6,6 +6,9 @@ starts a patch. `PatchLayout.from_cuts` turns decisions into a layout. Local ind
 
 from __future__ import annotations
 
+import ctypes
+from dataclasses import fields
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,11 +82,11 @@ def patch_starts_reference(
     h = entropy.float()
     local = _local_index(h.shape[0], cu_seqlens)
     rise = h - h.roll(1)
-    limit = torch.full((), threshold, dtype=torch.float32, device=h.device)
+    limit = torch.full((), _fp32(threshold), dtype=torch.float32, device=h.device)
     if monotonic:
         cuts = (rise > limit) | (local == 1)
     elif threshold_add is not None:
-        limit_add = torch.full((), threshold_add, dtype=torch.float32, device=h.device)
+        limit_add = torch.full((), _fp32(threshold_add), dtype=torch.float32, device=h.device)
         cuts = ((rise > limit_add) & (h > limit) & (local != 2)) | (local == 1)
     else:
         cuts = h > limit
@@ -157,7 +160,87 @@ def topk_patch_reference(
     return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
 
 
+# --- the operators ----------------------------------------------------------------------------------------------------
+# Without cu_seqlens there are num_documents documents of one length. The tensors of a layout but its cu_seqlens come
+# out, and last the offsets that were made; none where they were given.
+
+
+def patch_starts_fwd_reference(
+    entropy: Tensor,
+    cu_seqlens: Tensor | None,
+    num_documents: int,
+    threshold: float,
+    threshold_add: float | None,
+    monotonic: bool,
+    max_patch_length: int | None,
+    max_patches: int | None,
+) -> tuple[Tensor, ...]:
+    offsets = _offsets(entropy, cu_seqlens, num_documents)
+    rules = threshold, threshold_add, monotonic, max_patch_length
+    return _tensors(patch_starts_reference(entropy, offsets, *rules, max_patches), cu_seqlens)
+
+
+def entropy_patch_fwd_reference(
+    logits: Tensor,
+    cu_seqlens: Tensor | None,
+    num_documents: int,
+    threshold: float,
+    threshold_add: float | None,
+    monotonic: bool,
+    max_patch_length: int | None,
+    max_patches: int | None,
+) -> tuple[Tensor, ...]:
+    entropy, log_sum = document_entropy_reference(logits, _offsets(logits, cu_seqlens, num_documents))
+    rules = threshold, threshold_add, monotonic, max_patch_length
+    layout = patch_starts_fwd_reference(entropy, cu_seqlens, num_documents, *rules, max_patches)
+    return entropy, log_sum, *layout
+
+
+def space_patch_fwd_reference(
+    tokens: Tensor, cu_seqlens: Tensor | None, num_documents: int, max_patches: int | None
+) -> tuple[Tensor, ...]:
+    offsets = _offsets(tokens, cu_seqlens, num_documents)
+    return _tensors(space_patch_reference(tokens, offsets, max_patches), cu_seqlens)
+
+
+def static_patch_fwd_reference(
+    cu_seqlens: Tensor, num_bytes: int, size: int, first: int, max_patches: int | None
+) -> tuple[Tensor, ...]:
+    return _tensors(static_patch_reference(cu_seqlens, num_bytes, size, first, max_patches), cu_seqlens)
+
+
+def delimiter_patch_fwd_reference(
+    tokens: Tensor, cu_seqlens: Tensor | None, num_documents: int, id: int, max_patches: int | None
+) -> tuple[Tensor, ...]:
+    offsets = _offsets(tokens, cu_seqlens, num_documents)
+    return _tensors(delimiter_patch_reference(tokens, offsets, id, max_patches), cu_seqlens)
+
+
+def topk_patch_fwd_reference(
+    entropy: Tensor, cu_seqlens: Tensor | None, num_documents: int, patch_size: int, max_patches: int | None
+) -> tuple[Tensor, ...]:
+    offsets = _offsets(entropy, cu_seqlens, num_documents)
+    return _tensors(topk_patch_reference(entropy, offsets, patch_size, max_patches), cu_seqlens)
+
+
 # --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _fp32(x: float) -> float:
+    """The fp32 next to `x`: infinite beyond their range, where `torch.full` would raise."""
+    return ctypes.c_float(x).value
+
+
+def _offsets(x: Tensor, cu_seqlens: Tensor | None, num_documents: int) -> Tensor:
+    if cu_seqlens is not None:
+        return cu_seqlens
+    length = x.shape[0] // max(num_documents, 1)
+    return torch.arange(num_documents + 1, dtype=torch.int32, device=x.device) * length
+
+
+def _tensors(layout: PatchLayout, given: Tensor | None) -> tuple[Tensor, ...]:
+    made = layout.cu_seqlens if given is None else layout.cu_seqlens.new_empty(0)
+    return (*(getattr(layout, field.name) for field in fields(layout) if field.name != "cu_seqlens"), made)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

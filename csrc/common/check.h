@@ -55,6 +55,16 @@ inline const int32_t* check_offsets(Tensor& offsets, const char* name, int64_t t
   return values;
 }
 
+// The length of each of `num_documents` documents of the same length that fill `total` positions.
+inline int32_t check_even_documents(int64_t num_documents, int64_t total) {
+  STD_TORCH_CHECK(
+      num_documents >= 0 && total % std::max<int64_t>(num_documents, 1) == 0 && (num_documents > 0 || total == 0),
+      "num_documents: expected a divisor of ", total, " positions, got ", num_documents);
+  STD_TORCH_CHECK(total <= std::numeric_limits<int32_t>::max(), "cu_seqlens: ", total,
+                  " positions do not fit into int32");
+  return static_cast<int32_t>(total / std::max<int64_t>(num_documents, 1));
+}
+
 // Ids of patches: int32 [n], each from -1, which is none, to `count` - 1.
 inline const int32_t* check_ids(Tensor& ids, const char* name, int64_t count) {
   const int32_t* const values = check_int32(ids, name);

@@ -17,10 +17,30 @@
 
 namespace blt {
 
-using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The documents of a text: as given, or `num_documents` of the same length, whose offsets are made.
+struct TextDocuments {
+  Tensor cu_seqlens, made;  // `made` is empty if they were given
+
+  TextDocuments(const Tensor& given) : cu_seqlens(given), made(torch::stable::new_empty(given, {0})) {}
+  TextDocuments(const std::optional<Tensor>& given, int64_t num_documents, const Tensor& like, int64_t num_bytes)
+      : cu_seqlens(given ? *given : even_offsets(num_documents, like, num_bytes)),
+        made(given ? torch::stable::new_empty(like, {0}, ScalarType::Int) : cu_seqlens) {}
+
+ private:
+  static Tensor even_offsets(int64_t num_documents, const Tensor& like, int64_t num_bytes) {
+    const int32_t length = check_even_documents(num_documents, num_bytes);
+    Tensor offsets = torch::stable::new_empty(like, {num_documents + 1}, ScalarType::Int);
+    int32_t* const values = offsets.mutable_data_ptr<int32_t>();
+    for (int64_t b = 0; b <= num_documents; ++b) values[b] = static_cast<int32_t>(b * length);
+    return offsets;
+  }
+};
 
 template <class Cut>
-LayoutTensors build_layout(Tensor cu_seqlens, int64_t num_bytes, std::optional<int64_t> max_patches, Cut cut) {
+LayoutTensors build_layout(const TextDocuments& text, int64_t num_bytes, std::optional<int64_t> max_patches, Cut cut) {
+  Tensor cu_seqlens = text.cu_seqlens;
   const int32_t* const documents = check_offsets(cu_seqlens, "cu_seqlens", num_bytes);
   const int64_t num_documents = cu_seqlens.size(0) - 1;
   const int64_t capacity = max_patches.value_or(num_bytes);
@@ -84,7 +104,7 @@ LayoutTensors build_layout(Tensor cu_seqlens, int64_t num_bytes, std::optional<i
   std::fill(ids + end, ids + num_bytes, -1);
   std::fill(decodes + end, decodes + num_bytes, -1);
   *overflowed.mutable_data_ptr<bool>() = any_dropped;
-  return {patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed};
+  return {patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, text.made};
 }
 
 }  // namespace blt

@@ -119,16 +119,16 @@ struct Rules {
   std::optional<int64_t> max_patch_length;
 };
 
-LayoutTensors starts_from_entropy(const auto* entropy, const Tensor& cu_seqlens, int64_t num_bytes, const Rules& rules,
+LayoutTensors starts_from_entropy(const auto* entropy, const TextDocuments& text, int64_t num_bytes, const Rules& rules,
                                   std::optional<int64_t> max_patches) {
   const float threshold = static_cast<float>(rules.threshold);
   const auto h = [=](int64_t t) { return static_cast<float>(entropy[t]); };
   const auto build = [&](auto cut) {
-    if (!rules.max_patch_length) return build_layout(cu_seqlens, num_bytes, max_patches, cut);
+    if (!rules.max_patch_length) return build_layout(text, num_bytes, max_patches, cut);
     STD_TORCH_CHECK(*rules.max_patch_length >= 1, "max_patch_length: expected at least 1, got ",
                     *rules.max_patch_length);
     // A cut at the length limit starts the count anew, just as a cut by the rule does.
-    return build_layout(cu_seqlens, num_bytes, max_patches,
+    return build_layout(text, num_bytes, max_patches,
                         [=, limit = *rules.max_patch_length, length = int64_t{0}](int64_t t, int64_t i) mutable {
                           length = i == 0 ? 1 : length + 1;
                           const bool starts = cut(t, i) | (length == limit);
@@ -146,26 +146,33 @@ LayoutTensors starts_from_entropy(const auto* entropy, const Tensor& cu_seqlens,
   return build([=](int64_t t, int64_t i) { return (i == 0) | (h(t) > threshold); });
 }
 
-LayoutTensors patch_starts_fwd_cpu(const Tensor& entropy, const Tensor& cu_seqlens, double threshold,
-                                   std::optional<double> threshold_add, bool monotonic,
-                                   std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
+LayoutTensors patch_starts_fwd_cpu(const Tensor& entropy, const std::optional<Tensor>& cu_seqlens,
+                                   int64_t num_documents, double threshold, std::optional<double> threshold_add,
+                                   bool monotonic, std::optional<int64_t> max_patch_length,
+                                   std::optional<int64_t> max_patches) {
   check_dim(entropy, "entropy", 1);
   const Tensor values = torch::stable::contiguous(entropy);
+  const TextDocuments text(cu_seqlens, num_documents, values, values.size(0));
   return dispatch_float(values.scalar_type(), "entropy", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return starts_from_entropy(values.const_data_ptr<T>(), cu_seqlens, values.size(0),
+    return starts_from_entropy(values.const_data_ptr<T>(), text, values.size(0),
                                {threshold, threshold_add, monotonic, max_patch_length}, max_patches);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cpu(
-    const Tensor& logits, Tensor cu_seqlens, double threshold, std::optional<double> threshold_add, bool monotonic,
-    std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cpu(
+    const Tensor& logits, const std::optional<Tensor>& cu_seqlens, int64_t num_documents, double threshold,
+    std::optional<double> threshold_add, bool monotonic, std::optional<int64_t> max_patch_length,
+    std::optional<int64_t> max_patches) {
   const Tensor rows = check_logits(logits);
-  const int32_t* const documents = check_offsets(cu_seqlens, "cu_seqlens", rows.size(0));
-  auto scores = entropies(rows, documents[cu_seqlens.size(0) - 1]);
-  auto layout = patch_starts_fwd_cpu(std::get<0>(scores), cu_seqlens, threshold, threshold_add, monotonic,
-                                     max_patch_length, max_patches);
+  int64_t count = rows.size(0);
+  if (cu_seqlens) {
+    Tensor offsets = *cu_seqlens;
+    count = check_offsets(offsets, "cu_seqlens", rows.size(0))[offsets.size(0) - 1];
+  }
+  auto scores = entropies(rows, count);
+  auto layout = patch_starts_fwd_cpu(std::get<0>(scores), cu_seqlens, num_documents, threshold, threshold_add,
+                                     monotonic, max_patch_length, max_patches);
   return std::tuple_cat(std::move(scores), std::move(layout));
 }
 
@@ -181,14 +188,16 @@ constexpr std::array<bool, 256> kSpaceLike = [] {
   return table;
 }();
 
-LayoutTensors space_patch_fwd_cpu(const Tensor& tokens, const Tensor& cu_seqlens, std::optional<int64_t> max_patches) {
+LayoutTensors space_patch_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                                  std::optional<int64_t> max_patches) {
   check_dim(tokens, "tokens", 1);
   const Tensor ids = torch::stable::contiguous(tokens);
+  const TextDocuments text(cu_seqlens, num_documents, ids, ids.size(0));
   return dispatch_int(ids.scalar_type(), "tokens", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* const id = ids.const_data_ptr<T>();
     const auto space_like = [](T token) { return token < 4 || token >= 260 || kSpaceLike[token - 4]; };
-    return build_layout(cu_seqlens, ids.size(0), max_patches, [=](int64_t t, int64_t i) {
+    return build_layout(text, ids.size(0), max_patches, [=](int64_t t, int64_t i) {
       return i == 0 || id[t] < 4 || (space_like(id[t]) && !space_like(id[t - 1]));
     });
   });
@@ -206,25 +215,27 @@ LayoutTensors static_patch_fwd_cpu(const Tensor& cu_seqlens, int64_t num_bytes, 
   });
 }
 
-LayoutTensors delimiter_patch_fwd_cpu(const Tensor& tokens, const Tensor& cu_seqlens, int64_t id,
-                                      std::optional<int64_t> max_patches) {
+LayoutTensors delimiter_patch_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens,
+                                      int64_t num_documents, int64_t id, std::optional<int64_t> max_patches) {
   check_dim(tokens, "tokens", 1);
   const Tensor ids = torch::stable::contiguous(tokens);
+  const TextDocuments text(cu_seqlens, num_documents, ids, ids.size(0));
   return dispatch_int(ids.scalar_type(), "tokens", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* const token = ids.const_data_ptr<T>();
-    return build_layout(cu_seqlens, ids.size(0), max_patches,
-                        [=](int64_t t, int64_t i) { return i == 0 || token[t] == id; });
+    return build_layout(text, ids.size(0), max_patches, [=](int64_t t, int64_t i) { return i == 0 || token[t] == id; });
   });
 }
 
 // Per document, the S // patch_size - 2 highest entropies after the first; the earlier of equal ones, NaN above all.
-LayoutTensors topk_patch_fwd_cpu(const Tensor& entropy, Tensor cu_seqlens, int64_t patch_size,
-                                 std::optional<int64_t> max_patches) {
+LayoutTensors topk_patch_fwd_cpu(const Tensor& entropy, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                                 int64_t patch_size, std::optional<int64_t> max_patches) {
   check_dim(entropy, "entropy", 1);
   STD_TORCH_CHECK(patch_size >= 1, "patch_size: expected a value >= 1, got ", patch_size);
   const Tensor values = torch::stable::contiguous(entropy);
-  const int32_t* const documents = check_offsets(cu_seqlens, "cu_seqlens", values.size(0));
+  const TextDocuments text(cu_seqlens, num_documents, values, values.size(0));
+  Tensor offsets = text.cu_seqlens;
+  const int32_t* const documents = check_offsets(offsets, "cu_seqlens", values.size(0));
   std::vector<bool> chosen(values.size(0), false);
   dispatch_float(values.scalar_type(), "entropy", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -235,7 +246,7 @@ LayoutTensors topk_patch_fwd_cpu(const Tensor& entropy, Tensor cu_seqlens, int64
     };
     const auto before = [=](int32_t t, int32_t u) { return key(t) != key(u) ? key(t) > key(u) : t < u; };
     std::vector<int32_t> order;
-    for (int64_t b = 0; b + 1 < cu_seqlens.size(0); ++b) {
+    for (int64_t b = 0; b + 1 < offsets.size(0); ++b) {
       const int32_t size = documents[b + 1] - documents[b];
       const int64_t count = std::min<int64_t>(size / patch_size - 2, size - 1);
       if (count <= 0) continue;
@@ -245,8 +256,7 @@ LayoutTensors topk_patch_fwd_cpu(const Tensor& entropy, Tensor cu_seqlens, int64
       for (int64_t k = 0; k < count; ++k) chosen[order[k]] = true;
     }
   });
-  return build_layout(cu_seqlens, values.size(0), max_patches,
-                      [&](int64_t t, int64_t i) { return i == 0 || chosen[t]; });
+  return build_layout(text, values.size(0), max_patches, [&](int64_t t, int64_t i) { return i == 0 || chosen[t]; });
 }
 
 // --- linear_entropy ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@
 namespace blt {
 namespace {
 
-using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using EntropyTensors = std::tuple<Tensor, Tensor>;
 
 // --- entropies --------------------------------------------------------------------------------------------------------
@@ -81,12 +81,17 @@ Tensor token_entropy_bwd_cuda(const Tensor& grad_entropy, const Tensor& logits, 
 
 // --- layouts ----------------------------------------------------------------------------------------------------------
 
-Documents check_documents(const Device& device, Tensor& cu_seqlens, int64_t bytes) {
-  check_int32(cu_seqlens, "cu_seqlens");
-  const int64_t count = count_of(cu_seqlens, "cu_seqlens");
+// Without cu_seqlens there are `num_documents` of the same length.
+Documents check_documents(const Device& device, std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                          int64_t bytes) {
   STD_TORCH_CHECK(bytes <= std::numeric_limits<int32_t>::max() - 2 * kChunkBytes, "cu_seqlens: ", bytes,
                   " positions do not fit into int32");
-  return {device.read<i32>(cu_seqlens), count, static_cast<i32>(bytes)};
+  if (cu_seqlens) {
+    check_int32(*cu_seqlens, "cu_seqlens");
+    return {device.read<i32>(*cu_seqlens), count_of(*cu_seqlens, "cu_seqlens"), static_cast<i32>(bytes), 0};
+  }
+  const i32 length = check_even_documents(num_documents, bytes);
+  return {nullptr, num_documents, static_cast<i32>(bytes), length};
 }
 
 // A layout to be: its documents and capacity, and the memory by which the blocks that build it tell each other what they know.
@@ -97,7 +102,7 @@ struct Plan {
   Tensor memory;
 };
 
-Plan plan_layout(const Device& device, const Documents& documents, const Tensor& cu_seqlens,
+Plan plan_layout(const Device& device, const Documents& documents, const Tensor& like,
                  std::optional<int64_t> max_patches) {
   const int64_t bytes = documents.bytes, capacity = max_patches.value_or(bytes);
   STD_TORCH_CHECK(capacity >= 0 && capacity <= kNoLimit, "max_patches: expected a value from 0 to ", kNoLimit, ", got ",
@@ -106,7 +111,7 @@ Plan plan_layout(const Device& device, const Documents& documents, const Tensor&
   const int64_t parts = capacity >= bytes ? 0 : std::min<int64_t>(ceil_div<int64_t>(documents.count, 128), kMaxParts);
   constexpr int64_t kWords = sizeof(Published) / sizeof(i32);
   const int64_t published = ChunkCounts::slots(chunks) * kWords;
-  Tensor memory = device_output(cu_seqlens, {published + 1 + parts});
+  Tensor memory = device_output(like, {published + 1 + parts}, ScalarType::Int);
   i32* const words = device.write<i32>(memory);
   const ChunkCounts counts = {reinterpret_cast<Published*>(words), words + published, static_cast<i32>(chunks)};
   return {documents, capacity, {counts, words + published + 1, static_cast<int>(parts)}, memory};
@@ -114,39 +119,40 @@ Plan plan_layout(const Device& device, const Documents& documents, const Tensor&
 
 // After a launch that has prepared the layout.
 template <class Rule>
-LayoutTensors launch_layout(const Device& device, const Rule& rule, const Plan& plan, const Tensor& cu_seqlens,
+LayoutTensors launch_layout(const Device& device, const Rule& rule, const Plan& plan,
                             std::optional<int64_t> max_patch_length) {
   STD_TORCH_CHECK(!max_patch_length || *max_patch_length >= 1, "max_patch_length: expected at least 1, got ",
                   max_patch_length.value_or(0));
   const i32 limit = static_cast<i32>(std::min<int64_t>(max_patch_length.value_or(kNoLimit), kNoLimit));
   const int64_t bytes = plan.documents.bytes, capacity = plan.capacity;
-  Tensor patch_offsets = device_output(cu_seqlens, {capacity + 1});
-  Tensor cu_patches = device_output(cu_seqlens, {plan.documents.count + 1});
-  Tensor patch_ids = device_output(cu_seqlens, {bytes});
-  Tensor decode_ids = device_output(cu_seqlens, {bytes});
-  Tensor decode_offsets = device_output(cu_seqlens, {capacity + 1});
-  Tensor overflowed = device_output(cu_seqlens, {1}, ScalarType::Bool);
+  const bool even = plan.documents.offsets == nullptr;
+  const auto output = [&](int64_t size) { return device_output(plan.memory, {size}); };
+  Tensor patch_offsets = output(capacity + 1), cu_patches = output(plan.documents.count + 1), patch_ids = output(bytes),
+         decode_ids = output(bytes), decode_offsets = output(capacity + 1),
+         cu_seqlens = output(even ? plan.documents.count + 1 : 0);
+  Tensor overflowed = device_output(plan.memory, {1}, ScalarType::Bool);
   const LayoutOutputs out = {.patch_offsets = device.write<i32>(patch_offsets),
                              .cu_patches = device.write<i32>(cu_patches),
                              .patch_ids = device.write<i32>(patch_ids),
                              .decode_ids = device.write<i32>(decode_ids),
                              .decode_offsets = device.write<i32>(decode_offsets),
                              .overflowed = device.write<bool>(overflowed),
+                             .cu_seqlens = even ? device.write<i32>(cu_seqlens) : nullptr,
                              .capacity = capacity};
   const int64_t blocks = plan.scratch.counts.chunks + ceil_div<int64_t>(capacity + 1, kChunkBytes);
   device.launch<patch_layout_kernel<Rule>>({.blocks = blocks, .threads = kLayoutThreads}, rule, plan.documents, limit,
                                            plan.scratch, out);
-  return {patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed};
+  return {patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, cu_seqlens};
 }
 
 template <class Rule>
-LayoutTensors build_layout(const Device& device, const Rule& rule, const Documents& documents, const Tensor& cu_seqlens,
+LayoutTensors build_layout(const Device& device, const Rule& rule, const Documents& documents, const Tensor& like,
                            std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
-  const Plan plan = plan_layout(device, documents, cu_seqlens, max_patches);
+  const Plan plan = plan_layout(device, documents, like, max_patches);
   const int64_t work = std::max<int64_t>(ChunkCounts::slots(plan.scratch.counts.chunks), plan.scratch.parts * kWarp);
   device.launch<prepare_layout_kernel>({.blocks = ceil_div<int64_t>(work, kLayoutThreads), .threads = kLayoutThreads},
                                        documents, plan.scratch);
-  return launch_layout(device, rule, plan, cu_seqlens, max_patch_length);
+  return launch_layout(device, rule, plan, max_patch_length);
 }
 
 // f(EntropyRule of the entropies).
@@ -163,25 +169,26 @@ LayoutTensors dispatch_rule(const Device& device, const Tensor& entropy, double 
   });
 }
 
-LayoutTensors patch_starts_fwd_cuda(const Tensor& entropy, Tensor cu_seqlens, double threshold,
-                                    std::optional<double> threshold_add, bool monotonic,
+LayoutTensors patch_starts_fwd_cuda(const Tensor& entropy, std::optional<Tensor> cu_seqlens, int64_t num_documents,
+                                    double threshold, std::optional<double> threshold_add, bool monotonic,
                                     std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
   check_dim(entropy, "entropy", 1);
   const Tensor values = torch::stable::contiguous(entropy);
   const Device device(values);
-  const Documents documents = check_documents(device, cu_seqlens, values.size(0));
+  const Documents documents = check_documents(device, cu_seqlens, num_documents, values.size(0));
   return dispatch_rule(device, values, threshold, threshold_add, monotonic, [&](const auto& rule) {
-    return build_layout(device, rule, documents, cu_seqlens, max_patch_length, max_patches);
+    return build_layout(device, rule, documents, values, max_patch_length, max_patches);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cuda(
-    const Tensor& logits, Tensor cu_seqlens, double threshold, std::optional<double> threshold_add, bool monotonic,
-    std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cuda(
+    const Tensor& logits, std::optional<Tensor> cu_seqlens, int64_t num_documents, double threshold,
+    std::optional<double> threshold_add, bool monotonic, std::optional<int64_t> max_patch_length,
+    std::optional<int64_t> max_patches) {
   const Tensor rows = check_logits(logits);
   const Device device(rows);
-  const Documents documents = check_documents(device, cu_seqlens, rows.size(0));
-  const Plan plan = plan_layout(device, documents, cu_seqlens, max_patches);
+  const Documents documents = check_documents(device, cu_seqlens, num_documents, rows.size(0));
+  const Plan plan = plan_layout(device, documents, rows, max_patches);
   Tensor entropy = device_output(rows, {rows.size(0)}, accumulator(rows));
   Tensor log_sum = device_output(rows, {rows.size(0)}, accumulator(rows));
   dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
@@ -192,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entro
                                                device.write<acc_t<T>>(entropy), device.write<acc_t<T>>(log_sum));
   });
   LayoutTensors layout = dispatch_rule(device, entropy, threshold, threshold_add, monotonic, [&](const auto& rule) {
-    return launch_layout(device, rule, plan, cu_seqlens, max_patch_length);
+    return launch_layout(device, rule, plan, max_patch_length);
   });
   return std::tuple_cat(EntropyTensors{entropy, log_sum}, std::move(layout));
 }
@@ -205,14 +212,15 @@ LayoutTensors dispatch_ids(const Tensor& tokens, F&& f) {
   return f(Tag<i64>{});
 }
 
-LayoutTensors space_patch_fwd_cuda(const Tensor& tokens, Tensor cu_seqlens, std::optional<int64_t> max_patches) {
+LayoutTensors space_patch_fwd_cuda(const Tensor& tokens, std::optional<Tensor> cu_seqlens, int64_t num_documents,
+                                   std::optional<int64_t> max_patches) {
   check_dim(tokens, "tokens", 1);
   const Tensor ids = torch::stable::contiguous(tokens);
   const Device device(ids);
-  const Documents documents = check_documents(device, cu_seqlens, ids.size(0));
+  const Documents documents = check_documents(device, cu_seqlens, num_documents, ids.size(0));
   return dispatch_ids(ids, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return build_layout(device, SpaceRule<T>{device.read<T>(ids)}, documents, cu_seqlens, std::nullopt, max_patches);
+    return build_layout(device, SpaceRule<T>{device.read<T>(ids)}, documents, ids, std::nullopt, max_patches);
   });
 }
 
@@ -221,32 +229,32 @@ LayoutTensors static_patch_fwd_cuda(Tensor cu_seqlens, int64_t num_bytes, int64_
   STD_TORCH_CHECK(num_bytes >= 0, "num_bytes: expected a value >= 0, got ", num_bytes);
   STD_TORCH_CHECK(size >= 1 && first >= 1, "size, first: expected values >= 1, got ", size, " and ", first);
   const Device device(cu_seqlens);
-  const Documents documents = check_documents(device, cu_seqlens, num_bytes);
+  std::optional<Tensor> given = cu_seqlens;
+  const Documents documents = check_documents(device, given, 0, num_bytes);
   const auto clamped = [](int64_t x) { return static_cast<i32>(std::min<int64_t>(x, kNoLimit)); };
   return build_layout(device, StaticRule{clamped(size), clamped(first)}, documents, cu_seqlens, std::nullopt,
                       max_patches);
 }
 
-LayoutTensors delimiter_patch_fwd_cuda(const Tensor& tokens, Tensor cu_seqlens, int64_t id,
-                                       std::optional<int64_t> max_patches) {
+LayoutTensors delimiter_patch_fwd_cuda(const Tensor& tokens, std::optional<Tensor> cu_seqlens, int64_t num_documents,
+                                       int64_t id, std::optional<int64_t> max_patches) {
   check_dim(tokens, "tokens", 1);
   const Tensor ids = torch::stable::contiguous(tokens);
   const Device device(ids);
-  const Documents documents = check_documents(device, cu_seqlens, ids.size(0));
+  const Documents documents = check_documents(device, cu_seqlens, num_documents, ids.size(0));
   return dispatch_ids(ids, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return build_layout(device, DelimiterRule<T>{device.read<T>(ids), id}, documents, cu_seqlens, std::nullopt,
-                        max_patches);
+    return build_layout(device, DelimiterRule<T>{device.read<T>(ids), id}, documents, ids, std::nullopt, max_patches);
   });
 }
 
-LayoutTensors topk_patch_fwd_cuda(const Tensor& entropy, Tensor cu_seqlens, int64_t patch_size,
-                                  std::optional<int64_t> max_patches) {
+LayoutTensors topk_patch_fwd_cuda(const Tensor& entropy, std::optional<Tensor> cu_seqlens, int64_t num_documents,
+                                  int64_t patch_size, std::optional<int64_t> max_patches) {
   check_dim(entropy, "entropy", 1);
   STD_TORCH_CHECK(patch_size >= 1, "patch_size: expected a value >= 1, got ", patch_size);
   const Tensor values = torch::stable::contiguous(entropy);
   const Device device(values);
-  const Documents documents = check_documents(device, cu_seqlens, values.size(0));
+  const Documents documents = check_documents(device, cu_seqlens, num_documents, values.size(0));
   Tensor cuts = device_output(values, {values.size(0)}, ScalarType::Byte);
   u8* const chosen = device.write<u8>(cuts);
   dispatch_device_float(values.scalar_type(), "entropy", [&](auto tag) {
@@ -254,7 +262,7 @@ LayoutTensors topk_patch_fwd_cuda(const Tensor& entropy, Tensor cu_seqlens, int6
     device.launch<topk_cuts_kernel<T>>({.blocks = documents.count, .threads = kTopkThreads}, device.read<T>(values),
                                        documents, static_cast<i32>(std::min<int64_t>(patch_size, kNoLimit)), chosen);
   });
-  return build_layout(device, GivenRule{chosen}, documents, cu_seqlens, std::nullopt, max_patches);
+  return build_layout(device, GivenRule{chosen}, documents, values, std::nullopt, max_patches);
 }
 
 }  // namespace

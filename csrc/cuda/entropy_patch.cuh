@@ -115,8 +115,8 @@ __device__ __forceinline__ i32 block_prefix(i32 x, i32& total) {
 template <class T>
 __global__ void __launch_bounds__(kTopkThreads)
     topk_cuts_kernel(const T* entropy, Documents documents, i32 patch_size, u8* cuts) {
-  const i32 end = most(0, least(documents.offsets[blockIdx.x + 1], documents.bytes));
-  const i32 begin = most(0, least(documents.offsets[blockIdx.x], end));
+  const i32 end = most(0, least(documents.at(blockIdx.x + i64{1}), documents.bytes));
+  const i32 begin = most(0, least(documents.at(blockIdx.x), end));
   const i32 wanted = (end - begin) / patch_size - 2;
   const auto rank = [=](i32 t) { return rank_of(static_cast<float>(widen(entropy[t]))); };
   const auto count_from = [&](u32 bound) {

@@ -31,13 +31,16 @@ inline constexpr int kLayoutThreads = 512;
 inline constexpr int kLayoutWarps = kLayoutThreads / kWarp;
 inline constexpr int kChunkWords = kChunkBytes / 32;
 
-// Bytes [offsets[b], offsets[b+1]) are document b; `bytes` of them at most, and fewer than 2^31 - 2 kChunkBytes.
+// Bytes [at(b), at(b+1)) are document b; `bytes` of them at most, and fewer than 2^31 - 2 kChunkBytes.
 struct Documents {
-  const i32* offsets;  // [count + 1]
+  const i32* offsets;  // [count + 1], or null for documents of `length` bytes each
   i64 count;
-  i32 bytes;
+  i32 bytes, length;
 
-  __device__ __forceinline__ i32 end() const { return most(0, least(offsets[count], bytes)); }
+  __device__ __forceinline__ i32 at(i64 b) const {
+    return offsets != nullptr ? offsets[b] : static_cast<i32>(b) * length;
+  }
+  __device__ __forceinline__ i32 end() const { return most(0, least(at(count), bytes)); }
 };
 
 __device__ __forceinline__ u32 bits_before(int bit) { return (1u << bit) - 1; }
@@ -54,6 +57,14 @@ __device__ __forceinline__ i64 lower_bound(const i32* values, i64 size, i32 boun
     if (below > 0) low += (below - 1) * step + 1;
   }
   return low;
+}
+
+// The first document, or the end of the last one, at this position or behind. All lanes of the warp take part.
+__device__ __forceinline__ i64 first_document_from(const Documents& documents, i32 position) {
+  if (documents.offsets != nullptr) return lower_bound(documents.offsets, documents.count + 1, position);
+  if (position == 0) return 0;
+  return documents.length > 0 ? least<i64>(ceil_div(position, documents.length), documents.count + 1)
+                              : documents.count + 1;
 }
 
 // Bits for the bytes of a chunk, and what is known before each word: [kChunkWords] is what is known behind the chunk.
@@ -112,12 +123,12 @@ __device__ __forceinline__ ChunkPlace mark_documents(ChunkBits& bits, const Docu
   const int thread = threadIdx.x;
   if (thread <= kChunkWords) bits.begins[thread] = 0;
   const i32 end = documents.end();
-  const i64 document = lower_bound(documents.offsets, documents.count + 1, start);
+  const i64 document = first_document_from(documents, start);
   // Offsets that are garbage must not lead out of the bytes before the chunk.
-  const i32 open = document > 0 && start > 0 ? most(0, least(documents.offsets[document - 1], start - 1)) : -1;
+  const i32 open = document > 0 && start > 0 ? most(0, least(documents.at(document - 1), start - 1)) : -1;
   __syncthreads();
   for (i64 b = document + thread; b <= documents.count; b += kLayoutThreads) {
-    const i32 at = documents.offsets[b] - start;
+    const i32 at = documents.at(b) - start;
     if (at > kChunkBytes) break;
     if (at >= 0) atomicOr(&bits.begins[at / 32], 1u << at % 32);
   }
@@ -179,7 +190,7 @@ __device__ __forceinline__ void prepare_layout(const Documents& documents, const
     i32 count = 0;
 #pragma unroll 4
     for (i64 b = part * each + thread % kWarp; b < least((part + 1) * each, documents.count); b += kWarp)
-      count += documents.offsets[b] < documents.offsets[b + 1];
+      count += documents.at(b) < documents.at(b + 1);
     count = warp_sum(count);
     if (thread % kWarp == 0) scratch.documents[part] = count;
   }
@@ -211,6 +222,7 @@ struct LayoutOutputs {
   i32 *patch_ids, *decode_ids;  // [bytes]
   i32* decode_offsets;          // [capacity + 1]
   bool* overflowed;             // [1]
+  i32* cu_seqlens;              // [documents + 1], or null if they were given
   i64 capacity;
 };
 
@@ -243,9 +255,10 @@ __device__ __forceinline__ void write_layout(const ChunkBits& bits, const ChunkP
   };
 
   for (i64 b = place.document + thread; b <= documents.count; b += kLayoutThreads) {
-    const i32 at = documents.offsets[b] - start;
+    const i32 at = documents.at(b) - start;
     if (at >= kChunkBytes) break;
     if (at < 0) continue;
+    if (out.cu_seqlens != nullptr) out.cu_seqlens[b] = start + at;
     const u32 firsts = bits.begins[at / 32] & bits_before(at % 32);
     out.cu_patches[b] =
         in_range(before.documents + bits.firsts_before[at / 32] + __popc(firsts) - 1 + least(inners_until(at), room)) +
