@@ -63,7 +63,7 @@ __device__ __forceinline__ i64 lower_bound(const i32* values, i64 size, i32 boun
 __device__ __forceinline__ i64 first_document_from(const Documents& documents, i32 position) {
   if (documents.offsets != nullptr) return lower_bound(documents.offsets, documents.count + 1, position);
   if (position == 0) return 0;
-  return documents.length > 0 ? least<i64>(ceil_div(position, documents.length), documents.count + 1)
+  return documents.length > 0 ? least(ceil_div<i64>(position, documents.length), documents.count + 1)
                               : documents.count + 1;
 }
 
