@@ -290,7 +290,8 @@ def eager_attention(
         own, keys, values = q[begin:end], *(x[begin:end].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         scores = torch.einsum("qhe,khe->hqk", own.to(accumulator) * factor, keys.to(accumulator))
-        ahead = torch.arange(end - begin) - torch.arange(end - begin)[:, None]
+        position = torch.arange(end - begin, device=q.device)
+        ahead = position - position[:, None]
         hidden = (ahead > 0) | (ahead <= -(window or end))
         p = scores.masked_fill(hidden, -math.inf).softmax(-1)
         outs.append(torch.einsum("hqk,khe->qhe", p.to(v.dtype), values))

@@ -431,7 +431,7 @@ def bad_offsets(good: Tensor) -> dict[str, Tensor]:
     swapped[1:-1] = good[1:-1].flip(0)
     return {
         "negative": good - 1,
-        "beyond the data": good + torch.arange(good.numel(), dtype=good.dtype),
+        "beyond the data": good + torch.arange(good.numel(), dtype=good.dtype, device=good.device),
         "far beyond the data": torch.where(good == good[-1], 2**31 - 1, good).to(good.dtype),
         "falling": swapped,
         "not from 0": torch.cat([good[:1] + 1, good[1:]]),
