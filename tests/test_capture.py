@@ -6,8 +6,10 @@ those of a GPU: whatever would read values on the host, or copy pageable memory 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,6 +217,14 @@ def test_triton_kernels_are_not_compiled_in_a_capture(operator: str, monkeypatch
         with pytest.raises(RuntimeError, match=f"{kernel.__name__} is not compiled .*: run the same call once before"):
             kernel._do_compile(None, None, 0, None, None, None, False)
     assert not compiled
+
+
+def test_launchers_copy_nothing_to_the_host_but_sizes_of_sparse_gradients() -> None:
+    """Where a launcher of CUDA C++ waits for the device, which nothing above sees."""
+    sources = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+    waits_for_device = r"DeviceType::CPU|cudaMemcpy|Synchronize|torch::stable::to\(|torch::stable::copy_"
+    found = {path.name: len(re.findall(waits_for_device, path.read_text())) for path in sources.glob("*.cu")}
+    assert {name: count for name, count in found.items() if count} == {"ngram_hash_embed.cu": 2}  # of one line
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

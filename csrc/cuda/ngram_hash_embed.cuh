@@ -20,7 +20,7 @@
 // Bytes: for each byte and list a row read; for each run a row written; a dense gradient written once more, with zeros; sums
 // are at most 1/64 of their readers' rows in number, in fp32, written and read. Beside that, for each byte and list, 8 bytes
 // written, 26 a pass of the sort, 8 + 8 to find runs and 8 to read at the end, and for each run 4 written and 4 read.
-// Launches: 1 + 3 a pass + 3 + levels + 2; 2 more a pass above 131072 bytes.
+// Launches: a memset a tensor, 3 a pass (5 above 131072 bytes), 3 for runs, one a level, 2 for owners.
 //
 // Roofline: memory; some 30 instructions for 16 bytes. Forward and sums: at most 72 registers, for 7 blocks of 128 threads an
 // SM: with 8 loads of 16 bytes in flight each that is 100 KB, more than twice what hides the latency of the memory. Owners:
