@@ -27,9 +27,16 @@ demo: .venv/built  ## Patch a real file, and run it through BLT with our ops and
 	blt-kernels demo
 
 EMULATOR := build/emulator/blt_emulator.so
-test: .venv/built $(EMULATOR)  ## Run the tests, those of the CUDA kernels on the emulator
+test: .venv/built $(EMULATOR) build/triton-3.6/triton  ## Run the tests, those of the CUDA kernels on the emulator
 	$(say) 'pytest, two tests at a time'
 	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
+
+# The oldest Triton that the kernels are for, which tests/test_aot.py compiles them with. Wheels are for Linux only.
+build/triton-3.6/triton: .venv/installed
+	$(say) 'Triton 3.6 (once)'
+	if [ "$$(uname)" = Linux ]; then PIP_CONSTRAINT= $(PIP) install --no-deps --target build/triton-3.6 triton==3.6.0; \
+	    else mkdir -p $@; fi
+	@touch $@
 
 $(EMULATOR): .venv/installed CMakeLists.txt $(SOURCES)
 	$(say) 'building the emulator'

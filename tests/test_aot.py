@@ -1,6 +1,9 @@
 """The Triton kernels compile ahead of time for every launch on every GPU, without one: no spills, shared memory fits.
 
-Triton brings ptxas and cuobjdump along. `make cuda-check` does the same for the kernels in CUDA C++.
+Triton brings ptxas, cuobjdump and nvdisasm along. `make cuda-check` does the same for the kernels in CUDA C++.
+
+The Triton that is installed compiles for all GPUs, Triton 3.6, the oldest that the kernels are for, for Hopper: that is
+where measurements are made, with the Triton of torch 2.11.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import importlib.util
 import os
 import re
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,11 @@ from blt_kernels.triton.attention_launch import KERNELS, MAX_SPLITS, WIDTHS, Lau
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 
+ROOT = Path(__file__).parents[1]
+OLDEST = ROOT / "build" / "triton-3.6"
 ARCHS = [(8, 0), (9, 0), (10, 0)]
+HOPPER = (9, 0)
+archs = pytest.mark.parametrize("arch", ARCHS, ids=["ampere", "hopper", "blackwell"])
 SHARED = {(8, 0): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}  # tables for (8, 0) serve GPUs of 99 KB too
 REGISTERS = 65536  # of a multiprocessor, and 255 of a thread
 RESIDENT = {  # warps that a multiprocessor has registers for, at least, by (kernel, bytes a number) and width
@@ -30,9 +38,10 @@ RESIDENT = {  # warps that a multiprocessor has registers for, at least, by (ker
     ("bwd_dkdv", 4): (8, 8, 8, 16),
     ("bwd_dq", 2): (8, 8, 8, 8),
     ("bwd_dq", 4): (8, 8, 8, 16),
-    ("decode", 2): (28, 20, 12, 12),  # it waits for memory, with the more loads under way the better
-    ("decode", 4): (12, 12, 8, 12),
+    ("decode", 2): (12, 12, 8, 8),  # it waits for memory, with 64 KB and more of loads under way
+    ("decode", 4): (12, 8, 8, 8),
 }
+WARPGROUP = {"fwd": 4, "bwd_dkdv": 6, "bwd_dq": 5}  # in the hot loop; 24 and more where each wgmma is waited for
 RESIDENT_SMALL = {"ranges": 48, "bwd_sums": 16, "combine": 16}  # kernels that stream
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 OFFSETS = ("first", "last", "cu_q", "cu_k", "used")
@@ -64,6 +73,7 @@ def compiled(
 
     kernel = kernel_of(name)
     constants = {"ROWS": launch.rows, "STEP": launch.step, "E": width, "EVEN": even}
+    constants |= {"WIDTH": width if even else width * 3 // 4}  # of padded heads: 24, 48, 96, 192
     constants |= {"PRECISION": precision_of(torch.empty(0, width, dtype=dtype))}
     constants |= {"CAUSAL": True, "WINDOWED": True, "USED": True, "OF_KEYS": True, "MOST": MAX_SPLITS}
     signature, aligned = {}, {}
@@ -88,15 +98,54 @@ def compiled(
     )
 
 
-def resources(binary: Any, folder: Path) -> dict[str, int]:
-    """What cuobjdump says: REG, STACK, LOCAL."""
+def tool(name: str) -> Path:
     import triton
 
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def output(*command: str | Path) -> str:
+    """What a program prints, to either stream."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def resources(binary: Any, folder: Path) -> dict[str, int]:
+    """What cuobjdump says: REG, STACK, LOCAL."""
     path = folder / "kernel.cubin"
     path.write_bytes(binary.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    shown = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    shown = output(tool("cuobjdump"), "-res-usage", path)
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)}
+
+
+def messages(binary: Any, folder: Path) -> list[str]:
+    """What ptxas says about performance: C7510 and its neighbours are reasons to serialise wgmma."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    path = folder / "kernel.ptx"
+    path.write_text(binary.asm["ptx"])
+    shown = output(get_ptxas(90).path, "-v", "--gpu-name=sm_90a", path, "-o", folder / "again.cubin")
+    return re.findall(r".*\(C75\d\d\).*", shown)
+
+
+def hot_loop(binary: Any, folder: Path) -> list[str]:
+    """The instructions of the first loop that multiplies, from its label to the branch that goes back there."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in output(tool("nvdisasm"), "-c", path).splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+            branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", code[-1])
+            if branch and branch[1] in labels:
+                loop = code[labels[branch[1]] :]
+                if any("MMA" in x for x in loop):
+                    return loop
+    raise AssertionError("no loop multiplies")
 
 
 def check(binary: Any, resident: int, arch: tuple[int, int], folder: Path) -> None:
@@ -109,7 +158,7 @@ def check(binary: Any, resident: int, arch: tuple[int, int], folder: Path) -> No
     assert binary.metadata.shared <= SHARED[arch]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@archs
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_launch_compiles_without_spills(name: str, width: int, arch: tuple[int, int], tmp_path: Path) -> None:
@@ -126,14 +175,15 @@ def test_every_launch_compiles_without_spills(name: str, width: int, arch: tuple
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_padded_widths_and_fp16(name: str, tmp_path: Path) -> None:
-    for width, dtype in ((96, torch.bfloat16), (64, torch.float16)):
-        launch = launch_options(name, width, dtype, None, (9, 0))
-        binary = compiled(name, 128 if width == 96 else width, dtype, launch, (9, 0), even=width != 96)
-        check(binary, 8, (9, 0), tmp_path)
+def test_padded_widths_and_fp16_on_hopper(name: str, tmp_path: Path) -> None:
+    launch = launch_options(name, 64, torch.float16, HOPPER)
+    check(compiled(name, 64, torch.float16, launch, HOPPER), 8, HOPPER, tmp_path)
+    for width in WIDTHS if name == "fwd" else (128,):
+        launch = launch_options(name, width * 3 // 4, torch.bfloat16, HOPPER)
+        check(compiled(name, width, torch.bfloat16, launch, HOPPER, even=False), 8, HOPPER, tmp_path)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@archs
 @pytest.mark.parametrize(("name", "rows", "step"), [("ranges", 128, 1), ("bwd_sums", 64, 1), ("combine", 1, 16)])
 def test_small_kernels(name: str, rows: int, step: int, arch: tuple[int, int], tmp_path: Path) -> None:
     check(compiled(name, 256, torch.bfloat16, Launch(rows, step, 4, 1), arch), RESIDENT_SMALL[name], arch, tmp_path)
@@ -142,24 +192,70 @@ def test_small_kernels(name: str, rows: int, step: int, arch: tuple[int, int], t
 @pytest.mark.parametrize("width", [32, 64, 128])
 @pytest.mark.parametrize("name", ["fwd", "bwd_dkdv", "bwd_dq"])
 def test_hopper_multiplies_in_wgmma(name: str, width: int) -> None:
-    launch = launch_options(name, width, torch.bfloat16, None, (9, 0))
-    ptx = compiled(name, width, torch.bfloat16, launch, (9, 0)).asm["ptx"]
+    launch = launch_options(name, width, torch.bfloat16, HOPPER)
+    ptx = compiled(name, width, torch.bfloat16, launch, HOPPER).asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "mma.sync" not in ptx
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", WARPGROUP)
+def test_products_run_in_wgmma_beside_the_rest_on_hopper(name: str, width: int, tmp_path: Path) -> None:
+    """ptxas serialises none of them: then each one would be waited for before the next is issued."""
+    launch = launch_options(name, width, torch.bfloat16, HOPPER)
+    binary = compiled(name, width, torch.bfloat16, launch, HOPPER)
+    assert messages(binary, tmp_path) == []
+    loop = hot_loop(binary, tmp_path)
+    assert any("HGMMA" in x for x in loop) or launch.rows < 64  # fewer rows than a wgmma has
+    assert sum("WARPGROUP" in x for x in loop) <= WARPGROUP[name]
 
 
 @pytest.mark.parametrize("name", ["fwd", "bwd_dkdv", "bwd_dq"])
 def test_loads_run_ahead_of_products(name: str) -> None:
     """Tiles of 16 bytes a load are copied to shared memory asynchronously, on every GPU."""
     for arch in ARCHS:
-        launch = launch_options(name, 64, torch.bfloat16, None, arch)
+        launch = launch_options(name, 64, torch.bfloat16, arch)
         ptx = compiled(name, 64, torch.bfloat16, launch, arch).asm["ptx"]
         assert re.search(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", ptx)
 
 
+def test_padded_heads_are_loaded_ahead_too() -> None:
+    launch = launch_options("fwd", 96, torch.bfloat16, HOPPER)
+    ptx = compiled("fwd", 128, torch.bfloat16, launch, HOPPER, even=False).asm["ptx"]
+    assert "cp.async.cg.shared.global" in ptx
+    assert "ld.global.b16" not in ptx
+
+
 @pytest.mark.parametrize("name", ["fwd", "bwd_dq"])
 def test_narrow_heads_are_stored_in_16_bytes(name: str) -> None:
-    launch = launch_options(name, 64, torch.bfloat16, None, (9, 0))
-    ptx = compiled(name, 64, torch.bfloat16, launch, (9, 0)).asm["ptx"]
+    launch = launch_options(name, 64, torch.bfloat16, HOPPER)
+    ptx = compiled(name, 64, torch.bfloat16, launch, HOPPER).asm["ptx"]
     assert "st.global.v4.b32" in ptx
     assert "st.global.b16" not in ptx
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_fp32_is_summed_in_fp32_over_tiles(name: str) -> None:
+    """Tensor cores truncate their sums: each product starts at 0, and is added to the rest by an ordinary addition."""
+    for width in (64, 128):
+        launch = launch_options(name, width, torch.float32, HOPPER)
+        code = compiled(name, width, torch.float32, launch, HOPPER).asm["ttgir"]
+        products = dict(re.findall(r"(%\w+) = tt\.dot %\w+, %\w+, (%\w+)", code))
+        assert products
+        for begin in products.values():
+            while begin in products:
+                begin = products[begin]
+            assert begin.startswith("%cst") or re.search(rf"{re.escape(begin)} = arith\.select", code), begin
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only")
+def test_triton_3_6() -> None:
+    """Forward and decoding on Hopper with the oldest Triton, in a process of its own."""
+    assert (OLDEST / "triton").is_dir(), "no Triton 3.6: make build/triton-3.6"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(OLDEST), str(ROOT)])}
+    code = "import sys, triton, pytest; assert triton.__version__ == '3.6.0'; sys.exit(pytest.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "-k", "hopper and not bwd", __file__],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr

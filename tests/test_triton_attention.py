@@ -1,7 +1,7 @@
 """The Triton kernels of block_causal_attention in Triton's interpreter, against the reference.
 
 The interpreter must be chosen before Triton is imported, so the kernels run in a process of their own. There each
-access is checked to be within the tensors that the kernel was given, and tiles are counted.
+access is checked to be within the tensors that the kernel was given, and products and bytes are counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,7 +32,9 @@ from blt_kernels.triton.attention_launch import (
     MAX_SPLITS,
     Launch,
     configurations,
+    decode_few,
     decode_splits,
+    decode_tiles,
     launch_options,
     tiles_visited,
 )
@@ -47,7 +51,7 @@ RAGGED = [1, 33, 0, 17, 2]
 
 
 class Watch:
-    """Checks the accesses of interpreted kernels, and counts their products."""
+    """Checks the accesses of interpreted kernels, and counts their products and the bytes of the tiles they load."""
 
     def __init__(self) -> None:
         import numpy as np
@@ -56,6 +60,7 @@ class Watch:
 
         self.allowed = np.empty((0, 2), dtype=np.uint64)
         self.products: dict[str, int] = {}
+        self.bytes: dict[str, int] = {}
         self.kernel = ""
         builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
 
@@ -69,17 +74,20 @@ class Watch:
             self.allowed = np.array([(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages], dtype=np.uint64)
             return args
 
-        def access(pointers: Any, mask: Any) -> None:
+        def access(pointers: Any, mask: Any, loads: bool) -> None:
             at = pointers.data[mask.data].astype(np.uint64).reshape(-1)
             inside = (at[:, None] >= self.allowed[:, 0]) & (at[:, None] < self.allowed[:, 1])
             assert inside.any(1).all(), f"{self.kernel} reads or writes outside of its tensors"
+            if loads and pointers.data.ndim == 2:
+                size = pointers.dtype.scalar.element_ty.primitive_bitwidth // 8
+                self.bytes[self.kernel] = self.bytes.get(self.kernel, 0) + np.unique(at).size * size
 
         def loaded(_: Any, pointers: Any, mask: Any, *rest: Any) -> tuple:
-            access(pointers, mask)
+            access(pointers, mask, loads=True)
             return (pointers, mask, *rest)
 
         def stored(_: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> tuple:
-            access(pointers, mask)
+            access(pointers, mask, loads=False)
             return (pointers, value, mask, *rest)
 
         def as_float(x: Any) -> Any:
@@ -109,19 +117,19 @@ def start() -> None:
 
 
 def call(message: bytes) -> bytes:
-    """Run forward, and backward if there is a gradient; `splits` asks for decoding."""
-    from blt_kernels.triton import attention_backward, attention_decode, block_causal_attention
+    """Run forward, and backward if there is a gradient; decoding splits keys in `splits` parts if that is not 0."""
+    from blt_kernels.triton import attention_backward, block_causal_attention
 
-    arguments, grad, tiles, splits, repeats = pickle.loads(message)
+    arguments, grad, tiles, splits, repeats, count = pickle.loads(message)
     launch = tiles and Launch(*tiles, 4, 1)
+    if splits:
+        launch = None
     _watch[0].products.clear()
+    _watch[0].bytes.clear()
+    parts = mock.patch.object(block_causal_attention, "decode_splits", return_value=splits)
     results = []
     for _ in range(repeats):
-        if splits:
-            q, *rest = arguments
-            out = q.new_full(q.shape, NAN), q.new_full(q.shape[:2], NAN, dtype=torch.float32)
-            attention_decode.decode(q, rest[0], rest[1], *out, *rest[2:], splits=splits)
-        else:
+        with parts if splits else nullcontext():
             out = block_causal_attention.block_causal_attention_fwd_cuda(*arguments, launch=launch)
         grads: tuple[Tensor, ...] = ()
         if grad is not None:
@@ -130,7 +138,7 @@ def call(message: bytes) -> bytes:
             )
         results.append((*out, *grads))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-    return pickle.dumps((results[0], _watch[0].products))
+    return pickle.dumps((results[0], getattr(_watch[0], count)))
 
 
 # --- in this process --------------------------------------------------------------------------------------------------
@@ -144,11 +152,11 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture
 def run(interpreter: ProcessPoolExecutor) -> Callable[..., tuple[tuple[Tensor, ...], dict[str, int]]]:
-    """Results and counted products of `call`."""
+    """Results of `call`, and the products that each kernel made, or the bytes of tiles that it loaded."""
 
-    def submit(arguments, grad=None, *, tiles=SMALL, splits=0, repeats=1):
-        # Plain pickle, which copies tensors: those of torch share memory.
-        return pickle.loads(interpreter.submit(call, pickle.dumps((arguments, grad, tiles, splits, repeats))).result())
+    def submit(arguments, grad=None, *, tiles=SMALL, splits=0, repeats=1, count="products"):
+        message = pickle.dumps((arguments, grad, tiles, splits, repeats, count))  # which copies tensors
+        return pickle.loads(interpreter.submit(call, message).result())
 
     return submit
 
@@ -291,7 +299,10 @@ def test_scales(run: Callable, scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_that_overflow_before_they_are_scaled(run: Callable, dtype: torch.dtype) -> None:
-    """Powers of two move from the scale to q and k: results stay the same."""
+    """Powers of two move from the scale to q and k: results stay as precise, in fp32 the same bit for bit.
+
+    In 16 bits forward starts anew, in smaller steps.
+    """
     q, k, v, grad = inputs(70, 70, (2, 1), 32, dtype)
     cu = offsets_of([50, 20])
     q *= 16
@@ -299,9 +310,14 @@ def test_products_that_overflow_before_they_are_scaled(run: Callable, dtype: tor
     large = (q * 2.0**62, k * 2.0**59, v, cu, None, 25, True, 2.0**-122, None)
     assert not torch.einsum("qhe,khe->hqk", large[0].float(), large[1].float().expand(-1, 2, -1)).isfinite().all()
     (large_out, _, dq, dk, dv), _ = run(large, grad)
-    assert_equal((large_out, dv), (out, grads[2]))
-    for scaled, plain in ((dq * 2.0**62, grads[0]), (dk * 2.0**59, grads[1])):
-        torch.testing.assert_close(scaled, plain, rtol=0, atol=2.0**-64)  # without subnormal numbers
+    actual = large_out, dq * 2.0**62, dk * 2.0**59, dv
+    if dtype == torch.float32:
+        torch.testing.assert_close(actual, (out, *grads), rtol=0, atol=2.0**-64)  # without subnormal numbers
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = eager_attention(*leaves, cu.tolist(), 25, 0.5)
+    truths = truth, *torch.autograd.grad(truth, leaves, grad.double())
+    for result, plain, exact in zip(actual, (out, *grads), truths, strict=True):
+        assert_close(result, plain, exact.detach())
 
 
 @pytest.mark.parametrize(
@@ -467,6 +483,63 @@ def test_few_queries_are_decoded(run: Callable) -> None:
     assert set(products) == {"block_causal_attention_decode_kernel"}
 
 
+def filled(queries: list[int], used: list[int], heads: tuple[int, int]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Random tensors for caches of 5 more rows than are used, which hold NaN, and their offsets."""
+    rooms = [n + 5 for n in used]
+    tensors = inputs(sum(queries), sum(rooms), heads, 16, torch.float32)
+    cu_k = offsets_of(rooms)
+    for begin, n, end in zip(cu_k.tolist(), used, cu_k.tolist()[1:], strict=False):
+        for x in tensors[1:3]:
+            x[begin + n : end] = NAN
+    return tensors, (offsets_of(queries), cu_k, torch.tensor(used, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("heads", "window", "splits"), [((8, 1), None, 3), ((16, 4), 9, 2), ((2, 2), None, 1)])
+def test_each_document_of_a_mixed_batch_takes_its_kernel(
+    run: Callable, heads: tuple[int, int], window: int | None, splits: int
+) -> None:
+    """Prefill beside decoding: documents of 1 to 20 queries, empty ones and empty caches, and rows behind the last."""
+    queries, used = [1, 20, 0, 3, 17, 16, 1, 70, 2, 4], [40, 90, 30, 0, 11, 16, 1, 70, 100, 9]
+    tensors, (cu_q, cu_k, seqused_k) = filled([*queries, 3], [*used, 0], heads)
+    offsets = cu_q[:-1], cu_k[:-1]
+    first, last, _ = reference.visible(*tensors[:2], *offsets, window, True, seqused_k[:-1])
+    tensors[0][first >= last] = NAN
+    (out, lse, *_), products = check(run, tensors, *offsets, window=window, seqused_k=seqused_k[:-1], splits=splits)
+    assert {f"block_causal_attention_{name}_kernel" for name in ("fwd", "decode")} <= set(products)
+    assert not out[-3:].any()
+    assert (lse[-3:] == -torch.inf).all()
+
+
+def test_decoding_rows_are_nothing_to_forward(run: Callable) -> None:
+    """63 documents of one query and a prefill of 400: forward makes no product for the 63 and their long caches."""
+    tensors = inputs(463, 63 * 40 + 400, (1, 1), 16, torch.float32)
+    cu_q, cu_k = offsets_of([1] * 63 + [400]), offsets_of([40] * 63 + [400])
+    _, products = run((*tensors[:3], cu_q, cu_k, None, True, None, None), tiles=None)
+    first, last = ranges_of([1] * 63 + [400], None, [40] * 63 + [400])
+    last[:63] = first[:63]
+    launch = launch_options("fwd", 16, torch.float32, (9, 0))
+    visited, _ = tiles_visited(first, last, launch.rows, launch.step)
+    assert products == {
+        "block_causal_attention_fwd_kernel": 2 * visited,
+        "block_causal_attention_decode_kernel": 2 * 63,
+    }
+
+
+@pytest.mark.parametrize(("heads", "count"), [((8, 1), 4), ((16, 4), 8), ((2, 2), 16)])
+@pytest.mark.parametrize("window", [None, 100])
+def test_decoding_loads_every_key_once(run: Callable, heads: tuple[int, int], count: int, window: int | None) -> None:
+    """Up to `count` queries of a document share them with each other and with the heads of a group, in any batch."""
+    queries, used = [1, count, 2, 0, count], [300, 200, 64, 90, 131]
+    tensors, (cu_q, cu_k, seqused_k) = filled(queries, used, heads)
+    tensors = [x.bfloat16() for x in tensors]
+    for splits in (1, 3):
+        arguments = (*tensors[:3], cu_q, cu_k, window, True, None, seqused_k)
+        _, loaded = run(arguments, splits=splits, count="bytes")
+        keys = sum(min(m, window + n - 1 if window else m) for n, m in zip(queries, used, strict=True) if n)
+        minimum = 2 * keys * heads[1] * 16 * 2 + splits * tensors[0].nbytes
+        assert loaded["block_causal_attention_decode_kernel"] <= 1.10 * minimum
+
+
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
@@ -511,23 +584,38 @@ def test_launch_options() -> None:
         for kernel in KERNELS:
             for width, padded in ((1, 32), (32, 32), (33, 64), (96, 128), (192, 256), (256, 256)):
                 for dtype in (torch.bfloat16, torch.float32):
-                    for window in (None, 1, 512, 10_000):
-                        launch = launch_options(kernel, width, dtype, window, arch)
-                        assert isinstance(launch, Launch)
-                        assert (kernel, padded, dtype, launch) in listed
-                assert launch_options(kernel, width, torch.float16, None, arch) == launch_options(
-                    kernel, width, torch.bfloat16, None, arch
+                    launch = launch_options(kernel, width, dtype, arch)
+                    assert isinstance(launch, Launch)
+                    assert (kernel, padded, dtype, launch) in listed
+                assert launch_options(kernel, width, torch.float16, arch) == launch_options(
+                    kernel, width, torch.bfloat16, arch
                 )
     with pytest.raises(ValueError, match="head_width: expected at most 256, got 257"):
-        launch_options("fwd", 257, torch.bfloat16, None, (9, 0))
+        launch_options("fwd", 257, torch.bfloat16, (9, 0))
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
-    assert decode_splits(1, 1, 1 << 20, 1, 132) == MAX_SPLITS
-    assert decode_splits(1, 8, 8192, 1, 132) == 32  # of 256 keys
-    assert decode_splits(64, 8, 64 * 8192, 64, 132) == 1  # as many programs as fit
-    assert decode_splits(4, 8, 4 * 8192, 4, 132) == 8
-    assert decode_splits(0, 8, 0, 0, 132) == decode_splits(1, 1, 100, 1, 132) == 1
+    assert decode_splits(1, 1 << 20, 1, 132) == MAX_SPLITS
+    assert decode_splits(8, 8192, 1, 132) == 32  # of 256 keys
+    assert decode_splits(8, 64 * 8192, 64, 132) == 1  # as many programs as fit
+    assert decode_splits(8, 4 * 8192, 4, 132) == 8
+    assert decode_splits(8, 0, 0, 132) == decode_splits(1, 100, 1, 132) == 1
+
+
+def test_which_documents_are_decoded() -> None:
+    assert decode_few(16, 1, 64) == 16  # all: forward does not run
+    assert decode_few(128, 64, 1) == 128
+    assert decode_few(128, 64, 2) == 16
+    assert decode_few(463, 64, 1) == 16
+    assert decode_few(0, 0, 1) == 0
+
+
+def test_programs_of_a_decoded_document() -> None:
+    assert decode_tiles(64, 64, 64, 8, 32) == 1
+    assert decode_tiles(16, 1, 16, 8, 32) == 4
+    assert decode_tiles(463, 64, 16, 1, 32) == 1
+    assert decode_tiles(5000, 2, 16, 128, 32) == 4  # which take several tiles each
+    assert decode_tiles(0, 0, 0, 1, 32) == 1
 
 
 @pytest.mark.parametrize("name", ["fwd", "bwd"])

@@ -282,13 +282,13 @@ def block_causal_attention_bwd_cuda(
             grad_out, out, lse, sums, *of_queries, *strides(grad_out, out), queries, heads, width,
             ROWS=_SUM_ROWS, E=padded, EVEN=padded == width, num_warps=4,
         )  # fmt: skip
-        own = launch or launch_options("bwd_dkdv", width, q.dtype, window, architecture(q))
+        own = launch or launch_options("bwd_dkdv", width, q.dtype, architecture(q))
         block_causal_attention_bwd_dkdv_kernel[(triton.cdiv(keys, own.rows), groups)](
             q, k_scores, v, grad_out, sums, *of_keys, grad_k, grad_v, *strides(q, k_scores, v, grad_out), scale, factor,
             queries, keys, groups, heads // groups, width,
             ROWS=own.rows, STEP=own.step, num_warps=own.warps, num_stages=own.stages, **options,
         )  # fmt: skip
-        own = launch or launch_options("bwd_dq", width, q.dtype, window, architecture(q))
+        own = launch or launch_options("bwd_dq", width, q.dtype, architecture(q))
         block_causal_attention_bwd_dq_kernel[(triton.cdiv(queries, own.rows), heads)](
             q_scores, k, v, grad_out, sums, *of_queries, grad_q, *strides(q_scores, k, v, grad_out), scale, factor,
             queries, heads, heads // groups, width,

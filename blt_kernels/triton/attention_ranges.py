@@ -45,13 +45,11 @@ def documents_rows(document, cu_q, cu_k, used, documents, USED: tl.constexpr):
 
 
 @triton.jit
-def keys_of_query(
-    row, cu_q, cu_k, used, documents, top_bit, keys, window,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr,
-):  # fmt: skip
-    """Return the keys ``[first, last)`` that each query sees, within ``[0, keys)`` whatever the offsets are."""
-    document = document_of(row, cu_q, documents, top_bit)
-    _, end_q, first, end = documents_rows(document, cu_q, cu_k, used, documents, USED)
+def attended_keys(row, end_q, first, end, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """Return the keys ``[first, last)`` of queries of a document whose queries end at `end_q` and whose keys at `end`.
+
+    They are within ``[0, keys)`` whatever the offsets are.
+    """
     aligned = row + end - end_q  # the key at the query's own position
     last = end
     if WINDOWED:
@@ -60,8 +58,21 @@ def keys_of_query(
         last = tl.minimum(last, aligned + 1)
     elif WINDOWED:
         last = tl.minimum(last, aligned + window)
-    first = tl.where(document < documents, tl.minimum(tl.maximum(first, 0), keys), keys)
-    return first, tl.where(document < documents, tl.minimum(tl.maximum(last, first), keys), keys)
+    first = tl.minimum(tl.maximum(first, 0), keys) + row * 0
+    return first, tl.minimum(tl.maximum(last, first), keys)
+
+
+@triton.jit
+def keys_of_query(
+    row, cu_q, cu_k, used, documents, top_bit, keys, window, skip,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr,
+):  # fmt: skip
+    """Return the keys ``[first, last)`` that each query sees; none for documents with up to `skip` queries."""
+    document = document_of(row, cu_q, documents, top_bit)
+    begin_q, end_q, first, end = documents_rows(document, cu_q, cu_k, used, documents, USED)
+    first, last = attended_keys(row, end_q, first, end, keys, window, CAUSAL, WINDOWED)
+    last = tl.where(end_q - begin_q <= skip, first, last)
+    return tl.where(document < documents, first, keys), tl.where(document < documents, last, keys)
 
 
 @triton.jit
@@ -86,9 +97,9 @@ def queries_of_key(
     return first, tl.where(document < documents, tl.minimum(tl.maximum(last, first), queries), queries)
 
 
-@triton.jit(do_not_specialize=["documents", "top_bit", "queries", "keys", "window"])
+@triton.jit(do_not_specialize=["documents", "top_bit", "queries", "keys", "window", "skip"])
 def block_causal_attention_ranges_kernel(
-    first, last, cu_q, cu_k, used, documents, top_bit, queries, keys, window,
+    first, last, cu_q, cu_k, used, documents, top_bit, queries, keys, window, skip,
     OF_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write `first` and `last` of every query, or of every key."""
@@ -97,7 +108,9 @@ def block_causal_attention_ranges_kernel(
         begin, end = queries_of_key(row, cu_q, cu_k, used, documents, top_bit, queries, window, CAUSAL, WINDOWED, USED)
         stored = row < keys
     else:
-        begin, end = keys_of_query(row, cu_q, cu_k, used, documents, top_bit, keys, window, CAUSAL, WINDOWED, USED)
+        begin, end = keys_of_query(
+            row, cu_q, cu_k, used, documents, top_bit, keys, window, skip, CAUSAL, WINDOWED, USED
+        )
         stored = row < queries
     tl.store(first + row, begin.to(tl.int32), mask=stored)
     tl.store(last + row, end.to(tl.int32), mask=stored)
@@ -137,13 +150,17 @@ def ranges(
     window: int | None,
     causal: bool,
     seqused_k: Tensor | None,
+    skip: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Return `first` and `last` of every query, or of every key: int32, on the device."""
+    """Return `first` and `last` of every query, or of every key: int32, on the device.
+
+    Queries of documents with up to `skip` queries see no key.
+    """
     rows = keys if of_keys else queries
     # Rows of 16 bytes, so that the kernels are not compiled again for a `last` that begins elsewhere.
     first, last = cu_seqlens_q.new_empty(2, triton.cdiv(rows, 4) * 4)[:, :rows].unbind()
     block_causal_attention_ranges_kernel[(triton.cdiv(rows, _ROWS),)](
-        first, last, *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys, reach(window),
+        first, last, *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys, reach(window), skip,
         OF_KEYS=of_keys, CAUSAL=causal, WINDOWED=window is not None, USED=seqused_k is not None, ROWS=_ROWS,
         num_warps=4,
     )  # fmt: skip

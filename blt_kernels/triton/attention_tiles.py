@@ -87,7 +87,12 @@ def attend_run(
         v_rows = load_rows(tile_at(v, start, stride_vt, local, E), width, E, EVEN)
         score = tl.dot(q, k_rows.T, input_precision=PRECISION)  # [ROWS, STEP]
         if is_partial(start, first, last, STEP):
-            score = tl.where(sees(first, last, start, end, STEP), score, -float("inf"))
+            if EXACT:
+                seen = sees(first, last, start, end, STEP)
+            else:  # one unsigned comparison a pair, since a key in front of `first` is a huge one behind it
+                count = tl.maximum(tl.minimum(last, end) - first, 0).to(tl.uint32)
+                seen = (step[None, :] - (first - start)[:, None]).to(tl.uint32) < count[:, None]
+            score = tl.where(seen, score, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)  # 0 for rows that have not seen a key yet
         p = tl.exp2((score - base[:, None]) * scale) if EXACT else tl.exp2(score * scale - (base * scale)[:, None])
@@ -111,19 +116,23 @@ def scale_of(scale: float | None, x: Tensor) -> float:
     return x.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def scales(scale: float | None, x: Tensor) -> tuple[float, float, float]:
+def positive_scale(scale: float | None, q: Tensor) -> tuple[Tensor, float]:
+    """Return `q` and a scale above 0, of which the scores are the same: other scales are rare, and take a copy of q."""
+    scale = scale_of(scale, q)
+    if abs(scale) < MIN_SCALE:
+        return q * 0, 1.0
+    return (-q, -scale) if scale < 0 else (q, scale)
+
+
+def scales(scale: float, x: Tensor) -> tuple[float, float, float]:
     """Return `power`, which one side of the products of `x` is multiplied by, and their factors for exp2 and for exp.
 
-    The scale is ``power * factor``. The power has its sign, so that the greatest product is the greatest score. It is a
-    power of two of at most 1, so that it rounds nothing and no product overflows whose score does not; products of fp16
-    never do, and rows of fp16 would lose bits. The factor is never 0, so that it leaves -inf what it is.
+    The scale, which is above 0, is ``power * factor``. The power is a power of two of at most 1, so that it rounds
+    nothing and no product overflows whose score does not; products of fp16 never do, and rows of fp16 would lose bits.
     """
-    scale = scale_of(scale, x)
-    if abs(scale) < MIN_SCALE:
-        return 0.0, _LOG2_E, 1.0
-    whole = 1.0 if x.dtype == torch.float16 else 2.0 ** min(math.frexp(scale)[1] - 1, 0)
-    factor = abs(scale) / whole
-    return math.copysign(whole, scale), factor * _LOG2_E, factor
+    power = 1.0 if x.dtype == torch.float16 else 2.0 ** min(math.frexp(scale)[1] - 1, 0)
+    factor = scale / power
+    return power, factor * _LOG2_E, factor
 
 
 def precision_of(x: Tensor) -> str:
