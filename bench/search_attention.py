@@ -1,44 +1,111 @@
-"""Search how block_causal_attention is launched on this GPU, and print tables for `triton/attention_launch.py`.
+"""Search how block_causal_attention is launched on this GPU, for the tables of `triton/attention_launch.py`.
 
-Every kernel is timed in each way that compiles, the others of its pass as the table says, on long causal documents. The
-fastest of each is printed: `tests/test_aot.py` says whether it spills. Run it on a machine with a GPU as
-``python bench/search_attention.py [--width 128] [--dtype bfloat16] [--window 512]``.
+At most 12 candidates a kernel, the table's own first. Each is compiled, left out if it spills, compared with the result
+of the table's, and timed with a cold L2, the other kernels of its pass launched as the table says. A row that has been
+confirmed, or replaced, is marked 'measured' in the table, with the GPU. Rows are printed as they come by
+``python bench/search_attention.py [--width 64] [--window 512]``; `bench/gpu.py` calls `search`.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
 from common import normal
 from timing import FLUSH_BYTES
+from torch import Tensor
 
 from blt_kernels.testing import offsets_of
-from blt_kernels.triton import attention_backward, block_causal_attention
-from blt_kernels.triton.attention_launch import WIDTHS, Launch, launch_options
+from blt_kernels.triton import attention_backward, attention_decode, block_causal_attention
+from blt_kernels.triton.attention_launch import KERNELS, WIDTHS, Launch, launch_options
 
-LENGTHS, HEADS = [8192] * 2, 16
+MOST = 12
 SAMPLES = 7
+PROCESSES = 4
+MODULES: dict[str, ModuleType] = {
+    "fwd": block_causal_attention,
+    "bwd_dkdv": attention_backward,
+    "bwd_dq": attention_backward,
+    "decode": attention_decode,
+}
+CANDIDATES = {  # rows, step, warps, stages
+    "fwd": [
+        (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4), (64, 128, 4, 3),
+        (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 2), (128, 64, 8, 2),
+    ],
+    "bwd_dkdv": [
+        (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 3), (64, 64, 4, 2),
+        (64, 32, 4, 3), (64, 32, 4, 2), (128, 32, 8, 2), (64, 128, 8, 2), (64, 32, 8, 3),
+    ],
+    "bwd_dq": [
+        (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4), (64, 64, 4, 3), (64, 64, 4, 2),
+        (64, 32, 4, 3), (64, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 3), (64, 32, 4, 4),
+    ],
+    "decode": [
+        (32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 4), (16, 64, 4, 2), (16, 64, 4, 3), (16, 64, 4, 4),
+        (32, 32, 4, 3), (32, 32, 4, 4), (16, 128, 4, 2), (32, 128, 4, 2), (16, 32, 4, 4),
+    ],
+}  # fmt: skip
 
 
-def launches(dtype: torch.dtype) -> Iterator[Launch]:
-    """Yield the space that is searched."""
-    most = 128 if dtype.itemsize == 2 else 64
-    sizes = [n for n in (16, 32, 64, 128) if n <= most]
-    for rows, step, warps, stages in itertools.product(sizes, sizes, (4, 8), (1, 2, 3, 4)):
-        if 256 <= rows * step * 8 // warps <= 128 * 128 * 2:
-            yield Launch(rows, step, warps, stages)
+def candidates(kernel: str, width: int, dtype: torch.dtype) -> list[Launch]:
+    """Return what is tried: the table's launch, then others, in fp32 with tiles of half the size."""
+    arch = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    shrink = dtype.itemsize // 2
+    others = [Launch(max(m // shrink, 16), max(n // shrink, 16), w, s) for m, n, w, s in CANDIDATES[kernel]]
+    return list(dict.fromkeys([launch_options(kernel, width, dtype, arch), *others]))[:MOST]
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    """Median of a call's time with a cold L2."""
+def prepare(
+    kernel: str, width: int, dtype: torch.dtype, window: int | None, length: int
+) -> Callable[[Launch], tuple[Tensor, ...]]:
+    """Return a function that runs the pass of a kernel in the given launch, on documents of `length` bytes."""
+    if kernel == "decode":  # 32 caches, one query each, 8 heads a key head
+        documents, heads, groups, queries = 32, 32, 4, 32
+        cu_q, cu_k = offsets_of([1] * documents, device="cuda"), offsets_of([length // 2] * documents, device="cuda")
+    else:
+        documents, heads, groups, queries = 2, 16, 16, 2 * length
+        cu_q, cu_k = offsets_of([length] * documents, device="cuda"), None
+    keys = documents * length // 2 if kernel == "decode" else queries
+    q, grad = (normal(queries, heads, width, seed=seed, dtype=dtype, device="cuda") for seed in (0, 1))
+    k, v = (normal(keys, groups, width, seed=seed, dtype=dtype, device="cuda") for seed in (2, 3))
+    rest = (cu_q, cu_k, window, True, None, None)
+    forward = block_causal_attention.block_causal_attention_fwd_cuda
+    backward = attention_backward.block_causal_attention_bwd_cuda
+    saved = forward(q, k, v, *rest) if kernel.startswith("bwd") else ()
+
+    def run(launch: Launch) -> tuple[Tensor, ...]:
+        def chosen(name: str, *arguments: Any) -> Launch:
+            return launch if name == kernel else launch_options(name, *arguments)
+
+        with mock.patch.object(MODULES[kernel], "launch_options", chosen):
+            return backward(grad, q, k, v, *saved, *rest) if saved else forward(q, k, v, *rest)
+
+    return run
+
+
+def check(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Raise unless half of the digits agree."""
+    for actual, other in zip(results, expected, strict=True):
+        error = float((actual.double() - other.double()).norm() / other.double().norm())
+        if not error <= torch.finfo(actual.dtype).eps ** 0.5:
+            raise ArithmeticError(f"differs from the table's launch by {error:.2e}")
+
+
+def milliseconds(function: Callable[[], object], seconds: float) -> float:
+    """Median of a call's time with a cold L2, of up to `SAMPLES` calls that take up to so many `seconds`."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(SAMPLES + 2):
+    times: list[float] = []
+    start = time.monotonic()
+    while len(times) < SAMPLES and (len(times) < 2 or time.monotonic() - start < seconds):
         flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -46,54 +113,85 @@ def milliseconds(function: Callable[[], object]) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times[2:])
+    return statistics.median(times)
 
 
-def search(kernel: str, width: int, dtype: torch.dtype, window: int | None) -> tuple[Launch, float, float]:
-    """Return the fastest launch of a kernel, what it takes, and what the one in the table takes: milliseconds."""
-    size, arch = sum(LENGTHS), torch.cuda.get_device_capability()
-    q, k, v, grad = (normal(size, HEADS, width, seed=n, dtype=dtype, device="cuda") for n in range(4))
-    rest = (offsets_of(LENGTHS, device="cuda"), None, window, True, None, None)
-    out, lse = block_causal_attention.block_causal_attention_fwd_cuda(q, k, v, *rest)
+def binaries(kernel: str) -> list[Any]:
+    """Return what Triton has compiled of a kernel in this process, the newest last."""
+    function = getattr(MODULES[kernel], f"block_causal_attention_{kernel}_kernel")
+    return [binary for caches in function.device_caches.values() for binary in caches[0].values()]
 
-    def run(launch: Launch) -> float:
-        """Time the whole pass, of which only this kernel is launched in another way."""
 
-        def chosen(name: str, *arguments: object) -> Launch:
-            return launch if name == kernel else launch_options(name, *arguments)
+def search(
+    kernel: str,
+    budget: float,
+    *,
+    width: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    window: int | None = None,
+    length: int = 8192,
+) -> Iterator[dict[str, Any]]:
+    """Time the candidates of a kernel, and yield a row for each as it is done, until `budget` seconds are spent.
 
-        module = block_causal_attention if kernel == "fwd" else attention_backward
-        with mock.patch.object(module, "launch_options", chosen):
-            if kernel == "fwd":
-                return milliseconds(lambda: module.block_causal_attention_fwd_cuda(q, k, v, *rest))
-            return milliseconds(lambda: module.block_causal_attention_bwd_cuda(grad, q, k, v, out, lse, *rest))
-
-    times = {}
-    for launch in launches(dtype):
+    Rows have kernel, width, dtype, window, rows, step, warps, stages, milliseconds (None if there is none, and `error`
+    says why), in_table, and the seconds spent so far.
+    """
+    start = time.monotonic()
+    run = prepare(kernel, width, dtype, window, length)
+    launches = candidates(kernel, width, dtype)
+    expected: tuple[Tensor, ...] = ()
+    for number, launch in enumerate(launches):
+        spent = time.monotonic() - start
+        if number and spent >= budget:
+            return
+        row = {"kernel": kernel, "width": width, "dtype": str(dtype).removeprefix("torch."), "window": window}
+        row |= vars(launch) | {"milliseconds": None, "error": "", "in_table": number == 0}
         try:
-            times[launch] = run(launch)
+            known = len(binaries(kernel))
+            results = run(launch)
+            if spills := max((binary.n_spills for binary in binaries(kernel)[known:]), default=0):
+                raise MemoryError(f"spills {spills} registers")
+            expected = expected or results
+            check(results, expected)
+            share = (budget - spent) / (len(launches) - number)
+            row["milliseconds"] = milliseconds(lambda launch=launch: run(launch), share)
         except Exception as error:  # too much shared memory, or what the compiler does not take
-            print(f"# {kernel} {width} {launch}: {type(error).__name__}")
-    best = min(times, key=lambda launch: times[launch])
-    return best, times[best], run(launch_options(kernel, width, dtype, window, arch))
+            row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+        yield row | {"seconds": time.monotonic() - start}
+
+
+def compile_one(arguments: tuple[str, Launch, int, torch.dtype]) -> str:
+    """Compile one launch, by running it on a short text; Triton keeps it on disk. Return what went wrong."""
+    kernel, launch, width, dtype = arguments
+    try:
+        prepare(kernel, width, dtype, None, 64)(launch)
+    except Exception as error:
+        return f"{kernel} {launch}: {type(error).__name__}"
+    return ""
+
+
+def precompile(kernels: Iterable[str] = KERNELS, width: int = 128, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """Compile all candidates in processes of their own, and return what went wrong; `search` then only loads them."""
+    work = [(kernel, launch, width, dtype) for kernel in kernels for launch in candidates(kernel, width, dtype)]
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+        return [message for message in pool.map(compile_one, work) if message]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, choices=WIDTHS, action="append")
+    parser.add_argument("--width", type=int, choices=WIDTHS, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--window", type=int)
-    parser.add_argument("--kernel", choices=("fwd", "bwd_dkdv", "bwd_dq"), action="append")
+    parser.add_argument("--kernel", choices=KERNELS, action="append")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds a kernel")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    print(f"# {torch.cuda.get_device_name()}, window {options.window}")
-    for kernel in options.kernel or ("fwd", "bwd_dkdv", "bwd_dq"):
-        row = []
-        for width in options.width or WIDTHS:
-            best, time, before = search(kernel, width, dtype, options.window)
-            print(f"# {kernel} {width}: {time:.3f} ms, {before:.3f} ms as it is in the table")
-            row.append(f"Launch({best.rows}, {best.step}, {best.warps}, {best.stages})")
-        print(f'("{kernel}", {dtype.itemsize}): ({", ".join(row)}),')
+    print(f"# {torch.cuda.get_device_name()}, width {options.width}, {options.dtype}, window {options.window}")
+    for kernel in options.kernel or KERNELS:
+        for row in search(kernel, options.budget, width=options.width, dtype=dtype, window=options.window):
+            launch = Launch(row["rows"], row["step"], row["warps"], row["stages"])
+            took = row["error"] or f"{row['milliseconds']:.3f} ms"
+            print(f"{kernel} {launch}: {took}{', in the table' if row['in_table'] else ''}", flush=True)
 
 
 if __name__ == "__main__":
