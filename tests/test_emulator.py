@@ -106,10 +106,12 @@ def test_the_longest_thread_is_counted(n: int) -> None:
     module = emulator()
     module.take_launches()
     planted("one_thread", torch.ones(n))  # one thread of the grid loads all of x and stores once
+    planted("vectors", torch.ones(n))  # a load and a store of 16 bytes
     planted("half_warp", torch.ones(n))  # every thread loads and stores once
     planted("block_sum", torch.ones(n))  # thread 0: x, 6 sums of 2 loads and a store of shared memory, the result
-    one_thread, half_warp, block_sum = (launch.longest for launch in module.take_launches())
+    one_thread, vectors, half_warp, block_sum = (launch.longest for launch in module.take_launches())
     assert one_thread == n + 1
+    assert vectors == (2 if n >= 4 else 0)
     assert half_warp == 2
     assert block_sum == 1 + 1 + 6 * 3 + 1 + 1
 

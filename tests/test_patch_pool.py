@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
 import torch
-from backends import traffic
+from backends import launches, traffic
 from hypothesis import given
 from hypothesis import strategies as st
+from inputs import random_normal
 
 from blt_kernels import PatchLayout, patch_pool
 from blt_kernels.reference.patch_pool import patch_pool_reference
@@ -16,6 +18,13 @@ from blt_kernels.testing import assert_close, ragged_layout
 
 ALL = ("max", "min", "mean", "sum", "first", "last")
 NAN, INF = float("nan"), float("inf")
+
+
+def longer(layout: PatchLayout, more: int) -> PatchLayout:
+    """`layout` with bytes beyond its last document."""
+    beyond = layout.patch_ids.new_full((more,), -1)
+    ids = {name: torch.cat((getattr(layout, name), beyond)) for name in ("patch_ids", "decode_ids")}
+    return dataclasses.replace(layout, **ids)
 
 
 def worked_layout(device: str = "cpu") -> PatchLayout:
@@ -217,6 +226,86 @@ def test_long_patches_and_wide_rows(num_bytes: int, width: int, device: str) -> 
     grad = torch.ones_like(out)
     theirs = torch.autograd.grad(patch_pool_reference(x.double(), layout, ALL), x, grad.double())
     torch.testing.assert_close(torch.autograd.grad(out, x, grad), theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduce", ["max", "mean", ("min", "first"), ALL])
+@pytest.mark.parametrize("lengths", [(1, 62, 65, 128, 200, 70), (3, 5000, 130), (64, 64 * 260, 64), (20000,)])
+def test_parts_of_long_patches(
+    lengths: tuple[int, ...], reduce: str | tuple[str, ...], dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """Parts of one level and of two; rows before and behind them or none; ties in several parts; bytes beyond."""
+    layout = longer(PatchLayout.from_lengths(torch.tensor([lengths])).to(device), 70)
+    width = 8 if backend == "emulated" else 72
+    x = (random_normal(layout.num_bytes, width, dtype=torch.float32, seed=1).to(device) * 2).round().to(dtype) / 2
+    x[::500] = x[::500].abs() + 9  # maxima, 500 bytes apart
+    x.requires_grad_()
+    truth = x.detach().double().requires_grad_()
+    out, expected = patch_pool(x, layout, reduce), patch_pool_reference(truth, layout, reduce)
+    eager = patch_pool_reference(x.detach(), layout, reduce)
+    assert_close(out.detach(), eager, expected.detach(), name="out")
+    grad = random_normal(*out.shape, dtype=torch.float32, seed=2).to(device, dtype)
+    leaf = x.detach().clone().requires_grad_()
+    (theirs,) = torch.autograd.grad(patch_pool_reference(leaf, layout, reduce), leaf, grad)
+    (exact,) = torch.autograd.grad(expected, truth, grad.double())
+    (ours,) = torch.autograd.grad(out, x, grad)
+    assert_close(ours, theirs, exact, name="gradient")
+    assert not ours[-70:].any()
+
+
+def test_threads_share_a_long_patch_without_a_trace() -> None:
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 700, 9000, 5, 1024]])).compact()
+    x = (torch.randn(layout.num_bytes, 33) * 4).round().requires_grad_()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out = patch_pool(x / 3, layout, ALL)
+        results.append((out, *torch.autograd.grad(out, x, torch.ones_like(out))))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("reduce", ["max", "min"])
+@pytest.mark.parametrize("byte", [0, 3, 100, 8191, 16383])
+def test_nan_in_a_long_patch(byte: int, reduce: str, device: str) -> None:
+    layout = PatchLayout.from_lengths(torch.tensor([[3, 16000, 381]])).to(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(layout.num_bytes, 8, dtype=dtype, device=device)
+        x[byte, 5] = NAN
+        x.requires_grad_()
+        out = patch_pool(x, layout, reduce)
+        patch = layout.patch_ids[byte].item()
+        assert out.isnan().nonzero().tolist() == [[patch, 5]]
+        (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        expected = torch.zeros_like(grad)
+        expected[:, 5] = (layout.patch_ids == patch).where(layout.patch_ids == patch, 0)
+        assert torch.equal(grad.isnan(), expected.bool())
+
+
+@pytest.mark.parametrize(
+    ("reduce", "dtype", "forward", "backward"),
+    [
+        ("max", torch.bfloat16, 126 + 126 + 16, 190 * 2 + 2 * (126 + 16)),
+        ("min", torch.float32, 126 + 126 + 16, 190 * 2 + 126 + 16),
+        ("mean", torch.bfloat16, 126 + 2 * (126 + 16), 190),
+        (("max", "mean"), torch.bfloat16, 126 + 3 * (126 + 16), 190 * 2 + 2 * (126 + 16)),
+    ],
+)
+def test_no_thread_walks_a_long_patch_alone(
+    reduce: str | tuple[str, ...], dtype: torch.dtype, forward: int, backward: int
+) -> None:
+    """One patch of 64k bytes: 126 rows before and behind its parts, 126 parts of level 1 and 16 of level 2.
+
+    Backward, 190 rows of a part, read and written, and the ties of all parts. Sums of bf16 take two accesses a part.
+    """
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 65536 + 126]])).compact()
+    x = torch.randn(layout.num_bytes, 8).to(dtype).requires_grad_()
+    done = launches(lambda: patch_pool(x, layout, reduce).backward(torch.ones(2, 8 * len(_names(reduce)), dtype=dtype)))
+    longest = {name: max(x.longest for x in done if name in x.kernel) for name in ("fwd", "bwd", "segment_parts")}
+    assert longest["fwd"] <= forward + 8
+    assert longest["bwd"] <= backward + 16
+    assert longest["segment_parts"] <= 64 * 3 + 8
+    assert max((x.longest for x in done if "ties" in x.kernel), default=0) <= 190 + 8
 
 
 @pytest.mark.parametrize(("reduce", "kept"), [("mean", 0), (("sum", "first"), 0), ("max", 2), (("mean", "min"), 2)])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from backends import traffic
+from backends import launches, traffic
 from hypothesis import given
 from hypothesis import strategies as st
 
 from blt_kernels import PatchLayout, patch_unpool
 from blt_kernels.reference.patch_unpool import patch_unpool_reference
-from blt_kernels.testing import ragged_layout
+from blt_kernels.testing import assert_close, ragged_layout
 
 NAN = float("nan")
+# Lengths of the patches of a document: parts are 64 bytes, and 64 parts.
+LONG = [(1, 62, 65, 128, 200, 70), (3, 5000, 130), (20000,), (64, 64 * 260, 64)]
 
 
 def worked_layout(last_cut: bool, device: str = "cpu") -> PatchLayout:
@@ -88,8 +92,11 @@ def test_any_layout_against_one_byte_at_a_time(
         if p >= 0:
             expected[p] += grad[i]
     torch.testing.assert_close(grad_y, expected, rtol=1e-12, atol=1e-12)
-    offsets = [*layout.patch_offsets.tolist(), num_bytes]
-    assert all(offsets[p] <= i < offsets[p + 2] for i, p in enumerate(chosen) if p >= 0), "what the kernels rely on"
+    offsets = (layout.patch_offsets if ids == "patch" else layout.decode_offsets).tolist()
+    for p, (begin, end) in enumerate(pairwise(offsets)):  # what the kernels rely on
+        readers = chosen[begin:end].count(p)
+        assert chosen.count(p) == readers
+        assert chosen[begin:end] == [p] * readers + [-1] * (end - begin - readers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -125,6 +132,56 @@ def test_traffic(ids: str, dtype: torch.dtype) -> None:
     assert forward <= 1.1 * least
     both = traffic(lambda: torch.autograd.grad(patch_unpool(y, layout, ids), y, grad))
     assert both - forward <= 1.1 * (least + 8 * layout.capacity)
+
+
+def long_layout(lengths: tuple[int, ...], device: str = "cpu") -> PatchLayout:
+    """A document of patches of `lengths`, and one of two patches, whose first byte reads nothing when decoding."""
+    second = (3, lengths[-1] - 3)
+    width = max(len(lengths), 2)
+    rows = [[*row, *[0] * (width - len(row))] for row in (lengths, second)]
+    return PatchLayout.from_lengths(torch.tensor(rows)).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ids", ["patch", "decode"])
+@pytest.mark.parametrize("lengths", LONG)
+def test_gradients_of_long_patches(
+    lengths: tuple[int, ...], ids: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """Segments with parts of one level and of two, whose first and last rows are in no part or just in one."""
+    layout = long_layout(lengths, device)
+    width = 8 if backend == "emulated" else 72
+    y = torch.zeros(layout.capacity, width, dtype=dtype, device=device, requires_grad=True)
+    grad = torch.randn(layout.num_bytes, width, device=device).to(dtype)
+    wide = y.detach().double().requires_grad_()
+    (ours,) = torch.autograd.grad(patch_unpool(y, layout, ids), y, grad)
+    (eager,) = torch.autograd.grad(patch_unpool_reference(y, layout, ids), y, grad)
+    (truth,) = torch.autograd.grad(patch_unpool_reference(wide, layout, ids), wide, grad.double())
+    assert_close(ours, eager, truth, name="gradient")
+
+
+@pytest.mark.parametrize("ids", ["patch", "decode"])
+def test_threads_share_a_long_patch_without_a_trace(ids: str) -> None:
+    layout = long_layout((1, 700, 9000, 5))
+    y = torch.zeros(layout.capacity, 33, requires_grad=True)
+    grad = torch.randn(layout.num_bytes, 33)
+    out, grads = patch_unpool(y, layout, ids), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        grads += torch.autograd.grad(out, y, grad, retain_graph=True)
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+
+
+def test_no_thread_walks_a_long_patch_alone() -> None:
+    """One patch of 64k bytes: 126 rows, and 126 parts of level 1 and 16 of level 2 in two accesses each."""
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 65536 + 126]])).compact()
+    y = torch.zeros(2, 8, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.ones(layout.num_bytes, 8, dtype=torch.bfloat16)
+    done = launches(lambda: torch.autograd.grad(patch_unpool(y, layout), y, grad))
+    backward = [launch.longest for launch in done if "unpool_fwd" not in launch.kernel]
+    assert len(backward) == 3
+    assert max(backward) <= 126 + 2 * (126 + 16) + 8
 
 
 @pytest.mark.parametrize(

@@ -41,34 +41,35 @@ def patch_unpool(y: Tensor, layout: PatchLayout, ids: str = "patch") -> Tensor:
     _common.check_choice("ids", ids, ("patch", "decode"))
     if y.shape[0] != layout.capacity:
         raise ValueError(f"y: expected the capacity of layout, {layout.capacity} patches, got shape {list(y.shape)}")
-    chosen = layout.patch_ids if ids == "patch" else layout.decode_ids
-    return torch.ops.blt_kernels.patch_unpool_fwd(y, layout.patch_offsets, chosen)
+    if ids == "patch":
+        return torch.ops.blt_kernels.patch_unpool_fwd(y, layout.patch_offsets, layout.patch_ids)
+    return torch.ops.blt_kernels.patch_unpool_fwd(y, layout.decode_offsets, layout.decode_ids)
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
-# The bytes whose id is p, by either kind of id, lie next to each other within [patch_offsets[p], patch_offsets[p+2]),
-# cut at the end of the document: one owner a patch sums them in order.
+# The bytes whose id is p are the first ones of [offsets[p], offsets[p+1]); the others there have id -1, as have
+# bytes in no such segment. Offsets never fall. A segment is summed in a fixed order.
 
 _common.define(
     "patch_unpool_fwd",
-    "(Tensor y, Tensor patch_offsets, Tensor ids) -> Tensor out",
+    "(Tensor y, Tensor offsets, Tensor ids) -> Tensor out",
     reference.patch_unpool_fwd_reference,
 )
 _common.define(
     "patch_unpool_bwd",
-    "(Tensor grad_out, Tensor patch_offsets, Tensor ids) -> Tensor grad_y",
+    "(Tensor grad_out, Tensor offsets, Tensor ids) -> Tensor grad_y",
     reference.patch_unpool_bwd_reference,
 )
 
 
 @torch.library.register_fake("blt_kernels::patch_unpool_fwd")
-def _(y: Tensor, patch_offsets: Tensor, ids: Tensor) -> Tensor:
+def _(y: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
     return y.new_empty(ids.shape[0], y.shape[1])
 
 
 @torch.library.register_fake("blt_kernels::patch_unpool_bwd")
-def _(grad_out: Tensor, patch_offsets: Tensor, ids: Tensor) -> Tensor:
-    return grad_out.new_empty(patch_offsets.shape[0] - 1, grad_out.shape[1])
+def _(grad_out: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    return grad_out.new_empty(offsets.shape[0] - 1, grad_out.shape[1])
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------

@@ -43,16 +43,21 @@ inline const int32_t* check_int32(Tensor& values, const char* name) {
   return values.const_data_ptr<int32_t>();
 }
 
-// Offsets of documents or patches: int32 [n+1], start at 0, never fall, end at most at `total`.
-inline const int32_t* check_offsets(Tensor& offsets, const char* name, int64_t total) {
+// Offsets of segments: int32 [n+1], at least 0, never fall, end at most at `total`; from 0 on where `from_zero`.
+inline const int32_t* check_segments(Tensor& offsets, const char* name, int64_t total, bool from_zero = false) {
   const int32_t* const values = check_int32(offsets, name);
   STD_TORCH_CHECK(offsets.size(0) >= 1, name, ": expected at least one entry");
   STD_TORCH_CHECK(total <= std::numeric_limits<int32_t>::max(), name, ": ", total, " positions do not fit into int32");
-  bool ordered = values[0] == 0;
+  bool ordered = from_zero ? values[0] == 0 : values[0] >= 0;
   for (int64_t i = 1; i < offsets.size(0); ++i) ordered &= values[i - 1] <= values[i];
-  STD_TORCH_CHECK(ordered && values[offsets.size(0) - 1] <= total, name,
-                  ": expected offsets that start at 0, never fall and end at most at ", total);
+  STD_TORCH_CHECK(ordered && values[offsets.size(0) - 1] <= total, name, ": expected offsets that start at 0",
+                  from_zero ? "" : " or later", ", never fall and end at most at ", total);
   return values;
+}
+
+// Offsets of documents or patches, whose first segment starts at 0.
+inline const int32_t* check_offsets(Tensor& offsets, const char* name, int64_t total) {
+  return check_segments(offsets, name, total, true);
 }
 
 // The length of each of `num_documents` documents of the same length that fill `total` positions.

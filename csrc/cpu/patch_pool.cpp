@@ -4,9 +4,10 @@
 //   grad_x[t, d]    = sum over r of what byte t gets of grad_out[p, r D + d]: all of it (sum), a share of 1 / length (mean),
 //                     of 1 / ties where x[t, d] is the maximum or minimum, all of it at one byte (first, last)
 //
-// Patches are spread over the threads by their bytes; the owner of a patch streams its rows past a row of results in L1,
-// in panels of kPanel columns. Bytes moved: forward reads x once and writes out. Backward writes grad_x; for max and min it
-// reads x too, twice, the second time from the cache unless the patch is longer than that.
+// Patches are spread over the threads by their bytes, long ones in units (segment_units.h); the owner of either streams its
+// rows past a row of results in L1, in panels of kPanel columns. Results of units, and backward their numbers of ties, are
+// combined by the patch. Bytes moved: forward reads x once and writes out. Backward writes grad_x; for max and min it reads
+// x too, twice, the second time from the cache unless the patch is longer than that.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -21,6 +22,7 @@
 #include "../common/dispatch.h"
 #include "../common/parallel.h"
 #include "../common/rows.h"
+#include "segment_units.h"
 
 namespace blt {
 namespace {
@@ -60,18 +62,28 @@ void fold_rows(A* result, const PatchRows<T>& rows, const Step& step) {
   for (int64_t i = 1; i < rows.count; ++i) map_row<A>(result, rows.width, step, result, rows.row(i));
 }
 
-template <class T>
-void pool(T* out, const PatchRows<T>& rows, Reduce reduce) {
-  using A = accumulator_t<T>;
-  alignas(kVecBytes) A result[kPanel];
+// The fold of a maximum, a minimum or a sum, in the accumulator's type.
+template <class A, class T>
+void fold(A* result, const PatchRows<T>& rows, Reduce reduce) {
   switch (reduce) {
-    case Reduce::kFirst: std::copy_n(rows.x, rows.width, out); return;
-    case Reduce::kLast: std::copy_n(rows.row(rows.count - 1), rows.width, out); return;
-    case Reduce::kMax: fold_rows(result, rows, kLarger); break;
-    case Reduce::kMin: fold_rows(result, rows, kSmaller); break;
-    case Reduce::kMean:
-    case Reduce::kSum: fold_rows(result, rows, kAdd); break;
+    case Reduce::kMax: return fold_rows(result, rows, kLarger);
+    case Reduce::kMin: return fold_rows(result, rows, kSmaller);
+    default: return fold_rows(result, rows, kAdd);
   }
+}
+
+bool is_end(Reduce reduce) { return reduce == Reduce::kFirst || reduce == Reduce::kLast; }
+
+// Pools `folded`, which are the rows of x, or the folds of its units, of a patch of `count` bytes.
+template <class T, class In>
+void pool(T* out, const PatchRows<T>& rows, const PatchRows<In>& folded, Reduce reduce) {
+  using A = accumulator_t<T>;
+  if (is_end(reduce)) {
+    std::copy_n(rows.row(reduce == Reduce::kFirst ? 0 : rows.count - 1), rows.width, out);
+    return;
+  }
+  alignas(kVecBytes) A result[kPanel];
+  fold(result, folded, reduce);
   const A length = reduce == Reduce::kMean ? static_cast<A>(rows.count) : 1;
   map_row<A>(out, rows.width, [length](auto x) { return x / length; }, result);
 }
@@ -89,19 +101,41 @@ Tensor patch_pool_fwd_cpu(const Tensor& x, Tensor patch_offsets, const Tensor& p
     using T = typename decltype(tag)::type;
     const T* const data = rows.const_data_ptr<T>();
     T* const pooled = out.mutable_data_ptr<T>();
+    using A = accumulator_t<T>;
     const int64_t stride = rows.stride(0);
-    parallel_segments(offsets, patches, row_grain(width), [&](int64_t first, int64_t last) {
-      for (int64_t p = first; p < last; ++p) {
-        const int64_t begin = offsets[p], count = offsets[p + 1] - begin;
-        T* const to = pooled + p * out_width;
-        if (count == 0) {
-          std::fill_n(to, out_width, T(0));
-          continue;
-        }
-        for (int64_t c = 0; c < width; c += kPanel)
-          for (size_t r = 0; r < reductions.size(); ++r)
-            pool(to + static_cast<int64_t>(r) * width + c,
-                 PatchRows<T>{data + begin * stride + c, stride, count, std::min(kPanel, width - c)}, reductions[r]);
+    const SegmentUnits units(offsets, patches);
+    std::vector<A> folds(static_cast<size_t>(units.numbered() * out_width));  // of the units of long patches
+    const auto rows_of = [&](int64_t begin, int64_t end, int64_t c) {
+      return PatchRows<T>{data + begin * stride + c, stride, end - begin, std::min(kPanel, width - c)};
+    };
+    // f(reduction, a panel of its columns in a row of out, the same panel in a row of x)
+    const auto for_each_panel = [&](const auto& f) {
+      for (int64_t c = 0; c < width; c += kPanel)
+        for (size_t r = 0; r < reductions.size(); ++r) f(reductions[r], static_cast<int64_t>(r) * width + c, c);
+    };
+    units.for_each(row_grain(width), [&](const Unit& unit) {
+      T* const to = pooled + unit.segment * out_width;
+      if (unit.begin == unit.end) {
+        std::fill_n(to, out_width, T(0));
+        return;
+      }
+      for_each_panel([&](Reduce reduce, int64_t column, int64_t c) {
+        const PatchRows<T> own = rows_of(unit.begin, unit.end, c);
+        if (unit.number < 0)
+          pool(to + column, own, own, reduce);
+        else if (!is_end(reduce))
+          fold(folds.data() + unit.number * out_width + column, own, reduce);
+      });
+    });
+    parallel_for(static_cast<int64_t>(units.longs().size()), 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const LongSegment& patch = units.longs()[static_cast<size_t>(i)];
+        for_each_panel([&](Reduce reduce, int64_t column, int64_t c) {
+          const PatchRows<T> all = rows_of(offsets[patch.segment], offsets[patch.segment + 1], c);
+          const A* const first_fold = folds.data() + patch.first * out_width + column;
+          pool(pooled + patch.segment * out_width + column, all,
+               PatchRows<A>{first_fold, out_width, patch.last - patch.first, all.width}, reduce);
+        });
       }
     });
   });
@@ -131,38 +165,69 @@ constexpr auto kTieShare = [](auto x, auto best, auto share) {
   return x == best ? share : (best == best ? decltype(best){} : best);
 };
 
-// share[c] /= number of rows that attain best[c]
+// ties[c] = number of rows that attain best[c]
 template <class A, class T>
-void share_among_ties(A* share, const T* best, const PatchRows<T>& rows) {
-  alignas(kVecBytes) A ties[kPanel] = {};
+void count_ties(A* ties, const T* best, const PatchRows<T>& rows) {
   const auto count = [](auto n, auto x, auto b) { return x == b ? n + A(1) : n; };
+  std::fill_n(ties, rows.width, A(0));
   for (int64_t i = 0; i < rows.count; ++i) map_row<A>(ties, rows.width, count, ties, rows.row(i), best);
-  map_row<A>(share, rows.width, [](auto g, auto n) { return g / n; }, share, ties);
 }
 
-// The gradient of one patch, in a panel of columns. `grad` and `out` point to it in the patch's row of the first
+// What is known of the ties of one extreme, in a panel: nothing, or their numbers in the patch and in some of its rows.
+template <class A>
+struct KnownTies {
+  const A *total = nullptr, *own = nullptr;
+
+  // False where the rows get nothing of the extreme, and so need not be read again: they have no tie, and there is no NaN
+  // in the patch, which leaves it without ties.
+  bool reach_rows(int64_t width) const {
+    bool reach = total == nullptr;
+    for (int64_t c = 0; total && c < width; ++c) reach |= (own[c] > 0) | (total[c] == 0);
+    return reach;
+  }
+};
+
+// What is known of the patch of some rows: its length, whether they begin and end it, and its ties.
+template <class A>
+struct PatchOfRows {
+  int64_t length;
+  bool begins, ends;
+  KnownTies<A> max, min;
+};
+
+// share[c] /= number of rows of the patch that attain best[c]
+template <class A, class T>
+void share_among_ties(A* share, const T* best, const PatchRows<T>& rows, const A* ties) {
+  alignas(kVecBytes) A own[kPanel];
+  if (!ties) count_ties(own, best, rows);
+  map_row<A>(share, rows.width, [](auto g, auto n) { return g / n; }, share, ties ? ties : own);
+}
+
+// The gradient of rows of one patch, in a panel of columns. `grad` and `out` point to it in the patch's row of the first
 // reduction, those of the others follow at `step`; rows.x is null unless there is a maximum or a minimum.
 template <class T>
 void pool_grad(T* grad_x, int64_t grad_stride, const T* grad, const T* out, int64_t step, const PatchRows<T>& rows,
-               const std::vector<Reduce>& reductions) {
+               const PatchOfRows<accumulator_t<T>>& patch, const std::vector<Reduce>& reductions) {
   using A = accumulator_t<T>;
   const int64_t width = rows.width;
   const auto has = [&](Reduce r) { return std::find(reductions.begin(), reductions.end(), r) != reductions.end(); };
-  const bool first = has(Reduce::kFirst), last = has(Reduce::kLast);
+  const bool first = patch.begins && has(Reduce::kFirst), last = patch.ends && has(Reduce::kLast);
   const T *max = nullptr, *min = nullptr;
   Shares<A> shares;
   for (const Reduce kind : {Reduce::kSum, Reduce::kMax, Reduce::kMin, Reduce::kFirst, Reduce::kLast})
     if (kind == Reduce::kSum || has(kind)) std::fill_n(shares.of(kind), width, A(0));
   for (size_t r = 0; r < reductions.size(); ++r) {
     const int64_t column = static_cast<int64_t>(r) * step;
-    const A length = reductions[r] == Reduce::kMean ? static_cast<A>(rows.count) : 1;
+    const A length = reductions[r] == Reduce::kMean ? static_cast<A>(patch.length) : 1;
     A* const share = shares.of(reductions[r]);
     map_row<A>(share, width, [length](auto sum, auto g) { return sum + g / length; }, share, grad + column);
     if (reductions[r] == Reduce::kMax) max = out + column;
     if (reductions[r] == Reduce::kMin) min = out + column;
   }
-  if (max) share_among_ties(shares.max, max, rows);
-  if (min) share_among_ties(shares.min, min, rows);
+  if (!patch.max.reach_rows(width)) max = nullptr;
+  if (!patch.min.reach_rows(width)) min = nullptr;
+  if (max) share_among_ties(shares.max, max, rows, patch.max.total);
+  if (min) share_among_ties(shares.min, min, rows, patch.min.total);
 
   alignas(kVecBytes) A end[kPanel];
   for (int64_t i = 0; i < rows.count; ++i) {
@@ -201,9 +266,13 @@ Tensor patch_pool_bwd_cpu(const Tensor& grad_out, const std::optional<Tensor>& x
   const std::vector<Reduce> reductions = check_reduce(reduce);
   const int64_t kinds = static_cast<int64_t>(reductions.size()), width = grads.size(1) / kinds;
   check_size(grads, "grad_out", 1, width * kinds);
+  const auto column_of = [&](Reduce wanted) {  // of the first such reduction, -1 if there is none
+    const auto at = std::find(reductions.begin(), reductions.end(), wanted);
+    return at == reductions.end() ? -1 : (at - reductions.begin()) * width;
+  };
+  const int64_t columns[2] = {column_of(Reduce::kMax), column_of(Reduce::kMin)};
   std::optional<Tensor> inputs, results;
-  if (std::any_of(reductions.begin(), reductions.end(),
-                  [](Reduce r) { return r == Reduce::kMax || r == Reduce::kMin; })) {
+  if (columns[0] >= 0 || columns[1] >= 0) {
     STD_TORCH_CHECK(x && out, "x, out: expected tensors, since reduce has max or min");
     inputs = unit_rows(*x, "x"), results = unit_rows(*out, "out");
     check_dtype(*inputs, "x", grads.scalar_type());
@@ -221,14 +290,43 @@ Tensor patch_pool_bwd_cpu(const Tensor& grad_out, const std::optional<Tensor>& x
     const T* const pooled = results ? results->const_data_ptr<T>() : nullptr;
     const int64_t stride = inputs ? inputs->stride(0) : 0, pooled_stride = results ? results->stride(0) : 0;
     T* const to = grad_x.mutable_data_ptr<T>();
-    parallel_segments(offsets, patches, row_grain(width), [&](int64_t first, int64_t last) {
-      for (int64_t p = first; p < last; ++p)
-        for (int64_t c = 0, begin = offsets[p]; c < width; c += kPanel) {
-          const PatchRows<T> rows = {data ? data + begin * stride + c : nullptr, stride, offsets[p + 1] - begin,
-                                     std::min(kPanel, width - c)};
-          pool_grad(to + begin * width + c, width, from + p * grads.stride(0) + c,
-                    pooled ? pooled + p * pooled_stride + c : nullptr, width, rows, reductions);
-        }
+    using A = accumulator_t<T>;
+    const auto rows_of = [&](const Unit& unit, int64_t c) {
+      return PatchRows<T>{data ? data + unit.begin * stride + c : nullptr, stride, unit.end - unit.begin,
+                          std::min(kPanel, width - c)};
+    };
+    // The ties of a maximum and of a minimum, as far as there is one, in each unit of a long patch and in all of the patch.
+    const SegmentUnits units(offsets, patches);
+    std::vector<A> ties[2], totals[2];
+    for (int k = 0; k < 2; ++k) {
+      if (columns[k] < 0 || units.longs().empty()) continue;
+      ties[k].resize(static_cast<size_t>(units.numbered() * width));
+      totals[k].resize(units.longs().size() * static_cast<size_t>(width));
+      A* const counts = ties[k].data();
+      units.for_each_long([&](const Unit& unit) {
+        for (int64_t c = 0; c < width; c += kPanel)
+          count_ties(counts + unit.number * width + c, pooled + unit.segment * pooled_stride + columns[k] + c,
+                     rows_of(unit, c));
+      });
+      A* total = totals[k].data();
+      for (const LongSegment& patch : units.longs()) {
+        for (int64_t u = patch.first; u < patch.last; ++u) map_row<A>(total, width, kAdd, total, counts + u * width);
+        total += width;
+      }
+    }
+    const auto known_ties = [&](int k, const Unit& unit, int64_t c) -> KnownTies<A> {
+      if (ties[k].empty()) return {};
+      return {totals[k].data() + units.long_index(unit) * width + c, ties[k].data() + unit.number * width + c};
+    };
+    units.for_each(row_grain(width), [&](const Unit& unit) {
+      const int64_t begin = offsets[unit.segment], end = offsets[unit.segment + 1];
+      for (int64_t c = 0; c < width; c += kPanel) {
+        PatchOfRows<A> patch = {end - begin, unit.begin == begin, unit.end == end, {}, {}};
+        if (unit.number >= 0) patch.max = known_ties(0, unit, c), patch.min = known_ties(1, unit, c);
+        pool_grad(to + unit.begin * width + c, width, from + unit.segment * grads.stride(0) + c,
+                  pooled ? pooled + unit.segment * pooled_stride + c : nullptr, width, rows_of(unit, c), patch,
+                  reductions);
+      }
     });
     std::fill(to + offsets[patches] * width, to + bytes * width, T(0));
   });

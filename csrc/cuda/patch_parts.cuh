@@ -27,11 +27,14 @@ __device__ __forceinline__ i64 patch_of_part(const i32* ids, i64 begin, i64 size
 
 // A range of rows, or of parts, as the whole parts of the next level in it and what is before and behind them. Without any,
 // all of the range is before.
-struct Parted {
-  RowRange before, parts, behind;
+template <class I>
+struct PartedOf {
+  RangeOf<I> before, parts, behind;
 };
-__device__ __forceinline__ Parted parted(const RowRange& range) {
-  const i64 first = ceil_div<i64>(range.begin, kPart), last = range.end / kPart;
+using Parted = PartedOf<i64>;
+template <class I>
+__device__ __forceinline__ PartedOf<I> parted(const RangeOf<I>& range) {
+  const I first = range.begin / kPart + (range.begin % kPart > 0), last = range.end / kPart;
   if (first >= last) return {range, {first, first}, {range.end, range.end}};
   return {{range.begin, first * kPart}, {first, last}, {last * kPart, range.end}};
 }

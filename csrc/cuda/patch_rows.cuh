@@ -7,38 +7,44 @@ namespace blt {
 
 inline constexpr int kRowThreads = 256;
 
-// Ragged rows: x[bytes][width] with `stride` elements from row to row, cut into patches.
+// Ragged rows: x[bytes][width] with `stride` elements from row to row, cut into patches. Launchers see to it that eight
+// strides, in bytes, fit into 31 bits: within a patch, addresses are a pointer and an offset of 32 bits.
 struct PatchRows {
   const i32* offsets;  // [patches + 1]
-  i64 bytes, patches, width, stride;
+  i64 patches;
+  i32 bytes, width, stride;
 };
 
-struct RowRange {
-  i64 begin, end;
+template <class I>
+struct RangeOf {
+  I begin, end;
 };
+using RowRange = RangeOf<i64>;
+using ByteRange = RangeOf<i32>;
 
-// The bytes of patch p and of the `more` patches behind it; inside x whatever the offsets are.
-__device__ __forceinline__ RowRange patch_range(const PatchRows& rows, i64 p, int more = 0) {
-  const i64 begin = least(most<i64>(rows.offsets[p], 0), rows.bytes);
-  return {begin, least(most<i64>(rows.offsets[least(p + 1 + more, rows.patches)], begin), rows.bytes)};
+// The bytes of patch p; inside x whatever the offsets are.
+__device__ __forceinline__ ByteRange patch_range(const PatchRows& rows, i64 p) {
+  const i32 begin = least(most<i32>(rows.offsets[p], 0), rows.bytes);
+  return {begin, least(most<i32>(rows.offsets[p + 1], begin), rows.bytes)};
 }
+
+// What a block owns: `groups` neighbouring groups of rows (patches, parts or runs of bytes), and `packs` packs of their
+// columns; blockIdx.y counts panels of columns. x / packs is x * inverse >> 16 for every thread x of a block.
+struct RowTile {
+  i32 groups, packs;
+  u32 inverse;
+};
 
 // What a thread owns: kPack columns from `column` on, of a patch or of a group of bytes. Neighbouring threads own
-// neighbouring columns.
+// neighbouring columns. Either may lie beyond the last.
 struct Owned {
-  i64 group, column;
+  i64 group;
+  i32 column;
 };
 template <int kPack>
-__device__ __forceinline__ Owned owned_by_thread(i64 width) {
-  const i64 thread = static_cast<i64>(blockIdx.x) * kRowThreads + threadIdx.x, packs = ceil_div<i64>(width, kPack);
-  return {thread / packs, thread % packs * kPack};
-}
-
-template <class T, int kPack, int kAhead>
-__device__ __forceinline__ void load_rows(Pack<T, kPack> (&ahead)[kAhead], const T* x, i64 stride, i64 row, i64 end) {
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i)
-    if (row + i < end) ahead[i] = load<kPack>(x + (row + i) * stride);
+__device__ __forceinline__ Owned owned_by_thread(const RowTile& tile) {
+  const u32 group = threadIdx.x * tile.inverse >> 16, pack = threadIdx.x - group * tile.packs;
+  return {static_cast<i64>(blockIdx.x) * tile.groups + group, static_cast<i32>(blockIdx.y * tile.packs + pack) * kPack};
 }
 
 }  // namespace blt

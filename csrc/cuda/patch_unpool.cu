@@ -3,15 +3,15 @@
 #include "patch_unpool.cuh"
 
 #include "../common/launch.h"
-#include "row_launch.h"
+#include "segment_parts.h"
 
 namespace blt {
 namespace {
 
-Tensor patch_unpool_fwd_cuda(const Tensor& y, Tensor patch_offsets, Tensor ids) {
+Tensor patch_unpool_fwd_cuda(const Tensor& y, Tensor offsets, Tensor ids) {
   const Tensor rows = unit_rows(y, "y");
-  check_dim(patch_offsets, "patch_offsets", 1);
-  check_size(patch_offsets, "patch_offsets", 0, rows.size(0) + 1);
+  check_dim(offsets, "offsets", 1);
+  check_size(offsets, "offsets", 0, rows.size(0) + 1);
   check_int32(ids, "ids");
   const int64_t bytes = ids.size(0), width = rows.size(1);
   const Device device(rows);
@@ -21,30 +21,36 @@ Tensor patch_unpool_fwd_cuda(const Tensor& y, Tensor patch_offsets, Tensor ids) 
     using T = typename decltype(tag)::type;
     const T* const from = device.read<T>(rows);
     dispatch_pack<T>({address(from), row_bytes(rows), bytes_of<T>(width)}, [&](auto pack) {
-      device.launch<patch_unpool_fwd_kernel<T, pack()>>(row_shape(ceil_div<int64_t>(bytes, kUnpoolRows), width, pack),
-                                                        from, device.read<i32>(ids), bytes, rows.size(0), width,
-                                                        rows.stride(0), device.write<T>(out));
+      const RowLaunch launch = row_launch(ceil_div<int64_t>(bytes, kUnpoolRows), width, pack);
+      device.launch<patch_unpool_fwd_kernel<T, pack()>>(launch.shape, from, device.read<i32>(ids), bytes, rows.size(0),
+                                                        static_cast<i32>(width), rows.stride(0), launch.tile,
+                                                        device.write<T>(out));
     });
   });
   return out;
 }
 
-Tensor patch_unpool_bwd_cuda(const Tensor& grad_out, Tensor patch_offsets, Tensor ids) {
-  const Tensor rows = unit_rows(grad_out, "grad_out");
-  check_int32(patch_offsets, "patch_offsets");
+Tensor patch_unpool_bwd_cuda(const Tensor& grad_out, Tensor offsets, Tensor ids) {
+  const Tensor rows = near_rows(grad_out, "grad_out");
+  check_int32(offsets, "offsets");
   check_int32(ids, "ids");
   check_size(ids, "ids", 0, rows.size(0));
-  const int64_t patches = count_of(patch_offsets, "patch_offsets"), width = rows.size(1);
+  const int64_t patches = count_of(offsets, "offsets"), width = rows.size(1);
+  const i32 stride = row_stride(rows), bytes = int32_size(rows, "grad_out");
   const Device device(rows);
   Tensor grad_y = device_output(rows, {patches, width});
   if (grad_y.numel() == 0) return grad_y;
   dispatch_device_float(rows.scalar_type(), "grad_out", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* const from = device.read<T>(rows);
-    const PatchRows shape = {device.read<i32>(patch_offsets), rows.size(0), patches, width, rows.stride(0)};
-    dispatch_pack<T>({address(from), row_bytes(rows), bytes_of<T>(width)}, [&](auto pack) {
-      device.launch<patch_unpool_bwd_kernel<T, pack()>>(row_shape(patches, width, pack), from, device.read<i32>(ids),
-                                                        shape, device.write<T>(grad_y));
+    const i32* const readers = device.read<i32>(ids);
+    const PatchRows shape = {device.read<i32>(offsets), patches, bytes, static_cast<i32>(width), stride};
+    dispatch_pack<T>({address(from), bytes_of<T>(stride), bytes_of<T>(width)}, [&](auto pack) {
+      const SegmentParts<T> parts(device, rows, {.sum = true});
+      parts.template fold<pack()>(device, from, readers, stride);
+      const RowLaunch launch = row_launch(patches, width, pack);
+      device.launch<patch_unpool_bwd_kernel<T, pack()>>(launch.shape, from, readers, shape, launch.tile, parts.levels(),
+                                                        device.write<T>(grad_y));
     });
   });
   return grad_y;

@@ -68,6 +68,12 @@ struct Gathering {
   Brought brought = {};
 };
 
+struct Range {
+  uintptr_t begin = 0, end = 0;
+  bool writable = false;
+  bool holds(uintptr_t at, size_t bytes) const { return begin <= at && at + bytes <= end; }
+};
+
 struct Fibre {
   void* stack_pointer = nullptr;
   uint3 index = {};
@@ -75,12 +81,8 @@ struct Fibre {
   const char* waits = nullptr;  // for what
   Site site;
   int64_t accesses = 0;  // of tensors and of shared memory
-};
-
-struct Range {
-  uintptr_t begin = 0, end = 0;
-  bool writable = false;
-  bool holds(uintptr_t at, size_t bytes) const { return begin <= at && at + bytes <= end; }
+  Range vector;          // being accessed: the compiler may take it to pieces
+  size_t vector_left = 0;
 };
 
 // Which sectors a cache of 256 KB holds: the last kWays of each of 1024 sets, newest first. Addresses differ from run to
@@ -298,6 +300,16 @@ void visit_shared(Shared& memory, uintptr_t at, size_t bytes, bool write) {
   }
 }
 
+// A vector counts once, as its first piece.
+void count_access(uintptr_t at, size_t bytes) {
+  Machine& m = machine();
+  Fibre& fibre = m.fibres[m.current];
+  const bool piece = fibre.vector_left > 0 && fibre.vector.holds(at, bytes);
+  if (!piece || fibre.vector_left == fibre.vector.end - fibre.vector.begin) ++fibre.accesses;
+  fibre.vector_left = piece ? fibre.vector_left - std::min(fibre.vector_left, bytes) : 0;
+  m.record->longest = std::max(m.record->longest, fibre.accesses);
+}
+
 // Before each load and store of kernels and launchers.
 void visit(const void* pointer, size_t bytes, bool write) {
   Machine& m = machine();
@@ -305,7 +317,7 @@ void visit(const void* pointer, size_t bytes, bool write) {
   const auto at = reinterpret_cast<uintptr_t>(pointer);
   if (at - m.stacks < kMaxThreads * kStack) return;
   if (!write && m.constants.holds(at, bytes) && !m.static_memory.holds(at)) return;
-  m.record->longest = std::max(m.record->longest, ++m.fibres[m.current].accesses);
+  count_access(at, bytes);
   for (size_t i = 0; i < m.tensors.size(); ++i) {
     if (!m.tensors[i].holds(at, bytes)) continue;
     if (write && !m.tensors[i].writable) continue;  // the same memory may be there as an output too
@@ -452,6 +464,9 @@ void fault_of_wait() { fault("waits for a block that has not run"); }
 void fault_if_misaligned(const void* pointer, size_t bytes) {
   const auto at = reinterpret_cast<uintptr_t>(pointer);
   if (at % bytes != 0) fault("an access out of alignment, " + bytes_at(at, bytes));
+  Fibre& fibre = machine().fibres[machine().current];
+  fibre.vector = {at, at + bytes, false};
+  fibre.vector_left = bytes;
 }
 
 }  // namespace blt::emulator

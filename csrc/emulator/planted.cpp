@@ -62,6 +62,12 @@ __global__ void one_thread_kernel(const float* x, i64 n, float* out) {
   out[i] = sum;
 }
 
+// Sound: a load and a store of 16 bytes.
+__global__ void vectors_kernel(const float* x, i64 n, float* out) {
+  const i64 i = 4 * my_index();
+  if (i + 4 <= n) store(out + i, load<4>(x + i));
+}
+
 // A race: the neighbour's value before the barrier.
 __global__ void race_kernel(const float* x, i64 n, float* out) {
   __shared__ float values[kThreads];
@@ -165,6 +171,7 @@ Tensor planted(std::string name, const Tensor& x) {
   BLT_PLANTED(half_warp)
   BLT_PLANTED(counts)
   BLT_PLANTED(one_thread)
+  BLT_PLANTED(vectors)
   BLT_PLANTED(race)
   BLT_PLANTED(divergent_barrier)
   BLT_PLANTED(two_barriers)

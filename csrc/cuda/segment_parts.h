@@ -1,0 +1,76 @@
+// Launches that fold the parts of long segments (segment_fold.cuh), and the scratch that they fill.
+#pragma once
+
+#include <optional>
+
+#include "row_launch.h"
+#include "segment_fold.cuh"
+
+namespace blt {
+
+// A row for each of `parts` parts, uninitialised: written and read only where a patch is long. Null without parts.
+template <class T>
+struct Scratch {
+  std::optional<Tensor> memory;
+  T* data = nullptr;
+  Scratch(const Device& device, const Tensor& x, int64_t parts) {
+    if (parts == 0) return;
+    memory = device_output(x, {parts, x.size(1)}, sizeof(T) == sizeof(float) ? ScalarType::Float : x.scalar_type());
+    data = device.write<T>(*memory);
+  }
+};
+
+struct Asked {
+  bool max = false, min = false, sum = false;
+  bool any() const { return max || min || sum; }
+};
+
+// The folds of the whole parts of rows x, by levels. Only what is asked for.
+template <class T>
+class SegmentParts {
+ public:
+  SegmentParts(const Device& device, const Tensor& x, const Asked& asked)
+      : count_(asked.any() ? x.size(0) / kPart : 0),
+        second_count_(x.size(0) >= kSecondLevelBytes ? count_ / kPart : 0),
+        width_(static_cast<i32>(x.size(1))),
+        first_(device, x, count_, asked),
+        second_(device, x, second_count_, asked) {}
+
+  int64_t count() const { return count_; }
+  PartLevels<T> levels() const { return {first_.folds(), second_.folds(), second_count_ > 0}; }
+
+  // All levels, from rows x.
+  template <int kPack>
+  void fold(const Device& device, const T* x, const i32* ids, i32 stride) const {
+    launch<kPack>(device, x, ids, stride, count_);
+    fold_second<kPack>(device, ids);
+  }
+  // Level 2, from level 1.
+  template <int kPack>
+  void fold_second(const Device& device, const i32* ids) const {
+    launch<kPack>(device, nullptr, ids, 0, second_count_);
+  }
+
+ private:
+  struct Level {
+    Scratch<T> max, min;
+    Scratch<acc_t<T>> sum;
+    Level(const Device& device, const Tensor& x, int64_t parts, const Asked& asked)
+        : max(device, x, asked.max ? parts : 0),
+          min(device, x, asked.min ? parts : 0),
+          sum(device, x, asked.sum ? parts : 0) {}
+    PartFolds<T> folds() const { return {max.data, min.data, sum.data}; }
+  };
+
+  template <int kPack>
+  void launch(const Device& device, const T* x, const i32* ids, i32 stride, int64_t parts) const {
+    const RowLaunch launch = row_launch(parts, width_, kPack);
+    device.launch<segment_parts_kernel<T, kPack>>(launch.shape, x, ids, parts, width_, stride, launch.tile, levels());
+  }
+
+  int64_t count_, second_count_;
+  i32 width_;
+  Level first_, second_;
+};
+
+}  // namespace blt
