@@ -44,7 +44,7 @@ RESIDENT = {  # warps that a multiprocessor has registers for, at least, by (ker
 WARPGROUP = {"fwd": 4, "bwd_dkdv": 6, "bwd_dq": 5}  # in the hot loop; 24 and more where each wgmma is waited for
 RESIDENT_SMALL = {"ranges": 48, "bwd_sums": 16, "combine": 16}  # kernels that stream
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-OFFSETS = ("first", "last", "cu_q", "cu_k", "used")
+OFFSETS = ("first", "last", "of_queries", "of_keys", "cu_q", "cu_k", "used")
 STORED_AS_FP32 = ("lse", "sums", "parts")
 
 
@@ -75,7 +75,7 @@ def compiled(
     constants = {"ROWS": launch.rows, "STEP": launch.step, "E": width, "EVEN": even}
     constants |= {"WIDTH": width if even else width * 3 // 4}  # of padded heads: 24, 48, 96, 192
     constants |= {"PRECISION": precision_of(torch.empty(0, width, dtype=dtype))}
-    constants |= {"CAUSAL": True, "WINDOWED": True, "USED": True, "OF_KEYS": True, "MOST": MAX_SPLITS}
+    constants |= {"CAUSAL": True, "WINDOWED": True, "USED": True, "MOST": MAX_SPLITS}
     signature, aligned = {}, {}
     for index, argument in enumerate(p.name for p in kernel.params):
         if argument in constants:

@@ -195,6 +195,8 @@ def test_triton_launchers_do_nothing_that_a_capture_forbids(
     few = "cached" in options and queries < 40
     assert any(("decode" if few else "fwd") in name for name in launched), launched
     assert any("dkdv" in name for name in launched), launched
+    # Intervals of queries once in forward, of queries and keys at once in backward.
+    assert sum("ranges" in name for name in launched) <= 2, launched
 
 
 @pytest.mark.parametrize("operator", ["fwd", "bwd"])

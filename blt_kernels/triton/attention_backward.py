@@ -277,7 +277,7 @@ def block_causal_attention_bwd_cuda(
     }
     with torch.cuda.device_of(q):
         offsets = (queries, keys, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
-        of_queries, of_keys = ranges(False, *offsets), ranges(True, *offsets)
+        of_queries, of_keys = ranges(*offsets, with_keys=True)
         block_causal_attention_bwd_sums_kernel[(triton.cdiv(queries, _SUM_ROWS), heads)](
             grad_out, out, lse, sums, *of_queries, *strides(grad_out, out), queries, heads, width,
             ROWS=_SUM_ROWS, E=padded, EVEN=padded == width, num_warps=4,

@@ -99,21 +99,27 @@ def queries_of_key(
 
 @triton.jit(do_not_specialize=["documents", "top_bit", "queries", "keys", "window", "skip"])
 def block_causal_attention_ranges_kernel(
-    first, last, cu_q, cu_k, used, documents, top_bit, queries, keys, window, skip,
-    OF_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr, ROWS: tl.constexpr,
+    of_queries, of_keys, cu_q, cu_k, used, documents, top_bit, queries, keys, window, skip,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write `first` and `last` of every query, or of every key."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    if OF_KEYS:
-        begin, end = queries_of_key(row, cu_q, cu_k, used, documents, top_bit, queries, window, CAUSAL, WINDOWED, USED)
-        stored = row < keys
-    else:
-        begin, end = keys_of_query(
+    """Write ``of_queries [2, queries]`` and ``of_keys [2, keys]``, first and last of each, in rows of 16 bytes.
+
+    The blocks of queries come first. A grid of no more than these leaves the keys out.
+    """
+    blocks = tl.cdiv(queries, ROWS)
+    block = tl.program_id(0)
+    if block < blocks:
+        row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        first, last = keys_of_query(
             row, cu_q, cu_k, used, documents, top_bit, keys, window, skip, CAUSAL, WINDOWED, USED
         )
-        stored = row < queries
-    tl.store(first + row, begin.to(tl.int32), mask=stored)
-    tl.store(last + row, end.to(tl.int32), mask=stored)
+        tl.store(of_queries + row, first.to(tl.int32), mask=row < queries)
+        tl.store(of_queries + tl.cdiv(queries, 4).to(tl.int64) * 4 + row, last.to(tl.int32), mask=row < queries)
+    else:
+        row = (block - blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        first, last = queries_of_key(row, cu_q, cu_k, used, documents, top_bit, queries, window, CAUSAL, WINDOWED, USED)
+        tl.store(of_keys + row, first.to(tl.int32), mask=row < keys)
+        tl.store(of_keys + tl.cdiv(keys, 4).to(tl.int64) * 4 + row, last.to(tl.int32), mask=row < keys)
 
 
 @triton.jit
@@ -142,7 +148,6 @@ def next_run(first, last, gap, done):
 
 
 def ranges(
-    of_keys: bool,
     queries: int,
     keys: int,
     cu_seqlens_q: Tensor,
@@ -151,20 +156,21 @@ def ranges(
     causal: bool,
     seqused_k: Tensor | None,
     skip: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Return `first` and `last` of every query, or of every key: int32, on the device.
+    with_keys: bool = False,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return `first` and `last` of every query, and of every key: int32, on the device, from one launch.
 
-    Queries of documents with up to `skip` queries see no key.
+    Queries of documents with up to `skip` queries see no key. Those of keys are not written unless `with_keys`.
     """
-    rows = keys if of_keys else queries
+    blocks = triton.cdiv(queries, _ROWS) + (triton.cdiv(keys, _ROWS) if with_keys else 0)
     # Rows of 16 bytes, so that the kernels are not compiled again for a `last` that begins elsewhere.
-    first, last = cu_seqlens_q.new_empty(2, triton.cdiv(rows, 4) * 4)[:, :rows].unbind()
-    block_causal_attention_ranges_kernel[(triton.cdiv(rows, _ROWS),)](
-        first, last, *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys, reach(window), skip,
-        OF_KEYS=of_keys, CAUSAL=causal, WINDOWED=window is not None, USED=seqused_k is not None, ROWS=_ROWS,
-        num_warps=4,
+    rows = (queries, keys if with_keys else 0)
+    of_queries, of_keys = (cu_seqlens_q.new_empty(2, triton.cdiv(n, 4) * 4)[:, :n] for n in rows)
+    block_causal_attention_ranges_kernel[(blocks,)](
+        of_queries, of_keys, *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys, reach(window),
+        skip, CAUSAL=causal, WINDOWED=window is not None, USED=seqused_k is not None, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
-    return first, last
+    return of_queries.unbind(), of_keys.unbind()  # type: ignore[return-value]
 
 
 def reach(window: int | None) -> int:

@@ -158,7 +158,7 @@ def block_causal_attention_fwd_cuda(
     rest = cu_seqlens_q, cu_seqlens_k, window, causal
     with torch.cuda.device_of(q):
         if few < queries:
-            first, last = ranges(False, queries, k.shape[0], *rest, seqused_k, skip=few)
+            (first, last), _ = ranges(queries, k.shape[0], *rest, seqused_k, skip=few)
             block_causal_attention_fwd_kernel[(triton.cdiv(queries, launch.rows), heads)](
                 q, k, v, out, lse, first, last, *strides(q, k, v), *scales(scale, q),
                 queries, heads, heads // groups,
