@@ -50,10 +50,10 @@ _MAX = tl.constexpr(3.4e38)  # of fp32
 _SMALL_SCALE = 2.0**-64  # products of larger ones overflow only where scores are beyond 1e19
 
 
-@triton.jit(do_not_specialize=["queries", "heads", "width"])
+@triton.jit(do_not_specialize=["queries", "heads"])
 def block_causal_attention_bwd_sums_kernel(
-    grad_out, out, lse, sums, first, last, stride_gt, stride_gh, stride_ot, stride_oh, queries, heads, width,
-    ROWS: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
+    grad_out, out, lse, sums, first, last, stride_gt, stride_gh, stride_ot, stride_oh, queries, heads,
+    ROWS: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write ``sums [2, heads, queries]``: lse as `weights` takes it, and delta. Rows without keys are not read."""
     head = tl.program_id(1).to(tl.int64)
@@ -61,7 +61,7 @@ def block_causal_attention_bwd_sums_kernel(
     local = tl.arange(0, ROWS)
     row = start + local
     first_key, last_key, _ = load_ranges(first, last, row, queries)
-    loaded = row_mask(first_key < last_key, width, E, EVEN)
+    loaded = row_mask(first_key < last_key, WIDTH, E, WIDTH == E)
     grad = tl.load(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), mask=loaded, other=0.0)
     result = tl.load(tile_at(out + head * stride_oh, start, stride_ot, local, E), mask=loaded, other=0.0)
     delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
@@ -97,8 +97,8 @@ def attended_by_all(first, last):
 @triton.jit
 def dkdv_run(
     dk, dv, k, v, q, grad_out, lse, delta, stride_qt, stride_qh, stride_gt, stride_gh, factor, first, last,
-    all_first, all_last, begin, end, queries, group, width,
-    STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    all_first, all_last, begin, end, queries, group,
+    STEP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the queries ``[begin, end)`` of each head of a group, to which the keys `k` and `v` ``[ROWS, E]`` belong.
 
@@ -110,8 +110,8 @@ def dkdv_run(
     start = begin
     for _ in tl.range(0, tl.cdiv(end - begin, STEP) * group):
         local = tl.minimum(step, end - 1 - start)  # the last query again, not what is behind it
-        q_rows = load_rows(tile_at(q + head * stride_qh, start, stride_qt, local, E), width, E, EVEN)
-        grad = load_rows(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), width, E, EVEN)
+        q_rows = load_rows(tile_at(q + head * stride_qh, start, stride_qt, local, E), WIDTH, E, WIDTH == E)
+        grad = load_rows(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), WIDTH, E, WIDTH == E)
         score = tl.dot(k, q_rows.T, input_precision=PRECISION)  # [ROWS, STEP]
         lse_rows = tl.load(lse + head * queries + start + local)
         p = weights(score, factor, lse_rows[None, :], k.dtype == tl.float32)
@@ -128,20 +128,19 @@ def dkdv_run(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "groups", "group", "width"])
+@triton.jit(do_not_specialize=["queries", "keys", "groups", "group"])
 def block_causal_attention_bwd_dkdv_kernel(
     q, k, v, grad_out, sums, first, last, grad_k, grad_v,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    scale, factor, queries, keys, groups, group, width,
-    ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    scale, factor, queries, keys, groups, group,
+    ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `grad_k` and `grad_v` of ROWS keys of one key head; queries [first, last) attend to a key."""
     key_head = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * ROWS  # the most queries attend to early keys
     local = tl.arange(0, ROWS)
     row = start + local
-    loaded = row_mask(row < keys, width, E, EVEN)
+    loaded = row_mask(row < keys, WIDTH, E, WIDTH == E)
     k_rows = tl.load(tile_at(k + key_head * stride_kh, start, stride_kt, local, E), mask=loaded, other=0.0)
     v_rows = tl.load(tile_at(v + key_head * stride_vh, start, stride_vt, local, E), mask=loaded, other=0.0)
     dk = tl.zeros((ROWS, E), tl.float32)
@@ -157,7 +156,7 @@ def block_causal_attention_bwd_dkdv_kernel(
     while begin < end:
         dk, dv = dkdv_run(
             dk, dv, k_rows, v_rows, q, grad_out, lse, delta, stride_qt, stride_qh, stride_gt, stride_gh, factor,
-            first_row, last_row, all_first, all_last, begin, end, queries, group, width, STEP, E, EVEN, PRECISION,
+            first_row, last_row, all_first, all_last, begin, end, queries, group, STEP, E, WIDTH, PRECISION,
         )  # fmt: skip
         begin, end = next_run(first_row, last_row, gap, end)
     # `end` is 0 here, which the compiler does not know: it keeps no addresses and masks in registers over the loop.
@@ -165,18 +164,18 @@ def block_causal_attention_bwd_dkdv_kernel(
     inside = local < keys - start
     first_row = tl.load(first + start + local, mask=inside, other=0)
     last_row = tl.load(last + start + local, mask=inside, other=0)
-    live, stored = (first_row < last_row)[:, None], row_mask(inside, width, E, EVEN)
-    stride = groups * (E if EVEN else width)  # with a factor that is known, so that stores are of 16 bytes
+    live, stored = (first_row < last_row)[:, None], row_mask(inside, WIDTH, E, WIDTH == E)
+    stride = groups * WIDTH
     grads = tl.where(live, dv, 0.0).to(grad_v.dtype.element_ty)
-    tl.store(tile_at(grad_v + key_head * (E if EVEN else width), start, stride, local, E), grads, mask=stored)
+    tl.store(tile_at(grad_v + key_head * WIDTH, start, stride, local, E), grads, mask=stored)
     grads = tl.where(live, dk * scale, 0.0).to(grad_k.dtype.element_ty)
-    tl.store(tile_at(grad_k + key_head * (E if EVEN else width), start, stride, local, E), grads, mask=stored)
+    tl.store(tile_at(grad_k + key_head * WIDTH, start, stride, local, E), grads, mask=stored)
 
 
 @triton.jit
 def dq_run(
-    dq, q, grad, lse, delta, k, v, stride_kt, stride_vt, factor, first, last, all_first, all_last, begin, end, width,
-    STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, grad, lse, delta, k, v, stride_kt, stride_vt, factor, first, last, all_first, all_last, begin, end,
+    STEP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the keys ``[begin, end)``; q and grad are ``[ROWS, E]``.
 
@@ -186,8 +185,8 @@ def dq_run(
     for offset in tl.range(0, end - begin, STEP):
         start = begin + offset
         local = tl.minimum(step, end - 1 - start)  # the last key again, not what is behind it
-        k_rows = load_rows(tile_at(k, start, stride_kt, local, E), width, E, EVEN)
-        v_rows = load_rows(tile_at(v, start, stride_vt, local, E), width, E, EVEN)
+        k_rows = load_rows(tile_at(k, start, stride_kt, local, E), WIDTH, E, WIDTH == E)
+        v_rows = load_rows(tile_at(v, start, stride_vt, local, E), WIDTH, E, WIDTH == E)
         score = tl.dot(q, k_rows.T, input_precision=PRECISION)  # [ROWS, STEP]
         dp = tl.dot(grad, v_rows.T, input_precision=PRECISION)
         ds = weights(score, factor, lse[:, None], q.dtype == tl.float32) * (dp - delta[:, None])
@@ -197,13 +196,12 @@ def dq_run(
     return dq
 
 
-@triton.jit(do_not_specialize=["queries", "heads", "group", "width"])
+@triton.jit(do_not_specialize=["queries", "heads", "group"])
 def block_causal_attention_bwd_dq_kernel(
     q, k, v, grad_out, sums, first, last, grad_q,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    scale, factor, queries, heads, group, width,
-    ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    scale, factor, queries, heads, group,
+    ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `grad_q` of ROWS queries of one head."""
     head = tl.program_id(1).to(tl.int64)
@@ -212,7 +210,7 @@ def block_causal_attention_bwd_dq_kernel(
     row = start + local
     inside = row < queries
     first_row, last_row, gap = load_ranges(first, last, row, queries)
-    stored = row_mask(inside, width, E, EVEN)
+    stored = row_mask(inside, WIDTH, E, WIDTH == E)
     q_rows = tl.load(tile_at(q + head * stride_qh, start, stride_qt, local, E), mask=stored, other=0.0)
     grad = tl.load(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), mask=stored, other=0.0)
     lse = tl.load(sums + head * queries + row, mask=inside, other=0.0)
@@ -225,12 +223,12 @@ def block_causal_attention_bwd_dq_kernel(
     while begin < end:
         dq = dq_run(
             dq, q_rows, grad, lse, delta, k, v, stride_kt, stride_vt, factor, first_row, last_row,
-            all_first, all_last, begin, end, width, STEP, E, EVEN, PRECISION,
+            all_first, all_last, begin, end, STEP, E, WIDTH, PRECISION,
         )  # fmt: skip
         begin, end = next_run(first_row, last_row, gap, end)
     dq = tl.where((first_row < last_row)[:, None], dq * scale, 0.0).to(grad_q.dtype.element_ty)
-    stride = heads * (E if EVEN else width)  # with a factor that is known, so that stores are of 16 bytes
-    tl.store(tile_at(grad_q + head * (E if EVEN else width), start, stride, local, E), dq, mask=stored)
+    stride = heads * WIDTH
+    tl.store(tile_at(grad_q + head * WIDTH, start, stride, local, E), dq, mask=stored)
 
 
 def block_causal_attention_bwd_cuda(
@@ -260,7 +258,6 @@ def block_causal_attention_bwd_cuda(
     if not queries or not keys:
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
     sums = q.new_empty((2, heads, queries), dtype=torch.float32)
-    padded = padded_width(width)
     scale = scale_of(scale, q)
     q_scores, k_scores, factor = q, k, scale
     if abs(scale) < _SMALL_SCALE and q.dtype != torch.float16:  # whose products are small
@@ -270,8 +267,8 @@ def block_causal_attention_bwd_cuda(
     if q.dtype != torch.float32:
         factor *= _LOG2_E.value
     options = {
-        "E": padded,
-        "EVEN": padded == width,
+        "E": padded_width(width),
+        "WIDTH": width,
         "PRECISION": precision_of(q),
         "enable_fp_fusion": True,
     }
@@ -279,19 +276,19 @@ def block_causal_attention_bwd_cuda(
         offsets = (queries, keys, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
         of_queries, of_keys = ranges(*offsets, with_keys=True)
         block_causal_attention_bwd_sums_kernel[(triton.cdiv(queries, _SUM_ROWS), heads)](
-            grad_out, out, lse, sums, *of_queries, *strides(grad_out, out), queries, heads, width,
-            ROWS=_SUM_ROWS, E=padded, EVEN=padded == width, num_warps=4,
+            grad_out, out, lse, sums, *of_queries, *strides(grad_out, out), queries, heads,
+            ROWS=_SUM_ROWS, E=padded_width(width), WIDTH=width, num_warps=4,
         )  # fmt: skip
         own = launch or launch_options("bwd_dkdv", width, q.dtype, architecture(q))
         block_causal_attention_bwd_dkdv_kernel[(triton.cdiv(keys, own.rows), groups)](
             q, k_scores, v, grad_out, sums, *of_keys, grad_k, grad_v, *strides(q, k_scores, v, grad_out), scale, factor,
-            queries, keys, groups, heads // groups, width,
+            queries, keys, groups, heads // groups,
             ROWS=own.rows, STEP=own.step, num_warps=own.warps, num_stages=own.stages, **options,
         )  # fmt: skip
         own = launch or launch_options("bwd_dq", width, q.dtype, architecture(q))
         block_causal_attention_bwd_dq_kernel[(triton.cdiv(queries, own.rows), heads)](
             q_scores, k, v, grad_out, sums, *of_queries, grad_q, *strides(q_scores, k, v, grad_out), scale, factor,
-            queries, heads, heads // groups, width,
+            queries, heads, heads // groups,
             ROWS=own.rows, STEP=own.step, num_warps=own.warps, num_stages=own.stages, **options,
         )  # fmt: skip
     return grad_q, grad_k, grad_v

@@ -56,12 +56,11 @@ _HOPPER: _Table = _CONSERVATIVE | {
     # starting points
     ("fwd", 2): (Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 32, 8, 3)),
     ("bwd_dkdv", 2): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(32, 32, 8, 2)),
-    ("bwd_dq", 2): (Launch(128, 64, 4, 2), Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 32, 8, 3)),
+    ("bwd_dq", 2): (Launch(128, 64, 4, 2), Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 8, 2)),
     ("decode", 2): (Launch(32, 64, 4, 3), Launch(32, 64, 4, 3), Launch(32, 64, 4, 3), Launch(32, 32, 4, 2)),
 }
 _HOPPER_PADDED = {  # where masks of padded head widths take registers: starting points
     ("fwd", 2, 128): Launch(128, 64, 8, 3),
-    ("bwd_dkdv", 2, 128): Launch(128, 32, 8, 2),
 }
 
 _SPLIT_KEYS = 256  # fewest keys that are worth a program of their own
