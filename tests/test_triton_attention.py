@@ -401,6 +401,29 @@ def test_gradients_of_large_scores(run: Callable, dtype: torch.dtype, size: floa
         assert ((grads[2] - exact).abs() <= (2**-22 * size + 2 * eps) * terms + tiny).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_of_a_query_reaches_the_gradients_of_its_keys(run: Callable, dtype: torch.dtype) -> None:
+    """Weights are at most 1, and NaN all the same where scores are."""
+    q, k, v, grad = inputs(120, 120, (2, 1), 32, dtype)
+    q[70, 1] = NAN
+    (_, _, dq, dk, dv), _ = run((q, k, v, offsets_of([60, 60]), None, None, True, None, None), grad)
+    assert dq[70, 1].isnan().all()
+    assert not dq[:70].isnan().any()
+    for x in (dk, dv):
+        assert x[60:71].isnan().all()
+        assert not x[:32].isnan().any()  # tiles of keys that the query has no part in
+
+
+@pytest.mark.parametrize("window", [None, 1, 31, 64, 100])
+def test_documents_of_all_lengths_at_edges_of_tiles(run: Callable, window: int | None) -> None:
+    """Tiles that are whole for some rows, for all that have keys, and for none; rows without any at the end."""
+    lengths = [1, 300, 2, 64, 63, 0, 128, 65, 17]
+    tensors = inputs(sum(lengths) + 40, sum(lengths) + 40, (2, 1), 32, torch.float32)
+    for x in tensors:
+        x[sum(lengths) :] = NAN
+    check(run, tensors, offsets_of(lengths), window=window, tiles=(64, 32))
+
+
 def test_launches_as_on_hopper(run: Callable) -> None:
     """With the tiles that `launch_options` says."""
     check(run, inputs(300, 300, (1, 1), 64, torch.bfloat16), offsets_of([170, 1, 129]), window=100, tiles=None)
