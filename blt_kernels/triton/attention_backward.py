@@ -8,7 +8,7 @@ which stream the queries that attend to them, of all heads that read this key he
 which streams keys as forward does. Both make the scores anew, so a (query, key) pair costs 14 E flops, 4 E more than if
 dq were added up by atomics, and everything is the same bit for bit from run to run.
 
-A pair costs seven instructions beside the products: p = exp2(min(scale log2(e) q . k - lse, 0)) is a multiply-add, a
+A pair costs six instructions beside the products: p = exp2(min(scale log2(e) q . k - lse, 0)) is a multiply-add, a
 minimum and an exponential, ds a subtraction and a product, and both are rounded, two at a time. p is as precise as lse,
 which is rounded: its relative error is up to about 2^-22 |lse|. The minimum makes it at most 1 where lse is huge.
 Only a tile that some row does not attend to whole is masked, behind a branch that all threads take alike. That costs
