@@ -66,6 +66,8 @@ def test_every_stage_runs(tmp_path: Path) -> None:
     assert any(row["op"] == "smoke block_causal_attention[decoding] float32" for row in rows)
     assert "smoke: 7 of 7 cases right" in printed
     assert "stages: ceilings" in printed
+    for kernel in ("fwd", "bwd_dkdv", "bwd_dq", "decode"):
+        assert 2 <= len([row for row in rows if row["op"] == f"search {kernel}"]) <= 12, kernel
     assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".csv", ".log"]
 
 
