@@ -114,6 +114,17 @@ struct alignas(sizeof(T) * kSize) Pack {
 template <class T, int kSize>
 using Bits = typename Word<sizeof(T) * kSize>::type;
 
+// The same bits as another type.
+template <class To, class From>
+__device__ __forceinline__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  union {
+    From from;
+    To to;
+  } both = {from};
+  return both.to;
+}
+
 template <class T, int kSize>
 __device__ __forceinline__ Pack<T, kSize> unpack(const Bits<T, kSize>& bits) {
   union {

@@ -34,16 +34,6 @@ using unit_t = typename Unit<T, kPack % 2 == 0>::type;
 template <class T, int kPack>
 using Units = Pack<unit_t<T, kPack>, kPack * sizeof(T) / sizeof(unit_t<T, kPack>)>;
 
-template <class To, class From>
-__device__ __forceinline__ To bits_as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "the same bits");
-  union {
-    From from;
-    To to;
-  } both = {from};
-  return both.to;
-}
-
 template <class T, int kPack>
 __device__ __forceinline__ Units<T, kPack> load_units(const T* from) {
   return bits_as<Units<T, kPack>>(load_bits<kPack>(from));

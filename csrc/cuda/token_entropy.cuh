@@ -100,16 +100,6 @@ struct EntropySums {
 // 16 bytes of numbers. They are held like this, since the compiler spreads 16-bit numbers over a register each.
 using Words = Pack<u32, 4>;
 
-template <class To, class From>
-__device__ __forceinline__ To bits_as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "the same bits as another type");
-  union {
-    From from;
-    To to;
-  } both = {from};
-  return both.to;
-}
-
 template <class T>
 __device__ __forceinline__ Pack<T, 16 / sizeof(T)> numbers_of(const Words& words) {
   return bits_as<Pack<T, 16 / sizeof(T)>>(words);
