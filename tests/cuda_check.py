@@ -2,6 +2,9 @@
 
 For each kernel it prints registers, static shared memory and the warps that may be on a multiprocessor at a time. It
 fails on a spill, a stack frame, or a kernel for 16-byte accesses (a pack of 16 bytes in its name) with no 128-bit load.
+
+For sm_90a it also estimates how fast the ops are (cuda_model/), compares that with bench/results/model-sm90.csv, and
+fails where a time or a number of instructions moved by more than 10%. --update writes that file anew.
 """
 
 from __future__ import annotations
@@ -12,13 +15,20 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from cuda_model import attention_cases, cases, table
+from cuda_model.run import Compiled, ModelError, rows_of_case
+from cuda_model.sass import functions_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("80", "90a", "100")
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor
+MODELED = "90a"
+ATTENTION = "block_causal_attention"
 SIZES = {"float": 4, "double": 8, "__nv_bfloat16": 2, "__half": 2}
 
 
@@ -80,7 +90,7 @@ def cuobjdump() -> str:
 
 
 def compile_launcher(source: Path, arch: str, folder: Path) -> str:
-    """Compile a .cu for a GPU architecture into `folder`, and return what ptxas says."""
+    """Compile a .cu for a GPU architecture into `folder`, and return what ptxas says; leave its SASS beside it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     command = [
@@ -91,6 +101,9 @@ def compile_launcher(source: Path, arch: str, folder: Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"cuda-check: {source.name} does not compile:\n{done.stdout}{done.stderr}")
+    (cubin,) = folder.glob(f"{source.stem}*.cubin")
+    sass = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    (folder / "kernels.sass").write_text(sass)
     return done.stdout + done.stderr
 
 
@@ -108,18 +121,21 @@ def threads_of(ptx: str) -> dict[str, int]:
     return {symbol: int(threads or 1024) for symbol, threads in entries}
 
 
-def wide_loads_of(cubin: Path) -> set[str]:
-    """The symbols whose code has a 128-bit load from global memory."""
-    sass = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"Function : (\w+)", sass)[1:]
-    return {
-        name for name, code in zip(parts[::2], parts[1::2], strict=True) if re.search(r"\bLDG\.E(\.\w+)*\.128", code)
-    }
+def parameters_of(ptx: str) -> dict[str, tuple[int, ...]]:
+    """Symbol -> bytes of each parameter."""
+    entries = re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx)
+    one = re.compile(r"\.param (?:\.align \d+ )?\.[bufs](\d+) \w+(?:\[(\d+)\])?")
+    return {symbol: tuple(int(b) // 8 * int(n or 1) for b, n in one.findall(text)) for symbol, text in entries}
+
+
+def folder_of(stem: str, arch: str) -> Path:
+    """Where a launcher is compiled to."""
+    return ROOT / "build" / "cuda-check" / f"{stem}-{arch}"
 
 
 def kernels_of(source: Path, arch: str) -> list[Kernel]:
     """Compile a .cu for a GPU architecture and describe its kernels."""
-    folder = ROOT / "build" / "cuda-check" / f"{source.stem}-{arch}"
+    folder = folder_of(source.stem, arch)
     log = compile_launcher(source, arch, folder)
     found = re.findall(
         r"Compiling entry function '(\w+)' for 'sm_\w+'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -127,23 +143,101 @@ def kernels_of(source: Path, arch: str) -> list[Kernel]:
         re.sub(r"\n(?!ptxas info +: Compiling)", " ", log),
     )
     names = demangle([f[0] for f in found])
-    (ptx,), (cubin,) = folder.glob(f"{source.stem}*.ptx"), folder.glob(f"{source.stem}*.cubin")
-    threads, wide = threads_of(ptx.read_text()), wide_loads_of(cubin)
+    (ptx,) = folder.glob(f"{source.stem}*.ptx")
+    threads, code = threads_of(ptx.read_text()), functions_of((folder / "kernels.sass").read_text())
     return [
         Kernel(
             *(name, arch, int(registers), int(shared or 0), int(stack), int(stores) + int(loads)),
-            *(threads[symbol], symbol in wide),
+            *(threads[symbol], re.search(r"\bLDG\.E(\.\w+)*\.128", code[symbol]) is not None),
         )
         for name, (symbol, stack, stores, loads, registers, shared) in zip(names, found, strict=True)
     ]
 
 
+# --- the static model -------------------------------------------------------------------------------------------------
+
+
+@cache
+def compiled(stem: str) -> list[Compiled]:
+    """The kernels of a launcher that was compiled, for the model."""
+    folder = folder_of(stem, MODELED)
+    (cubin,), (ptx,) = folder.glob(f"{stem}*.cubin"), folder.glob(f"{stem}*.ptx")
+    usage = subprocess.run([cuobjdump(), "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+    used = {m[0]: (int(m[1]), int(m[2])) for m in re.findall(r"Function (\w+):\s+REG:(\d+) .*?SHARED:(\d+)", usage)}
+    threads, parameters = threads_of(ptx.read_text()), parameters_of(ptx.read_text())
+    code = functions_of((folder / "kernels.sass").read_text())
+    return [
+        Compiled(name, code[symbol], *used[symbol], threads[symbol], parameters[symbol])
+        for symbol, name in zip(code, demangle(list(code)), strict=True)
+    ]
+
+
+def nvcc_version() -> str:
+    """What the rows of CUDA C++ kernels are compiled by."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", said)
+    return f"nvcc {found[1]}" if found else "nvcc"
+
+
+Modeled = tuple[list[table.Row], list[str]]  # rows, and what is wrong with the model
+
+
+def model_case(number: int) -> Modeled:
+    """Model one of `cases.cases()`, in a process of its own."""
+    case = list(cases.cases())[number]
+    try:
+        return rows_of_case(case, compiled, nvcc_version()), []
+    except ModelError as error:
+        return [], [f"{case.op}: {error}"]
+
+
+def model_attention() -> Modeled:
+    """Model the Triton kernels."""
+    try:
+        return list(attention_cases.attention_rows(attention_cases.cached(cuobjdump()))), []
+    except ModelError as error:
+        return [], [f"{ATTENTION}: {error}"]
+
+
+def model(stems: set[str], update: bool, jobs: int) -> bool:
+    """Estimate the ops whose launchers were compiled, and compare them with the table; whether all is as it was."""
+    every = list(cases.cases())
+    numbers = [n for n, case in enumerate(every) if case.stems <= stems]
+    whole = len(numbers) == len(every) and ATTENTION in stems
+    with ProcessPoolExecutor(jobs) as pool:
+        running = [pool.submit(model_attention)] if ATTENTION in stems else []
+        running = [*(pool.submit(model_case, n) for n in numbers), *running]
+        results = [future.result() for future in running]
+    rows = [table.written(row) for part, _ in results for row in part]
+    faults = [fault for _, part in results for fault in part]
+    print(f"\nestimates for sm_{MODELED}, shares of a copy or of the tensor cores\n{table.show(rows)}")
+    if faults:
+        print("\nthe model does not fit the kernels:", *faults, sep="\n")
+        return False
+    old = table.read()
+    if update:
+        modeled = {table.case_of(row) for row in rows}
+        kept = [] if whole else [row for row in old if table.case_of(row) not in modeled]
+        places = {(case.op, case.shape): n for n, case in enumerate(every)}
+        table.write(sorted(kept + rows, key=lambda row: places.get(table.case_of(row), len(every))))
+        print(f"\n{table.TABLE.relative_to(ROOT)} is written")
+        return True
+    moved = table.differences(old, rows) + table.missing(old, rows, whole)
+    if moved:
+        print("\ntimes or instructions that moved by more than 10%:", *moved, sep="\n")
+        print("If that is meant: make cuda-check ARCHS=90a UPDATE=1, and commit bench/results/model-sm90.csv")
+    return not moved
+
+
 def main() -> None:
     """Check the launchers that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("launchers", nargs="*", help="stems of files in csrc/cuda; all if none")
+    parser.add_argument(
+        "launchers", nargs="*", help=f"stems of files in csrc/cuda, {ATTENTION} for its estimates; all if none"
+    )
     parser.add_argument("--archs", nargs="+", default=list(ARCHS), help=f"of {', '.join(ARCHS)}; all if none")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--update", action="store_true", help="write the estimates to bench/results/model-sm90.csv")
     arguments = parser.parse_args()
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     sources = [s for s in sources if not arguments.launchers or s.stem in arguments.launchers]
@@ -164,8 +258,17 @@ def main() -> None:
                 faults = [f"sm_{k.arch}: {fault}" for k in own for fault in k.faults()]
                 print(f"{name:84} {own[0].threads:7} {own[0].shared:7}  {registers:>15} {warps:>15}", *faults)
                 failed += bool(faults)
+    as_before = True
+    if MODELED in arguments.archs:
+        stems = {s.stem for s in sources} | set(arguments.launchers)
+        if not arguments.launchers:
+            stems |= {ATTENTION}
+        if ATTENTION in stems and importlib.util.find_spec("triton") is None:
+            print("\nno estimates of attention, whose kernels Triton compiles: pip install triton")
+            stems -= {ATTENTION}
+        as_before = model(stems, arguments.update, arguments.jobs)
     print(f"\n{failed} kernels failed" if failed else "\nno spills, no stack frames; 128-bit loads where they belong")
-    sys.exit(failed > 0)
+    sys.exit(failed > 0 or not as_before)
 
 
 if __name__ == "__main__":
