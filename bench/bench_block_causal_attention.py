@@ -69,7 +69,7 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
         for backward in passes:
             yield partial(comparison, case, device, backward, compile_peers)
     if device == "cuda":
-        yield decoding([60, 1, 33] if small else USED, 64 if small else ROOM, device)
+        yield partial(decoding, [60, 1, 33] if small else USED, 64 if small else ROOM, device)
 
 
 def exact(

@@ -97,7 +97,10 @@ def inputs(sizes: Sizes, vocab: int, trained: bool, device: str) -> Inputs:
     tokens = text(sizes, device)
     hashes = bk.ngram_hash(tokens, ngram_sizes=NGRAMS, vocab=vocab).flatten(1)
     rows = (hashes + torch.arange(len(NGRAMS), device=device)[:, None] * vocab).T.contiguous()
-    fused = torch.empty(len(NGRAMS) * vocab, sizes.width, dtype=sizes.dtype, device=device).uniform_(-1, 1)
+    # A generator of its own: torch's is unusable on a GPU from a failed capture until the next one that succeeds.
+    generator = torch.Generator(device).manual_seed(0)
+    fused = torch.empty(len(NGRAMS) * vocab, sizes.width, dtype=sizes.dtype, device=device)
+    fused.uniform_(-1, 1, generator=generator)
     byte_table = normal(ALPHABET, sizes.width, dtype=sizes.dtype, device=device)
     return Inputs(tokens, rows, fused.requires_grad_(trained), byte_table.requires_grad_(trained))
 

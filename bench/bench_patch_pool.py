@@ -38,7 +38,6 @@ def comparison(
 ) -> Comparison:
     layout = layout_of([shape[1]] * shape[0], device=device)
     x = normal(*shape, dtype=dtype, device=device).requires_grad_(backward)
-    packed = x.view(-1, shape[2])
     ids, rows_ids, offsets = layout.patch_ids.long(), local_ids(layout.patch_ids, layout), layout.patch_offsets.long()
     patches = int(layout.cu_patches.diff().max())
     grad = normal(layout.capacity, len(reduce) * shape[2], seed=1, dtype=dtype, device=device)
@@ -50,11 +49,11 @@ def comparison(
     implementations = {
         OURS: run(lambda: bk.patch_pool(x, layout, reduce)),
         "scatter_reduce": run(lambda: peers.scatter_reduce(x, rows_ids, patches, reduce), padded_grad),
-        "segment_reduce": run(lambda: peers.segment_reduce(packed, offsets, reduce)),
+        "segment_reduce": run(lambda: peers.segment_reduce(x.flatten(0, 1), offsets, reduce)),
     }
     if "mean" in reduce:
         name = "index_add" if reduce == ("mean",) else "segment_reduce, index_add"
-        implementations[name] = run(lambda: peers.segment_reduce(packed, offsets, reduce, ids))
+        implementations[name] = run(lambda: peers.segment_reduce(x.flatten(0, 1), offsets, reduce, ids))
     # Forward reads x and writes out. Backward reads grad_out and writes grad_x; for a maximum it reads x and out again.
     work = nbytes(x, grad) * (1 if not backward else 3 if "max" in reduce else 2)
 

@@ -46,8 +46,12 @@ def steps(function: Callable[[], Tensor], inputs: Sequence[Tensor], grad: Tensor
 
 
 def assert_agree(results: dict[str, Sequence[Tensor]], truth: Sequence[Tensor], eager: str) -> None:
-    """Raise unless ours is as accurate as `eager`, and the others compute the same thing: half of the digits agree."""
-    assert_close(results[OURS], results[eager], truth)
+    """Raise unless ours is as accurate as `eager`, and all compute the same thing: half of the digits agree.
+
+    Where `eager` could not run, which is a row of its own, half of the digits of ours have to agree as well.
+    """
+    if eager in results:
+        assert_close(results[OURS], results[eager], truth)
     for name, result in results.items():
         for number, (actual, exact) in enumerate(zip(result, truth, strict=True)):
             assert actual.shape == exact.shape, f"{name}, result {number}: {actual.shape}, expected {exact.shape}"

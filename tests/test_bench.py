@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gc
 import importlib
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -41,6 +43,28 @@ def test_implementations_agree_and_are_measured(timing: ModuleType, name: str) -
     assert all(isinstance(line, str) for line in bench.remarks(rows))
 
 
+@pytest.mark.parametrize("name", BENCHES)
+def test_inputs_belong_to_no_graph(timing: ModuleType, name: str) -> None:
+    """A graph that is older than a capture keeps the stream that it was made on, and ends the capture in an error."""
+    bench = importlib.import_module(name)
+    for make in itertools.islice(bench.comparisons(small=True, compile_peers=False), 8):
+        before = {id(x) for x in results_of_graphs()}
+        comparison = make()
+        found = [x.shape for x in results_of_graphs() if id(x) not in before]
+        assert not found, f"{comparison.op} {comparison.dtype}: {found}"
+
+
+def results_of_graphs() -> list[torch.Tensor]:
+    """The tensors that hold an autograd graph."""
+    return [x for x in gc.get_objects() if type(x) is torch.Tensor and x.grad_fn is not None]
+
+
+def test_comparisons_for_cuda_are_made_when_they_are_called(timing: ModuleType) -> None:
+    """The list of them takes no inputs, and no GPU."""
+    for name in BENCHES:
+        assert all(map(callable, importlib.import_module(name).comparisons(device="cuda", compile_peers=False))), name
+
+
 def test_a_wrong_result_is_not_timed(timing: ModuleType) -> None:
     def agree(results: dict[str, int]) -> None:
         assert results[timing.OURS] == results["peer"]
@@ -58,6 +82,9 @@ def test_agreement_judges_ours_and_every_peer(timing: ModuleType) -> None:
         results = {timing.OURS: [rounded], "eager": [rounded], "peer": [rounded]}
         assert_agree(results, [truth], "eager")
         results[wrong] = [rounded * 1.01]
+        with pytest.raises(AssertionError):
+            assert_agree(results, [truth], "eager")
+        del results["eager"]  # as where it is out of memory
         with pytest.raises(AssertionError):
             assert_agree(results, [truth], "eager")
 

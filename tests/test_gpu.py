@@ -107,6 +107,14 @@ def test_the_budget_is_kept(tmp_path: Path) -> None:
     assert rows[0]["op"] == "versions"
 
 
+def test_the_budget_begins_with_the_process(stages: Callable[[str], ModuleType]) -> None:
+    code = "import time; time.sleep(2); import gpu; print(gpu.process_age())"
+    paths = os.pathsep.join([str(BENCH), str(ROOT)])
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
+    assert 2 <= float(done.stdout) <= time.monotonic() - began + 0.1  # in ticks of the kernel
+
+
 def test_every_case_of_a_gpu_is_listed_without_one(stages: Callable[[str], ModuleType]) -> None:
     """The lists are made without inputs; the first cases are of different ops."""
     target = stages("target").Target()
@@ -187,6 +195,7 @@ def test_errors_of_the_sanitizer_are_rows(stages: Callable[[str], ModuleType], m
         "========= Invalid __global__ read of size 4 bytes",
         "=========     at blt::kernel",
         "case two",
+        "2 runs by nvcc",
         "========= ERROR SUMMARY: 1 error",
     ]
     monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(printed))
@@ -196,12 +205,17 @@ def test_errors_of_the_sanitizer_are_rows(stages: Callable[[str], ModuleType], m
         ("2 cases", "1 errors: ERROR SUMMARY: 1 error"),
     ]
     monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(["case one", "Killed"]))
-    assert [r.status for r in checks.sanitize(target, "memcheck")] == ["0 errors: no summary"]
+    assert [r.status for r in checks.sanitize(target, "memcheck")] == ["0 errors: no summary, the program ended early"]
+    early = ["case one", "Traceback", "RuntimeError: no", "========= ERROR SUMMARY: 0 errors"]
+    monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(early))
+    assert [r.status for r in checks.sanitize(target, "memcheck")] == [
+        "0 errors: ERROR SUMMARY: 0 errors, the program ended early"
+    ]
     race = ["case one", "========= Error: Race reported between Write access at blt::kernel"]
     race += ["========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"]
     monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(race))
     assert [r.status[:14] for r in checks.sanitize(target, "racecheck")] == ["Error: Race re", "1 errors: RACE"]
-    clean = ["case one", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"]
+    clean = ["case one", "1 runs by nvcc", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"]
     monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(clean))
     assert [r.status[:7] for r in checks.sanitize(target, "racecheck")] == ["ok: RAC"]
 
@@ -218,6 +232,11 @@ def test_failing_tests_are_rows(stages: Callable[[str], ModuleType], monkeypatch
     rows = list(checks.suite(stages("target").Target()))
     assert (rows[0].shape, rows[0].status, len(rows)) == ("tests/test_a.py::test_bad[cuda]", "FAILED", 2)
     assert rows[-1].status == "1 failed, 1 passed in 2.00s"
+    many = [f"[gw0] [ 10%] PASSED tests/test_a.py::test_good[{n}] " for n in range(250)]
+    monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(many))  # killed before its end
+    rows = list(checks.suite(stages("target").Target()))
+    assert [(r.shape, r.status) for r in rows[:2]] == [("100 tests", "ok so far"), ("200 tests", "ok so far")]
+    assert rows[2].status == "no end"
     monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(["=== 7 passed in 1.00s ==="]))
     assert [r.status for r in checks.suite(stages("target").Target())] == ["ok: 7 passed in 1.00s"]
 
