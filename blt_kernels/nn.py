@@ -258,7 +258,6 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.attention, self.head_dim, self.window = ops.patch_cross_attention, config.head_dim, window
         self.direction, self.queries_per_patch = direction, queries_per_patch
-        self.group = config.num_heads // config.kv_heads
         self.q_norm = RMSNorm(config.dim, config.norm_eps)
         self.k_norm = RMSNorm(config.dim, config.norm_eps)
         self.q_proj = linear(config.dim, config.dim)
@@ -270,8 +269,6 @@ class CrossAttention(nn.Module):
         states = self.k_norm(states)
         q = self.q_proj(self.q_norm(queries)).unflatten(-1, (-1, self.head_dim))
         k, v = (p(states).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
-        if self.group > 1:
-            k, v = (x.repeat_interleave(self.group, dim=-2) for x in (k, v))
         out = self.attention(
             q, k, v, layout, direction=self.direction, queries_per_patch=self.queries_per_patch, window=self.window
         )

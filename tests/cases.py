@@ -184,6 +184,8 @@ ATTENTION = [
     _cross("decode", _make_cross("decode")),
     _cross("encode, window", _make_cross("encode", "tail", window=3)),
     _cross("decode, window", _make_cross("decode", "overflow", window=3, scale=0.5)),
+    _cross("encode, grouped", _make_cross("encode", heads=6, kv_heads=2)),
+    _cross("decode, grouped", _make_cross("decode", "tail", heads=4, kv_heads=1, window=2), trace=False),
     _cross("encode, wide", _make_cross("encode", width=80), trace=False),
     _cross("decode, wide", _make_cross("decode", width=80), trace=False),
 ]

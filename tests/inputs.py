@@ -213,15 +213,17 @@ def make_decoding(*, groups: int = 2, width: int = 10, **options: Any) -> Make:
     return make
 
 
-def make_cross_attention(direction: str, kind: str = "", width: int = 10, **options: Any) -> Make:
+def make_cross_attention(
+    direction: str, kind: str = "", width: int = 10, heads: int = 3, kv_heads: int = 3, **options: Any
+) -> Make:
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         layout = make_layout(num_bytes, seed, kind)
         on_patches, on_bytes = layout.capacity * 2, num_bytes
         queries, keys = (on_patches, on_bytes) if direction == "encode" else (on_bytes, on_patches)
         return {
-            "q": random_normal(queries, 3, width, dtype=dtype, seed=seed),
-            "k": random_normal(keys, 3, width, dtype=dtype, seed=seed + 1),
-            "v": random_normal(keys, 3, width, dtype=dtype, seed=seed + 2),
+            "q": random_normal(queries, heads, width, dtype=dtype, seed=seed),
+            "k": random_normal(keys, kv_heads, width, dtype=dtype, seed=seed + 1),
+            "v": random_normal(keys, kv_heads, width, dtype=dtype, seed=seed + 2),
             "layout": layout,
             "direction": direction,
             "queries_per_patch": 2,

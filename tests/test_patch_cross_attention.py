@@ -301,15 +301,26 @@ def long_layout(device: str = "cpu") -> PatchLayout:
 
 
 def arguments(
-    layout: PatchLayout, direction: str, vectors: int, heads: int, width: int, window: int | None = None
+    layout: PatchLayout,
+    direction: str,
+    vectors: int,
+    heads: int,
+    width: int,
+    window: int | None = None,
+    kv_heads: int | None = None,
 ) -> tuple[list[Tensor], list[Any]]:
     """q, k, v and a gradient in fp64, and what the raw operators take after them."""
     sides = [layout.capacity * vectors, layout.num_bytes]
     queries, keys = sides if direction == "encode" else sides[::-1]
     rows = (queries, keys, keys, queries)
-    tensors = [randn(n, heads, width, seed=i, device=str(layout.device)) for i, n in enumerate(rows)]
-    ids = layout.patch_ids if direction == "encode" else layout.decode_ids
-    return tensors, [layout.patch_offsets, layout.cu_patches, ids, direction, vectors, window, None]
+    of_tensors = (heads, kv_heads or heads, kv_heads or heads, heads)
+    tensors = [
+        randn(n, h, width, seed=i, device=str(layout.device))
+        for i, (n, h) in enumerate(zip(rows, of_tensors, strict=True))
+    ]
+    encode = direction == "encode"
+    offsets, ids = (layout.patch_offsets, layout.patch_ids) if encode else (layout.decode_offsets, layout.decode_ids)
+    return tensors, [offsets, layout.cu_patches, ids, direction, vectors, window, None]
 
 
 def run_raw(tensors: list[Tensor], rest: list[Any]) -> list[Tensor]:
@@ -362,10 +373,11 @@ def test_heads_and_widths_that_fill_no_vector(
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-@pytest.mark.parametrize("window", [None, 3])
-def test_bitwise_the_same_with_more_threads(direction: str, window: int | None) -> None:
+@pytest.mark.parametrize(("window", "divided"), [(None, False), (3, False), (None, True)])
+def test_bitwise_the_same_with_more_threads(direction: str, window: int | None, divided: bool) -> None:
     """Enough work to be shared, in documents and patches of very different lengths."""
-    tensors, rest = arguments(ragged_layout(2500, 3), direction, 2, 4, 64, window)
+    layout = one_patch(2500) if divided else ragged_layout(2500, 3)
+    tensors, rest = arguments(layout, direction, 2, 4, 64, window)
     tensors = [x.float() for x in tensors]
     alone = run_raw(tensors, rest)
     torch.set_num_threads(2)
@@ -376,9 +388,9 @@ def test_bitwise_the_same_with_more_threads(direction: str, window: int | None) 
 @pytest.mark.parametrize(
     ("position", "bad", "message"),
     [
-        (0, lambda x: x + 1, "patch_offsets"),
-        (0, lambda x: x.flip(0), "patch_offsets"),
-        (0, lambda x: x * 2, "patch_offsets"),
+        (0, lambda x: x + 1, "offsets|ids"),  # readers may begin at a later byte
+        (0, lambda x: x.flip(0), "offsets"),
+        (0, lambda x: x * 2, "offsets"),
         (0, lambda x: x[:-1], "rows|cu_patches"),
         (
             0,
@@ -448,17 +460,22 @@ def test_rows_in_any_place(direction: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_traffic(direction: str, dtype: torch.dtype) -> None:
-    """Every tensor passes once, `out` not at all in the backward; 16 heads of 64, two vectors for a patch."""
-    layout = ragged_layout(300, 2).compact()
-    tensors, rest = arguments(layout, direction, 2, 16, 64)
+@pytest.mark.parametrize(("dtype", "window"), [(torch.bfloat16, None), (torch.float32, None), (torch.bfloat16, 2)])
+def test_traffic(direction: str, dtype: torch.dtype, window: int | None) -> None:
+    """Every tensor passes once, `out` not at all in the backward; 16 heads of 64, two vectors for a patch.
+
+    The backward of a window has two kernels that read what the other read.
+    """
+    layout = ragged_layout(1200, 2).compact()
+    tensors, rest = arguments(layout, direction, 2, 16, 64, window)
     q, k, v, grad = (x.to(dtype) for x in tensors)
     raw = torch.ops.blt_kernels
     out, lse = raw.patch_cross_attention_fwd(q, k, v, *rest)
     size = {"q": q.nbytes, "k": k.nbytes, "v": v.nbytes, "lse": lse.nbytes}
     forward = 2 * size["q"] + size["k"] + size["v"] + size["lse"]
     backward = 3 * size["q"] + 2 * size["k"] + 2 * size["v"] + size["lse"]
+    if window:
+        backward += 2 * size["q"] + size["k"] + size["v"] + 4 * size["lse"]
     for minimum, run in (
         (forward, lambda: raw.patch_cross_attention_fwd(q, k, v, *rest)),
         (backward, lambda: raw.patch_cross_attention_bwd(grad, q, k, v, out, lse, *rest)),
@@ -466,13 +483,67 @@ def test_traffic(direction: str, dtype: torch.dtype) -> None:
         assert 0.9 * minimum <= backends.traffic(run) <= 1.1 * minimum
 
 
-@pytest.mark.parametrize("direction", ["encode", "decode"])
-@pytest.mark.parametrize(("vectors", "window", "count"), [(1, None, 1), (4, None, 1), (5, None, 2), (2, 3, 2)])
-def test_number_of_launches(direction: str, vectors: int, window: int | None, count: int) -> None:
-    tensors, rest = arguments(ragged_layout(40, 2), direction, vectors, 2, 64, window)
+@pytest.mark.parametrize(
+    ("num_bytes", "direction", "vectors", "window", "kv_heads", "expected"),
+    [
+        (40, "encode", 1, None, 2, ["fwd_queries", "bwd_queries"]),
+        (40, "encode", 2, None, 2, ["fwd_queries", "bwd_queries"]),
+        (40, "encode", 2, None, 1, ["fwd_queries", "bwd_queries", "bwd_keys"]),
+        (40, "encode", 3, None, 2, ["fwd_queries", "bwd_queries", "bwd_keys"]),
+        (40, "decode", 1, None, 2, ["fwd_keys", "bwd_keys"]),
+        (40, "decode", 2, None, 1, ["fwd_keys", "bwd_keys"]),
+        (40, "decode", 3, None, 2, ["fwd_queries", "bwd_queries", "bwd_keys"]),
+        (80, "encode", 2, 3, 2, ["fwd_queries", "bwd_queries", "bwd_keys"]),
+        (80, "decode", 2, 3, 2, ["fwd_queries", "bwd_queries", "bwd_keys"]),
+        (80, "encode", 2, None, 2, ["fwd_queries", "sum", "bwd_queries", "sum"]),
+        (80, "decode", 2, None, 2, ["fwd_keys", "bwd_keys", "sum", "sum"]),
+    ],
+)
+def test_launches(
+    num_bytes: int, direction: str, vectors: int, window: int | None, kv_heads: int, expected: list[str]
+) -> None:
+    """From 64 bytes on a patch may be divided; a window is not."""
+    tensors, rest = arguments(ragged_layout(num_bytes, 2), direction, vectors, 2, 64, window, kv_heads)
     launches = backends.launches(lambda: run_raw([x.float() for x in tensors], rest))
     kernels = [launch.kernel.split("<")[0].removeprefix("blt::patch_cross_attention_") for launch in launches]
-    assert kernels == ["fwd_kernel"] + ["bwd_kernel"] * count
+    assert kernels == [f"{name}_kernel" for name in expected]
+
+
+def one_patch(num_bytes: int) -> PatchLayout:
+    """Patches of 1 and `num_bytes` - 1 bytes: the second one reads, and the first one is read by, all but a byte."""
+    return PatchLayout.from_lengths(torch.tensor([[1, num_bytes - 1]]))
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_no_thread_walks_a_long_patch_alone(direction: str) -> None:
+    """The longest chain of accesses of a thread is as long for four times the bytes: that of kRun parts of 64."""
+    longest = []
+    for num_bytes in (2048, 8192):
+        tensors, rest = arguments(one_patch(num_bytes), direction, 2, 1, 64)
+        tensors = [x.bfloat16() for x in tensors]
+        launches = backends.launches(lambda: run_raw(tensors, rest))  # noqa: B023
+        longest.append([launch.longest for launch in launches if "sum" not in launch.kernel])
+        assert max(launch.longest for launch in launches) == max(longest[-1]) < 5000
+    assert longest[0] == longest[1]
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize(
+    ("dtype", "vectors", "heads", "kv_heads"), [(torch.bfloat16, 2, 2, 2), (torch.float32, 3, 4, 2)]
+)
+def test_divided_patches(
+    direction: str, dtype: torch.dtype, vectors: int, heads: int, kv_heads: int, device: str
+) -> None:
+    """Long patches beside short ones, empty ones, documents whose first patch has no reader, and bytes beyond."""
+    documents = [[1, 127, 1, 300], [], [400], [2, 63, 257, 65], [64, 64, 128, 3]]
+    num_bytes = sum(map(sum, documents))
+    ends = torch.tensor([length for lengths in documents for length in lengths]).cumsum(0)
+    cuts = torch.zeros(num_bytes + 70, dtype=torch.bool).index_fill(0, ends - 1, True)  # a cut follows a byte
+    cu_seqlens = torch.tensor([0, *(sum(x) for x in documents)], dtype=torch.int32).cumsum(0).int()
+    layout = PatchLayout.from_cuts(cuts.to(device), cu_seqlens.to(device), 16)
+    assert layout.patch_offsets[1 : len(ends) + 1].tolist() == ends.tolist()
+    tensors, rest = arguments(layout, direction, vectors, heads, 64, None, kv_heads)
+    check_raw([x.to(dtype) for x in tensors], rest)
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
@@ -539,8 +610,10 @@ DECODE = {"q": torch.zeros(20, 3, 4), "k": torch.zeros(40, 3, 4), "v": torch.zer
         (
             {"k": torch.zeros(20, 1, 4)},
             ValueError,
-            r"k: expected shape \[T = 20, H = 3, E = 4\] to encode, got \[20, 1, 4\]",
+            r"v: expected shape \[T = 20, G = 1, E = 4\] to encode, got \[20, 3, 4\]",
         ),
+        ({"k": torch.zeros(20, 2, 4)}, ValueError, "k: expected a number of heads G that divides H = 3, got 2"),
+        ({"k": torch.zeros(20, 0, 4)}, ValueError, "k: expected a number of heads G that divides H = 3, got 0"),
         ({"v": torch.zeros(3, 7, 3, 4)}, ValueError, r"v: expected shape \[T = 20, .* to encode, got \[21, 3, 4\]"),
         ({**DECODE, "q": torch.zeros(40, 3, 4)}, ValueError, r"q: expected shape \[T = 20, .* to decode, got \[40"),
         (

@@ -362,7 +362,7 @@ def _visited(
 
 
 def _crossed(
-    _patch_offsets: Tensor,
+    _offsets: Tensor,
     cu_patches: Tensor,
     ids: Tensor,
     direction: str,

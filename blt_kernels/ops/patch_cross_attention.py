@@ -33,7 +33,8 @@ def patch_cross_attention(
     ----------
     q, k, v : fp32, bf16, fp16 or fp64
         One side has a row for each byte, ``[T, H, E]`` or ``[B, S, H, E]`` with ``B * S = T``. The other has K rows for
-        each patch, ``[C * K, H, E]``: row ``p * K + j`` is vector j of patch p. E is at most 256 on CUDA.
+        each patch, ``[C * K, H, E]``: row ``p * K + j`` is vector j of patch p. E is at most 256 on CUDA. k and v may
+        have fewer heads, ``[*, G, E]`` with a G that divides H: query head h reads head ``h // (H / G)``.
 
         - "encode": q is on the patches, k and v on the bytes.
         - "decode": q is on the bytes, k and v on the patches.
@@ -68,9 +69,10 @@ def patch_cross_attention(
     Second derivatives are those of the reference, in its time and memory. Under autocast q, k and v are cast to the
     autocast dtype, as in `F.scaled_dot_product_attention`.
 
-    Scores, and products of q and k, may be of any size that fp32 holds. Where queries have a window or more than 128
-    keys, gradients on the CPU have the error of the rounded lse: up to 0.05% for scores of 1e4 and 3% for 1e6; beyond
-    they are bounded, but wrong.
+    Scores, and products of q and k, may be of any size that fp32 holds. Some gradients have the error of the rounded
+    lse: up to 0.05% for scores of 1e4 and 3% for 1e6; beyond they are bounded, but wrong. On the CPU these are those of
+    queries with more than 128 keys, with a window, or that encode with grouped heads; on CUDA those of encoding queries
+    with 64 keys or more and no window.
     """
     _common.check_choice("direction", direction, ("encode", "decode"))
     _common.check_int("queries_per_patch", queries_per_patch, 1)
@@ -83,22 +85,28 @@ def patch_cross_attention(
     if heads < 1 or width < 1:
         raise ValueError(f"q: expected at least one head, of a width of at least 1, got shape {list(q.shape)}")
     packed = tuple(x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
+    kv_heads = packed[1].shape[1]
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"k: expected a number of heads G that divides H = {heads}, got {kv_heads}")
     for name, x in zip("qkv", packed, strict=True):
         on_patches = (name == "q") == encode
         rows = layout.capacity * queries_per_patch if on_patches else layout.num_bytes
-        if x.shape[0] != rows or x.shape[1] != heads or x.shape[2] != width:
+        own_heads = heads if name == "q" else kv_heads
+        if x.shape[0] != rows or x.shape[1] != own_heads or x.shape[2] != width:
             meaning = f"C * K = {layout.capacity} * {queries_per_patch}" if on_patches else f"T = {rows}"
+            letter = "H" if name == "q" else "G"
             raise ValueError(
-                f"{name}: expected shape [{meaning}, H = {heads}, E = {width}] to {direction}, got {list(x.shape)}"
+                f"{name}: expected shape [{meaning}, {letter} = {own_heads}, E = {width}] to {direction},"
+                f" got {list(x.shape)}"
             )
     if window is not None:
         _common.check_int("window", window, 1)
     if scale is not None:
         _common.check_number("scale", scale)
-    ids = layout.patch_ids if encode else layout.decode_ids
+    offsets, ids = (layout.patch_offsets, layout.patch_ids) if encode else (layout.decode_offsets, layout.decode_ids)
     out, _lse = torch.ops.blt_kernels.patch_cross_attention_fwd(
         *_common.autocast(*packed),
-        layout.patch_offsets,
+        offsets,
         layout.cu_patches,
         ids,
         direction,
@@ -110,12 +118,12 @@ def patch_cross_attention(
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
-# ids are patch_ids or decode_ids, by the direction. The bytes that meet patch p lie next to each other: encoding, they
-# are [patch_offsets[p-w+1], patch_offsets[p+1]), cut at the start of the document; decoding, they lie within
-# [patch_offsets[p], patch_offsets[p+w+1]), cut at its end.
+# offsets and ids are patch_offsets and patch_ids, or decode_offsets and decode_ids, by the direction. The bytes that
+# meet patch p lie next to each other: encoding, they are [offsets[p-w+1], offsets[p+1]), cut at the start of the
+# document; decoding, those in [offsets[p], offsets[p+w]), cut at its end, that have an id.
 
 _ARGUMENTS = (
-    "Tensor patch_offsets, Tensor cu_patches, Tensor ids,"
+    "Tensor offsets, Tensor cu_patches, Tensor ids,"
     " str direction, SymInt queries_per_patch, SymInt? window, float? scale"
 )
 
@@ -147,8 +155,8 @@ def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_arguments: Any) -> tu
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, patch_offsets, cu_patches, ids, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, patch_offsets, cu_patches, ids)
+    q, k, v, offsets, cu_patches, ids, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, offsets, cu_patches, ids)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -161,8 +169,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tu
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_out, q, k, v, _out, _lse, patch_offsets, cu_patches, ids, *ctx.rest = inputs
-    ctx.save_for_backward(grad_out, q, k, v, patch_offsets, cu_patches, ids)
+    grad_out, q, k, v, _out, _lse, offsets, cu_patches, ids, *ctx.rest = inputs
+    ctx.save_for_backward(grad_out, q, k, v, offsets, cu_patches, ids)
 
 
 def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:

@@ -28,10 +28,11 @@ def patch_cross_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """Attention between patches and bytes; see `ops.patch_cross_attention`."""
-    ids = layout.patch_ids if direction == "encode" else layout.decode_ids
+    encode = direction == "encode"
+    offsets, ids = (layout.patch_offsets, layout.patch_ids) if encode else (layout.decode_offsets, layout.decode_ids)
     query, key, value = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
     out, _lse = patch_cross_attention_fwd_reference(
-        query, key, value, layout.patch_offsets, layout.cu_patches, ids, direction, queries_per_patch, window, scale
+        query, key, value, offsets, layout.cu_patches, ids, direction, queries_per_patch, window, scale
     )
     return out.view(q.shape)
 
@@ -40,7 +41,7 @@ def patch_cross_attention_fwd_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    patch_offsets: Tensor,
+    offsets: Tensor,
     cu_patches: Tensor,
     ids: Tensor,
     direction: str,
@@ -49,8 +50,8 @@ def patch_cross_attention_fwd_reference(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """With s = scale * q k^T over the edges of a query: out = softmax(s) v, lse = logsumexp(s)."""
-    graph = _graph(patch_offsets, cu_patches, ids, direction, queries_per_patch, window)
-    query, key, value = graph[0].query_side(q) * _scale(q, scale), graph[0].key_side(k), graph[0].key_side(v)
+    graph = _graph(offsets, cu_patches, ids, direction, queries_per_patch, window)
+    query, key, value = graph[0].query_side(q) * _scale(q, scale), *(graph[0].key_side(_repeat(x, q)) for x in (k, v))
     scores = [(e.query(query) * e.key(key)).sum(-1, keepdim=True).where(e.real, -torch.inf) for e in graph]
     top = torch.stack([e.max_query(s.detach()) for e, s in zip(graph, scores, strict=True)]).amax(0)
     top = top.masked_fill(top == -torch.inf, 0)
@@ -71,7 +72,7 @@ def patch_cross_attention_bwd_reference(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    patch_offsets: Tensor,
+    offsets: Tensor,
     cu_patches: Tensor,
     ids: Tensor,
     direction: str,
@@ -83,8 +84,8 @@ def patch_cross_attention_bwd_reference(
 
     exp(s - lse) is p, but for the rounding of lse: it is divided by its sum.
     """
-    graph = _graph(patch_offsets, cu_patches, ids, direction, queries_per_patch, window)
-    query, key, value = graph[0].query_side(q) * _scale(q, scale), graph[0].key_side(k), graph[0].key_side(v)
+    graph = _graph(offsets, cu_patches, ids, direction, queries_per_patch, window)
+    query, key, value = graph[0].query_side(q) * _scale(q, scale), *(graph[0].key_side(_repeat(x, q)) for x in (k, v))
     grad = graph[0].query_side(grad_out)
     shift = graph[0].query_side(lse[..., None])
     grad_q, grad_k, grad_v = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -104,7 +105,10 @@ def patch_cross_attention_bwd_reference(
         grad_k += e.sum_key(ds * e.query(query))
         grad_v += e.sum_key(p * e.query(grad))
     grad_q *= _scale(q, scale)
-    return grad_q.reshape(q.shape).to(q.dtype), grad_k.reshape(k.shape).to(k.dtype), grad_v.reshape(v.shape).to(v.dtype)
+    grad_k, grad_v = (
+        x.reshape(*k.shape[:-1], q.shape[-2] // k.shape[-2], k.shape[-1]).sum(-2) for x in (grad_k, grad_v)
+    )
+    return grad_q.reshape(q.shape).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class _Edges:
 
 
 def _graph(
-    patch_offsets: Tensor,
+    offsets: Tensor,
     cu_patches: Tensor,
     ids: Tensor,
     direction: str,
@@ -174,7 +178,7 @@ def _graph(
     window: int | None,
 ) -> list[_Edges]:
     """All edges, by distance. Encoding, byte i is read by patches ids[i] + d; decoding, it reads patches ids[i] - d."""
-    capacity = patch_offsets.shape[0] - 1
+    capacity = offsets.shape[0] - 1
     queries_per_patch = queries_per_patch if capacity else 1  # no patch may have any number of queries
     bounds = F.pad(cu_patches, (0, 1)).long()
     document = torch.searchsorted(cu_patches[1:].contiguous(), ids.contiguous(), right=True)  # of the patch
@@ -195,6 +199,11 @@ def _graph(
             )
         )
     return graph
+
+
+def _repeat(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values ``[*, G, E]`` once for each of the H heads of q: head h is head ``h // (H / G)``."""
+    return x.repeat_interleave(q.shape[-2] // x.shape[-2], -2)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

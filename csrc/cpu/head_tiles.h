@@ -152,21 +152,31 @@ void dots(A* table, HeadRows<const T> x, int64_t m, HeadRows<const T> y, int64_t
     }
 }
 
-// Sums that more than one table adds to, kRows rows of lanes<A> heads: allocated when the first of them is met.
+// Room for the sums of heads: rows of padded width, so that whole pairs are stored.
+template <class A>
+int64_t padded_width(int64_t width) {
+  return (width + pair_lanes<A> - 1) / pair_lanes<A> * pair_lanes<A>;
+}
+
+// Sums that more than one table adds to, kRows rows of lanes<A> heads: allocated when the first of them is met, or given.
 template <class A>
 class Partial {
  public:
-  Partial(const Tensor& like, int64_t width)
-      : like_(like), padded_((width + pair_lanes<A> - 1) / pair_lanes<A> * pair_lanes<A>) {}
+  Partial(const Tensor& like, int64_t width) : like_(&like), padded_(padded_width<A>(width)) {}
+  explicit Partial(HeadRows<A> given) : given_(given) {}
   HeadRows<A> rows() {
-    if (!memory_) memory_ = torch::stable::new_empty(like_, {kRows * lanes<A> * padded_}, accumulator(like_));
-    return {memory_->template mutable_data_ptr<A>(), lanes<A> * padded_, padded_};
+    if (!given_.data) {
+      memory_ = torch::stable::new_empty(*like_, {kRows * lanes<A> * padded_}, accumulator(*like_));
+      given_ = {memory_->template mutable_data_ptr<A>(), lanes<A> * padded_, padded_};
+    }
+    return given_;
   }
 
  private:
-  const Tensor& like_;
-  int64_t padded_;
+  const Tensor* like_ = nullptr;
+  int64_t padded_ = 0;
   std::optional<Tensor> memory_;
+  HeadRows<A> given_ = {};
 };
 
 // Does a sum start with these rows, and is it finished with them?

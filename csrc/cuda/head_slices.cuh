@@ -1,16 +1,20 @@
 // Rows of heads over the lanes of a warp: a group of lanes shares the row of one head, each lane with a slice of it.
+//
+// A group holds kHeld rows in registers and streams others past them, kTile at a time. The dot products of a tile are
+// kCells numbers. Summing them over the lanes gives each to kLanes / kCells lanes of the group, its cell: so a lane has
+// one score, and takes one exponential, where a sum that every lane gets would take kCells.
 #pragma once
 
 #include "device.cuh"
 
 namespace blt {
 
-// A [rows, heads, E] tensor with unit stride in E.
+// A [rows, heads, E] tensor with unit stride in E, of fewer than 2^31 rows.
 template <class T>
 struct HeadRows {
   T* data;
-  i64 row_stride, head_stride;
-  __host__ __device__ T* at(i64 row, i64 head) const { return data + row * row_stride + head * head_stride; }
+  i64 head_stride;
+  u32 row_bytes;
 };
 
 // Rows of up to kPacks * kPack * kLanes numbers in kPacks accesses of kPack numbers to a lane. A warp has kHeads
@@ -21,9 +25,13 @@ struct Split {
   using A = acc_t<T>;
   static constexpr int kPack = kPack_, kPacks = kPacks_, kLanes = kLanes_;
   static constexpr int kSize = kPack * kPacks, kHeads = kWarp / kLanes;
-  static constexpr int kAhead = kPacks > 2 ? 1 : 2;  // rows under way at once
+  static constexpr int kHeld = sizeof(A) == 8 ? 1 : 2, kTile = kHeld;
+  static constexpr int kCells = kHeld * kTile, kCellLanes = kLanes / kCells;
   static_assert(kLanes <= kWarp && (kLanes & (kLanes - 1)) == 0, "groups must fill a warp, and fold by halves");
+  static_assert(kCellLanes >= 1, "a lane has at most one cell");
 };
+
+// --- slices -----------------------------------------------------------------------------------------------------------
 
 // A lane's slice of a row as it is in memory, and as it is computed with.
 template <class S>
@@ -37,29 +45,57 @@ struct Slice {
   __device__ __forceinline__ const typename S::A& operator[](int i) const { return values[i]; }
 };
 
-// The lane's slice of the row, of which `width` numbers are there: a multiple of kPack. Others are 0.
-template <class S>
-__device__ __forceinline__ Raw<S> load_slice(const typename S::T* row, i64 width) {
-  Raw<S> raw;
-#pragma unroll
-  for (int r = 0; r < S::kPacks; ++r) {
-    const int column = (r * S::kLanes + static_cast<int>(threadIdx.x) % S::kLanes) * S::kPack;
-    raw.packs[r] = {};
-    if (column < width) raw.packs[r] = load_bits<S::kPack>(row + column);
-  }
-  return raw;
+template <class T>
+__device__ __forceinline__ T* data_at(T* data, u64 bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(data) + bytes);
+}
+template <class T>
+__device__ __forceinline__ const T* data_at(const T* data, u64 bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(data) + bytes);
 }
 
-template <class S>
-__device__ __forceinline__ void store_slice(typename S::T* row, i64 width, const Slice<S>& slice) {
+// The slices of one lane in one head of a tensor. A row has `room` numbers from the lane's first one on.
+template <class S, class T>
+struct Column {
+  T* data;
+  u32 row_bytes;
+  int room;
+
+  __device__ __forceinline__ T* at(u32 row) const { return data_at(data, static_cast<u64>(row) * row_bytes); }
+  // Numbers beyond the row are 0.
+  __device__ __forceinline__ Raw<S> load(u32 row) const {
+    Raw<S> raw;
+    const T* const from = at(row);
 #pragma unroll
-  for (int r = 0; r < S::kPacks; ++r) {
-    const int column = (r * S::kLanes + static_cast<int>(threadIdx.x) % S::kLanes) * S::kPack;
-    Pack<typename S::T, S::kPack> pack;
-#pragma unroll
-    for (int c = 0; c < S::kPack; ++c) pack[c] = narrow<typename S::T>(slice[r * S::kPack + c]);
-    if (column < width) store(row + column, pack);
+    for (int r = 0; r < S::kPacks; ++r) {
+      raw.packs[r] = {};
+      if (r * S::kLanes * S::kPack < room) raw.packs[r] = load_bits<S::kPack>(from + r * S::kLanes * S::kPack);
+    }
+    return raw;
   }
+  __device__ __forceinline__ void store(u32 row, const Slice<S>& slice) const {
+    T* const to = at(row);
+#pragma unroll
+    for (int r = 0; r < S::kPacks; ++r) {
+      Pack<T, S::kPack> pack;
+#pragma unroll
+      for (int c = 0; c < S::kPack; ++c) pack[c] = narrow<T>(slice[r * S::kPack + c]);
+      if (r * S::kLanes * S::kPack < room) blt::store(to + r * S::kLanes * S::kPack, pack);
+    }
+  }
+};
+
+template <class S>
+__device__ __forceinline__ int lane_column() {
+  return static_cast<int>(threadIdx.x) % S::kLanes * S::kPack;
+}
+
+// Lanes without a head read and write nothing.
+template <class S, class T>
+__device__ __forceinline__ Column<S, T> column_of(const HeadRows<T>& rows, int head, int heads, int width) {
+  const int column = lane_column<S>();
+  const bool here = head < heads;
+  return {rows.data + (here ? head * rows.head_stride + column : 0), rows.row_bytes, here ? width - column : 0};
 }
 
 template <class S>
@@ -89,14 +125,68 @@ __device__ __forceinline__ void add(Slice<S>& sum, typename S::A factor, const S
   for (int c = 0; c < S::kSize; ++c) sum[c] += factor * x[c];
 }
 
-// Each number summed over the lanes of its group, side by side: a shuffle takes long, but many can be under way. All
-// lanes of the warp take part.
-template <int kLanes, int kCount, class A>
-__device__ __forceinline__ void sum_lanes(A (&x)[kCount]) {
+// --- cells ------------------------------------------------------------------------------------------------------------
+// All lanes of the warp take part in each of these.
+
+// The cell of the lane: of held row `held` and row `tile` of the tile.
+struct Cell {
+  int held, tile;
+};
+template <class S>
+__device__ __forceinline__ Cell cell_of_lane() {
+  const int cell = static_cast<int>(threadIdx.x) % S::kLanes / S::kCellLanes;
+  return {cell / S::kTile, cell % S::kTile};
+}
+
+// Is the lane the first one of its cell?
+template <class S>
+__device__ __forceinline__ bool first_of_cell() {
+  return threadIdx.x % S::kCellLanes == 0;
+}
+
+// held_i . x_a of the lane's cell (i, a). Every sum folds the lanes by halves, so its bits depend on its own terms alone.
+template <class S>
+__device__ __forceinline__ typename S::A dots(const Slice<S> (&held)[S::kHeld], const Slice<S> (&x)[S::kTile]) {
+  typename S::A sums[S::kCells];
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2)
+  for (int i = 0; i < S::kHeld; ++i)
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(kAllLanes, x[i], distance);
+    for (int a = 0; a < S::kTile; ++a) sums[i * S::kTile + a] = dot(held[i], x[a]);
+  int distance = S::kLanes / 2;
+#pragma unroll
+  for (int half = S::kCells / 2; half > 0; half /= 2, distance /= 2) {
+    const bool upper = threadIdx.x & distance;
+#pragma unroll
+    for (int c = 0; c < half; ++c) {
+      const auto sent = upper ? sums[c] : sums[c + half], kept = upper ? sums[c + half] : sums[c];
+      sums[c] = kept + __shfl_xor_sync(kAllLanes, sent, distance);
+    }
+  }
+#pragma unroll
+  for (; distance > 0; distance /= 2) sums[0] += __shfl_xor_sync(kAllLanes, sums[0], distance);
+  return sums[0];
+}
+
+// A number of each cell, folded over the cells of a held row, or over those of a row of the tile.
+template <class S, class A, class Fold>
+__device__ __forceinline__ A fold_tile(A x, Fold fold) {
+#pragma unroll
+  for (int distance = S::kCellLanes; distance < S::kCellLanes * S::kTile; distance *= 2)
+    x = fold(x, __shfl_xor_sync(kAllLanes, x, distance));
+  return x;
+}
+template <class S, class A, class Fold>
+__device__ __forceinline__ A fold_held(A x, Fold fold) {
+#pragma unroll
+  for (int distance = S::kCellLanes * S::kTile; distance < S::kLanes; distance *= 2)
+    x = fold(x, __shfl_xor_sync(kAllLanes, x, distance));
+  return x;
+}
+
+// What cell (held, tile) of the lane's group has.
+template <class S, class A>
+__device__ __forceinline__ A of_cell(A x, int held, int tile) {
+  return __shfl_sync(kAllLanes, x, (held * S::kTile + tile) * S::kCellLanes, S::kLanes);
 }
 
 }  // namespace blt

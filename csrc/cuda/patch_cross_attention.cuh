@@ -5,28 +5,29 @@
 //   ds_ij = scale p_ij (g_i . v_j - sum_j p_ij g_i . v_j)
 //   dq_i = sum_j ds_ij k_j,  dk_j = sum_i ds_ij q_i,  dv_j = sum_i p_ij g_i
 //
-// Queries that read the same keys make a block with them, mostly K by a handful (patch_readers.cuh). A group of 4 to 32
-// lanes owns a block in one head: as many lanes as a row has vectors of 16 bytes (head_slices.cuh), and a warp has the
-// groups of neighbouring heads of the same patch, so all its lanes do the same and it never diverges. The group holds a
-// few rows of one side in registers and streams those of the other past them, several under way at once; a dot product
-// is a sum over its lanes. More rows than registers hold are taken in chunks. No shared memory, no barriers, no
-// atomics: every row of every result has one owner, which sums in the order of the rows.
+// Query head h reads head h / (H / G) of the G heads of k and v.
 //
-//   forward           holds queries, streams keys with a running softmax
-//   backward, encode  holds the K queries of a patch, streams its bytes twice: first the sums of the softmax, then dk
-//                     and dv of each byte as it passes, while dq adds up; the second time from the L1 cache
-//   backward, decode  holds the K vectors of a patch, streams its readers: a byte's dq as it passes, dk and dv add up
-//   backward of a window, or of a K that registers do not hold: one kernel holds queries for dq and leaves the sums of
-//                     their softmax, 2 numbers, to a second one that holds keys for dk and dv
+// A group of 8 to 32 lanes owns a unit (patch_readers.cuh), K vectors by a handful of bytes, in one head of k and v: as
+// many lanes as a row has vectors of 16 bytes (head_slices.cuh). A warp has the groups of neighbouring heads of the same
+// unit, so all its lanes do the same and it never diverges; it goes through kRun units. A block has 4 or 6 kRun patches
+// in a row, so that a window reads few bytes twice. The group holds kHeld rows of one side in registers, streams those of
+// the other past them and loads the next tile while it computes with this one. More held rows are taken in chunks. No
+// shared memory, no barriers, no atomics: every row of every result has one owner, which sums in the order of the rows.
 //
-// Bytes: forward q, k, v, out, lse once; backward q, k, v, grad_out, lse and the gradients once, never `out`. With a
-// window of w keys pass w times through the L2 cache, and the two kernels of the backward read everything twice. Flops
-// for a (query, key) pair and head: 4 E forward, 10 to 14 E backward. With K = 2 in bf16 that is about 2 flops a byte,
-// so memory is the limit. A block of thousands of rows is still a single group's work: it is right, but not fast.
+//   patch_cross_attention_fwd_queries  holds queries, streams keys with a running softmax
+//   patch_cross_attention_fwd_keys     decoding, where a unit's keys are held at once: streams queries
 //
-// Registers: for the shapes of BLT (E = 64 or 128, K <= 2) at most 128 forward and 168 backward, so 16 and 12 warps on
-// each multiprocessor, every lane with two rows of both k and v under way: 32 KB and 24 KB a multiprocessor, more than
-// the 15 KB that cover the latency of memory. Heads are at most 256 wide.
+// Units of a divided patch leave the sums of their softmax, m, l and sum_j exp(s_ij - m) v_j, to
+// patch_cross_attention_sum, which adds them up in the order of the parts.
+//
+// Bytes: forward q, k, v, out, lse once; backward q, k, v, grad_out, lse and the gradients once. Flops for a (query, key)
+// pair and head: 4 E forward, 10 to 14 E backward. With K = 2 in bf16 that is about 2 flops a byte, so memory is the
+// limit. Before its first row a warp waits for two loads that depend on each other, offsets and the id of a last byte,
+// once for kRun units.
+//
+// Registers: at most 168 for rows of 16 bytes a lane, so 12 warps on each multiprocessor. Each has kTile rows of two tensors
+// under way while it computes with as many: 24 KB a multiprocessor for rows of 512 bytes a warp, more than the 15 KB that
+// cover the latency of memory. Heads are at most 256 wide.
 #pragma once
 
 #include "head_slices.cuh"
@@ -34,64 +35,56 @@
 
 namespace blt {
 
-inline constexpr int kAttentionThreads = 128;
+inline constexpr int kRun = 4;
+inline constexpr int kForwardThreads = 192, kBackwardThreads = 128, kSumThreads = 256;
+inline constexpr int kMaxWidth = 256;
 
-// Blocks that a multiprocessor must have room for: fewer, with more registers each, the more slices there are in
-// registers for every held row and for a streamed one.
-template <class S, int kHeld>
-constexpr int attention_blocks(int held, int streamed) {
-  constexpr int kWords = S::kSize * (sizeof(typename S::A) == sizeof(double) ? 3 : 1);
-  const int words = (held * kHeld + streamed) * kWords;
-  return words <= 24 ? 5 : words <= 48 ? 4 : words <= 96 ? 3 : 2;
-}
+// Blocks that a multiprocessor is to have room for. Compilers for older GPUs need more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr bool kManyRegisters = true;
+#else
+inline constexpr bool kManyRegisters = false;
+#endif
+template <class S>
+inline constexpr bool kWide = kManyRegisters || S::kPacks > 1 || sizeof(typename S::A) == 8;
+template <class S>
+inline constexpr int kForwardBlocks = kWide<S> ? 1 : 2;
+template <class S>
+inline constexpr int kBackwardBlocks = sizeof(typename S::A) == 8 ? 1
+                                       : kWide<S>                 ? 2
+                                                                  : 3;
 
 template <class T>
 struct CrossAttention {
   HeadRows<const T> q, k, v;
-  i64 heads, width;
+  int heads, kv_heads, heads_per_kv_head, width;
   acc_t<T> scale;
 };
 
-// What a lane's group owns: a patch in one head. Groups beyond the heads own rows of no width, and go along idly.
-struct Task {
-  i64 patch, head, width;
-  bool writes;  // what is one number for the whole group
+// Sums of units of divided patches, by slot (patch_readers.cuh), row of the patch and head.
+template <class A>
+struct PartSums {
+  A* softmax;  // m and l of a query, if there are any
+  A* sums;     // E numbers
+  int rows, heads;
+  __device__ __forceinline__ i64 at(int slot, u32 row, int head) const {
+    return (static_cast<i64>(slot) * rows + row) * heads + head;
+  }
 };
-template <class S>
-__device__ __forceinline__ Task task_of_lane(i64 heads, i64 width) {
-  const i64 warp = static_cast<i64>(blockIdx.x) * (kAttentionThreads / kWarp) + threadIdx.x / kWarp;
-  const i64 warps = ceil_div<i64>(heads, S::kHeads);  // for a patch
-  const i64 head = warp % warps * S::kHeads + threadIdx.x % kWarp / S::kLanes;
-  return {warp / warps, least(head, heads - 1), head < heads ? width : 0, head < heads && threadIdx.x % S::kLanes == 0};
+
+// The head of k and v of a lane, the first unit of its warp, and the warp among those that have this head.
+struct Task {
+  int head, unit, warp, warps;
+};
+template <class S, int kThreads>
+__device__ __forceinline__ Task task_of_lane(int kv_heads) {
+  constexpr int kWarps = kThreads / kWarp;
+  const int groups = ceil_div(kv_heads, S::kHeads), block = blockIdx.x / groups, warp = threadIdx.x / kWarp;
+  const int head = blockIdx.x % groups * S::kHeads + threadIdx.x % kWarp / S::kLanes;
+  return {head, block * (kWarps * kRun) + warp, block * kWarps + warp, static_cast<int>(gridDim.x) / groups * kWarps};
 }
 
-// kCount rows from `row` on, all under way at once; rows from `end` on are 0.
-template <class S, int kCount>
-__device__ __forceinline__ void load_slices(Raw<S> (&raw)[kCount], const HeadRows<const typename S::T>& rows, i64 row,
-                                            i64 end, const Task& task) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) raw[i] = load_slice<S>(rows.at(row + i, task.head), row + i < end ? task.width : 0);
-}
-template <class S, int kCount>
-__device__ __forceinline__ void hold_slices(Slice<S> (&held)[kCount], const HeadRows<const typename S::T>& rows,
-                                            const RowRange& range, const Task& task) {
-  Raw<S> raw[kCount];
-  load_slices(raw, rows, range.begin, range.end, task);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) held[i] = widen(raw[i]);
-}
-template <class S, int kCount>
-__device__ __forceinline__ void store_slices(const HeadRows<typename S::T>& rows, const RowRange& range,
-                                             const Task& task, const Slice<S> (&slices)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    if (range.begin + i < range.end) store_slice<S>(rows.at(range.begin + i, task.head), task.width, slices[i]);
-}
-template <class S>
-__device__ __forceinline__ void clear_slices(const HeadRows<typename S::T>& rows, i64 begin, i64 end, i64 step,
-                                             const Task& task) {
-  for (i64 row = begin; row < end; row += step) store_slice<S>(rows.at(row, task.head), task.width, Slice<S>{});
-}
+// --- numbers ----------------------------------------------------------------------------------------------------------
 
 // That of a key that is not there, and lse where there is no key at all: minus infinity.
 template <class A>
@@ -107,103 +100,287 @@ __device__ __forceinline__ double rounded_product(double x, double y) { return _
 __device__ __forceinline__ float log_to_e(float x) { return logf(x); }
 __device__ __forceinline__ double log_to_e(double x) { return log(x); }
 
-// --- forward ---------------------------------------------------------------------------------------------------------
+struct Most {
+  template <class A>
+  __device__ __forceinline__ A operator()(A a, A b) const {
+    return most(a, b);
+  }
+};
+struct Sum {
+  template <class A>
+  __device__ __forceinline__ A operator()(A a, A b) const {
+    return a + b;
+  }
+};
+
+// --- rows -------------------------------------------------------------------------------------------------------------
+
+template <class S>
+using InputColumn = Column<S, const typename S::T>;
+template <class S>
+using OutputColumn = Column<S, typename S::T>;
+
+// The head of a lane in a tensor of query heads: the r-th of those that read the lane's head of k and v.
+template <class T>
+__device__ __forceinline__ int query_head(const CrossAttention<T>& problem, int kv_head, int r) {
+  return kv_head < problem.kv_heads ? kv_head * problem.heads_per_kv_head + r : problem.heads;
+}
+
+template <class S>
+__device__ __forceinline__ void hold_rows(Slice<S> (&held)[S::kHeld], const InputColumn<S>& rows, u32 row, int count) {
+#pragma unroll
+  for (int i = 0; i < S::kHeld; ++i) held[i] = i < count ? widen(rows.load(row + i)) : Slice<S>{};
+}
+template <class S>
+__device__ __forceinline__ void store_rows(const OutputColumn<S>& rows, u32 row, int count,
+                                           const Slice<S> (&slices)[S::kHeld]) {
+#pragma unroll
+  for (int i = 0; i < S::kHeld; ++i)
+    if (i < count) rows.store(row + i, slices[i]);
+}
+template <class S>
+__device__ __forceinline__ void clear_rows(const OutputColumn<S>& rows, u32 begin, u32 end, u32 step = 1) {
+  for (u32 row = begin; row < end; row += step) rows.store(row, Slice<S>{});
+}
+
+// Calls f(row, x, more) for tiles of the rows of some tensors, x[tensor][row of the tile]: while f computes, the next tile
+// is under way, or the next two of a single tensor. Of the rows from rows.end on a tile has the last one again. `more` is
+// what ahead(row) returned for the tile.
+template <class S, int kTensors, class Ahead, class F>
+__device__ __forceinline__ void stream(const InputColumn<S> (&tensors)[kTensors], const Rows& rows, Ahead&& ahead,
+                                       F&& f) {
+  constexpr int kStages = kTensors == 1 ? 2 : 1;
+  if (rows.begin >= rows.end) return;
+  Raw<S> raw[kStages][kTensors][S::kTile];
+  decltype(ahead(u32(0))) more[kStages];
+  const auto load_tile = [&](int stage, u32 row) {
+#pragma unroll
+    for (int a = 0; a < S::kTile; ++a)
+#pragma unroll
+      for (int t = 0; t < kTensors; ++t) raw[stage][t][a] = tensors[t].load(least(row + a, rows.end - 1));
+    more[stage] = ahead(row);
+  };
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) load_tile(stage, rows.begin + stage * S::kTile);
+#pragma unroll 1
+  for (u32 row = rows.begin; row < rows.end; row += S::kTile) {
+    Slice<S> x[kTensors][S::kTile];
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t)
+#pragma unroll
+      for (int a = 0; a < S::kTile; ++a) x[t][a] = widen(raw[0][t][a]);
+    const auto own = more[0];
+    if constexpr (kStages > 1) {
+      more[0] = more[1];
+#pragma unroll
+      for (int a = 0; a < S::kTile; ++a) raw[0][0][a] = raw[1][0][a];
+    }
+    if (row + kStages * S::kTile < rows.end) load_tile(kStages - 1, row + kStages * S::kTile);
+    f(row, x, own);
+  }
+}
+
+// Nothing ahead.
+struct NoMore {
+  __device__ __forceinline__ int operator()(u32) const { return 0; }
+};
+
+// Calls f(held, front, back) for the rows that a unit holds and those that it streams past them. Vectors are held with
+// bytes in two pieces; bytes are held piece by piece, without those that read nothing, with all the vectors.
+template <class F>
+__device__ __forceinline__ void for_each_piece(bool holds_vectors, const Rows& vectors, const Unit& unit, F&& f) {
+  const Rows front = reading(unit.front, unit.stop), back = reading(unit.back, unit.stop);
+#pragma unroll 1
+  for (int piece = 0; piece < (holds_vectors ? 1 : 2); ++piece)
+    f(holds_vectors ? vectors
+      : piece == 0  ? front
+                    : back,
+      holds_vectors ? front : vectors, holds_vectors ? back : Rows{0, 0});
+}
+
+// A slice of E numbers among sums.
+template <class S>
+__device__ __forceinline__ void store_sums(typename S::A* to, int room, const Slice<S>& slice) {
+  constexpr int kWords = S::kPack < 4 ? S::kPack : 4;
+#pragma unroll
+  for (int r = 0; r < S::kPacks; ++r)
+#pragma unroll
+    for (int c = 0; c < S::kPack; c += kWords) {
+      Pack<typename S::A, kWords> pack;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) pack[w] = slice[r * S::kPack + c + w];
+      if (r * S::kLanes * S::kPack < room) store(to + lane_column<S>() + r * S::kLanes * S::kPack + c, pack);
+    }
+}
+
+// --- forward ----------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct CrossOutput {
   HeadRows<T> out;
   acc_t<T>* lse;  // [queries, heads]
+  PartSums<acc_t<T>> parts;
 };
 
-// Up to kHeld queries, with all their keys.
-template <class S, int kHeld>
-__device__ __forceinline__ void attend(const CrossAttention<typename S::T>& problem,
-                                       const CrossOutput<typename S::T>& output, const RowRange& queries,
-                                       const RowRange& keys, const Task& task) {
+// Queries that read no key: every `step`-th from begin to end.
+template <class S>
+__device__ __forceinline__ void skip(const OutputColumn<S>& out, typename S::A* lse, int heads, u32 begin, u32 end,
+                                     u32 step = 1) {
+  clear_rows(out, begin, end, step);
+  if (out.room <= 0 || lane_column<S>() > 0) return;
+  for (u32 row = begin; row < end; row += step) lse[static_cast<i64>(row) * heads] = no_score<typename S::A>();
+}
+
+// Bytes that no unit has, and that a unit has but that read nothing.
+template <class S>
+__device__ __forceinline__ void skip_bytes(const CrossAttention<typename S::T>& problem, const PatchReaders& readers,
+                                           const CrossOutput<typename S::T>& output, const Task& task) {
+  const Rows before = readers.before(), beyond = readers.beyond();
+#pragma unroll 1
+  for (int r = 0; r < problem.heads_per_kv_head; ++r) {
+    const int head = query_head(problem, task.head, r);
+    const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
+    skip<S>(out, output.lse + head, problem.heads, before.begin + task.warp, before.end, task.warps);
+    skip<S>(out, output.lse + head, problem.heads, beyond.begin + task.warp, beyond.end, task.warps);
+  }
+}
+template <class S>
+__device__ __forceinline__ void skip_rest(const OutputColumn<S>& out, typename S::A* lse, int heads, const Unit& unit) {
+  const Rows front = waiting(unit.front, unit.stop), back = waiting(unit.back, unit.stop);
+  skip<S>(out, lse, heads, front.begin, front.end);
+  skip<S>(out, lse, heads, back.begin, back.end);
+}
+
+// The softmax of the lane's query over the keys so far; the total is of the rows of tiles of the lane alone.
+template <class S>
+struct Running {
+  typename S::A top = no_score<typename S::A>(), total = 0;
+  Slice<S> sums[S::kHeld];
+
+  __device__ __forceinline__ typename S::A shift() const { return top == no_score<typename S::A>() ? 0 : top; }
+};
+
+template <class S>
+__device__ __forceinline__ void attend(Running<S>& running, const Slice<S> (&q)[S::kHeld],
+                                       const InputColumn<S> (&keys)[2], const Rows& rows, typename S::A scale) {
   using A = typename S::A;
-  constexpr int kAhead = S::kAhead;
-  const A none = no_score<A>();
-  Slice<S> q[kHeld], sums[kHeld];
-  A top[kHeld], shift[kHeld] = {}, total[kHeld] = {};
-  hold_slices<S>(q, problem.q, queries, task);
+  const Cell cell = cell_of_lane<S>();
+  stream<S>(keys, rows, NoMore{}, [&](u32 row, const Slice<S>(&x)[2][S::kTile], int) {
+    A score = rounded_product(dots(q, x[0]), scale);
+    if (row + cell.tile >= rows.end) score = no_score<A>();
+    const A before = running.top;
+    running.top = most(before, fold_tile<S>(score, Most{}));
+    const A fade = power_of_e(before - running.shift()), weight = power_of_e(score - running.shift());
+    running.total = running.total * fade + weight;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) top[i] = none;
-  for (i64 row = keys.begin; row < keys.end; row += kAhead) {
-    Raw<S> k[kAhead], v[kAhead];
-    load_slices(k, problem.k, row, keys.end, task);
-    load_slices(v, problem.v, row, keys.end, task);
-    A scores[kAhead][kHeld];
+    for (int i = 0; i < S::kHeld; ++i) {
+      const A faded = of_cell<S>(fade, i, 0);
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const bool there = row + a < keys.end;
-      const Slice<S> key = widen(k[a]);
+      for (int c = 0; c < S::kSize; ++c) running.sums[i][c] *= faded;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) scores[a][i] = there ? dot(q[i], key) : 0;
-      if (there) sum_lanes<S::kLanes>(scores[a]);
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) scores[a][i] = there ? rounded_product(scores[a][i], problem.scale) : none;
+      for (int a = 0; a < S::kTile; ++a) add(running.sums[i], of_cell<S>(weight, i, a), x[1][a]);
     }
+  });
+}
+
+template <class S>
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<S>)
+    patch_cross_attention_fwd_queries_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
+                                             CrossOutput<typename S::T> output) {
+  using A = typename S::A;
+  const Task task = task_of_lane<S, kForwardThreads>(problem.kv_heads);
+  const Cell cell = cell_of_lane<S>();
+  if (!readers.encode) skip_bytes<S>(problem, readers, output, task);
+  const InputColumn<S> keys[2] = {column_of<S>(problem.k, task.head, problem.kv_heads, problem.width),
+                                  column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)};
+  for_each_unit<true, kRun, kForwardThreads / kWarp>(readers, task.unit, [&](const Unit& unit) {
+#pragma unroll 1
+    for (int r = 0; r < problem.heads_per_kv_head; ++r) {
+      const int head = query_head(problem, task.head, r);
+      const InputColumn<S> queries = column_of<S>(problem.q, head, problem.heads, problem.width);
+      const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
+      if (!readers.encode) skip_rest<S>(out, output.lse + head, problem.heads, unit);
+      for_each_piece(readers.encode, readers.vectors(unit), unit, [&](Rows held, Rows front, Rows back) {
+#pragma unroll 1
+        for (u32 row = held.begin; row < held.end; row += S::kHeld) {
+          const int count = static_cast<int>(least<u32>(held.end - row, S::kHeld));
+          Slice<S> q[S::kHeld];
+          Running<S> running;
+          hold_rows<S>(q, queries, row, count);
+          attend<S>(running, q, keys, front, problem.scale);
+          if (back.begin < back.end) attend<S>(running, q, keys, back, problem.scale);
+          const A total = fold_tile<S>(running.total, Sum{});
+          const bool writes = head < problem.heads && cell.held < count && cell.tile == 0 && first_of_cell<S>();
+          if (readers.encode && unit.slot >= 0) {
+            const i64 at = output.parts.at(unit.slot, row - held.begin, head);
+            if (writes)
+              store(output.parts.softmax + 2 * (at + cell.held * problem.heads), Pack<A, 2>{{running.top, total}});
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const A before = top[i];
+            for (int i = 0; i < S::kHeld; ++i)
+              if (i < count)
+                store_sums<S>(output.parts.sums + (at + i * problem.heads) * problem.width, out.room, running.sums[i]);
+            continue;
+          }
+          if (writes)
+            output.lse[static_cast<i64>(row + cell.held) * problem.heads + head] = running.shift() + log_to_e(total);
+          const A inverse = total == 0 ? A(0) : 1 / total;
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) top[i] = most(top[i], scores[a][i]);
-      shift[i] = top[i] == none ? A(0) : top[i];
-      const A fade = power_of_e(before - shift[i]);
-      total[i] *= fade;
+          for (int i = 0; i < S::kHeld; ++i) {
+            const A own = of_cell<S>(inverse, i, 0);
 #pragma unroll
-      for (int c = 0; c < S::kSize; ++c) sums[i][c] *= fade;
+            for (int c = 0; c < S::kSize; ++c) running.sums[i][c] *= own;
+          }
+          store_rows<S>(out, row, count, running.sums);
+        }
+      });
     }
+  });
+}
+
+// Decoding, for at most kHeld keys: the softmax of a query is over the cells of its row.
+template <class S>
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<S>)
+    patch_cross_attention_fwd_keys_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
+                                          CrossOutput<typename S::T> output) {
+  using A = typename S::A;
+  const Task task = task_of_lane<S, kForwardThreads>(problem.kv_heads);
+  const Cell cell = cell_of_lane<S>();
+  skip_bytes<S>(problem, readers, output, task);
+  for_each_unit<false, kRun, kForwardThreads / kWarp>(readers, task.unit, [&](const Unit& unit) {
+    const Rows held = readers.vectors(unit), front = reading(unit.front, unit.stop),
+               back = reading(unit.back, unit.stop);
+    const int count = static_cast<int>(held.end - held.begin);
+    Slice<S> k[S::kHeld], v[S::kHeld];
+    hold_rows<S>(k, column_of<S>(problem.k, task.head, problem.kv_heads, problem.width), held.begin, count);
+    hold_rows<S>(v, column_of<S>(problem.v, task.head, problem.kv_heads, problem.width), held.begin, count);
+#pragma unroll 1
+    for (int r = 0; r < problem.heads_per_kv_head; ++r) {
+      const int head = query_head(problem, task.head, r);
+      const InputColumn<S> queries[1] = {column_of<S>(problem.q, head, problem.heads, problem.width)};
+      const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
+      skip_rest<S>(out, output.lse + head, problem.heads, unit);
+#pragma unroll 1
+      for (int piece = 0; piece < 2; ++piece) {
+        const Rows rows = piece == 0 ? front : back;
+        stream<S>(queries, rows, NoMore{}, [&](u32 row, const Slice<S>(&q)[1][S::kTile], int) {
+          A score = rounded_product(dots(k, q[0]), problem.scale);
+          if (cell.held >= count) score = no_score<A>();
+          const A top = fold_held<S>(score, Most{}), shift = top == no_score<A>() ? A(0) : top;
+          const A weight = power_of_e(score - shift), total = fold_held<S>(weight, Sum{});
+          const A share = total == 0 ? A(0) : weight * (1 / total);
+          if (head < problem.heads && row + cell.tile < rows.end && cell.held == 0 && first_of_cell<S>())
+            output.lse[static_cast<i64>(row + cell.tile) * problem.heads + head] = shift + log_to_e(total);
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      if (row + a >= keys.end) break;
-      const Slice<S> value = widen(v[a]);
+          for (int a = 0; a < S::kTile; ++a) {
+            Slice<S> sum;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        const A weight = power_of_e(scores[a][i] - shift[i]);
-        total[i] += weight;
-        add(sums[i], weight, value);
+            for (int i = 0; i < S::kHeld; ++i) add(sum, of_cell<S>(share, i, a), v[i]);
+            if (row + a < rows.end) out.store(row + a, sum);
+          }
+        });
       }
     }
-  }
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const A divisor = total[i] == 0 ? A(1) : total[i];
-#pragma unroll
-    for (int c = 0; c < S::kSize; ++c) sums[i][c] /= divisor;
-    if (queries.begin + i < queries.end && task.writes)
-      output.lse[(queries.begin + i) * problem.heads + task.head] = shift[i] + log_to_e(total[i]);
-  }
-  store_slices<S>(output.out, queries, task, sums);
-}
-
-// Queries that read no key: every `step`-th of [begin, end).
-template <class S>
-__device__ __forceinline__ void skip(const CrossOutput<typename S::T>& output, i64 heads, i64 begin, i64 end, i64 step,
-                                     const Task& task) {
-  clear_slices<S>(output.out, begin, end, step, task);
-  if (!task.writes) return;
-  for (i64 row = begin; row < end; row += step) output.lse[row * heads + task.head] = no_score<typename S::A>();
-}
-
-template <class S, int kHeld>
-__global__ void __launch_bounds__(kAttentionThreads, attention_blocks<S, kHeld>(2, 2))
-    patch_cross_attention_fwd_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
-                                     CrossOutput<typename S::T> output) {
-  const Task task = task_of_lane<S>(problem.heads, problem.width);
-  const i64 patches = most<i64>(readers.capacity, 1);
-  if (task.patch >= patches) return;
-  if (!readers.encode) {
-    const RowRange beyond = readers.beyond();
-    skip<S>(output, problem.heads, beyond.begin + task.patch, beyond.end, patches, task);
-  }
-  if (readers.capacity == 0) return;
-  const Document document = readers.document_of(task.patch);
-  const RowRange waiting = readers.waiting(task.patch, document);
-  skip<S>(output, problem.heads, waiting.begin, waiting.end, 1, task);
-  const auto [queries, keys] = readers.of_queries(task.patch, document);
-  for (i64 i = queries.begin; i < queries.end; i += kHeld)
-    attend<S, kHeld>(problem, output, {i, least(i + kHeld, queries.end)}, keys, task);
+  });
 }
 
 }  // namespace blt

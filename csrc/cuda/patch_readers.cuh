@@ -1,92 +1,157 @@
-// Who reads whom in patch_cross_attention: blocks of consecutive queries that all read the same consecutive keys.
+// Who reads whom in patch_cross_attention: patches, of K vectors each, meet rows of bytes.
 //
 // Encoding, the K queries of patch p read the bytes of patches (p - window, p]. Decoding, the bytes with decode id d
-// read the K vectors of patches (d - window, d]; these bytes lie next to each other. Either way the queries of a patch
-// make one block with the keys they read, and the keys of a patch another one with the queries that read them; without
-// a window the two are the same. csrc/cpu/patch_readers.h says the same of checked arguments; here whatever offsets and
-// ids hold, rows are rows of the tensors, and what no patch owns may be left unwritten.
+// read the K vectors of patches (d - window, d]. `offsets` tells which bytes meet a patch: its own encoding, decoding its
+// readers, in front, and behind those of the last patch of a document bytes that read nothing (id -1). Whatever offsets
+// and ids hold, rows are rows of the tensors, and what no patch owns may be left unwritten.
 //
-// All lanes of a warp ask about the same patch, and search together.
+// A warp works on units. A patch is one, with all its bytes. But of a long one each whole part (patch_parts.cuh) is a unit,
+// and that of the patch has only the bytes before and behind its parts. So no unit has 2 kPart bytes, but for those of a
+// window, which are not divided.
 #pragma once
 
-#include "patch_rows.cuh"
+#include "patch_parts.cuh"
 
 namespace blt {
 
-// The first index from begin to end whose value is at least `bound`, end if there is none, for values that never fall:
-// 32 probes at once, so one round for up to 32 values.
-__device__ __forceinline__ i64 warp_lower_bound(const i32* values, i64 begin, i64 end, i64 bound) {
-  const int lane = threadIdx.x % kWarp;
-  while (begin < end) {
-    const i64 step = ceil_div<i64>(end - begin, kWarp), last = begin + (lane + 1) * step - 1;
-    const u32 below = __ballot_sync(kAllLanes, last < end && values[last] < bound);
-    begin += __popc(below) * step;
-    end = least(end, begin + step - 1);  // the last of a run is no longer looked for, only what lies before it
-  }
-  return begin;
+struct Rows {
+  u32 begin, end;
+};
+struct Range {
+  int begin, end;
+};
+
+struct Unit {
+  int patch;          // -1: nothing to do
+  Range patches;      // of the vectors
+  Range front, back;  // bytes
+  int stop;           // bytes from here on read nothing
+  int slot;           // of the unit's sums, where its patch has several units; else -1
+};
+inline constexpr int kUnitWords = sizeof(Unit) / sizeof(int);
+
+// Of some bytes of a unit those that read or are read, and those that read nothing.
+__device__ __forceinline__ Rows reading(const Range& bytes, int stop) {
+  return {static_cast<u32>(bytes.begin), static_cast<u32>(least(bytes.end, stop))};
+}
+__device__ __forceinline__ Rows waiting(const Range& bytes, int stop) {
+  return {static_cast<u32>(most(bytes.begin, stop)), static_cast<u32>(bytes.end)};
 }
 
-struct Block {
-  RowRange queries, keys;
-};
-
-// The patches of one document: [first, last).
-struct Document {
-  i64 first, last;
-};
-
 struct PatchReaders {
-  const i32* offsets;     // of patches, [capacity + 1]
+  const i32* offsets;     // of the bytes of patches, or of their readers, [capacity + 1]
   const i32* cu_patches;  // of documents, [documents + 1]
-  const i32* ids;         // [num_bytes]
-  i64 capacity, documents, num_bytes, queries_per_patch, window;
+  const i32* ids;         // decode ids of bytes, or their patches
+  int capacity, documents, num_bytes, queries_per_patch, window, parts;
   bool encode;
 
-  __device__ __forceinline__ RowRange vectors(i64 begin, i64 end) const {
-    return {begin * queries_per_patch, end * queries_per_patch};
-  }
-  __device__ __forceinline__ i64 offset(i64 p) const { return least(most<i64>(offsets[p], 0), num_bytes); }
-  __device__ __forceinline__ RowRange bytes(i64 begin, i64 end) const { return {offset(begin), offset(end)}; }
-
-  // A patch beyond the documents has one of its own; so has any patch where that makes no difference.
-  __device__ __forceinline__ Document document_of(i64 p) const {
-    if (encode && window == 1) return {p, p + 1};
-    const i64 b = warp_lower_bound(cu_patches + 1, 0, documents, p + 1);
-    if (b == documents) return {p, p + 1};
-    return {least(most<i64>(cu_patches[b], 0), p), least(most<i64>(cu_patches[b + 1], p + 1), capacity)};
+  __device__ __forceinline__ int offset(int p) const { return least(most(offsets[p], 0), num_bytes); }
+  __device__ __forceinline__ Rows vectors(const Unit& unit) const {
+    return {static_cast<u32>(unit.patches.begin) * queries_per_patch,
+            static_cast<u32>(unit.patches.end) * queries_per_patch};
   }
 
-  // The first byte of a document that may read patch p or a later one: one of the patch's own bytes, if any.
-  __device__ __forceinline__ i64 first_reader(i64 p, const Document& document) const {
-    const i64 begin = offset(p);
-    return p == document.last ? begin : warp_lower_bound(ids, begin, offset(p + 1), p);
-  }
-  __device__ __forceinline__ RowRange readers(i64 begin, i64 end, const Document& document) const {
-    return {first_reader(begin, document), first_reader(end, document)};
-  }
-
-  // The queries of patch p and all the keys that they read.
-  __device__ __forceinline__ Block of_queries(i64 p, const Document& document) const {
-    const i64 begin = most(document.first, p - window + 1);
-    if (encode) return {vectors(p, p + 1), bytes(begin, p + 1)};
-    return {readers(p, p + 1, document), vectors(begin, p + 1)};
+  // The first and the last patch of the document, which ends before `end`. A patch beyond the documents has its own.
+  __device__ __forceinline__ void document_of(int p, int& first, int& end) const {
+    int low = 0, high = documents;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (cu_patches[middle + 1] <= p)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    first = low < documents ? least(most(cu_patches[low], 0), p) : p;
+    end = low < documents ? least(most(cu_patches[low + 1], p + 1), capacity) : p + 1;
   }
 
-  // The keys of patch p and all the queries that read them.
-  __device__ __forceinline__ Block of_keys(i64 p, const Document& document) const {
-    const i64 end = least(document.last, p + window);
-    if (encode) return {vectors(p, end), bytes(p, p + 1)};
-    return {readers(p, end, document), vectors(p, p + 1)};
+  // Where the bytes from begin to end that read something stop.
+  __device__ __forceinline__ int stop_of(int begin, int end) const {
+    if (encode || begin >= end || ids[end - 1] >= 0) return end;
+    int low = begin, high = end - 1;
+    while (low < high) {
+      const int middle = low + (high - low) / 2;
+      if (ids[middle] >= 0)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
   }
 
-  // Bytes before the first patch of a document is complete: decoding, they read nothing.
-  __device__ __forceinline__ RowRange waiting(i64 p, const Document& document) const {
-    if (encode || p != document.first) return {0, 0};
-    return {offset(p), first_reader(p, document)};
+  // The patch that may have the bytes of a part.
+  __device__ __forceinline__ int patch_of(int byte) const {
+    if (ids[byte] >= 0) return least(ids[byte], capacity - 1);
+    int low = 0, high = capacity;  // the last one that begins here or before
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (offsets[middle + 1] <= byte)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return least(low, capacity - 1);
   }
 
-  // Bytes beyond the last patch.
-  __device__ __forceinline__ RowRange beyond() const { return {offset(capacity), num_bytes}; }
+  // Bytes from begin to end, and the whole parts among them if such are units of their own.
+  __device__ __forceinline__ Parted parts_of(int begin, int end) const {
+    return parts > 0 ? parted(RangeOf<i64>{begin, end}) : Parted{{begin, end}, {0, 0}, {end, end}};
+  }
+
+  // Bytes before the first unit and beyond the last.
+  __device__ __forceinline__ Rows before() const { return {0, static_cast<u32>(offset(0))}; }
+  __device__ __forceinline__ Rows beyond() const {
+    return {static_cast<u32>(most(offset(0), offset(capacity))), static_cast<u32>(num_bytes)};
+  }
+
+  // Unit u: patch u with all keys of its queries, or with all queries of its keys; or a part.
+  template <bool kHoldsQueries>
+  __device__ __forceinline__ Unit unit_of(int u) const {
+    Unit unit = {-1, {0, 0}, {0, 0}, {0, 0}, 0, -1};
+    if (u >= capacity + parts) return unit;
+    const int part = u - capacity, p = part < 0 ? u : patch_of(part * kPart);
+    int first = p, end = p + 1, meets = p, meets_end = p + 1;
+    if (window > 1) {
+      document_of(p, first, end);
+      first = kHoldsQueries ? most(first, p - window + 1) : p;
+      end = kHoldsQueries ? p + 1 : static_cast<int>(least<i64>(end, static_cast<i64>(p) + window));
+    }
+    if (kHoldsQueries == encode) meets = first, meets_end = end, first = p, end = p + 1;
+    const int begin = offset(meets), behind = most(offset(meets_end), begin);
+    const Parted bytes = parts_of(begin, behind);
+    const bool divided = bytes.parts.begin < bytes.parts.end;
+    unit.patches.begin = first, unit.patches.end = end;
+    if (part < 0) {
+      unit.patch = p;
+      unit.front.begin = begin, unit.front.end = static_cast<int>(bytes.before.end);
+      unit.back.begin = static_cast<int>(bytes.behind.begin), unit.back.end = behind;
+      unit.stop = stop_of(begin, behind);
+      if (divided) unit.slot = parts + static_cast<int>(bytes.parts.begin);
+    } else if (bytes.parts.begin <= part && part < bytes.parts.end) {
+      unit.patch = p, unit.slot = part;
+      unit.front.begin = part * kPart, unit.front.end = unit.front.begin + kPart;
+      unit.stop = stop_of(unit.front.begin, unit.front.end);
+    }
+    return unit;
+  }
 };
+
+// Calls f(unit) for the units of this warp, kRun of them, kWarps apart, from `first` on. Its lanes look up one each.
+template <bool kHoldsQueries, int kRun, int kWarps, class F>
+__device__ __forceinline__ void for_each_unit(const PatchReaders& readers, int first, F&& f) {
+  const int own = first + static_cast<int>(threadIdx.x) % kRun * kWarps;
+  union Words {
+    Unit unit;
+    int words[kUnitWords];
+  };
+  const Words mine = {readers.unit_of<kHoldsQueries>(own)};
+#pragma unroll 1
+  for (int i = 0; i < kRun; ++i) {
+    Words next;
+#pragma unroll
+    for (int w = 0; w < kUnitWords; ++w) next.words[w] = __shfl_sync(kAllLanes, mine.words[w], i);
+    if (next.unit.patch >= 0) f(next.unit);
+  }
+}
 
 }  // namespace blt
