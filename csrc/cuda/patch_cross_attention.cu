@@ -18,7 +18,7 @@
 namespace blt {
 namespace {
 
-// Unit strides in heads, and rows whose distance in bytes fits into 32 bits.
+// PatchUnit strides in heads, and rows whose distance in bytes fits into 32 bits.
 Tensor kernel_rows(const Tensor& x) {
   const bool near = x.size(0) <= 1 || x.stride(0) * static_cast<int64_t>(x.element_size()) <= UINT32_MAX;
   return near && (x.stride(2) == 1 || x.size(2) == 1) ? x : torch::stable::contiguous(x);
@@ -137,7 +137,7 @@ class PartMemory {
   template <class T, bool kSoftmax>
   void add_up(const Device& device, const Arguments& arguments, Tensor& to, acc_t<T>* lse) {
     const Shape shape = {.blocks = ceil_div<int64_t>(slots_ / 2, kWarp),
-                         .threads = kSumThreads,
+                         .threads = kPartSumThreads,
                          .shared = sizeof(WarpSums<acc_t<T>>),
                          .rows = heads_};
     device.launch<patch_cross_attention_sum_kernel<T, kSoftmax>>(

@@ -36,7 +36,7 @@
 namespace blt {
 
 inline constexpr int kRun = 4;
-inline constexpr int kForwardThreads = 192, kBackwardThreads = 128, kSumThreads = 256;
+inline constexpr int kForwardThreads = 192, kBackwardThreads = 128, kPartSumThreads = 256;
 inline constexpr int kMaxWidth = 256;
 
 // Blocks that a multiprocessor is to have room for. Compilers for older GPUs need more registers.
@@ -188,7 +188,7 @@ struct NoMore {
 // Calls f(held, front, back) for the rows that a unit holds and those that it streams past them. Vectors are held with
 // bytes in two pieces; bytes are held piece by piece, without those that read nothing, with all the vectors.
 template <class F>
-__device__ __forceinline__ void for_each_piece(bool holds_vectors, const Rows& vectors, const Unit& unit, F&& f) {
+__device__ __forceinline__ void for_each_piece(bool holds_vectors, const Rows& vectors, const PatchUnit& unit, F&& f) {
   const Rows front = reading(unit.front, unit.stop), back = reading(unit.back, unit.stop);
 #pragma unroll 1
   for (int piece = 0; piece < (holds_vectors ? 1 : 2); ++piece)
@@ -245,7 +245,8 @@ __device__ __forceinline__ void skip_bytes(const CrossAttention<typename S::T>& 
   }
 }
 template <class S>
-__device__ __forceinline__ void skip_rest(const OutputColumn<S>& out, typename S::A* lse, int heads, const Unit& unit) {
+__device__ __forceinline__ void skip_rest(const OutputColumn<S>& out, typename S::A* lse, int heads,
+                                          const PatchUnit& unit) {
   const Rows front = waiting(unit.front, unit.stop), back = waiting(unit.back, unit.stop);
   skip<S>(out, lse, heads, front.begin, front.end);
   skip<S>(out, lse, heads, back.begin, back.end);
@@ -293,7 +294,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<S>)
   if (!readers.encode) skip_bytes<S>(problem, readers, output, task);
   const InputColumn<S> keys[2] = {column_of<S>(problem.k, task.head, problem.kv_heads, problem.width),
                                   column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)};
-  for_each_unit<true, kRun, kForwardThreads / kWarp>(readers, task.unit, [&](const Unit& unit) {
+  for_each_unit<true, kRun, kForwardThreads / kWarp>(readers, task.unit, [&](const PatchUnit& unit) {
 #pragma unroll 1
     for (int r = 0; r < problem.heads_per_kv_head; ++r) {
       const int head = query_head(problem, task.head, r);
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<S>)
   const Task task = task_of_lane<S, kForwardThreads>(problem.kv_heads);
   const Cell cell = cell_of_lane<S>();
   skip_bytes<S>(problem, readers, output, task);
-  for_each_unit<false, kRun, kForwardThreads / kWarp>(readers, task.unit, [&](const Unit& unit) {
+  for_each_unit<false, kRun, kForwardThreads / kWarp>(readers, task.unit, [&](const PatchUnit& unit) {
     const Rows held = readers.vectors(unit), front = reading(unit.front, unit.stop),
                back = reading(unit.back, unit.stop);
     const int count = static_cast<int>(held.end - held.begin);

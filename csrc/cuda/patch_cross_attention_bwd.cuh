@@ -110,7 +110,7 @@ __device__ __forceinline__ void clear_unowned(const OutputColumn<S>& rows, const
   clear_rows<S>(rows, beyond.begin + task.warp, beyond.end, task.warps);
 }
 template <class S>
-__device__ __forceinline__ void clear_waiting(const OutputColumn<S>& rows, const Unit& unit) {
+__device__ __forceinline__ void clear_waiting(const OutputColumn<S>& rows, const PatchUnit& unit) {
   const Rows front = waiting(unit.front, unit.stop), back = waiting(unit.back, unit.stop);
   clear_rows<S>(rows, front.begin, front.end);
   clear_rows<S>(rows, back.begin, back.end);
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<S>)
   for (int r = 0; !readers.encode && r < problem.heads_per_kv_head; ++r)
     clear_unowned<S>(column_of<S>(grads.q, query_head(problem, task.head, r), problem.heads, problem.width), readers,
                      task);
-  for_each_unit<true, kRun, kBackwardThreads / kWarp>(readers, task.unit, [&](const Unit& unit) {
+  for_each_unit<true, kRun, kBackwardThreads / kWarp>(readers, task.unit, [&](const PatchUnit& unit) {
 #pragma unroll 1
     for (int r = 0; r < problem.heads_per_kv_head; ++r) {
       const int head = query_head(problem, task.head, r);
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<S>)
   for (int r = 0; kWhole && r < problem.heads_per_kv_head; ++r)
     clear_unowned<S>(column_of<S>(grads.q, query_head(problem, task.head, r), problem.heads, problem.width), readers,
                      task);
-  for_each_unit<false, kRun, kBackwardThreads / kWarp>(readers, task.unit, [&](const Unit& unit) {
+  for_each_unit<false, kRun, kBackwardThreads / kWarp>(readers, task.unit, [&](const PatchUnit& unit) {
     const int slot = encode ? -1 : unit.slot;
     for_each_piece(!encode, readers.vectors(unit), unit, [&](Rows held, Rows front, Rows back) {
 #pragma unroll 1
@@ -266,11 +266,12 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<S>)
               }
               const A p = weight * softmax.inverse, ds = there ? softmax.grad_score(p, slope, problem.scale) : A(0);
               add_tile<S>(k_sums, ds, x[0]), add_tile<S>(v_sums, p, x[1]);
-              if (!kWhole) return;
+              if constexpr (kWhole) {
 #pragma unroll
-              for (int a = 0; a < S::kTile; ++a) {
-                const Slice<S> dq = sum_of_held<S>(ds, k, a);
-                if (query + a < rows.end) grad_q.store(query + a, dq);
+                for (int a = 0; a < S::kTile; ++a) {
+                  const Slice<S> dq = sum_of_held<S>(ds, k, a);
+                  if (query + a < rows.end) grad_q.store(query + a, dq);
+                }
               }
             });
           }

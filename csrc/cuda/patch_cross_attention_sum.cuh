@@ -19,12 +19,12 @@ struct Summed {
 
 template <class A>
 struct WarpSums {
-  static constexpr int kWarps = kSumThreads / kWarp;
+  static constexpr int kWarps = kPartSumThreads / kWarp;
   A totals[kWarps], sums[kWarps][kMaxWidth];
 };
 
 template <class T, bool kSoftmax>
-__global__ void __launch_bounds__(kSumThreads, 1)
+__global__ void __launch_bounds__(kPartSumThreads, 1)
     patch_cross_attention_sum_kernel(PatchReaders readers, PartSums<acc_t<T>> parts, Summed<T> summed) {
   using A = acc_t<T>;
   constexpr int kWarps = WarpSums<A>::kWarps, kColumns = kMaxWidth / kWarp;

@@ -21,14 +21,14 @@ struct Range {
   int begin, end;
 };
 
-struct Unit {
+struct PatchUnit {
   int patch;          // -1: nothing to do
   Range patches;      // of the vectors
   Range front, back;  // bytes
   int stop;           // bytes from here on read nothing
   int slot;           // of the unit's sums, where its patch has several units; else -1
 };
-inline constexpr int kUnitWords = sizeof(Unit) / sizeof(int);
+inline constexpr int kPatchUnitWords = sizeof(PatchUnit) / sizeof(int);
 
 // Of some bytes of a unit those that read or are read, and those that read nothing.
 __device__ __forceinline__ Rows reading(const Range& bytes, int stop) {
@@ -46,7 +46,7 @@ struct PatchReaders {
   bool encode;
 
   __device__ __forceinline__ int offset(int p) const { return least(most(offsets[p], 0), num_bytes); }
-  __device__ __forceinline__ Rows vectors(const Unit& unit) const {
+  __device__ __forceinline__ Rows vectors(const PatchUnit& unit) const {
     return {static_cast<u32>(unit.patches.begin) * queries_per_patch,
             static_cast<u32>(unit.patches.end) * queries_per_patch};
   }
@@ -104,10 +104,10 @@ struct PatchReaders {
     return {static_cast<u32>(most(offset(0), offset(capacity))), static_cast<u32>(num_bytes)};
   }
 
-  // Unit u: patch u with all keys of its queries, or with all queries of its keys; or a part.
+  // PatchUnit u: patch u with all keys of its queries, or with all queries of its keys; or a part.
   template <bool kHoldsQueries>
-  __device__ __forceinline__ Unit unit_of(int u) const {
-    Unit unit = {-1, {0, 0}, {0, 0}, {0, 0}, 0, -1};
+  __device__ __forceinline__ PatchUnit unit_of(int u) const {
+    PatchUnit unit = {-1, {0, 0}, {0, 0}, {0, 0}, 0, -1};
     if (u >= capacity + parts) return unit;
     const int part = u - capacity, p = part < 0 ? u : patch_of(part * kPart);
     int first = p, end = p + 1, meets = p, meets_end = p + 1;
@@ -141,15 +141,15 @@ template <bool kHoldsQueries, int kRun, int kWarps, class F>
 __device__ __forceinline__ void for_each_unit(const PatchReaders& readers, int first, F&& f) {
   const int own = first + static_cast<int>(threadIdx.x) % kRun * kWarps;
   union Words {
-    Unit unit;
-    int words[kUnitWords];
+    PatchUnit unit;
+    int words[kPatchUnitWords];
   };
   const Words mine = {readers.unit_of<kHoldsQueries>(own)};
 #pragma unroll 1
   for (int i = 0; i < kRun; ++i) {
     Words next;
 #pragma unroll
-    for (int w = 0; w < kUnitWords; ++w) next.words[w] = __shfl_sync(kAllLanes, mine.words[w], i);
+    for (int w = 0; w < kPatchUnitWords; ++w) next.words[w] = __shfl_sync(kAllLanes, mine.words[w], i);
     if (next.unit.patch >= 0) f(next.unit);
   }
 }
