@@ -95,6 +95,20 @@ def attended_by_all(first, last):
 
 
 @triton.jit
+def load_copies(at, COPIES: tl.constexpr):
+    """Load a vector as a ``[COPIES, N]`` tile with equal rows, and return its first row.
+
+    Triton 3.6 rematerializes a load of fewer elements than the program has threads in the layout of its use,
+    that of the scores: 16 loads a thread at N = 64. A larger tile is loaded once, and its first row alone is used.
+    """
+    N: tl.constexpr = at.shape[0]
+    tile = tl.load(tl.broadcast_to(at[None, :], (COPIES, N)))
+    for _ in tl.static_range(COPIES.bit_length() - 1):
+        tile, _ = tl.split(tile.reshape(2, tile.shape[0] // 2, N).permute(1, 2, 0))
+    return tile.reshape(N)
+
+
+@triton.jit
 def dkdv_run(
     dk, dv, k, v, q, grad_out, lse, delta, stride_qt, stride_qh, stride_gt, stride_gh, factor, first, last,
     all_first, all_last, begin, end, queries, group,
@@ -105,6 +119,8 @@ def dkdv_run(
     Key j is attended to by the queries ``[first_j, last_j)``, and every key by ``[all_first, all_last)``. The heads are
     in the same loop, so that loads of the next one start before this one is done.
     """
+    # One element for each of 256 threads. In fp32 most launches have one stage, which does not use shared memory.
+    COPIES: tl.constexpr = 1 if k.dtype == tl.float32 else max(256 // STEP, 1)
     step = tl.arange(0, STEP)
     head = (begin * 0).to(tl.int64)
     start = begin
@@ -113,12 +129,12 @@ def dkdv_run(
         q_rows = load_rows(tile_at(q + head * stride_qh, start, stride_qt, local, E), WIDTH, E, WIDTH == E)
         grad = load_rows(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), WIDTH, E, WIDTH == E)
         score = tl.dot(k, q_rows.T, input_precision=PRECISION)  # [ROWS, STEP]
-        lse_rows = tl.load(lse + head * queries + start + local)
+        lse_rows = load_copies(lse + head * queries + start + local, COPIES)
         p = weights(score, factor, lse_rows[None, :], k.dtype == tl.float32)
         if (start < all_first) | (start + STEP > all_last):
             p = tl.where(sees(first, last, start, end, STEP), p, 0.0)
         dp = tl.dot(v, grad.T, input_precision=PRECISION)
-        ds = p * (dp - tl.load(delta + head * queries + start + local)[None, :])
+        ds = p * (dp - load_copies(delta + head * queries + start + local, COPIES)[None, :])
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q_rows.dtype), q_rows, dk, input_precision=PRECISION)
         start += STEP
@@ -226,8 +242,12 @@ def block_causal_attention_bwd_dq_kernel(
             all_first, all_last, begin, end, STEP, E, WIDTH, PRECISION,
         )  # fmt: skip
         begin, end = next_run(first_row, last_row, gap, end)
+    if E == 256:  # As in dkdv: `end` is 0, which the compiler does not know, so it keeps no addresses in registers.
+        start += end
+    inside = local < queries - start
     dq = tl.where((first_row < last_row)[:, None], dq * scale, 0.0).to(grad_q.dtype.element_ty)
     stride = heads * WIDTH
+    stored = row_mask(inside, WIDTH, E, WIDTH == E)
     tl.store(tile_at(grad_q + head * WIDTH, start, stride, local, E), dq, mask=stored)
 
 

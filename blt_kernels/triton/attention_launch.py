@@ -48,7 +48,7 @@ _CONSERVATIVE: _Table = {  # every GPU that is not named below: fits into the 99
     ("decode", 2): (Launch(32, 64, 4, 3), Launch(32, 64, 4, 3), Launch(32, 64, 4, 2), Launch(32, 32, 4, 2)),
     ("fwd", 4): (Launch(64, 32, 8, 2), Launch(32, 32, 4, 2), Launch(32, 16, 8, 2), Launch(32, 16, 8, 1)),
     ("bwd_dkdv", 4): (Launch(32, 16, 4, 2), Launch(32, 16, 4, 1), Launch(16, 16, 4, 1), Launch(16, 16, 8, 1)),
-    ("bwd_dq", 4): (Launch(32, 32, 4, 2), Launch(32, 16, 4, 2), Launch(32, 16, 8, 1), Launch(16, 16, 8, 1)),
+    ("bwd_dq", 4): (Launch(32, 32, 4, 2), Launch(32, 16, 4, 2), Launch(32, 16, 8, 2), Launch(16, 16, 8, 1)),
     ("decode", 4): (Launch(16, 64, 4, 2), Launch(16, 32, 4, 2), Launch(16, 16, 4, 2), Launch(16, 16, 4, 1)),
 }
 # With two stages Triton waits for the copies that it has just started, so there are three wherever these fit.
