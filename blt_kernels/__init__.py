@@ -1,7 +1,8 @@
 """blt_kernels: kernels for byte-latent language models (BLT, MegaByte), as torch ops.
 
-Every name below is a function on tensors, apart from `PatchLayout`, the ragged layout that they share, `to_ids` and
-`to_bytes`, which convert text, and `set_attention_backend` with `attention_backend`: who computes attention on CUDA.
+Every name below is a function on tensors, apart from `PatchLayout`, the ragged layout that they share,
+`AttentionRanges`, which layers share, `to_ids` and `to_bytes`, which convert text, and `set_attention_backend` with
+`attention_backend`: who computes attention on CUDA.
 The models are in `blt_kernels.models`, the layers in `blt_kernels.nn`, optimizers for large tables in
 `blt_kernels.optim`, helpers for tests in `blt_kernels.testing`.
 """
@@ -9,8 +10,13 @@ The models are in `blt_kernels.models`, the layers in `blt_kernels.nn`, optimize
 from blt_kernels import _cuda, _load, optim
 from blt_kernels._version import __version__
 from blt_kernels.ids import to_bytes, to_ids
-from blt_kernels.layout import PatchLayout
-from blt_kernels.ops.block_causal_attention import attention_backend, block_causal_attention, set_attention_backend
+from blt_kernels.layout import AttentionRanges, PatchLayout
+from blt_kernels.ops.block_causal_attention import (
+    attention_backend,
+    attention_ranges,
+    block_causal_attention,
+    set_attention_backend,
+)
 from blt_kernels.ops.entropy_patch import (
     byte_patch,
     delimiter_patch,
@@ -31,9 +37,11 @@ _load.load()
 _cuda.load()
 
 __all__ = [
+    "AttentionRanges",
     "PatchLayout",
     "__version__",
     "attention_backend",
+    "attention_ranges",
     "block_causal_attention",
     "byte_patch",
     "delimiter_patch",

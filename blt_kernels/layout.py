@@ -327,4 +327,33 @@ def _unflatten(tensors: Iterable[Tensor], _context: None) -> PatchLayout:
     return PatchLayout(*tensors)
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionRanges:
+    """Which keys each query of attention sees, and which queries each key: what `attention_ranges` returns.
+
+    Attributes
+    ----------
+    intervals : int32 ``[2 (Tq' + Tk')]``
+        First and last key of each query, then first and last query of each key: rows of Tq' and Tk' entries, which are
+        Tq and Tk rounded up to a multiple of 4.
+    num_queries, num_keys : int
+        Tq and Tk.
+    window : int or None
+    causal : bool
+        Those that the intervals were made for.
+    """
+
+    intervals: Tensor
+    num_queries: int
+    num_keys: int
+    window: int | None
+    causal: bool
+
+
 pytree.register_pytree_node(PatchLayout, _flatten, _unflatten, serialized_type_name="blt_kernels.PatchLayout")
+pytree.register_pytree_node(
+    AttentionRanges,
+    lambda ranges: ([ranges.intervals], (ranges.num_queries, ranges.num_keys, ranges.window, ranges.causal)),
+    lambda tensors, context: AttentionRanges(*tensors, *context),
+    serialized_type_name="blt_kernels.AttentionRanges",
+)

@@ -31,7 +31,7 @@ from blt_kernels.ids import ALPHABET as ALPHABET
 from blt_kernels.ids import BOS as BOS
 from blt_kernels.ids import BYTE_OFFSET as BYTE_OFFSET
 from blt_kernels.ids import EOS as EOS
-from blt_kernels.layout import PatchLayout
+from blt_kernels.layout import AttentionRanges, PatchLayout
 from blt_kernels.ops import _common
 
 Model = TypeVar("Model", bound="ByteModel")
@@ -41,7 +41,7 @@ _OPS = {
     "patch_pool": ("patch_pool",),
     "patch_unpool": ("patch_unpool",),
     "ngram_hash_embed": ("ngram_hash_embed",),
-    "block_causal_attention": ("block_causal_attention",),
+    "block_causal_attention": ("block_causal_attention", "attention_ranges"),
     "patch_cross_attention": ("patch_cross_attention",),
 }
 
@@ -121,6 +121,19 @@ def next_byte_bits(logits: Tensor, targets: Tensor, count: int | None = None) ->
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nats = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return nats / ((targets >= 0).sum().clamp(min=1) * math.log(2) if count is None else count * math.log(2))
+
+
+def layer_ranges(
+    ops: SimpleNamespace, x: Tensor, documents: Tensor, window: int | None, key_documents: Tensor | None = None,
+    num_keys: int | None = None,
+) -> AttentionRanges | None:  # fmt: skip
+    """Return what the self-attention of all layers of a stack shares, from its input ``[T, D]``; None on the CPU.
+
+    There the kernels do not read it.
+    """
+    if x.device.type == "cpu":
+        return None
+    return ops.attention_ranges(documents, key_documents, num_queries=x.shape[0], num_keys=num_keys, window=window)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -238,9 +251,9 @@ class SelfAttention(nn.Module):
         self.v_proj = linear(config.dim, config.kv_heads * config.head_dim)
         self.o_proj = linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, table: Tensor, documents: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, documents: Tensor, ranges: AttentionRanges | None = None) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = self.attention(rotate(q, table), rotate(k, table), v, documents, window=self.window)
+        out = self.attention(rotate(q, table), rotate(k, table), v, documents, window=self.window, ranges=ranges)
         return self.o_proj(out.flatten(-2))
 
 
@@ -290,7 +303,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and feed-forward, each with a norm before and a residual around it."""
+    """Attention and feed-forward, each with a norm before and a residual around it.
+
+    Layers of the same documents and window can share their ``ranges``: see `attention_ranges`.
+    """
 
     recompute = False  # whether backward computes the layer again: then only its input is kept until there
 
@@ -301,13 +317,13 @@ class TransformerLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, table: Tensor, documents: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, documents: Tensor, ranges: AttentionRanges | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():  # there is nothing random in a layer
-            return checkpoint(self._layer, x, table, documents, use_reentrant=False, preserve_rng_state=False)
-        return self._layer(x, table, documents)
+            return checkpoint(self._layer, x, table, documents, ranges, use_reentrant=False, preserve_rng_state=False)
+        return self._layer(x, table, documents, ranges)
 
-    def _layer(self, x: Tensor, table: Tensor, documents: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), table, documents)
+    def _layer(self, x: Tensor, table: Tensor, documents: Tensor, ranges: AttentionRanges | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), table, documents, ranges)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

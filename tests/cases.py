@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import blt_kernels as bk
-from blt_kernels.reference.block_causal_attention import block_causal_attention_reference
+from blt_kernels.reference.block_causal_attention import attention_ranges_reference, block_causal_attention_reference
 from blt_kernels.reference.entropy_patch import (
     delimiter_patch_reference,
     entropy_patch_reference,
@@ -162,6 +162,9 @@ _attention = partial(
     differentiable=("q", "k", "v"),
     autocast=True,
 )
+_ranges = partial(
+    OpCase, "block_causal_attention", bk.attention_ranges, attention_ranges_reference, dtypes=(torch.int32,)
+)
 _cross = partial(
     OpCase,
     "patch_cross_attention",
@@ -180,6 +183,9 @@ ATTENTION = [
     _attention("wide", _make_attention(width=96, groups=2), trace=False),
     _attention("decoding", inputs.make_decoding(return_lse=True), trace=False),
     _attention("decoding, window", inputs.make_decoding(width=64, groups=1, window=40), trace=False),
+    _ranges("ranges", inputs.make_attention_ranges(window=5)),
+    _ranges("ranges, both sides", inputs.make_attention_ranges(window=4, causal=False)),
+    _ranges("ranges, keys", inputs.make_attention_ranges(keys=True)),
     _cross("encode", _make_cross("encode")),
     _cross("decode", _make_cross("decode")),
     _cross("encode, window", _make_cross("encode", "tail", window=3)),

@@ -194,6 +194,18 @@ def make_attention(*, keys: bool = False, groups: int = 4, width: int = 10, **op
     return make
 
 
+def make_attention_ranges(*, keys: bool = False, **options: Any) -> Make:
+    """The offsets of `make_attention`."""
+
+    def make(_dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        made = make_attention(keys=keys, **options)(torch.float32, num_bytes, seed)
+        q, k = (made.pop(name) for name in ("q", "k"))
+        del made["v"]
+        return made | {"num_queries": q.shape[0], "num_keys": k.shape[0]}
+
+    return make
+
+
 def make_decoding(*, groups: int = 2, width: int = 10, **options: Any) -> Make:
     """A few queries a document and a cache of its keys, all but the last ones used."""
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from blt_kernels import _load, block_causal_attention, static_patch
-from blt_kernels.models.blt import BLTConfig, LocalEncoder
+from blt_kernels import AttentionRanges, _load, attention_ranges, block_causal_attention, static_patch
+from blt_kernels.models.blt import BLT, BLTConfig, LocalEncoder
+from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig
+from blt_kernels.models.megabyte import MegaByte, MegaByteConfig
 from blt_kernels.nn import TransformerConfig, TransformerLayer, load_ops, rotary_table, row_positions
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.testing import assert_close, document_lengths, offsets_of
@@ -710,10 +713,129 @@ def test_tracing_for_cuda() -> None:
         cu_seqlens = torch.empty(3, device="cuda", dtype=torch.int32)
         packed = [x.flatten(0, 1) for x in (out, q, k, k, out, lse)]
         backward = torch.ops.blt_kernels.block_causal_attention_bwd
-        grads = backward(*packed, cu_seqlens, None, 5, True, None, used.int())
+        grads = backward(*packed, cu_seqlens, None, 5, True, None, used.int(), None)
     assert (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, "cuda")
     assert (lse.shape, lse.dtype) == (q.shape[:-1], torch.float32)
     assert all(g.shape == x.shape and g.dtype == x.dtype for g, x in zip(grads, packed[1:4], strict=True))
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------------
+
+
+def sees(intervals: Tensor, rows: int, others: int) -> Tensor:
+    """Which of the others each row sees, bool ``[rows, others]``; neither end of the intervals falls."""
+    first, last = intervals.view(2, -1)
+    assert bool((first.diff() >= 0).all() and (last.diff() >= 0).all())
+    other = torch.arange(others)
+    return ((other >= first[:rows, None]) & (other < last[:rows, None])).cpu()
+
+
+@given(st.data())
+def test_ranges_of_queries_and_keys_are_what_attention_sees(data: st.DataObject) -> None:
+    lengths = st.lists(st.integers(0, 6), min_size=1, max_size=4)
+    queries = data.draw(lengths)
+    keys = data.draw(st.none() | st.lists(st.integers(0, 6), min_size=len(queries), max_size=len(queries)))
+    used = data.draw(st.none() | st.tuples(*(st.integers(0, n) for n in keys or queries)))
+    beyond = data.draw(st.integers(0, 5))
+    totals = [sum(n) + beyond for n in (queries, keys or queries)]
+    offsets = (offsets_of(queries), None if keys is None else offsets_of(keys))
+    options = {
+        "window": data.draw(st.sampled_from([None, 1, 2, 5, 2**40])),
+        "causal": data.draw(st.booleans()),
+        "seqused_k": None if used is None else torch.tensor(used, dtype=torch.int32),
+    }
+    q, k = (torch.empty(n, 1, 1) for n in totals)
+    first, last, _ = reference.visible(q, k, *offsets, *options.values())
+    key = torch.arange(totals[1])
+    expected = (key >= first[:, None]) & (key < last[:, None])
+    results = []
+    for function in (attention_ranges, reference.attention_ranges_reference):
+        ranges = function(*offsets, num_queries=totals[0], num_keys=totals[1], **options)
+        of_queries, of_keys = ranges.intervals.split([-(-n // 4) * 8 for n in totals])
+        assert torch.equal(sees(of_queries, *totals), expected)
+        assert torch.equal(sees(of_keys, *totals[::-1]), expected.mT)
+        results.append(ranges.intervals)
+    assert torch.equal(*results)
+
+
+def test_ranges_change_nothing(device: str) -> None:
+    offsets = offsets_of([5, 0, 9], device=device)
+    ranges = attention_ranges(offsets, num_queries=15, window=4)
+    results = []
+    for shared in (None, ranges):
+        q, k, v = (randn(15, 2, 8, seed=seed, device=device).requires_grad_() for seed in range(3))
+        out = block_causal_attention(q, k, v, offsets, window=4, ranges=shared)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)))
+        results[-1] += torch.autograd.grad(results[-1][1].square().sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def calls_in_models(model: nn.Module, *arguments: Any) -> list[tuple[str, Any]]:
+    """Calls of attention's operators in a pass forward and backward on "meta": name, and the argument `ranges`."""
+    calls = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+            name = func.name().removeprefix("blt_kernels::block_causal_attention_")
+            result = func(*args, **(kwargs or {}))
+            if name in ("fwd", "bwd", "ranges_fwd"):
+                calls.append((name, result if name == "ranges_fwd" else args[-1]))
+            return result
+
+    with Recorder():
+        model(*arguments).sum().backward()
+    return calls
+
+
+STACK = TransformerConfig(16, 3, 2, window=8)
+MODELS = {  # with the stacks that have ranges of their own
+    "ByteLM": (lambda: ByteLM(ByteLMConfig(dim=16, num_layers=3, num_heads=2, window=8)), 1),
+    "BLT": (lambda: BLT(blt_config(STACK)), 2),
+    "BLT, windows": (lambda: BLT(blt_config(TransformerConfig(16, 3, 2, window=5))), 3),
+    "MegaByte": (lambda: MegaByte(MegaByteConfig(4, STACK, STACK)), 2),
+    "MegaByte, cross-patch": (lambda: MegaByte(MegaByteConfig(4, STACK, STACK, cross_patch=2)), 2),
+}
+
+
+def blt_config(decoder: TransformerConfig) -> BLTConfig:
+    return BLTConfig(
+        encoder=STACK, decoder=decoder, global_transformer=TransformerConfig(16, 3, 2), ngram_vocab=64,
+        patcher=None, patching="static", patch_size=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_model_finds_ranges_once_a_stack(name: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TransformerLayer, "recompute", recompute)
+    make, stacks = MODELS[name]
+    tokens = torch.randint(4, 260, (40,))
+    calls = calls_in_models(make().to("meta"), tokens.to("meta"), offsets_of([13, 27]).to("meta"))
+    made = [ranges for operator, ranges in calls if operator == "ranges_fwd"]
+    given = [ranges for operator, ranges in calls if operator != "ranges_fwd"]
+    assert len(made) == stacks
+    assert len(given) >= 2 * 3 * stacks
+    assert all(any(x is ranges for ranges in made) for x in given)
+    assert not [ranges for _, ranges in calls_in_models(make(), tokens, offsets_of([13, 27])) if ranges is not None]
+
+
+def test_ranges_of_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for two lengths, in which they are found once."""
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Sequence[Any]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(MODELS["ByteLM"][0]().to("meta"), backend=backend, fullgraph=True, dynamic=True)
+    for lengths in ([13, 27], [9, 33]):
+        tokens = torch.zeros(sum(lengths), dtype=torch.int64, device="meta")
+        compiled(tokens, offsets_of(lengths).to("meta")).sum().backward()
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert len(graphs) == 1
+    assert sum("block_causal_attention_ranges_fwd" in name for name in called) == 1
 
 
 # --- argument errors --------------------------------------------------------------------------------------------------
@@ -721,6 +843,7 @@ def test_tracing_for_cuda() -> None:
 PACKED = {name: torch.zeros(6, 4 if name == "q" else 2, 8) for name in "qkv"}
 PADDED = {name: torch.zeros(2, 3, 4, 8) for name in "qkv"}
 CU = torch.tensor([0, 2, 6])
+RANGES = AttentionRanges(torch.zeros(32, dtype=torch.int32), 6, 6, None, True)
 
 
 @pytest.mark.parametrize(
@@ -773,6 +896,16 @@ CU = torch.tensor([0, 2, 6])
             ValueError,
             r"k: expected the B = 1 documents of q, got shape \[2, 3, 4, 8\]",
         ),
+        ({"ranges": torch.zeros(32).int()}, TypeError, "ranges: expected an AttentionRanges, got Tensor"),
+        ({"ranges": replace(RANGES, num_keys=5)}, ValueError, "of 6 queries and 6 keys, got 6 queries and 5 keys"),
+        ({"ranges": replace(RANGES, num_queries=7)}, ValueError, "of 6 queries and 6 keys, got 7 queries and 6 keys"),
+        ({"ranges": replace(RANGES, window=3)}, ValueError, "window = None and .* True, got window = 3 and causal = T"),
+        ({"ranges": RANGES, "causal": False}, ValueError, "ranges: expected those of .* False, got .* = True"),
+        (
+            {"ranges": replace(RANGES, intervals=RANGES.intervals.to("meta"))},
+            ValueError,
+            "ranges: expected device cpu of q, got meta",
+        ),
         ({"window": 0}, ValueError, "window: expected a value >= 1, got 0"),
         ({"window": 1.5}, TypeError, "window: expected an int, got 1.5"),
         ({"causal": 1}, TypeError, "causal: expected a bool, got 1"),
@@ -796,3 +929,22 @@ CU = torch.tensor([0, 2, 6])
 def test_errors(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         block_causal_attention(**{**PACKED, "cu_seqlens_q": CU, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"num_queries": -1}, ValueError, "num_queries: expected a value >= 0, got -1"),
+        ({"num_queries": 5}, ValueError, "cu_seqlens_q: expected offsets .* at most at 5, got"),
+        ({"num_keys": 7}, ValueError, "num_keys: expected num_queries = 6, since cu_seqlens_k is None; got 7"),
+        ({"cu_seqlens_k": CU}, ValueError, "num_keys: expected an int, since cu_seqlens_k is not None; got None"),
+        ({"cu_seqlens_k": torch.tensor([0, 6]), "num_keys": 6}, ValueError, "cu_seqlens_k: expected 3 entries"),
+        ({"cu_seqlens_q": [0, 6]}, TypeError, "cu_seqlens_q: expected a tensor, got list"),
+        ({"window": 0}, ValueError, "window: expected a value >= 1, got 0"),
+        ({"causal": 1}, TypeError, "causal: expected a bool, got 1"),
+        ({"seqused_k": torch.tensor([3, 4])}, ValueError, "seqused_k: expected 0 to 2 keys"),
+    ],
+)
+def test_errors_of_ranges(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        attention_ranges(**{"cu_seqlens_q": CU, "num_queries": 6, **change})

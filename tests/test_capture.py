@@ -149,7 +149,7 @@ def padded(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def takes_padded(case: OpCase) -> bool:
-    return case.function.__name__ not in ("static_patch", "byte_patch", "patch_unpool")
+    return case.function.__name__ not in ("static_patch", "byte_patch", "patch_unpool", "attention_ranges")
 
 
 CALLS = [
@@ -177,6 +177,7 @@ def test_triton_launchers_do_nothing_that_a_capture_forbids(
     """Of attention, whose launchers are in Python; kernels are not run."""
     jit = pytest.importorskip("triton.runtime.jit")
     from blt_kernels.triton.attention_backward import block_causal_attention_bwd_cuda
+    from blt_kernels.triton.attention_ranges import block_causal_attention_ranges_fwd_cuda
     from blt_kernels.triton.block_causal_attention import block_causal_attention_fwd_cuda
 
     launched: list[str] = []
@@ -197,6 +198,18 @@ def test_triton_launchers_do_nothing_that_a_capture_forbids(
     assert any("dkdv" in name for name in launched), launched
     # Intervals of queries once in forward, of queries and keys at once in backward.
     assert sum("ranges" in name for name in launched) <= 2, launched
+
+    made = block_causal_attention_ranges_fwd_cuda(offsets, rest[1], q.shape[0], keys, *rest[2:4], rest[5])
+    launched.clear()
+
+    def given() -> None:
+        out, lse = block_causal_attention_fwd_cuda(q, k, k, *rest, made)
+        block_causal_attention_bwd_cuda(out, q, k, k, out, lse, *rest, made)
+
+    assert not forbidden(given)
+    # Forward makes its own where it leaves documents of few queries to decoding, of others in the batch.
+    own = "decode" in "".join(launched) and "block_causal_attention_fwd_kernel" in launched
+    assert sum("ranges" in name for name in launched) == own, launched
 
 
 @pytest.mark.parametrize("operator", ["fwd", "bwd"])

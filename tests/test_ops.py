@@ -329,7 +329,7 @@ def test_torch_func(case: OpCase, device: str) -> None:
         torch.func.jvp(lambda *values: sum(g.sum() for g in by_func(*values)), leaves, leaves)
 
 
-OF_OFFSETS_ALONE = ("static_patch", "byte_patch")
+OF_OFFSETS_ALONE = ("static_patch", "byte_patch", "attention_ranges")
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,25 @@ def call(message: bytes) -> bytes:
     return pickle.dumps((results[0], getattr(_watch[0], count)))
 
 
+def call_with_ranges(message: bytes) -> bytes:
+    """Run forward and backward with ranges made before; return these, all results, and how often some were written."""
+    from blt_kernels.triton import attention_backward, attention_ranges, block_causal_attention
+
+    (q, k, v, cu_q, cu_k, window, causal, scale, used), grad, splits = pickle.loads(message)
+    rest, launch = (cu_q, cu_k, window, causal, scale, used), None if splits else Launch(*SMALL, 4, 1)
+    made = attention_ranges.block_causal_attention_ranges_fwd_cuda(
+        cu_q, cu_k, q.shape[0], k.shape[0], window, causal, used
+    )
+    few = mock.patch.object(block_causal_attention, "decode_splits", return_value=splits)
+    writes = mock.patch.object(attention_ranges, "_write", wraps=attention_ranges._write)
+    with few if splits else nullcontext(), writes as write:
+        out = block_causal_attention.block_causal_attention_fwd_cuda(q, k, v, *rest, made, launch=launch)
+        grads = attention_backward.block_causal_attention_bwd_cuda(
+            grad, q, k, v, *out, *rest, made, launch=Launch(*SMALL, 4, 1)
+        )
+    return pickle.dumps((made, (*out, *grads), write.call_count))
+
+
 # --- in this process --------------------------------------------------------------------------------------------------
 
 
@@ -641,7 +660,47 @@ def test_programs_of_a_decoded_document() -> None:
     assert decode_tiles(0, 0, 0, 1, 32) == 1
 
 
-@pytest.mark.parametrize("name", ["fwd", "bwd"])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize(("window", "causal"), [(None, True), (7, True), (7, False)])
+def test_ranges_made_before(
+    interpreter: ProcessPoolExecutor, run: Callable, documents: str, window: int | None, causal: bool
+) -> None:
+    lengths, keys, used = DOCUMENTS[documents]
+    cu_q, cu_k = offsets_of(lengths), None if keys is None else offsets_of(keys)
+    used_k = None if used is None else torch.tensor(used, dtype=torch.int32)
+    totals = [sum(n) + 3 for n in (lengths, keys or lengths)]  # rows beyond the documents
+    q, k, v, grad = inputs(*totals, (2, 1), 16, torch.float32)
+    arguments = (q, k, v, cu_q, cu_k, window, causal, None, used_k)
+    expected, _ = run(arguments, grad)
+    made, results, writes = pickle.loads(
+        interpreter.submit(call_with_ranges, pickle.dumps((arguments, grad, 0))).result()
+    )
+    assert torch.equal(
+        made, reference.block_causal_attention_ranges_fwd_reference(cu_q, cu_k, *totals, window, causal, used_k)
+    )
+    assert_equal(results, expected)
+    assert writes == 0
+
+
+def test_decoding_finds_its_own_ranges(interpreter: ProcessPoolExecutor, run: Callable) -> None:
+    """Documents of few queries see no key in the forward kernel: what was made before says otherwise."""
+    cu_q, cu_k = offsets_of([2, 40, 1]), offsets_of([50, 60, 20])
+    q, k, v, grad = inputs(43, 130, (2, 1), 16, torch.float32)
+    arguments = (q, k, v, cu_q, cu_k, None, True, None, None)
+    expected, _ = run(arguments, splits=2)
+    _, results, writes = pickle.loads(interpreter.submit(call_with_ranges, pickle.dumps((arguments, grad, 2))).result())
+    assert_equal(results[:2], expected)
+    assert writes == 1
+
+
+def test_ranges_of_other_sizes_are_refused() -> None:
+    from blt_kernels.triton.attention_ranges import ranges
+
+    with pytest.raises(ValueError, match=r"ranges: expected contiguous int32 \[32\], got torch.int32 \[24\]"):
+        ranges(6, 6, offsets_of([6]), None, None, True, None, made=torch.zeros(24, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name", ["fwd", "bwd", "ranges_fwd"])
 def test_cuda_tensors_take_triton(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::block_causal_attention_{name}", "CUDA")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from blt_kernels.characters import patches_of_whole_characters
 from blt_kernels.ids import ALPHABET, BPE, EOS, ids_of
-from blt_kernels.layout import PatchLayout
+from blt_kernels.layout import AttentionRanges, PatchLayout
 from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig, check_eos_id
 from blt_kernels.nn import (
     ByteModel,
@@ -22,6 +22,7 @@ from blt_kernels.nn import (
     TransformerLayer,
     attention_documents,
     embedding,
+    layer_ranges,
     linear,
     load_ops,
     rotary_table,
@@ -153,11 +154,13 @@ class LocalEncoder(nn.Module):
             CrossAttention(cross, ops, "encode", queries, window) for _ in range(count)
         )
 
-    def forward(self, x: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout, ranges: AttentionRanges | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Bytes ``[T, D]`` after the layers, and patches ``[C, K * D]``."""
         patches = None
         for i, layer in enumerate(self.layers):
-            x = layer(x, table, documents)
+            x = layer(x, table, documents, ranges)
             if (self.all_layers and not self.pool_every_layer) or i == len(self.layers) - 1:
                 if patches is None:
                     pooled = self.patch_pool(x, layout, "max")
@@ -178,10 +181,12 @@ class GlobalTransformer(nn.Module):
         self.token_embedding_projection = nn.Identity() if width == layer.dim else linear(width, layer.dim)
         self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
 
-    def forward(self, patches: Tensor, table: Tensor, documents: Tensor) -> Tensor:
+    def forward(
+        self, patches: Tensor, table: Tensor, documents: Tensor, ranges: AttentionRanges | None = None
+    ) -> Tensor:
         x = self.token_embedding_projection(patches).to(patches.dtype)  # residuals stay wide under autocast
         for layer in self.layers:
-            x = layer(x, table, documents)
+            x = layer(x, table, documents, ranges)
         return x
 
 
@@ -200,12 +205,15 @@ class LocalDecoder(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
         self.norm = RMSNorm(layer.dim, layer.norm_eps)
 
-    def forward(self, x: Tensor, patches: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout) -> Tensor:
+    def forward(
+        self, x: Tensor, patches: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout,
+        ranges: AttentionRanges | None = None,
+    ) -> Tensor:  # fmt: skip
         vectors = self.patch_embedding_projection(patches).view(-1, x.shape[-1])  # [C * K, D]
         for i, layer in enumerate(self.layers):
             if i < len(self.cross_attn_layers):
                 x = self.cross_attn_layers[i](x, vectors, layout) + 2 * x
-            x = layer(x, table, documents)
+            x = layer(x, table, documents, ranges)
         return self.norm(x)
 
 
@@ -356,11 +364,15 @@ class BLT(ByteModel):
             num_functions=config.num_functions,
         )
         positions = row_positions(rows, ids.shape[0])
-        x, patches = encoder(x, rotary_table(positions, config.encoder, x.dtype), documents, layout)
+        ranges = layer_ranges(self.ops, x, documents, config.encoder.window)
+        x, patches = encoder(x, rotary_table(positions, config.encoder, x.dtype), documents, layout, ranges)
         positions_of_patches = row_positions(layout.cu_patches, layout.capacity)
         table = rotary_table(positions_of_patches, config.global_transformer, x.dtype)
-        patches = self.global_transformer(patches, table, patch_documents)
-        x = self.local_decoder(x, patches, rotary_table(positions, config.decoder, x.dtype), documents, layout)
+        global_ranges = layer_ranges(self.ops, patches, patch_documents, config.global_transformer.window)
+        patches = self.global_transformer(patches, table, patch_documents, global_ranges)
+        if config.decoder.window != config.encoder.window:
+            ranges = layer_ranges(self.ops, x, documents, config.decoder.window)
+        x = self.local_decoder(x, patches, rotary_table(positions, config.decoder, x.dtype), documents, layout, ranges)
         return self.lm_head(x).view(*tokens.shape, self.config.vocab_size)
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from blt_kernels.nn import (
     embed_ids,
     embedding,
     known_ids,
+    layer_ranges,
     linear,
     load_ops,
     rotary_table,
@@ -173,8 +174,9 @@ class ByteLM(ByteModel):
             documents = attention_documents(starts | (ids == NEWLINE) if reset_at_newlines else starts, rows)
         x = embed_ids(self.embed_tokens, ids, known_ids(ids, rows, self.config.vocab_size))
         table = rotary_table(row_positions(rows, ids.shape[0]), self.config, x.dtype)
+        ranges = layer_ranges(self.ops, x, documents, self.config.window)
         for layer in self.layers:
-            x = layer(x, table, documents)
+            x = layer(x, table, documents, ranges)
         return self.lm_head(self.norm(x)).view(*tokens.shape, self.config.vocab_size)
 
     def patch(

@@ -345,6 +345,7 @@ def _visited(
     causal: bool,
     _scale: float | None,
     seqused_k: Tensor | None,
+    _ranges: Tensor | None,
 ) -> int:
     """(query, key) pairs of block_causal_attention."""
     rows = cu_seqlens_q.long()

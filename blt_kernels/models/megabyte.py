@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blt_kernels.layout import PatchLayout
+from blt_kernels.layout import AttentionRanges, PatchLayout
 from blt_kernels.nn import (
     ALPHABET,
     ByteModel,
@@ -32,6 +32,7 @@ from blt_kernels.nn import (
     embedding,
     init_normal,
     known_ids,
+    layer_ranges,
     linear,
     load_ops,
     rotary_table,
@@ -125,11 +126,14 @@ class CrossPatchAttention(SelfAttention):
     """Causal attention within patches that reaches back into the patch before."""
 
     # A TransformerLayer hands its documents through, whatever they are.
-    def forward(self, x: Tensor, table: Tensor, documents: CrossPatch) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, table: Tensor, documents: CrossPatch, ranges: AttentionRanges | None = None
+    ) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         k, v = (y.index_select(0, documents.key_slots) for y in (k, v))
         q, k = rotate(q, table), rotate(k, documents.key_table)
-        out = self.attention(q, k, v, documents.patch_offsets, documents.key_offsets, window=self.window)
+        offsets = (documents.patch_offsets, documents.key_offsets)
+        out = self.attention(q, k, v, *offsets, window=self.window, ranges=ranges)
         return self.o_proj(out.flatten(-2))
 
 
@@ -243,9 +247,16 @@ class MegaByte(ByteModel):
         x = torch.where((place == 0)[:, None], self.local_embed_first, previous) + patches[part]
         x = x.where((slot < slot_rows[-1])[:, None], 0)  # and stays 0 in all layers, as in no row attention gives 0
         table = rotary_table(place, self.local_config, x.dtype)
-        documents = self._cross_patch(layout, x.dtype) if self.config.cross_patch else layout.patch_offsets
+        window = self.local_config.window
+        if self.config.cross_patch:
+            documents = self._cross_patch(layout, x.dtype)
+            keys = documents.key_slots.shape[0]
+            ranges = layer_ranges(self.ops, x, layout.patch_offsets, window, documents.key_offsets, keys)
+        else:
+            documents = layout.patch_offsets
+            ranges = layer_ranges(self.ops, x, documents, window)
         for layer in self.local_layers:
-            x = layer(x, table, documents)
+            x = layer(x, table, documents, ranges)
         byte = torch.arange(total, device=ids.device)
         next_slot = (byte + _row(rows, byte) + 1).clamp(max=total + count - 1)
         return self.lm_head(self.norm(x[next_slot]))
@@ -269,8 +280,9 @@ class MegaByte(ByteModel):
         positions = patch - layout.cu_patches[row]
         x = torch.where((positions == 0)[:, None], self.global_embed_first, x.flatten(1))
         table = rotary_table(positions, self.config.global_transformer, x.dtype)
+        ranges = layer_ranges(self.ops, x, layout.cu_patches, self.config.global_transformer.window)
         for layer in self.global_layers:
-            x = layer(x, table, layout.cu_patches)
+            x = layer(x, table, layout.cu_patches, ranges)
         return self.global_to_local(self.global_norm(x).unflatten(-1, (size, -1)).flatten(0, 1))
 
     def _cross_patch(self, layout: PatchLayout, dtype: torch.dtype) -> CrossPatch:

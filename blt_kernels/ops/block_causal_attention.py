@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blt_kernels.layout import AttentionRanges
 from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.triton import attention_flash
@@ -32,6 +33,7 @@ def block_causal_attention(
     causal: bool = True,
     scale: float | None = None,
     seqused_k: Tensor | None = None,
+    ranges: AttentionRanges | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention within documents, causal and with a sliding window.
@@ -56,6 +58,9 @@ def block_causal_attention(
     seqused_k : int32 or int64 ``[B]``, optional
         Number of keys of each document that count, the first ones, as in a cache with room to spare: what lies behind
         is never read. All of them if None.
+    ranges : AttentionRanges, optional
+        What `attention_ranges` returns for the same offsets, window, causal and `seqused_k`: on CUDA, forward and
+        backward then launch one kernel less each. Layers of one layout share them. Not read on the CPU.
     return_lse : bool
         Return the logsumexp of the scores too.
 
@@ -125,20 +130,103 @@ def block_causal_attention(
         if k.shape[1] != q.shape[1]:
             _, offsets_k = _common.pack("k", k, None, trailing=2)
     elif cu_seqlens_k is not None:
-        offsets_k = _common.check_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], device=q.device)
-        if offsets_k.shape != offsets_q.shape:
-            raise ValueError(
-                f"cu_seqlens_k: expected {offsets_q.shape[0]} entries, as cu_seqlens_q has, got {offsets_k.shape[0]}"
-            )
+        offsets_k = _check_key_offsets(cu_seqlens_k, k.shape[0], offsets_q)
     elif k.shape[0] != q.shape[0]:
         raise ValueError(f"cu_seqlens_k: expected offsets, since q has {q.shape[0]} rows and k {k.shape[0]}; got None")
     if seqused_k is not None:
         seqused_k = _check_seqused(seqused_k, offsets_q if offsets_k is None else offsets_k)
     out, lse = torch.ops.blt_kernels.block_causal_attention_fwd(
-        *_common.autocast(packed_q, packed_k, packed_v), offsets_q, offsets_k, window, causal, scale, seqused_k
-    )
+        *_common.autocast(packed_q, packed_k, packed_v), offsets_q, offsets_k, window, causal, scale, seqused_k,
+        None if ranges is None else _check_ranges(ranges, packed_q, packed_k, window, causal),
+    )  # fmt: skip
     out = out.view(q.shape)
     return (out, lse.view(q.shape[:-1])) if return_lse else out
+
+
+def attention_ranges(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    num_queries: int,
+    num_keys: int | None = None,
+    window: int | None = None,
+    causal: bool = True,
+    seqused_k: Tensor | None = None,
+) -> AttentionRanges:
+    """Find which keys each query of `block_causal_attention` sees, once for all layers of a layout.
+
+    Parameters
+    ----------
+    cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k
+        Those of `block_causal_attention`.
+    num_queries : int
+        Tq, the number of packed queries.
+    num_keys : int, optional
+        Tk, the number of packed keys. Tq if None.
+
+    Returns
+    -------
+    AttentionRanges
+        For calls with these arguments, on the same device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, device, shape or value; the message names it.
+
+    Examples
+    --------
+    >>> ranges = attention_ranges(torch.tensor([0, 2, 4]), num_queries=4)
+    >>> ranges.intervals.view(4, 4)[:2].tolist()
+    [[0, 0, 2, 2], [1, 2, 3, 4]]
+    """
+    _common.check_int("num_queries", num_queries, 0)
+    if num_keys is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("num_keys: expected an int, since cu_seqlens_k is not None; got None")
+        num_keys = num_queries
+    _common.check_int("num_keys", num_keys, 0)
+    if window is not None:
+        _common.check_int("window", window, 1)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool, got {causal!r}")
+    _common.check_tensor("cu_seqlens_q", cu_seqlens_q, 1, _common.INTS)
+    device = cu_seqlens_q.device
+    offsets_q = _common.check_offsets("cu_seqlens_q", cu_seqlens_q, num_queries, device=device)
+    offsets_k = None
+    if cu_seqlens_k is not None:
+        offsets_k = _check_key_offsets(cu_seqlens_k, num_keys, offsets_q)
+    elif num_keys != num_queries:
+        raise ValueError(f"num_keys: expected num_queries = {num_queries}, since cu_seqlens_k is None; got {num_keys}")
+    if seqused_k is not None:
+        seqused_k = _check_seqused(seqused_k, offsets_q if offsets_k is None else offsets_k)
+    intervals = torch.ops.blt_kernels.block_causal_attention_ranges_fwd(
+        offsets_q, offsets_k, num_queries, num_keys, window, causal, seqused_k
+    )
+    return AttentionRanges(intervals, num_queries, num_keys, window, causal)
+
+
+def _check_key_offsets(cu_seqlens_k: Tensor, keys: int, offsets_q: Tensor) -> Tensor:
+    """Check the offsets of keys and return them as int32."""
+    offsets_k = _common.check_offsets("cu_seqlens_k", cu_seqlens_k, keys, device=offsets_q.device)
+    if offsets_k.shape != offsets_q.shape:
+        expected = f"{offsets_q.shape[0]} entries, as cu_seqlens_q has"
+        raise ValueError(f"cu_seqlens_k: expected {expected}, got {offsets_k.shape[0]}")
+    return offsets_k
+
+
+def _check_ranges(ranges: object, q: Tensor, k: Tensor, window: int | None, causal: bool) -> Tensor:
+    """Check that `ranges` were made for such a call, as far as the host knows, and return the intervals."""
+    if not isinstance(ranges, AttentionRanges):
+        raise TypeError(f"ranges: expected an AttentionRanges, got {type(ranges).__name__}")
+    _common.check_same("ranges", ranges.intervals, "q", q, dtype=False)
+    if ranges.num_queries != q.shape[0] or ranges.num_keys != k.shape[0]:
+        made = f"{ranges.num_queries} queries and {ranges.num_keys} keys"
+        raise ValueError(f"ranges: expected those of {q.shape[0]} queries and {k.shape[0]} keys, got {made}")
+    if ranges.window != window or ranges.causal != causal:
+        made = f"window = {ranges.window} and causal = {ranges.causal}"
+        raise ValueError(f"ranges: expected those of window = {window} and causal = {causal}, got {made}")
+    return ranges.intervals
 
 
 def _check_seqused(seqused_k: Tensor, offsets_k: Tensor) -> Tensor:
@@ -215,7 +303,10 @@ def attention_backend() -> str:
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 
-_ARGUMENTS = "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? window, bool causal, float? scale, Tensor? seqused_k"
+_ARGUMENTS = (
+    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? window, bool causal, float? scale, Tensor? seqused_k,"
+    " Tensor? ranges"
+)
 
 _common.define(
     "block_causal_attention_fwd",
@@ -227,6 +318,12 @@ _common.define(
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     reference.block_causal_attention_bwd_reference,
+)
+_common.define(
+    "block_causal_attention_ranges_fwd",
+    "(Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt num_queries, SymInt num_keys, SymInt? window, bool causal,"
+    " Tensor? seqused_k) -> Tensor",
+    reference.block_causal_attention_ranges_fwd_reference,
 )
 
 
@@ -241,12 +338,17 @@ def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_arguments: Any) -> tu
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@torch.library.register_fake("blt_kernels::block_causal_attention_ranges_fwd")
+def _(cu_seqlens_q: Tensor, _cu_seqlens_k: Tensor | None, num_queries: int, num_keys: int, *_arguments: Any) -> Tensor:
+    return cu_seqlens_q.new_empty((num_queries + 3) // 4 * 8 + (num_keys + 3) // 4 * 8, dtype=torch.int32)
+
+
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges)
     ctx.window, ctx.causal, ctx.scale = window, causal, scale
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -255,15 +357,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_out is not None:
-        *tensors, cu_seqlens_q, cu_seqlens_k, seqused_k = ctx.saved_tensors
+        *tensors, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges = ctx.saved_tensors
         grads = torch.ops.blt_kernels.block_causal_attention_bwd(
-            grad_out, *tensors, cu_seqlens_q, cu_seqlens_k, ctx.window, ctx.causal, ctx.scale, seqused_k
+            grad_out, *tensors, cu_seqlens_q, cu_seqlens_k, ctx.window, ctx.causal, ctx.scale, seqused_k, ranges
         )
-    return *grads, None, None, None, None, None, None
+    return *grads, None, None, None, None, None, None, None
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_out, q, k, v, _out, _lse, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k = inputs
+    grad_out, q, k, v, _out, _lse, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, _ranges = inputs
     ctx.window, ctx.causal, ctx.scale = window, causal, scale
     ctx.save_for_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
 
@@ -278,7 +380,7 @@ def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
 
     # The gradients depend on out and lse through q, k and v alone.
     grads = _autograd.second_derivative(attention, (q, k, v), grad_out, cotangents)
-    return *grads, None, None, None, None, None, None, None, None
+    return *grads, None, None, None, None, None, None, None, None, None
 
 
 _autograd.register_autograd("block_causal_attention_fwd", _backward, setup_context=_save)
@@ -291,11 +393,11 @@ _autograd.register_autograd("block_causal_attention_bwd", _second_backward, setu
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _triton(operator: str, file: str) -> Callable[..., tuple[Tensor, ...]]:
+def _triton(operator: str, file: str) -> Callable[..., Any]:
     """Return a launcher of `triton/`, which is imported when it is called for the first time."""
 
     @cache
-    def launcher() -> Callable[..., tuple[Tensor, ...]]:
+    def launcher() -> Callable[..., Any]:
         module = importlib.import_module(f"blt_kernels.triton.{file}")
         importlib.import_module("blt_kernels.triton.capture").refuse_in_captures()
         return getattr(module, f"{operator}_cuda")
@@ -313,4 +415,9 @@ if _HAS_TRITON:
     torch.library.impl("blt_kernels::block_causal_attention_fwd", "CUDA", _forward_cuda)
     torch.library.impl(
         "blt_kernels::block_causal_attention_bwd", "CUDA", _triton("block_causal_attention_bwd", "attention_backward")
+    )
+    torch.library.impl(
+        "blt_kernels::block_causal_attention_ranges_fwd",
+        "CUDA",
+        _triton("block_causal_attention_ranges_fwd", "attention_ranges"),
     )

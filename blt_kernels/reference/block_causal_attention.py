@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blt_kernels.layout import AttentionRanges
+
 _BLOCK = 128  # query rows
 
 
@@ -28,9 +30,10 @@ def block_causal_attention_reference(
     causal: bool = True,
     scale: float | None = None,
     seqused_k: Tensor | None = None,
+    ranges: AttentionRanges | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention within documents; see `ops.block_causal_attention`."""
+    """Attention within documents; see `ops.block_causal_attention`. `ranges` saves kernels work and is not read."""
     if cu_seqlens_q is None:
         cu_seqlens_q = _row_offsets(q)
         cu_seqlens_k = None if k.shape[:-2] == q.shape[:-2] else _row_offsets(k)
@@ -51,6 +54,7 @@ def block_causal_attention_fwd_reference(
     causal: bool,
     scale: float | None,
     seqused_k: Tensor | None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """With s = scale * q k^T over the keys that a row sees: out = softmax(s) v, lse = logsumexp(s)."""
     first, last, live = visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
@@ -88,6 +92,7 @@ def block_causal_attention_bwd_reference(
     causal: bool,
     scale: float | None,
     seqused_k: Tensor | None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With p = softmax(s) and ds = p * (g v^T - sum(p * g v^T)): dq = scale * ds k, dk = scale * ds^T q, dv = p^T g.
 
@@ -112,6 +117,61 @@ def block_causal_attention_bwd_reference(
             grad_v[keys] += torch.bmm(p.mT, grads).transpose(0, 1)
     grad_q *= _scale(q, scale)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def attention_ranges_reference(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    num_queries: int,
+    num_keys: int | None = None,
+    window: int | None = None,
+    causal: bool = True,
+    seqused_k: Tensor | None = None,
+) -> AttentionRanges:
+    """Intervals of queries and keys; see `ops.attention_ranges`."""
+    num_keys = num_queries if num_keys is None else num_keys
+    intervals = block_causal_attention_ranges_fwd_reference(
+        cu_seqlens_q, cu_seqlens_k, num_queries, num_keys, window, causal, seqused_k
+    )
+    return AttentionRanges(intervals, num_queries, num_keys, window, causal)
+
+
+def block_causal_attention_ranges_fwd_reference(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    num_queries: int,
+    num_keys: int,
+    window: int | None,
+    causal: bool,
+    seqused_k: Tensor | None,
+) -> Tensor:
+    """Query i of n, of a document with m keys, sees key j if j < m, j - i <= m - n (causal), |j - i - m + n| < window.
+
+    Rows beyond the last document, of which there are at least as many as round up to a multiple of 4, see nothing: both
+    ends are the number of rows of the other side.
+    """
+    cu_q = cu_seqlens_q.long()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.long()
+    end_k = cu_k[1:] if seqused_k is None else torch.minimum(cu_k[:-1] + seqused_k.clamp(min=0), cu_k[1:])
+    before = num_queries + num_keys if window is None else min(window, 2**31 - 1) - 1  # keys that a query looks back
+    after = 0 if causal else before
+    begin_q, last_q, begin_k, last_k = (F.pad(x, (0, 1)) for x in (cu_q[:-1], cu_q[1:], cu_k[:-1], end_k))
+    rows: list[Tensor] = []
+    for total, others, offsets, begin, end, shift, back, ahead in (
+        (num_queries, num_keys, cu_q, begin_k, last_k, last_k - last_q, before, after),
+        (num_keys, num_queries, cu_k, begin_q, last_q, last_q - last_k, after, before),
+    ):
+        row, document = _documents((total + 3) // 4 * 4, offsets)
+        position = row + shift[document]
+        first = torch.maximum(begin[document], position - back)
+        last = torch.minimum(end[document], position + ahead + 1)
+        if rows:  # keys, of which some may not count
+            first = torch.where(row < last_k[document], first, end[document])
+        beyond = document == offsets.shape[0] - 1
+        first = first.clamp(0, others).masked_fill(beyond, others)
+        rows += [first, torch.maximum(last.clamp(max=others), first).masked_fill(beyond, others)]
+    return torch.cat(rows).int()
 
 
 def visible(

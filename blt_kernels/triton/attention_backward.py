@@ -264,9 +264,13 @@ def block_causal_attention_bwd_cuda(
     causal: bool,
     scale: float | None,
     seqused_k: Tensor | None,
+    made: Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run backward; see `ops.block_causal_attention`. `launch` takes the place of what `launch_options` says."""
+    """Run backward; see `ops.block_causal_attention`. `launch` takes the place of what `launch_options` says.
+
+    `made` are the ranges that are at hand.
+    """
     if not runs_here(q):
         return reference.block_causal_attention_bwd_reference(
             grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k
@@ -294,7 +298,7 @@ def block_causal_attention_bwd_cuda(
     }
     with torch.cuda.device_of(q):
         offsets = (queries, keys, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
-        of_queries, of_keys = ranges(*offsets, with_keys=True)
+        of_queries, of_keys = ranges(*offsets, with_keys=True, made=made)
         block_causal_attention_bwd_sums_kernel[(triton.cdiv(queries, _SUM_ROWS), heads)](
             grad_out, out, lse, sums, *of_queries, *strides(grad_out, out), queries, heads,
             ROWS=_SUM_ROWS, E=padded_width(width), WIDTH=width, num_warps=4,

@@ -126,6 +126,7 @@ def delegate(
     causal: bool,
     scale: float | None,
     seqused_k: Tensor | None,
+    _ranges: Tensor | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """Return what computes forward in the place of Triton, with the arguments of the operator; None for Triton.
 
@@ -193,6 +194,7 @@ def _refusal(
 def _forward(
     function: Function, named: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None, window: int | None, causal: bool, _scale: float | None, seqused_k: Tensor | None,
+    _ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return `out` and `lse` as the operator does, from a package's `out` and ``lse [H, Tq]``, a natural logarithm."""
     first, last, live = reference.visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)

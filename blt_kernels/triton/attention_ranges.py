@@ -11,6 +11,7 @@ The search for documents happens once a row, and not in every head of every kern
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -102,7 +103,7 @@ def block_causal_attention_ranges_kernel(
     of_queries, of_keys, cu_q, cu_k, used, documents, top_bit, queries, keys, window, skip,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write ``of_queries [2, queries]`` and ``of_keys [2, keys]``, first and last of each, in rows of 16 bytes.
+    """Write ``of_queries [2, queries]`` and ``of_keys [2, keys]``, first and last of each, rounded up to 16 bytes.
 
     The blocks of queries come first. A grid of no more than these leaves the keys out.
     """
@@ -113,13 +114,15 @@ def block_causal_attention_ranges_kernel(
         first, last = keys_of_query(
             row, cu_q, cu_k, used, documents, top_bit, keys, window, skip, CAUSAL, WINDOWED, USED
         )
-        tl.store(of_queries + row, first.to(tl.int32), mask=row < queries)
-        tl.store(of_queries + tl.cdiv(queries, 4).to(tl.int64) * 4 + row, last.to(tl.int32), mask=row < queries)
+        size = tl.cdiv(queries, 4).to(tl.int64) * 4
+        tl.store(of_queries + row, first.to(tl.int32), mask=row < size)
+        tl.store(of_queries + size + row, last.to(tl.int32), mask=row < size)
     else:
         row = (block - blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         first, last = queries_of_key(row, cu_q, cu_k, used, documents, top_bit, queries, window, CAUSAL, WINDOWED, USED)
-        tl.store(of_keys + row, first.to(tl.int32), mask=row < keys)
-        tl.store(of_keys + tl.cdiv(keys, 4).to(tl.int64) * 4 + row, last.to(tl.int32), mask=row < keys)
+        size = tl.cdiv(keys, 4).to(tl.int64) * 4
+        tl.store(of_keys + row, first.to(tl.int32), mask=row < size)
+        tl.store(of_keys + size + row, last.to(tl.int32), mask=row < size)
 
 
 @triton.jit
@@ -147,6 +150,20 @@ def next_run(first, last, gap, done):
     return begin, tl.minimum(end, tl.min(tl.where(gap & (last > begin), last, 2147483647)))
 
 
+def block_causal_attention_ranges_fwd_cuda(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    num_queries: int,
+    num_keys: int,
+    window: int | None,
+    causal: bool,
+    seqused_k: Tensor | None,
+) -> Tensor:
+    """Run the operator; see `ops.attention_ranges`."""
+    with torch.cuda.device_of(cu_seqlens_q):
+        return _write(num_queries, num_keys, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k, 0, True)
+
+
 def ranges(
     queries: int,
     keys: int,
@@ -157,20 +174,47 @@ def ranges(
     seqused_k: Tensor | None,
     skip: int = 0,
     with_keys: bool = False,
+    made: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return `first` and `last` of every query, and of every key: int32, on the device, from one launch.
 
     Queries of documents with up to `skip` queries see no key. Those of keys are not written unless `with_keys`.
+    Nothing is launched where all are `made` already and no queries are skipped.
     """
+    if made is not None:
+        expected = _size(queries, keys)
+        if made.dtype != torch.int32 or made.shape != (expected,) or not made.is_contiguous():
+            raise ValueError(f"ranges: expected contiguous int32 [{expected}], got {made.dtype} {list(made.shape)}")
+    if made is None or skip:
+        offsets = (cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
+        made = _write(queries, keys, *offsets, skip, with_keys)
+    of_queries, of_keys = made[: _size(queries, 0)], made[_size(queries, 0) :]
+    return of_queries.view(2, -1)[:, :queries].unbind(), of_keys.view(2, -1)[:, :keys].unbind()  # type: ignore
+
+
+def _size(queries: int, keys: int) -> int:
+    """Return how many numbers `first` and `last` take, in rows of 16 bytes.
+
+    So the kernels are not compiled again for a `last` that begins elsewhere.
+    """
+    return 8 * (triton.cdiv(queries, 4) + triton.cdiv(keys, 4))
+
+
+def _write(
+    queries: int, keys: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, window: int | None, causal: bool,
+    seqused_k: Tensor | None, skip: int, with_keys: bool,
+) -> Tensor:  # fmt: skip
+    """Return what `ranges` splits, from one launch; the part of keys is empty unless `with_keys`."""
+    out = cu_seqlens_q.new_empty(_size(queries, keys if with_keys else 0), dtype=torch.int32)
     blocks = triton.cdiv(queries, _ROWS) + (triton.cdiv(keys, _ROWS) if with_keys else 0)
-    # Rows of 16 bytes, so that the kernels are not compiled again for a `last` that begins elsewhere.
-    rows = (queries, keys if with_keys else 0)
-    of_queries, of_keys = (cu_seqlens_q.new_empty(2, triton.cdiv(n, 4) * 4)[:, :n] for n in rows)
+    if not blocks:
+        return out
     block_causal_attention_ranges_kernel[(blocks,)](
-        of_queries, of_keys, *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys, reach(window),
-        skip, CAUSAL=causal, WINDOWED=window is not None, USED=seqused_k is not None, ROWS=_ROWS, num_warps=4,
+        out, out[_size(queries, 0) :], *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys,
+        reach(window), skip,
+        CAUSAL=causal, WINDOWED=window is not None, USED=seqused_k is not None, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
-    return of_queries.unbind(), of_keys.unbind()  # type: ignore[return-value]
+    return out
 
 
 def reach(window: int | None) -> int:

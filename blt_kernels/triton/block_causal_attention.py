@@ -135,9 +135,13 @@ def block_causal_attention_fwd_cuda(
     causal: bool,
     scale: float | None,
     seqused_k: Tensor | None,
+    made: Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run forward; see `ops.block_causal_attention`. `launch` takes the place of what `launch_options` says."""
+    """Run forward; see `ops.block_causal_attention`. `launch` takes the place of what `launch_options` says.
+
+    `made` are the ranges that are at hand.
+    """
     if not runs_here(q):
         return reference.block_causal_attention_fwd_reference(
             q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k
@@ -158,7 +162,7 @@ def block_causal_attention_fwd_cuda(
     rest = cu_seqlens_q, cu_seqlens_k, window, causal
     with torch.cuda.device_of(q):
         if few < queries:
-            (first, last), _ = ranges(queries, k.shape[0], *rest, seqused_k, skip=few)
+            (first, last), _ = ranges(queries, k.shape[0], *rest, seqused_k, skip=few, made=made)
             block_causal_attention_fwd_kernel[(triton.cdiv(queries, launch.rows), heads)](
                 q, k, v, out, lse, first, last, *strides(q, k, v), *scales(scale, q),
                 queries, heads, heads // groups,

@@ -52,16 +52,16 @@ struct Offsets {
   std::optional<Tensor> k, used;
 };
 
-Visibility check_visibility(const Tensor& q, const Tensor& k, Offsets& offsets, std::optional<int64_t> window,
+Visibility check_visibility(int64_t queries, int64_t keys, Offsets& offsets, std::optional<int64_t> window,
                             bool causal) {
-  const int32_t* const cu_q = check_offsets(offsets.q, "cu_seqlens_q", q.size(0));
+  const int32_t* const cu_q = check_offsets(offsets.q, "cu_seqlens_q", queries);
   const int64_t documents = offsets.q.size(0) - 1;
   const int32_t* cu_k = cu_q;
   if (offsets.k) {
-    cu_k = check_offsets(*offsets.k, "cu_seqlens_k", k.size(0));
+    cu_k = check_offsets(*offsets.k, "cu_seqlens_k", keys);
     check_size(*offsets.k, "cu_seqlens_k", 0, documents + 1);
   } else {
-    check_size(k, "k", 0, q.size(0));
+    STD_TORCH_CHECK(keys == queries, "k: expected the ", queries, " rows of q, got ", keys);
   }
   const int32_t* used = nullptr;
   if (offsets.used) {
@@ -133,10 +133,11 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(Tensor q, Tensor k, Te
                                                           const std::optional<Tensor>& cu_seqlens_k,
                                                           std::optional<int64_t> window, bool causal,
                                                           std::optional<double> scale,
-                                                          const std::optional<Tensor>& seqused_k) {
+                                                          const std::optional<Tensor>& seqused_k,
+                                                          [[maybe_unused]] const std::optional<Tensor>& ranges) {
   check_heads(q, k, v);
   Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k};
-  const Visibility visible = check_visibility(q, k, offsets, window, causal);
+  const Visibility visible = check_visibility(q.size(0), k.size(0), offsets, window, causal);
   q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
   Tensor out = new_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = new_output(q, {q.size(0), q.size(1)}, accumulator(q));
@@ -185,15 +186,13 @@ void dot_rows(const Heads<const T>& grad, const Heads<const T>& out, int64_t row
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(Tensor grad_out, Tensor q, Tensor k, Tensor v,
-                                                                  Tensor out, Tensor lse, const Tensor& cu_seqlens_q,
-                                                                  const std::optional<Tensor>& cu_seqlens_k,
-                                                                  std::optional<int64_t> window, bool causal,
-                                                                  std::optional<double> scale,
-                                                                  const std::optional<Tensor>& seqused_k) {
+std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
+    Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, const Tensor& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, std::optional<int64_t> window, bool causal, std::optional<double> scale,
+    const std::optional<Tensor>& seqused_k, [[maybe_unused]] const std::optional<Tensor>& ranges) {
   check_heads(q, k, v);
   Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k};
-  const Visibility visible = check_visibility(q, k, offsets, window, causal);
+  const Visibility visible = check_visibility(q.size(0), k.size(0), offsets, window, causal);
   for (const auto& [x, name] : {std::pair(&grad_out, "grad_out"), std::pair(&out, "out")}) {
     check_dim(*x, name, 3);
     check_dtype(*x, name, q.scalar_type());
@@ -266,11 +265,55 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(Tensor grad_ou
   return {grad_q, grad_k, grad_v};
 }
 
+// First and last row of the other side that each row sees, at `data`: none, but where documents set something else.
+class Intervals {
+ public:
+  Intervals(int32_t* data, int64_t rows, int64_t others) : first_(data), last_(data + rows), others_(others) {
+    std::fill_n(data, 2 * rows, static_cast<int32_t>(others));
+  }
+
+  void set(int64_t row, int64_t first, int64_t last) const {
+    first = std::clamp<int64_t>(first, 0, others_);
+    first_[row] = static_cast<int32_t>(first);
+    last_[row] = static_cast<int32_t>(std::clamp(last, first, others_));
+  }
+
+ private:
+  int32_t *first_, *last_;
+  int64_t others_;
+};
+
+Tensor block_causal_attention_ranges_fwd_cpu(const Tensor& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+                                             int64_t num_queries, int64_t num_keys, std::optional<int64_t> window,
+                                             bool causal, const std::optional<Tensor>& seqused_k) {
+  Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k};
+  const Visibility visible = check_visibility(num_queries, num_keys, offsets, window, causal);
+  const int64_t queries = (num_queries + 3) / 4 * 4, keys = (num_keys + 3) / 4 * 4;
+  Tensor out = new_output(cu_seqlens_q, {2 * (queries + keys)}, ScalarType::Int);
+  int32_t* const data = out.mutable_data_ptr<int32_t>();
+  const Intervals of_queries(data, queries, num_keys), of_keys(data + 2 * queries, keys, num_queries);
+  for (int64_t b = 0; b < visible.documents; ++b) {
+    const int64_t begin = visible.cu_q[b], end = visible.cu_q[b + 1];
+    for (int64_t row = begin; row < end; ++row) {
+      const Range seen = visible.keys(row, b);
+      of_queries.set(row, seen.begin, seen.end);
+    }
+    const int64_t last_key = visible.last_key(b);
+    for (int64_t row = visible.cu_k[b]; row < visible.cu_k[b + 1]; ++row) {
+      const int64_t aligned = row - last_key + end;  // the query at the key's own position
+      const int64_t first = row < last_key ? std::max(begin, causal ? aligned : aligned - visible.window + 1) : end;
+      of_keys.set(row, first, std::min(end, aligned + visible.window));
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
   m.impl("block_causal_attention_fwd", TORCH_BOX(&block_causal_attention_fwd_cpu));
   m.impl("block_causal_attention_bwd", TORCH_BOX(&block_causal_attention_bwd_cpu));
+  m.impl("block_causal_attention_ranges_fwd", TORCH_BOX(&block_causal_attention_ranges_fwd_cpu));
 }
 
 }  // namespace blt

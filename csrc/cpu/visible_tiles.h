@@ -55,10 +55,15 @@ struct Visibility {
 
   int64_t document_of(int64_t row) const { return std::upper_bound(cu_q + 1, cu_q + documents + 1, row) - cu_q - 1; }
 
+  // Behind the last key of document b that counts.
+  int64_t last_key(int64_t b) const {
+    return used ? std::min<int64_t>(int64_t{cu_k[b]} + std::max(used[b], 0), cu_k[b + 1]) : cu_k[b + 1];
+  }
+
   // Of a row of document b.
   Range keys(int64_t row, int64_t b) const {
     const int64_t begin = cu_k[b];
-    const int64_t end = used ? std::min<int64_t>(begin + std::max(used[b], 0), cu_k[b + 1]) : cu_k[b + 1];
+    const int64_t end = last_key(b);
     const int64_t aligned = row + end - cu_q[b + 1];
     const int64_t first = std::max(begin, aligned - window + 1);
     const int64_t last = std::min(end, causal ? aligned + 1 : aligned + window);
