@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,8 +70,10 @@ def main() -> int:
             timing.append_csv(
                 [timing.failed_row("build", name, "", timing.OURS, how) for name, how in tried], files.rows
             )
-        with background(arguments, chosen):
+        with background(arguments, chosen) as end_background:
             for name in chosen:
+                if name == "counters":  # which are to see nothing but their own kernels
+                    end_background()
                 left = started + budget - LEFT_SECONDS - time.monotonic()
                 stage = STAGES[name]
                 if arguments.rehearse:
@@ -120,8 +122,11 @@ def gpu_name() -> str:
 
 
 @contextmanager
-def background(arguments: argparse.Namespace, stages: Sequence[str]) -> Iterator[None]:
-    """Compile on idle cores what Triton compiles for later stages: each process fills the caches on the disk."""
+def background(arguments: argparse.Namespace, stages: Sequence[str]) -> Iterator[Callable[[], None]]:
+    """Compile on idle cores what Triton compiles for later stages: each process fills the caches on the disk.
+
+    Yields a function that ends these processes.
+    """
     search = "import search_attention; from gpu_stages.search import KERNELS; search_attention.precompile(KERNELS)"
     with tempfile.TemporaryDirectory() as folder:
         places = ["--rows", f"{folder}/rows.csv", "--progress", f"{folder}/progress", "--warm"]
@@ -134,11 +139,15 @@ def background(arguments: argparse.Namespace, stages: Sequence[str]) -> Iterator
             commands = {}
         chosen = [command for name, command in commands.items() if name in stages]
         processes = [start(["nice", sys.executable, *command], subprocess.DEVNULL) for command in chosen]
-        try:
-            yield
-        finally:
+
+        def end() -> None:
             for process in processes:
                 kill(process)
+
+        try:
+            yield end
+        finally:
+            end()
 
 
 def start(command: Sequence[str], log: IO[str] | int, **environment: str) -> subprocess.Popen[bytes]:

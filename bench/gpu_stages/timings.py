@@ -52,8 +52,14 @@ def attention_cases(target: Target) -> list[Case]:
         makes = [partial(bench.comparison, tiny, device, False, False)]
     else:
         passes = [(number, case, b) for number, (case, both) in enumerate(bench.CASES[device]) for b in both]
-        makes = [partial(bench.comparison, case, device, backward, False) for _, case, backward in passes]
-        makes.insert(4, partial(bench.decoding, bench.USED, bench.ROOM, device))
+        # Triton's kernels are the same for all lengths. While they are compiled in the background, a GPU that is being
+        # measured should have little else to do.
+        makes = [
+            partial(bench.comparison, replace(case, lengths=bench.SMALL) if target.warm else case, device, b, False)
+            for _, case, b in passes
+        ]
+        used, room = ([60, 1, 33], 64) if target.warm else (bench.USED, bench.ROOM)
+        makes.insert(4, partial(bench.decoding, used, room, device))
         makes += [partial(bench.comparison, case, device, b, True) for number, case, b in passes if number in WITH_FLEX]
     found = [case_of("block_causal_attention", make) for make in makes]
     return [case for case in found if target.wants(case.name)]
