@@ -547,6 +547,30 @@ def test_divided_patches(
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize(("vectors", "window", "groups"), [(1, None, 4), (2, None, 4), (3, 2, 4), (2, None, 2)])
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinite_values(
+    direction: str, vectors: int, window: int | None, groups: int, value: float, device: str
+) -> None:
+    """Infinities and NaN of the gradients are where those of the reference are, with their signs."""
+    layout = PatchLayout.from_lengths(torch.tensor([[9, 3, 26, 2]])).to(device)
+    sides = [layout.capacity * vectors, layout.num_bytes]
+    queries, keys = sides if direction == "encode" else sides[::-1]
+    rows = ((queries, 4), (keys, groups), (keys, groups), (queries, 4))
+    q, k, v, grad = (randn(n, h, 8, seed=i, device=device, dtype=torch.float32) for i, (n, h) in enumerate(rows))
+    v[1, :, 0] = value
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    options = {"direction": direction, "queries_per_patch": vectors, "window": window}
+    ours, theirs = (
+        torch.autograd.grad(attend(*leaves, layout, **options), leaves, grad)
+        for attend in (patch_cross_attention, reference.patch_cross_attention_reference)
+    )
+    for name, own, other in zip("qkv", ours, theirs, strict=True):
+        for what in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(what(own), what(other)), f"{what.__name__} of the gradient of {name}"
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize(("vectors", "window"), [(2, None), (5, None), (2, 3)])
 def test_the_order_of_threads_does_not_matter(direction: str, vectors: int, window: int | None) -> None:
     tensors, rest = arguments(ragged_layout(60, 5, max_patches=50), direction, vectors, 5, 64, window)

@@ -81,10 +81,18 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_layout(layout: object, name: str, value: Tensor) -> None:
-    """Raise unless `layout` is a PatchLayout on the device of `value`."""
+    """Raise unless `layout` is a PatchLayout on the device of `value`, whose two offsets are for as many patches."""
     if not isinstance(layout, PatchLayout):
         raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
     check_same("layout", layout.patch_offsets, name, value, dtype=False)
+    if torch.compiler.is_compiling():
+        return
+    check_same("layout.decode_offsets", layout.decode_offsets, "layout.patch_offsets", layout.patch_offsets)
+    if layout.decode_offsets.shape != layout.patch_offsets.shape:
+        raise ValueError(
+            f"layout.decode_offsets: expected shape {list(layout.patch_offsets.shape)} of layout.patch_offsets, "
+            f"got {list(layout.decode_offsets.shape)}"
+        )
 
 
 def readable(x: Tensor) -> bool:

@@ -50,7 +50,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 
 // Slopes cancel against delta, their average. So that is a quotient corrected by its remainder, of a sum that makes up for
-// the rounding errors it has left behind (Kahan).
+// the rounding errors it has left behind (Kahan). A sum that is not finite leaves none.
 template <class A>
 __device__ __forceinline__ A quotient(A sum, A total, A inverse) {
   const A rounded = sum * inverse, nearer = fma(fma(-rounded, total, sum), inverse, rounded);
@@ -62,13 +62,12 @@ struct CarefulSum {
 
   __device__ __forceinline__ void add(A x) {
     const A term = x - error, next = sum + term;
-    error = (next - sum) - term;
+    error = next - next == 0 ? (next - sum) - term : A(0);
     sum = next;
   }
   template <class S>
   __device__ __forceinline__ A fold() const {
-    const A left = fold_tile<S>(error, Sum{}), most = fold_tile<S>(sum, Sum{});
-    return left == left ? most - left : most;
+    return fold_tile<S>(sum, Sum{}) - fold_tile<S>(error, Sum{});
   }
 };
 
