@@ -44,7 +44,7 @@ LEFT_SECONDS = 4.0  # of the whole budget, for the summary
 
 @dataclass(frozen=True)
 class Files:
-    """Where rows, what processes print, and the place that a stage is at are written."""
+    """The files that rows, the output of processes and the progress of a stage are written to."""
 
     rows: Path
     log: Path
@@ -230,7 +230,7 @@ def watch(process: subprocess.Popen[bytes], progress: Path, deadline: float, cas
 
 
 def place(progress: Path) -> tuple[int, int, str]:
-    """Which case a stage is at, of how many, and its name; -1 before the first."""
+    """Return the number of the case that a stage is at (-1 before the first), how many there are, and its name."""
     with suppress(OSError, ValueError):
         number, total, name = progress.read_text().split(maxsplit=2)
         return int(number), int(total), name.strip()

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CARRIED, PACKAGE = ROOT / "build" / "gpu", ROOT / "blt_kernels"
 ARCH, ISAS = "90a", ("v3", "v4")
 MAX_BYTES = 40 << 20
-# Of Ubuntu 22.04: a machine with an older C or C++ library does not load what needs newer symbols.
+# The newest symbol versions of Ubuntu 22.04: a machine with an older C or C++ library cannot load newer symbols.
 NEWEST_SYMBOLS = {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)}
 SECONDS_TO_LOAD = 150  # the first import of torch reads gigabytes from a cold disk
 LOADS = """

@@ -1,4 +1,4 @@
-"""What is on the machine, and what it can do at most: copies, reads and products, against which all else is judged."""
+"""The versions on the machine and its ceilings: copies, reads and products, which all other times are compared with."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def versions(target: Target) -> Iterator[Row]:
 
 
 def kernels(target: Target) -> Iterator[Row]:
-    """Which kernels are loaded: without compiled ones all that follows would measure the references."""
+    """Report which kernels are loaded. Without compiled ones the stages that follow would measure the references."""
     cpu, cuda = _load.loaded(), _cuda.load()
     yield note("kernels", f"CPU: {cpu.isa or cpu.reason}; CUDA: {cuda.compiler or cuda.reason}, {cuda.path}")
     if cuda.compiler is None and not target.rehearsal:

@@ -84,7 +84,7 @@ def suite(target: Target) -> Iterator[Row]:
 
 
 def lines_of(command: list[str], **environment: str) -> Iterator[str]:
-    """What a command prints, as it prints it; all of it goes to the log too."""
+    """Yield the lines that a command prints as they come, and copy them to the log."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -11,7 +11,7 @@ Row = dict[str, str]
 
 
 def summary(rows: list[Row], seconds: float) -> str:
-    """What is there, what failed, how long every stage took, then the times, the most informative first."""
+    """Return one screen: versions, failures, the time of every stage, then timings, the most informative first."""
     failed = [row for row in rows if not row["status"].startswith("ok")]
     notes = [row["status"].removeprefix("ok: ") for row in rows if row["op"] in ("versions", "kernels", "build")]
     stages = [f"{row['op'].removeprefix('stage ')} {seconds_of(row):.0f} s" for row in rows if is_stage(row)]

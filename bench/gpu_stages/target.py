@@ -1,4 +1,4 @@
-"""What the stages run on: a GPU, or in a rehearsal the emulator and Triton's interpreter in its place."""
+"""The target that the stages run on: a GPU, or in a rehearsal the emulator and Triton's interpreter in its place."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Target:
         """Called before each case."""
 
     def usable(self) -> bool:
-        """Whether the process can go on: after an illegal access every call fails."""
+        """Return whether the process can go on: after an illegal access every call fails."""
         try:
             torch.cuda.synchronize()
             torch.zeros(1, device="cuda").add_(1)
@@ -79,7 +79,7 @@ class Target:
     def seconds_a_call(
         self, functions: Sequence[Callable[[], Any]], calls: int = CALLS
     ) -> tuple[Callable[[], float], str]:
-        """What measures the time of a call, and how: by replays of a graph of `calls` calls, by turns of `functions`.
+        """Return a function that times a call, and how: by replays of a graph of `calls` calls, `functions` in turn.
 
         What cannot be captured, since it waits for the GPU, is timed call by call with a cold L2.
         """
@@ -148,7 +148,7 @@ class Rehearsal(Target):
         return 0
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """What runs the function again, and writes into the results of the first time as a graph does."""
+        """Return a function that runs `function` again and writes into its first results, as a graph does."""
         results = function()
 
         def replay() -> None:

@@ -108,7 +108,7 @@ def compare(target: Target, comparison: Comparison, make: Make) -> list[Row]:
 
 
 def copies_for(target: Target, comparison: Comparison) -> int:
-    """How many copies of the inputs do not fit in the L2 cache together; products reuse what they read anyway."""
+    """Return how many copies of the inputs exceed the L2 cache together; products reuse what they read anyway."""
     large = 2 * target.l2_bytes()
     if comparison.unit != "byte" or comparison.work >= large:
         return 1
