@@ -33,12 +33,13 @@ OPS = {
     "ngram_hash": "ngram_hash_fwd",
     "ngram_hash_embed": "ngram_hash_embed_fwd",
     "block_causal_attention": "block_causal_attention_fwd",
+    "attention_ranges": "block_causal_attention_ranges_fwd",
     "patch_cross_attention": "patch_cross_attention_fwd",
     "optim.SGD": "sgd_step",
     "optim.RowwiseAdagrad": "rowwise_adagrad_step",
 }
 DEVICES = ("CPU", "CUDA")
-TRITON = ("block_causal_attention_fwd",)  # whose kernels on CUDA are Triton's
+TRITON = ("block_causal_attention_fwd", "block_causal_attention_ranges_fwd")  # whose kernels on CUDA are Triton's
 EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "cli", "safetensors": "cli"}
 
 

@@ -244,10 +244,9 @@ def block_causal_attention_bwd_dq_kernel(
         begin, end = next_run(first_row, last_row, gap, end)
     if E == 256:  # As in dkdv: `end` is 0, which the compiler does not know, so it keeps no addresses in registers.
         start += end
-    inside = local < queries - start
+        stored = row_mask(local < queries - start, WIDTH, E, WIDTH == E)
     dq = tl.where((first_row < last_row)[:, None], dq * scale, 0.0).to(grad_q.dtype.element_ty)
     stride = heads * WIDTH
-    stored = row_mask(inside, WIDTH, E, WIDTH == E)
     tl.store(tile_at(grad_q + head * WIDTH, start, stride, local, E), dq, mask=stored)
 
 
