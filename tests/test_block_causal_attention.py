@@ -819,9 +819,8 @@ def test_a_model_finds_ranges_once_a_stack(name: str, recompute: bool, monkeypat
     assert not [ranges for _, ranges in calls_in_models(make(), tokens, offsets_of([13, 27])) if ranges is not None]
 
 
-def test_ranges_of_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_of_a_compiled_model() -> None:
     """One graph for two lengths, in which they are found once."""
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 
@@ -830,9 +829,10 @@ def test_ranges_of_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
         return graph.forward
 
     compiled = torch.compile(MODELS["ByteLM"][0]().to("meta"), backend=backend, fullgraph=True, dynamic=True)
-    for lengths in ([13, 27], [9, 33]):
-        tokens = torch.zeros(sum(lengths), dtype=torch.int64, device="meta")
-        compiled(tokens, offsets_of(lengths).to("meta")).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ([13, 27], [9, 33]):
+            tokens = torch.zeros(sum(lengths), dtype=torch.int64, device="meta")
+            compiled(tokens, offsets_of(lengths).to("meta")).sum().backward()
     called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert len(graphs) == 1
     assert sum("block_causal_attention_ranges_fwd" in name for name in called) == 1
