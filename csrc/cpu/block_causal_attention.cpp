@@ -7,10 +7,10 @@
 //
 // Tiling. kWidth queries of one head lie across the vector lanes; keys and values are streamed past them as scalars, in
 // steps of kStep keys. So the softmax is vertical: maxima and sums are lanes, and no scores are shuffled. Only steps that
-// some query of the tile sees in part are masked. visible_tiles.h has the tiles and shares them among the threads. Tiles
-// of few queries, as in decoding with a cache, have the width across the lanes instead (attention_decode.h), and in bf16
-// the products run in AMX where the processor has it (attention_amx.h, attention_amx_backward.h).
-// The backward has keys across the lanes, and no atomics (attention_backward.h).
+// some query of the tile sees in part are masked. tiles.h has the tiles and shares them among the threads. Tiles
+// of few queries, as in decoding with a cache, have the width across the lanes instead (decode.h), and in bf16
+// the products run in AMX where the processor has it (amx_forward.h, amx_backward.h).
+// The backward has keys across the lanes, and no atomics (backward.h).
 // Flops: 4 E a (query, key) pair forward, 10 E backward.
 
 #include <torch/csrc/stable/library.h>
@@ -28,9 +28,9 @@
 #include "../common/check.h"
 #include "../common/dispatch.h"
 #include "../common/parallel.h"
-#include "attention_amx_backward.h"
-#include "attention_backward.h"
-#include "attention_decode.h"
+#include "block_causal_attention/amx_backward.h"
+#include "block_causal_attention/backward.h"
+#include "block_causal_attention/decode.h"
 
 namespace blt {
 namespace {

@@ -1,10 +1,10 @@
 // The forward pass of block_causal_attention for bf16 on processors with AMX: the tiles and the softmax of
-// attention_forward.h, with both products in tile registers. The weights are rounded to bf16 before they meet the
+// forward.h, with both products in tile registers. The weights are rounded to bf16 before they meet the
 // values, as in every flash attention on tensor cores.
 #pragma once
 
 #include "amx.h"
-#include "attention_forward.h"
+#include "forward.h"
 
 namespace blt {
 

@@ -1,11 +1,11 @@
-// The backward pass of block_causal_attention for bf16 on processors with AMX: that of attention_backward.h, with all
+// The backward pass of block_causal_attention for bf16 on processors with AMX: that of backward.h, with all
 // products in tile registers. Weights and slopes are rounded to bf16 before they meet the rows that they weigh.
 #pragma once
 
 #include <functional>
 
-#include "attention_amx.h"
-#include "attention_backward.h"
+#include "amx_forward.h"
+#include "backward.h"
 
 namespace blt {
 

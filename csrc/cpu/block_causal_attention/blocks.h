@@ -6,8 +6,8 @@
 #include <limits>
 #include <utility>
 
-#include "tile.h"
-#include "visible_tiles.h"
+#include "product.h"
+#include "tiles.h"
 
 namespace blt {
 

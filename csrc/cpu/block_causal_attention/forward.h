@@ -4,7 +4,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "attention_blocks.h"
+#include "blocks.h"
 
 namespace blt {
 

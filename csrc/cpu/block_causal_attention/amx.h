@@ -4,7 +4,7 @@
 // of a transposed tensor, which `pack_transposed` makes, or weights, two of which `join` puts side by side as they arise.
 #pragma once
 
-#include "attention_blocks.h"
+#include "blocks.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__AVX512DQ__)
 #define BLT_AMX 1

@@ -1,7 +1,7 @@
 // The backward pass of block_causal_attention: tiles of keys, past which the queries that see them are streamed.
 //
 // dk and dv of a tile gather in its lanes. ds of a step is a left factor too: its product with the rows of the keys
-// is added to dq, of which each segment of the tiles has sums of its own (visible_tiles.h). Segments follow from the
+// is added to dq, of which each segment of the tiles has sums of its own (tiles.h). Segments follow from the
 // shapes alone, and the sums of a query are added in their order, so threads change no bit.
 //
 // p = exp(s - lse) is as precise as lse, which is rounded: rows with a large lse have their softmax summed once more
@@ -10,7 +10,7 @@
 
 #include <span>
 
-#include "attention_forward.h"
+#include "forward.h"
 
 namespace blt {
 

@@ -14,9 +14,9 @@
 #include <span>
 #include <vector>
 
-#include "../common/check.h"
-#include "../common/parallel.h"
-#include "tile.h"
+#include "../../common/check.h"
+#include "../../common/parallel.h"
+#include "product.h"
 
 namespace blt {
 
@@ -81,7 +81,7 @@ inline Range keys_of(std::span<const Tile> tiles) { return {tiles.front().stream
 
 inline constexpr int64_t kKeysOfFew = 8;  // for each query
 
-// Do a document's queries, as in decoding with a cache, deserve a tile of their own (attention_decode.h)? Others' keys
+// Do a document's queries, as in decoding with a cache, deserve a tile of their own (decode.h)? Others' keys
 // would cost them more than lanes that stay empty.
 inline bool has_few_queries(const Visibility& visible, int64_t b, int64_t width) {
   const int64_t begin = visible.cu_q[b], end = visible.cu_q[b + 1];

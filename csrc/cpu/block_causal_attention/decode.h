@@ -5,8 +5,8 @@
 // values: rows are (head, query) pairs.
 #pragma once
 
-#include "attention_blocks.h"
-#include "head_tiles.h"
+#include "../head_tiles.h"
+#include "blocks.h"
 
 namespace blt {
 
