@@ -31,7 +31,7 @@ test: .venv/built $(EMULATOR) build/triton-3.6/triton  ## Run the tests, those o
 	$(say) 'pytest, two tests at a time'
 	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
 
-# The oldest Triton that the kernels are for, which tests/test_aot.py compiles them with. Wheels are for Linux only.
+# The oldest Triton that the kernels are for, which tests/kernels/test_aot.py compiles them with. Wheels are for Linux only.
 build/triton-3.6/triton: .venv/installed
 	$(say) 'Triton 3.6 (once)'
 	if [ "$$(uname)" = Linux ]; then PIP_CONSTRAINT= $(PIP) install --no-deps --target build/triton-3.6 triton==3.6.0; \
@@ -71,9 +71,9 @@ gpu-build: .venv/built  ## Compile the kernels for a lent Hopper GPU into build/
 
 wheel-check: .venv/built  ## Only the tests of the wheel: from the sdist, contents, stable ABIs, loading
 	$(say) 'sdist, the wheel from it, and its audits'
-	pytest tests/test_build.py
+	pytest tests/tools/test_build.py
 
-OP_TESTS := $(patsubst blt_kernels/ops/%,tests/test_%,$(filter-out blt_kernels/ops/_%,$(wildcard blt_kernels/ops/*.py)))
+OP_TESTS := $(patsubst blt_kernels/ops/%,tests/ops/test_%,$(filter-out blt_kernels/ops/_%,$(wildcard blt_kernels/ops/*.py)))
 # second_table measures memory, of which AddressSanitizer takes its own.
 sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(say) 'building with sanitizers'
@@ -87,7 +87,7 @@ sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedB
 	BLT_KERNELS_BACKENDS=cpu \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize/site \
-	    pytest tests/test_ops.py tests/test_optim.py $(OP_TESTS) \
+	    pytest tests/ops/test_ops.py tests/ops/test_optim.py $(OP_TESTS) \
 	    -k "not compile and not inductor and not opcheck and not second_table"
 
 clean:  ## Remove everything that was built; .venv stays

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 from cases import CASES
-from test_ops import make, run, tensors_of
+from op_calls import make, run, tensors_of
 
 from blt_kernels import _cuda
 

@@ -67,7 +67,7 @@ def suite(target: Target) -> Iterator[Row]:
     wanted = " and ".join(["cuda", *(f"not {name}" for name in LEFT_OUT)])
     tests, processes, backends = ["tests"], ["-n", str(PROCESSES), "--dist", "worksteal"], "cuda"
     if target.rehearsal:
-        wanted, tests, processes, backends = "hand", ["tests/test_patch_unpool.py"], [], "emulated"
+        wanted, tests, processes, backends = "hand", ["tests/ops/test_patch_unpool.py"], [], "emulated"
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     last, passed = "", 0
     for line in lines_of([*command, *processes, *tests, "-k", wanted], BLT_KERNELS_BACKENDS=backends):

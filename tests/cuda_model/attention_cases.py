@@ -30,7 +30,7 @@ USED = [ROOM * (n % 8 + 1) // 8 - n for n in range(64)]
 def compiled(name: str, width: int, cuobjdump: str) -> TritonKernel:
     """Compile a kernel for sm_90 as its launcher would."""
     import torch
-    from test_aot import compiled as compile_kernel
+    from triton_compile import compiled as compile_kernel
 
     from blt_kernels.triton.attention_launch import launch_options
 

@@ -120,7 +120,7 @@ def test_nvrtc_gives_what_nvcc_gives(tmp_path: Path) -> None:
     results = []
     for compiler in ("nvcc", "nvrtc"):
         path = tmp_path / f"{compiler}.pt"
-        command = [sys.executable, str(Path(__file__).with_name("cuda_cases.py")), str(path)]
+        command = [sys.executable, str(Path(__file__).parents[1] / "cuda_cases.py"), str(path)]
         done = subprocess.run(command, env=os.environ | {"BLT_KERNELS_CUDA": compiler}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         results.append(torch.load(path))

@@ -18,7 +18,7 @@ import blt_kernels
 from blt_kernels import _load
 from blt_kernels._version import __version__
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(blt_kernels.__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 BEST_TO_WORST = ("v4", "v3", "v2") if X86 else ("plain",)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, OpCase
-from test_models import CONFIGS, documents
-from test_ops import make, map_tensors, run, tensors_of
+from model_cases import CONFIGS, documents
+from op_calls import make, map_tensors, run, tensors_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 

@@ -12,7 +12,7 @@ import pytest
 
 from blt_kernels.testing import real_text
 
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 import study
 import study_report

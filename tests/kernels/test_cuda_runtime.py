@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TORCH_CUDA = """
 #include <cstdint>
 extern "C" int aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {

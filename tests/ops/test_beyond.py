@@ -1,6 +1,6 @@
 """Ids outside the alphabet, and what lies beyond the last document: it may hold anything, and has no influence.
 
-Sizes: tests/test_limits.py.
+Sizes: test_limits.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from backends import traffic
 from cases import CASES, OpCase
 from inputs import random_normal
-from test_models import CONFIGS, LENGTHS, build, documents
-from test_ops import make, tensors_of, with_grad
+from model_cases import CONFIGS, LENGTHS, build, documents
+from op_calls import make, tensors_of, with_grad
 from torch import Tensor
 
 import blt_kernels as bk

@@ -10,9 +10,9 @@ import pytest
 import torch
 from cases import CASES, OpCase
 from inputs import documents, make_layout, random_normal
-from test_models import CONFIGS, build
-from test_models import documents as tokens_and_rows
-from test_ops import make, run
+from model_cases import CONFIGS, build
+from model_cases import documents as tokens_and_rows
+from op_calls import make, run
 from torch.utils.flop_counter import FlopCounterMode
 
 import blt_kernels as bk

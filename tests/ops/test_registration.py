@@ -13,12 +13,12 @@ import pytest
 import torch
 from backends import emulated, emulator
 from cases import CASES
-from test_ops import has_cpu_kernel, make, raw_calls
+from op_calls import has_cpu_kernel, make, raw_calls
 
 import blt_kernels
 from blt_kernels import _load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(blt_kernels.__file__).parent
 OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 NAMES = sorted(
@@ -68,7 +68,7 @@ def test_all_six_ops_are_there() -> None:
 
 @EVERY_OP
 def test_an_op_has_its_files(op: str) -> None:
-    files = [f"blt_kernels/reference/{op}.py", f"tests/test_{op}.py"]
+    files = [f"blt_kernels/reference/{op}.py", f"tests/ops/test_{op}.py"]
     if op in COMPILED:
         files.append(f"bench/bench_{op}.py")
     assert [f for f in files if not (ROOT / f).exists()] == []

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, OpCase
-from test_ops import backward, cotangents_of, forward, make, map_tensors, tensors_of
+from op_calls import backward, cotangents_of, forward, make, map_tensors, tensors_of
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -236,7 +236,7 @@ def test_triton_kernels_are_not_compiled_in_a_capture(operator: str, monkeypatch
 
 def test_launchers_copy_nothing_to_the_host_but_sizes_of_sparse_gradients() -> None:
     """Where a launcher of CUDA C++ waits for the device, which nothing above sees."""
-    sources = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+    sources = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
     waits_for_device = r"DeviceType::CPU|cudaMemcpy|Synchronize|torch::stable::to\(|torch::stable::copy_"
     found = {path.name: len(re.findall(waits_for_device, path.read_text())) for path in sources.glob("*.cu")}
     assert {name: count for name, count in found.items() if count} == {"ngram_hash_embed.cu": 2}  # of one line

@@ -549,7 +549,8 @@ def test_scores_of_any_size_on_other_instruction_sets(isa: str) -> None:
         "            inputs.check_large_scores(attend, size, (4, 2), width, scale, window, dtype)\n"
     )
     here = Path(__file__).parent
-    environment = os.environ | {"BLT_KERNELS_ISA": isa, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    path = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
+    environment = os.environ | {"BLT_KERNELS_ISA": isa, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

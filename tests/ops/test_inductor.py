@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_models import BYTE_LM, LOCAL, SMALL_BLT, SMALL_MEGABYTE, documents
+from model_cases import BYTE_LM, LOCAL, SMALL_BLT, SMALL_MEGABYTE, documents
 from torch import Tensor
 
 from blt_kernels.models import BLT, ByteLM, MegaByte

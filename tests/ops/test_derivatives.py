@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_models import CONFIGS, build, documents
+from model_cases import CONFIGS, build, documents
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 

@@ -1,0 +1,65 @@
+"""Compile a Triton kernel ahead of time, as its launcher would, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+
+from blt_kernels.triton.attention_launch import MAX_SPLITS, Launch
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+OFFSETS = ("first", "last", "of_queries", "of_keys", "cu_q", "cu_k", "used")
+STORED_AS_FP32 = ("lse", "sums", "parts")
+
+
+def kernel_of(name: str) -> Any:
+    from blt_kernels.triton import attention_backward, attention_decode, attention_ranges, block_causal_attention
+
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "kernels for the interpreter cannot be compiled"
+    modules = (block_causal_attention, attention_backward, attention_decode, attention_ranges)
+    return next(
+        getattr(module, f"block_causal_attention_{name}_kernel")
+        for module in modules
+        if hasattr(module, f"block_causal_attention_{name}_kernel")
+    )
+
+
+@cache
+def compiled(
+    name: str, width: int, dtype: torch.dtype, launch: Launch, arch: tuple[int, int], even: bool = True
+) -> Any:
+    """A kernel as its launcher would compile it, for aligned tensors; `width` is the padded one."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from blt_kernels.triton.attention_tiles import precision_of
+
+    kernel = kernel_of(name)
+    constants = {"ROWS": launch.rows, "STEP": launch.step, "E": width, "EVEN": even}
+    constants |= {"WIDTH": width if even else width * 3 // 4}  # of padded heads: 24, 48, 96, 192
+    constants |= {"PRECISION": precision_of(torch.empty(0, width, dtype=dtype))}
+    constants |= {"CAUSAL": True, "WINDOWED": True, "USED": True, "MOST": MAX_SPLITS}
+    signature, aligned = {}, {}
+    for index, argument in enumerate(p.name for p in kernel.params):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in OFFSETS:
+            signature[argument] = "*i32"
+        elif argument in STORED_AS_FP32 or (name == "decode" and argument == "out"):
+            signature[argument] = "*fp32"
+        elif argument in ("q", "k", "v", "out") or argument.startswith("grad_"):
+            signature[argument] = f"*{NAMES[dtype]}"
+        else:
+            signature[argument] = "fp32" if argument.endswith(("scale", "power", "factor")) else "i32"
+        if signature[argument][0] == "*" or argument.startswith("stride"):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    own = {k: v for k, v in constants.items() if k in signature}
+    return triton.compile(
+        ASTSource(kernel, signature, own, aligned),
+        target=GPUTarget("cuda", arch[0] * 10 + arch[1], 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True},
+    )
