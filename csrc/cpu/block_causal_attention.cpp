@@ -24,13 +24,13 @@
 #include <utility>
 #include <vector>
 
-#include "../common/alloc.h"
 #include "../common/check.h"
 #include "../common/dispatch.h"
-#include "../common/parallel.h"
 #include "block_causal_attention/amx_backward.h"
 #include "block_causal_attention/backward.h"
 #include "block_causal_attention/decode.h"
+#include "support/alloc.h"
+#include "support/parallel.h"
 
 namespace blt {
 namespace {

@@ -14,12 +14,12 @@
 #include <numeric>
 #include <vector>
 
-#include "../common/alloc.h"
 #include "../common/check.h"
 #include "../common/dispatch.h"
-#include "../common/parallel.h"
-#include "../common/patch_layout.h"
-#include "../common/rows.h"
+#include "patch_layout.h"
+#include "support/alloc.h"
+#include "support/parallel.h"
+#include "support/rows.h"
 #include "token_entropy.h"
 
 namespace blt {

@@ -18,7 +18,7 @@
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
-#include "../common/vec.h"
+#include "support/vec.h"
 
 namespace blt {
 

@@ -16,13 +16,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/alloc.h"
 #include "../common/check.h"
 #include "../common/dispatch.h"
-#include "../common/parallel.h"
-#include "../common/rows.h"
 #include "ngram_hash.h"
 #include "sorted_rows.h"
+#include "support/alloc.h"
+#include "support/parallel.h"
+#include "support/rows.h"
 
 namespace blt {
 namespace {

@@ -13,8 +13,8 @@
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
-#include "../common/parallel.h"
-#include "../common/rows.h"
+#include "support/parallel.h"
+#include "support/rows.h"
 
 namespace blt {
 namespace {

@@ -32,11 +32,11 @@
 #include <utility>
 #include <vector>
 
-#include "../common/alloc.h"
 #include "../common/check.h"
 #include "../common/dispatch.h"
-#include "../common/rows.h"
 #include "patch_cross_attention_backward.h"
+#include "support/alloc.h"
+#include "support/rows.h"
 
 namespace blt {
 namespace {

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../common/rows.h"
 #include "head_tiles.h"
 #include "patch_readers.h"
+#include "support/rows.h"
 
 namespace blt {
 namespace {

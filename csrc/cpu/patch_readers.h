@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "../common/check.h"
-#include "../common/parallel.h"
+#include "support/parallel.h"
 
 namespace blt {
 

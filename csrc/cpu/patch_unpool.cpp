@@ -14,12 +14,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common/alloc.h"
 #include "../common/check.h"
 #include "../common/dispatch.h"
-#include "../common/parallel.h"
-#include "../common/rows.h"
 #include "segment_units.h"
+#include "support/alloc.h"
+#include "support/parallel.h"
+#include "support/rows.h"
 
 namespace blt {
 namespace {

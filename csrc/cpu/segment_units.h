@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../common/parallel.h"
+#include "support/parallel.h"
 
 namespace blt {
 

@@ -10,8 +10,8 @@
 #include <limits>
 #include <utility>
 
-#include "../common/alloc.h"
 #include "../common/check.h"
+#include "support/alloc.h"
 
 namespace blt {
 

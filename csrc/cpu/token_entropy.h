@@ -14,7 +14,7 @@
 #include <limits>
 
 #include "../common/dispatch.h"
-#include "../common/vec.h"
+#include "support/vec.h"
 
 namespace blt {
 

@@ -6,7 +6,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../common/launch.h"
+#include "../launch/launch.h"
 
 namespace blt {
 namespace {

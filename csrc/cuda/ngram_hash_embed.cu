@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "../common/hash_primes.h"
-#include "../common/launch.h"
+#include "../launch/launch.h"
 
 namespace blt {
 namespace {

@@ -2,7 +2,7 @@
 
 #include "optim.cuh"
 
-#include "../common/launch.h"
+#include "../launch/launch.h"
 
 namespace blt {
 namespace {

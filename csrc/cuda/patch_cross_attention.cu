@@ -11,7 +11,7 @@
 #include <tuple>
 #include <utility>
 
-#include "../common/launch.h"
+#include "../launch/launch.h"
 #include "patch_cross_attention_bwd.cuh"
 #include "patch_cross_attention_sum.cuh"
 

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../common/launch.h"
+#include "../launch/launch.h"
 #include "segment_parts.h"
 
 namespace blt {

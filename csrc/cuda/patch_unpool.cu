@@ -2,7 +2,7 @@
 
 #include "patch_unpool.cuh"
 
-#include "../common/launch.h"
+#include "../launch/launch.h"
 #include "segment_parts.h"
 
 namespace blt {

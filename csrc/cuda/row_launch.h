@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "../common/launch.h"
+#include "../launch/launch.h"
 #include "patch_rows.cuh"
 
 namespace blt {

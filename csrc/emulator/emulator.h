@@ -12,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-#include "../common/kernel_name.h"
+#include "../launch/kernel_name.h"
 
 namespace blt::emulator {
 

@@ -62,7 +62,7 @@ int cuGetErrorString(int error, const char** text) { *text = error == 201 ? "inv
 
 # What a launcher does, called from Python; returns what was thrown.
 LAUNCHER = """
-#include "jit/jit.h"
+#include "launch/nvrtc.h"
 #include <exception>
 static blt::jit::Entry* entry() {
   static blt::jit::Entry* const only = blt::jit::add_entry("blt::some_kernel<float>");
@@ -141,7 +141,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("libraries")
     build(TORCH_CUDA, folder / "libtorch_cuda.so", "-Wl,-soname,libtorch_cuda.so")
     build(CUDA, folder / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
-    build(LAUNCHER, folder / "launcher.so", str(ROOT / "csrc/jit/jit.cpp"), "-fvisibility=hidden")
+    build(LAUNCHER, folder / "launcher.so", str(ROOT / "csrc/launch/nvrtc.cpp"), "-fvisibility=hidden")
     return folder
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 # kernel -> what the message says, apart from where
 FAULTS = {
-    "divergent_barrier": r"planted.cpp:\d+: a barrier that 1 of 64 threads do not reach",
-    "two_barriers": r"planted.cpp:\d+: a barrier while other threads are at that of planted.cpp:\d+",
+    "divergent_barrier": r"fault_injection.cpp:\d+: a barrier that 1 of 64 threads do not reach",
+    "two_barriers": r"fault_injection.cpp:\d+: a barrier while other threads are at that of fault_injection.cpp:\d+",
     "exited_lane": r"device.cuh:\d+: lane 3 of the mask has ended",
-    "missing_lane": r"planted.cpp:\d+: waits for lanes of its mask that do not come",
-    "outside_mask": r"planted.cpp:\d+: a value from lane 20, which is not in the mask 0xffff",
-    "not_in_mask": r"planted.cpp:\d+: its own lane is not in the mask",
-    "different_meetings": r"planted.cpp:\d+: other lanes of the mask do something else",
+    "missing_lane": r"fault_injection.cpp:\d+: waits for lanes of its mask that do not come",
+    "outside_mask": r"fault_injection.cpp:\d+: a value from lane 20, which is not in the mask 0xffff",
+    "not_in_mask": r"fault_injection.cpp:\d+: its own lane is not in the mask",
+    "different_meetings": r"fault_injection.cpp:\d+: other lanes of the mask do something else",
     "unwritten_static": r"shared memory read before it was written, 4 bytes at 0x",
     "unwritten_dynamic": r"shared memory read before it was written, 4 bytes at 0x",
     "other_blocks_shared": r"shared memory read before it was written, 4 bytes at 0x",

@@ -6,7 +6,7 @@
 // packed: for each step of the sum there are kColumns loads and kRegisterRows broadcasts for kRegisterRows * kColumns multiply-adds.
 #pragma once
 
-#include "../../common/vec.h"
+#include "../support/vec.h"
 
 namespace blt {
 

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "../../common/check.h"
-#include "../../common/parallel.h"
+#include "../support/parallel.h"
 #include "product.h"
 
 namespace blt {

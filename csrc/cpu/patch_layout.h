@@ -13,7 +13,7 @@
 #include <optional>
 #include <tuple>
 
-#include "check.h"
+#include "../common/check.h"
 
 namespace blt {
 

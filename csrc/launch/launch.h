@@ -19,8 +19,8 @@
 #include <optional>
 #include <type_traits>
 
-#include "check.h"
-#include "dispatch.h"
+#include "../common/check.h"
+#include "../common/dispatch.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -29,7 +29,7 @@
 #elif defined(BLT_KERNELS_EMULATE)
 #include "../emulator/emulator.h"
 #else
-#include "../jit/jit.h"
+#include "nvrtc.h"
 #endif
 #include "../cuda/device.cuh"
 

@@ -1,6 +1,6 @@
 // The driver's functions, looked up when they are first called, and the way to blt_kernels/_jit.py.
 
-#include "jit.h"
+#include "nvrtc.h"
 
 #include <dlfcn.h>
 

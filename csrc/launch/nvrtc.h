@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-#include "../common/kernel_name.h"
+#include "kernel_name.h"
 
 namespace blt::jit {
 

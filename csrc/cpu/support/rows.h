@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "check.h"
-#include "dispatch.h"
+#include "../../common/check.h"
+#include "../../common/dispatch.h"
 #include "vec.h"
 
 namespace blt {

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <string>
 
-#include "../common/launch.h"
 #include "../cuda/chunk_counts.cuh"
+#include "../launch/launch.h"
 
 namespace blt {
 namespace {

@@ -14,7 +14,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "check.h"
+#include "../../common/check.h"
 
 namespace blt {
 
