@@ -51,6 +51,7 @@ class OpCase:
     autocast : does autocast cast the floating arguments?
     sparse : are gradients sparse? gradcheck and tracing take dense ones only
     trace : is the case put through opcheck and torch.compile? One of a function's cases is enough unless options differ
+    emulated : are the kernels for CUDA written in CUDA C++, which the emulator runs, and not in Triton?
     """
 
     op: str
@@ -63,6 +64,7 @@ class OpCase:
     autocast: bool = False
     sparse: bool = False
     trace: bool = True
+    emulated: bool = True
 
     @property
     def name(self) -> str:
@@ -161,9 +163,15 @@ _attention = partial(
     block_causal_attention_reference,
     differentiable=("q", "k", "v"),
     autocast=True,
+    emulated=False,
 )
 _ranges = partial(
-    OpCase, "block_causal_attention", bk.attention_ranges, attention_ranges_reference, dtypes=(torch.int32,)
+    OpCase,
+    "block_causal_attention",
+    bk.attention_ranges,
+    attention_ranges_reference,
+    dtypes=(torch.int32,),
+    emulated=False,
 )
 _cross = partial(
     OpCase,

@@ -144,6 +144,17 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tensors_of(out))])
+        return out
+
+
 def raw_calls(case: OpCase, arguments: dict[str, Any]) -> list[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
     """The operators that the op calls, forward and backward, with their arguments."""
     with Recorder() as recorder:

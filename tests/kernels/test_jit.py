@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from backends import emulator
 
 from blt_kernels import _cuda, _jit
 from blt_kernels.testing import assert_equal
+
+needs_cupy = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy, which brings NVRTC")
 
 ARCH = "sm_90a"
 POOL = "blt::patch_pool_fwd_kernel<float, 4, blt::Kinds::kMax>"
@@ -36,6 +39,7 @@ def test_the_launchers_are_those_of_the_emulator(names: list[str]) -> None:
     assert set(names) == {n for n in emulator().kernels() if "anonymous" not in n}
 
 
+@needs_cupy
 def test_every_kernel_compiles(names: list[str], cache: Path) -> None:
     symbols, cubin = _jit.compile_kernels(names, ARCH)
     assert list(symbols) == names
@@ -44,6 +48,7 @@ def test_every_kernel_compiles(names: list[str], cache: Path) -> None:
     assert all(symbol.encode() in cubin for symbol in symbols.values())
 
 
+@needs_cupy
 def test_a_kernel_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _jit.compile_kernels([POOL], ARCH)
     assert len(list(cache.iterdir())) == 1
@@ -55,6 +60,7 @@ def test_a_kernel_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch)
         _jit.compile_kernels([POOL], "sm_80")  # another GPU, another kernel
 
 
+@needs_cupy
 def test_changed_sources_are_compiled_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _jit.compile_kernels([POOL], ARCH)
     changed = tmp_path / "include"
@@ -66,17 +72,20 @@ def test_changed_sources_are_compiled_again(cache: Path, tmp_path: Path, monkeyp
     assert len(list(cache.glob("*.cubin"))) == 2
 
 
+@needs_cupy
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLT_KERNELS_CACHE", "/proc/no/such/folder")
     assert _jit.compile_kernels([POOL], ARCH)[1][:4] == b"\x7fELF"
 
 
+@needs_cupy
 def test_errors_show_the_log(cache: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)NVRTC does not compile blt::no_such_kernel.*no_such_kernel"):
         _jit.compile_kernels(["blt::no_such_kernel<float>"], ARCH)
     assert list(cache.iterdir()) == []
 
 
+@needs_cupy
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert _jit.missing() is None
     monkeypatch.setattr(_jit, "HEADERS", tmp_path)

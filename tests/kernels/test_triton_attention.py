@@ -491,7 +491,7 @@ def test_wrong_offsets_reach_nothing_outside(run: Callable, offsets: list[int], 
     for pair in ((cu, offsets_of([10, 10, 20])), (offsets_of([2, 0, queries - 2]), cu)):
         arguments = (q, k, v, *pair, 7, True, None, used)
         results, _ = run(arguments, None if splits else grad, splits=splits)
-        assert all(x.shape for x in results)
+        assert results[0].shape == q.shape
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------

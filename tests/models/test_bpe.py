@@ -108,9 +108,8 @@ def test_delimiters_in_ids(tmp_path: Path) -> None:
 
 
 def test_fast_tokenizers_of_transformers() -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    theirs = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["byte level"])
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["byte level"])
     assert_equal(bk.to_ids("the end ü", tokenizer=theirs), bk.to_ids("the end ü", tokenizer=TOKENIZERS["byte level"]))
 
 

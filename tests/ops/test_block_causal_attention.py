@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from op_calls import LargestTensor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from blt_kernels import AttentionRanges, _load, attention_ranges, block_causal_attention, static_patch
 from blt_kernels.models.blt import BLT, BLTConfig, LocalEncoder
@@ -30,6 +30,8 @@ from blt_kernels.models.megabyte import MegaByte, MegaByteConfig
 from blt_kernels.nn import TransformerConfig, TransformerLayer, load_ops, rotary_table, row_positions
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.testing import assert_close, document_lengths, offsets_of
+
+pytestmark = pytest.mark.triton
 
 NAN = float("nan")
 
@@ -283,17 +285,9 @@ def test_blocks_of_the_reference(window: int | None, causal: bool, monkeypatch: 
 
 
 def test_reference_makes_no_square_matrix() -> None:
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
-            return out
-
     length, heads, window = 4096, 2, 64
     q = torch.zeros(length, heads, 8)
-    with torch.no_grad(), Largest() as largest:
+    with torch.no_grad(), LargestTensor() as largest:
         out, lse = reference.block_causal_attention_reference(q, q, q, window=window, return_lse=True)
         reference.block_causal_attention_bwd_reference(
             q, q, q, q, out, lse, torch.tensor([0, length]), None, window, True, None, None

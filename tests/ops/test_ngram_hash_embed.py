@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from op_calls import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from blt_kernels import ngram_hash, ngram_hash_embed
@@ -194,17 +194,9 @@ def test_error_against_looped_embeddings(dtype: torch.dtype, grad: str, device: 
 
 
 def test_tables_are_not_copied() -> None:
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
-            return out
-
     tables, byte_table = parameters(rows=1000)
     for form in (tables, list(tables.chunk(N))):
-        with Largest() as largest:
+        with LargestTensor() as largest:
             embed(text(20), form, byte_table)
             reference.ngram_hash_embed_reference(text(20), form, byte_table, ngram_sizes=SIZES, num_functions=FUNCTIONS)
         assert largest.numel < 1000

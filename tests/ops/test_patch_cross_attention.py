@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from op_calls import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from blt_kernels import PatchLayout, patch_cross_attention
 from blt_kernels.reference import patch_cross_attention as reference
@@ -256,17 +255,9 @@ def test_backward_against_autograd_of_the_reference(direction: str, window: int 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_reference_makes_no_matrix_of_bytes_and_patches(direction: str) -> None:
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
-            return out
-
     layout = ragged_layout(3000)
     *leaves, _ = inputs(layout, direction)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         reference.patch_cross_attention_reference(*leaves, layout, direction=direction, queries_per_patch=K, window=2)
     assert largest.numel <= 3001 * K * 3 * 4
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,11 @@ from typer.testing import CliRunner
 from blt_kernels import cli, patch_starts
 from blt_kernels.tools import bench as tool
 
-BENCHES = sorted(path.stem for path in tool.SOURCE.glob("bench_*.py"))
+needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+BENCHES = [
+    pytest.param(name, marks=needs_transformers if name == "bench_models" else ())
+    for name in sorted(path.stem for path in tool.SOURCE.glob("bench_*.py"))
+]
 
 
 @pytest.fixture
