@@ -64,10 +64,10 @@ def results_of_graphs() -> list[torch.Tensor]:
     return [x for x in gc.get_objects() if type(x) is torch.Tensor and x.grad_fn is not None]
 
 
-def test_comparisons_for_cuda_are_made_when_they_are_called(timing: ModuleType) -> None:
+@pytest.mark.parametrize("name", BENCHES)
+def test_comparisons_for_cuda_are_made_when_they_are_called(timing: ModuleType, name: str) -> None:
     """The list of them takes no inputs, and no GPU."""
-    for name in BENCHES:
-        assert all(map(callable, importlib.import_module(name).comparisons(device="cuda", compile_peers=False))), name
+    assert all(map(callable, importlib.import_module(name).comparisons(device="cuda", compile_peers=False)))
 
 
 def test_a_wrong_result_is_not_timed(timing: ModuleType) -> None:
