@@ -1,4 +1,4 @@
-"""Benches of the entropy_patch family: the shapes of BASELINES, side by side with what users run today.
+"""Benches of entropy_patch and patch_starts: the shapes of BASELINES, side by side with what users run today.
 
 ``blt-kernels bench`` measures the comparisons in turn and writes the results. ``pytest bench/bench_entropy_patch.py``
 puts every implementation through pytest-benchmark, which has more statistics but measures one after the other.
@@ -7,13 +7,12 @@ puts every implementation through pytest-benchmark, which has more statistics bu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import timing
 import torch
-import torch.nn.functional as F
+from bench_token_entropy import Sizes, assert_entropy, logits_of
 from common import name_of, nbytes, ragged_entropies
 from peers import compiled
 from peers import entropy_patch as peers
@@ -21,48 +20,24 @@ from timing import OURS, Comparison, Make
 from torch import Tensor
 
 import blt_kernels as bk
-from blt_kernels.testing import assert_close, ragged_logits
 
 THRESHOLD = 1.335442066192627  # of the released BLT models
-ALPHABET, HIDDEN = 260, 768
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large the inputs are."""
-
-    rows: int = 8
-    length: int = 8192
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
     """All comparisons, of the sizes of BASELINES or of small ones."""
     sizes = Sizes(2, 512) if small else Sizes()
     for dtype in (torch.float32, torch.bfloat16):
-        yield from entropy_comparisons(sizes, device, dtype, compile_peers)
-    if device == "cuda" and not small:  # a GPU is through with the others before it is busy
-        yield from entropy_comparisons(Sizes(rows=128), device, torch.bfloat16, compile_peers)
+        yield partial(entropy_patch_comparison, sizes, device, dtype, compile_peers)
+    if device == "cuda" and not small:  # smaller inputs end before a GPU is busy
+        yield partial(entropy_patch_comparison, Sizes(rows=128), device, torch.bfloat16, compile_peers)
     yield partial(patch_starts_comparison, sizes, device)
-    yield partial(linear_entropy_comparison, sizes, device)
 
 
 def starts(lengths: Tensor, size: int) -> list[list[int]]:
     """Where the patches of each row of `size` bytes start. Lengths are padded with 0, or -1 in transformers."""
     found = (lengths.cumsum(1) - lengths).tolist()
     return [sorted({start for start in row if start < size}) for row in found]
-
-
-def entropy_comparisons(sizes: Sizes, device: str, dtype: torch.dtype, compile_peers: bool) -> Iterator[Make]:
-    yield partial(entropy_patch_comparison, sizes, device, dtype, compile_peers)
-    yield partial(token_entropy_comparison, sizes, device, dtype, compile_peers)
-
-
-def logits_of(sizes: Sizes, device: str, dtype: torch.dtype) -> Tensor:
-    return ragged_logits((sizes.rows, sizes.length, ALPHABET), dtype=dtype, device=device)
-
-
-def assert_entropy(entropy: Tensor, logits: Tensor) -> None:
-    assert_close(entropy, peers.eager_entropy(logits.float()), peers.eager_entropy(logits.double()))
 
 
 def entropy_patch_comparison(sizes: Sizes, device: str, dtype: torch.dtype, compile_peers: bool) -> Comparison:
@@ -99,28 +74,6 @@ def entropy_patch_comparison(sizes: Sizes, device: str, dtype: torch.dtype, comp
     )
 
 
-def token_entropy_comparison(sizes: Sizes, device: str, dtype: torch.dtype, compile_peers: bool) -> Comparison:
-    logits = logits_of(sizes, device, dtype)
-    alone: dict[str, Callable[[], Any]] = {
-        OURS: lambda: bk.token_entropy(logits),
-        "eager": lambda: peers.eager_entropy(logits),
-    }
-    if compile_peers:
-        entropy_graph = compiled(peers.eager_entropy)
-        alone["torch.compile"] = lambda: entropy_graph(logits)
-    return Comparison(
-        "token_entropy",
-        str(list(logits.shape)),
-        name_of(dtype),
-        alone,
-        nbytes(logits) + sizes.rows * sizes.length * 8,
-        timing.reads(logits),
-        nbytes(logits),
-        lambda results: assert_entropy(results[OURS], logits),
-        device=device,
-    )
-
-
 def patch_starts_comparison(sizes: Sizes, device: str) -> Comparison:
     entropy = ragged_entropies(sizes.rows, sizes.length, device=device)
 
@@ -140,34 +93,6 @@ def patch_starts_comparison(sizes: Sizes, device: str) -> Comparison:
         timing.copies(entropy),
         entropy.numel() * 8,
         agree,
-        device=device,
-    )
-
-
-def linear_entropy_comparison(sizes: Sizes, device: str) -> Comparison:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(sizes.rows * sizes.length, HIDDEN, generator=generator).to(device)
-    weight = (torch.randn(ALPHABET, HIDDEN, generator=generator) * 0.1).to(device)
-    flops = 2 * hidden.shape[0] * HIDDEN * ALPHABET
-
-    def agree(results: dict[str, Any]) -> None:
-        truth = peers.eager_entropy(F.linear(hidden.double(), weight.double()))
-        assert_close(results[OURS], results["F.linear, eager entropy"], truth)
-
-    return Comparison(
-        "linear_entropy",
-        f"{list(hidden.shape)} x {list(weight.shape)}",
-        "float32",
-        {
-            OURS: lambda: bk.linear_entropy(hidden, weight),
-            "F.linear, token_entropy": lambda: bk.token_entropy(F.linear(hidden, weight)),
-            "F.linear, eager entropy": lambda: peers.eager_entropy(F.linear(hidden, weight)),
-        },
-        flops,
-        {"torch.mm": lambda: hidden @ weight.T},
-        flops,
-        agree,
-        unit="flop",
         device=device,
     )
 

@@ -21,17 +21,16 @@ from blt_kernels.ops.entropy_patch import (
     byte_patch,
     delimiter_patch,
     entropy_patch,
-    linear_entropy,
     patch_starts,
     space_patch,
     static_patch,
-    token_entropy,
     topk_patch,
 )
 from blt_kernels.ops.ngram_hash_embed import ngram_hash, ngram_hash_embed
 from blt_kernels.ops.patch_cross_attention import patch_cross_attention
 from blt_kernels.ops.patch_pool import patch_pool
 from blt_kernels.ops.patch_unpool import patch_unpool
+from blt_kernels.ops.token_entropy import linear_entropy, token_entropy
 
 _load.load()
 _cuda.load()

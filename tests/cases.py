@@ -19,17 +19,16 @@ from blt_kernels.reference.block_causal_attention import attention_ranges_refere
 from blt_kernels.reference.entropy_patch import (
     delimiter_patch_reference,
     entropy_patch_reference,
-    linear_entropy_reference,
     patch_starts_reference,
     space_patch_reference,
     static_patch_reference,
-    token_entropy_reference,
     topk_patch_reference,
 )
 from blt_kernels.reference.ngram_hash_embed import ngram_hash_embed_reference, ngram_hash_reference
 from blt_kernels.reference.patch_cross_attention import patch_cross_attention_reference
 from blt_kernels.reference.patch_pool import patch_pool_reference
 from blt_kernels.reference.patch_unpool import patch_unpool_reference
+from blt_kernels.reference.token_entropy import linear_entropy_reference, token_entropy_reference
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = (torch.int64,)
@@ -71,6 +70,17 @@ class OpCase:
         return self.function.__name__ + (f"[{self.label}]" if self.label else "")
 
 
+# --- token_entropy ----------------------------------------------------------------------------------------------------
+
+_token_entropy = partial(OpCase, "token_entropy", bk.token_entropy, token_entropy_reference, differentiable=("logits",))
+_linear_entropy = partial(OpCase, "token_entropy", bk.linear_entropy, linear_entropy_reference, autocast=True)
+
+TOKEN_ENTROPY = [
+    *(_token_entropy(f"A={a}", inputs.make_token_entropy(a), trace=a == 260) for a in (1, 5, 64, 260, 1031)),
+    _linear_entropy("bias", inputs.make_linear_entropy(bias=True), ("hidden", "weight", "bias")),
+    _linear_entropy("no bias", inputs.make_linear_entropy(bias=False), ("hidden", "weight")),
+]
+
 # --- entropy_patch ----------------------------------------------------------------------------------------------------
 
 
@@ -88,8 +98,6 @@ RULES: dict[str, dict[str, Any]] = {
 }
 _entropy_patch = partial(OpCase, "entropy_patch", bk.entropy_patch, entropy_patch_reference, differentiable=("logits",))
 _patch_starts = partial(OpCase, "entropy_patch", bk.patch_starts, patch_starts_reference)
-_token_entropy = partial(OpCase, "entropy_patch", bk.token_entropy, token_entropy_reference, differentiable=("logits",))
-_linear_entropy = partial(OpCase, "entropy_patch", bk.linear_entropy, linear_entropy_reference, autocast=True)
 _scheme = partial(OpCase, "entropy_patch", dtypes=IDS)
 
 ENTROPY_PATCH = [
@@ -101,9 +109,6 @@ ENTROPY_PATCH = [
         _patch_starts(label, inputs.make_patch_starts(**rule), trace=label in ("", "overflow"))
         for label, rule in RULES.items()
     ),
-    *(_token_entropy(f"A={a}", inputs.make_token_entropy(a), trace=a == 260) for a in (1, 5, 64, 260, 1031)),
-    _linear_entropy("bias", inputs.make_linear_entropy(bias=True), ("hidden", "weight", "bias")),
-    _linear_entropy("no bias", inputs.make_linear_entropy(bias=False), ("hidden", "weight")),
     OpCase("entropy_patch", bk.topk_patch, topk_patch_reference, "", inputs.make_topk()),
     _scheme(bk.space_patch, space_patch_reference, "", inputs.make_tokens()),
     _scheme(bk.delimiter_patch, delimiter_patch_reference, "", inputs.make_tokens(id=ord("\n") + 4)),
@@ -204,4 +209,4 @@ ATTENTION = [
     _cross("decode, wide", _make_cross("decode", width=80), trace=False),
 ]
 
-CASES = [*ENTROPY_PATCH, *POOLING, *NGRAM_HASH_EMBED, *ATTENTION]
+CASES = [*TOKEN_ENTROPY, *ENTROPY_PATCH, *POOLING, *NGRAM_HASH_EMBED, *ATTENTION]

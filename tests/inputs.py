@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blt_kernels import PatchLayout
 from blt_kernels.ids import to_ids
-from blt_kernels.reference.entropy_patch import token_entropy_reference
+from blt_kernels.reference.token_entropy import token_entropy_reference
 from blt_kernels.testing import assert_close, document_lengths, offsets_of, ragged_layout, real_text
 
 Make = Callable[[torch.dtype, int, int], dict[str, Any]]

@@ -19,7 +19,7 @@ from timing import Comparison, Make, Row
 from gpu_stages import Case
 from gpu_stages.target import CALLS, Target
 
-OPS = ("patch_pool", "entropy_patch", "patch_cross_attention", "ngram_hash_embed", "patch_unpool")
+OPS = ("patch_pool", "entropy_patch", "patch_cross_attention", "ngram_hash_embed", "patch_unpool", "token_entropy")
 ROUNDS = 5
 MAX_COPIES = 4
 SLOW_SECONDS = 0.05  # a peer that takes longer is timed call by call

@@ -1,4 +1,4 @@
-"""Peers of the entropy_patch family."""
+"""Peers of entropy_patch and patch_starts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def eager_entropy(logits: Tensor) -> Tensor:
-    """The entropy of facebookresearch/blt, in the dtype of the logits."""
-    log_p = F.log_softmax(logits, dim=-1)
-    return -(log_p * log_p.exp()).sum(-1)
+from peers.token_entropy import eager_entropy
 
 
 def eager_patch_lengths(entropy: Tensor, threshold: float) -> Tensor:

@@ -7,7 +7,6 @@ decides about the byte to come, which only `PatchLayout.decode_ids` shows.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _autograd, _common
+from blt_kernels.ops.token_entropy import check_alphabet, empty_entropy, logits_grad, save_logits
 from blt_kernels.reference import entropy_patch as reference
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def entropy_patch(
     The BLT paper (arXiv 2412.09871), section 2.3; its released models use ``threshold=1.335442066192627``.
     """
     _common.check_tensor("logits", logits, (2, 3), _common.FLOATS)
-    _check_alphabet("logits", logits.shape[-1])
+    check_alphabet("logits", logits.shape[-1])
     _check_rules(threshold, threshold_add, monotonic, max_patch_length)
     packed, offsets, documents = _common.documents_of("logits", logits, cu_seqlens, trailing=1)
     _common.check_capacity(max_patches, documents)
@@ -69,66 +69,6 @@ def entropy_patch(
         packed, offsets, documents, threshold, threshold_add, monotonic, max_patch_length, max_patches
     )
     return entropy.view(logits.shape[:-1]), _layout(layout, offsets)
-
-
-def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of ``softmax(logits)`` over the last dimension.
-
-    ``H = logsumexp(x) - sum softmax(x) x``, computed around the row's maximum. Entries of -inf have probability 0 and
-    add nothing; a row with NaN or +inf, or with nothing but -inf, gives NaN. The gradient is ``-p (log p + H)``.
-
-    Parameters
-    ----------
-    logits : fp32, bf16, fp16 or fp64 ``[..., A]``
-
-    Returns
-    -------
-    fp32 (fp64 for fp64 logits) ``logits.shape[:-1]``
-
-    Raises
-    ------
-    TypeError, ValueError
-        `logits` is not a floating tensor with a last dimension of at least 1.
-    """
-    _common.check_tensor("logits", logits, range(1, 65), _common.FLOATS)
-    _check_alphabet("logits", logits.shape[-1])
-    entropy, _log_sum = torch.ops.blt_kernels.token_entropy_fwd(_rows(logits))
-    return entropy.view(logits.shape[:-1])
-
-
-def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Entropy in nats of ``softmax(hidden @ weight.T + bias)``, without storing the logits.
-
-    Parameters
-    ----------
-    hidden : fp32, bf16, fp16 or fp64 ``[..., D]``
-    weight : same dtype ``[A, D]``
-    bias : same dtype ``[A]``, optional
-
-    Returns
-    -------
-    fp32 (fp64 for fp64 inputs) ``hidden.shape[:-1]``
-        Differentiable in all three inputs. Under autocast the product runs in the autocast dtype, as in `F.linear`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Dtypes, devices or shapes do not match; the message names the argument.
-    """
-    _common.check_tensor("hidden", hidden, range(1, 65), _common.FLOATS)
-    _common.check_tensor("weight", weight, 2, _common.FLOATS)
-    autocast = _common.autocast_enabled(hidden)
-    _common.check_same("weight", weight, "hidden", hidden, dtype=not autocast)
-    _common.check_shape("weight", weight, (None, hidden.shape[-1]), "[A, D of hidden]")
-    _check_alphabet("weight", weight.shape[0])
-    if bias is not None:
-        _common.check_tensor("bias", bias, 1, _common.FLOATS)
-        _common.check_same("bias", bias, "hidden", hidden, dtype=not autocast)
-        _common.check_shape("bias", bias, (weight.shape[0],), "[A of weight]")
-    rows = _rows(hidden)
-    head = _common.autocast(rows, weight) if bias is None else _common.autocast(rows, weight, bias)
-    entropy, _log_sum = torch.ops.blt_kernels.linear_entropy_fwd(*head, *[None] * (3 - len(head)))
-    return entropy.view(hidden.shape[:-1])
 
 
 def patch_starts(
@@ -300,16 +240,6 @@ def topk_patch(
     return _layout(torch.ops.blt_kernels.topk_patch_fwd(packed, offsets, documents, patch_size, max_patches), offsets)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``[..., D]`` as ``[rows, D]``; a -1 in their place is refused where there are none."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _check_alphabet(name: str, alphabet: int) -> None:
-    if alphabet < 1:
-        raise ValueError(f"{name}: expected an alphabet of at least 1, got {alphabet}")
-
-
 def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool, max_patch_length: int | None) -> None:
     _common.check_number("threshold", threshold)
     if threshold_add is not None:
@@ -351,11 +281,6 @@ def _empty_layout(
     )
 
 
-def _empty_entropy(rows: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return rows.new_empty(rows.shape[0], dtype=dtype), rows.new_empty(rows.shape[0], dtype=dtype)
-
-
 def _define_scheme(name: str, values: str, arguments: str, scheme: Any) -> None:
     """Register a patching scheme of bytes with `values`; `arguments` follow those of the documents."""
 
@@ -389,127 +314,19 @@ _common.define(
     f"(Tensor logits, {_DOCUMENTS}, {_RULES}) -> (Tensor entropy, Tensor log_sum, {_LAYOUT})",
     reference.entropy_patch_fwd_reference,
 )
-_common.define(
-    "token_entropy_fwd", "(Tensor logits) -> (Tensor entropy, Tensor log_sum)", reference.token_entropy_fwd_reference
-)
-_common.define(
-    "token_entropy_bwd",
-    "(Tensor grad_entropy, Tensor logits, Tensor entropy, Tensor log_sum) -> Tensor",
-    reference.token_entropy_bwd_reference,
-)
-_common.define(
-    "linear_entropy_fwd",
-    "(Tensor hidden, Tensor weight, Tensor? bias) -> (Tensor entropy, Tensor log_sum)",
-    reference.linear_entropy_fwd_reference,
-)
-_common.define(
-    "linear_entropy_bwd",
-    "(Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor entropy, Tensor log_sum)"
-    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
-    reference.linear_entropy_bwd_reference,
-)
 
 
 @torch.library.register_fake("blt_kernels::entropy_patch_fwd")
 def _(logits: Tensor, cu_seqlens: Tensor | None, num_documents: int, *rules: Any) -> tuple[Tensor, ...]:
     layout = _empty_layout(logits.shape[0], logits, cu_seqlens, num_documents, rules[-1])
-    return *_empty_entropy(logits), *layout
+    return *empty_entropy(logits), *layout
 
 
-@torch.library.register_fake("blt_kernels::token_entropy_fwd")
-def _(logits: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_entropy(logits)
-
-
-@torch.library.register_fake("blt_kernels::token_entropy_bwd")
-def _(grad_entropy: Tensor, logits: Tensor, entropy: Tensor, log_sum: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-@torch.library.register_fake("blt_kernels::linear_entropy_fwd")
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _empty_entropy(hidden)
-
-
-@torch.library.register_fake("blt_kernels::linear_entropy_bwd")
-def _(
-    grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: Tensor, log_sum: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
-
-
-# --- autograd and autocast --------------------------------------------------------------------------------------------
-# Entropies of bf16 or fp16 logits are computed in fp32 without a copy, so autocast has nothing to add to them.
-
-
-def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs[0], output[0], output[1])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _logits_grad(ctx: Any, grad_entropy: Tensor | None) -> Tensor | None:
-    if grad_entropy is None or not ctx.needs_input_grad[0]:
-        return None
-    logits, entropy, log_sum = ctx.saved_tensors
-    return torch.ops.blt_kernels.token_entropy_bwd(grad_entropy, logits, entropy, log_sum)
-
-
-def _token_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> Tensor | None:
-    return _logits_grad(ctx, grad_entropy)
+# --- autograd ---------------------------------------------------------------------------------------------------------
 
 
 def _entropy_patch_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    return _logits_grad(ctx, grad_entropy), None, None, None, None, None, None, None
+    return logits_grad(ctx, grad_entropy), None, None, None, None, None, None, None
 
 
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _linear_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_entropy is None:
-        return None, None, None
-    hidden, weight, bias, entropy, log_sum = ctx.saved_tensors
-    grad_hidden, grad_weight, grad_bias = torch.ops.blt_kernels.linear_entropy_bwd(
-        grad_entropy, hidden, weight, bias, entropy, log_sum
-    )
-    return grad_hidden, grad_weight, None if bias is None else grad_bias
-
-
-def _save_entropy_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1], inputs[3])
-
-
-def _second_entropy_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    grad_entropy, logits, log_sum = ctx.saved_tensors
-    unread = (log_sum == torch.inf)[:, None]
-
-    def entropy(x: Tensor) -> Tensor:
-        return reference.token_entropy_reference(x.masked_fill(unread, 0))
-
-    # The gradient depends on entropy and log_sum through the logits alone.
-    grads = _autograd.second_derivative(entropy, (logits,), grad_entropy, (cotangent,))
-    return *grads, None, None
-
-
-def _save_linear_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _second_linear_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    grad_entropy, *head = ctx.saved_tensors
-    present = tuple(x for x in head if x is not None)
-    grads = _autograd.second_derivative(
-        reference.linear_entropy_reference, present, grad_entropy, cotangents[: len(present)]
-    )
-    return *grads, *[None] * (6 - len(grads))
-
-
-_autograd.register_autograd("token_entropy_fwd", _token_entropy_backward, setup_context=_save_logits)
-_autograd.register_autograd("entropy_patch_fwd", _entropy_patch_backward, setup_context=_save_logits)
-_autograd.register_autograd("linear_entropy_fwd", _linear_entropy_backward, setup_context=_save_linear)
-_autograd.register_autograd("token_entropy_bwd", _second_entropy_backward, setup_context=_save_entropy_gradient)
-_autograd.register_autograd("linear_entropy_bwd", _second_linear_backward, setup_context=_save_linear_gradients)
+_autograd.register_autograd("entropy_patch_fwd", _entropy_patch_backward, setup_context=save_logits)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from blt_kernels.models import BLT, ByteLM, MegaByte, load_model
 from blt_kernels.nn import BYTE_OFFSET, ByteModel, next_byte_targets, row_positions
-from blt_kernels.ops.entropy_patch import token_entropy
+from blt_kernels.ops.token_entropy import token_entropy
 from blt_kernels.tools import checks, data
 from blt_kernels.tools.ngram import NgramModel
 from blt_kernels.tools.stored_patches import RowPatches

@@ -25,6 +25,7 @@ from blt_kernels.characters import character_ends, patches_of_whole_characters
 from blt_kernels.ids import BYTE_OFFSET, to_bytes, to_ids
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import entropy_patch as ops
+from blt_kernels.ops.token_entropy import token_entropy
 from blt_kernels.tools import checks
 
 if TYPE_CHECKING:
@@ -327,7 +328,7 @@ def with_entropy(
         seen = before + block
         ids = to_ids(seen, dtype=torch.int32)
         with torch.inference_mode():
-            entropy = ops.token_entropy(model(ids, reset_at_newlines=reset_at_newlines))
+            entropy = token_entropy(model(ids, reset_at_newlines=reset_at_newlines))
         yield block, entropy[len(before) :].float()
         before = seen[max(len(seen) - context, 0) :]
 

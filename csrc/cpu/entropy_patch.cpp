@@ -1,9 +1,8 @@
 // entropy_patch: entropies of next-byte logits, boundary decisions, and the ragged layout they give.
 //
-// Rows of logits are spread over the threads; their entropies are written and then cut into patches in one pass over
-// them, which is 1/260 of the data. Bytes moved for [T, 260] fp32 logits: 1040 read, 8 written a row for entropy and log_sum,
-// 8 for the layout and 8 a patch; nothing else is allocated.
-// linear_entropy runs the output head tile by tile and reduces each tile while it is in the cache.
+// token_entropy.cpp computes the entropies; one pass over them, which are 1/260 of the data, then cuts the text into patches.
+// Bytes moved for [T, 260] fp32 logits: 1040 read, 8 written a row for entropy and log_sum, 8 for the layout and 8 a patch;
+// nothing else is allocated.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,101 +13,13 @@
 #include <numeric>
 #include <vector>
 
-#include "../common/check.h"
+#include "../common/args/token_entropy.h"
 #include "../common/dispatch.h"
 #include "patch_layout.h"
-#include "support/alloc.h"
-#include "support/parallel.h"
-#include "support/rows.h"
 #include "token_entropy.h"
 
 namespace blt {
 namespace {
-
-constexpr int64_t kRowGrain = 64;     // rows of logits a thread must have to be worth waking
-constexpr int64_t kHeadRows = 1024;   // rows in a tile of the output head: 1 MB of fp32 logits
-constexpr int64_t kSumGrain = 16384;  // elements of a running sum
-
-Tensor check_logits(const Tensor& logits) {
-  const Tensor rows = unit_rows(logits, "logits");
-  STD_TORCH_CHECK(rows.size(1) >= 1, "logits: expected at least one column");
-  return rows;
-}
-
-// entropy[i], log_sum[i] of logits[i] for the first `count` rows; the outputs are contiguous, the logits have unit stride in
-// a row. The other rows are not read: their entropy is 0, their log_sum kUnread.
-template <class T>
-void entropy_rows(const Tensor& logits, int64_t count, accumulator_t<T>* entropy, accumulator_t<T>* log_sum) {
-  const T* const data = logits.const_data_ptr<T>();
-  const int64_t stride = logits.stride(0);
-  const RowShape<T> shape(logits.size(1));
-  parallel_for(count, kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const auto row = row_entropy(data + i * stride, shape);
-      entropy[i] = row.entropy;
-      log_sum[i] = row.log_sum;
-    }
-  });
-  std::fill(entropy + count, entropy + logits.size(0), accumulator_t<T>(0));
-  std::fill(log_sum + count, log_sum + logits.size(0), accumulator_t<T>(kUnread));
-}
-
-template <class T>
-void entropy_grad_rows(const Tensor& grad, const Tensor& logits, const accumulator_t<T>* upstream,
-                       const accumulator_t<T>* entropy, const accumulator_t<T>* log_sum) {
-  const T* const data = logits.const_data_ptr<T>();
-  T* const out = grad.mutable_data_ptr<T>();
-  const int64_t stride = logits.stride(0), width = logits.size(1);
-  const RowShape<T> shape(width);
-  parallel_for(logits.size(0), kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      T* const row = out + i * width;
-      if (log_sum[i] == kUnread)
-        std::fill(row, row + width, T(0.0f));
-      else
-        row_entropy_grad(row, data + i * stride, shape, upstream[i], {entropy[i], log_sum[i]});
-    }
-  });
-}
-
-// Of the first `count` rows.
-std::tuple<Tensor, Tensor> entropies(const Tensor& rows, int64_t count) {
-  Tensor entropy = torch::stable::new_empty(rows, {rows.size(0)}, accumulator(rows));
-  Tensor log_sum = torch::stable::new_empty(rows, {rows.size(0)}, accumulator(rows));
-  dispatch_float(rows.scalar_type(), "logits", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = accumulator_t<T>;
-    entropy_rows<T>(rows, count, entropy.mutable_data_ptr<A>(), log_sum.mutable_data_ptr<A>());
-  });
-  return {entropy, log_sum};
-}
-
-std::tuple<Tensor, Tensor> token_entropy_fwd_cpu(const Tensor& logits) {
-  const Tensor rows = check_logits(logits);
-  return entropies(rows, rows.size(0));
-}
-
-// One value a row, contiguous: a gradient that was expanded from a scalar is copied.
-template <class A>
-const A* row_values(Tensor& values, const char* name, int64_t rows) {
-  check_dim(values, name, 1);
-  check_size(values, name, 0, rows);
-  values = torch::stable::contiguous(values);
-  return values.const_data_ptr<A>();
-}
-
-Tensor token_entropy_bwd_cpu(Tensor grad_entropy, const Tensor& logits, Tensor entropy, Tensor log_sum) {
-  const Tensor rows = check_logits(logits);
-  Tensor grad = new_output(rows, {rows.size(0), rows.size(1)});
-  dispatch_float(rows.scalar_type(), "logits", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = accumulator_t<T>;
-    entropy_grad_rows<T>(grad, rows, row_values<A>(grad_entropy, "grad_entropy", rows.size(0)),
-                         row_values<A>(entropy, "entropy", rows.size(0)),
-                         row_values<A>(log_sum, "log_sum", rows.size(0)));
-  });
-  return grad;
-}
 
 // --- patching rules -------------------------------------------------------------------------------------------------
 
@@ -170,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Tensor offsets = *cu_seqlens;
     count = check_offsets(offsets, "cu_seqlens", rows.size(0))[offsets.size(0) - 1];
   }
-  auto scores = entropies(rows, count);
+  auto scores = entropies_of_rows(rows, count);
   auto layout = patch_starts_fwd_cpu(std::get<0>(scores), cu_seqlens, num_documents, threshold, threshold_add,
                                      monotonic, max_patch_length, max_patches);
   return std::tuple_cat(std::move(scores), std::move(layout));
@@ -259,111 +170,9 @@ LayoutTensors topk_patch_fwd_cpu(const Tensor& entropy, const std::optional<Tens
   return build_layout(text, values.size(0), max_patches, [&](int64_t t, int64_t i) { return i == 0 || chosen[t]; });
 }
 
-// --- linear_entropy ---------------------------------------------------------------------------------------------------
-
-// out = op(args...) through torch's dispatcher, for ops whose last argument is `out`.
-template <class... Args>
-void call_out(const char* op, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the result holds
-}
-
-Tensor rows_of(const Tensor& x, int64_t begin, int64_t count) {
-  Tensor source = x;
-  return torch::stable::narrow(source, 0, begin, count);
-}
-
-void check_head(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_dim(hidden, "hidden", 2);
-  check_dim(weight, "weight", 2);
-  check_dtype(weight, "weight", hidden.scalar_type());
-  check_size(weight, "weight", 1, hidden.size(1));
-  STD_TORCH_CHECK(weight.size(0) >= 1, "weight: expected an alphabet of at least 1");
-  if (bias) {
-    check_dim(*bias, "bias", 1);
-    check_dtype(*bias, "bias", hidden.scalar_type());
-    check_size(*bias, "bias", 0, weight.size(0));
-  }
-}
-
-// Calls f(begin, count, hidden rows, logits) for each tile of rows; the logits live in one buffer that is used again.
-template <class F>
-void for_each_tile(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, F f) {
-  const int64_t rows = hidden.size(0);
-  Tensor buffer = torch::stable::new_empty(hidden, {std::min(rows, kHeadRows), weight.size(0)});
-  for (int64_t begin = 0; begin < rows; begin += kHeadRows) {
-    const int64_t count = std::min(kHeadRows, rows - begin);
-    const Tensor tile = rows_of(hidden, begin, count), logits = rows_of(buffer, 0, count);
-    call_out("aten::linear", tile, weight, bias, logits);
-    f(begin, count, tile, logits);
-  }
-}
-
-std::tuple<Tensor, Tensor> linear_entropy_fwd_cpu(const Tensor& hidden, const Tensor& weight,
-                                                  const std::optional<Tensor>& bias) {
-  check_head(hidden, weight, bias);
-  Tensor entropy = torch::stable::new_empty(hidden, {hidden.size(0)}, accumulator(hidden));
-  Tensor log_sum = torch::stable::new_empty(hidden, {hidden.size(0)}, accumulator(hidden));
-  dispatch_float(hidden.scalar_type(), "hidden", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = accumulator_t<T>;
-    A* const entropies = entropy.mutable_data_ptr<A>();
-    A* const log_sums = log_sum.mutable_data_ptr<A>();
-    for_each_tile(hidden, weight, bias, [&](int64_t begin, int64_t, const Tensor&, const Tensor& logits) {
-      entropy_rows<T>(logits, logits.size(0), entropies + begin, log_sums + begin);
-    });
-  });
-  return {entropy, log_sum};
-}
-
-// sums += x, element by element.
-template <class T, class A>
-void add_to(A* sums, const T* x, int64_t size) {
-  parallel_for(size, kSumGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) sums[i] += static_cast<A>(x[i]);
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd_cpu(Tensor grad_entropy, const Tensor& hidden,
-                                                          const Tensor& weight, const std::optional<Tensor>& bias,
-                                                          Tensor entropy, Tensor log_sum) {
-  check_head(hidden, weight, bias);
-  const int64_t rows = hidden.size(0), alphabet = weight.size(0), width = weight.size(1);
-  Tensor grad_hidden = new_output(hidden, {rows, width});
-  Tensor weight_sum = torch::stable::new_zeros(weight, {alphabet, width}, accumulator(weight));
-  Tensor bias_sum = torch::stable::new_zeros(weight, {alphabet}, accumulator(weight));
-  dispatch_float(hidden.scalar_type(), "hidden", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = accumulator_t<T>;
-    const A* const upstream = row_values<A>(grad_entropy, "grad_entropy", rows);
-    const A* const entropies = row_values<A>(entropy, "entropy", rows);
-    const A* const log_sums = row_values<A>(log_sum, "log_sum", rows);
-    A* const bias_sums = bias_sum.mutable_data_ptr<A>();
-    Tensor buffer = torch::stable::new_empty(hidden, {std::min(rows, kHeadRows), alphabet});
-    Tensor product = torch::stable::new_empty(weight, {alphabet, width});
-    for_each_tile(hidden, weight, bias, [&](int64_t begin, int64_t count, const Tensor& tile, const Tensor& logits) {
-      Tensor grad = rows_of(buffer, 0, count);
-      entropy_grad_rows<T>(grad, logits, upstream + begin, entropies + begin, log_sums + begin);
-      call_out("aten::mm", grad, weight, rows_of(grad_hidden, begin, count));
-      call_out("aten::mm", torch::stable::transpose(grad, 0, 1), tile, product);
-      add_to(weight_sum.mutable_data_ptr<A>(), product.const_data_ptr<T>(), alphabet * width);
-      const T* const grads = grad.const_data_ptr<T>();
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t a = 0; a < alphabet; ++a) bias_sums[a] += static_cast<A>(grads[i * alphabet + a]);
-    });
-  });
-  const auto rounded = [&](const Tensor& sum) { return torch::stable::to(sum, weight.scalar_type()); };
-  return {grad_hidden, rounded(weight_sum), rounded(bias_sum)};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
-  m.impl("token_entropy_fwd", TORCH_BOX(&token_entropy_fwd_cpu));
-  m.impl("token_entropy_bwd", TORCH_BOX(&token_entropy_bwd_cpu));
-  m.impl("linear_entropy_fwd", TORCH_BOX(&linear_entropy_fwd_cpu));
-  m.impl("linear_entropy_bwd", TORCH_BOX(&linear_entropy_bwd_cpu));
   m.impl("entropy_patch_fwd", TORCH_BOX(&entropy_patch_fwd_cpu));
   m.impl("patch_starts_fwd", TORCH_BOX(&patch_starts_fwd_cpu));
   m.impl("space_patch_fwd", TORCH_BOX(&space_patch_fwd_cpu));

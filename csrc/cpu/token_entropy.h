@@ -12,11 +12,16 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 
+#include "../common/check.h"
 #include "../common/dispatch.h"
 #include "support/vec.h"
 
 namespace blt {
+
+// Entropies and log_sums of the first `count` rows; the others are not read: they get 0 and kUnread.
+std::tuple<Tensor, Tensor> entropies_of_rows(const Tensor& rows, int64_t count);
 
 inline constexpr int64_t kRowsAhead = 4;  // distance of the prefetch: the arithmetic on a row hides a line from memory
 inline constexpr float kInf = std::numeric_limits<float>::infinity();

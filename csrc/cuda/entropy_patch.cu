@@ -1,4 +1,4 @@
-// Launchers of entropy_patch.cuh: entropies, and every way to cut bytes into patches.
+// Launchers of entropy_patch.cuh: every way to cut bytes into patches.
 
 #include "entropy_patch.cuh"
 
@@ -8,76 +8,13 @@
 #include <tuple>
 
 #include "../launch/launch.h"
+#include "token_entropy.h"
 
 namespace blt {
 namespace {
 
 using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using EntropyTensors = std::tuple<Tensor, Tensor>;
-
-// --- entropies --------------------------------------------------------------------------------------------------------
-
-constexpr int64_t kMaxAlphabet = int64_t{1} << 30;
-
-Tensor check_logits(const Tensor& logits) {
-  const Tensor rows = unit_rows(logits, "logits");
-  STD_TORCH_CHECK(rows.size(1) >= 1 && rows.size(1) <= kMaxAlphabet, "logits: expected 1 to ", kMaxAlphabet,
-                  " columns, got ", rows.size(1));
-  return rows;
-}
-
-template <class T>
-LogitRows<T> logit_rows(const Device& device, const Tensor& rows) {
-  return {device.read<T>(rows), rows.size(0), rows.stride(0), static_cast<i32>(rows.size(1))};
-}
-
-template <class T>
-Shape entropy_grid(int64_t rows) {
-  return {.blocks = ceil_div<int64_t>(rows * row_lanes(sizeof(T)), kEntropyThreads), .threads = kEntropyThreads};
-}
-
-EntropyTensors token_entropy_fwd_cuda(const Tensor& logits) {
-  const Tensor rows = check_logits(logits);
-  const Device device(rows);
-  Tensor entropy = device_output(rows, {rows.size(0)}, accumulator(rows));
-  Tensor log_sum = device_output(rows, {rows.size(0)}, accumulator(rows));
-  dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    device.launch<token_entropy_fwd_kernel<T>>(entropy_grid<T>(rows.size(0)), logit_rows<T>(device, rows),
-                                               device.write<acc_t<T>>(entropy), device.write<acc_t<T>>(log_sum));
-  });
-  return {entropy, log_sum};
-}
-
-// One value for each row of logits, contiguous: a gradient that was expanded from a scalar is copied.
-Tensor row_values(const Tensor& values, const char* name, const Tensor& rows) {
-  check_dim(values, name, 1);
-  check_size(values, name, 0, rows.size(0));
-  check_dtype(values, name, accumulator(rows));
-  return torch::stable::contiguous(values);
-}
-
-Tensor token_entropy_bwd_cuda(const Tensor& grad_entropy, const Tensor& logits, const Tensor& entropy,
-                              const Tensor& log_sum) {
-  const Tensor rows = check_logits(logits);
-  const Tensor upstream = row_values(grad_entropy, "grad_entropy", rows);
-  const Tensor entropies = row_values(entropy, "entropy", rows), log_sums = row_values(log_sum, "log_sum", rows);
-  const Device device(rows);
-  Tensor grad = device_output(rows, {rows.size(0), rows.size(1)});
-  dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = acc_t<T>;
-    const LogitRows<T> in = logit_rows<T>(device, rows);
-    T* const out = device.write<T>(grad);
-    const int64_t apart = (address(out) - address(in.data)) | (row_bytes(grad) - row_bytes(rows));
-    const auto launch = [&](auto aligned) {
-      device.launch<token_entropy_bwd_kernel<T, aligned()>>(entropy_grid<T>(rows.size(0)), device.read<A>(upstream), in,
-                                                            device.read<A>(entropies), device.read<A>(log_sums), out);
-    };
-    apart % 16 == 0 ? launch(std::true_type{}) : launch(std::false_type{});
-  });
-  return grad;
-}
 
 // --- layouts ----------------------------------------------------------------------------------------------------------
 
@@ -268,8 +205,6 @@ LayoutTensors topk_patch_fwd_cuda(const Tensor& entropy, std::optional<Tensor> c
 }  // namespace
 
 BLT_KERNELS_IMPL(m) {
-  m.impl("token_entropy_fwd", TORCH_BOX(&token_entropy_fwd_cuda));
-  m.impl("token_entropy_bwd", TORCH_BOX(&token_entropy_bwd_cuda));
   m.impl("entropy_patch_fwd", TORCH_BOX(&entropy_patch_fwd_cuda));
   m.impl("patch_starts_fwd", TORCH_BOX(&patch_starts_fwd_cuda));
   m.impl("space_patch_fwd", TORCH_BOX(&space_patch_fwd_cuda));

@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/args/token_entropy.h"
 #include "../launch/launch.h"
 
 namespace blt {
@@ -20,17 +21,10 @@ struct Head {
   int64_t alphabet() const { return weight.size(0); }
 };
 
-Head check_head(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
+Head unit_head(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_head(hidden, weight, bias);
   Head head = {unit_rows(hidden, "hidden"), unit_rows(weight, "weight"), std::nullopt};
-  check_dtype(weight, "weight", hidden.scalar_type());
-  check_size(weight, "weight", 1, hidden.size(1));
-  STD_TORCH_CHECK(weight.size(0) >= 1, "weight: expected an alphabet of at least 1");
-  if (bias) {
-    check_dim(*bias, "bias", 1);
-    check_dtype(*bias, "bias", hidden.scalar_type());
-    check_size(*bias, "bias", 0, weight.size(0));
-    head.bias = torch::stable::contiguous(*bias);
-  }
+  if (bias) head.bias = torch::stable::contiguous(*bias);
   return head;
 }
 
@@ -54,7 +48,7 @@ void dispatch_head(const Matrix<T>& hidden, const Matrix<T>& weight, F&& f) {
 
 std::tuple<Tensor, Tensor> linear_entropy_fwd_cuda(const Tensor& hidden, const Tensor& weight,
                                                    const std::optional<Tensor>& bias) {
-  const Head head = check_head(hidden, weight, bias);
+  const Head head = unit_head(hidden, weight, bias);
   const Device device(head.hidden);
   Tensor entropy = device_output(head.hidden, {head.rows()}, accumulator(hidden));
   Tensor log_sum = device_output(head.hidden, {head.rows()}, accumulator(hidden));
@@ -72,19 +66,13 @@ std::tuple<Tensor, Tensor> linear_entropy_fwd_cuda(const Tensor& hidden, const T
   return {entropy, log_sum};
 }
 
-Tensor row_values(const Tensor& values, const char* name, const Head& head) {
-  check_dim(values, name, 1);
-  check_size(values, name, 0, head.rows());
-  check_dtype(values, name, accumulator(head.hidden));
-  return torch::stable::contiguous(values);
-}
-
 std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd_cuda(const Tensor& grad_entropy, const Tensor& hidden,
                                                            const Tensor& weight, const std::optional<Tensor>& bias,
                                                            const Tensor& entropy, const Tensor& log_sum) {
-  const Head head = check_head(hidden, weight, bias);
-  const Tensor upstream = row_values(grad_entropy, "grad_entropy", head);
-  const Tensor entropies = row_values(entropy, "entropy", head), log_sums = row_values(log_sum, "log_sum", head);
+  const Head head = unit_head(hidden, weight, bias);
+  const Tensor upstream = check_row_values(grad_entropy, "grad_entropy", hidden);
+  const Tensor entropies = check_row_values(entropy, "entropy", hidden),
+               log_sums = check_row_values(log_sum, "log_sum", hidden);
   const int64_t rows = head.rows(), width = head.width(), alphabet = head.alphabet();
   const int64_t panel_rows = std::min<int64_t>(rows, kPanelRows),
                 most_splits = ceil_div<int64_t>(panel_rows, kSplitRows);

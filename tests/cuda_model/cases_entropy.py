@@ -34,7 +34,7 @@ def token_entropy_fwd(rows: int) -> Launch:
     outputs = [Array("entropy", rows * 4), Array("log_sum", rows * 4)]
     blocks = ceil_div(rows, 32)
     return Launch(
-        "entropy_patch", r"token_entropy_fwd_kernel<__nv_bfloat16>", (blocks, 1), [logit_rows(rows), *outputs],
+        "token_entropy", r"token_entropy_fwd_kernel<__nv_bfloat16>", (blocks, 1), [logit_rows(rows), *outputs],
         blocks_at(blocks // 2, 2),
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def entropy_cases() -> Iterator[Case]:
                   Array("log_sum", rows * 4), Array("grad_logits", rows * ALPHABET * 2)]  # fmt: skip
         blocks = ceil_div(rows, 32)
         backward = Launch(
-            "entropy_patch", r"token_entropy_bwd_kernel<__nv_bfloat16, .*true", (blocks, 1), slopes,
+            "token_entropy", r"token_entropy_bwd_kernel<__nv_bfloat16, .*true", (blocks, 1), slopes,
             blocks_at(blocks // 2, 2),
         )  # fmt: skip
         yield Case("token_entropy bwd", shape, "bfloat16", [backward], 2 * read + 12 * rows, bench)

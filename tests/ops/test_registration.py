@@ -55,7 +55,7 @@ def has(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::{operator}", key)
 
 
-def test_all_six_ops_are_there() -> None:
+def test_all_seven_ops_are_there() -> None:
     assert OPS == [
         "block_causal_attention",
         "entropy_patch",
@@ -63,6 +63,7 @@ def test_all_six_ops_are_there() -> None:
         "patch_cross_attention",
         "patch_pool",
         "patch_unpool",
+        "token_entropy",
     ]
 
 
@@ -196,7 +197,7 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "allowed"),
     [
-        ("reference", ("blt_kernels.layout.",)),
+        ("reference", ("blt_kernels.layout.", "blt_kernels.reference.")),
         ("ops", ("blt_kernels.layout.", "blt_kernels.ops.", "blt_kernels.reference", "blt_kernels.triton")),
     ],
 )

@@ -11,7 +11,7 @@ from backends import emulator, order, use
 from torch import Tensor
 
 import blt_kernels as bk
-from blt_kernels.reference import entropy_patch as reference
+from blt_kernels.reference import token_entropy as reference
 from blt_kernels.testing import assert_close, assert_equal, ragged_logits
 
 
@@ -191,6 +191,23 @@ def test_linear_entropy_of_more_rows_than_a_panel(device: str) -> None:
     ours, truth = bk.linear_entropy(*inputs), eager_linear(*wide)
     grads = gradients(ours, inputs)
     assert_accurate(grads, grads, gradients(truth, wide), torch.float32)
+
+
+# --- wrong input ------------------------------------------------------------------------------------------------------
+
+X = torch.zeros(4, 5)
+WRONG: list[tuple[str, Any, type[Exception], str]] = [
+    ("weight shape", lambda: bk.linear_entropy(X, torch.zeros(3, 4)), ValueError, r"weight.*\[3, 4\]"),
+    ("weight dtype", lambda: bk.linear_entropy(X, torch.zeros(3, 5).half()), TypeError, "weight.*float16"),
+    ("bias shape", lambda: bk.linear_entropy(X, torch.zeros(3, 5), torch.zeros(4)), ValueError, r"bias.*\[4\]"),
+    ("scalar", lambda: bk.token_entropy(torch.tensor(1.0)), ValueError, "logits"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_wrong_input_is_named(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
 
 
 # --- CUDA kernels on the emulator -------------------------------------------------------------------------------------
