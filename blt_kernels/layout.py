@@ -43,6 +43,14 @@ class PatchLayout:
         Document ``b`` is bytes ``[cu_seqlens[b], cu_seqlens[b+1])``.
     overflowed : bool ``[1]``
         True if the capacity was too small: then the surplus bytes stay in the last patch of their document.
+
+    Examples
+    --------
+    >>> layout = PatchLayout.from_lengths(torch.tensor([[1, 3], [2, 0]]))  # two documents
+    >>> layout.patch_offsets.tolist(), layout.cu_patches.tolist(), layout.cu_seqlens.tolist()
+    ([0, 1, 4, 6], [0, 2, 3], [0, 4, 6])
+    >>> layout.patch_ids.tolist(), layout.decode_ids.tolist()  # -1: no patch to read before the first byte of patch 2
+    ([0, 1, 1, 1, 2, 2], [0, 0, 0, 0, -1, -1])
     """
 
     patch_offsets: Tensor

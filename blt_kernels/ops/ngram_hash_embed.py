@@ -70,6 +70,13 @@ def ngram_hash_embed(
     -----
     The BLT paper (arXiv 2412.09871), section 3.2.1. The sum is not divided by the number of terms, as in
     facebookresearch/blt.
+
+    Examples
+    --------
+    >>> tables, byte_table = torch.zeros(2 * 1009, 4), torch.ones(260, 4)  # two tables of 1009 rows
+    >>> tokens, cu_seqlens = to_ids(["one", "two"])
+    >>> ngram_hash_embed(tokens, tables, byte_table, cu_seqlens, ngram_sizes=(3, 4)).shape
+    torch.Size([6, 4])
     """
     sizes = _check_hash(tokens, ngram_sizes, num_functions)
     _common.check_choice("grad", grad, ("dense", "sparse"))
@@ -138,6 +145,13 @@ def ngram_hash(
     ------
     TypeError, ValueError
         An argument has the wrong type, dtype, shape or value; the message names it.
+
+    Examples
+    --------
+    >>> tokens, cu_seqlens = to_ids(["one", "one"])
+    >>> rows = ngram_hash(tokens, cu_seqlens, ngram_sizes=(2,), vocab=1009)
+    >>> rows.shape, bool((rows[0, :3] == rows[0, 3:]).all())
+    (torch.Size([1, 6]), True)
     """
     sizes = _check_hash(tokens, ngram_sizes, num_functions)
     _common.check_int("vocab", vocab, 1)

@@ -73,6 +73,14 @@ def patch_cross_attention(
     lse: up to 0.05% for scores of 1e4 and 3% for 1e6; beyond they are bounded, but wrong. On the CPU these are those of
     queries with more than 128 keys, with a window, or that encode with grouped heads; on CUDA those of encoding queries
     with 64 keys or more and no window.
+
+    Examples
+    --------
+    >>> layout = static_patch(torch.tensor([0, 5]), 2).compact()  # patches of 1, 2 and 2 bytes
+    >>> q, kv = torch.zeros(3, 1, 8), torch.arange(5.0)[:, None, None].expand(5, 1, 8)
+    >>> out = patch_cross_attention(q, kv, kv, layout, direction="encode", queries_per_patch=1)
+    >>> out[:, 0, 0].tolist()  # equal scores: the mean of the bytes of each patch
+    [0.0, 1.5, 3.5]
     """
     _common.check_choice("direction", direction, ("encode", "decode"))
     _common.check_int("queries_per_patch", queries_per_patch, 1)

@@ -46,6 +46,13 @@ def patch_pool(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "ma
     Notes
     -----
     The BLT paper (arXiv 2412.09871), section 3.2.2: patch representations start as pooled bytes.
+
+    Examples
+    --------
+    >>> layout = static_patch(torch.tensor([0, 5]), 2)  # patches of 1, 2 and 2 bytes
+    >>> x = torch.tensor([[1.0], [2.0], [4.0], [8.0], [6.0]])
+    >>> patch_pool(x, layout.compact(), ["max", "mean"]).tolist()
+    [[1.0, 1.0], [4.0, 3.0], [8.0, 7.0]]
     """
     _common.check_tensor("x", x, (2, 3), _common.FLOATS)
     _common.check_layout(layout, "x", x)

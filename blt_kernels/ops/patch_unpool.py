@@ -35,6 +35,15 @@ def patch_unpool(y: Tensor, layout: PatchLayout, ids: str = "patch") -> Tensor:
     ------
     TypeError, ValueError
         An argument has the wrong type, dtype, device, shape or value; the message names it.
+
+    Examples
+    --------
+    >>> layout = static_patch(torch.tensor([0, 5]), 2).compact()  # patches of 1, 2 and 2 bytes
+    >>> y = torch.tensor([[1.0], [2.0], [3.0]])
+    >>> patch_unpool(y, layout).flatten().tolist()
+    [1.0, 2.0, 2.0, 3.0, 3.0]
+    >>> patch_unpool(y, layout, ids="decode").flatten().tolist()  # byte i predicts byte i + 1
+    [1.0, 1.0, 2.0, 2.0, 3.0]
     """
     _common.check_tensor("y", y, 2, _common.FLOATS)
     _common.check_layout(layout, "y", y)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import doctest
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import blt_kernels as bk
-from blt_kernels import ids
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig
 from blt_kernels.nn import TransformerConfig
 from blt_kernels.testing import SCRIPTS, assert_equal
@@ -156,11 +154,6 @@ def test_special_ids_are_dropped_or_refused() -> None:
 def test_errors_name_argument_value_and_expectation(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
-
-
-def test_examples() -> None:
-    assert doctest.testmod(ids).attempted == 6
-    assert doctest.testmod(ids).failed == 0
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
