@@ -46,10 +46,10 @@ class PatchLayout:
 
     Examples
     --------
-    >>> layout = PatchLayout.from_lengths(torch.tensor([[1, 3], [2, 0]]))  # two documents
+    >>> layout = PatchLayout.from_lengths(torch.tensor([[1, 3], [2, 0]])).compact()  # two documents
     >>> layout.patch_offsets.tolist(), layout.cu_patches.tolist(), layout.cu_seqlens.tolist()
     ([0, 1, 4, 6], [0, 2, 3], [0, 4, 6])
-    >>> layout.patch_ids.tolist(), layout.decode_ids.tolist()  # -1: no patch to read before the first byte of patch 2
+    >>> layout.patch_ids.tolist(), layout.decode_ids.tolist()  # no patch precedes patch 2
     ([0, 1, 1, 1, 2, 2], [0, 0, 0, 0, -1, -1])
     """
 
