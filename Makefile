@@ -78,7 +78,7 @@ OP_TESTS := $(patsubst blt_kernels/ops/%,tests/ops/test_%,$(filter-out blt_kerne
 sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(say) 'building with sanitizers'
 	cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DBLT_KERNELS_SANITIZE=ON \
-	    -DBLT_KERNELS_ISAS=$$(python -c 'from blt_kernels import _load; print(_load.runnable()[0])')
+	    -DBLT_KERNELS_ISAS=$$(python -c 'from blt_kernels import _extension; print(_extension.runnable()[0])')
 	cmake --build build/sanitize
 	rm -rf build/sanitize/site && mkdir -p build/sanitize/site
 	cp -r blt_kernels build/sanitize/site/ && rm -f build/sanitize/site/blt_kernels/*.so

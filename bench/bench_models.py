@@ -17,9 +17,9 @@ from peers import models as peers
 from timing import OURS, Comparison, Make
 from torch import Tensor
 
+from blt_kernels.flops import Rows, count_flops
 from blt_kernels.ids import to_ids
 from blt_kernels.models import BLT
-from blt_kernels.models.flops import Rows, count_flops
 
 PATCH_SIZE = 4.5
 

@@ -1,7 +1,7 @@
 """Byte transformer, MegaByte, BLT-Space and BLT-Entropy at equal training FLOPs: ``python bench/study.py``.
 
 Every model is trained on the sources of Python's standard library until it has used `--tflops` of training, three times
-what it does forward (`blt_kernels.models.flops.count_flops`, on batches of that text). So those that spend less on a
+what it does forward (`blt_kernels.flops.count_flops`, on batches of that text). So those that spend less on a
 byte read more bytes. What the entropy model of BLT-Entropy does is not in it, as in the paper, but in the table. Then
 bits per byte are measured on excerpts of files that none has seen, as they are and noised.
 
@@ -35,12 +35,12 @@ from study_text import CLEAN, CONDITIONS, HELDOUT, SPLIT_SEED, Corpus, prepare
 from timing import RESULTS, csv_path
 
 from blt_kernels._files import write_text
+from blt_kernels.flops import Config, Rows, count_flops, paper_flops
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByteConfig, load_model
-from blt_kernels.models.flops import Config, Rows, count_flops, paper_flops
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.tools import data
-from blt_kernels.tools.evaluate import measure, threshold_for_patch_size
-from blt_kernels.tools.train import TrainConfig, build_model, train
+from blt_kernels.train import data
+from blt_kernels.train.evaluate import measure, threshold_for_patch_size
+from blt_kernels.train.loop import TrainConfig, build_model, train
 
 BATCH, CONTEXT = 2048, 1024  # bytes of a step, and the most of them in a row
 SAMPLE = 1 << 17  # bytes of training text in excerpts, for FLOPs and thresholds

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blt_kernels.tools import data
+from blt_kernels.train import data
 
 PATTERNS = ("*.py", "*.txt", "*.html", "*.xml", "*.rst", "*.json", "*.csv")
 HELDOUT, SPLIT_SEED = 0.03, 0  # of the files; the same ones whatever the seed of a run

@@ -7,7 +7,7 @@ The models are in `blt_kernels.models`, the layers in `blt_kernels.nn`, optimize
 `blt_kernels.optim`, helpers for tests in `blt_kernels.testing`.
 """
 
-from blt_kernels import _cuda, _load, optim
+from blt_kernels import _extension, optim
 from blt_kernels._version import __version__
 from blt_kernels.ids import to_bytes, to_ids
 from blt_kernels.layout import AttentionRanges, PatchLayout
@@ -32,8 +32,8 @@ from blt_kernels.ops.patch_pool import patch_pool
 from blt_kernels.ops.patch_unpool import patch_unpool
 from blt_kernels.ops.token_entropy import linear_entropy, token_entropy
 
-_load.load()
-_cuda.load()
+_extension.load_cpu()
+_extension.load_cuda()
 
 __all__ = [
     "AttentionRanges",

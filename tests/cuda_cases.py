@@ -11,7 +11,7 @@ import torch
 from cases import CASES
 from op_calls import make, run, tensors_of
 
-from blt_kernels import _cuda
+from blt_kernels import _extension
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     torch.cuda.synchronize()
     if arguments.file:
         torch.save(results, arguments.file)
-    print(f"{len(results)} runs by {_cuda.load().compiler}")
+    print(f"{len(results)} runs by {_extension.load_cuda().compiler}")
 
 
 if __name__ == "__main__":

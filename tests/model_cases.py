@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
-from blt_kernels.nn import ByteModel, TransformerConfig
+from blt_kernels.models.base import ByteModel
+from blt_kernels.nn import TransformerConfig
 
 WINDOW = 7
 BYTE_LM = ByteLMConfig(dim=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_dim=64, window=WINDOW, threshold=5.1)

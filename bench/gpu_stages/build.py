@@ -30,9 +30,9 @@ MAX_BYTES = 40 << 20
 NEWEST_SYMBOLS = {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)}
 SECONDS_TO_LOAD = 150  # the first import of torch reads gigabytes from a cold disk
 LOADS = """
-from blt_kernels import _cuda, _load
-assert _load.loaded().isa not in (None, "plain"), _load.loaded()
-assert _cuda.load().compiler == "nvcc", _cuda.load()
+from blt_kernels import _extension
+assert _extension.load_cpu().isa not in (None, "plain"), _extension.load_cpu()
+assert _extension.load_cuda().compiler == "nvcc", _extension.load_cuda()
 """
 
 

@@ -15,7 +15,7 @@ from common import normal
 from timing import OURS, Row, failed_row
 
 import blt_kernels as bk
-from blt_kernels import _cuda, _load
+from blt_kernels import _extension
 from gpu_stages import Case
 from gpu_stages.target import Target
 
@@ -60,7 +60,7 @@ def versions(target: Target) -> Iterator[Row]:
 
 def kernels(target: Target) -> Iterator[Row]:
     """Report which kernels are loaded. Without compiled ones the stages that follow would measure the references."""
-    cpu, cuda = _load.loaded(), _cuda.load()
+    cpu, cuda = _extension.load_cpu(), _extension.load_cuda()
     yield note("kernels", f"CPU: {cpu.isa or cpu.reason}; CUDA: {cuda.compiler or cuda.reason}, {cuda.path}")
     if cuda.compiler is None and not target.rehearsal:
         raise RuntimeError(f"no CUDA kernels: {cuda.reason}")

@@ -6,12 +6,14 @@ import os
 
 import torch
 
-from blt_kernels.models.blt import BLT, BLTConfig
-from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig
-from blt_kernels.models.megabyte import MegaByte, MegaByteConfig
-from blt_kernels.nn import ByteModel, model_name
+from blt_kernels.models.base import ByteModel, model_name
+from blt_kernels.models.blt import BLT
+from blt_kernels.models.byte_lm import ByteLM
+from blt_kernels.models.checkpoint import holds_blt
+from blt_kernels.models.config import BLTConfig, ByteLMConfig, MegaByteConfig
+from blt_kernels.models.megabyte import MegaByte
 
-__all__ = ["BLT", "BLTConfig", "ByteLM", "ByteLMConfig", "MegaByte", "MegaByteConfig", "load_model"]
+__all__ = ["BLT", "BLTConfig", "ByteLM", "ByteLMConfig", "ByteModel", "MegaByte", "MegaByteConfig", "load_model"]
 
 
 def load_model(
@@ -36,9 +38,8 @@ def load_model(
         As in `ByteModel.load` and `BLT.from_pretrained`.
     """
     if os.path.isdir(path):
-        from blt_kernels.models import checkpoint
-
-        return checkpoint.read_model(path, ops, dtype, device)
+        model: type[BLT | ByteLM] = BLT if holds_blt(path) else ByteLM
+        return model.from_pretrained(path, ops, dtype=dtype, device=device)
     classes: dict[str, type[ByteModel]] = {cls.__name__: cls for cls in (ByteLM, BLT, MegaByte)}
     name = model_name(path)
     if name not in classes:

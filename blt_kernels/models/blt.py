@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blt_kernels.characters import patches_of_whole_characters
-from blt_kernels.ids import ALPHABET, BPE, EOS, ids_of
+from blt_kernels.ids import BPE, ids_of
 from blt_kernels.layout import AttentionRanges, PatchLayout
-from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig, check_eos_id
+from blt_kernels.models.base import ByteModel
+from blt_kernels.models.byte_lm import ByteLM
+from blt_kernels.models.characters import patches_of_whole_characters
+from blt_kernels.models.checkpoint import open_blt, open_byte_lm, write_blt
+from blt_kernels.models.config import BLTConfig
 from blt_kernels.nn import (
-    ByteModel,
     CrossAttention,
     RMSNorm,
-    TransformerConfig,
     TransformerLayer,
     attention_documents,
     embedding,
@@ -29,112 +30,6 @@ from blt_kernels.nn import (
     row_positions,
 )
 from blt_kernels.ops import _common
-from blt_kernels.ops.ngram_hash_embed import check_sizes
-
-SCHEMES = ("entropy", "space", "static", "byte", "bpe")
-
-
-@dataclass(frozen=True)
-class BLTConfig:
-    """The defaults are the released 1B model, whose hash tables hold 3.1B parameters more.
-
-    `encoder` and `decoder` work on bytes and share their width, `global_transformer` on patches. A patch is
-    `queries_per_patch` vectors of the local width. `patching` is "entropy" (by `patcher`, with the rules of
-    `blt_kernels.patch_starts`), "space", "static" (every `patch_size` bytes), "byte" or "bpe" (after every id 3, as
-    facebookresearch/blt puts them between the tokens of a BPE tokenizer); `patcher` may be None where another scheme or
-    the caller's layouts are used. `max_patch_length` cuts the longer patches of every scheme, as in
-    facebookresearch/blt.
-
-    With `whole_characters`, a patch of any scheme starts only where a character of UTF-8 ends, aside from those that
-    start at 0 and 1: decisions inside of a character are dropped, and `max_patch_length` cuts after the character
-    (`blt_kernels.characters`). With `reset_at_newlines`, the entropy model's context starts anew at newlines
-    (`ByteLMConfig`), even if its own configuration does not say so.
-
-    Cross attention has `cross_attn_heads` heads, or those of the layers around it. Encoding, it reads the bytes of the
-    last `cross_attn_window_encoder` patches, decoding the last `cross_attn_window_decoder` patches; one patch if None.
-
-    Where facebookresearch/blt and transformers differ:
-
-    - `split_documents`: self-attention also stops after every `eos_id` inside a row, and the global one after the patch
-      that holds it, as in facebookresearch/blt. Without it, as in transformers, rows are taken as they are.
-    - `global_across_documents`: with `split_documents`, only the layers over bytes stop there, and the global
-      transformer attends to its whole row, as facebookresearch/blt does with the ``attn_bias_type`` "causal".
-    - `pool_every_layer`, which tells only where `cross_attn_all_layers_encoder` has several layers: the patches are
-      pooled anew at every layer, as in transformers, so that the cross attention of the last layer alone is seen (and
-      is all that is computed here). Without it, as in facebookresearch/blt, they are pooled at the first layer, and
-      each cross attention adds to them.
-    - `cross_attn_grouped_heads`: cross attention has as few key/value heads as the layers around it, as in
-      transformers. Without it, as in facebookresearch/blt, it has as many as query heads.
-    """
-
-    encoder: TransformerConfig = TransformerConfig(1024, 1, 16, window=512)
-    global_transformer: TransformerConfig = TransformerConfig(2048, 25, 16)
-    decoder: TransformerConfig = TransformerConfig(1024, 9, 16, window=512)
-    patcher: ByteLMConfig | None = ByteLMConfig()
-    vocab_size: int = ALPHABET
-    queries_per_patch: int = 2
-    ngram_sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
-    ngram_vocab: int = 500002
-    num_functions: int = 1
-    cross_attn_all_layers_encoder: bool = False
-    cross_attn_all_layers_decoder: bool = True
-    cross_attn_heads: int | None = None
-    cross_attn_window_encoder: int | None = None
-    cross_attn_window_decoder: int | None = None
-    patching: str = "entropy"
-    patch_size: int = 4
-    threshold: float = 1.335442066192627
-    threshold_add: float | None = None
-    monotonic: bool = False
-    max_patch_length: int | None = None
-    split_documents: bool = False
-    pool_every_layer: bool = False
-    cross_attn_grouped_heads: bool = False
-    whole_characters: bool = False
-    reset_at_newlines: bool = False
-    global_across_documents: bool = False
-    eos_id: int = EOS
-
-    def __post_init__(self) -> None:
-        _common.check_choice("patching", self.patching, SCHEMES)
-        for name in ("vocab_size", "queries_per_patch", "ngram_vocab", "patch_size"):
-            _common.check_int(name, getattr(self, name), 1)
-        for name in ("cross_attn_heads", "cross_attn_window_encoder", "cross_attn_window_decoder", "max_patch_length"):
-            if getattr(self, name) is not None:
-                _common.check_int(name, getattr(self, name), 1)
-        check_sizes(self.ngram_sizes, self.num_functions)
-        _common.check_number("threshold", self.threshold)
-        check_eos_id(self.eos_id, self.vocab_size)
-        if self.encoder.dim != self.decoder.dim:
-            raise ValueError(f"decoder.dim: expected encoder.dim = {self.encoder.dim}, got {self.decoder.dim}")
-        self.cross_attention(self.encoder)  # raises if heads and width do not go together
-        self.cross_attention(self.decoder)
-
-    def cross_attention(self, around: TransformerConfig) -> TransformerConfig:
-        """Width and heads of the cross attention between the layers of the encoder or of the decoder."""
-        kv_heads = around.kv_heads if self.cross_attn_grouped_heads else None
-        return replace(around, num_heads=self.cross_attn_heads or around.num_heads, num_kv_heads=kv_heads)
-
-    @property
-    def patch_rule(self) -> dict[str, Any]:
-        """The fields that decide, with the patcher, where `BLT.patch` starts patches: those that its scheme reads."""
-        own = {
-            "entropy": ("threshold", "threshold_add", "monotonic", "reset_at_newlines"),
-            "static": ("patch_size",),
-        }
-        names = ("patching", *own.get(self.patching, ()), "max_patch_length", "whole_characters")
-        return {name: getattr(self, name) for name in names}
-
-    @staticmethod
-    def small() -> BLTConfig:
-        """7.8M parameters without the patcher, 3.1M of them in hash tables: trains on a laptop."""
-        return BLTConfig(
-            encoder=TransformerConfig(128, 1, 2, window=128),
-            global_transformer=TransformerConfig(256, 4, 4, window=256),
-            decoder=TransformerConfig(128, 2, 2, window=128),
-            patcher=ByteLMConfig.small(),
-            ngram_vocab=4096,
-        )
 
 
 class LocalEncoder(nn.Module):
@@ -287,9 +182,15 @@ class BLT(ByteModel):
             A file is damaged, holds another model or asks for what BLT lacks, weights are missing, unknown or of the
             wrong shape or dtype, or the repository has no such revision; the message names the file and them.
         """
-        from blt_kernels.models import checkpoint
-
-        return checkpoint.read_blt(path, ops, dtype, device, patcher, revision, changes)
+        stored = open_blt(path, revision)
+        with torch.device("meta"):
+            model = cls(replace(stored.config, **changes), ops)
+        stored.fill(model, dtype, device)
+        other = stored.patcher() if patcher is None else open_byte_lm(patcher, revision)
+        if other is not None:
+            model.patcher = ByteLM.from_stored(other, ops, dtype, device).requires_grad_(False)
+            model.config = replace(model.config, patcher=model.patcher.config)
+        return model
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a directory that transformers' ``BltForCausalLM.from_pretrained`` reads, and `from_pretrained` too.
@@ -307,9 +208,7 @@ class BLT(ByteModel):
             transformers would compute something else; the message names the field of the configuration. Or a parameter
             is on the meta device, or fake.
         """
-        from blt_kernels.models import checkpoint
-
-        checkpoint.write_blt(self, path)
+        write_blt(self, self.config, path)
 
     def forward(
         self,

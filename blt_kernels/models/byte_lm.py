@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blt_kernels.characters import patches_of_whole_characters
-from blt_kernels.ids import ALPHABET, BYTE_OFFSET, EOS, ids_of
+from blt_kernels.ids import BYTE_OFFSET, ids_of
 from blt_kernels.layout import PatchLayout
+from blt_kernels.models.base import ByteModel
+from blt_kernels.models.characters import patches_of_whole_characters
+from blt_kernels.models.checkpoint import Stored, open_byte_lm, write_byte_lm
+from blt_kernels.models.config import ByteLMConfig
 from blt_kernels.nn import (
-    ByteModel,
     RMSNorm,
-    TransformerConfig,
     TransformerLayer,
     attention_documents,
     embed_ids,
@@ -32,49 +33,6 @@ from blt_kernels.ops import _common
 
 NEWLINE = ord("\n") + BYTE_OFFSET
 BUNDLED = Path(__file__).parent.parent / "assets" / "entropy_model.safetensors"
-
-
-def check_eos_id(eos_id: int, vocab_size: int) -> None:
-    """Raise unless `eos_id`, the id that ends a document, is one of the vocabulary."""
-    _common.check_int("eos_id", eos_id, 0)
-    if eos_id >= vocab_size:
-        raise ValueError(f"eos_id: expected a value < vocab_size = {vocab_size}, got {eos_id}")
-
-
-@dataclass(frozen=True)
-class ByteLMConfig(TransformerConfig):
-    """The defaults are the entropy model of the BLT paper (arXiv 2412.09871, section 4.2).
-
-    `threshold` is the entropy in nats above which its patches start. With `split_documents`, attention also stops after
-    every `eos_id` inside a row, as in facebookresearch/blt; without it, as in transformers, rows are taken as they are.
-
-    With `reset_at_newlines`, the context starts anew at every newline, 0x0A (the BLT paper, section 4.4): attention
-    reaches back to the last one and no further. The newline is the first byte of the new context, as BOS is of a
-    document, so that the entropy of the byte after it does not depend on the lines before. The paper does not say on
-    which side it is, and facebookresearch/blt has no such option.
-    """
-
-    dim: int = 768
-    num_layers: int = 14
-    num_heads: int = 12
-    window: int | None = 512
-    rope_theta: float = 10000.0
-    vocab_size: int = ALPHABET
-    threshold: float = 1.335442066192627
-    split_documents: bool = False
-    reset_at_newlines: bool = False
-    eos_id: int = EOS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _common.check_int("vocab_size", self.vocab_size, 1)
-        _common.check_number("threshold", self.threshold)
-        check_eos_id(self.eos_id, self.vocab_size)
-
-    @staticmethod
-    def small() -> ByteLMConfig:
-        """1.84M parameters, 3.7 MB in bf16: the shape of the bundled model."""
-        return ByteLMConfig(dim=256, num_layers=2, num_heads=2, window=128)
 
 
 class ByteLM(ByteModel):
@@ -114,9 +72,17 @@ class ByteLM(ByteModel):
         facebookresearch/blt. Arguments and errors are those of `BLT.from_pretrained`; `changes` are fields of
         `ByteLMConfig`.
         """
-        from blt_kernels.models import checkpoint
+        return cls.from_stored(open_byte_lm(path, revision), ops, dtype, device, **changes)
 
-        return checkpoint.read_byte_lm(path, ops, dtype, device, revision, changes)
+    @classmethod
+    def from_stored(
+        cls, stored: Stored, ops: str, dtype: torch.dtype | None, device: torch.device | str, **changes: Any
+    ) -> ByteLM:
+        """Read an entropy model that `blt_kernels.models.checkpoint.open_byte_lm` found."""
+        with torch.device("meta"):
+            model = cls(replace(stored.config, **changes), ops)
+        stored.fill(model, dtype, device)
+        return model
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a directory that transformers' ``BltPatcher.from_pretrained`` reads, and `from_pretrained` too.
@@ -133,9 +99,7 @@ class ByteLM(ByteModel):
             transformers would compute something else; the message names the field of the configuration. Or a parameter
             is on the meta device, or fake.
         """
-        from blt_kernels.models import checkpoint
-
-        checkpoint.write_byte_lm(self, path)
+        write_byte_lm(self, self.config, path)
 
     def forward(
         self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, reset_at_newlines: bool | None = None
@@ -196,7 +160,7 @@ class ByteLM(ByteModel):
 
         Arguments, results and errors are those of `forward` and of `blt_kernels.entropy_patch`. `tokens` may also be
         whatever `blt_kernels.to_ids` takes: str, bytes, uint8 arrays and tensors, and lists of them, each a row.
-        With `whole_characters`, no patch but the first cuts a character: `blt_kernels.characters` has the rule.
+        With `whole_characters`, no patch but the first cuts a character: `blt_kernels.models.characters` has the rule.
         """
         tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
         logits = self(tokens, cu_seqlens, reset_at_newlines=reset_at_newlines)

@@ -13,7 +13,7 @@ positions to those of bytes, and has rotary ones where the patch before is read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blt_kernels.layout import AttentionRanges, PatchLayout
+from blt_kernels.models.base import ByteModel
+from blt_kernels.models.config import MegaByteConfig
 from blt_kernels.nn import (
-    ALPHABET,
-    ByteModel,
     RMSNorm,
     SelfAttention,
-    TransformerConfig,
     TransformerLayer,
     embed_ids,
     embedding,
@@ -39,55 +38,6 @@ from blt_kernels.nn import (
     rotate,
 )
 from blt_kernels.ops import _common
-
-
-@dataclass(frozen=True)
-class MegaByteConfig:
-    """The defaults are the paper's 1.3B global and 218M local model, without extensions.
-
-    Attributes
-    ----------
-    patch_size : int
-        P, in bytes.
-    global_transformer : TransformerConfig
-        Over patches. Its width is that of P byte embeddings.
-    local_transformer : TransformerConfig
-        Over the bytes of a patch, which it never sees beyond but for `cross_patch`: its window is not read.
-    vocab_size : int
-    cross_patch : int
-        The paper's r: in every local layer a patch also attends to the keys and values of the last r positions of the
-        patch before, 0 to P. The paper uses it but does not say which r.
-    conv_sizes : tuple of int
-        Filter sizes of causal convolutions over the byte embeddings of the global model, in turn; the paper's are
-        ``(3, 5, 7)``. It says no more about them: see `CausalConvolution`.
-    """
-
-    patch_size: int = 8
-    global_transformer: TransformerConfig = TransformerConfig(2048, 24, 16)
-    local_transformer: TransformerConfig = TransformerConfig(1024, 15, 16)
-    vocab_size: int = ALPHABET
-    cross_patch: int = 0
-    conv_sizes: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        _common.check_int("patch_size", self.patch_size, 1)
-        if self.global_transformer.dim % self.patch_size:
-            expected = f"a multiple of patch_size = {self.patch_size}"
-            raise ValueError(f"global_transformer.dim: expected {expected}, got {self.global_transformer.dim}")
-        _common.check_int("cross_patch", self.cross_patch, 0)
-        if self.cross_patch > self.patch_size:
-            raise ValueError(f"cross_patch: expected at most patch_size = {self.patch_size}, got {self.cross_patch}")
-        for size in self.conv_sizes:
-            _common.check_int("conv_sizes", size, 1)
-
-    @staticmethod
-    def small() -> MegaByteConfig:
-        """4.6M parameters: trains on a laptop."""
-        return MegaByteConfig(
-            patch_size=4,
-            global_transformer=TransformerConfig(256, 4, 4, window=256),
-            local_transformer=TransformerConfig(192, 2, 3),
-        )
 
 
 class CausalConvolution(nn.Module):

@@ -2,7 +2,7 @@
 //
 //   nvcc                 _C_cuda, the kernels beside the launchers, through the CUDA runtime
 //   BLT_KERNELS_EMULATE  the emulator for tests: kernels run on the CPU (csrc/emulator/)
-//   otherwise            _C_jit, launchers alone: NVRTC compiles a kernel when it is first launched (blt_kernels/_jit.py)
+//   otherwise            _C_jit, launchers alone: NVRTC compiles a kernel at its first launch (blt_kernels/_nvrtc.py)
 //
 //   const Device device(x);
 //   device.launch<patch_pool_fwd_kernel<T, 4>>({.blocks = n, .threads = 256}, device.read<T>(x), device.write<T>(out));

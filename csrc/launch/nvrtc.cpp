@@ -1,4 +1,4 @@
-// The driver's functions, looked up when they are first called, and the way to blt_kernels/_jit.py.
+// The driver's functions, looked up when they are first called, and the way to blt_kernels/_nvrtc.py.
 
 #include "nvrtc.h"
 

@@ -1,7 +1,7 @@
 // Launches kernels that NVRTC compiled: the third way of launch.h, in _C_jit.
 //
 // No header and no library of CUDA's runtime or driver is needed to build this, nor a GPU to load it: the driver is opened
-// when a kernel is first launched. blt_kernels/_jit.py compiles the kernel that is asked for by name.
+// when a kernel is first launched. blt_kernels/_nvrtc.py compiles the kernel that is asked for by name.
 #pragma once
 
 #include <cstdint>

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 import blt_kernels
+from blt_kernels.cli import doctor
 from blt_kernels.ops import block_causal_attention as op
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.testing import assert_close, offsets_of
-from blt_kernels.tools import doctor
 from blt_kernels.triton import attention_flash
 
 NAN = float("nan")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from backends import emulator
 
-from blt_kernels import _cuda, _jit
+from blt_kernels import _extension, _nvrtc
 from blt_kernels.testing import assert_equal
 
 needs_cupy = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy, which brings NVRTC")
@@ -23,7 +23,7 @@ POOL = "blt::patch_pool_fwd_kernel<float, 4, blt::Kinds::kMax>"
 
 @pytest.fixture(scope="module")
 def names() -> list[str]:
-    return _jit.Launchers(str(_cuda.path_of("_C_jit"))).kernels()
+    return _nvrtc.Launchers(str(_extension.path_of("_C_jit"))).kernels()
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_launchers_are_those_of_the_emulator(names: list[str]) -> None:
 
 @needs_cupy
 def test_every_kernel_compiles(names: list[str], cache: Path) -> None:
-    symbols, cubin = _jit.compile_kernels(names, ARCH)
+    symbols, cubin = _nvrtc.compile_kernels(names, ARCH)
     assert list(symbols) == names
     assert len(set(symbols.values())) == len(names)
     assert cubin[:4] == b"\x7fELF"
@@ -50,57 +50,57 @@ def test_every_kernel_compiles(names: list[str], cache: Path) -> None:
 
 @needs_cupy
 def test_a_kernel_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = _jit.compile_kernels([POOL], ARCH)
+    first = _nvrtc.compile_kernels([POOL], ARCH)
     assert len(list(cache.iterdir())) == 1
     from cupy.cuda import nvrtc
 
     monkeypatch.setattr(nvrtc, "createProgram", None)
-    assert _jit.compile_kernels([POOL], ARCH) == first
+    assert _nvrtc.compile_kernels([POOL], ARCH) == first
     with pytest.raises(TypeError):
-        _jit.compile_kernels([POOL], "sm_80")  # another GPU, another kernel
+        _nvrtc.compile_kernels([POOL], "sm_80")  # another GPU, another kernel
 
 
 @needs_cupy
 def test_changed_sources_are_compiled_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _jit.compile_kernels([POOL], ARCH)
+    _nvrtc.compile_kernels([POOL], ARCH)
     changed = tmp_path / "include"
     changed.mkdir()
-    for path in _jit.HEADERS.glob("*.cuh"):
+    for path in _nvrtc.HEADERS.glob("*.cuh"):
         (changed / path.name).write_text(path.read_text() + "\n// changed\n")
-    monkeypatch.setattr(_jit, "HEADERS", changed)
-    _jit.compile_kernels([POOL], ARCH)
+    monkeypatch.setattr(_nvrtc, "HEADERS", changed)
+    _nvrtc.compile_kernels([POOL], ARCH)
     assert len(list(cache.glob("*.cubin"))) == 2
 
 
 @needs_cupy
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLT_KERNELS_CACHE", "/proc/no/such/folder")
-    assert _jit.compile_kernels([POOL], ARCH)[1][:4] == b"\x7fELF"
+    assert _nvrtc.compile_kernels([POOL], ARCH)[1][:4] == b"\x7fELF"
 
 
 @needs_cupy
 def test_errors_show_the_log(cache: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)NVRTC does not compile blt::no_such_kernel.*no_such_kernel"):
-        _jit.compile_kernels(["blt::no_such_kernel<float>"], ARCH)
+        _nvrtc.compile_kernels(["blt::no_such_kernel<float>"], ARCH)
     assert list(cache.iterdir()) == []
 
 
 @needs_cupy
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert _jit.missing() is None
-    monkeypatch.setattr(_jit, "HEADERS", tmp_path)
-    assert "has no kernels" in (_jit.missing() or "")
+    assert _nvrtc.missing() is None
+    monkeypatch.setattr(_nvrtc, "HEADERS", tmp_path)
+    assert "has no kernels" in (_nvrtc.missing() or "")
     with pytest.raises(RuntimeError, match=r"no kernel can be compiled: .* has no kernels"):
-        _jit.compile_kernels([POOL], ARCH)
-    monkeypatch.setattr(_jit.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'blt-kernels[jit]'" in (_jit.missing() or "")
+        _nvrtc.compile_kernels([POOL], ARCH)
+    monkeypatch.setattr(_nvrtc.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'blt-kernels[jit]'" in (_nvrtc.missing() or "")
 
 
 @pytest.mark.parametrize(
     ("capability", "name"), [((8, 0), "sm_80"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"), ((12, 0), "sm_120")]
 )
 def test_architecture(capability: tuple[int, int], name: str) -> None:
-    assert _jit.architecture(capability) == name
+    assert _nvrtc.architecture(capability) == name
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import blt_kernels as bk
-from blt_kernels.characters import character_ends, whole_characters
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig
+from blt_kernels.models.characters import character_ends, whole_characters
 from blt_kernels.nn import TransformerConfig
 from blt_kernels.testing import SCRIPTS, assert_equal, binary, invalid_utf8, offsets_of, real_text
 

@@ -21,12 +21,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from blt_kernels.ids import EOS
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, load_model
-from blt_kernels.models import checkpoint_fields as fields
-from blt_kernels.models.checkpoint import read_config
-from blt_kernels.models.checkpoint_fields import Values
-from blt_kernels.models.checkpoint_formats import transformers_blt
-from blt_kernels.nn import EOS, TransformerConfig
+from blt_kernels.models.checkpoint import bytelatent_fields, read_config, transformers_fields
+from blt_kernels.models.checkpoint.fields import Values
+from blt_kernels.models.checkpoint.transformers import read_blt
+from blt_kernels.nn import TransformerConfig
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -201,9 +201,9 @@ OLD_STYLE = {
 def test_keys_that_are_missing_mean_what_they_do_in_transformers(values: dict, tmp_path) -> None:
     blt = pytest.importorskip("transformers.models.blt")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blt", **values}))
-    few = transformers_blt(Values.read(tmp_path / "config.json"))
+    few = read_blt(Values.read(tmp_path / "config.json"))
     blt.BltConfig(**values).save_pretrained(tmp_path)
-    assert few == transformers_blt(Values.read(tmp_path / "config.json"))
+    assert few == read_blt(Values.read(tmp_path / "config.json"))
 
 
 @pytest.mark.parametrize("folder", ["released"], indirect=True)
@@ -341,12 +341,12 @@ def test_configurations_that_are_not_ours_say_why(folder, changes: dict, message
 
 
 TABLES = {
-    "BltConfig": fields.BLT_CONFIG,
-    "BltLocalEncoderConfig": fields.ENCODER_CONFIG,
-    "BltLocalDecoderConfig": fields.DECODER_CONFIG,
-    "BltGlobalTransformerConfig": fields.GLOBAL_CONFIG,
-    "BltPatcherConfig": fields.PATCHER_CONFIG,
-    "LlamaConfig": fields.LLAMA_CONFIG,
+    "BltConfig": transformers_fields.BLT_CONFIG,
+    "BltLocalEncoderConfig": transformers_fields.ENCODER_CONFIG,
+    "BltLocalDecoderConfig": transformers_fields.DECODER_CONFIG,
+    "BltGlobalTransformerConfig": transformers_fields.GLOBAL_CONFIG,
+    "BltPatcherConfig": transformers_fields.PATCHER_CONFIG,
+    "LlamaConfig": transformers_fields.LLAMA_CONFIG,
 }
 
 
@@ -750,7 +750,7 @@ def test_arguments_of_entropy_models_that_are_not_ours_say_why(changes: dict, me
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(fields.BYTE_LATENT_TRANSFORMER_ARGS.ignored))
+@pytest.mark.parametrize("name", sorted(bytelatent_fields.BYTE_LATENT_TRANSFORMER_ARGS.ignored))
 def test_ignored_arguments_of_facebookresearch_change_nothing(name: str, tmp_path) -> None:
     (tmp_path / "params.json").write_text(json.dumps({"model": {**ARGS, name: "whatever"}}))
     changed = read_config(tmp_path)

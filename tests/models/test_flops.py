@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 from blt_kernels import block_causal_attention, patch_cross_attention
 from blt_kernels.cli import app
+from blt_kernels.cli.flops import read_config, with_window
+from blt_kernels.flops import PAPER_SIZES, Rows, count_flops, counted_parts, paper_flops
 from blt_kernels.ids import to_ids
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
-from blt_kernels.models.flops import PAPER_SIZES, Rows, count_flops, counted_parts, paper_flops
 from blt_kernels.nn import TransformerConfig
 from blt_kernels.testing import offsets_of, real_text
-from blt_kernels.tools.flops import read_config, with_window
 
 CONTEXT = 16384
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from blt_kernels.models import BLT, BLTConfig
-from blt_kernels.models.llama import load_global_transformer, read_config
+from blt_kernels.models.checkpoint.llama import load_global_transformer, read_config
 from blt_kernels.nn import TransformerConfig, rotary_table
-from blt_kernels.tools import train
-from blt_kernels.tools.train_parallel import Ranks
+from blt_kernels.train import loop
+from blt_kernels.train.parallel import Ranks
 
 transformers = pytest.importorskip("transformers")
 
@@ -151,10 +151,10 @@ def test_training_begins_with_llama_and_its_own_learning_rate(tmp_path: Path) ->
     changes = {"encoder": local, "decoder": local, "patching": "space", "ngram_vocab": 16}
     options: dict[str, Any] = {"overrides": changes, "heldout": 0.0, "batch_bytes": 100, "tensorboard": False}
     options |= {"init_global": tmp_path / "llama", "learning_rate": 1e-2, "warmup": 0}
-    config = train.TrainConfig(
+    config = loop.TrainConfig(
         "blt", [tmp_path / "text"], tmp_path / "run", global_learning_rate=1e-3, clip=1e9, **options
     )
-    model = train.build_model(config)
+    model = loop.build_model(config)
     assert isinstance(model, BLT)
     assert model.config.global_transformer == read_config(tmp_path / "llama")
     fresh = make_blt(model.config.global_transformer)
@@ -162,7 +162,7 @@ def test_training_begins_with_llama_and_its_own_learning_rate(tmp_path: Path) ->
     layers = model.global_transformer.layers.state_dict()
     assert all(layers[name].equal(value) for name, value in fresh.global_transformer.layers.state_dict().items())
 
-    run = train._Run(config, Ranks(torch.device("cpu")))
+    run = loop._Run(config, Ranks(torch.device("cpu")))
     before = {name: value.clone() for name, value in run.model.named_parameters()}
     run.advance()
     for name, value in run.model.named_parameters():  # the first step of Adam is as long as the learning rate
@@ -171,4 +171,4 @@ def test_training_begins_with_llama_and_its_own_learning_rate(tmp_path: Path) ->
         assert 0.5 * rate < moved < 2.5 * rate, name
     for wrong in ({"model": "megabyte"}, {"model": "entropy", "init_global": None, "global_learning_rate": 1e-3}):
         with pytest.raises(ValueError, match="expected None, since model is"):
-            train.TrainConfig(**{"paths": [], "out": tmp_path, **options, **wrong})
+            loop.TrainConfig(**{"paths": [], "out": tmp_path, **options, **wrong})

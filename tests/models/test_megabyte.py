@@ -13,7 +13,8 @@ from torch import Tensor
 
 from blt_kernels.models import MegaByte, MegaByteConfig
 from blt_kernels.models.megabyte import CausalConvolution
-from blt_kernels.nn import TransformerConfig, next_byte_bits, next_byte_targets, write_safetensors
+from blt_kernels.models.weights import write_safetensors
+from blt_kernels.nn import TransformerConfig, next_byte_bits, next_byte_targets
 
 P = 4
 GLOBAL = TransformerConfig(24, 2, 2, num_kv_heads=1, ffn_dim=40, window=2)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 import blt_kernels as bk
 from blt_kernels import PatchLayout
+from blt_kernels.ids import BOS, EOS
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, load_model
 from blt_kernels.models.byte_lm import BUNDLED
 from blt_kernels.nn import (
-    BOS,
-    EOS,
     TransformerConfig,
     attention_documents,
     next_byte_bits,

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blt_kernels._autograd import RMSNormFunction, SwiGLUFunction
 from blt_kernels.nn import FeedForward, RMSNorm, TransformerConfig
+from blt_kernels.nn.functional import RMSNormFunction, SwiGLUFunction
 from blt_kernels.testing import assert_close
 
 EPS = 1e-5

@@ -19,8 +19,10 @@ from torch import Tensor
 
 import blt_kernels as bk
 from blt_kernels import PatchLayout
+from blt_kernels.ids import EOS
 from blt_kernels.models import BLT, MegaByte
-from blt_kernels.nn import EOS, ByteModel, next_byte_bits, next_byte_targets
+from blt_kernels.models.base import ByteModel
+from blt_kernels.nn import next_byte_bits, next_byte_targets
 from blt_kernels.testing import assert_equal
 
 NAN, INF = float("nan"), float("inf")

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blt_kernels import AttentionRanges, _load, attention_ranges, block_causal_attention, static_patch
-from blt_kernels.models.blt import BLT, BLTConfig, LocalEncoder
-from blt_kernels.models.byte_lm import ByteLM, ByteLMConfig
-from blt_kernels.models.megabyte import MegaByte, MegaByteConfig
+from blt_kernels import AttentionRanges, _extension, attention_ranges, block_causal_attention, static_patch
+from blt_kernels.models.blt import BLT, LocalEncoder
+from blt_kernels.models.byte_lm import ByteLM
+from blt_kernels.models.config import BLTConfig, ByteLMConfig, MegaByteConfig
+from blt_kernels.models.megabyte import MegaByte
 from blt_kernels.nn import TransformerConfig, TransformerLayer, load_ops, rotary_table, row_positions
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.testing import assert_close, document_lengths, offsets_of
@@ -531,7 +532,7 @@ def test_decoding_with_scores_of_any_size(
 @pytest.mark.parametrize("isa", ["v2", "v3"])
 def test_scores_of_any_size_on_other_instruction_sets(isa: str) -> None:
     """v2 has no fused multiply-adds, v3 has."""
-    if isa not in _load.load().available:
+    if isa not in _extension.load_cpu().available:
         pytest.skip(f"{isa} was not built, or this machine does not run it")
     code = (
         "import inputs, torch, test_block_causal_attention as tests\n"

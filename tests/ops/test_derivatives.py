@@ -8,7 +8,7 @@ from model_cases import CONFIGS, build, documents
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from blt_kernels.nn import ByteModel
+from blt_kernels.models.base import ByteModel
 
 
 def trained(model: ByteModel) -> dict[str, Tensor]:

@@ -12,8 +12,10 @@ import torch
 from model_cases import BYTE_LM, LOCAL, SMALL_BLT, SMALL_MEGABYTE, documents
 from torch import Tensor
 
+from blt_kernels.ids import EOS
 from blt_kernels.models import BLT, ByteLM, MegaByte
-from blt_kernels.nn import EOS, ByteModel, next_byte_bits, next_byte_targets
+from blt_kernels.models.base import ByteModel
+from blt_kernels.nn import next_byte_bits, next_byte_targets
 
 GROUPED = replace(LOCAL, num_kv_heads=1)
 MODELS: dict[str, tuple[type[ByteModel], object, dict[str, object]]] = {

@@ -16,7 +16,7 @@ from op_calls import make, run
 from torch.utils.flop_counter import FlopCounterMode
 
 import blt_kernels as bk
-import blt_kernels.models.flops
+import blt_kernels.flops
 from blt_kernels import PatchLayout
 from blt_kernels.reference.ngram_hash_embed import PRIMES
 from blt_kernels.testing import assert_equal

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from blt_kernels.cli import app
+from blt_kernels.cli.patch import plot
+from blt_kernels.cli.patch.show import JsonLines, Window
+from blt_kernels.cli.patch.stream import Piece, Rules, Scheme
 from blt_kernels.models import ByteLM, ByteLMConfig
 from blt_kernels.testing import real_text
-from blt_kernels.tools import data, ngram, plot
-from blt_kernels.tools.patch import JsonLines, Window
-from blt_kernels.tools.stream import Piece, Rules, Scheme
+from blt_kernels.train import data, ngram
 
 NO_STARTS = torch.empty(0, dtype=torch.int64)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import blt_kernels as bk
+from blt_kernels.cli import bench
 from blt_kernels.reference import optim as reference
-from blt_kernels.tools import bench
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from blt_kernels import cli, patch_starts
-from blt_kernels.tools import bench as tool
+from blt_kernels.cli import bench as tool
 
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 BENCHES = [

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import blt_kernels
-from blt_kernels import _load
+from blt_kernels import _extension
 from blt_kernels._version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ BEST_TO_WORST = ("v4", "v3", "v2") if X86 else ("plain",)
 # Everything that patches, on every dtype; saved to the path given as the argument.
 RUN_OPS = """
 import sys, torch, blt_kernels as k
-from blt_kernels import _load
+from blt_kernels import _extension
 torch.manual_seed(0)
 cu = torch.tensor([0, 1, 1, 40, 300])
 logits = torch.randn(300, 260) * 3
@@ -42,7 +42,7 @@ for name, rule in {"plain": {}, "add": {"threshold_add": 0.5}, "monotonic": {"mo
 out["space"], out["topk"] = k.space_patch(tokens, cu), k.topk_patch(coarse, 4, cu)
 out["static"], out["delimiter"] = k.static_patch(cu, 5), k.delimiter_patch(tokens, 9, cu)
 torch.save(torch.utils._pytree.tree_flatten(out)[0], sys.argv[1])
-print(_load.loaded().isa)
+print(_extension.load_cpu().isa)
 """
 
 
@@ -72,7 +72,7 @@ def reference_outputs(tmp_path_factory):
     return torch.load(path)
 
 
-@pytest.mark.parametrize("isa", _load.runnable())
+@pytest.mark.parametrize("isa", _extension.runnable())
 def test_every_variant_agrees_with_the_reference(isa, reference_outputs, tmp_path):
     assert passed(python("-c", RUN_OPS, str(tmp_path / "outputs.pt"), BLT_KERNELS_ISA=isa)) == isa
     outputs = torch.load(tmp_path / "outputs.pt")
@@ -84,8 +84,8 @@ def test_every_variant_agrees_with_the_reference(isa, reference_outputs, tmp_pat
 
 # --- which variant is loaded ------------------------------------------------------------------------------------------
 
-SAY_ISA = "from blt_kernels import _load; print(_load.loaded().isa)"
-SAY_REASON = "from blt_kernels import _load; print(_load.loaded().reason)"
+SAY_ISA = "from blt_kernels import _extension; print(_extension.load_cpu().isa)"
+SAY_REASON = "from blt_kernels import _extension; print(_extension.load_cpu().reason)"
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def bare_package(tmp_path):
 
 
 def test_the_best_variant_is_loaded():
-    assert passed(python("-c", SAY_ISA)) == _load.runnable()[0]
+    assert passed(python("-c", SAY_ISA)) == _extension.runnable()[0]
 
 
 @pytest.mark.skipif(not X86, reason="levels of x86-64")
@@ -112,12 +112,12 @@ def test_override_with_an_unknown_name():
 
 def test_override_that_the_machine_cannot_run():
     isa = "plain" if X86 else "v2"
-    message = f"ImportError: BLT_KERNELS_ISA={isa}: this machine runs {', '.join(_load.runnable())}, none"
+    message = f"ImportError: BLT_KERNELS_ISA={isa}: this machine runs {', '.join(_extension.runnable())}, none"
     assert failure(python("-c", SAY_ISA, BLT_KERNELS_ISA=isa)) == message
 
 
 def test_override_that_was_not_built(bare_package):
-    isa = _load.runnable()[-1]
+    isa = _extension.runnable()[-1]
     message = failure(python("-c", SAY_ISA, cwd=bare_package, BLT_KERNELS_ISA=isa))
     path = bare_package / f"blt_kernels/_C_{isa}.abi3.so"
     assert message == f"ImportError: BLT_KERNELS_ISA={isa}: was not built, expected {path}; what can be loaded: none"
@@ -129,15 +129,15 @@ def test_without_a_module_the_package_runs_on_its_references(bare_package):
     assert reason.endswith("was not built: `pip install .` in a checkout builds it")
 
 
-@pytest.mark.skipif(len(_load.runnable()) < 2, reason="this machine runs one variant only")
+@pytest.mark.skipif(len(_extension.runnable()) < 2, reason="this machine runs one variant only")
 def test_the_best_variant_that_was_built_is_loaded(bare_package):
-    isa = _load.runnable()[-1]
+    isa = _extension.runnable()[-1]
     shutil.copy(PACKAGE / f"_C_{isa}.abi3.so", bare_package / "blt_kernels")
     assert passed(python("-c", SAY_ISA, cwd=bare_package)) == isa
 
 
 def test_a_module_that_does_not_load(bare_package):
-    isa = _load.runnable()[0]
+    isa = _extension.runnable()[0]
     broken = bare_package / f"blt_kernels/_C_{isa}.abi3.so"
     broken.write_bytes(b"not a shared object")
     done = python("-c", SAY_REASON, cwd=bare_package)
@@ -178,7 +178,7 @@ def test_wheel_runs_where_it_is_installed(wheel, tmp_path):
     passed(python("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path), str(wheel)))
     script = RUN_OPS + "print(k.__file__)"
     isa, path = passed(python("-c", script, "outputs.pt", cwd=tmp_path)).splitlines()
-    assert isa == _load.runnable()[0]
+    assert isa == _extension.runnable()[0]
     assert Path(path).is_relative_to(tmp_path)
 
 

@@ -26,15 +26,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import blt_kernels as bk
-from blt_kernels.characters import patches_of_whole_characters
-from blt_kernels.cli import app, main
+from blt_kernels.cli import app, doctor, main
+from blt_kernels.cli.patch.render import glyphs, printable
+from blt_kernels.cli.patch.show import Window
+from blt_kernels.cli.patch.stream import load_model, with_entropy
 from blt_kernels.models import ByteLM
-from blt_kernels.models.byte_lm import ByteLMConfig
+from blt_kernels.models.characters import patches_of_whole_characters
+from blt_kernels.models.config import ByteLMConfig
 from blt_kernels.testing import SCRIPTS, binary, invalid_utf8, real_text
-from blt_kernels.tools import doctor
-from blt_kernels.tools.patch import Window
-from blt_kernels.tools.render import glyphs, printable
-from blt_kernels.tools.stream import load_model, with_entropy
 
 TEXT = b'It was the best of times; it was <b>"the worst"</b> & so on:\n\tx = 1\n' * 3
 SCHEMES = ("entropy", "space", "static", "byte", "delimiter", "topk")

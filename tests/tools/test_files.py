@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from blt_kernels import _jit
+from blt_kernels import _nvrtc
 from blt_kernels._files import whole_file, write_text
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, load_model
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.tools import stored_patches, train_log, train_state
-from blt_kernels.tools.train_parallel import Ranks
+from blt_kernels.train import log as train_log
+from blt_kernels.train import state as train_state
+from blt_kernels.train import stored_patches
+from blt_kernels.train.parallel import Ranks
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -66,7 +68,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "save": lambda folder: byte_lm().save(folder / "model.safetensors"),
     "save_pretrained": lambda folder: blt().save_pretrained(folder),
     "text": lambda folder: write_text(folder / "page.html", "x" * 2000),
-    "cache": lambda folder: _jit._write(folder / "kernel.cubin", b"x" * 2000),
+    "cache": lambda folder: _nvrtc._write(folder / "kernel.cubin", b"x" * 2000),
     "training": save_checkpoint,
     "numbers of training": lambda folder: save_checkpoint(folder, {"options": "x" * 2000}),
     "index of patches": lambda folder: stored_patches._write_index(folder, {"files": ["x" * 2000]}),

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
+from blt_kernels.cli.patch.save import patching_model
+from blt_kernels.cli.patch.stream import Rules, Scheme
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models import BLT, BLTConfig, ByteLM, load_model
-from blt_kernels.models.blt import SCHEMES
-from blt_kernels.tools import data, stored_patches, train
-from blt_kernels.tools.save_patches import patching_model
-from blt_kernels.tools.stored_patches import RowPatches, StoredPatches, provenance
-from blt_kernels.tools.stream import Rules, Scheme
-from blt_kernels.tools.train import TrainConfig
-from blt_kernels.tools.train_parallel import Ranks
+from blt_kernels.models.config import SCHEMES
+from blt_kernels.train import data, loop, stored_patches
+from blt_kernels.train.loop import TrainConfig
+from blt_kernels.train.parallel import Ranks
+from blt_kernels.train.stored_patches import RowPatches, StoredPatches, provenance
 
 ALONE = Ranks(torch.device("cpu"))
 LOCAL = {"dim": 16, "num_layers": 1, "num_heads": 1, "ffn_dim": 16, "window": 16}
@@ -90,7 +90,7 @@ def config(corpus: Path, out: Path, patcher: Path | None, **changes: Any) -> Tra
 def blt(patcher: Path | None, **rule: Any) -> BLT:
     """The model of `config`."""
     torch.manual_seed(0)
-    return train.build_model(config(Path(), Path(), patcher, rule=rule))
+    return loop.build_model(config(Path(), Path(), patcher, rule=rule))
 
 
 def store(corpus: Path, folder: Path, model: BLT, **options: Any) -> StoredPatches:
@@ -212,7 +212,7 @@ def test_every_field_of_the_configuration_is_of_the_rule_or_not() -> None:
 
 def trained(options: TrainConfig) -> tuple[list[float], float, dict[str, torch.Tensor]]:
     """Losses of the steps, the held-out loss and the weights."""
-    run = train._Run(options, ALONE)
+    run = loop._Run(options, ALONE)
     losses = [run.advance() for _ in range(options.steps)]
     bits, _ = run._measure(run.heldout_sources)
     return losses, bits, run.model.state_dict()
@@ -248,10 +248,10 @@ def test_bf16_and_micro_batches_too(corpus: Path, patcher: Path, tmp_path: Path)
 
 def test_a_run_may_change_to_stored_patches_and_back(corpus: Path, patcher: Path, tmp_path: Path) -> None:
     store(corpus, tmp_path / "patches", blt(patcher))
-    whole = train.train(config(corpus, tmp_path / "whole", patcher, steps=6))
+    whole = loop.train(config(corpus, tmp_path / "whole", patcher, steps=6))
     for step, folder in ((2, tmp_path / "patches"), (4, None), (6, tmp_path / "patches")):
         options = config(corpus, tmp_path / "parts", patcher, patches=folder, checkpoint_every=1, steps=6)
-        parts = train._Run(options, ALONE)
+        parts = loop._Run(options, ALONE)
         while parts.step < step:
             parts.record(parts.advance(), 1.0)
         result = parts.finish() if step == 6 else None
@@ -266,7 +266,7 @@ def test_what_does_not_match_is_refused_by_name(corpus: Path, patcher: Path, tmp
 
     def refused(match: str, *, own: Path = patcher, **changes: Any) -> None:
         with pytest.raises(ValueError, match=match):
-            train.train(config(corpus, tmp_path / "run", own, patches=folder, steps=1, **changes))
+            loop.train(config(corpus, tmp_path / "run", own, patches=folder, steps=1, **changes))
         assert not (tmp_path / "run" / "checkpoint").exists()
 
     refused(r"\(context: expected 40, got 50\)", context=40)

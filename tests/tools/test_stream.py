@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import blt_kernels as bk
-from blt_kernels.characters import patches_of_whole_characters
+from blt_kernels.cli.patch import stream
+from blt_kernels.cli.patch.stream import Rules, Scheme, StreamCutter, cut, find_threshold, parse_byte
 from blt_kernels.models import ByteLM
-from blt_kernels.models.byte_lm import ByteLMConfig
+from blt_kernels.models.characters import patches_of_whole_characters
+from blt_kernels.models.config import ByteLMConfig
 from blt_kernels.testing import SCRIPTS, assert_equal, binary, invalid_utf8, real_text
-from blt_kernels.tools import stream
-from blt_kernels.tools.stream import Rules, Scheme, StreamCutter, cut, find_threshold, parse_byte
 
 RULES = {
     "entropy": Rules(threshold=1.0),

@@ -23,14 +23,18 @@ import torch
 
 import blt_kernels as bk
 from blt_kernels import _files
+from blt_kernels.cli import flops
+from blt_kernels.ids import BOS, EOS
 from blt_kernels.models import ByteLM, load_model
-from blt_kernels.nn import BOS, EOS, TransformerLayer, next_byte_targets
+from blt_kernels.nn import TransformerLayer, next_byte_targets
 from blt_kernels.testing import SCRIPTS
-from blt_kernels.tools import data, flops, train, train_log, train_state
-from blt_kernels.tools.evaluate import EvalConfig, evaluate, measure
-from blt_kernels.tools.ngram import NgramModel
-from blt_kernels.tools.train import TrainConfig
-from blt_kernels.tools.train_parallel import Ranks, clip_gradients
+from blt_kernels.train import data, loop
+from blt_kernels.train import log as train_log
+from blt_kernels.train import state as train_state
+from blt_kernels.train.evaluate import EvalConfig, evaluate, measure
+from blt_kernels.train.loop import TrainConfig
+from blt_kernels.train.ngram import NgramModel
+from blt_kernels.train.parallel import Ranks, clip_gradients
 
 ALONE = Ranks(torch.device("cpu"))
 TINY = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64, "window": 16}
@@ -189,7 +193,7 @@ def test_ngram_by_hand(tmp_path: Path) -> None:
 def test_ngram_blocks_do_not_show(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = data.find_sources([corpus])
     whole = NgramModel.train(sources[2:]).measure(sources[:2])
-    monkeypatch.setattr("blt_kernels.tools.ngram._BLOCK", 7)
+    monkeypatch.setattr("blt_kernels.train.ngram._BLOCK", 7)
     assert NgramModel.train(sources[2:]).measure(sources[:2]) == pytest.approx(whole, rel=1e-12)
     assert 0.5 < whole < 8
 
@@ -207,8 +211,8 @@ def test_training_learns_and_leaves_everything_behind(model: str, corpus: Path, 
         "megabyte": {"global_transformer": wide, "local_transformer": local},
     }[model]
     options = config(corpus, tmp_path / "run", model=model, overrides=overrides, steps=25, learning_rate=1e-2)
-    seen: list[train.Progress] = []
-    result = train.train(options, seen.append)
+    seen: list[loop.Progress] = []
+    result = loop.train(options, seen.append)
     assert [progress.step for progress in seen] == list(range(1, 26))
     assert result.heldout_bits < seen[0].bits_per_byte - 3
     assert seen[-1].heldout_bits is not None
@@ -249,11 +253,11 @@ def test_training_learns_and_leaves_everything_behind(model: str, corpus: Path, 
 _CHILD = """
 import sys, time
 from pathlib import Path
-from blt_kernels.tools import train
+from blt_kernels.train import loop
 sys.path.insert(0, sys.argv[1])
 from test_train import resumable
 options = resumable(Path(sys.argv[2]), Path(sys.argv[3]))
-train.train(options, lambda now: (print(now.step, flush=True), time.sleep(0.02)))
+loop.train(options, lambda now: (print(now.step, flush=True), time.sleep(0.02)))
 """
 
 
@@ -264,7 +268,7 @@ def resumable(corpus: Path, out: Path) -> TrainConfig:
 
 def run_here(corpus: Path, out: Path) -> list[int]:
     steps: list[int] = []
-    train.train(resumable(corpus, out), lambda now: steps.append(now.step))
+    loop.train(resumable(corpus, out), lambda now: steps.append(now.step))
     return steps
 
 
@@ -308,18 +312,18 @@ def test_a_killed_run_goes_on_to_bitwise_the_same_weights(corpus: Path, tmp_path
 def test_a_run_goes_on_with_more_steps(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the data, and from there on the learning rate, of a run that had as many from the beginning."""
     options = config(corpus, tmp_path / "run", steps=6, checkpoint_every=2, log_every=1)
-    train.train(options)
+    loop.train(options)
     more = replace(options, steps=9)
-    train.train(more)
+    loop.train(more)
     extended = load_model(tmp_path / "run" / "model.safetensors").state_dict()
     log = train_log.read_log(tmp_path / "run" / "log.jsonl")
 
-    rate = train._learning_rate
+    rate = loop._learning_rate
     by_hand = [rate(options if step < 6 else more, step) for step in range(9)]
     assert by_hand[6] > by_hand[5] == pytest.approx(options.final_learning_rate)
     assert [line["learning_rate"] for line in log if "learning_rate" in line] == by_hand
-    monkeypatch.setattr(train, "_learning_rate", lambda config, step: by_hand[step])
-    train.train(replace(more, out=tmp_path / "at once"))
+    monkeypatch.setattr(loop, "_learning_rate", lambda config, step: by_hand[step])
+    loop.train(replace(more, out=tmp_path / "at once"))
     at_once = load_model(tmp_path / "at once" / "model.safetensors").state_dict()
     assert all(extended[key].equal(at_once[key]) for key in at_once)
     losses = [
@@ -328,7 +332,7 @@ def test_a_run_goes_on_with_more_steps(corpus: Path, tmp_path: Path, monkeypatch
     ]
     assert losses[0] == losses[1]
     with pytest.raises(ValueError, match=r"steps: expected at least 9, as .* has, got 8"):
-        train.train(replace(options, steps=8))
+        loop.train(replace(options, steps=8))
 
 
 def test_the_newest_checkpoints_stay_and_nothing_else_goes(corpus: Path, tmp_path: Path) -> None:
@@ -346,7 +350,7 @@ def test_the_newest_checkpoints_stay_and_nothing_else_goes(corpus: Path, tmp_pat
     (folder / "1" / "__0_0.distcp").write_bytes(b"half a checkpoint")
     (folder / "todo.txt").write_text("mine")
     others = {"notes", "best", "2", "7", "todo.txt"}
-    run = train._Run(config(corpus, tmp_path, checkpoint_every=2, keep=2), ALONE)
+    run = loop._Run(config(corpus, tmp_path, checkpoint_every=2, keep=2), ALONE)
     for step, kept in ((0, {"0"}), (2, {"0", "2"}), (4, {"2", "4"}), (6, {"4", "6"})):
         while run.step < step:
             run.record(run.advance(), 1.0)
@@ -357,12 +361,12 @@ def test_the_newest_checkpoints_stay_and_nothing_else_goes(corpus: Path, tmp_pat
     # The older of two is whole; and fewer from now on.
     for file in (folder / "6").iterdir():
         file.unlink()
-    run = train._Run(config(corpus, tmp_path, checkpoint_every=2, keep=2), ALONE)
+    run = loop._Run(config(corpus, tmp_path, checkpoint_every=2, keep=2), ALONE)
     assert run.step == 4
     while run.step < 6:
         run.record(run.advance(), 1.0)
     assert {path.name for path in folder.iterdir()} == {"4", "6"} | others
-    assert train._Run(config(corpus, tmp_path, checkpoint_every=2, keep=1), ALONE).step == 6
+    assert loop._Run(config(corpus, tmp_path, checkpoint_every=2, keep=1), ALONE).step == 6
     assert {path.name for path in folder.iterdir()} == {"6"} | others
 
 
@@ -378,14 +382,14 @@ SMALL_BLT = {
 def advance(corpus: Path, out: Path, steps: int = 4, **changes: object) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of the first steps of a BLT, and its weights after them."""
     options = {"model": "blt", "overrides": SMALL_BLT, "batch_bytes": 1000, "context": 300, "learning_rate": 1e-3}
-    run = train._Run(config(corpus, out, **{**options, **changes}), ALONE)
+    run = loop._Run(config(corpus, out, **{**options, **changes}), ALONE)
     return [run.advance() for _ in range(steps)], run.model.state_dict()
 
 
 def test_patching_options_of_a_run(corpus: Path, tmp_path: Path) -> None:
     """`--set` reaches the patches and the saved model; BPE patching has no delimiters in files."""
     options = {"whole_characters": True, "reset_at_newlines": True, "patching": "entropy", "threshold": 1.0}
-    run = train._Run(config(corpus, tmp_path / "run", model="blt", overrides={**SMALL_BLT, **options}), ALONE)
+    run = loop._Run(config(corpus, tmp_path / "run", model="blt", overrides={**SMALL_BLT, **options}), ALONE)
     assert {key: getattr(run.model.config, key) for key in options} == options
     assert run.advance() > 0
     run.model.save(tmp_path / "model.safetensors")
@@ -395,7 +399,7 @@ def test_patching_options_of_a_run(corpus: Path, tmp_path: Path) -> None:
     patches = bk.to_bytes(bk.to_ids(text), again.patch(text).patch_offsets)
     assert "".join(patch.decode() for patch in patches) == text
     with pytest.raises(ValueError, match="--set patching: expected a rule for the bytes of files, got 'bpe'"):
-        train.build_model(config(corpus, tmp_path, model="blt", overrides={"patching": "bpe"}))
+        loop.build_model(config(corpus, tmp_path, model="blt", overrides={"patching": "bpe"}))
     run.model.config = replace(run.model.config, patching="bpe")
     run.model.save(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"checkpoint .*model.safetensors, patching: expected .* got 'bpe'"):
@@ -465,12 +469,12 @@ def test_tensorboard_events(corpus: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "run"
-    run = train._Run(config(corpus, out, tensorboard=True, log_every=1, checkpoint_every=2), ALONE)
+    run = loop._Run(config(corpus, out, tensorboard=True, log_every=1, checkpoint_every=2), ALONE)
     for _ in range(3):  # to be forgotten: the checkpoint is of step 2
         run.record(run.advance(), 1.0)
     assert run.log is not None
     run.log.close()
-    train.train(config(corpus, out, tensorboard=True, log_every=1, checkpoint_every=2))
+    loop.train(config(corpus, out, tensorboard=True, log_every=1, checkpoint_every=2))
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     lines = train_log.read_log(out / "log.jsonl")
     for name in ("bits_per_byte", "learning_rate", "heldout_bits_per_byte"):
@@ -482,15 +486,15 @@ def test_tensorboard_events(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_tensorboard_that_is_missing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blt_kernels.tools.train_log.find_spec", lambda name: None)
-    train.train(config(corpus, tmp_path / "run", steps=1, tensorboard=None))
+    monkeypatch.setattr("blt_kernels.train.log.find_spec", lambda name: None)
+    loop.train(config(corpus, tmp_path / "run", steps=1, tensorboard=None))
     assert not (tmp_path / "run" / "tensorboard").exists()
     with pytest.raises(ImportError, match=r"pip install 'blt-kernels\[train\]'"):
-        train.train(config(corpus, tmp_path / "run", steps=1, tensorboard=True))
+        loop.train(config(corpus, tmp_path / "run", steps=1, tensorboard=True))
 
 
 def test_checkpoints_come_by_time_too(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = train._Run(config(corpus, tmp_path, checkpoint_every=1000, checkpoint_seconds=5.0), ALONE)
+    run = loop._Run(config(corpus, tmp_path, checkpoint_every=1000, checkpoint_seconds=5.0), ALONE)
     now = time.monotonic()
     for elapsed, saved in ((0, 0), (4, 0), (6, 3), (8, 3), (12, 5)):
         monkeypatch.setattr(time, "monotonic", lambda elapsed=elapsed: now + elapsed)
@@ -500,24 +504,24 @@ def test_checkpoints_come_by_time_too(corpus: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_run_with_other_options_is_refused(corpus: Path, tmp_path: Path) -> None:
-    train.train(config(corpus, tmp_path / "run", steps=2))
+    loop.train(config(corpus, tmp_path / "run", steps=2))
     with pytest.raises(ValueError, match=r"holds a run with other options \(learning_rate=0.003, warmup=2\)"):
-        train.train(config(corpus, tmp_path / "run", steps=3, learning_rate=1e-2, warmup=1))
+        loop.train(config(corpus, tmp_path / "run", steps=3, learning_rate=1e-2, warmup=1))
     with pytest.raises(ValueError, match=r"steps: expected at least 2, as .*/run has, got 1"):
-        train.train(config(corpus, tmp_path / "run", steps=1))
+        loop.train(config(corpus, tmp_path / "run", steps=1))
     (corpus / "more.txt").write_text("more")
     with pytest.raises(ValueError, match=r"other options \(files\)"):
-        train.train(config(corpus, tmp_path / "run", steps=2))
+        loop.train(config(corpus, tmp_path / "run", steps=2))
     with pytest.raises(ValueError, match="expected the fields of ByteLMConfig, got depth as well"):
-        train.train(config(corpus, tmp_path / "other", overrides={"depth": 3}))
+        loop.train(config(corpus, tmp_path / "other", overrides={"depth": 3}))
     with pytest.raises(ValueError, match="are held out at 1"):
-        train.train(config(corpus, tmp_path / "other", heldout=1.0))
+        loop.train(config(corpus, tmp_path / "other", heldout=1.0))
 
 
 def test_a_log_without_its_checkpoint_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 7}\n')
     with pytest.raises(ValueError, match="holds the log of a run but no checkpoint"):
-        train.train(config(corpus, tmp_path))
+        loop.train(config(corpus, tmp_path))
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 7}\n'
 
 
@@ -529,31 +533,31 @@ def test_a_run_inside_of_its_corpus(corpus: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(corpus)
     options = config(Path(), Path("runs/entropy"), steps=1, overrides=TINY)
     for steps in (1, 2):
-        train.train(replace(options, steps=steps))
-    run = train._Run(replace(options, steps=2), ALONE)
+        loop.train(replace(options, steps=steps))
+    run = loop._Run(replace(options, steps=2), ALONE)
     names = {source.path.name for source in run.train_sources + run.heldout_sources}
     assert len(run.train_sources + run.heldout_sources) == 31
     assert "notes.txt" in names
     assert run.step == 2
     # A corpus inside of a run is one.
-    assert train._Run(config(corpus, tmp_path), ALONE).step == 0
+    assert loop._Run(config(corpus, tmp_path), ALONE).step == 0
     with pytest.raises(ValueError, match=r"^out: expected another directory than the paths to train on, got \."):
-        train.train(config(Path(), Path()))
+        loop.train(config(Path(), Path()))
 
 
 def test_two_runs_in_one_directory(corpus: Path, tmp_path: Path) -> None:
     """The second one is refused and the first one goes on; the lock ends with a run, however that ends."""
     options = config(corpus, tmp_path / "run", steps=3, checkpoint_every=1)
 
-    def second(now: train.Progress) -> None:
+    def second(now: loop.Progress) -> None:
         with pytest.raises(ValueError, match=r"^out: another process is writing to .*/run: wait for it"):
-            train.train(options)
+            loop.train(options)
 
-    train.train(options, second)
+    loop.train(options, second)
     assert train_state.latest(tmp_path / "run" / "checkpoint").name == "3"
     with pytest.raises(ZeroDivisionError):
-        train.train(replace(options, steps=5), lambda now: 1 // 0)
-    train.train(replace(options, steps=5))
+        loop.train(replace(options, steps=5), lambda now: 1 // 0)
+    loop.train(replace(options, steps=5))
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,7 +578,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_patcher_may_be_a_directory(tmp_path: Path) -> None:
     bundled = ByteLM.bundled()
     bundled.save_pretrained(tmp_path)
-    model = train.build_model(TrainConfig("blt", [], tmp_path, patcher=tmp_path))
+    model = loop.build_model(TrainConfig("blt", [], tmp_path, patcher=tmp_path))
     assert model.config.threshold == bundled.config.threshold
     assert all(torch.equal(a, b) for a, b in zip(model.patcher.parameters(), bundled.parameters(), strict=True))
 
@@ -590,7 +594,7 @@ BEGINNINGS = {
 def test_a_run_begins_as_a_model(model: str, corpus: Path, tmp_path: Path) -> None:
     """With its configuration and weights, in fp32; the file stays as it is. An entropy model comes with a BLT."""
     own, overrides = tmp_path / "own.safetensors", BEGINNINGS[model]
-    begin = train.build_model(config(corpus, tmp_path, model=model, overrides=overrides))
+    begin = loop.build_model(config(corpus, tmp_path, model=model, overrides=overrides))
     if model == "blt":
         begin.config = replace(begin.config, threshold=1.25, monotonic=True)
         with torch.no_grad():
@@ -598,11 +602,11 @@ def test_a_run_begins_as_a_model(model: str, corpus: Path, tmp_path: Path) -> No
     begin.save(own, torch.bfloat16)
     stored = own.read_bytes()
     options = config(corpus, tmp_path / "run", model=model, overrides={}, init=own, steps=2, learning_rate=1e-2)
-    run = train._Run(options, ALONE)
+    run = loop._Run(options, ALONE)
     assert run.model.config == begin.config
     for name, value in begin.state_dict().items():
         assert torch.equal(run.model.state_dict()[name], value.bfloat16().float())
-    train.train(options)
+    loop.train(options)
     assert own.read_bytes() == stored
     trained = load_model(tmp_path / "run" / "model.safetensors")
     if model != "entropy":  # whose threshold is chosen anew
@@ -612,7 +616,7 @@ def test_a_run_begins_as_a_model(model: str, corpus: Path, tmp_path: Path) -> No
         assert kept == name.startswith("patcher."), name
     # What the file has may be said, and nothing else; nor may the file be of another model.
     repeated = replace(options, overrides=json.loads(json.dumps(overrides)))
-    assert train.build_model(repeated).config == begin.config
+    assert loop.build_model(repeated).config == begin.config
     wide = {**TINY, "num_layers": 2}
     name, changes = {
         "entropy": ("num_layers", {"num_layers": 2}),
@@ -620,14 +624,14 @@ def test_a_run_begins_as_a_model(model: str, corpus: Path, tmp_path: Path) -> No
         "megabyte": ("local_transformer", {"local_transformer": wide}),
     }[model]
     with pytest.raises(ValueError, match=f"--set {name}: expected .*, as in .*own.safetensors, got "):
-        train.build_model(replace(options, overrides={**overrides, **changes}))
+        loop.build_model(replace(options, overrides={**overrides, **changes}))
     with pytest.raises(ValueError, match=r"preset 'paper': \w+: expected .*, as in .*own.safetensors, got "):
-        train.build_model(replace(options, preset="paper"))
+        loop.build_model(replace(options, preset="paper"))
     other = "entropy" if model != "entropy" else "blt"
     with pytest.raises(
         ValueError, match=f"init: expected a .*, since model is '{other}', got a {type(begin).__name__} in "
     ):
-        train.build_model(replace(options, model=other))
+        loop.build_model(replace(options, model=other))
 
 
 def test_files_of_options_that_change_are_named(corpus: Path, tmp_path: Path) -> None:
@@ -636,18 +640,18 @@ def test_files_of_options_that_change_are_named(corpus: Path, tmp_path: Path) ->
     def save(path: Path, model: str, seed: int = 0, **values: object) -> Path:
         torch.manual_seed(seed)
         overrides = {"blt": {**SMALL_BLT, "patching": "entropy"}, "entropy": TINY}[model]
-        train.build_model(config(corpus, tmp_path, model=model, overrides={**overrides, **values})).save(path)
+        loop.build_model(config(corpus, tmp_path, model=model, overrides={**overrides, **values})).save(path)
         return path
 
     def changed(options: TrainConfig, match: str) -> None:
         with pytest.raises(ValueError, match=match):
-            train._Run(options, ALONE)
+            loop._Run(options, ALONE)
 
     patcher = save(tmp_path / "patcher.safetensors", "entropy", threshold=5.5)
     overrides = {**SMALL_BLT, "patching": "entropy"}
     few = {"model": "blt", "steps": 1, "heldout": 0.0}
     with_patcher = config(corpus, tmp_path / "run", overrides=overrides, patcher=patcher, **few)
-    train._Run(with_patcher, ALONE)
+    loop._Run(with_patcher, ALONE)
     began = r"safetensors has changed since the run in .*/run began \("
     save(patcher, "entropy", threshold=4.5)
     changed(with_patcher, "^patcher: .*" + began + "patcher.threshold: expected 5.5, got 4.5; threshold: ")
@@ -656,52 +660,52 @@ def test_files_of_options_that_change_are_named(corpus: Path, tmp_path: Path) ->
     save(patcher, "entropy", seed=1, threshold=5.5)
     changed(with_patcher, "^patcher: .*" + began + "other weights")
     save(patcher, "entropy", threshold=5.5)
-    train._Run(with_patcher, ALONE)
+    loop._Run(with_patcher, ALONE)
 
     init = save(tmp_path / "init.safetensors", "blt")
     with_init = config(corpus, tmp_path / "begun" / "run", overrides={}, init=init, **few)
-    train._Run(with_init, ALONE)
+    loop._Run(with_init, ALONE)
     save(init, "blt", monotonic=True)
     changed(with_init, "^init: .*" + began + "monotonic: expected False, got True")
     save(init, "blt", encoder={**TINY, "rope_theta": 100.0})
     changed(with_init, "^init: .*" + began + "encoder.rope_theta: expected 500000.0, got 100.0")
     save(init, "blt")
-    train._Run(with_init, ALONE)
+    loop._Run(with_init, ALONE)
 
 
 def test_a_run_begins_as_a_checkpoint_of_transformers(tmp_path: Path) -> None:
     """With its patcher, or with another one and its threshold; a patcher alone begins an entropy model."""
-    fresh = train.build_model(TrainConfig("blt", [], tmp_path, overrides=SMALL_CHECKPOINT))
+    fresh = loop.build_model(TrainConfig("blt", [], tmp_path, overrides=SMALL_CHECKPOINT))
     fresh.config = replace(fresh.config, threshold=1.25)
     fresh.save_pretrained(tmp_path / "blt")
     fresh.patcher.save_pretrained(tmp_path / "entropy")
-    begin = train.build_model(TrainConfig("blt", [], tmp_path, init=tmp_path / "blt"))
+    begin = loop.build_model(TrainConfig("blt", [], tmp_path, init=tmp_path / "blt"))
     assert begin.config == load_model(tmp_path / "blt").config
     assert begin.config.threshold == 1.25
     assert all(torch.equal(value, begin.state_dict()[name]) for name, value in fresh.state_dict().items())
     assert not any(parameter.requires_grad for parameter in begin.patcher.parameters())
-    assert type(train.build_model(TrainConfig("entropy", [], tmp_path, init=tmp_path / "entropy"))) is ByteLM
+    assert type(loop.build_model(TrainConfig("entropy", [], tmp_path, init=tmp_path / "entropy"))) is ByteLM
 
     other = ByteLM.from_values({**TINY, "threshold": 0.75})
     other.save(tmp_path / "other.safetensors")
     options = TrainConfig("blt", [], tmp_path, init=tmp_path / "blt", patcher=tmp_path / "other.safetensors")
-    begin = train.build_model(options)
+    begin = loop.build_model(options)
     assert (begin.config.threshold, begin.config.patcher) == (0.75, other.config)
     assert torch.equal(begin.patcher.lm_head.weight, other.lm_head.weight)
     assert not any(parameter.requires_grad for parameter in begin.patcher.parameters())
-    assert train.build_model(replace(options, overrides={"threshold": 2.0})).config.threshold == 2.0
+    assert loop.build_model(replace(options, overrides={"threshold": 2.0})).config.threshold == 2.0
     with pytest.raises(ValueError, match=r"--set threshold: expected 1.25, as in .*, got 2.0"):
-        train.build_model(replace(options, patcher=None, overrides={"threshold": 2.0}))
+        loop.build_model(replace(options, patcher=None, overrides={"threshold": 2.0}))
 
     fresh.patcher = None
     fresh.config = replace(fresh.config, patcher=None)
     fresh.save(tmp_path / "without.safetensors")
     options = replace(options, init=tmp_path / "without.safetensors")
-    assert train.build_model(options).config.patcher == other.config
+    assert loop.build_model(options).config.patcher == other.config
     with pytest.raises(ValueError, match=r"patcher: expected an entropy model, since there is none in .*, got None"):
-        train.build_model(replace(options, patcher=None))
+        loop.build_model(replace(options, patcher=None))
     with pytest.raises(ValueError, match="patcher: expected None, since patching is 'space', got "):
-        train.build_model(replace(options, init=None, overrides={"patching": "space"}))
+        loop.build_model(replace(options, init=None, overrides={"patching": "space"}))
     with pytest.raises(ValueError, match="init_global: expected None beside init, got "):
         replace(options, init_global=tmp_path)
     with pytest.raises(ValueError, match="patcher: expected None, since model is 'entropy', got "):
@@ -720,7 +724,7 @@ SMALL_CHECKPOINT = {
 
 def test_the_learning_rate_warms_up_and_falls_to_its_end() -> None:
     options = TrainConfig("entropy", [], Path(), steps=100, warmup=10, learning_rate=1.0, final_learning_rate=0.1)
-    rates = [train._learning_rate(options, step) for step in range(100)]
+    rates = [loop._learning_rate(options, step) for step in range(100)]
     assert rates[:11] == pytest.approx([*np.arange(0.1, 1.05, 0.1), 1.0])
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.1)
@@ -743,7 +747,7 @@ def test_the_threshold_makes_patches_of_the_size_asked_for(tmp_path: Path, heldo
     for i in range(12):  # random, so that no entropy comes twice
         (tmp_path / f"{i}.bin").write_bytes(generator.integers(97, 123, 300, dtype=np.uint8).tobytes())
     options = config(tmp_path, tmp_path / "run", include=["*.bin"], heldout=heldout, patch_size=3.0, save_bf16=True)
-    result = train.train(options)
+    result = loop.train(options)
     model = ByteLM.load(result.model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     trained, held = data.split_sources(data.find_sources([tmp_path], ["*.bin"]), heldout, 0)
@@ -774,7 +778,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
 
 
 def test_logs_are_json_lines(corpus: Path, tmp_path: Path) -> None:
-    train.train(config(corpus, tmp_path / "run", log_every=3))
+    loop.train(config(corpus, tmp_path / "run", log_every=3))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 3, 5, 6, 9, 10, 12, 12]
     assert set(lines[1]) == {"step", "bits_per_byte", "learning_rate", "bytes_per_second", "seconds"}

@@ -22,12 +22,15 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 
-from blt_kernels import ngram_hash_embed
+from blt_kernels import distributed, ngram_hash_embed
 from blt_kernels.models import BLT, load_model
-from blt_kernels.models.blt import BLTConfig
+from blt_kernels.models.config import BLTConfig
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.tools import data, stored_patches, train, train_log, train_parallel, train_state
-from blt_kernels.tools.train import TrainConfig
+from blt_kernels.train import data, loop, stored_patches
+from blt_kernels.train import log as train_log
+from blt_kernels.train import parallel as train_parallel
+from blt_kernels.train import state as train_state
+from blt_kernels.train.loop import TrainConfig
 
 STEPS, KILLED_AT = 6, 3
 PATIENCE = 600  # seconds, for machines with other things to do
@@ -88,18 +91,18 @@ def work(rank: int, root: Path) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timeout)
     torch.save(sharded_embedding(rank), root / f"embedding-{rank}.pt")
     for name, changes in RUNS.items():
-        train.train(config(root, name, **changes))
+        loop.train(config(root, name, **changes))
     (root / f"done-{rank}").touch()
 
-    record = train._Run.record
+    record = loop._Run.record
 
-    def killed(run: train._Run, bits: float, speed: float) -> None:
+    def killed(run: loop._Run, bits: float, speed: float) -> None:
         record(run, bits, speed)
         if run.step == KILLED_AT:
             os._exit(1)
 
-    train._Run.record = killed
-    train.train(config(root, "killed", parallel="fsdp", checkpoint_every=2))
+    loop._Run.record = killed
+    loop.train(config(root, "killed", parallel="fsdp", checkpoint_every=2))
 
 
 def embedding_inputs(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,7 +135,7 @@ def sharded_embedding(rank: int) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         model.encoder_hash_tok_embedding.weight.copy_(hashed)
     mesh = init_device_mesh("cpu", (2,))
-    train_parallel.shard_hash_tables(model, mesh)
+    distributed.shard_hash_tables(model, mesh)
     shards = model.encoder_hash_tok_embedding
     weight = shards.weight
     assert weight.shape == (6, 6 - rank, 6)
@@ -167,14 +170,14 @@ def train_everywhere(root: Path) -> None:
         (root / "corpus" / f"{i}.txt").write_text(f"file {i}: " + f"the quick brown fox {i}; " * (3 + i))
     alone = config(root, "alone-blt")
     sources = data.find_sources(alone.paths)
-    stored_patches.save(root / "patches", sources, train.build_model(alone), alone.context)
+    stored_patches.save(root / "patches", sources, loop.build_model(alone), alone.context)
     command = [sys.executable, "-c", WORKER, str(Path(__file__).parent)]
     workers = [subprocess.Popen([*command, str(rank), str(root)], env=environment()) for rank in range(2)]
     try:
         torch.set_num_threads(1)
-        train.train(alone)
+        loop.train(alone)
         for name in ("megabyte", "entropy"):
-            train.train(config(root, f"alone-{name}", **RUNS[f"fsdp-{name}"]))
+            loop.train(config(root, f"alone-{name}", **RUNS[f"fsdp-{name}"]))
         for worker in workers:
             worker.wait(timeout=PATIENCE)
     finally:
@@ -276,15 +279,15 @@ def test_nothing_holds_the_group_when_it_ends(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "corpus").mkdir()
     for i in range(3):
         (tmp_path / "corpus" / f"{i}.txt").write_text(f"file {i}: " + "the quick brown fox; " * 9)
-    train.train(config(tmp_path, "run", model="entropy", overrides=LOCAL, steps=1))
+    loop.train(config(tmp_path, "run", model="entropy", overrides=LOCAL, steps=1))
     assert called == ["ByteLM"]
     assert left == [[]]
 
 
 def test_every_rank_needs_rows() -> None:
-    assert [train_parallel._row_range(10, 4, rank) for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    assert [distributed._row_range(10, 4, rank) for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 10)]
     with pytest.raises(ValueError, match="ngram_vocab: expected rows for each of 4 ranks, got 9"):
-        train_parallel._row_range(9, 4, 0)
+        distributed._row_range(9, 4, 0)
 
 
 def test_a_run_killed_on_two_ranks_goes_on_alone(root: Path, tmp_path: Path) -> None:
@@ -292,7 +295,7 @@ def test_a_run_killed_on_two_ranks_goes_on_alone(root: Path, tmp_path: Path) -> 
     shutil.copytree(root / "killed", killed)
     assert train_state.latest(killed / "checkpoint").name == str(KILLED_AT - 1)
     steps: list[int] = []
-    train.train(config(root, str(killed)), lambda now: steps.append(now.step))
+    loop.train(config(root, str(killed)), lambda now: steps.append(now.step))
     assert steps == list(range(KILLED_AT, STEPS + 1))
     same(killed, root / "alone-blt")
 

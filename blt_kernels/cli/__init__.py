@@ -1,0 +1,45 @@
+"""The command line ``blt-kernels``. Each command is a module of its own, the package `patch` among them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+try:
+    import rich  # noqa: F401
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"blt-kernels: the command line needs {missing.name}, which is not installed: pip install 'blt-kernels[cli]'"
+    ) from None
+
+from blt_kernels.cli.base import app as app
+
+COMMANDS = ("doctor", "patch", "demo", "bench", "train", "eval", "flops")  # in the order of the help text
+
+for _name in COMMANDS:
+    import_module(f"blt_kernels.cli.{_name}")  # adds its command to `app`
+
+
+def main() -> None:
+    """Run the command line: the entry point of ``blt-kernels``."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        app(prog_name="blt-kernels")
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write out what standard output holds, here rather than when Python ends, which has no words for a full disk."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at the end
+        if not isinstance(error, BrokenPipeError):
+            typer.echo(f"blt-kernels: standard output: {error.strerror}", err=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,146 @@
+"""The app that the commands are part of, and what they share: parsing, errors, options.
+
+Exit codes: 0 is success, 1 an error while running, 2 a command line that does not parse and 130 an interruption. An
+error prints one line. Any other exception is a bug and prints its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from typing import Annotated, Any
+
+import typer
+
+from blt_kernels.cli.console import Color
+
+EXPECTED = (OSError, ValueError, ImportError, MemoryError)
+UsageError: Any = typer.BadParameter.__mro__[1]  # of the click inside of typer, which exports only subclasses
+_INT64 = range(-(1 << 63), 1 << 63)
+
+
+class Command(typer.core.TyperCommand):
+    """Refuses what no option can mean: nothing, which pathlib takes for the current directory, and endless numbers."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Check the words of a command line, then parse them."""
+        for before, arg in pairwise(["", *args]):
+            option, sign, value = arg.partition("=")
+            if not arg or (option.startswith("--") and sign and not value):
+                where = option or (before if before.startswith("--") else "an argument")
+                raise typer.BadParameter("expected a value, got ''", ctx=ctx, param_hint=where)
+        try:
+            rest = super().parse_args(ctx, list(args))  # it empties what it is given
+        except UsageError as error:
+            for option in getattr(getattr(error, "param", None), "opts", ()):
+                values = [value for name, value in pairwise(args) if name == option]
+                values += [arg.removeprefix(f"{option}=") for arg in args if arg.startswith(f"{option}=")]
+                if values and repr(values[-1]) not in error.message:
+                    error.message += f", got {values[-1]!r}"
+            raise
+        for param in self.params:
+            given = ctx.params.get(param.name)
+            if isinstance(given, int) and given not in _INT64:
+                message = f"expected a number of 64 bits, got {given}"
+                raise typer.BadParameter(message, ctx=ctx, param_hint=param.opts[0])
+        return rest
+
+
+class _Group(typer.core.TyperGroup):
+    """Tells errors that a user can cause in one line. BLT_KERNELS_TRACEBACK=1 shows from where."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except UsageError as error:
+            raise self._told(ctx, error, error.format_message(), 2) from None
+        except (*EXPECTED, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+                raise
+            raise self._told(ctx, error, one_line(error), 1) from None
+
+    def _told(self, ctx: Any, error: Exception, message: str, code: int) -> Exception:
+        """Return the exception to raise once an error has been told."""
+        if os.environ.get("BLT_KERNELS_TRACEBACK"):
+            return error
+        command, message = self.commands.get(ctx.invoked_subcommand), " ".join(message.split())
+        if command is None:
+            typer.echo(f"blt-kernels: {message}", err=True)
+        else:
+            typer.echo(f"blt-kernels {command.name}: {_as_typed(message, command)}", err=True)
+        return typer.Exit(code)
+
+
+def _as_typed(message: str, command: Any) -> str:
+    """A message that begins with the name of a field, with the option or argument that the field is from instead."""
+    others = {"overrides": "set_", "config": "configs", "paths": "text"}
+    params, (name, colon, rest) = {param.name: param for param in command.params}, message.partition(": ")
+    param = params.get(name) or params.get(others.get(name))
+    if not colon or param is None:
+        return message
+    return f"{param.opts[0] if param.opts[0].startswith('-') else param.metavar.strip('[].')}: {rest}"
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether torch ran out of memory, for which it has an exception class of its own on CUDA only."""
+    words = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return any(word in str(error) for word in words)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, without the line breaks and the errno."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
+        return f"{where}{error.strerror}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (MemoryError, RuntimeError)):
+        return f"not enough memory for a model or batch of this size: {text[:200]}"
+    return text
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Kernels for byte-latent language models: look at patches, check the installation, train and measure.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ColorOption = Annotated[
+    Color, typer.Option("--color", help="Colours: auto uses them on a terminal unless NO_COLOR is set.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for other programs to read.")]
+
+
+def package_version() -> str:
+    """Return the version of blt-kernels; "source tree" where it was not installed."""
+    try:
+        return version("blt-kernels")
+    except PackageNotFoundError:
+        return "source tree"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(package_version())
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def given(ctx: typer.Context, *names: str) -> str | None:
+    """Return the first of these options that the command line has, None if it has none."""
+    found = (name for name in names if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE")
+    return next(("--" + name.replace("_", "-") for name in found), None)

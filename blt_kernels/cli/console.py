@@ -1,0 +1,68 @@
+"""Consoles and progress bars of the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+
+class Color(str, Enum):
+    """When to use colours."""
+
+    always = "always"
+    auto = "auto"
+    never = "never"
+
+
+def console(color: Color, *, stderr: bool = False) -> Console:
+    """A console that emits escape codes only where `color` wants them; without them, it prints plain text."""
+    if color is Color.always:
+        return Console(force_terminal=True, color_system="truecolor", no_color=False, highlight=False, stderr=stderr)
+    plain = Console(color_system=None, highlight=False, stderr=stderr)
+    if color is Color.never or not plain.is_terminal or plain.is_dumb_terminal or plain.no_color:
+        return plain
+    return Console(highlight=False, stderr=stderr)
+
+
+@contextmanager
+def progress(title: str, total: int | None, hidden: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show a bar of bytes on a terminal's stderr; yields the function to advance it by."""
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=hidden or not Console(stderr=True).is_terminal,
+    )
+    with bar:
+        task = bar.add_task(title, total=total)
+        yield lambda size: bar.update(task, advance=size)
+
+
+@contextmanager
+def step_bar(title: str, total: int | None, color: Color) -> Iterator[Callable[..., None]]:
+    """Show a bar with a text on a terminal's stderr; yields ``advance(completed, text, total=None)``."""
+    shown = console(color, stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=shown, disable=not shown.is_terminal) as bar:
+        task = bar.add_task(title, total=total, text="")
+
+        def advance(completed: int, text: str, total: int | None = total) -> None:
+            bar.update(task, completed=completed, total=total, text=text)
+
+        yield advance

@@ -1,0 +1,185 @@
+"""``blt-kernels demo``: a real file in patches, then a BLT forward with the fused ops against their references."""
+
+from __future__ import annotations
+
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from blt_kernels.cli.base import ColorOption, Command, app
+from blt_kernels.cli.console import Color, console
+from blt_kernels.cli.patch import show
+from blt_kernels.cli.patch.stream import Rules, Scheme, load_model
+from blt_kernels.ids import to_ids
+from blt_kernels.layout import PatchLayout
+from blt_kernels.models.blt import BLT
+from blt_kernels.models.byte_lm import ByteLM
+from blt_kernels.models.config import BLTConfig
+from blt_kernels.nn import load_ops
+
+SHOWN = 700  # bytes drawn
+MOST = 4_096  # bytes that go through the BLT
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op on inputs of the model: its results and its medians in seconds, fused and reference."""
+
+    name: str
+    fused: float
+    reference: float
+    error: float
+
+
+def default_file() -> Path:
+    """A file that every machine has: a module of the standard library."""
+    return Path(sysconfig.get_path("stdlib")) / "heapq.py"
+
+
+@app.command(cls=Command)
+def demo(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="File to cut; one of the standard library if not given.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Times that every op is measured.")] = 5,
+    color: ColorOption = Color.auto,
+) -> None:
+    """Cut a real file into patches, then run it through BLT: fused ops against their plain PyTorch references."""
+    run(file, rounds=rounds, color=color)
+
+
+def run(file: Path | None, *, rounds: int, color: Color) -> None:
+    """Draw the patches of `file`, and print a table of fused against reference ops on its bytes.
+
+    Raises
+    ------
+    ImportError, OSError, ValueError
+        A package or the entropy model is missing, or the file cannot be read or has no bytes.
+    """
+    if rounds < 1:
+        raise ValueError(f"--rounds {rounds}: expected at least 1")
+    file = file or default_file()
+    with file.open("rb") as source:
+        data = source.read(MOST)
+    if not data:
+        raise ValueError(f"FILE {file}: expected at least one byte, got an empty file")
+    patcher = load_model()
+    show.run([str(file)], Rules(Scheme.entropy), show.Outputs(max_show=SHOWN), None, color)
+
+    out = console(color)
+    tokens = to_ids(data)
+    fused, reference = build_models(patcher)
+    with torch.inference_mode():
+        layout = fused.patch(tokens)
+        size = sum(p.numel() for p in fused.parameters()) / 1e6
+        out.print(f"\nBLT, {size:.1f} M random parameters, on {tokens.shape[0]:,} bytes, {escape(repr(layout))}:\n")
+        rows = [measure(name, calls, rounds) for name, calls in op_calls(fused, tokens, layout)]
+        rows.append(measure("the whole model, forward", (lambda: fused(tokens), lambda: reference(tokens)), rounds))
+        bits = [model.loss(tokens).item() for model in (fused, reference)]
+
+    table = Table()
+    table.add_column("op")
+    for heading in ("ours, ms", "PyTorch, ms", "ratio", "largest error"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        if row is rows[-1]:
+            table.add_section()
+        ratio = f"{row.reference / row.fused:.2f}"
+        table.add_row(row.name, f"{row.fused * 1e3:.3f}", f"{row.reference * 1e3:.3f}", ratio, f"{row.error:.1e}")
+    out.print(table)
+    out.print(
+        f"loss: {bits[0]:.6f} bits per byte with ours, {bits[1]:.6f} with PyTorch, {abs(bits[0] - bits[1]):.1e} apart"
+    )
+    worst = max(row.error for row in rows)
+    verdict = "the same to rounding" if worst < 1e-3 and abs(bits[0] - bits[1]) < 1e-4 else "NOT the same"
+    out.print(f"Fused and reference ops: {verdict}. Ops without a kernel yet run their reference twice: see doctor.")
+    out.print("Next: blt-kernels patch YOURFILE --html patches.html; blt-kernels train blt YOURFILES")
+
+
+def build_models(patcher: ByteLM) -> tuple[BLT, BLT]:
+    """The same small BLT with fused and with reference ops: random weights, patches by `patcher`."""
+    small = BLTConfig.small()
+    config = BLTConfig(
+        small.encoder,
+        small.global_transformer,
+        small.decoder,
+        patcher.config,
+        ngram_vocab=small.ngram_vocab,
+        threshold=patcher.config.threshold,
+    )
+    torch.manual_seed(SEED)
+    fused = BLT(config).eval()
+    assert fused.patcher is not None
+    fused.patcher.load_state_dict(patcher.state_dict())
+    reference = BLT(config, "reference").eval()
+    reference.load_state_dict(fused.state_dict())
+    return fused, reference
+
+
+def op_calls(model: BLT, tokens: Tensor, layout: PatchLayout) -> Iterator[tuple[str, tuple[Callable, Callable]]]:
+    """Each op on inputs of the shapes that it has in `model`: its name, and its fused and reference call."""
+    config, ops = model.config, (load_ops("fused"), load_ops("reference"))
+    rows, queries = layout.cu_seqlens, config.queries_per_patch
+    local, wide = config.encoder, config.global_transformer
+    assert model.patcher is not None
+    logits = model.patcher(tokens)
+    draw = torch.Generator().manual_seed(SEED)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    def heads(count: int, layer: Any) -> Tensor:
+        return random(count, layer.num_heads, layer.head_dim)
+
+    def both(name: str, *args: Any, **options: Any) -> tuple[Callable, Callable]:
+        one, other = (getattr(namespace, name) for namespace in ops)
+        return (lambda: one(*args, **options)), (lambda: other(*args, **options))
+
+    size, capacity = tokens.shape[0], layout.capacity
+    yield "entropy_patch", both("entropy_patch", logits, rows, threshold=config.threshold)
+    tables, letters = model.encoder_hash_tok_embedding.weight, model.local_encoder.embed_tokens.weight
+    yield (
+        "ngram_hash_embed",
+        both("ngram_hash_embed", tokens, tables, letters, rows, ngram_sizes=config.ngram_sizes),
+    )
+    yield "patch_pool", both("patch_pool", random(size, local.dim), layout, "max")
+    yield "patch_unpool", both("patch_unpool", random(capacity, local.dim), layout, "decode")
+    for direction in ("encode", "decode"):
+        vectors, states = heads(capacity * queries, local), heads(size, local)
+        q, k = (vectors, states) if direction == "encode" else (states, vectors)
+        call = both("patch_cross_attention", q, k, k, layout, direction=direction, queries_per_patch=queries)
+        yield f"patch_cross_attention, {direction}", call
+    for where, count, layer, offsets in (("bytes", size, local, rows), ("patches", capacity, wide, layout.cu_patches)):
+        q, k, v = (heads(count, layer) for _ in range(3))
+        yield f"block_causal_attention, {where}", both("block_causal_attention", q, k, v, offsets, window=layer.window)
+
+
+def measure(name: str, calls: tuple[Callable, Callable], rounds: int) -> Row:
+    """Medians over interleaved rounds, after a first one whose results are compared."""
+    error = max((_difference(a, b) for a, b in zip(*(_tensors(call()) for call in calls), strict=True)), default=0.0)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for call, seconds in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+    return Row(name, statistics.median(times[0]), statistics.median(times[1]), error)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0

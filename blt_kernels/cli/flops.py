@@ -1,0 +1,357 @@
+"""``blt-kernels flops``: FLOPs of a byte by the paper's formula and of this implementation, and counted on text."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from blt_kernels.cli.base import ColorOption, Command, JsonOption, app
+from blt_kernels.cli.console import Color, console
+from blt_kernels.flops import PAPER_SIZES, PARTS, Config, Flops, Part, Rows, count_flops, counted_parts, paper_flops
+from blt_kernels.layout import PatchLayout
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, checkpoint
+from blt_kernels.models.base import ByteModel, model_name, stored_config
+from blt_kernels.train import checks
+
+if TYPE_CHECKING:
+    from blt_kernels.train.data import Source
+
+PRESETS: dict[str, Config] = {
+    **PAPER_SIZES,
+    "blt": BLTConfig(),
+    "blt-small": BLTConfig.small(),
+    "entropy": ByteLMConfig(),
+    "entropy-small": ByteLMConfig.small(),
+    "megabyte": MegaByteConfig(),
+    "megabyte-small": MegaByteConfig.small(),
+}
+_MODELS: dict[type, type[ByteModel]] = {BLTConfig: BLT, ByteLMConfig: ByteLM, MegaByteConfig: MegaByte}
+_CONFIGS: dict[str, type] = {model.__name__: config for config, model in _MODELS.items()}
+
+# What a model is measured on: at most so many ids, in rows no longer than this. It must fit into memory with gradients.
+_PATCH_SIZES = (4.5, 6.0, 8.0)
+_MEASURED_BYTES, _MEASURED_CONTEXT, _MOST_PARAMETERS = 8192, 2048, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """`patch_sizes`, 4.5, 6 and 8 if None, and `context` in bytes.
+
+    `window` replaces the local windows; `text` is what is measured on.
+    """
+
+    patch_sizes: Sequence[float] | None = None
+    context: int = 16384
+    window: int | None = None
+    measure: bool = False
+    text: Sequence[Path] = ()
+
+    def __post_init__(self) -> None:
+        checks.check_count("context", self.context, 2)
+        for size in self.patch_sizes or ():
+            self.check_patch_size(size)
+        if self.window is not None:
+            checks.check_count("window", self.window, 1)
+        if self.text and not self.measure:
+            raise ValueError(f"text: expected measure beside it, got {', '.join(map(str, self.text))}")
+
+    def check_patch_size(self, size: float) -> None:
+        """Raise ValueError unless a row holds a patch of this size."""
+        if not 1 <= size <= self.context:
+            raise ValueError(f"patch_sizes: expected 1 to context = {self.context} bytes, got {size}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `FlopCounterMode` counted on `rows`, next to `formula`: `count_flops` of these rows.
+
+    `forward` is by part, without the patcher; `backward` is all of the model.
+    """
+
+    rows: Rows
+    formula: Flops
+    forward: dict[str, int]
+    backward: int
+    patcher: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """FLOPs of a byte by the formula of the paper and of this implementation, and what was measured."""
+
+    patch_size: float
+    paper: Flops
+    here: Flops
+    measured: Measurement | None
+
+    def record(self) -> dict[str, Any]:
+        """What ``--json`` prints of it."""
+        record = {"patch_size": self.patch_size, "paper": _lines(self.paper), "implementation": _lines(self.here)}
+        return record if self.measured is None else {**record, "measured": _measured_record(self.measured)}
+
+
+def read_config(name: str) -> Config:
+    """The configuration of a preset, of a ``.safetensors`` file of ours, or of another code base's directory.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read, or the directory has no configuration.
+    ValueError
+        There is none of this name, it is damaged, or it is not of a model that this package has.
+    """
+    path = Path(name)
+    if name in PRESETS:
+        return PRESETS[name]
+    if path.is_dir():
+        return checkpoint.read_config(path)
+    if path.is_file():
+        model = model_name(path)
+        if model not in _CONFIGS:
+            raise ValueError(f"{path}: expected a file of {', '.join(_CONFIGS)}, got {model!r}")
+        return stored_config(path, model, _CONFIGS[model])
+    raise ValueError(f"expected a file, a directory or one of {', '.join(PRESETS)}, got {name!r}")
+
+
+def with_window(config: Config, window: int | None) -> Config:
+    """A configuration whose layers over bytes see `window` bytes. MegaByte's see their patch, whatever it is."""
+    if window is None or isinstance(config, MegaByteConfig):
+        return config
+    if isinstance(config, ByteLMConfig):
+        return replace(config, window=window)
+    local = {name: replace(getattr(config, name), window=window) for name in ("encoder", "decoder")}
+    return replace(config, **local)
+
+
+def measure(config: Config, patch_size: float, context: int, text: Sequence[Path] = ()) -> Measurement:
+    """Run a model with random weights, forward and backward, on some documents, and count its FLOPs.
+
+    The patches of a BLT are those of its scheme; with entropy patching, those of the bundled entropy model at the
+    threshold that makes `patch_size` bytes a patch. Hash tables, which cost no FLOPs, are made small.
+
+    Parameters
+    ----------
+    config : BLTConfig, ByteLMConfig or MegaByteConfig
+    patch_size : float
+    context : int
+        Rows are no longer than this, nor than 2048 ids.
+    text : sequence of Path
+        Files and directories; the sources of Python's ``json`` if empty.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `data.find_sources`, or the model is too large.
+    """
+    from blt_kernels.train import data  # needs numpy, of the extra `train`
+
+    sources = data.find_sources(text or [Path(os.__file__).parent / "json"])
+    context = min(context, _MEASURED_CONTEXT)
+    tokens, rows = next(data.heldout_batches(sources, _MEASURED_BYTES, context))
+    model, options = _model(config), {}
+    spans = Rows(rows.diff().tolist(), [0] * (len(rows) - 1))
+    if isinstance(model, BLT):
+        layout = options["layout"] = _patches(model, tokens, rows, patch_size, sources, context)
+        spans = Rows.of(layout)
+    with warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
+        warnings.simplefilter("ignore")  # the counter's hooks warn about modules whose inputs need no gradient
+        loss = model.loss(tokens, rows, **options)
+        forward = counted_parts(counter.get_flop_counts())
+        total = counter.get_total_flops()
+        loss.backward()
+        backward = counter.get_total_flops() - total
+    patcher = 0
+    if isinstance(model, BLT) and model.patcher is not None:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.patcher(tokens, rows)
+        patcher = counter.get_total_flops()
+    return Measurement(spans, count_flops(config, spans), forward, backward, patcher)
+
+
+def _model(config: Config) -> ByteModel:
+    if isinstance(config, BLTConfig):
+        config = replace(config, ngram_vocab=64)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in _MODELS[type(config)](config).parameters())
+    if size > _MOST_PARAMETERS:
+        raise ValueError(f"measure: expected at most {_MOST_PARAMETERS:,} parameters beside hash tables, got {size:,}")
+    return _MODELS[type(config)](config)
+
+
+def _patches(
+    model: BLT, tokens: Tensor, rows: Tensor, patch_size: float, sources: Sequence[Source], context: int
+) -> PatchLayout:
+    config = model.config
+    from blt_kernels.train import data, evaluate
+
+    data.check_patching("measure: config.patching", config.patching)
+    if config.patching != "entropy":
+        return model.patch(tokens, rows)
+    patcher = ByteLM.bundled()
+    threshold = evaluate.threshold_for_patch_size(patcher, sources, patch_size, _MEASURED_BYTES, context)
+    with torch.no_grad():
+        _, layout = patcher.patch(
+            tokens,
+            rows,
+            threshold=threshold,
+            threshold_add=config.threshold_add,
+            monotonic=config.monotonic,
+            max_patch_length=config.max_patch_length,
+            whole_characters=config.whole_characters,
+            reset_at_newlines=config.reset_at_newlines or None,
+        )
+    return layout.compact()
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+@app.command(cls=Command)
+def flops(
+    configs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG]...",
+            help="400M, 1B, 2B, 4B, 8B: sizes of the BLT paper; blt, entropy, megabyte, each also with -small; a "
+            ".safetensors file; a directory of transformers or facebookresearch/blt. All five sizes if not given.",
+        ),
+    ] = None,
+    patch_sizes: Annotated[
+        str | None, typer.Option(help="Bytes of a patch on average, with commas; 4.5,6,8 if not given.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Bytes of a row.")] = 16384,
+    window: Annotated[
+        int | None, typer.Option(help="Bytes that layers over bytes see; the configuration's own if not given.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the model on text, and count what its ops and matrices do.")
+    ] = False,
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="What to measure on; a part of Python's library.")
+    ] = None,
+    json: JsonOption = False,
+    color: ColorOption = Color.auto,
+) -> None:
+    """Count the FLOPs of a byte by parts: by the BLT paper's formula, and of this implementation."""
+    try:
+        sizes = None if patch_sizes is None else [float(size) for size in patch_sizes.split(",")]
+    except ValueError:
+        message = f"expected numbers with commas, got {patch_sizes!r}"
+        raise typer.BadParameter(message, param_hint="--patch-sizes") from None
+    options = Options(sizes, context, window, measure, text or ())
+    run(configs or [], options, as_json=json, color=color)
+
+
+def run(names: Sequence[str], options: Options, *, as_json: bool, color: Color = Color.auto) -> None:
+    """Print tables, or JSON, of the configurations; the five sizes of the paper if there are no `names`."""
+    out, records = console(color), []
+    if not as_json:
+        rows = f"rows of {options.context:,} bytes"
+        out.print(f"millions of FLOPs a byte, {rows}: formula of the paper | this implementation", soft_wrap=True)
+    read = {}
+    for name in names or PAPER_SIZES:
+        with checks.reading("config"):
+            read[name] = read_config(name)
+    if options.window is not None and all(isinstance(config, MegaByteConfig) for config in read.values()):
+        raise ValueError(f"window: expected a configuration with windows beside MegaByte's, got {options.window}")
+    if options.patch_sizes is not None and all(_own_size(config) is not None for config in read.values()):
+        given = ",".join(f"{size:g}" for size in options.patch_sizes)
+        raise ValueError(f"patch_sizes: expected a configuration without a patch size of its own, got {given}")
+    for name, whole in read.items():
+        config, own, found = with_window(whole, options.window), _own_size(whole), []
+        for size in (options.patch_sizes or _PATCH_SIZES) if own is None else [own]:
+            options.check_patch_size(size)
+            here = count_flops(config, Rows.even(options.context, size)).per_byte(options.context)
+            done = measure(config, size, options.context, options.text) if options.measure else None
+            found.append(Result(size, paper_flops(config, size, options.context), here, done))
+        records += [{"model": name, "context": options.context, **result.record()} for result in found]
+        if not as_json:
+            out.print(_table(name, found))
+            for result in found:
+                if result.measured is not None:
+                    out.print(_measured_table(name, result.measured))
+    if as_json:
+        out.print(json.dumps(records, indent=2), soft_wrap=True)
+
+
+def _own_size(config: Config) -> float | None:
+    """The patch size of a configuration that has one, None if it depends on the text."""
+    if isinstance(config, ByteLMConfig):
+        return 1
+    if isinstance(config, MegaByteConfig):
+        return config.patch_size
+    return {"static": config.patch_size, "byte": 1}.get(config.patching)
+
+
+def _table(name: str, results: Sequence[Result]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(name, no_wrap=True)
+    columns = []
+    for result in results:
+        table.add_column(f"patch {result.patch_size:g}", justify="right")
+        table.add_column("|", justify="left")
+        columns += [_lines(result.paper), _lines(result.here)]
+    for line in (*PARTS, "forward", "training", "patcher"):
+        if any(line in column for column in columns):
+            table.add_row(line, *(_millions(column.get(line, 0.0)) for column in columns))
+    return table
+
+
+def _lines(flops: Flops) -> dict[str, float]:
+    """What a table says of one column; of the patcher only if there is one."""
+    total = flops.total
+    lines = {name: part.forward for name, part in flops.parts.items()}
+    lines |= {"forward": total.forward, "training": total.forward + total.backward}
+    return lines | ({"patcher": flops.patcher} if flops.patcher else {})
+
+
+def _measured_table(name: str, measurement: Measurement) -> Table:
+    rows = measurement.rows
+    size, patches = sum(rows.num_bytes), sum(rows.num_patches)
+    mean = f" in {patches:,} patches of {size / patches:.2f}" if patches else ""
+    title = f"{name}, measured on {size:,} bytes in {len(rows.num_bytes)} rows{mean}"
+    table = Table(title=title, title_justify="left", min_width=len(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("part")
+    for heading in ("formula", "counted", "difference"):
+        table.add_column(heading, justify="right")
+    for line, formula, counted in _compared(measurement):
+        difference = f"{100 * (formula / counted - 1):+.3f}%" if counted else ""
+        table.add_row(line, _millions(formula / size), _millions(counted / size), difference)
+    return table
+
+
+def _compared(measurement: Measurement) -> list[tuple[str, float, float]]:
+    """(what, by formula, counted)."""
+    formula, forward = measurement.formula, measurement.forward
+    parts = (*PARTS, "unknown")
+    every = [(part, formula.parts.get(part, Part()).forward, float(forward.get(part, 0))) for part in parts]
+    found = [row for row in every if row[1] or row[2]]
+    found.append(("forward", formula.total.forward, sum(forward.values())))
+    found.append(("backward", formula.total.backward, measurement.backward))
+    if measurement.patcher:
+        found.append(("patcher", formula.patcher, measurement.patcher))
+    return found
+
+
+def _millions(flops: float) -> str:
+    """Four digits, and all those before the point."""
+    millions = flops / 1e6
+    return "-" if not flops else f"{millions:,.0f}" if millions >= 1000 else f"{millions:.4g}"
+
+
+def _measured_record(measurement: Measurement) -> dict[str, Any]:
+    rows = measurement.rows
+    compared = {what: {"formula": formula, "counted": counted} for what, formula, counted in _compared(measurement)}
+    return {"bytes": sum(rows.num_bytes), "patches": sum(rows.num_patches), "flops": compared}

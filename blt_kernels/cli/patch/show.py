@@ -1,0 +1,372 @@
+"""Cut files into patches: count them, draw them, print them for other programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+
+import torch
+from torch import Tensor
+
+from blt_kernels.cli.console import Color, console, progress
+from blt_kernels.cli.patch import page, plot, render
+from blt_kernels.cli.patch.stream import SAMPLE_SIZE, Piece, Rules, cut, load_model, read
+
+if TYPE_CHECKING:
+    from blt_kernels.models.byte_lm import ByteLM
+
+STDIN = "-"
+PLOT_LENGTH = 200
+HTML_LENGTH = 20_000
+BINS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64, 128)  # largest patch length of each bar of the histogram
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What to show of a file.
+
+    Parameters
+    ----------
+    start, length
+        The window of bytes that is drawn; without a length, each output has its own.
+    max_show
+        The most bytes to draw in the terminal.
+    plot, html
+        Files to write, or None.
+    as_json
+        Print JSON lines instead of drawing.
+    entropies
+        Compute entropies for schemes that do not need them, and put them into the JSON.
+    """
+
+    start: int = 0
+    length: int | None = None
+    max_show: int = 4000
+    plot: Path | None = None
+    html: Path | None = None
+    as_json: bool = False
+    entropies: bool = False
+
+    def check(self, files: list[str]) -> None:
+        """Raise ValueError naming an option that cannot work, before any time is spent."""
+        numbers = (("start", self.start, 0), ("length", self.length, 1), ("max-show", self.max_show, 0))
+        for name, value, least in numbers:
+            if value is not None and value < least:
+                raise ValueError(f"--{name} {value}: expected a number of bytes of at least {least}")
+        paths = (("plot", self.plot, (".png", ".svg", ".pdf")), ("html", self.html, (".html", ".htm")))
+        for name, path, suffixes in paths:
+            if path is None:
+                continue
+            if path.suffix.lower() not in suffixes:
+                raise ValueError(f"--{name} {path}: expected a name ending in {' or '.join(suffixes)}")
+            if path.is_dir():
+                raise ValueError(f"--{name} {path}: expected a file, got a directory")
+            if not path.parent.is_dir():
+                raise ValueError(f"--{name} {path}: expected an existing folder, {path.parent} is none")
+            if len(files) != 1:
+                raise ValueError(f"--{name} {path}: expected one FILE, got {len(files)}")
+            if files[0] != STDIN and path.exists() and path.samefile(files[0]):
+                raise ValueError(f"--{name} {path}: expected another file than the one to read")
+        if files.count(STDIN) > 1:
+            raise ValueError("FILE -: expected standard input once")
+        if STDIN in files and sys.stdin is None:
+            raise ValueError("FILE -: expected an open standard input")
+
+    def expect_none(self, beside: str) -> None:
+        """Raise ValueError naming an option that is set, and `beside`, which it does not go with."""
+        for field_ in fields(self):
+            if getattr(self, field_.name) != field_.default:
+                name = field_.name.removeprefix("as_").replace("_", "-")
+                raise ValueError(f"--{name}: expected none beside {beside}")
+
+    def window(self) -> Window:
+        """The bytes to keep, enough for every output."""
+        lengths = [0 if self.as_json else self.max_show]
+        lengths += [PLOT_LENGTH] * (self.plot is not None) + [HTML_LENGTH] * (self.html is not None)
+        return Window(self.start, max(lengths) if self.length is None else self.length)
+
+
+class Statistics:
+    """Counts over a whole stream. Entropies in nats, lengths in bytes."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.patches = 0
+        self.lengths: Counter[int] = Counter()
+        self.seconds = 0.0
+        self._entropy_sum = 0.0
+        self._entropy_count = 0
+        self._patch_start = 0
+
+    def add(self, piece: Piece) -> None:
+        """Count a piece."""
+        self.bytes += len(piece.data)
+        self.patches += piece.starts.shape[0]
+        if piece.entropy is not None:
+            self._entropy_sum += float(piece.entropy.double().sum())
+            self._entropy_count += piece.entropy.shape[0]
+        if piece.starts.shape[0]:
+            bounds = torch.cat([torch.tensor([self._patch_start]), piece.starts])
+            self._count(bounds.diff())
+            self._patch_start = int(piece.starts[-1])
+
+    def finish(self) -> None:
+        """Count the last patch."""
+        self._count(torch.tensor([self.bytes - self._patch_start]))
+
+    def _count(self, lengths: Tensor) -> None:
+        if int(lengths.max()) < 1 << 16:  # counting is many times faster than sorting
+            counts = lengths.bincount()
+            values = counts.nonzero()[:, 0]
+            counts = counts[values]
+        else:
+            values, counts = lengths.unique(return_counts=True)
+        self.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        del self.lengths[0]  # the first start of a stream closes nothing
+
+    @property
+    def mean(self) -> float | None:
+        """Mean patch length; None without patches."""
+        return self.bytes / self.patches if self.patches else None
+
+    @property
+    def median(self) -> float | None:
+        """Median patch length; None without patches."""
+        if not self.patches:
+            return None
+        low, high, seen = (self.patches - 1) // 2, self.patches // 2, 0
+        middle: list[int] = []
+        for length in sorted(self.lengths):
+            seen += self.lengths[length]
+            middle += [length] * ((seen > low) + (seen > high) - len(middle))
+            if len(middle) == 2:
+                break
+        return sum(middle) / 2
+
+    @property
+    def entropy(self) -> float | None:
+        """Mean entropy of a byte; None where none was computed."""
+        return self._entropy_sum / self._entropy_count if self._entropy_count else None
+
+    def histogram(self) -> list[tuple[str, int]]:
+        """Bars of (range of lengths, patches), without empty ones at the end."""
+        bars, low = [], 1
+        for high in (*BINS, None):
+            inside = sum(n for length, n in self.lengths.items() if low <= length and (high is None or length <= high))
+            label = f"> {low - 1}" if high is None else f"{low}" if low == high else f"{low}-{high}"
+            bars.append((label, inside))
+            low = (high or 0) + 1
+        while bars and not bars[-1][1]:
+            bars.pop()
+        return bars
+
+    def record(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "bytes": self.bytes,
+            "patches": self.patches,
+            "mean": self.mean,
+            "median": self.median,
+            "min": min(self.lengths, default=None),
+            "max": max(self.lengths, default=None),
+            "entropy_mean": self.entropy,
+            "seconds": round(self.seconds, 6),
+            "bytes_per_second": round(self.bytes / self.seconds) if self.seconds else None,
+            "lengths": {str(length): self.lengths[length] for length in sorted(self.lengths)},
+        }
+
+
+@dataclass
+class Window:
+    """Bytes ``[start, start + length)`` of a stream and the whole patches that they belong to.
+
+    Patch ``first_patch + k`` of the stream is bytes ``[bounds[k], bounds[k+1])``.
+    """
+
+    start: int
+    length: int
+    data: bytes = b""
+    entropy: list[float] | None = None
+    first_patch: int = -1
+    bounds: list[int] = field(default_factory=list)
+    _pieces: list[bytes] = field(default_factory=list)
+    _size: int = 0
+    _closed: bool = False
+
+    @property
+    def stop(self) -> int:
+        """The offset after the last byte."""
+        return min(self.start + self.length, (1 << 63) - 1)  # which tensors of offsets can hold
+
+    def add(self, piece: Piece) -> None:
+        """Keep what lies in the window."""
+        self._size += len(piece.data)
+        if self._closed:
+            return
+        cut_from, cut_to = (min(max(at - piece.offset, 0), len(piece.data)) for at in (self.start, self.stop))
+        self._pieces.append(piece.data[cut_from:cut_to])
+        if piece.entropy is not None:
+            self.entropy = [] if self.entropy is None else self.entropy
+            self.entropy += piece.entropy[cut_from:cut_to].tolist()
+        before = piece.starts[piece.starts <= self.start]
+        if before.shape[0]:
+            self.first_patch += before.shape[0]
+            self.bounds = [int(before[-1])]
+        self.bounds += piece.starts[(piece.starts > self.start) & (piece.starts < self.stop)].tolist()
+        beyond = piece.starts[piece.starts >= max(self.stop, self.start + 1)]
+        if beyond.shape[0]:
+            self._close(int(beyond[0]))
+
+    def finish(self) -> None:
+        """Close the last patch at the end of the stream, and join the bytes."""
+        if not self._closed:
+            self._close(self._size)
+        self.data, self._pieces = b"".join(self._pieces), []
+
+    def _close(self, end: int) -> None:
+        self.bounds.append(end)
+        self._closed = True
+
+    def narrow(self, length: int) -> Window:
+        """The first `length` bytes of the window."""
+        if length >= len(self.data):
+            return self
+        stop = self.start + length
+        kept = sum(bound < stop for bound in self.bounds[:-1]) + 1
+        entropy = None if self.entropy is None else self.entropy[:length]
+        return Window(self.start, length, self.data[:length], entropy, self.first_patch, self.bounds[:kept])
+
+
+class JsonLines:
+    """Prints one JSON object a patch, as soon as the patch is complete."""
+
+    def __init__(self, out: TextIO, entropies: bool) -> None:
+        self.out = out
+        self.entropies = entropies
+        self._start: int | None = None
+        self._entropy: list[Tensor] = []  # from `_start` on, joined only where a patch ends
+
+    def add(self, piece: Piece) -> None:
+        """Print the patches that end in a piece."""
+        if self.entropies and piece.entropy is not None:
+            self._entropy.append(piece.entropy)
+        starts = piece.starts.tolist()
+        if starts:
+            bounds = starts if self._start is None else [self._start, *starts]
+            self._print(bounds)
+            self._start = starts[-1]
+
+    def finish(self, end: int) -> None:
+        """Print the last patch."""
+        if self._start is not None:
+            self._print([self._start, end])
+
+    def _print(self, bounds: list[int]) -> None:
+        if not self.entropies:
+            lines = (f'{{"type": "patch", "offset": {a}, "length": {b - a}}}\n' for a, b in pairwise(bounds))
+            self.out.write("".join(lines))
+            return
+        first = bounds[0]
+        joined = torch.cat(self._entropy)
+        values = joined[: bounds[-1] - first].tolist()
+        self._entropy = [joined[bounds[-1] - first :].clone()]  # a view would keep all of `joined`
+        for a, b in pairwise(bounds):
+            entropy = [round(h, 6) for h in values[a - first : b - first]]
+            self.out.write(json.dumps({"type": "patch", "offset": a, "length": b - a, "entropy": entropy}) + "\n")
+
+
+def run(files: list[str], rules: Rules, outputs: Outputs, model_path: Path | None, color: Color) -> None:
+    """Cut each of `files`, ``-`` being standard input, and show what `outputs` asks for.
+
+    Raises
+    ------
+    OSError
+        A file cannot be read or written.
+    ValueError
+        An option cannot work; the message names it.
+    """
+    outputs.check(files)
+    model = None
+    if rules.needs_entropy or outputs.entropies:
+        model = load_model(model_path)
+    elif model_path is not None:
+        raise ValueError(f"--model {model_path}: expected --scheme entropy or topk, or --entropies, to use it")
+    for name in files:
+        with _opened(name) as source:
+            _show(name, source, rules, outputs, model, color)
+
+
+def _show(name: str, source: BinaryIO, rules: Rules, outputs: Outputs, model: ByteLM | None, color: Color) -> None:
+    source_name = "standard input" if name == STDIN else name
+    title = render.printable(source_name)
+    statistics, window = Statistics(), outputs.window()
+    lines = JsonLines(sys.stdout, outputs.entropies) if outputs.as_json else None
+    began = time.perf_counter()
+    with progress(title, _size(source), hidden=outputs.as_json and sys.stdout.isatty()) as advance:
+        used, pieces = cut(_counted(read(source), advance), rules, model)
+        if lines is not None:
+            _print_record({"type": "file", "file": source_name, "rule": used.describe(), **used.record()})
+        for piece in pieces:
+            statistics.add(piece)
+            window.add(piece)
+            if lines is not None:
+                lines.add(piece)
+    statistics.seconds = time.perf_counter() - began
+    statistics.finish()
+    window.finish()
+    notes = []
+    if rules.target_size is not None and statistics.bytes > SAMPLE_SIZE:
+        notes.append(f"threshold found on the first {SAMPLE_SIZE:,} of {statistics.bytes:,} bytes")
+    if window.length and outputs.start >= max(statistics.bytes, 1):
+        raise ValueError(f"--start {outputs.start}: expected less than the size of {title}, {statistics.bytes} bytes")
+    if lines is not None:
+        lines.finish(statistics.bytes)
+        _print_record({"type": "statistics", **statistics.record(), "notes": notes})
+    else:
+        terminal = console(color)
+        render.draw(terminal, title, window.narrow(min(outputs.max_show, window.length)), statistics.bytes)
+        render.print_statistics(terminal, statistics, used, notes)
+    for path, length, write in (
+        (outputs.plot, PLOT_LENGTH, plot.write),
+        (outputs.html, HTML_LENGTH, page.write),
+    ):
+        if path is not None:
+            try:
+                write(path, title, window.narrow(outputs.length or length), statistics, used)
+            except OSError as error:
+                name = "plot" if path is outputs.plot else "html"
+                raise ValueError(f"--{name} {path}: {error.strerror or error}") from error
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def _opened(name: str) -> AbstractContextManager[BinaryIO]:
+    return nullcontext(sys.stdin.buffer) if name == STDIN else open(name, "rb")
+
+
+def _size(source: BinaryIO) -> int | None:
+    """Size in bytes of a regular file, None for what has no size before its end."""
+    try:
+        status = os.fstat(source.fileno())
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _counted(pieces: Iterable[bytes], advance: Callable[[int], None]) -> Iterator[bytes]:
+    for piece in pieces:
+        yield piece
+        advance(len(piece))
+
+
+def _print_record(record: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(record) + "\n")

@@ -1,0 +1,156 @@
+"""`ByteModel`, the base of the models, and how its configuration is stored."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from blt_kernels.models.weights import check_tensors, open_safetensors, write_safetensors
+from blt_kernels.nn import next_byte_bits, next_byte_targets
+from blt_kernels.ops import _common
+
+Model = TypeVar("Model", bound="ByteModel")
+
+
+class ByteModel(nn.Module):
+    """A next-byte model: the loss, and one safetensors file with its configuration in the metadata."""
+
+    config_class: type
+    config: Any
+
+    @classmethod
+    def from_values(cls: type[Model], values: dict[str, Any], ops: str = "fused") -> Model:
+        """A fresh model from its configuration as a dictionary (`asdict`, or JSON)."""
+        return cls(config_from_dict(cls.config_class, values), ops)
+
+    def check_ids(self, tokens: Tensor, ids: Tensor, cu_seqlens: Tensor) -> None:
+        """Raise ValueError if one of `ids`, which are `tokens` packed, is outside the alphabet."""
+        padded, alphabet = tokens.dim() == 2, self.config.vocab_size
+        _common.check_ids(ids, cu_seqlens, alphabet, "the alphabet of the model", padded=padded)
+
+    def loss(self, tokens: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
+        """Bits per byte of next-byte prediction: the mean of ``-log2 p`` over every id that follows another in its row.
+
+        Parameters
+        ----------
+        tokens : int32 or int64 ``[T]`` or ``[B, S]``
+        cu_seqlens : int32 or int64 ``[R+1]``, optional
+            Rows of packed tokens; one row if None.
+        options
+            As in `forward`.
+
+        Returns
+        -------
+        fp32 (fp64 for an fp64 model), a scalar
+            EOS counts as a byte. 0 if nothing is predicted.
+        """
+        logits = self(tokens, cu_seqlens, **options)
+        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        targets = next_byte_targets(ids, rows, self.config.vocab_size)
+        return next_byte_bits(logits.flatten(0, -2), targets)
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write weights (as `dtype`, if given) and configuration to one ``.safetensors`` file, all of it or nothing.
+
+        Tied weights are written under each of their names: the model that `load` makes of them has copies.
+
+        Raises
+        ------
+        ImportError
+            safetensors is not installed.
+        OSError
+            The file cannot be written.
+        ValueError
+            A parameter is on the meta device, or fake.
+        """
+        tensors = {name: value.to(dtype) for name, value in self.state_dict().items()}
+        metadata = {"format": "pt", "model": type(self).__name__, "config": json.dumps(asdict(self.config))}
+        write_safetensors(Path(path), tensors, metadata)
+
+    @classmethod
+    def load(
+        cls: type[Model],
+        path: str | os.PathLike[str],
+        ops: str = "fused",
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Model:
+        """Read what `save` wrote, in the stored dtypes unless `dtype` is given.
+
+        Raises
+        ------
+        ImportError
+            safetensors is not installed.
+        OSError
+            The file cannot be read.
+        ValueError
+            The file is damaged or holds another model, its configuration is not one of this version, or keys are
+            missing, unknown or of the wrong shape or dtype; the message names the file and them.
+        """
+        config = stored_config(path, cls.__name__, cls.config_class)
+        with open_safetensors(path, device) as file:
+            tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+        with torch.device("meta"):
+            model = cls(config, ops)
+        expected = {name: value.shape for name, value in model.state_dict().items()}
+        check_tensors(f"{path}: does not fit {cls.__name__}", tensors, expected)
+        model.load_state_dict(tensors, assign=True)
+        return model
+
+
+def model_name(path: str | os.PathLike[str]) -> str | None:
+    """The class of the model in a file that `ByteModel.save` wrote; None for other safetensors files."""
+    with open_safetensors(path) as file:
+        return (file.metadata() or {}).get("model")
+
+
+def stored_config(path: str | os.PathLike[str], name: str, cls: type) -> Any:
+    """The configuration, of the class `cls`, in a file of the model `name`; ValueError if it is another file."""
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+    if metadata.get("model") != name:
+        raise ValueError(f"path: expected a file of {name}, got {metadata.get('model')!r} in {path}")
+    try:
+        return config_from_dict(cls, json.loads(metadata.get("config", "null")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def config_from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Rebuild a configuration dataclass, nested ones included, from what `asdict` and JSON made of it."""
+    if not isinstance(values, dict):
+        raise ValueError(f"config: expected the fields of {cls.__name__}, got {values!r}")
+    unknown = sorted(set(values) - {field.name for field in fields(cls)})
+    if unknown:
+        raise ValueError(f"config: expected the fields of {cls.__name__}, got {', '.join(unknown)} as well")
+    hints, arguments = get_type_hints(cls), {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            nested = next((t for t in (hints[name], *get_args(hints[name])) if is_dataclass(t)), None)
+            if nested is None:
+                raise ValueError(f"config: expected a value of {cls.__name__}.{name}, got {value}")
+            value = config_from_dict(nested, value)  # type: ignore[arg-type]
+        value = tuple(value) if isinstance(value, list) else value
+        _check_kind(name, value, hints[name])
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    """Raise ValueError unless a value is of a kind of its field that the classes themselves do not check."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for kind in kinds:
+        expected = get_origin(kind) or kind
+        if expected in (bool, tuple) or is_dataclass(expected):
+            lengths = [len(get_args(kind))] if expected is tuple and Ellipsis not in get_args(kind) else []
+            fits = isinstance(value, expected) and (not lengths or len(value) in lengths)
+            if not fits and not (value is None and type(None) in kinds):
+                raise ValueError(f"{name}: expected {expected.__name__}, got {value}")

@@ -1,0 +1,147 @@
+"""Checkpoints of transformers and of facebookresearch/blt: this package reads both formats and writes the first.
+
+Weights are not copied: on the CPU and without another dtype, the parameters are the mapped file. Only the hash tables
+of facebookresearch/blt are copied, into one table. A weight that is missing, unknown or of the wrong shape is an error
+that names it as the file does. A field of a configuration that is unknown, or that asks for what the models here lack,
+is an error too: `transformers_fields` and `bytelatent_fields` list every field and what becomes of it. A file counts as
+missing on the hub only where the hub says so. No answer, no access and an unknown revision are errors of their own.
+
+transformers (checked with version 5.23) stores ``config.json``, and ``model.safetensors`` or its shards and their
+index. A BLT holds its patcher under the keys ``model.patcher.*``. A patcher alone has the ``model_type``
+``blt_patcher``. The model computes what transformers computes: it pools at every encoder layer, it groups the heads of
+cross attention, it knows no documents, and it patches by byte unless the configuration says ``entropy`` and
+``patch_in_forward``. Two things differ. Dropout is never applied. And with ``max_patch_length``, transformers opens no
+patch after the last byte in those rows of a batch that have the most patches; here, as in facebookresearch/blt, that
+boundary decision counts in every row. It changes the logits at the last byte of a row, which no loss reads. Fields that
+only this package knows (documents, the threshold of a patcher alone) are written to ``config.json`` under names that
+transformers ignores.
+
+facebookresearch/blt was checked at 9774ed4, by hand and on the CPU, with dense masks in place of xformers and of
+compiled attention: files that its code wrote from random weights give the logits and patch lengths of that code. No
+released file was at hand, so the names, the layout and the arguments of the released files could not be verified. The
+files are
+
+- ``params.json`` (the training arguments), and ``consolidated.pth`` (``{"model": ...}``), read with ``weights_only``,
+  or the weights alone as ``consolidated.safetensors``. The weights may also be in a folder ``consolidated``.
+- On the hub: ``config.json`` (``{"args": ...}``, the model's arguments alone), ``model.safetensors`` or one of those
+  files, and the training arguments as ``train_args.json``.
+
+The patching rule is that of ``data.patcher_args`` where there are training arguments, and else the model's. The entropy
+model has a directory of its own. Of its ``params.json`` only the sizes are read, as that repository's
+``load_entropy_model`` does: the window is 512, theta 10000 and epsilon 1e-5 whatever the file says, and documents are
+split.
+
+``attn_impl`` and ``attn_bias_type`` decide which entries attention reaches, as in that code. With "xformers", the
+layers over bytes stop at ``eos_id``, and the global transformer stops at EOS with "block_causal", nowhere with
+"causal". With "flex_attention", no layer stops anywhere or has a window. "sdpa" raises there for all but "causal",
+unless an environment variable makes it compute "causal" for all: it is read as what "xformers" computes. Buffers
+``freqs_cis`` are ignored, since they are computed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from blt_kernels.models.checkpoint import bytelatent, transformers
+from blt_kernels.models.checkpoint.fields import Values
+from blt_kernels.models.checkpoint.files import CONFIGURATIONS, Folder, Names, fill, write
+from blt_kernels.models.config import BLTConfig, ByteLMConfig
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model in a checkpoint.
+
+    Attributes
+    ----------
+    folder : where its files are
+    config : its configuration
+    names : the name of a parameter -> the names that its rows have in the files
+    prefix : what the names of its weights begin with; the files have others, which are of other models
+    apart : whether the entropy model of a BLT is in files of its own
+    """
+
+    folder: Folder
+    config: Any
+    names: Names
+    prefix: str = ""
+    apart: bool = False
+
+    def fill(self, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str) -> None:
+        """Give a model on the meta device the weights in the files."""
+        weights = self.folder.weights()
+        weights = {name: value for name, value in weights.items() if name.startswith(self.prefix)}
+        fill(model, self.folder, weights, self.names, dtype, device)
+
+    def patcher(self) -> Stored | None:
+        """Find the entropy model of a BLT that is in files of its own, None if there is none."""
+        place = self.folder.patcher() if self.apart else None
+        return None if place is None else _byte_lm(place)
+
+
+def open_blt(path: str | os.PathLike[str], revision: str | None = None) -> Stored:
+    """Find a BLT in a directory, or in a repository on the hub, and read its configuration."""
+    folder = Folder.open(path, revision)
+    values = folder.json(*CONFIGURATIONS)
+    if "model_type" in values:
+        values.expect("model_type", "blt")
+        return Stored(folder, transformers.read_blt(values), transformers.names_of)
+    training = folder.find("train_args.json")
+    config = bytelatent.read_blt(values, values if training is None else Values.read(training))
+    names = partial(bytelatent.names_of, tables=config.num_functions * len(config.ngram_sizes))
+    return Stored(folder, config, names, apart=True)
+
+
+def open_byte_lm(path: str | os.PathLike[str], revision: str | None = None) -> Stored:
+    """Find an entropy model in a directory, or in a repository on the hub, and read its configuration."""
+    return _byte_lm(Folder.open(path, revision))
+
+
+def _byte_lm(folder: Folder) -> Stored:
+    values = folder.json(*CONFIGURATIONS)
+    if "model_type" not in values:
+        return Stored(folder, bytelatent.read_byte_lm(values), bytelatent.names_of)
+    if values["model_type"] == "blt":
+        values.expect("patch_in_forward", True, True)  # there is no patcher without
+        prefix = "model.patcher."
+        return Stored(folder, transformers.read_patcher(values), partial(_prefixed, prefix), prefix)
+    values.expect("model_type", "blt_patcher")
+    return Stored(folder, transformers.read_byte_lm(values), partial(_prefixed, ""))
+
+
+def holds_blt(path: str | os.PathLike[str]) -> bool:
+    """Return whether a checkpoint has a whole BLT, and not an entropy model alone."""
+    values = Folder.open(path, None).json(*CONFIGURATIONS)
+    if "model_type" in values:
+        return values["model_type"] == "blt"
+    return bytelatent.is_blt(values)
+
+
+def read_config(path: str | os.PathLike[str]) -> BLTConfig | ByteLMConfig:
+    """Return the configuration of a checkpoint, without its weights."""
+    if not holds_blt(path):
+        return open_byte_lm(path).config
+    stored = open_blt(path)
+    patcher = stored.patcher()
+    return stored.config if patcher is None else replace(stored.config, patcher=patcher.config)
+
+
+def write_blt(model: nn.Module, config: BLTConfig, path: str | os.PathLike[str]) -> None:
+    """Write a BLT for transformers: see `BLT.save_pretrained`."""
+    write(model, path, transformers.write_blt(config), transformers.names_of)
+
+
+def write_byte_lm(model: nn.Module, config: ByteLMConfig, path: str | os.PathLike[str]) -> None:
+    """Write an entropy model for transformers: see `ByteLM.save_pretrained`."""
+    alone = {"architectures": ["BltPatcher"], "model_type": "blt_patcher", "patching_threshold": config.threshold}
+    write(model, path, {**alone, **transformers.write_byte_lm(config)}, partial(_prefixed, ""))
+
+
+def _prefixed(prefix: str, name: str) -> list[str]:
+    return [prefix + name]

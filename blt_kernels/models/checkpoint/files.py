@@ -1,0 +1,172 @@
+"""Files of a checkpoint: configurations and weights, in a directory or in a repository on the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blt_kernels._files import whole_file
+from blt_kernels.models.checkpoint.fields import Values
+from blt_kernels.models.weights import check_tensors, open_safetensors, write_safetensors
+
+Names = Callable[[str], list[str]]
+
+CONFIGURATIONS = ("config.json", "params.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "consolidated/consolidated.safetensors",
+    "consolidated.safetensors",
+    "consolidated/consolidated.pth",
+    "consolidated.pth",
+)
+
+
+class Folder:
+    """Files by name: of a directory, or of a repository on the hub and a folder in it."""
+
+    def __init__(self, path: str, repository: str | None, revision: str | None) -> None:
+        self.path, self.repository, self.revision = path, repository, revision
+
+    @staticmethod
+    def open(path: str | os.PathLike[str], revision: str | None) -> Folder:
+        path = os.fspath(path)
+        if os.path.isdir(path):
+            return Folder(path, None, None)
+        match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/?((?:\w[\w.-]*/?)*)", path)
+        if match is None:
+            raise FileNotFoundError(f"path: expected a directory or a repository on the hub, got {path}")
+        return Folder(match[2], match[1], revision)
+
+    def __str__(self) -> str:
+        return self.path if self.repository is None else str(PurePosixPath(self.repository, self.path))
+
+    def patcher(self) -> Folder | None:
+        """The entropy model of a BLT: in its folder or beside it."""
+        parents = [self.path]
+        if self.path or self.repository is None:
+            parents.append(os.path.join(self.path, "..") if self.repository is None else os.path.dirname(self.path))
+        places = (Folder(os.path.join(p, "entropy_model"), self.repository, self.revision) for p in parents)
+        return next((place for place in places if place.find(*CONFIGURATIONS)), None)
+
+    def find(self, *names: str) -> Path | None:
+        """The first of these files that there is."""
+        files = (self._local(name) if self.repository is None else self._remote(name) for name in names)
+        return next((file for file in files if file is not None), None)
+
+    def get(self, *names: str) -> Path:
+        file = self.find(*names)
+        if file is None:
+            raise FileNotFoundError(f"{self}: expected {' or '.join(names)}, found none")
+        return file
+
+    def json(self, *names: str) -> Values:
+        return Values.read(self.get(*names))
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors by their names, mapped."""
+        file = self.get(*WEIGHTS)
+        if file.suffix == ".pth":
+            return _pickled(file)
+        shards = [file]
+        if file.suffix == ".json":
+            places = Values.read(file).inner("weight_map")
+            if not places or not all(isinstance(name, str) for name in places.values()):
+                raise ValueError(f"{places}: expected the names of files by those of weights, got {dict(places)}")
+            shards = [self.get(name) for name in sorted(set(places.values()))]
+        tensors = {}
+        for shard in shards:
+            with open_safetensors(shard) as opened:
+                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+        return tensors
+
+    def _local(self, name: str) -> Path | None:
+        file = Path(self.path, name)
+        return file if file.is_file() else None
+
+    def _remote(self, name: str) -> Path | None:
+        try:
+            import huggingface_hub as hub
+        except ImportError as error:
+            message = f"there is no directory {self}, and the hub needs huggingface_hub: pip install 'blt-kernels[hub]'"
+            raise ImportError(message) from error
+        assert self.repository is not None
+        file = str(PurePosixPath(self.path, name))
+        try:
+            return Path(hub.hf_hub_download(self.repository, file, revision=self.revision))
+        except hub.errors.LocalEntryNotFoundError as error:  # it is not in the cache, and no answer came
+            if hub.try_to_load_from_cache(self.repository, file, revision=self.revision) is hub._CACHED_NO_EXIST:
+                return None
+            reason = error if error.__cause__ is None else error.__cause__
+            raise ConnectionError(f"{self}: the hub does not say whether there is {name}: {reason}") from error
+        except hub.errors.EntryNotFoundError:
+            return None
+        except hub.errors.GatedRepoError as error:
+            raise PermissionError(f"{self.repository}: the hub gives no access to it: {error}") from error
+        except hub.errors.RepositoryNotFoundError as error:
+            where = f"{self.repository}: there is no such directory, and no repository on the hub but private ones"
+            raise FileNotFoundError(f"{where}: {error}") from error
+        except hub.errors.RevisionNotFoundError as error:
+            raise ValueError(f"revision: expected one of {self.repository}, got {self.revision!r}") from error
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of the HTTP client, which is another one in every version of the hub's
+            raise ConnectionError(f"{self}: {name} could not be downloaded: {error!r}") from error
+
+
+def _pickled(file: Path) -> dict[str, Tensor]:
+    """The weights under "model" in a file of `torch.save`; no code in there is run."""
+    try:
+        state = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # of zip files, pickles and torch, by what is damaged
+        raise ValueError(f"{file}: expected weights of torch.save, got {error!r}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        got = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{file}: expected weights under 'model', got {got}")
+    return {name: value for name, value in state["model"].items() if isinstance(value, Tensor)}
+
+
+def fill(
+    model: nn.Module,
+    folder: Folder,
+    weights: dict[str, Tensor],
+    names: Names,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Give a model on the meta device its weights: a parameter has the rows of its `names` in the files, in turn."""
+    weights = {name: value for name, value in weights.items() if not name.endswith("freqs_cis")}
+    parts = {name: names(name) for name in model.state_dict()}
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    expected = {part: (shapes[name][0] // len(of), *shapes[name][1:]) for name, of in parts.items() for part in of}
+    check_tensors(f"{folder}: does not fit {type(model).__name__}", weights, expected)
+    state = {}
+    for name, of in parts.items():
+        if len(of) == 1:
+            state[name] = weights[of[0]].to(device=device, dtype=dtype)
+        else:
+            state[name] = torch.empty(shapes[name], dtype=dtype or weights[of[0]].dtype, device=device)
+            for rows, part in zip(state[name].chunk(len(of)), of, strict=True):
+                rows.copy_(weights[part])
+    model.load_state_dict(state, assign=True)
+
+
+def write(model: nn.Module, path: str | os.PathLike[str], values: Mapping[str, Any], names: Names) -> None:
+    """Write ``config.json`` with `values`, and the weights under the first of their `names`."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {names(name)[0]: value for name, value in model.state_dict().items()}
+    dtype = str(model.get_parameter("lm_head.weight").dtype).removeprefix("torch.")
+    with whole_file(folder / "config.json") as part:  # it comes into its place after the weights, if they do
+        part.write_text(json.dumps({**values, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+        write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})

@@ -1,0 +1,59 @@
+"""The configuration of a stack of transformer layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from blt_kernels.ops import _common
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A stack of layers. `window` is in bytes (or patches) and counts the query itself; None is the whole document.
+
+    `rope_scaling` is that of Llama 3.1: a factor, the turns below which a frequency is divided by it, the turns above
+    which it is not, and the length within which turns are counted.
+    """
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    ffn_dim: int | None = None
+    window: int | None = None
+    rope_theta: float = 500000.0
+    norm_eps: float = 1e-5
+    rope_scaling: tuple[float, float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_layers", "num_heads"):
+            _common.check_int(name, getattr(self, name), 0 if name == "num_layers" else 1)
+        for name in ("num_kv_heads", "ffn_dim", "window"):
+            if getattr(self, name) is not None:
+                _common.check_int(name, getattr(self, name), 1)
+        for name in ("rope_theta", "norm_eps"):
+            _common.check_number(name, getattr(self, name))
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta: expected a value > 0, got {self.rope_theta}")
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(f"dim: expected a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.dim}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, got {self.kv_heads}")
+        if self.rope_scaling is not None:
+            factor, low, high, length = self.rope_scaling
+            if not (min(factor, length) > 0 and low < high):
+                raise ValueError(f"rope_scaling: expected factor, low < high, length, got {self.rope_scaling}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward: 8/3 of `dim`, rounded up to a multiple of 256, unless given."""
+        return self.ffn_dim or 256 * math.ceil(8 * self.dim / 3 / 256)

@@ -1,0 +1,1 @@
+"""Training and evaluation on files; needs the packages of the extra ``train``."""

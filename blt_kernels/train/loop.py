@@ -1,0 +1,569 @@
+"""Training on files, resumable at any moment.
+
+A run is a directory: ``checkpoint`` (see `blt_kernels.train.state`), ``log.jsonl``, ``tensorboard``,
+``heldout.txt`` (the files that were held out), ``lock``, which keeps other processes from it, and at the end
+``model.safetensors`` and ``loss.png``. The data of a step is a function of the seed and the step alone, so that a run
+that was killed and started again with the same options goes on from its last checkpoint and ends, on the CPU, in
+bitwise the same weights.
+
+torchrun starts a run on several processes: ``torchrun --nproc-per-node 2 -m blt_kernels train ...``. They share the
+rows of each step, as micro-batches do. The loss is the mean over all predicted bytes of the step, so that its numbers,
+to rounding, do not depend on either; a run may go on with others than it began with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blt_kernels._files import locked, write_text
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, load_model
+from blt_kernels.models.base import ByteModel, config_from_dict
+from blt_kernels.models.checkpoint import llama
+from blt_kernels.nn import TransformerLayer, next_byte_bits, next_byte_targets
+from blt_kernels.train import checks, data, parallel, state
+from blt_kernels.train.evaluate import measure, threshold_for_patch_size
+from blt_kernels.train.log import Log, draw_curve
+from blt_kernels.train.stored_patches import RowPatches, StoredPatches, model_digest, provenance
+
+# Options that decide how a run is watched, stored and computed, but for rounding not what it computes.
+_FREE = (
+    *("paths", "out", "checkpoint_every", "checkpoint_seconds", "log_every", "tensorboard", "patch_size", "save_bf16"),
+    *("device", "accumulate", "checkpoint_activations", "compile", "parallel", "shard_tables", "patches", "keep"),
+)
+_MODELS: dict[str, type[ByteModel]] = {"entropy": ByteLM, "blt": BLT, "megabyte": MegaByte}
+_GLOBAL_LAYERS = ("global_transformer.layers.", "global_layers.")
+# What the threshold of an entropy model is chosen on. Rows begin with two short patches: they should be long.
+_THRESHOLD_BYTES, _THRESHOLD_CONTEXT = 1 << 20, 2048
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run depends on.
+
+    `model` is "entropy", "blt" or "megabyte"; `preset` "small", as for None, or "paper"; `overrides` replaces fields of
+    that configuration. `batch_bytes` ids make a step, in pieces of at most `context`. A fraction `heldout` of the files
+    is never trained on; at most `eval_bytes` of them are measured every `eval_every` steps, all of them at the end.
+    `patcher` is the entropy model of a BLT with entropy patching; if None, that of `init`, or the bundled one.
+    `out` is left out where it lies inside of `paths`. A checkpoint is written every `checkpoint_every` steps, and no
+    later than `checkpoint_seconds` after the last. `bf16` is autocast: faster on CPUs with AMX, and on GPUs.
+    `save_bf16` halves the size of the final model. An entropy model is saved with the threshold that makes patches of
+    `patch_size` bytes on held-out files, or on those of the training if none is held out.
+
+    `accumulate` micro-batches of a rank make its share of a step. `checkpoint_activations` computes every layer twice
+    to keep only its input, with the same numbers. `compile` compiles the layers, once for all lengths. On several
+    ranks, `parallel` is "ddp" or "fsdp", and `shard_tables` shares out the rows of a BLT's hash tables with "ddp" too.
+
+    `init_global` is a Llama checkpoint, see `blt_kernels.models.checkpoint.llama`: the global transformer of a BLT gets
+    its shape, unless `overrides` has one, and begins with its weights. `global_learning_rate` is the `learning_rate` of
+    that transformer's layers, with the same course. `tensorboard` asks for events, or for none; None wants them if it
+    is installed.
+
+    `init` is a model of that kind, as `blt_kernels.models.load_model` reads it, that the run begins as: it has the
+    configuration and the weights, and a BLT its patcher, unless `patcher` is another one. `preset` and `overrides` may
+    then only repeat what the model has.
+
+    The learning rate rises for `warmup` steps and falls along a cosine until the last of `steps`. A run may go on with
+    more `steps`: from there on it has the learning rate that a run of that length has at the same step. `keep` is how
+    many checkpoints, the newest ones, stay.
+
+    `patches` is a folder of stored patches (see `blt_kernels.train.stored_patches`): a BLT that patches as they were
+    made reads them instead of running its entropy model, and on the CPU ends in bitwise the same weights.
+    """
+
+    model: str
+    paths: Sequence[Path]
+    out: Path
+    preset: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    patcher: Path | None = None
+    include: Sequence[str] = ("*",)
+    heldout: float = 0.05
+    seed: int = 0
+    steps: int = 3000
+    batch_bytes: int = 4096
+    context: int = 2048
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 3e-5
+    warmup: int = 50
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    bf16: bool = False
+    save_bf16: bool = False
+    patch_size: float = 4.5
+    ops: str = "fused"
+    device: str = "cpu"
+    eval_every: int = 500
+    eval_bytes: int = 1 << 18
+    checkpoint_every: int = 200
+    checkpoint_seconds: float = 60.0
+    log_every: int = 10
+    accumulate: int = 1
+    checkpoint_activations: bool = False
+    compile: bool = False
+    parallel: str = "ddp"
+    shard_tables: bool = False
+    init_global: Path | None = None
+    global_learning_rate: float | None = None
+    tensorboard: bool | None = None
+    patches: Path | None = None
+    init: Path | None = None
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        if self.model not in ("entropy", "blt", "megabyte"):
+            raise ValueError(f"model: expected 'entropy', 'blt' or 'megabyte', got {self.model!r}")
+        if self.preset not in (None, "small", "paper"):
+            raise ValueError(f"preset: expected 'small' or 'paper', got {self.preset!r}")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {self.parallel!r}")
+        for name in ("init_global", "patches", "patcher"):
+            if self.model != "blt" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: expected None, since model is {self.model!r}, got {getattr(self, name)}")
+        if self.init is not None and self.init_global is not None:
+            raise ValueError(f"init_global: expected None beside init, got {self.init_global}")
+        if self.model == "entropy" and self.global_learning_rate is not None:
+            got = self.global_learning_rate
+            raise ValueError(f"global_learning_rate: expected None, since model is 'entropy', got {got}")
+        for name in ("batch_bytes", "context"):
+            checks.check_count(name, getattr(self, name), 2)
+        for name in ("steps", "eval_every", "eval_bytes", "checkpoint_every", "log_every", "accumulate", "keep"):
+            checks.check_count(name, getattr(self, name), 1)
+        for name in ("warmup", "seed"):
+            checks.check_count(name, getattr(self, name), 0)
+        checks.check_finite("learning_rate", self.learning_rate, 0, exclusive=True)
+        checks.check_finite("final_learning_rate", self.final_learning_rate, 0)
+        if self.global_learning_rate is not None:
+            checks.check_finite("global_learning_rate", self.global_learning_rate, 0, exclusive=True)
+        checks.check_finite("checkpoint_seconds", self.checkpoint_seconds, 0)
+        checks.check_finite("patch_size", self.patch_size, 1)
+        data.check_heldout(self.heldout)
+        checks.check_device(self.device)
+        if self.shard_tables and self.model != "blt":
+            raise ValueError(f"shard_tables: expected False, since model is {self.model!r}, got True")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: sent after every step. `heldout_bits` is the last measurement, None before the first."""
+
+    step: int
+    steps: int
+    bits_per_byte: float
+    bytes_per_second: float
+    heldout_bits: float | None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`model` is the safetensors file; bits per byte are over all `heldout_bytes`, None if nothing is held out."""
+
+    model: Path
+    curve: Path
+    heldout_bits: float | None
+    heldout_bytes: int
+
+
+def build_model(config: TrainConfig) -> ByteModel:
+    """The model that a run begins as: the one in `init`, or a freshly initialised one.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A file is not there or holds another model, or `init` contradicts another option; the message names it.
+    """
+    model = _initial_model(config) if config.init is not None else _fresh_model(config)
+    if model.config_class is BLTConfig:
+        patching = model.config.patching
+        data.check_patching("--set patching", patching)
+        if patching != "entropy" and config.patcher is not None:
+            raise ValueError(f"patcher: expected None, since patching is {patching!r}, got {config.patcher}")
+    return model
+
+
+def _fresh_model(config: TrainConfig) -> ByteModel:
+    """The patcher of a BLT is loaded, and its global transformer with `init_global`."""
+    values = {**_preset(config), **config.overrides}
+    if config.model == "entropy":
+        return ByteLM(_config(ByteLMConfig, values), config.ops)
+    if config.model == "megabyte":
+        return MegaByte(_config(MegaByteConfig, values), config.ops)
+    if config.init_global is not None and "global_transformer" not in config.overrides:
+        with checks.reading("init_global"):
+            values["global_transformer"] = asdict(llama.read_config(config.init_global))
+    patcher = None
+    if values["patching"] == "entropy":
+        patcher = _patcher(config)
+        values["threshold"] = config.overrides.get("threshold", patcher.config.threshold)
+    model = BLT(_config(BLTConfig, {**values, "patcher": patcher and asdict(patcher.config)}), config.ops)
+    if patcher is not None:
+        assert model.patcher is not None  # the configuration has one
+        model.patcher.load_state_dict(patcher.state_dict())
+    if config.init_global is not None:
+        with checks.reading("init_global"):
+            llama.load_global_transformer(model, config.init_global)
+    return model
+
+
+def _config(cls: type, values: dict[str, Any]) -> Any:
+    """The configuration with `overrides` in it."""
+    try:
+        return config_from_dict(cls, values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"overrides: {error}") from error
+
+
+def _initial_model(config: TrainConfig) -> ByteModel:
+    """The model in `init`, in fp32: a BLT with its own patcher, unless `patcher` is given."""
+    assert config.init is not None
+    cls = _MODELS[config.model]
+    with checks.reading("init"):
+        model = load_model(config.init, config.ops, dtype=torch.float32)
+    if type(model) is not cls:
+        expected, got = cls.__name__, type(model).__name__
+        raise ValueError(f"init: expected a {expected}, since model is {config.model!r}, got a {got} in {config.init}")
+    given = dict(config.overrides)
+    if isinstance(model, BLT) and model.config.patching == "entropy":
+        if config.patcher is not None:
+            model.patcher = _patcher(config).requires_grad_(False)
+            threshold = config.overrides.get("threshold", model.patcher.config.threshold)
+            model.config = replace(model.config, patcher=model.patcher.config, threshold=threshold)
+        elif model.patcher is None:
+            raise ValueError(f"patcher: expected an entropy model, since there is none in {config.init}, got None")
+    if config.preset is not None:
+        preset = _preset(config)
+        given = {**{name: preset[name] for name in preset if name not in ("threshold", "patcher")}, **given}
+    wanted = _config(type(model.config), {**asdict(model.config), **given})
+    for name in given:
+        has, want = getattr(model.config, name), getattr(wanted, name)
+        if has != want:
+            option = f"--set {name}" if name in config.overrides else f"preset {config.preset!r}: {name}"
+            raise ValueError(f"{option}: expected {has!r}, as in {config.init}, got {want!r}")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # what was loaded may be the mapped file
+    return model
+
+
+def _preset(config: TrainConfig) -> dict[str, Any]:
+    """The configuration that `preset` names."""
+    config_class: Any = {"entropy": ByteLMConfig, "blt": BLTConfig, "megabyte": MegaByteConfig}[config.model]
+    return asdict(config_class() if config.preset == "paper" else config_class.small())
+
+
+def _patcher(config: TrainConfig) -> ByteLM:
+    path = config.patcher
+    if path is None:
+        return ByteLM.bundled(config.ops)
+    with checks.reading("patcher"):
+        if path.is_dir():
+            return ByteLM.from_pretrained(path, config.ops, dtype=torch.float32)
+        return ByteLM.load(path, config.ops, dtype=torch.float32)
+
+
+def train(config: TrainConfig, report: Callable[[Progress], None] | None = None) -> TrainResult:
+    """Train, or go on training, the run in ``config.out``: on all ranks, if there are several.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    report : callable, optional
+        Told of every step, on rank 0.
+
+    Raises
+    ------
+    ImportError
+        safetensors or matplotlib is not installed, or TensorBoard if it is asked for.
+    FileNotFoundError
+        A path does not exist.
+    ValueError
+        There is nothing to train on, ``config.out`` holds a run with other options or one that began with other content
+        in the files of options, or another process is training there; the message names them.
+    """
+    out = Path(config.out)
+    if out.is_dir() and os.path.realpath(out) in map(os.path.realpath, config.paths):
+        raise ValueError(f"out: expected another directory than the paths to train on, got {out}")
+    with (
+        parallel.start(config.device) as ranks,
+        locked(out, "out") if ranks.rank == 0 else nullcontext(),
+    ):
+        return _train(config, report, ranks)
+
+
+def _train(config: TrainConfig, report: Callable[[Progress], None] | None, ranks: parallel.Ranks) -> TrainResult:
+    """Apart from `train`, so that the run is gone before `ranks` end."""
+    run = _Run(config, ranks)
+    while run.step < config.steps:
+        started = time.perf_counter()
+        bits = run.advance()
+        speed = config.batch_bytes / (time.perf_counter() - started)
+        run.record(bits, speed)
+        if report and ranks.rank == 0:
+            report(Progress(run.step, config.steps, bits, speed, run.heldout_bits))
+    return run.finish()
+
+
+class _Run:
+    """One training run: its state, and the files it lives in."""
+
+    def __init__(self, config: TrainConfig, ranks: parallel.Ranks) -> None:
+        for package in ("safetensors", "matplotlib"):  # better missed now than after the training
+            if find_spec(package) is None:
+                raise ImportError(f"training needs {package}: pip install 'blt-kernels[cli]'")
+        self.config, self.ranks, self.out = config, ranks, Path(config.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        sources = data.find_sources(config.paths, config.include, left_out=self.out)
+        self.train_sources, self.heldout_sources = data.split_sources(sources, config.heldout, config.seed)
+        if not self.train_sources:
+            raise ValueError(f"heldout: all of {len(sources)} files are held out at {config.heldout}")
+        self.batches = data.PackedBatches(self.train_sources, config.batch_bytes, config.context, config.seed)
+        torch.manual_seed(config.seed)
+        self.model = build_model(config).train()
+        self.called = parallel.distribute(self.model, ranks, config.parallel, config.shard_tables)
+        _prepare_layers(self.model, config)
+        self.optimizer = _optimizer(self.model, config)
+        self.step, self.seconds = 0, 0.0
+        self.heldout_bits: float | None = None
+        self.saved_step, self.saved_at = 0, time.monotonic()
+        checkpoint = state.latest(self.out / "checkpoint")
+        if checkpoint is None and (self.out / "log.jsonl").exists():
+            raise ValueError(f"out: {self.out} holds the log of a run but no checkpoint: choose another directory")
+        ranks.barrier()  # before one of them writes another
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        self.patches = self._row_patches()
+        if checkpoint is None:
+            if ranks.rank == 0:
+                listing = "".join(f"{source.path}\n" for source in self.heldout_sources)
+                write_text(self.out / "heldout.txt", listing)
+            self._save()
+        self.log = Log(self.out, self.step, config.tensorboard) if ranks.rank == 0 else None
+
+    def advance(self) -> float:
+        """One step; returns its loss in bits per byte."""
+        config, ranks, started = self.config, self.ranks, time.perf_counter()
+        rate = _learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        predicted, parts = max(self.batches.predicted(self.step), 1), ranks.world * config.accumulate
+        bits = torch.zeros((), device=ranks.device)
+        for part in range(ranks.rank, parts, ranks.world):
+            batch = self.batches.rows(self.step, part, parts)
+            tokens, rows = (t.to(ranks.device) for t in data.read_rows(batch))
+            options = {} if self.patches is None else {"layout": self.patches.layout(batch)}
+            with parallel.synchronised(self.called, last=part + ranks.world >= parts):
+                with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.bf16):
+                    logits = self.called(tokens, rows, **options)
+                loss = next_byte_bits(logits, next_byte_targets(tokens, rows), predicted)
+                (loss * ranks.world).backward()
+            bits += loss.detach()
+        parallel.clip_gradients(self.model, config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        (total,) = ranks.sum(bits.item())
+        self.seconds += time.perf_counter() - started
+        return total
+
+    def record(self, bits: float, speed: float) -> None:
+        """Measure, log and save where it is time to."""
+        config = self.config
+        if not math.isfinite(bits):
+            raise ValueError(f"learning_rate: the loss is {bits} at step {self.step}, after {config.learning_rate}")
+        line: dict[str, Any] = {}
+        if self.step % config.log_every == 0 or self.step == 1:
+            line = {"bits_per_byte": bits, "learning_rate": _learning_rate(config, self.step - 1)}
+            line |= {"bytes_per_second": round(speed), "seconds": round(self.seconds, 2)}
+        if self.heldout_sources and self.step % config.eval_every == 0:
+            self.heldout_bits = self._measure(_first(self.heldout_sources, config.eval_bytes))[0]
+            line["heldout_bits_per_byte"] = self.heldout_bits
+        if line and self.log:
+            self.log.write({"step": self.step, **line})
+        late = self.ranks.first(time.monotonic() - self.saved_at >= config.checkpoint_seconds)
+        if late or self.step - self.saved_step >= config.checkpoint_every:
+            self._save()
+
+    def finish(self) -> TrainResult:
+        self._save()
+        config, bits, size = self.config, None, 0
+        if config.save_bf16:  # what is measured is what is saved
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.copy_(parameter.bfloat16())
+        if self.heldout_sources:
+            bits, size = self._measure(self.heldout_sources)
+        changes = {}
+        if isinstance(self.model, ByteLM):
+            sample = _first(self.heldout_sources or self.train_sources, _THRESHOLD_BYTES)
+            context = max(config.context, _THRESHOLD_CONTEXT)
+            threshold = threshold_for_patch_size(self.model, sample, config.patch_size, config.batch_bytes, context)
+            changes["threshold"] = threshold
+        path, curve = self.out / "model.safetensors", self.out / "loss.png"
+        if self.log:
+            if bits is not None:
+                line = {"step": self.step, "heldout_bits_per_byte": bits, "heldout_bytes": size, "final": True}
+                self.log.write(line)
+            self.log.close()
+            model = self._whole_model()
+            model.config = replace(model.config, **changes)
+            model.save(path, torch.bfloat16 if config.save_bf16 else None)
+            draw_curve(self.out / "log.jsonl", curve)
+        self.ranks.barrier()
+        return TrainResult(path, curve, bits, size)
+
+    def _whole_model(self) -> ByteModel:
+        """The model, or, where its parameters may be sharded, another one with those of the checkpoint."""
+        if self.ranks.world == 1:
+            return self.model
+        cls: Any = _MODELS[self.config.model]
+        model = cls(self.model.config, self.config.ops)  # the files of `build_model` may have changed
+        checkpoint = state.latest(self.out / "checkpoint")
+        assert checkpoint is not None  # there is always one
+        state.load_weights(checkpoint, model)
+        return model
+
+    def _measure(self, sources: Sequence[data.Source]) -> tuple[float, int]:
+        config = self.config
+        size, context = config.batch_bytes, config.context
+        return measure(self.model, sources, size, context, bf16=config.bf16, ranks=self.ranks, patches=self.patches)
+
+    def _row_patches(self) -> RowPatches | None:
+        config, model, stored = self.config, self.model, None
+        if not isinstance(model, BLT):
+            return None
+        if config.patches is not None:
+            stored = StoredPatches(config.patches)
+            made_with = provenance(model, config.context, config.bf16)
+            stored.check(made_with, [*self.train_sources, *self.heldout_sources])
+        return RowPatches(model, config.context, config.bf16, stored)
+
+    def _options(self) -> dict[str, Any]:
+        options = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
+        options["preset"] = self.config.preset or "small"
+        options["files"] = [source.digest for source in self.train_sources]
+        return json.loads(json.dumps(options, default=str))
+
+    def _save(self) -> None:
+        values = {
+            "options": self._options(),
+            "config": asdict(self.model.config),
+            "step": self.step,
+            "seconds": self.seconds,
+            "heldout_bits": self.heldout_bits,
+        }
+        keep = self.config.keep
+        state.save(self.out / "checkpoint", self.step, self.model, self.optimizer, values, self.ranks, keep)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def _resume(self, checkpoint: Path) -> None:
+        values, options = state.read_values(checkpoint), self._options()
+        stored = values["options"]
+        other = [name for name in options if name != "steps" and stored.get(name) != options[name]]
+        if other:
+            shown = ", ".join(name if name == "files" else f"{name}={stored.get(name)!r}" for name in other)
+            raise ValueError(f"out: {self.out} holds a run with other options ({shown}): choose another directory")
+        if options["steps"] < stored["steps"]:
+            raise ValueError(f"steps: expected at least {stored['steps']}, as {self.out} has, got {options['steps']}")
+        self._check_files(values["config"])
+        patcher = self._patcher_digest()
+        state.load(checkpoint, self.model, self.optimizer, self.ranks)
+        if patcher != self._patcher_digest():
+            raise self._changed("patcher" if self.config.patcher or not self.config.init else "init", "other weights")
+        self.step, self.seconds, self.heldout_bits = values["step"], values["seconds"], values["heldout_bits"]
+        self.saved_step = self.step
+        if self.ranks.rank == 0:  # `keep` may be smaller than it was
+            state.prune(checkpoint.parent, self.config.keep)
+
+    def _check_files(self, began_with: dict[str, Any]) -> None:
+        """Raise ValueError unless the files that options name give the configuration that the run began with."""
+        old, new = (_flat(json.loads(json.dumps(values))) for values in (began_with, asdict(self.model.config)))
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        if not names:
+            return
+        config, tops = self.config, {name.partition(".")[0] for name in names}
+        if tops <= {"patcher", "threshold"} and (config.patcher or not config.init):
+            option = "patcher"
+        else:
+            option = "init" if config.init else "init_global" if config.init_global else "preset"
+        shown = (f"{name}: expected {old.get(name)!r}, got {new.get(name)!r}" for name in names)
+        raise self._changed(option, "; ".join(shown))
+
+    def _changed(self, option: str, what: str) -> ValueError:
+        """The error that a file has changed."""
+        name = getattr(self.config, option) or ("the bundled one" if option == "patcher" else "small")
+        began = f"has changed since the run in {self.out} began"
+        return ValueError(f"{option}: {name} {began} ({what}): bring it back, or choose another directory")
+
+    def _patcher_digest(self) -> str | None:
+        patcher = getattr(self.model, "patcher", None)
+        return patcher and model_digest(patcher)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a configuration and of those in it: ``encoder.dim``."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _prepare_layers(model: ByteModel, config: TrainConfig) -> None:
+    """Have layers compute their activations again, and compile them.
+
+    They are compiled one by one: between them, in eager code, layouts are trimmed to their patches on the CPU. Layers
+    of one shape share their code, once with gradients and once without.
+    """
+    if config.compile:  # encoder, global transformer and decoder make more kinds than dynamo allows
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    for layer in model.modules():
+        if isinstance(layer, TransformerLayer) and all(p.requires_grad for p in layer.parameters()):
+            layer.recompute = config.checkpoint_activations
+            if config.compile:  # `forward` alone: FSDP2's hooks around it would break the graph
+                layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
+
+
+def _optimizer(model: ByteModel, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; only matrices decay, not norms and tables.
+
+    A group has a `scale` of the learning rate, and parameters that are all sharded or all whole.
+    """
+    decays = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    rate = config.learning_rate if config.global_learning_rate is None else config.global_learning_rate
+    ratio = rate / config.learning_rate
+    groups: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = ratio if name.startswith(_GLOBAL_LAYERS) else 1.0
+            key = (config.weight_decay if parameter in decays else 0.0, scale, type(parameter.data))
+            groups.setdefault(key, []).append(parameter)
+    options = [{"params": params, "weight_decay": key[0], "scale": key[1]} for key, params in groups.items()]
+    return torch.optim.AdamW(options, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def _learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` at the last step."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    part = (step - config.warmup) / max(config.steps - 1 - config.warmup, 1)
+    span = config.learning_rate - config.final_learning_rate
+    return config.final_learning_rate + span * (1 + math.cos(math.pi * part)) / 2
+
+
+def _first(sources: Sequence[data.Source], limit: int) -> list[data.Source]:
+    """The first files up to `limit` bytes in all, at least one. They are ordered by digest: a fair sample."""
+    chosen, size = [sources[0]], sources[0].size
+    for source in sources[1:]:
+        size += source.size
+        if size > limit:
+            break
+        chosen.append(source)
+    return chosen
