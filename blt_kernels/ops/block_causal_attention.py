@@ -91,6 +91,13 @@ def block_causal_attention(
     for queries whose lse is 128 or more, 1024 in 16 bits, backward takes the products of q and k twice. On CUDA
     backward takes the weights ``exp(s - lse)`` from the rounded lse: their relative error is up to about
     ``2^-22 |lse|``, 0.2% for 1e4. Far beyond 1e6 they are finite and at most 1, but need not sum to 1.
+
+    Examples
+    --------
+    >>> v = torch.tensor([1.0, 3.0, 5.0]).view(3, 1, 1).expand(3, 1, 8)
+    >>> q = k = torch.zeros(3, 1, 8)  # equal scores: the mean of the bytes so far
+    >>> block_causal_attention(q, k, v, torch.tensor([0, 2, 3]))[:, 0, 0].tolist()
+    [1.0, 2.0, 5.0]
     """
     _common.check_tensor("q", q, (3, 4), _common.FLOATS)
     dims = q.dim()
@@ -297,7 +304,18 @@ def set_attention_backend(backend: str) -> None:
 
 
 def attention_backend() -> str:
-    """Return what `set_attention_backend` has chosen: "auto", "triton" or "flash"."""
+    """Return the backend that `set_attention_backend` has chosen.
+
+    Returns
+    -------
+    str
+        "auto", "triton" or "flash".
+
+    Examples
+    --------
+    >>> attention_backend()
+    'auto'
+    """
     return _backend
 
 

@@ -59,6 +59,16 @@ def entropy_patch(
     Notes
     -----
     The BLT paper (arXiv 2412.09871), section 2.3; its released models use ``threshold=1.335442066192627``.
+
+    Examples
+    --------
+    >>> logits = torch.zeros(4, 260)
+    >>> logits[1, 65] = 100.0  # the model is sure of the byte after byte 1
+    >>> entropy, layout = entropy_patch(logits, threshold=1.0)
+    >>> [round(h, 2) for h in entropy.tolist()]  # in nats: ln 260 = 5.56
+    [5.56, 0.0, 5.56, 5.56]
+    >>> layout.compact().patch_offsets.tolist()  # bytes 1 and 2 are one patch
+    [0, 1, 3, 4]
     """
     _common.check_tensor("logits", logits, (2, 3), _common.FLOATS)
     check_alphabet("logits", logits.shape[-1])
@@ -104,10 +114,21 @@ def patch_starts(
         Capacity C of the layout, at least the number of documents; T if None. If it is too small, surplus bytes stay in
         the last patch of their document and ``layout.overflowed`` is true.
 
+    Returns
+    -------
+    PatchLayout
+        The patches, on the device of the argument. Its `overflowed` is true where `max_patches` was too small.
+
     Raises
     ------
     TypeError, ValueError
         An argument has the wrong type, dtype, shape or value; the message names it.
+
+    Examples
+    --------
+    >>> entropy = torch.tensor([9.0, 0.5, 2.0, 0.5, 2.0, 0.5])
+    >>> patch_starts(entropy, threshold=1.0).compact().patch_offsets.tolist()  # entropy[0] is never read
+    [0, 1, 3, 5, 6]
     """
     _common.check_tensor("entropy", entropy, (1, 2), _common.FLOATS)
     _check_rules(threshold, threshold_add, monotonic, max_patch_length)
@@ -132,10 +153,21 @@ def space_patch(tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches
     cu_seqlens, max_patches
         As in `patch_starts`.
 
+    Returns
+    -------
+    PatchLayout
+        The patches, on the device of the argument. Its `overflowed` is true where `max_patches` was too small.
+
     Raises
     ------
     TypeError, ValueError
         An argument has the wrong type, dtype, shape or value; the message names it.
+
+    Examples
+    --------
+    >>> layout = space_patch(to_ids("a cat, a dog")).compact()
+    >>> to_bytes(to_ids("a cat, a dog"), layout.patch_offsets)
+    [b'a', b' ', b'cat,', b' a ', b'dog']
     """
     _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
     packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
@@ -165,10 +197,22 @@ def static_patch(
     max_patches : int, optional
         As in `patch_starts`.
 
+    Returns
+    -------
+    PatchLayout
+        The patches, on the device of the argument. Its `overflowed` is true where `max_patches` was too small.
+
     Raises
     ------
     TypeError, ValueError
         An argument has the wrong type, dtype, shape or value; the message names it.
+
+    Examples
+    --------
+    >>> static_patch(torch.tensor([0, 5, 9]), 3).compact().patch_lengths.tolist()
+    [1, 3, 1, 1, 3]
+    >>> static_patch(torch.tensor([0, 5, 9]), 3, first=3).compact().patch_lengths.tolist()
+    [3, 2, 3, 1]
     """
     _common.check_int("size", size, 1)
     _common.check_int("first", first, 1)
@@ -185,7 +229,28 @@ def static_patch(
 
 
 def byte_patch(cu_seqlens: Tensor, *, num_bytes: int | None = None, max_patches: int | None = None) -> PatchLayout:
-    """Make every byte a patch: `static_patch` with ``size=1``, whose arguments and errors it shares."""
+    """Make every byte a patch.
+
+    Parameters
+    ----------
+    cu_seqlens, num_bytes, max_patches
+        As for `static_patch`.
+
+    Returns
+    -------
+    PatchLayout
+        The patches, on the device of the argument. Its `overflowed` is true where `max_patches` was too small.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `static_patch`.
+
+    Examples
+    --------
+    >>> byte_patch(torch.tensor([0, 3])).compact().patch_lengths.tolist()
+    [1, 1, 1]
+    """
     return static_patch(cu_seqlens, 1, num_bytes=num_bytes, max_patches=max_patches)
 
 
@@ -201,10 +266,21 @@ def delimiter_patch(
     cu_seqlens, max_patches
         As in `patch_starts`.
 
+    Returns
+    -------
+    PatchLayout
+        The patches, on the device of the argument. Its `overflowed` is true where `max_patches` was too small.
+
     Raises
     ------
     TypeError, ValueError
         An argument has the wrong type, dtype, shape or value; the message names it.
+
+    Examples
+    --------
+    >>> tokens = to_ids("one,two")
+    >>> to_bytes(tokens, delimiter_patch(tokens, ord(",") + 4).compact().patch_offsets)
+    [b'o', b'ne,', b'two']
     """
     _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
     _common.check_int("id", id, -_common.INT64_MAX - 1)
@@ -228,10 +304,21 @@ def topk_patch(
     cu_seqlens, max_patches
         As in `patch_starts`.
 
+    Returns
+    -------
+    PatchLayout
+        The patches, on the device of the argument. Its `overflowed` is true where `max_patches` was too small.
+
     Raises
     ------
     TypeError, ValueError
         An argument has the wrong type, dtype, shape or value; the message names it.
+
+    Examples
+    --------
+    >>> entropy = torch.tensor([0.0, 1.0, 5.0, 1.0, 4.0, 1.0, 1.0, 1.0])
+    >>> topk_patch(entropy, 2).compact().patch_offsets.tolist()
+    [0, 1, 3, 5, 8]
     """
     _common.check_tensor("entropy", entropy, (1, 2), _common.FLOATS)
     _common.check_int("patch_size", patch_size, 1)
