@@ -196,7 +196,7 @@ __device__ __forceinline__ T warp_prefix_sum(T x) {
   return x;
 }
 
-// The block's dynamic shared memory, as the launch made room for: launch with `.shared = sizeof(S)`.
+// The block's dynamic shared memory, of a launch with `.smem_bytes = sizeof(S)`.
 template <class S>
 __device__ __forceinline__ S& shared_memory() {
 #ifdef __CUDACC__

@@ -77,7 +77,7 @@ LayoutTensors launch_layout(const Device& device, const Rule& rule, const Plan& 
                              .cu_seqlens = even ? device.write<i32>(cu_seqlens) : nullptr,
                              .capacity = capacity};
   const int64_t blocks = plan.scratch.counts.chunks + ceil_div<int64_t>(capacity + 1, kChunkBytes);
-  device.launch<patch_layout_kernel<Rule>>({.blocks = blocks, .threads = kLayoutThreads}, rule, plan.documents, limit,
+  device.launch<patch_layout_kernel<Rule>>({.grid = {blocks}, .block = kLayoutThreads}, rule, plan.documents, limit,
                                            plan.scratch, out);
   return {patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, cu_seqlens};
 }
@@ -87,7 +87,7 @@ LayoutTensors build_layout(const Device& device, const Rule& rule, const Documen
                            std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
   const Plan plan = plan_layout(device, documents, like, max_patches);
   const int64_t work = std::max<int64_t>(ChunkCounts::slots(plan.scratch.counts.chunks), plan.scratch.parts * kWarp);
-  device.launch<prepare_layout_kernel>({.blocks = ceil_div<int64_t>(work, kLayoutThreads), .threads = kLayoutThreads},
+  device.launch<prepare_layout_kernel>({.grid = {ceil_div<int64_t>(work, kLayoutThreads)}, .block = kLayoutThreads},
                                        documents, plan.scratch);
   return launch_layout(device, rule, plan, max_patch_length);
 }
@@ -130,9 +130,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor log_sum = device_output(rows, {rows.size(0)}, accumulator(rows));
   dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    Shape grid = entropy_grid<T>(rows.size(0));
-    grid.blocks = std::max<int64_t>(grid.blocks, 1);
-    device.launch<entropy_patch_fwd_kernel<T>>(grid, logit_rows<T>(device, rows), documents, plan.scratch,
+    LaunchConfig config = entropy_config<T>(rows.size(0));
+    config.grid.x = std::max<int64_t>(config.grid.x, 1);
+    device.launch<entropy_patch_fwd_kernel<T>>(config, logit_rows<T>(device, rows), documents, plan.scratch,
                                                device.write<acc_t<T>>(entropy), device.write<acc_t<T>>(log_sum));
   });
   LayoutTensors layout = dispatch_rule(device, entropy, threshold, threshold_add, monotonic, [&](const auto& rule) {
@@ -196,7 +196,7 @@ LayoutTensors topk_patch_fwd_cuda(const Tensor& entropy, std::optional<Tensor> c
   u8* const chosen = device.write<u8>(cuts);
   dispatch_device_float(values.scalar_type(), "entropy", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    device.launch<topk_cuts_kernel<T>>({.blocks = documents.count, .threads = kTopkThreads}, device.read<T>(values),
+    device.launch<topk_cuts_kernel<T>>({.grid = {documents.count}, .block = kTopkThreads}, device.read<T>(values),
                                        documents, static_cast<i32>(std::min<int64_t>(patch_size, kNoLimit)), chosen);
   });
   return build_layout(device, GivenRule{chosen}, documents, values, std::nullopt, max_patches);

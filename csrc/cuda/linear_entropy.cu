@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> linear_entropy_fwd_cuda(const Tensor& hidden, const T
     const auto w = by_rows(device.read<T>(head.weight), head.alphabet(), head.width(), head.weight.stride(0));
     dispatch_head(x, w, [&](auto pack) {
       device.launch<linear_entropy_fwd_kernel<T, pack()>>(
-          {.blocks = ceil_div<int64_t>(head.rows(), kTileRows), .threads = kProductThreads}, x, w,
+          {.grid = {ceil_div<int64_t>(head.rows(), kTileRows)}, .block = kProductThreads}, x, w,
           device.read<T>(head.bias), device.write<A>(entropy), device.write<A>(log_sum));
     });
   });
@@ -107,21 +107,21 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd_cuda(const Tensor& grad_en
       const auto w = by_rows(weight_from, alphabet, width, weight_stride);
       dispatch_head(panel, w, [&](auto pack) {
         device.launch<linear_entropy_logits_kernel<T, pack()>>(
-            {.blocks = ceil_div<int64_t>(count, kTileRows), .threads = kProductThreads}, panel, w, bias_from,
-            up + begin, h + begin, log_s + begin, x, g);
+            {.grid = {ceil_div<int64_t>(count, kTileRows)}, .block = kProductThreads}, panel, w, bias_from, up + begin,
+            h + begin, log_s + begin, x, g);
       });
       device.launch<product_kernel<T, T>>(
-          {.blocks = blocks_of(count, width), .threads = kProductThreads}, by_rows<T>(g, count, alphabet, alphabet),
+          {.grid = {blocks_of(count, width)}, .block = kProductThreads}, by_rows<T>(g, count, alphabet, alphabet),
           by_columns(weight_from, width, alphabet, weight_stride), alphabet, 0, to + begin * width);
-      device.launch<product_kernel<T, A>>(
-          {.blocks = blocks_of(alphabet, width), .threads = kProductThreads, .rows = splits},
-          by_columns<T>(g, alphabet, count, alphabet), by_columns(from + begin * stride, width, count, stride),
-          kSplitRows, alphabet * width, device.write<A>(weight_parts));
+      device.launch<product_kernel<T, A>>({.grid = {blocks_of(alphabet, width), splits}, .block = kProductThreads},
+                                          by_columns<T>(g, alphabet, count, alphabet),
+                                          by_columns(from + begin * stride, width, count, stride), kSplitRows,
+                                          alphabet * width, device.write<A>(weight_parts));
       device.launch<column_sums_kernel<T>>(
-          {.blocks = ceil_div<int64_t>(alphabet, kSumThreads), .threads = kSumThreads, .rows = splits}, g, count,
-          alphabet, device.write<A>(bias_parts));
+          {.grid = {ceil_div<int64_t>(alphabet, kSumThreads), splits}, .block = kSumThreads}, g, count, alphabet,
+          device.write<A>(bias_parts));
       const auto add_splits = [&](Tensor& parts, int64_t size, Tensor& total, Tensor& out) {
-        device.launch<add_splits_kernel<T>>({.blocks = ceil_div<int64_t>(size, kSumThreads), .threads = kSumThreads},
+        device.launch<add_splits_kernel<T>>({.grid = {ceil_div<int64_t>(size, kSumThreads)}, .block = kSumThreads},
                                             device.read<A>(parts), splits, size, begin == 0, begin + count == rows,
                                             device.write<A>(total), device.write<T>(out));
       };

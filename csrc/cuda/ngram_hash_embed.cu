@@ -104,7 +104,7 @@ Tensor ngram_hash_fwd_cuda(const Tensor& tokens, Tensor cu_seqlens, const std::v
   dispatch_ids(hashed.tokens, [&](auto tag) {
     using Id = typename decltype(tag)::type;
     device.launch<ngram_hash_fwd_kernel<Id>>(
-        {.blocks = ceil_div<int64_t>(hashed.bytes(), kHashThreads), .threads = kHashThreads}, hashed.text<Id>(device),
+        {.grid = {ceil_div<int64_t>(hashed.bytes(), kHashThreads)}, .block = kHashThreads}, hashed.text<Id>(device),
         hashed.ngrams, device.write<i64>(hashes));
   });
   return hashes;
@@ -152,9 +152,9 @@ Tensor ngram_hash_embed_fwd_cuda(const Tensor& tokens, std::vector<Tensor> table
       using Id = typename decltype(id_tag)::type;
       dispatch_pack<T>({places}, [&](auto pack) {
         device.launch<ngram_hash_embed_fwd_kernel<T, Id, pack()>>(
-            {.blocks = ceil_div<int64_t>(hashed.bytes(), kEmbedBytes),
-             .threads = kEmbedThreads,
-             .shared = bytes_of<const T*>(kEmbedBytes * (count + 1))},
+            {.grid = {ceil_div<int64_t>(hashed.bytes(), kEmbedBytes)},
+             .block = kEmbedThreads,
+             .smem_bytes = bytes_of<const T*>(kEmbedBytes * (count + 1))},
             hashed.text<Id>(device), hashed.ngrams, shard, from, width, device.write<T>(out));
       });
     });
@@ -203,9 +203,9 @@ TableGrads check_backward(const Tensor& grad_out, const Tensor& tokens, const Te
 // Counts of digits become places: at once, or by segments of kScanTiles tiles.
 void place_digits(const Device& device, int64_t lists, int64_t tiles, u32* counts, u32* segments) {
   const int64_t parts = ceil_div<int64_t>(tiles, kScanTiles);
-  const Shape scan = {.blocks = lists, .threads = kSortThreads};
+  const LaunchConfig scan = {.grid = {lists}, .block = kSortThreads};
   if (parts == 1) return device.launch<radix_scan_kernel<kSortBits>>(scan, counts, tiles);
-  const Shape grid = {.blocks = parts, .threads = kSortThreads, .rows = lists};
+  const LaunchConfig grid = {.grid = {parts, lists}, .block = kSortThreads};
   device.launch<radix_sum_kernel<kSortBits>>(grid, counts, tiles, segments);
   device.launch<radix_scan_kernel<kSortBits>>(scan, segments, parts);
   device.launch<radix_spread_kernel<kSortBits>>(grid, counts, tiles, segments);
@@ -219,7 +219,7 @@ Tensor sort_readers(const Device& device, const TableGrads& grads) {
   Tensor counts = device_output(from, {lists, tiles, kSortThreads}, ScalarType::Int);
   Tensor sums = device_output(from, {lists, ceil_div<int64_t>(tiles, kScanTiles), kSortThreads}, ScalarType::Int);
   if (bytes == 0) return from;
-  const Shape grid = {.blocks = tiles, .threads = kSortThreads, .rows = lists};
+  const LaunchConfig grid = {.grid = {tiles, lists}, .block = kSortThreads};
   u32* const places = device.write<u32>(counts);
   u32* const segments = device.write<u32>(sums);
   dispatch_ids(grads.hashed.tokens, [&](auto tag) {
@@ -252,11 +252,11 @@ RunTensors find_runs(const Device& device, const TableGrads& grads, const Tensor
     return runs;
   }
   Tensor counts = device_output(sorted, {lists, tiles}, ScalarType::Int);
-  const Shape grid = {.blocks = tiles, .threads = kSortThreads, .rows = lists};
+  const LaunchConfig grid = {.grid = {tiles, lists}, .block = kSortThreads};
   const Reader* const readers = device.read<Reader>(sorted);
   u32* const found = device.write<u32>(counts);
   device.launch<run_count_kernel<kSortItems>>(grid, readers, bytes, found);
-  device.launch<run_scan_kernel<kSortItems>>({.blocks = lists, .threads = kSortThreads}, found, tiles);
+  device.launch<run_scan_kernel<kSortItems>>({.grid = {lists}, .block = kSortThreads}, found, tiles);
   device.launch<run_starts_kernel<kSortItems>>(grid, readers, bytes, grads.none(), found,
                                                device.write<u32>(runs.starts), device.write<i32>(runs.totals));
   return runs;
@@ -280,14 +280,13 @@ void with_readers(const Device& device, const TableGrads& grads, const Tensor& s
     dispatch_pack<T>({address(grad), row_bytes(grads.grad_out), bytes_of<T>(width)}, [&](auto pack) {
       for (int level = 1; level <= levels && width > 0; ++level)
         device.launch<ngram_chunk_sums_kernel<T, pack()>>(
-            {.blocks = Sizes::sums_of(bytes, level), .threads = kEmbedThreads, .rows = lists}, readers, level,
-            grads.none());
+            {.grid = {Sizes::sums_of(bytes, level), lists}, .block = kEmbedThreads}, readers, level, grads.none());
       f(tag, pack, readers);
     });
   });
 }
 
-// launch(shape, owned, first_list) for the hashed tables and for the byte table, of whose lists none has more than max_runs
+// launch(config, owned, first_list) for the hashed tables and for the byte table, of whose lists none has more than max_runs
 // runs. A block owns some runs for each of its threads' columns, fewer where each has more readers.
 template <class F>
 void launch_owners(const TableGrads& grads, int pack, int64_t first_list, int64_t lists, int64_t max_runs, F&& launch) {
@@ -296,7 +295,7 @@ void launch_owners(const TableGrads& grads, int pack, int64_t first_list, int64_
   const int64_t beside = std::max<int64_t>(1, kEmbedThreads * pack / std::max<int64_t>(1, grads.width()));
   const int64_t each = std::max<int64_t>(1, kReaders * max_runs / grads.bytes());
   const int64_t owned = std::min<int64_t>(kMaxOwned, beside * std::min(each, kReaders));
-  launch(Shape{.blocks = ceil_div(max_runs, owned), .threads = kEmbedThreads, .rows = lists}, static_cast<int>(owned),
+  launch(LaunchConfig{.grid = {ceil_div(max_runs, owned), lists}, .block = kEmbedThreads}, static_cast<int>(owned),
          static_cast<int>(first_list));
 }
 
@@ -322,9 +321,9 @@ std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tens
     TableRows<T> to = {};
     for (int64_t n = 0; n < grads.lists(); ++n)
       to.first[n] = device.write<T>(result[grads.slot(n)]) + grads.first_row(n) * grads.width();
-    const auto launch = [&](const Shape& shape, int owned, int first_list) {
+    const auto launch = [&](const LaunchConfig& config, int owned, int first_list) {
       const Runs runs = {device.read<u32>(found.starts), device.read<i32>(found.totals), owned};
-      device.launch<ngram_hash_embed_bwd_kernel<T, pack()>>(shape, readers, runs, first_list, to);
+      device.launch<ngram_hash_embed_bwd_kernel<T, pack()>>(config, readers, runs, first_list, to);
     };
     const auto max_runs = [&](int64_t list) { return std::min(grads.bytes(), grads.rows(list)); };
     launch_owners(grads, pack(), 0, grads.tables(), max_runs(0), launch);
@@ -362,9 +361,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd
       to.rows[n] = device.write<i64>(rows[grads.slot(n)]) + before[n];
       to.values[n] = device.write<T>(values[grads.slot(n)]) + before[n] * width;
     }
-    const auto launch = [&](const Shape& shape, int owned, int first_list) {
+    const auto launch = [&](const LaunchConfig& config, int owned, int first_list) {
       const Runs owners = {device.read<u32>(found.starts), device.read<i32>(found.totals), owned};
-      device.launch<ngram_hash_embed_sparse_bwd_kernel<T, pack()>>(shape, readers, owners, first_list, to);
+      device.launch<ngram_hash_embed_sparse_bwd_kernel<T, pack()>>(config, readers, owners, first_list, to);
     };
     launch_owners(grads, pack(), 0, grads.tables(), *std::max_element(runs.begin(), runs.begin() + grads.tables()),
                   launch);

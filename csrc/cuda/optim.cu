@@ -25,7 +25,7 @@ StepTensors check_step(const Tensor& table, const Tensor& rows, const Tensor& va
   return step;
 }
 
-// f(Tag<T>, Constant<pack>, grid, step)
+// f(Tag<T>, Constant<pack>, config, step)
 template <class F>
 void dispatch_step(const Device& device, StepTensors& tensors, F&& f) {
   dispatch_device_float(tensors.table.scalar_type(), "table", [&](auto tag) {
@@ -38,8 +38,9 @@ void dispatch_step(const Device& device, StepTensors& tensors, F&& f) {
     dispatch_pack<T>({address(step.table), address(step.values), row_bytes(tensors.table), row_bytes(tensors.values),
                       bytes_of<T>(width)},
                      [&](auto pack) {
-                       const Shape grid = {.blocks = ceil_div<int64_t>(count, kStepRows), .threads = kStepThreads};
-                       f(tag, pack, grid, step);
+                       const LaunchConfig config = {.grid = {ceil_div<int64_t>(count, kStepRows)},
+                                                    .block = kStepThreads};
+                       f(tag, pack, config, step);
                      });
   });
 }
@@ -47,9 +48,9 @@ void dispatch_step(const Device& device, StepTensors& tensors, F&& f) {
 void sgd_step_cuda(const Tensor& table, const Tensor& rows, const Tensor& values, double lr) {
   StepTensors tensors = check_step(table, rows, values);
   const Device device(table);
-  dispatch_step(device, tensors, [&](auto tag, auto pack, const Shape& grid, const auto& step) {
+  dispatch_step(device, tensors, [&](auto tag, auto pack, const LaunchConfig& config, const auto& step) {
     using T = typename decltype(tag)::type;
-    device.launch<sgd_step_kernel<T, pack()>>(grid, step, static_cast<acc_t<T>>(lr));
+    device.launch<sgd_step_kernel<T, pack()>>(config, step, static_cast<acc_t<T>>(lr));
   });
 }
 
@@ -60,10 +61,10 @@ void rowwise_adagrad_step_cuda(const Tensor& table, Tensor sums, const Tensor& r
   check_size(sums, "sums", 0, table.size(0));
   check_dtype(sums, "sums", accumulator(table));
   const Device device(table);
-  dispatch_step(device, tensors, [&](auto tag, auto pack, const Shape& grid, const auto& step) {
+  dispatch_step(device, tensors, [&](auto tag, auto pack, const LaunchConfig& config, const auto& step) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    device.launch<rowwise_adagrad_step_kernel<T, pack()>>(grid, step, device.write<A>(sums), sums.stride(0),
+    device.launch<rowwise_adagrad_step_kernel<T, pack()>>(config, step, device.write<A>(sums), sums.stride(0),
                                                           static_cast<A>(lr), static_cast<A>(eps));
   });
 }

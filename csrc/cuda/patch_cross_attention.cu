@@ -136,12 +136,11 @@ class PartMemory {
   // One block for 32 parts and a head.
   template <class T, bool kSoftmax>
   void add_up(const Device& device, const Arguments& arguments, Tensor& to, acc_t<T>* lse) {
-    const Shape shape = {.blocks = ceil_div<int64_t>(slots_ / 2, kWarp),
-                         .threads = kPartSumThreads,
-                         .shared = sizeof(WarpSums<acc_t<T>>),
-                         .rows = heads_};
+    const LaunchConfig config = {.grid = {ceil_div<int64_t>(slots_ / 2, kWarp), heads_},
+                                 .block = kPartSumThreads,
+                                 .smem_bytes = sizeof(WarpSums<acc_t<T>>)};
     device.launch<patch_cross_attention_sum_kernel<T, kSoftmax>>(
-        shape, arguments.readers(device), sums<acc_t<T>>(device), Summed<T>{device.write<T>(to), lse, width_});
+        config, arguments.readers(device), sums<acc_t<T>>(device), Summed<T>{device.write<T>(to), lse, width_});
   }
 
  private:
@@ -155,10 +154,9 @@ class PartMemory {
 };
 
 template <class S>
-Shape shape_of(const Arguments& arguments, int threads) {
+LaunchConfig config_of(const Arguments& arguments, int threads) {
   const int64_t units = arguments.capacity + arguments.parts(), groups = ceil_div(arguments.kv_heads(), S::kHeads);
-  return {.blocks = groups * std::max<int64_t>(1, ceil_div<int64_t>(units, kRun * threads / kWarp)),
-          .threads = threads};
+  return {.grid = {groups * std::max<int64_t>(1, ceil_div<int64_t>(units, kRun * threads / kWarp))}, .block = threads};
 }
 
 // f(Split) with the fewest lanes, from 8 on, that hold a row in vectors of 16 bytes, if all rows of the tensors begin at a
@@ -197,11 +195,11 @@ std::tuple<Tensor, Tensor> patch_cross_attention_fwd_cuda(Tensor q, Tensor k, Te
     const CrossOutput<T> output = {output_rows<T>(device, out), device.write<A>(lse), parts.sums<A>(device)};
     dispatch_split<T>({&arguments.q, &arguments.k, &arguments.v, &out}, [&](auto split) {
       using S = decltype(split);
-      const Shape shape = shape_of<S>(arguments, kForwardThreads);
+      const LaunchConfig config = config_of<S>(arguments, kForwardThreads);
       if (!arguments.encode && arguments.window == 1 && arguments.vectors() <= S::kHeld)
-        device.launch<patch_cross_attention_fwd_keys_kernel<S>>(shape, problem, readers, output);
+        device.launch<patch_cross_attention_fwd_keys_kernel<S>>(config, problem, readers, output);
       else
-        device.launch<patch_cross_attention_fwd_queries_kernel<S>>(shape, problem, readers, output);
+        device.launch<patch_cross_attention_fwd_queries_kernel<S>>(config, problem, readers, output);
     });
     parts.add_up<T, true>(device, arguments, out, output.lse);
   });
@@ -247,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
     dispatch_split<T>(
         {&arguments.q, &arguments.k, &arguments.v, &grad_out, &out, &grad_q, &grad_k, &grad_v}, [&](auto split) {
           using S = decltype(split);
-          const Shape shape = shape_of<S>(arguments, kBackwardThreads);
+          const LaunchConfig config = config_of<S>(arguments, kBackwardThreads);
           const bool held = arguments.window == 1 && arguments.vectors() <= S::kHeld;
           const bool queries_alone = held && arguments.encode && heads == kv_heads;
           const bool keys_alone = held && !arguments.encode;
@@ -256,11 +254,11 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
             softmax = device_output(q, {q.size(0), heads, 2}, accumulator(q));
             grads.softmax = device.write<A>(*softmax);
           }
-          if (!keys_alone) device.launch<patch_cross_attention_bwd_queries_kernel<S>>(shape, problem, readers, grads);
+          if (!keys_alone) device.launch<patch_cross_attention_bwd_queries_kernel<S>>(config, problem, readers, grads);
           if (keys_alone)
-            device.launch<patch_cross_attention_bwd_keys_kernel<S, true>>(shape, problem, readers, grads);
+            device.launch<patch_cross_attention_bwd_keys_kernel<S, true>>(config, problem, readers, grads);
           else if (!queries_alone)
-            device.launch<patch_cross_attention_bwd_keys_kernel<S, false>>(shape, problem, readers, grads);
+            device.launch<patch_cross_attention_bwd_keys_kernel<S, false>>(config, problem, readers, grads);
         });
     q_parts.add_up<T, false>(device, arguments, grad_q, nullptr);
     k_parts.add_up<T, false>(device, arguments, grad_k, nullptr);

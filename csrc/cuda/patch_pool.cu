@@ -77,7 +77,7 @@ Tensor patch_pool_fwd_cuda(const Tensor& x, Tensor patch_offsets, Tensor patch_i
                                        .sum = reductions.has(Reduce::kMean) || reductions.has(Reduce::kSum)});
           parts.template fold<pack()>(device, from, device.read<i32>(patch_ids), stride);
           const RowLaunch launch = row_launch(patches, width, pack);
-          device.launch<patch_pool_fwd_kernel<T, pack(), kinds()>>(launch.shape, from, shape, launch.tile, reductions,
+          device.launch<patch_pool_fwd_kernel<T, pack(), kinds()>>(launch.config, from, shape, launch.tile, reductions,
                                                                    parts.levels(), device.write<T>(out));
         });
   });
@@ -96,7 +96,7 @@ class CountedTies {
              int64_t out_stride) const {
     if (!asked_) return;
     const RowLaunch launch = row_launch(parts_.count(), rows.width, kPack);
-    device.launch<patch_pool_ties_kernel<T, kPack>>(launch.shape, x, extremes, rows, ids, parts_.count(), launch.tile,
+    device.launch<patch_pool_ties_kernel<T, kPack>>(launch.config, x, extremes, rows, ids, parts_.count(), launch.tile,
                                                     out_stride, parts_.levels().first.sum);
     parts_.template fold_second<kPack>(device, ids);
   }
@@ -157,13 +157,13 @@ Tensor patch_pool_bwd_cuda(const Tensor& grad_out, const std::optional<Tensor>& 
           min_ties.template count<pack()>(device, from, pooled + column_of(Reduce::kMin), rows, ids, out_stride);
           const PoolGrad<T> tensors = {grad, from, pooled, to, stride, rows.width};
           const RowLaunch patch_launch = row_launch(patches, width, pack);
-          device.launch<patch_pool_bwd_kernel<T, pack(), kinds()>>(patch_launch.shape, tensors, rows, patch_launch.tile,
-                                                                   grads.stride(0), out_stride, reductions,
-                                                                   max_ties.ties(), min_ties.ties());
+          device.launch<patch_pool_bwd_kernel<T, pack(), kinds()>>(patch_launch.config, tensors, rows,
+                                                                   patch_launch.tile, grads.stride(0), out_stride,
+                                                                   reductions, max_ties.ties(), min_ties.ties());
           const RowLaunch part_launch = row_launch(ceil_div<int64_t>(bytes, kPart), width, pack);
-          device.launch<patch_pool_parts_bwd_kernel<T, pack()>>(part_launch.shape, tensors, rows, ids, part_launch.tile,
-                                                                grads.stride(0), out_stride, reductions,
-                                                                max_ties.ties(), min_ties.ties());
+          device.launch<patch_pool_parts_bwd_kernel<T, pack()>>(part_launch.config, tensors, rows, ids,
+                                                                part_launch.tile, grads.stride(0), out_stride,
+                                                                reductions, max_ties.ties(), min_ties.ties());
         });
   });
   return grad_x;

@@ -22,7 +22,7 @@ Tensor patch_unpool_fwd_cuda(const Tensor& y, Tensor offsets, Tensor ids) {
     const T* const from = device.read<T>(rows);
     dispatch_pack<T>({address(from), row_bytes(rows), bytes_of<T>(width)}, [&](auto pack) {
       const RowLaunch launch = row_launch(ceil_div<int64_t>(bytes, kUnpoolRows), width, pack);
-      device.launch<patch_unpool_fwd_kernel<T, pack()>>(launch.shape, from, device.read<i32>(ids), bytes, rows.size(0),
+      device.launch<patch_unpool_fwd_kernel<T, pack()>>(launch.config, from, device.read<i32>(ids), bytes, rows.size(0),
                                                         static_cast<i32>(width), rows.stride(0), launch.tile,
                                                         device.write<T>(out));
     });
@@ -49,8 +49,8 @@ Tensor patch_unpool_bwd_cuda(const Tensor& grad_out, Tensor offsets, Tensor ids)
       const SegmentParts<T> parts(device, rows, {.sum = true});
       parts.template fold<pack()>(device, from, readers, stride);
       const RowLaunch launch = row_launch(patches, width, pack);
-      device.launch<patch_unpool_bwd_kernel<T, pack()>>(launch.shape, from, readers, shape, launch.tile, parts.levels(),
-                                                        device.write<T>(grad_y));
+      device.launch<patch_unpool_bwd_kernel<T, pack()>>(launch.config, from, readers, shape, launch.tile,
+                                                        parts.levels(), device.write<T>(grad_y));
     });
   });
   return grad_y;

@@ -9,7 +9,7 @@
 namespace blt {
 
 struct RowLaunch {
-  Shape shape;
+  LaunchConfig config;
   RowTile tile;
 };
 
@@ -17,7 +17,7 @@ struct RowLaunch {
 inline RowLaunch row_launch(int64_t groups, int64_t width, int pack) {
   const int64_t packs = ceil_div<int64_t>(width, pack), panels = ceil_div<int64_t>(packs, kRowThreads);
   const int own = static_cast<int>(ceil_div(packs, panels)), rows = kRowThreads / own;
-  return {{.blocks = ceil_div<int64_t>(groups, rows), .threads = rows * own, .rows = panels},
+  return {{.grid = {ceil_div<int64_t>(groups, rows), panels}, .block = rows * own},
           {rows, own, (65535u / static_cast<u32>(own)) + 1}};
 }
 

@@ -65,7 +65,7 @@ class SegmentParts {
   template <int kPack>
   void launch(const Device& device, const T* x, const i32* ids, i32 stride, int64_t parts) const {
     const RowLaunch launch = row_launch(parts, width_, kPack);
-    device.launch<segment_parts_kernel<T, kPack>>(launch.shape, x, ids, parts, width_, stride, launch.tile, levels());
+    device.launch<segment_parts_kernel<T, kPack>>(launch.config, x, ids, parts, width_, stride, launch.tile, levels());
   }
 
   int64_t count_, second_count_;

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> token_entropy_fwd_cuda(const Tensor& logits) {
   Tensor log_sum = device_output(rows, {rows.size(0)}, accumulator(rows));
   dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    device.launch<token_entropy_fwd_kernel<T>>(entropy_grid<T>(rows.size(0)), logit_rows<T>(device, rows),
+    device.launch<token_entropy_fwd_kernel<T>>(entropy_config<T>(rows.size(0)), logit_rows<T>(device, rows),
                                                device.write<acc_t<T>>(entropy), device.write<acc_t<T>>(log_sum));
   });
   return {entropy, log_sum};
@@ -35,8 +35,9 @@ Tensor token_entropy_bwd_cuda(const Tensor& grad_entropy, const Tensor& logits, 
     T* const out = device.write<T>(grad);
     const int64_t apart = (address(out) - address(in.data)) | (row_bytes(grad) - row_bytes(rows));
     const auto launch = [&](auto aligned) {
-      device.launch<token_entropy_bwd_kernel<T, aligned()>>(entropy_grid<T>(rows.size(0)), device.read<A>(upstream), in,
-                                                            device.read<A>(entropies), device.read<A>(log_sums), out);
+      device.launch<token_entropy_bwd_kernel<T, aligned()>>(entropy_config<T>(rows.size(0)), device.read<A>(upstream),
+                                                            in, device.read<A>(entropies), device.read<A>(log_sums),
+                                                            out);
     };
     apart % 16 == 0 ? launch(std::true_type{}) : launch(std::false_type{});
   });

@@ -13,8 +13,8 @@ LogitRows<T> logit_rows(const Device& device, const Tensor& rows) {
 }
 
 template <class T>
-Shape entropy_grid(int64_t rows) {
-  return {.blocks = ceil_div<int64_t>(rows * row_lanes(sizeof(T)), kEntropyThreads), .threads = kEntropyThreads};
+LaunchConfig entropy_config(int64_t rows) {
+  return {.grid = {ceil_div<int64_t>(rows * row_lanes(sizeof(T)), kEntropyThreads)}, .block = kEntropyThreads};
 }
 
 }  // namespace blt

@@ -177,8 +177,8 @@ Machine& machine() {
   return *only;
 }
 
-std::deque<Entry>& entries() {
-  static auto* const all = new std::deque<Entry>;
+std::deque<Kernel>& registered() {
+  static auto* const all = new std::deque<Kernel>;
   return *all;
 }
 
@@ -338,11 +338,11 @@ void visit(const void* pointer, size_t bytes, bool write) {
 
 // --- kernels and launches ---------------------------------------------------------------------------------------------
 
-const Entry* add_entry(std::string_view name) { return &entries().emplace_back(name); }
+const Kernel* add_kernel(std::string_view name) { return &registered().emplace_back(name); }
 
 std::vector<std::string> kernels() {
   std::vector<std::string> names;
-  for (const Entry& entry : entries()) names.emplace_back(entry.name);
+  for (const Kernel& kernel : registered()) names.emplace_back(kernel.name);
   return names;
 }
 
@@ -353,17 +353,19 @@ void set_order(Order order, uint64_t seed) {
   machine().random.seed(seed);
 }
 
-void launch(const Entry* entry, int64_t blocks, int64_t rows, int threads, int64_t shared, void (*kernel)(const void*),
-            const void* parameters) {
+void launch(const Kernel* kernel, const LaunchConfig& config, void (*run)(const void*), const void* parameters) {
   Machine& m = machine();
-  const std::string name(entry->name);
+  const std::string name(kernel->name);
+  const auto [blocks, rows] = config.grid;
+  const int threads = config.block;
+  const int64_t shared = config.smem_bytes;
   if (threads < 1 || threads > kMaxThreads)
     throw std::runtime_error(name + ": " + std::to_string(threads) + " threads");
   if (shared < 0 || shared > static_cast<int64_t>(kMaxShared))
     throw std::runtime_error(name + ": " + std::to_string(shared) + " bytes of shared memory");
-  Launch& record = m.launches.emplace_back(Launch{name, blocks, rows, threads, shared});
+  Launch& record = m.launches.emplace_back(Launch{name, config});
   m.record = &record;
-  m.kernel = kernel;
+  m.kernel = run;
   m.parameters = parameters;
   m.threads = threads;
   m.grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(rows), 1};
@@ -391,7 +393,7 @@ void Scope::add(const void* data, int64_t bytes, bool writable) {
 
 void zero(void* data, int64_t bytes) {
   std::memset(data, 0, static_cast<size_t>(bytes));
-  Launch& record = machine().launches.emplace_back(Launch{"memset", 1, 1, 1, 0});
+  Launch& record = machine().launches.emplace_back(Launch{"memset", {.grid = {1}, .block = 1}});
   record.written = (bytes + 31) / 32 * 32;
   record.stored = bytes;
 }

@@ -12,21 +12,22 @@
 #include <string_view>
 #include <vector>
 
+#include "../launch/config.h"
 #include "../launch/kernel_name.h"
 
 namespace blt::emulator {
 
 // --- kernels and launches ---------------------------------------------------------------------------------------------
 
-// Every kernel that some launcher may launch has an entry, whether it was launched or not.
-struct Entry {
+// A kernel that some launcher can launch.
+struct Kernel {
   std::string_view name;
 };
-const Entry* add_entry(std::string_view name);
+const Kernel* add_kernel(std::string_view name);
 
 template <auto kKernel>
-struct Known {
-  static inline const Entry* const entry = add_entry(names::kernel_name<kKernel>());
+struct Registered {
+  static inline const Kernel* const kernel = add_kernel(names::kernel_name<kKernel>());
 };
 
 // What a launch did. Bytes are what would cross from L2: whole sectors of 32 bytes, each counted once a block unless it
@@ -34,14 +35,13 @@ struct Known {
 // stores, of tensors and of shared memory, that a single thread makes.
 struct Launch {
   std::string kernel;
-  int64_t blocks, rows, threads, shared;
+  LaunchConfig config;
   int64_t read = 0, written = 0, loaded = 0, stored = 0;
   int64_t longest = 0;
 };
 
-// Runs kernel(parameters) in every thread. Throws what the first fault says.
-void launch(const Entry* entry, int64_t blocks, int64_t rows, int threads, int64_t shared, void (*kernel)(const void*),
-            const void* parameters);
+// Runs run(parameters) in every thread. Throws what the first fault says.
+void launch(const Kernel* kernel, const LaunchConfig& config, void (*run)(const void*), const void* parameters);
 
 // The tensors that kernels may access, until it goes.
 class Scope {

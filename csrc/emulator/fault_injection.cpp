@@ -163,10 +163,10 @@ Tensor planted(std::string name, const Tensor& x) {
   const Device device(x);
   Tensor out = device_output(x, {x.size(0)});
   const i64 n = x.size(0);
-  const Shape shape = {
-      .blocks = std::max<int64_t>(ceil_div<int64_t>(n, kThreads), 2), .threads = kThreads, .shared = sizeof(Counts)};
+  const LaunchConfig config = {
+      .grid = {std::max<int64_t>(ceil_div<int64_t>(n, kThreads), 2)}, .block = kThreads, .smem_bytes = sizeof(Counts)};
 #define BLT_PLANTED(kernel) \
-  if (name == #kernel) device.launch<kernel##_kernel>(shape, device.read<float>(x), n, device.write<float>(out));
+  if (name == #kernel) device.launch<kernel##_kernel>(config, device.read<float>(x), n, device.write<float>(out));
   BLT_PLANTED(block_sum)
   BLT_PLANTED(half_warp)
   BLT_PLANTED(counts)

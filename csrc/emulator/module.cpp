@@ -12,10 +12,9 @@ PYBIND11_MODULE(blt_emulator, module) {
   module.doc() = "CUDA kernels of blt_kernels on the CPU, for tests.";
   py::class_<Launch>(module, "Launch", "What a launch did; read and written are bytes of whole sectors of 32.")
       .def_readonly("kernel", &Launch::kernel)
-      .def_readonly("blocks", &Launch::blocks)
-      .def_readonly("rows", &Launch::rows)
-      .def_readonly("threads", &Launch::threads)
-      .def_readonly("shared", &Launch::shared)
+      .def_property_readonly("grid", [](const Launch& x) { return std::pair(x.config.grid.x, x.config.grid.y); })
+      .def_property_readonly("block", [](const Launch& x) { return x.config.block; })
+      .def_property_readonly("smem_bytes", [](const Launch& x) { return x.config.smem_bytes; })
       .def_readonly("read", &Launch::read)
       .def_readonly("written", &Launch::written)
       .def_readonly("loaded", &Launch::loaded)

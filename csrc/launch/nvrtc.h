@@ -1,33 +1,40 @@
-// Launches kernels that NVRTC compiled: the third way of launch.h, in _C_jit.
-//
-// No header and no library of CUDA's runtime or driver is needed to build this, nor a GPU to load it: the driver is opened
-// when a kernel is first launched. blt_kernels/_nvrtc.py compiles the kernel that is asked for by name.
+// Launches kernels that NVRTC compiles when they are first launched, through the CUDA driver: in _C_jit.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdint>
-#include <string>
-#include <string_view>
-#include <vector>
 
-#include "kernel_name.h"
+#include "config.h"
+#include "driver.h"
 
-namespace blt::jit {
+#define BLT_KERNELS_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CUDA, m)
 
-// Every kernel that some launcher may launch has an entry.
-struct Entry {
-  std::string name;
-  std::vector<void*> functions;  // CUfunction by device, null until it is compiled
+namespace blt {
+
+// The device of a tensor, current while this lives, with its current stream.
+class Runtime {
+ public:
+  explicit Runtime(const torch::stable::Tensor& x)
+      : index_(x.get_device_index()), guard_(index_), stream_(driver::current_stream(index_)) {}
+
+  void allow(const torch::stable::Tensor&, const void*, bool) const {}
+  static void poison(void*, int64_t) {}
+
+  void zero(void* data, int64_t bytes) const { driver::zero(index_, data, bytes, stream_); }
+
+  template <auto kKernel, class... P>
+  void launch(const LaunchConfig& config, const P&... parameters) const {
+    void* packed[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+    driver::launch(driver::Registered<kKernel>::kernel, index_, config, packed, stream_);
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_;
 };
-Entry* add_entry(std::string_view name);
 
-template <auto kKernel>
-struct Known {
-  static inline Entry* const entry = add_entry(names::kernel_name<kKernel>());
-};
-
-void* current_stream(int32_t device);
-void zero(int32_t device, void* data, int64_t bytes, void* stream);
-void launch(Entry* entry, int32_t device, int64_t blocks, int64_t rows, int threads, int64_t shared, void** arguments,
-            void* stream);
-
-}  // namespace blt::jit
+}  // namespace blt

@@ -62,10 +62,10 @@ int cuGetErrorString(int error, const char** text) { *text = error == 201 ? "inv
 
 # What a launcher does, called from Python; returns what was thrown.
 LAUNCHER = """
-#include "launch/nvrtc.h"
+#include "launch/driver.h"
 #include <exception>
-static blt::jit::Entry* entry() {
-  static blt::jit::Entry* const only = blt::jit::add_entry("blt::some_kernel<float>");
+static blt::driver::Kernel* kernel() {
+  static blt::driver::Kernel* const only = blt::driver::add_kernel("blt::some_kernel<float>");
   return only;
 }
 static std::string message;
@@ -82,16 +82,16 @@ static const char* caught(F f) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 EXPORT int64_t stream_of(int device) {
   int64_t stream = -1;
-  caught([&] { stream = reinterpret_cast<int64_t>(blt::jit::current_stream(device)); });
+  caught([&] { stream = reinterpret_cast<int64_t>(blt::driver::current_stream(device)); });
   return stream;
 }
 EXPORT const char* last_message() { return message.c_str(); }
 EXPORT const char* launch(int device, long shared) {
-  void* const stream = blt::jit::current_stream(device);
-  return caught([&] { blt::jit::launch(entry(), device, 1, 1, 32, shared, nullptr, stream); });
+  void* const stream = blt::driver::current_stream(device);
+  return caught([&] { blt::driver::launch(kernel(), device, {.grid = {1}, .block = 32, .smem_bytes = shared}, nullptr, stream); });
 }
 EXPORT const char* zero(void* data, long bytes) {
-  return caught([&] { blt::jit::zero(0, data, bytes, blt::jit::current_stream(0)); });
+  return caught([&] { blt::driver::zero(0, data, bytes, blt::driver::current_stream(0)); });
 }
 """
 
@@ -141,7 +141,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("libraries")
     build(TORCH_CUDA, folder / "libtorch_cuda.so", "-Wl,-soname,libtorch_cuda.so")
     build(CUDA, folder / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
-    build(LAUNCHER, folder / "launcher.so", str(ROOT / "csrc/launch/nvrtc.cpp"), "-fvisibility=hidden")
+    build(LAUNCHER, folder / "launcher.so", str(ROOT / "csrc/launch/driver.cpp"), "-fvisibility=hidden")
     return folder
 
 

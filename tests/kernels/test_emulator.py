@@ -94,7 +94,7 @@ def test_traffic_is_counted_in_sectors() -> None:
     planted("half_warp", torch.ones(256))
     (launch,) = module.take_launches()
     assert "half_warp_kernel" in launch.kernel
-    assert (launch.blocks, launch.rows, launch.threads) == (4, 1, 64)
+    assert (launch.grid, launch.block) == ((4, 1), 64)
     assert launch.loaded == launch.stored == 1024
     assert 1024 <= launch.read <= 1024 + 4 * 32  # a tensor may begin inside a sector
     assert 1024 <= launch.written <= 1024 + 4 * 32

@@ -1,6 +1,6 @@
-// The driver's functions, looked up when they are first called, and the way to blt_kernels/_nvrtc.py.
+// The driver's functions, looked up at their first use, and the functions that blt_kernels/_nvrtc.py calls.
 
-#include "nvrtc.h"
+#include "driver.h"
 
 #include <dlfcn.h>
 
@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <type_traits>
 
-namespace blt::jit {
+namespace blt::driver {
 namespace {
 
 using Compile = void* (*)(const char* name, int32_t device);  // CUfunction, or null where Python raised
@@ -17,13 +17,12 @@ using Compile = void* (*)(const char* name, int32_t device);  // CUfunction, or 
 Compile compile = nullptr;
 std::mutex mutex;
 
-std::deque<Entry>& entries() {
-  static std::deque<Entry> all;
+std::deque<Kernel>& kernels() {
+  static std::deque<Kernel> all;
   return all;
 }
 
-// A function of a library that the process may have loaded for itself alone (RTLD_LOCAL), so dlsym(RTLD_DEFAULT) does not
-// find it.
+// Looks a function up in one library. dlsym(RTLD_DEFAULT) does not find those of libraries loaded RTLD_LOCAL.
 template <class Function>
 Function function_in(void* library, const char* name) {
   void* const found = dlsym(library, name);
@@ -31,7 +30,7 @@ Function function_in(void* library, const char* name) {
   return reinterpret_cast<Function>(found);
 }
 
-// The functions of the driver that are called here, with the types and numbers of cuda.h.
+// The functions of the driver that are used here, declared as in cuda.h.
 struct Driver {
   using Result = int;
   static constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -77,8 +76,8 @@ struct Driver {
     throw std::runtime_error(what + ": " + text);
   }
 
-  // The runtime's context of a device becomes current in a thread at the thread's first call of the runtime; the driver
-  // asks for it before. In a thread of autograd the first call may be ours.
+  // Makes the primary context of a device current if the thread has none, as the CUDA runtime does at its first call. A
+  // thread of autograd may call the driver before the runtime.
   void ensure_context(int32_t index) const {
     void* context = nullptr;
     check(current_context(&context), "no current CUDA context");
@@ -89,13 +88,13 @@ struct Driver {
     check(use_context(context), "no CUDA context");
   }
 
-  // Lets a kernel have all the shared memory that a block may have.
+  // Raises a kernel's limit of dynamic shared memory to the device's.
   void allow_shared_memory(void* function, int32_t index, const std::string& name) const {
-    int handle = 0, most = 0, used = 0;
+    int handle = 0, limit = 0, used = 0;
     check(device(&handle, index), name);
-    check(device_attribute(&most, kSharedBytesOptin, handle), name);
+    check(device_attribute(&limit, kSharedBytesOptin, handle), name);
     check(function_attribute(&used, kStaticSharedBytes, function), name);
-    check(set_function_attribute(function, kMaxDynamicSharedBytes, most - used), name);
+    check(set_function_attribute(function, kMaxDynamicSharedBytes, limit - used), name);
   }
 };
 
@@ -104,28 +103,28 @@ const Driver& driver() {
   return loaded;
 }
 
-void* function_of(Entry& entry, int32_t device, void* stream) {
+void* function_of(Kernel& kernel, int32_t device, void* stream) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto index = static_cast<size_t>(device);
-  if (entry.functions.size() <= index) entry.functions.resize(index + 1, nullptr);
-  void*& function = entry.functions[index];
+  if (kernel.functions.size() <= index) kernel.functions.resize(index + 1, nullptr);
+  void*& function = kernel.functions[index];
   if (function != nullptr) return function;
   int capturing = 0;
   driver().check(driver().is_capturing(stream, &capturing), "no capture status");
   if (capturing != 0)
-    throw std::runtime_error(entry.name +
+    throw std::runtime_error(kernel.name +
                              " was launched for the first time while a CUDA graph was captured, so it would have to be "
                              "compiled and loaded: call the op once on inputs of the same dtypes and shapes before the "
                              "capture, as a warm-up");
-  void* const compiled = compile == nullptr ? nullptr : compile(entry.name.c_str(), device);
-  if (compiled == nullptr) throw std::runtime_error(entry.name + " was not compiled; what NVRTC said is above");
-  driver().allow_shared_memory(compiled, device, entry.name);
+  void* const compiled = compile == nullptr ? nullptr : compile(kernel.name.c_str(), device);
+  if (compiled == nullptr) throw std::runtime_error(kernel.name + " was not compiled; what NVRTC said is above");
+  driver().allow_shared_memory(compiled, device, kernel.name);
   return function = compiled;
 }
 
 }  // namespace
 
-Entry* add_entry(std::string_view name) { return &entries().emplace_back(Entry{std::string(name), {}}); }
+Kernel* add_kernel(std::string_view name) { return &kernels().emplace_back(Kernel{std::string(name), {}}); }
 
 void* current_stream(int32_t device) {
   using Current = int (*)(int32_t device, void** stream);
@@ -145,14 +144,13 @@ void zero(int32_t device, void* data, int64_t bytes, void* stream) {
                  "a tensor was not zeroed");
 }
 
-void launch(Entry* entry, int32_t device, int64_t blocks, int64_t rows, int threads, int64_t shared, void** arguments,
-            void* stream) {
+void launch(Kernel* kernel, int32_t device, const LaunchConfig& config, void** parameters, void* stream) {
   driver().ensure_context(device);
-  void* const function = function_of(*entry, device, stream);
-  driver().check(
-      driver().launch(function, static_cast<unsigned>(blocks), static_cast<unsigned>(rows), 1,
-                      static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(shared), stream, arguments, nullptr),
-      entry->name + " was not launched");
+  void* const function = function_of(*kernel, device, stream);
+  driver().check(driver().launch(function, static_cast<unsigned>(config.grid.x), static_cast<unsigned>(config.grid.y),
+                                 1, static_cast<unsigned>(config.block), 1, 1, static_cast<unsigned>(config.smem_bytes),
+                                 stream, parameters, nullptr),
+                 kernel->name + " was not launched");
 }
 
 // --- called from Python -----------------------------------------------------------------------------------------------
@@ -160,11 +158,11 @@ void launch(Entry* entry, int32_t device, int64_t blocks, int64_t rows, int thre
 extern "C" {
 __attribute__((visibility("default"))) void blt_kernels_jit_use(Compile function) { compile = function; }
 __attribute__((visibility("default"))) int64_t blt_kernels_jit_count() {
-  return static_cast<int64_t>(entries().size());
+  return static_cast<int64_t>(kernels().size());
 }
 __attribute__((visibility("default"))) const char* blt_kernels_jit_name(int64_t i) {
-  return entries().at(static_cast<size_t>(i)).name.c_str();
+  return kernels().at(static_cast<size_t>(i)).name.c_str();
 }
 }
 
-}  // namespace blt::jit
+}  // namespace blt::driver

@@ -1,0 +1,33 @@
+// The CUDA driver, for launchers whose kernels NVRTC compiles.
+//
+// Nothing of CUDA is needed to build this, and no GPU to load it: libcuda.so.1 is opened at the first launch.
+// blt_kernels/_nvrtc.py compiles a kernel by its name.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "config.h"
+#include "kernel_name.h"
+
+namespace blt::driver {
+
+// A kernel that some launcher can launch.
+struct Kernel {
+  std::string name;
+  std::vector<void*> functions;  // one CUfunction per device, null until it is compiled
+};
+Kernel* add_kernel(std::string_view name);
+
+template <auto kKernel>
+struct Registered {
+  static inline Kernel* const kernel = add_kernel(names::kernel_name<kKernel>());
+};
+
+void* current_stream(int32_t device);
+void zero(int32_t device, void* data, int64_t bytes, void* stream);
+void launch(Kernel* kernel, int32_t device, const LaunchConfig& config, void** parameters, void* stream);
+
+}  // namespace blt::driver
