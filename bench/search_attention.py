@@ -1,9 +1,10 @@
 """Search how block_causal_attention is launched on this GPU, for the tables of `triton/attention_launch.py`.
 
-At most 12 candidates a kernel, the table's own first. Each is compiled, left out if it spills, compared with the result
-of the table's, and timed with a cold L2, the other kernels of its pass launched as the table says. A row that has been
-confirmed, or replaced, is marked 'measured' in the table, with the GPU. Rows are printed as they come by
-``python bench/search_attention.py [--width 64] [--window 512]``; `bench/gpu.py` calls `search`.
+At most 12 candidates a kernel are tried, the table's own first. Each is compiled, left out if it spills, and compared
+with the result of the table's. CUDA graphs of several calls time it, as in `gpu_stages/timings.py`, on several copies
+of the inputs where one copy would fit in the L2 cache. The other kernels of its pass are launched as the table says. A
+row that has been confirmed, or replaced, is marked 'measured' in the table, with the GPU. Rows are printed as they come
+by ``python bench/search_attention.py [--width 64] [--window 512]``; `bench/gpu.py` calls `search`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from types import ModuleType
 from typing import Any
@@ -20,7 +22,8 @@ from unittest import mock
 
 import torch
 from common import normal
-from timing import FLUSH_BYTES
+from gpu_stages.target import Target
+from gpu_stages.timings import copies_beyond_l2, sampler
 from torch import Tensor
 
 from blt_kernels.testing import offsets_of
@@ -64,20 +67,25 @@ def candidates(kernel: str, width: int, dtype: torch.dtype) -> list[Launch]:
     return list(dict.fromkeys([launch_options(kernel, width, dtype, arch), *others]))[:MOST]
 
 
-def prepare(
-    kernel: str, width: int, dtype: torch.dtype, window: int | None, length: int
-) -> Callable[[Launch], tuple[Tensor, ...]]:
-    """Return a function that runs the pass of a kernel in the given launch, on documents of `length` bytes."""
+def sizes(kernel: str, length: int) -> tuple[int, int, int, int, int]:
+    """Return documents, query heads, key heads, queries and keys of the text that a kernel is timed on."""
     if kernel == "decode":  # 32 caches, one query each, 8 heads a key head
-        documents, heads, groups, queries = 32, 32, 4, 32
-        cu_q, cu_k = offsets_of([1] * documents, device="cuda"), offsets_of([length // 2] * documents, device="cuda")
-    else:
-        documents, heads, groups, queries = 2, 16, 16, 2 * length
-        cu_q, cu_k = offsets_of([length] * documents, device="cuda"), None
-    keys = documents * length // 2 if kernel == "decode" else queries
-    q, grad = (normal(queries, heads, width, seed=seed, dtype=dtype, device="cuda") for seed in (0, 1))
-    k, v = (normal(keys, groups, width, seed=seed, dtype=dtype, device="cuda") for seed in (2, 3))
-    rest = (cu_q, cu_k, window, True, None, None)
+        return 32, 32, 4, 32, 32 * length // 2
+    return 2, 16, 16, 2 * length, 2 * length
+
+
+def prepare(
+    kernel: str, width: int, dtype: torch.dtype, window: int | None, length: int, copy: int = 0
+) -> Callable[[Launch], tuple[Tensor, ...]]:
+    """Return a function that runs the pass of a kernel in the given launch, on documents of `length` bytes.
+
+    Every `copy` has random inputs of its own.
+    """
+    documents, heads, groups, queries, keys = sizes(kernel, length)
+    cu_q, cu_k = (offsets_of([n // documents] * documents, device="cuda") for n in (queries, keys))
+    q, grad = (normal(queries, heads, width, seed=4 * copy + n, dtype=dtype, device="cuda") for n in (0, 1))
+    k, v = (normal(keys, groups, width, seed=4 * copy + n, dtype=dtype, device="cuda") for n in (2, 3))
+    rest = (cu_q, cu_k if kernel == "decode" else None, window, True, None, None)
     forward = block_causal_attention.block_causal_attention_fwd_cuda
     backward = attention_backward.block_causal_attention_bwd_cuda
     saved = forward(q, k, v, *rest) if kernel.startswith("bwd") else ()
@@ -100,19 +108,13 @@ def check(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
             raise ArithmeticError(f"differs from the table's launch by {error:.2e}")
 
 
-def milliseconds(function: Callable[[], object], seconds: float) -> float:
-    """Median of a call's time with a cold L2, of up to `SAMPLES` calls that take up to so many `seconds`."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+def milliseconds(target: Target, functions: Sequence[Callable[[], object]], seconds: float) -> float:
+    """Return the median time of a call, from up to `SAMPLES` graphs of calls of `functions`, in about `seconds`."""
+    sample, _ = sampler(target, functions)
     times: list[float] = []
     start = time.monotonic()
     while len(times) < SAMPLES and (len(times) < 2 or time.monotonic() - start < seconds):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(1e3 * sample())
     return statistics.median(times)
 
 
@@ -123,6 +125,7 @@ def binaries(kernel: str) -> list[Any]:
 
 
 def search(
+    target: Target,
     kernel: str,
     budget: float,
     *,
@@ -137,7 +140,9 @@ def search(
     says why), in_table, and the seconds spent so far.
     """
     start = time.monotonic()
-    run = prepare(kernel, width, dtype, window, length)
+    _, heads, groups, queries, keys = sizes(kernel, length)
+    copies = copies_beyond_l2(target, (queries * heads + 2 * keys * groups) * width * dtype.itemsize)
+    runs = [prepare(kernel, width, dtype, window, length, copy) for copy in range(copies)]
     launches = candidates(kernel, width, dtype)
     expected: tuple[Tensor, ...] = ()
     for number, launch in enumerate(launches):
@@ -148,13 +153,13 @@ def search(
         row |= vars(launch) | {"milliseconds": None, "error": "", "in_table": number == 0}
         try:
             known = len(binaries(kernel))
-            results = run(launch)
+            results = runs[0](launch)
             if spills := max((binary.n_spills for binary in binaries(kernel)[known:]), default=0):
                 raise MemoryError(f"spills {spills} registers")
             expected = expected or results
             check(results, expected)
             share = (budget - spent) / (len(launches) - number)
-            row["milliseconds"] = milliseconds(lambda launch=launch: run(launch), share)
+            row["milliseconds"] = milliseconds(target, [partial(run, launch) for run in runs], share)
         except Exception as error:  # too much shared memory, or what the compiler does not take
             row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
         yield row | {"seconds": time.monotonic() - start}
@@ -188,7 +193,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     print(f"# {torch.cuda.get_device_name()}, width {options.width}, {options.dtype}, window {options.window}")
     for kernel in options.kernel or KERNELS:
-        for row in search(kernel, options.budget, width=options.width, dtype=dtype, window=options.window):
+        for row in search(Target(), kernel, options.budget, width=options.width, dtype=dtype, window=options.window):
             launch = Launch(row["rows"], row["step"], row["warps"], row["stages"])
             took = row["error"] or f"{row['milliseconds']:.3f} ms"
             print(f"{kernel} {launch}: {took}{', in the table' if row['in_table'] else ''}", flush=True)

@@ -27,7 +27,7 @@ def search(target: Target, kernel: str) -> Iterator[Row]:
         for launch in search_attention.candidates(kernel, 128, torch.bfloat16):
             yield failed_row(f"search {kernel}", str(launch), "bfloat16", OURS, "ok: not timed in a rehearsal")
         return
-    for found in search_attention.search(kernel, SECONDS):
+    for found in search_attention.search(target, kernel, SECONDS):
         launch = "rows {rows} step {step} warps {warps} stages {stages}".format(**found)
         shape = f"{launch}, width {found['width']}, window {found['window']}"
         name, dtype = f"search {kernel}", str(found["dtype"]).removeprefix("torch.")

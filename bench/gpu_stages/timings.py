@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -108,14 +108,17 @@ def compare(target: Target, comparison: Comparison, make: Make) -> list[Row]:
 
 
 def copies_for(target: Target, comparison: Comparison) -> int:
-    """Return how many copies of the inputs exceed the L2 cache together; products reuse what they read anyway."""
+    """Return how many copies of the inputs to time on; products reuse what they read, so one copy serves them."""
+    return copies_beyond_l2(target, comparison.work) if comparison.unit == "byte" else 1
+
+
+def copies_beyond_l2(target: Target, size: int) -> int:
+    """Return how many copies of `size` bytes exceed the L2 cache together."""
     large = 2 * target.l2_bytes()
-    if comparison.unit != "byte" or comparison.work >= large:
-        return 1
-    return min(MAX_COPIES, large // max(comparison.work, 1) + 1)
+    return 1 if size >= large else min(MAX_COPIES, large // max(size, 1) + 1)
 
 
-def sampler(target: Target, functions: list[Callable[[], Any]]) -> tuple[Callable[[], float], str]:
+def sampler(target: Target, functions: Sequence[Callable[[], Any]]) -> tuple[Callable[[], float], str]:
     """What times a call; one of many milliseconds is called less often, a slow peer once a sample."""
     if target.rehearsal:
         return target.seconds_a_call(functions)

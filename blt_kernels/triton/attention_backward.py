@@ -50,9 +50,9 @@ _MAX = tl.constexpr(3.4e38)  # of fp32
 _SMALL_SCALE = 2.0**-64  # products of larger ones overflow only where scores are beyond 1e19
 
 
-@triton.jit(do_not_specialize=["queries", "heads"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads"])
 def block_causal_attention_bwd_sums_kernel(
-    grad_out, out, lse, sums, first, last, stride_gt, stride_gh, stride_ot, stride_oh, queries, heads,
+    grad_out, out, lse, sums, first, last, stride_gt, stride_gh, stride_ot, stride_oh, queries, keys, heads,
     ROWS: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write ``sums [2, heads, queries]``: lse as `weights` takes it, and delta. Rows without keys are not read."""
@@ -60,7 +60,7 @@ def block_causal_attention_bwd_sums_kernel(
     start = tl.program_id(0) * ROWS
     local = tl.arange(0, ROWS)
     row = start + local
-    first_key, last_key, _ = load_ranges(first, last, row, queries)
+    first_key, last_key, _ = load_ranges(first, last, row, queries, keys)
     loaded = row_mask(first_key < last_key, WIDTH, E, WIDTH == E)
     grad = tl.load(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), mask=loaded, other=0.0)
     result = tl.load(tile_at(out + head * stride_oh, start, stride_ot, local, E), mask=loaded, other=0.0)
@@ -166,7 +166,7 @@ def block_causal_attention_bwd_dkdv_kernel(
     grad_out += head * stride_gh
     lse = sums + head * queries
     delta = lse + groups.to(tl.int64) * group * queries
-    first_row, last_row, gap = load_ranges(first, last, row, keys)
+    first_row, last_row, gap = load_ranges(first, last, row, keys, queries)
     all_first, all_last = attended_by_all(first_row, last_row)
     begin, end = next_run(first_row, last_row, gap, 0)
     while begin < end:
@@ -212,11 +212,11 @@ def dq_run(
     return dq
 
 
-@triton.jit(do_not_specialize=["queries", "heads", "group"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "group"])
 def block_causal_attention_bwd_dq_kernel(
     q, k, v, grad_out, sums, first, last, grad_q,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    scale, factor, queries, heads, group,
+    scale, factor, queries, keys, heads, group,
     ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `grad_q` of ROWS queries of one head."""
@@ -225,7 +225,7 @@ def block_causal_attention_bwd_dq_kernel(
     local = tl.arange(0, ROWS)
     row = start + local
     inside = row < queries
-    first_row, last_row, gap = load_ranges(first, last, row, queries)
+    first_row, last_row, gap = load_ranges(first, last, row, queries, keys)
     stored = row_mask(inside, WIDTH, E, WIDTH == E)
     q_rows = tl.load(tile_at(q + head * stride_qh, start, stride_qt, local, E), mask=stored, other=0.0)
     grad = tl.load(tile_at(grad_out + head * stride_gh, start, stride_gt, local, E), mask=stored, other=0.0)
@@ -299,7 +299,7 @@ def block_causal_attention_bwd_cuda(
         offsets = (queries, keys, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
         of_queries, of_keys = ranges(*offsets, with_keys=True, made=made)
         block_causal_attention_bwd_sums_kernel[(triton.cdiv(queries, _SUM_ROWS), heads)](
-            grad_out, out, lse, sums, *of_queries, *strides(grad_out, out), queries, heads,
+            grad_out, out, lse, sums, *of_queries, *strides(grad_out, out), queries, keys, heads,
             ROWS=_SUM_ROWS, E=padded_width(width), WIDTH=width, num_warps=4,
         )  # fmt: skip
         own = launch or launch_options("bwd_dkdv", width, q.dtype, architecture(q))
@@ -311,7 +311,7 @@ def block_causal_attention_bwd_cuda(
         own = launch or launch_options("bwd_dq", width, q.dtype, architecture(q))
         block_causal_attention_bwd_dq_kernel[(triton.cdiv(queries, own.rows), heads)](
             q_scores, k, v, grad_out, sums, *of_queries, grad_q, *strides(q_scores, k, v, grad_out), scale, factor,
-            queries, heads, heads // groups,
+            queries, keys, heads, heads // groups,
             ROWS=own.rows, STEP=own.step, num_warps=own.warps, num_stages=own.stages, **options,
         )  # fmt: skip
     return grad_q, grad_k, grad_v

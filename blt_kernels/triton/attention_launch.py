@@ -54,12 +54,13 @@ _CONSERVATIVE: _Table = {  # every GPU that is not named below: fits into the 99
 # With two stages Triton waits for the copies that it has just started, so there are three wherever these fit.
 _HOPPER: _Table = _CONSERVATIVE | {
     # starting points
-    ("fwd", 2): (Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 32, 8, 3)),
+    ("fwd", 2): (Launch(128, 128, 8, 3), Launch(128, 64, 4, 3), Launch(128, 128, 8, 3), Launch(64, 32, 8, 3)),
     ("bwd_dkdv", 2): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(32, 32, 8, 2)),
     ("bwd_dq", 2): (Launch(128, 64, 4, 2), Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 8, 2)),
     ("decode", 2): (Launch(32, 64, 4, 3), Launch(32, 64, 4, 3), Launch(32, 64, 4, 3), Launch(32, 32, 4, 2)),
 }
 _HOPPER_PADDED = {  # where masks of padded head widths take registers: starting points
+    ("fwd", 2, 64): Launch(128, 128, 8, 3),
     ("fwd", 2, 128): Launch(128, 64, 8, 3),
 }
 

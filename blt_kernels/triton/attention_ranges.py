@@ -126,13 +126,14 @@ def block_causal_attention_ranges_kernel(
 
 
 @triton.jit
-def load_ranges(first, last, row, rows):
+def load_ranges(first, last, row, rows, others):
     """Return `first` and `last` of the rows of a program, and after which of them nothing is seen for a while.
 
-    Rows beyond the end see nothing.
+    Rows beyond the end see nothing. The ranges are the caller's and may hold anything: no `last` exceeds `others`, the
+    number of rows of the other side, and `next_run` begins at 0 or later.
     """
     first_row = tl.load(first + row, mask=row < rows, other=0)
-    last_row = tl.load(last + row, mask=row < rows, other=0)
+    last_row = tl.minimum(tl.load(last + row, mask=row < rows, other=0), others)
     gap = tl.load(first + row + 1, mask=row < rows - 1, other=0) > last_row
     return first_row, last_row, gap
 

@@ -60,11 +60,11 @@ _LARGE = tl.constexpr(1024.0)  # of scale * log2(e) * product: its rounding chan
 _INFINITY = tl.constexpr(float("inf"))
 
 
-@triton.jit(do_not_specialize=["queries", "heads", "group"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "group"])
 def block_causal_attention_fwd_kernel(
     q, k, v, out, lse, first, last,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    power, scale, natural_scale, queries, heads, group,
+    power, scale, natural_scale, queries, keys, heads, group,
     ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `out` and `lse` of ROWS queries of one head."""
@@ -74,7 +74,7 @@ def block_causal_attention_fwd_kernel(
     local = tl.arange(0, ROWS)
     row = start + local
     inside = row < queries
-    first_key, last_key, gap = load_ranges(first, last, row, queries)
+    first_key, last_key, gap = load_ranges(first, last, row, queries, keys)
     loaded = row_mask(inside, WIDTH, E, EVEN)
     q_rows = tl.load(tile_at(q + head * stride_qh, start, stride_qt, local, E), mask=loaded, other=0.0)
     is_fp32: tl.constexpr = q_rows.dtype == tl.float32
@@ -165,7 +165,7 @@ def block_causal_attention_fwd_cuda(
             (first, last), _ = ranges(queries, k.shape[0], *rest, seqused_k, skip=few, made=made)
             block_causal_attention_fwd_kernel[(triton.cdiv(queries, launch.rows), heads)](
                 q, k, v, out, lse, first, last, *strides(q, k, v), *scales(scale, q),
-                queries, heads, heads // groups,
+                queries, k.shape[0], heads, heads // groups,
                 ROWS=launch.rows, STEP=launch.step, E=padded_width(width), WIDTH=width, PRECISION=precision_of(q),
                 num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
             )  # fmt: skip

@@ -142,14 +142,18 @@ def call(message: bytes) -> bytes:
 
 
 def call_with_ranges(message: bytes) -> bytes:
-    """Run forward and backward with ranges made before; return these, all results, and how often some were written."""
+    """Run forward and backward with ranges that are given, or made before if None.
+
+    Return these, all results, and how often ranges were written.
+    """
     from blt_kernels.triton import attention_backward, attention_ranges, block_causal_attention
 
-    (q, k, v, cu_q, cu_k, window, causal, scale, used), grad, splits = pickle.loads(message)
+    (q, k, v, cu_q, cu_k, window, causal, scale, used), grad, splits, made = pickle.loads(message)
     rest, launch = (cu_q, cu_k, window, causal, scale, used), None if splits else Launch(*SMALL, 4, 1)
-    made = attention_ranges.block_causal_attention_ranges_fwd_cuda(
-        cu_q, cu_k, q.shape[0], k.shape[0], window, causal, used
-    )
+    if made is None:
+        made = attention_ranges.block_causal_attention_ranges_fwd_cuda(
+            cu_q, cu_k, q.shape[0], k.shape[0], window, causal, used
+        )
     few = mock.patch.object(block_causal_attention, "decode_splits", return_value=splits)
     writes = mock.patch.object(attention_ranges, "_write", wraps=attention_ranges._write)
     with few if splits else nullcontext(), writes as write:
@@ -673,7 +677,7 @@ def test_ranges_made_before(
     arguments = (q, k, v, cu_q, cu_k, window, causal, None, used_k)
     expected, _ = run(arguments, grad)
     made, results, writes = pickle.loads(
-        interpreter.submit(call_with_ranges, pickle.dumps((arguments, grad, 0))).result()
+        interpreter.submit(call_with_ranges, pickle.dumps((arguments, grad, 0, None))).result()
     )
     assert torch.equal(
         made, reference.block_causal_attention_ranges_fwd_reference(cu_q, cu_k, *totals, window, causal, used_k)
@@ -688,9 +692,34 @@ def test_decoding_finds_its_own_ranges(interpreter: ProcessPoolExecutor, run: Ca
     q, k, v, grad = inputs(43, 130, (2, 1), 16, torch.float32)
     arguments = (q, k, v, cu_q, cu_k, None, True, None, None)
     expected, _ = run(arguments, splits=2)
-    _, results, writes = pickle.loads(interpreter.submit(call_with_ranges, pickle.dumps((arguments, grad, 2))).result())
+    message = pickle.dumps((arguments, grad, 2, None))
+    _, results, writes = pickle.loads(interpreter.submit(call_with_ranges, message).result())
     assert_equal(results[:2], expected)
     assert writes == 1
+
+
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+HOSTILE = {  # first and last of every row, in turn; there are 40 queries and 50 keys
+    "a little too far": ([0], [58]),
+    "everything there is": ([0], [INT_MAX]),
+    "in front of everything": ([-9], [3]),
+    "the least there is": ([INT_MIN], [50]),
+    "behind everything": ([1000], [2000]),
+    "reversed": ([INT_MAX], [INT_MIN]),
+    "in disorder": ([INT_MAX, 7, -5, 90, 0, INT_MIN], [INT_MAX, 1, 60, 2000, INT_MIN, 45]),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_wrong_ranges_reach_nothing_outside(interpreter: ProcessPoolExecutor, name: str) -> None:
+    """The worker checks every access of forward and backward."""
+    q, k, v, grad = inputs(40, 50, (2, 1), 16, torch.float32)
+    made = [torch.tensor(values).repeat(n)[:n] for n in (40, 52) for values in HOSTILE[name]]
+    arguments = (q, k, v, offsets_of([40]), offsets_of([50]), None, True, None, None)
+    message = pickle.dumps((arguments, grad, 0, torch.cat(made).int()))
+    _, results, writes = pickle.loads(interpreter.submit(call_with_ranges, message).result())
+    assert [x.shape for x in results] == [q.shape, q.shape[:2], q.shape, k.shape, v.shape]
+    assert writes == 0
 
 
 def test_ranges_of_other_sizes_are_refused() -> None:
