@@ -14,6 +14,7 @@ from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _autograd, _common
+from blt_kernels.ops._patch_layout import DOCUMENTS, LAYOUT, define_scheme, empty_layout, layout_of
 from blt_kernels.ops.token_entropy import check_alphabet, empty_entropy, logits_grad, save_logits
 from blt_kernels.reference import entropy_patch as reference
 
@@ -78,7 +79,7 @@ def entropy_patch(
     entropy, _log_sum, *layout = torch.ops.blt_kernels.entropy_patch_fwd(
         packed, offsets, documents, threshold, threshold_add, monotonic, max_patch_length, max_patches
     )
-    return entropy.view(logits.shape[:-1]), _layout(layout, offsets)
+    return entropy.view(logits.shape[:-1]), layout_of(layout, offsets)
 
 
 def patch_starts(
@@ -137,7 +138,7 @@ def patch_starts(
     layout = torch.ops.blt_kernels.patch_starts_fwd(
         packed, offsets, documents, threshold, threshold_add, monotonic, max_patch_length, max_patches
     )
-    return _layout(layout, offsets)
+    return layout_of(layout, offsets)
 
 
 def space_patch(tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None) -> PatchLayout:
@@ -172,7 +173,7 @@ def space_patch(tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches
     _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
     packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
     _common.check_capacity(max_patches, documents)
-    return _layout(torch.ops.blt_kernels.space_patch_fwd(packed, offsets, documents, max_patches), offsets)
+    return layout_of(torch.ops.blt_kernels.space_patch_fwd(packed, offsets, documents, max_patches), offsets)
 
 
 def static_patch(
@@ -225,7 +226,7 @@ def static_patch(
     _common.check_total("num_bytes", num_bytes)
     offsets = _common.check_offsets("cu_seqlens", cu_seqlens, num_bytes, device=cu_seqlens.device)
     _common.check_capacity(max_patches, offsets.shape[0] - 1)
-    return _layout(torch.ops.blt_kernels.static_patch_fwd(offsets, num_bytes, size, first, max_patches), offsets)
+    return layout_of(torch.ops.blt_kernels.static_patch_fwd(offsets, num_bytes, size, first, max_patches), offsets)
 
 
 def byte_patch(cu_seqlens: Tensor, *, num_bytes: int | None = None, max_patches: int | None = None) -> PatchLayout:
@@ -286,7 +287,7 @@ def delimiter_patch(
     _common.check_int("id", id, -_common.INT64_MAX - 1)
     packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
     _common.check_capacity(max_patches, documents)
-    return _layout(torch.ops.blt_kernels.delimiter_patch_fwd(packed, offsets, documents, id, max_patches), offsets)
+    return layout_of(torch.ops.blt_kernels.delimiter_patch_fwd(packed, offsets, documents, id, max_patches), offsets)
 
 
 def topk_patch(
@@ -324,7 +325,7 @@ def topk_patch(
     _common.check_int("patch_size", patch_size, 1)
     packed, offsets, documents = _common.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
     _common.check_capacity(max_patches, documents)
-    return _layout(torch.ops.blt_kernels.topk_patch_fwd(packed, offsets, documents, patch_size, max_patches), offsets)
+    return layout_of(torch.ops.blt_kernels.topk_patch_fwd(packed, offsets, documents, patch_size, max_patches), offsets)
 
 
 def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool, max_patch_length: int | None) -> None:
@@ -337,75 +338,35 @@ def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool,
         _common.check_int("max_patch_length", max_patch_length, 1)
 
 
-def _layout(tensors: Any, cu_seqlens: Tensor | None) -> PatchLayout:
-    patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, made = tensors
-    offsets = made if cu_seqlens is None else cu_seqlens
-    return PatchLayout(patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, offsets, overflowed)
-
-
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
-# Without cu_seqlens there are num_documents documents of one length. Then their offsets are the last output, which is
-# empty otherwise: an output may not be an input.
-
-_LAYOUT = (
-    "Tensor patch_offsets, Tensor cu_patches, Tensor patch_ids, Tensor decode_ids, Tensor decode_offsets,"
-    " Tensor overflowed, Tensor made_cu_seqlens"
-)
-_DOCUMENTS = "Tensor? cu_seqlens, SymInt num_documents"
 _RULES = "float threshold, float? threshold_add, bool monotonic, SymInt? max_patch_length, SymInt? max_patches"
 
-
-def _empty_layout(
-    num_bytes: int, like: Tensor, cu_seqlens: Tensor | None, num_documents: int, max_patches: int | None
-) -> tuple[Tensor, ...]:
-    capacity = num_bytes if max_patches is None else max_patches
-    count = num_documents + 1 if cu_seqlens is None else cu_seqlens.shape[0]
-    sizes = capacity + 1, count, num_bytes, num_bytes, capacity + 1
-    return (
-        *(like.new_empty(size, dtype=torch.int32) for size in sizes),
-        like.new_empty(1, dtype=torch.bool),
-        like.new_empty(count if cu_seqlens is None else 0, dtype=torch.int32),
-    )
-
-
-def _define_scheme(name: str, values: str, arguments: str, scheme: Any) -> None:
-    """Register a patching scheme of bytes with `values`; `arguments` follow those of the documents."""
-
-    def fake(x: Tensor, cu_seqlens: Tensor | None, num_documents: int, *rest: Any) -> tuple[Tensor, ...]:
-        return _empty_layout(x.shape[0], x, cu_seqlens, num_documents, rest[-1])
-
-    _common.define(name, f"(Tensor {values}, {_DOCUMENTS}, {arguments}) -> ({_LAYOUT})", scheme)
-    torch.library.register_fake(f"blt_kernels::{name}", fake)
-
-
-_define_scheme("patch_starts_fwd", "entropy", _RULES, reference.patch_starts_fwd_reference)
-_define_scheme("space_patch_fwd", "tokens", "SymInt? max_patches", reference.space_patch_fwd_reference)
-_define_scheme("delimiter_patch_fwd", "tokens", "int id, SymInt? max_patches", reference.delimiter_patch_fwd_reference)
-_define_scheme(
-    "topk_patch_fwd", "entropy", "SymInt patch_size, SymInt? max_patches", reference.topk_patch_fwd_reference
-)
+define_scheme("patch_starts_fwd", "entropy", _RULES, reference.patch_starts_fwd_reference)
+define_scheme("space_patch_fwd", "tokens", "SymInt? max_patches", reference.space_patch_fwd_reference)
+define_scheme("delimiter_patch_fwd", "tokens", "int id, SymInt? max_patches", reference.delimiter_patch_fwd_reference)
+define_scheme("topk_patch_fwd", "entropy", "SymInt patch_size, SymInt? max_patches", reference.topk_patch_fwd_reference)
 _common.define(
     "static_patch_fwd",
-    f"(Tensor cu_seqlens, SymInt num_bytes, SymInt size, SymInt first, SymInt? max_patches) -> ({_LAYOUT})",
+    f"(Tensor cu_seqlens, SymInt num_bytes, SymInt size, SymInt first, SymInt? max_patches) -> ({LAYOUT})",
     reference.static_patch_fwd_reference,
 )
 
 
 @torch.library.register_fake("blt_kernels::static_patch_fwd")
 def _(cu_seqlens: Tensor, num_bytes: int, _size: int, _first: int, max_patches: int | None) -> tuple[Tensor, ...]:
-    return _empty_layout(num_bytes, cu_seqlens, cu_seqlens, 0, max_patches)
+    return empty_layout(num_bytes, cu_seqlens, cu_seqlens, 0, max_patches)
 
 
 _common.define(
     "entropy_patch_fwd",
-    f"(Tensor logits, {_DOCUMENTS}, {_RULES}) -> (Tensor entropy, Tensor log_sum, {_LAYOUT})",
+    f"(Tensor logits, {DOCUMENTS}, {_RULES}) -> (Tensor entropy, Tensor log_sum, {LAYOUT})",
     reference.entropy_patch_fwd_reference,
 )
 
 
 @torch.library.register_fake("blt_kernels::entropy_patch_fwd")
 def _(logits: Tensor, cu_seqlens: Tensor | None, num_documents: int, *rules: Any) -> tuple[Tensor, ...]:
-    layout = _empty_layout(logits.shape[0], logits, cu_seqlens, num_documents, rules[-1])
+    layout = empty_layout(logits.shape[0], logits, cu_seqlens, num_documents, rules[-1])
     return *empty_entropy(logits), *layout
 
 

@@ -1,0 +1,52 @@
+"""The outputs of the operators that cut bytes into patches: their schema, their fake, and the PatchLayout of them.
+
+Without cu_seqlens there are num_documents documents of one length. Then their offsets are the last output, which is
+empty otherwise: an output may not be an input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels.layout import PatchLayout
+from blt_kernels.ops import _common
+
+LAYOUT = (
+    "Tensor patch_offsets, Tensor cu_patches, Tensor patch_ids, Tensor decode_ids, Tensor decode_offsets,"
+    " Tensor overflowed, Tensor made_cu_seqlens"
+)
+DOCUMENTS = "Tensor? cu_seqlens, SymInt num_documents"
+
+
+def layout_of(tensors: Any, cu_seqlens: Tensor | None) -> PatchLayout:
+    """Return the layout that an operator's outputs are."""
+    patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, made = tensors
+    offsets = made if cu_seqlens is None else cu_seqlens
+    return PatchLayout(patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, offsets, overflowed)
+
+
+def empty_layout(
+    num_bytes: int, like: Tensor, cu_seqlens: Tensor | None, num_documents: int, max_patches: int | None
+) -> tuple[Tensor, ...]:
+    """Allocate those outputs, as the kernels do."""
+    capacity = num_bytes if max_patches is None else max_patches
+    count = num_documents + 1 if cu_seqlens is None else cu_seqlens.shape[0]
+    sizes = capacity + 1, count, num_bytes, num_bytes, capacity + 1
+    return (
+        *(like.new_empty(size, dtype=torch.int32) for size in sizes),
+        like.new_empty(1, dtype=torch.bool),
+        like.new_empty(count if cu_seqlens is None else 0, dtype=torch.int32),
+    )
+
+
+def define_scheme(name: str, values: str, arguments: str, scheme: Any) -> None:
+    """Register a patching scheme of bytes with `values`; `arguments` follow those of the documents."""
+
+    def fake(x: Tensor, cu_seqlens: Tensor | None, num_documents: int, *rest: Any) -> tuple[Tensor, ...]:
+        return empty_layout(x.shape[0], x, cu_seqlens, num_documents, rest[-1])
+
+    _common.define(name, f"(Tensor {values}, {DOCUMENTS}, {arguments}) -> ({LAYOUT})", scheme)
+    torch.library.register_fake(f"blt_kernels::{name}", fake)
