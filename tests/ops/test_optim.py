@@ -183,7 +183,7 @@ def test_a_training_step_needs_no_second_table(
     make: Callable[..., torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(bench.SOURCE))
-    timing = importlib.import_module("timing")
+    memory = importlib.import_module("memory")
     width, rows, bytes_read = 64, 50_000, 300
     tables = torch.randn(6 * rows, width, requires_grad=True)  # 77 MB
     byte_table = torch.randn(260, width, requires_grad=True)
@@ -198,7 +198,7 @@ def test_a_training_step_needs_no_second_table(
     train()  # makes the state
     if torch._C._dispatch_has_kernel_for_dispatch_key("blt_kernels::sgd_step", "CPU"):
         per_byte = 4 * width * (7 + 4)  # the gradient, and the output with what autograd keeps of it
-        assert timing.peak_extra_bytes(train) < 4 * bytes_read * per_byte
+        assert memory.peak_extra_bytes(train) < 4 * bytes_read * per_byte
     before = tables.detach().clone()
     train()
     assert 0 < int((before != tables).any(1).sum()) <= 6 * bytes_read

@@ -14,9 +14,9 @@ from blt_kernels.testing import real_text
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
-import study
-import study_report
-import study_text
+from study import report
+from study import run as study
+from study import text as study_text
 
 CHOSEN = ["byte 128", "entropy 4.5 small"]
 
@@ -109,8 +109,8 @@ def test_noise(noise: str) -> None:
 
 
 def test_spread() -> None:
-    assert study_report.spread([1.0]) == (1.0, 0.0)
-    assert study_report.spread([1.0, 3.0]) == pytest.approx((2.0, 2**0.5))
+    assert report.spread([1.0]) == (1.0, 0.0)
+    assert report.spread([1.0, 3.0]) == pytest.approx((2.0, 2**0.5))
 
 
 def test_unknown_model() -> None:

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from study_text import CLEAN, CONDITIONS, NOISES
-
 from blt_kernels._files import whole_file, write_text
+from study.text import CLEAN, CONDITIONS, NOISES
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Byte transformer, MegaByte, BLT-Space and BLT-Entropy at equal training FLOPs: ``python bench/study.py``.
+"""Byte transformer, MegaByte, BLT-Space and BLT-Entropy at equal training FLOPs: ``python bench/study``.
 
 Every model is trained on the sources of Python's standard library until it has used `--tflops` of training, three times
 what it does forward (`blt_kernels.flops.count_flops`, on batches of that text). So those that spend less on a
@@ -26,12 +26,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import study_report
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from study_report import Outcome
-from study_text import CLEAN, CONDITIONS, HELDOUT, SPLIT_SEED, Corpus, prepare
 from timing import RESULTS, csv_path
 
 from blt_kernels._files import write_text
@@ -41,6 +38,9 @@ from blt_kernels.nn import TransformerConfig
 from blt_kernels.train import data
 from blt_kernels.train.evaluate import measure, threshold_for_patch_size
 from blt_kernels.train.loop import TrainConfig, build_model, train
+from study import report
+from study.report import Outcome
+from study.text import CLEAN, CONDITIONS, HELDOUT, SPLIT_SEED, Corpus, prepare
 
 BATCH, CONTEXT = 2048, 1024  # bytes of a step, and the most of them in a row
 SAMPLE = 1 << 17  # bytes of training text in excerpts, for FLOPs and thresholds
@@ -323,10 +323,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = [model for model in MODELS if model.name in given.models]
     options = Options(given.paths, given.work, given.tflops, given.heldout_bytes, not given.fp32)
     outcomes, settings = study(options, models, given.seeds, given.jobs)
-    study_report.write(outcomes, settings, given.out)
-    print(study_report.table(outcomes))
+    report.write(outcomes, settings, given.out)
+    print(report.table(outcomes))
     print(f"written to {given.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Byte-level models at equal training FLOPs: ``python bench/study``."""

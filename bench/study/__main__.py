@@ -1,0 +1,13 @@
+"""``python bench/study``: see `study.run`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # processes that a run starts import this file too
+    sys.path[0] = str(Path(__file__).parents[1])  # the folder of this package and of `timing`
+
+    from study.run import main
+
+    main()
