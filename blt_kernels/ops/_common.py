@@ -129,15 +129,15 @@ def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.devic
     return offsets.to(torch.int32).contiguous()
 
 
-def check_ids(tokens: Tensor, cu_seqlens: Tensor, alphabet: int, meaning: str, *, padded: bool = False) -> None:
+def check_ids(tokens: Tensor, cu_seqlens: Tensor | None, alphabet: int, meaning: str, *, padded: bool = False) -> None:
     """Raise ValueError unless the packed ids of all documents are below `alphabet`, which `meaning` names.
 
-    The values are checked where they are `readable`. Beyond the last document there may be anything. `padded`: the
-    caller was given ``[B, S]``, where there is no such place.
+    The values are checked where they are `readable`. Beyond the last document there may be anything: without
+    `cu_seqlens` there is no such place. `padded`: the caller was given ``[B, S]``.
     """
-    if not (readable(tokens) and readable(cu_seqlens)):
+    if not readable(tokens) or not (cu_seqlens is None or readable(cu_seqlens)):
         return
-    inside = tokens[: int(cu_seqlens[-1])]
+    inside = tokens if cu_seqlens is None else tokens[: int(cu_seqlens[-1])]
     if not inside.numel():
         return
     low, high = (int(x) for x in inside.aminmax())

@@ -86,7 +86,7 @@ def ngram_hash_embed(
         vocab = _check_row_range(row_range, vocab, rows)
     elif vocab is not None and vocab != rows:
         raise ValueError(f"vocab: expected None or the {rows} rows of a table, since row_range is None, got {vocab}")
-    packed, offsets = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+    packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
     if byte_table is not None:
         _common.check_tensor("byte_table", byte_table, 2, _common.FLOATS)
         _common.check_same("byte_table", byte_table, "tables", table_list[0])
@@ -102,6 +102,7 @@ def ngram_hash_embed(
         table_list,
         byte_table,
         offsets,
+        documents,
         sizes,
         num_functions,
         grad,
@@ -155,8 +156,8 @@ def ngram_hash(
     """
     sizes = _check_hash(tokens, ngram_sizes, num_functions)
     _common.check_int("vocab", vocab, 1)
-    packed, offsets = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
-    hashes = torch.ops.blt_kernels.ngram_hash_fwd(packed, offsets, sizes, num_functions, vocab)
+    packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
+    hashes = torch.ops.blt_kernels.ngram_hash_fwd(packed, offsets, documents, sizes, num_functions, vocab)
     return hashes.view(hashes.shape[0], *tokens.shape)
 
 
@@ -221,24 +222,24 @@ def _check_row_range(row_range: tuple[int, int], vocab: int | None, rows: int) -
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
-# `tables` is a list of N, or of the fused one alone; row_range is (0, vocab) if None. In backward `fused` says which of
+# Without cu_seqlens there are num_documents documents of one length. `tables` is a list of N, or of the fused one alone; row_range is (0, vocab) if None. In backward `fused` says which of
 # the two, and `alphabet` is the number of rows of byte_table if it needs a gradient too, which comes last; else None.
 
 _HASH = "int[] ngram_sizes, int num_functions"
 _BACKWARD = (
-    f"Tensor grad_out, Tensor tokens, Tensor cu_seqlens, {_HASH},"
+    f"Tensor grad_out, Tensor tokens, Tensor? cu_seqlens, SymInt num_documents, {_HASH},"
     " int[]? row_range, SymInt vocab, bool fused, SymInt? alphabet"
 )
 
 _common.define(
     "ngram_hash_fwd",
-    f"(Tensor tokens, Tensor cu_seqlens, {_HASH}, SymInt vocab) -> Tensor hashes",
+    f"(Tensor tokens, Tensor? cu_seqlens, SymInt num_documents, {_HASH}, SymInt vocab) -> Tensor hashes",
     reference.ngram_hash_fwd_reference,
 )
 _common.define(
     "ngram_hash_embed_fwd",
-    f"(Tensor tokens, Tensor[] tables, Tensor? byte_table, Tensor cu_seqlens, {_HASH}, str grad, int[]? row_range,"
-    " SymInt vocab) -> Tensor out",
+    f"(Tensor tokens, Tensor[] tables, Tensor? byte_table, Tensor? cu_seqlens, SymInt num_documents, {_HASH},"
+    " str grad, int[]? row_range, SymInt vocab) -> Tensor out",
     reference.ngram_hash_embed_fwd_reference,
 )
 _common.define("ngram_hash_embed_bwd", f"({_BACKWARD}) -> Tensor[] grads", reference.ngram_hash_embed_bwd_reference)
@@ -250,7 +251,14 @@ _common.define(
 
 
 @torch.library.register_fake("blt_kernels::ngram_hash_fwd")
-def _(tokens: Tensor, cu_seqlens: Tensor, ngram_sizes: list[int], num_functions: int, vocab: int) -> Tensor:
+def _(
+    tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    num_documents: int,
+    ngram_sizes: list[int],
+    num_functions: int,
+    vocab: int,
+) -> Tensor:
     return tokens.new_empty(num_functions * len(ngram_sizes), tokens.shape[0], dtype=torch.int64)
 
 
@@ -274,12 +282,14 @@ def _table_sizes(
 
 
 @torch.library.register_fake("blt_kernels::ngram_hash_embed_bwd")
-def _(grad_out: Tensor, tokens: Tensor, cu_seqlens: Tensor, *arguments: Any) -> list[Tensor]:
+def _(grad_out: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, num_documents: int, *arguments: Any) -> list[Tensor]:
     return [grad_out.new_empty(size, grad_out.shape[1]) for size in _table_sizes(*arguments)]
 
 
 @torch.library.register_fake("blt_kernels::ngram_hash_embed_sparse_bwd")
-def _(grad_out: Tensor, tokens: Tensor, cu_seqlens: Tensor, *arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+def _(
+    grad_out: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, num_documents: int, *arguments: Any
+) -> tuple[list[Tensor], list[Tensor]]:
     read = [torch.library.get_ctx().new_dynamic_size() for _ in _table_sizes(*arguments)]
     rows = [tokens.new_empty(n, dtype=torch.int64) for n in read]
     return rows, [grad_out.new_empty(n, grad_out.shape[1]) for n in read]
@@ -290,9 +300,9 @@ def _(grad_out: Tensor, tokens: Tensor, cu_seqlens: Tensor, *arguments: Any) -> 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tokens, tables, byte_table, cu_seqlens, ngram_sizes, num_functions, grad, row_range, vocab = inputs
+    tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, num_functions, grad, row_range, vocab = inputs
     ctx.save_for_backward(tokens, cu_seqlens)
-    ctx.hash = ngram_sizes, num_functions, row_range, vocab
+    ctx.hash = num_documents, ngram_sizes, num_functions, row_range, vocab
     ctx.shapes = [table.shape for table in tables]
     ctx.byte_shape = None if byte_table is None else byte_table.shape
     ctx.grad = grad
@@ -302,7 +312,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     tokens, cu_seqlens = ctx.saved_tensors
     count = len(ctx.shapes)
     shapes = [*ctx.shapes, ctx.byte_shape] if ctx.needs_input_grad[2] else ctx.shapes
-    ngram_sizes, num_functions, _, _ = ctx.hash
+    _, ngram_sizes, num_functions, _, _ = ctx.hash
     fused = count < num_functions * len(ngram_sizes)
     alphabet = ctx.byte_shape[0] if ctx.needs_input_grad[2] else None
     arguments = (grad_out, tokens, cu_seqlens, *ctx.hash, fused, alphabet)
@@ -315,13 +325,15 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
             for r, v, shape in zip(rows, values, shapes, strict=True)
         ]
     needed = [g if n else None for g, n in zip(grads, ctx.needs_input_grad[1], strict=False)]
-    return None, needed, (grads[-1] if ctx.needs_input_grad[2] else None), None, None, None, None, None, None
+    return None, needed, (grads[-1] if ctx.needs_input_grad[2] else None), *[None] * 7
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _grad_out, tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, _fused, alphabet = inputs
+    _grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range, vocab, _fused, alphabet = (
+        inputs
+    )
     ctx.save_for_backward(tokens, cu_seqlens)
-    ctx.hash = ngram_sizes, num_functions, "dense", row_range, vocab
+    ctx.hash = num_documents, ngram_sizes, num_functions, "dense", row_range, vocab
     ctx.has_byte_table = alphabet is not None
 
 
@@ -332,7 +344,7 @@ def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
     if ctx.has_byte_table:
         byte_table = tables.pop()
     grad = torch.ops.blt_kernels.ngram_hash_embed_fwd(tokens, tables, byte_table, cu_seqlens, *ctx.hash)
-    return grad, None, None, None, None, None, None, None, None
+    return grad, *[None] * 9
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
+from blt_kernels.reference._ragged import document_offsets
 from blt_kernels.reference.token_entropy import token_entropy_fwd_reference
 
 
@@ -133,7 +134,7 @@ def patch_starts_fwd_reference(
     max_patch_length: int | None,
     max_patches: int | None,
 ) -> tuple[Tensor, ...]:
-    offsets = _offsets(entropy, cu_seqlens, num_documents)
+    offsets = document_offsets(entropy, cu_seqlens, num_documents)
     rules = threshold, threshold_add, monotonic, max_patch_length
     return _tensors(patch_starts_reference(entropy, offsets, *rules, max_patches), cu_seqlens)
 
@@ -148,7 +149,7 @@ def entropy_patch_fwd_reference(
     max_patch_length: int | None,
     max_patches: int | None,
 ) -> tuple[Tensor, ...]:
-    entropy, log_sum = document_entropy_reference(logits, _offsets(logits, cu_seqlens, num_documents))
+    entropy, log_sum = document_entropy_reference(logits, document_offsets(logits, cu_seqlens, num_documents))
     rules = threshold, threshold_add, monotonic, max_patch_length
     layout = patch_starts_fwd_reference(entropy, cu_seqlens, num_documents, *rules, max_patches)
     return entropy, log_sum, *layout
@@ -157,7 +158,7 @@ def entropy_patch_fwd_reference(
 def space_patch_fwd_reference(
     tokens: Tensor, cu_seqlens: Tensor | None, num_documents: int, max_patches: int | None
 ) -> tuple[Tensor, ...]:
-    offsets = _offsets(tokens, cu_seqlens, num_documents)
+    offsets = document_offsets(tokens, cu_seqlens, num_documents)
     return _tensors(space_patch_reference(tokens, offsets, max_patches), cu_seqlens)
 
 
@@ -170,14 +171,14 @@ def static_patch_fwd_reference(
 def delimiter_patch_fwd_reference(
     tokens: Tensor, cu_seqlens: Tensor | None, num_documents: int, id: int, max_patches: int | None
 ) -> tuple[Tensor, ...]:
-    offsets = _offsets(tokens, cu_seqlens, num_documents)
+    offsets = document_offsets(tokens, cu_seqlens, num_documents)
     return _tensors(delimiter_patch_reference(tokens, offsets, id, max_patches), cu_seqlens)
 
 
 def topk_patch_fwd_reference(
     entropy: Tensor, cu_seqlens: Tensor | None, num_documents: int, patch_size: int, max_patches: int | None
 ) -> tuple[Tensor, ...]:
-    offsets = _offsets(entropy, cu_seqlens, num_documents)
+    offsets = document_offsets(entropy, cu_seqlens, num_documents)
     return _tensors(topk_patch_reference(entropy, offsets, patch_size, max_patches), cu_seqlens)
 
 
@@ -187,13 +188,6 @@ def topk_patch_fwd_reference(
 def _fp32(x: float) -> float:
     """The fp32 next to `x`: infinite beyond their range, where `torch.full` would raise."""
     return ctypes.c_float(x).value
-
-
-def _offsets(x: Tensor, cu_seqlens: Tensor | None, num_documents: int) -> Tensor:
-    if cu_seqlens is not None:
-        return cu_seqlens
-    length = x.shape[0] // max(num_documents, 1)
-    return torch.arange(num_documents + 1, dtype=torch.int32, device=x.device) * length
 
 
 def _tensors(layout: PatchLayout, given: Tensor | None) -> tuple[Tensor, ...]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blt_kernels.reference._ragged import document_offsets
+
 PRIMES = (
     1000000007,
     5915587277,
@@ -32,15 +34,20 @@ def ngram_hash_reference(
     vocab: int,
 ) -> Tensor:
     """Row of every byte's n-grams in each table; see `ops.ngram_hash`."""
-    hashes = ngram_hash_fwd_reference(*_packed(tokens, cu_seqlens), ngram_sizes, num_functions, vocab)
+    hashes = ngram_hash_fwd_reference(tokens.flatten(), cu_seqlens, _rows(tokens), ngram_sizes, num_functions, vocab)
     return hashes.view(hashes.shape[0], *tokens.shape)
 
 
 def ngram_hash_fwd_reference(
-    tokens: Tensor, cu_seqlens: Tensor, ngram_sizes: Sequence[int], num_functions: int, vocab: int
+    tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    num_documents: int,
+    ngram_sizes: Sequence[int],
+    num_functions: int,
+    vocab: int,
 ) -> Tensor:
     """sum_j window[j] * prime**j mod vocab, with j = 0 the oldest byte of the window, in wrapping int64: ``[N, T]``."""
-    local = _local_index(tokens.shape[0], cu_seqlens)
+    local = _local_index(tokens.shape[0], document_offsets(tokens, cu_seqlens, num_documents))
     # back[d]: the byte d places before, 0 before the start of its document.
     reach = min(max(ngram_sizes), tokens.shape[0])
     back = [F.pad(tokens.long(), (d, 0))[: local.shape[0]].where(local >= d, 0) for d in range(reach)]
@@ -70,9 +77,17 @@ def ngram_hash_embed_reference(
     tables = [tables] if isinstance(tables, Tensor) else list(tables)
     if vocab is None:
         vocab = sum(table.shape[0] for table in tables) // (num_functions * len(ngram_sizes))
-    packed, cu_seqlens = _packed(tokens, cu_seqlens)
     out = ngram_hash_embed_fwd_reference(
-        packed, tables, byte_table, cu_seqlens, ngram_sizes, num_functions, grad, row_range, vocab
+        tokens.flatten(),
+        tables,
+        byte_table,
+        cu_seqlens,
+        _rows(tokens),
+        ngram_sizes,
+        num_functions,
+        grad,
+        row_range,
+        vocab,
     )
     return out.view(*tokens.shape, out.shape[-1])
 
@@ -81,7 +96,8 @@ def ngram_hash_embed_fwd_reference(
     tokens: Tensor,
     tables: Sequence[Tensor],
     byte_table: Tensor | None,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
+    num_documents: int,
     ngram_sizes: Sequence[int],
     num_functions: int,
     grad: str,
@@ -89,6 +105,7 @@ def ngram_hash_embed_fwd_reference(
     vocab: int,
 ) -> Tensor:
     """out[i] = byte_table[tokens[i]] + sum over tables of table[hash[i]], added up in fp32 and rounded once."""
+    cu_seqlens = document_offsets(tokens, cu_seqlens, num_documents)
     rows, hit = _table_rows(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, len(tables) == 1)
     dtype = tables[0].dtype
     out = torch.zeros(tokens.shape[0], tables[0].shape[1], dtype=_accumulator(tables[0]), device=tokens.device)
@@ -103,7 +120,8 @@ def ngram_hash_embed_fwd_reference(
 def ngram_hash_embed_bwd_reference(
     grad_out: Tensor,
     tokens: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
+    num_documents: int,
     ngram_sizes: Sequence[int],
     num_functions: int,
     row_range: Sequence[int] | None,
@@ -112,7 +130,7 @@ def ngram_hash_embed_bwd_reference(
     alphabet: int | None,
 ) -> list[Tensor]:
     """Dense gradients of the tables and, given `alphabet`, of the byte table: every row sums the bytes that read it."""
-    grads = []
+    cu_seqlens, grads = document_offsets(tokens, cu_seqlens, num_documents), []
     for size, rows, hits in _lookups(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused, alphabet):
         grad = grad_out.new_zeros(size, grad_out.shape[1], dtype=_accumulator(grad_out))
         for row, hit in zip(rows, hits, strict=True):
@@ -124,7 +142,8 @@ def ngram_hash_embed_bwd_reference(
 def ngram_hash_embed_sparse_bwd_reference(
     grad_out: Tensor,
     tokens: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
+    num_documents: int,
     ngram_sizes: Sequence[int],
     num_functions: int,
     row_range: Sequence[int] | None,
@@ -133,6 +152,7 @@ def ngram_hash_embed_sparse_bwd_reference(
     alphabet: int | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Give the same gradients as rows in rising order, int64 ``[M]``, and their values ``[M, D]``."""
+    cu_seqlens = document_offsets(tokens, cu_seqlens, num_documents)
     all_rows, all_values = [], []
     for size, rows, hits in _lookups(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused, alphabet):
         # Lookups that miss go to one more row, which sorts last and is always there to be cut off.
@@ -180,7 +200,7 @@ def _table_rows(
 ) -> tuple[Tensor, Tensor]:
     """Row of each table that a byte reads, int64 ``[N, T]``, and whether it is there to be read, bool ``[N, T]``."""
     low, high = (0, vocab) if row_range is None else row_range
-    hashes = ngram_hash_fwd_reference(tokens, cu_seqlens, ngram_sizes, num_functions, vocab)
+    hashes = ngram_hash_fwd_reference(tokens, cu_seqlens, 0, ngram_sizes, num_functions, vocab)
     inside = _local_index(tokens.shape[0], cu_seqlens) >= 0
     rows = (hashes - low).clamp(0, high - low - 1)
     if fused:
@@ -214,9 +234,6 @@ def _local_index(num_bytes: int, cu_seqlens: Tensor) -> Tensor:
     return local.where(document < cu_seqlens.shape[0] - 1, -1)
 
 
-def _packed(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens ``[T]`` and offsets of their documents: rows of ``[B, S]``, or a single one."""
-    if cu_seqlens is not None:
-        return tokens, cu_seqlens
-    rows, length = tokens.shape if tokens.dim() == 2 else (1, tokens.shape[0])
-    return tokens.flatten(), torch.arange(rows + 1, device=tokens.device) * length
+def _rows(tokens: Tensor) -> int:
+    """Return the number of documents where no offsets are given: the rows of ``[B, S]``, or a single one."""
+    return tokens.shape[0] if tokens.dim() == 2 else 1

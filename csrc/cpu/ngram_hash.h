@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../common/check.h"
@@ -51,25 +52,27 @@ struct Ngrams {
   Modulus vocab;
   const int32_t* cu_seqlens;
   int64_t documents;
+  Tensor offsets;  // owns cu_seqlens
 
   int64_t tables() const { return static_cast<int64_t>(primes.size() * sizes.size()); }
   int64_t end() const { return cu_seqlens[documents]; }  // of the last document
   Ngrams only(int64_t table) const {
     const int64_t count = static_cast<int64_t>(sizes.size());
-    return {{primes[table / count]}, {sizes[table % count]}, vocab, cu_seqlens, documents};
+    return {{primes[table / count]}, {sizes[table % count]}, vocab, cu_seqlens, documents, offsets};
   }
 };
 
-// `cu_seqlens` becomes contiguous and must outlive the result.
-inline Ngrams check_ngrams(const Tensor& tokens, Tensor& cu_seqlens, const std::vector<int64_t>& sizes,
-                           int64_t num_functions, int64_t vocab) {
+inline Ngrams check_ngrams(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                           const std::vector<int64_t>& sizes, int64_t num_functions, int64_t vocab) {
   check_dim(tokens, "tokens", 1);
-  const int32_t* const offsets = check_offsets(cu_seqlens, "cu_seqlens", tokens.size(0));
+  Tensor offsets = document_offsets(cu_seqlens, num_documents, tokens, tokens.size(0));
+  const int32_t* const values = check_offsets(offsets, "cu_seqlens", tokens.size(0));
   STD_TORCH_CHECK(!sizes.empty(), "ngram_sizes: expected at least one");
   for (const int64_t size : sizes) STD_TORCH_CHECK(size >= 1, "ngram_sizes: expected values >= 1, got ", size);
   STD_TORCH_CHECK(num_functions >= 1 && num_functions <= static_cast<int64_t>(kPrimes.size()),
                   "num_functions: expected 1 to ", kPrimes.size(), ", got ", num_functions);
-  return {{kPrimes.begin(), kPrimes.begin() + num_functions}, sizes, Modulus(vocab), offsets, cu_seqlens.size(0) - 1};
+  return {
+      {kPrimes.begin(), kPrimes.begin() + num_functions}, sizes, Modulus(vocab), values, offsets.size(0) - 1, offsets};
 }
 
 // base^exponent in wrapping arithmetic.

@@ -29,9 +29,9 @@ namespace {
 
 constexpr int64_t kHashGrain = 2048;  // bytes to hash that a thread must have to be worth waking
 
-Tensor ngram_hash_fwd_cpu(const Tensor& tokens, Tensor cu_seqlens, const std::vector<int64_t>& ngram_sizes,
-                          int64_t num_functions, int64_t vocab) {
-  const Ngrams ngrams = check_ngrams(tokens, cu_seqlens, ngram_sizes, num_functions, vocab);
+Tensor ngram_hash_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                          const std::vector<int64_t>& ngram_sizes, int64_t num_functions, int64_t vocab) {
+  const Ngrams ngrams = check_ngrams(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab);
   const Tensor ids = torch::stable::contiguous(tokens);
   const int64_t bytes = ids.size(0), tables = ngrams.tables();
   Tensor hashes = new_output(ids, {tables, bytes}, ScalarType::Long);
@@ -81,10 +81,11 @@ std::vector<const T*> table_rows(const std::vector<Tensor>& tables, int64_t coun
 }
 
 Tensor ngram_hash_embed_fwd_cpu(const Tensor& tokens, std::vector<Tensor> tables, std::optional<Tensor> byte_table,
-                                Tensor cu_seqlens, const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
+                                const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                                const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
                                 [[maybe_unused]] const std::string& grad,
                                 const std::optional<std::vector<int64_t>>& row_range, int64_t vocab) {
-  const Ngrams ngrams = check_ngrams(tokens, cu_seqlens, ngram_sizes, num_functions, vocab);
+  const Ngrams ngrams = check_ngrams(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab);
   const Shard shard = check_shard(row_range, vocab);
   const int64_t count = ngrams.tables();
   const bool fused = tables.size() == 1;
@@ -176,12 +177,12 @@ struct TableGrads {
   }
 };
 
-TableGrads check_backward(const Tensor& grad_out, const Tensor& tokens, Tensor& cu_seqlens,
-                          const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
+TableGrads check_backward(const Tensor& grad_out, const Tensor& tokens, const std::optional<Tensor>& cu_seqlens,
+                          int64_t num_documents, const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
                           const std::optional<std::vector<int64_t>>& row_range, int64_t vocab, bool fused,
                           std::optional<int64_t> alphabet) {
   const Tensor rows = unit_rows(grad_out, "grad_out");
-  const Ngrams ngrams = check_ngrams(tokens, cu_seqlens, ngram_sizes, num_functions, vocab);
+  const Ngrams ngrams = check_ngrams(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab);
   check_size(rows, "grad_out", 0, tokens.size(0));
   return {rows, torch::stable::contiguous(tokens), ngrams, check_shard(row_range, vocab), fused, alphabet};
 }
@@ -193,12 +194,13 @@ void sum_readers(T* out, int64_t width, const T* grad, int64_t stride, const Rea
   sum_rows(out, width, read.starts[g + 1] - read.starts[g], [=](int64_t i) { return grad + reader[i].byte * stride; });
 }
 
-std::vector<Tensor> ngram_hash_embed_bwd_cpu(const Tensor& grad_out, const Tensor& tokens, Tensor cu_seqlens,
+std::vector<Tensor> ngram_hash_embed_bwd_cpu(const Tensor& grad_out, const Tensor& tokens,
+                                             const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                                              const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
                                              const std::optional<std::vector<int64_t>>& row_range, int64_t vocab,
                                              bool fused, std::optional<int64_t> alphabet) {
-  const TableGrads grads =
-      check_backward(grad_out, tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused, alphabet);
+  const TableGrads grads = check_backward(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions,
+                                          row_range, vocab, fused, alphabet);
   const int64_t width = grads.grad_out.size(1), stride = grads.grad_out.stride(0);
   std::vector<int64_t> sizes(grads.slots(), 0);
   for (int64_t n = 0; n < grads.tables(); ++n) sizes[grads.slot(n)] += grads.rows(n);
@@ -226,11 +228,11 @@ std::vector<Tensor> ngram_hash_embed_bwd_cpu(const Tensor& grad_out, const Tenso
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd_cpu(
-    const Tensor& grad_out, const Tensor& tokens, Tensor cu_seqlens, const std::vector<int64_t>& ngram_sizes,
-    int64_t num_functions, const std::optional<std::vector<int64_t>>& row_range, int64_t vocab, bool fused,
-    std::optional<int64_t> alphabet) {
-  const TableGrads grads =
-      check_backward(grad_out, tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused, alphabet);
+    const Tensor& grad_out, const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+    const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
+    const std::optional<std::vector<int64_t>>& row_range, int64_t vocab, bool fused, std::optional<int64_t> alphabet) {
+  const TableGrads grads = check_backward(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions,
+                                          row_range, vocab, fused, alphabet);
   const int64_t width = grads.grad_out.size(1), stride = grads.grad_out.stride(0);
   RowSorter sorter(grads.tokens);
   std::vector<int64_t> sizes(grads.slots(), 0);

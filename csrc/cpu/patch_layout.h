@@ -25,17 +25,8 @@ struct TextDocuments {
 
   TextDocuments(const Tensor& given) : cu_seqlens(given), made(torch::stable::new_empty(given, {0})) {}
   TextDocuments(const std::optional<Tensor>& given, int64_t num_documents, const Tensor& like, int64_t num_bytes)
-      : cu_seqlens(given ? *given : even_offsets(num_documents, like, num_bytes)),
+      : cu_seqlens(document_offsets(given, num_documents, like, num_bytes)),
         made(given ? torch::stable::new_empty(like, {0}, ScalarType::Int) : cu_seqlens) {}
-
- private:
-  static Tensor even_offsets(int64_t num_documents, const Tensor& like, int64_t num_bytes) {
-    const int32_t length = check_even_documents(num_documents, num_bytes);
-    Tensor offsets = torch::stable::new_empty(like, {num_documents + 1}, ScalarType::Int);
-    int32_t* const values = offsets.mutable_data_ptr<int32_t>();
-    for (int64_t b = 0; b <= num_documents; ++b) values[b] = static_cast<int32_t>(b * length);
-    return offsets;
-  }
 };
 
 template <class Cut>

@@ -37,8 +37,9 @@ struct Modulus {
 template <class Id>
 struct Text {
   const Id* tokens;
-  const i32* cu_seqlens;  // [documents + 1]
+  const i32* cu_seqlens;  // [documents + 1], or null where every document has `length` bytes
   i64 bytes, documents;
+  i32 length;
 };
 
 // The hash of each table: functions outer, sizes inner.
@@ -52,6 +53,7 @@ struct Ngrams {
 // The first byte of the document that byte t is in, from 0 to t whatever the offsets are; -1 if it is in none.
 template <class Id>
 __device__ __forceinline__ i64 document_start(const Text<Id>& text, i64 t) {
+  if (text.cu_seqlens == nullptr) return t - static_cast<i32>(t) % text.length;
   i64 low = 0, high = text.documents;  // the first document that ends behind t is in [low, high]
   while (low < high) {
     const i64 middle = (low + high) / 2;

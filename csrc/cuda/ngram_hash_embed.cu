@@ -34,26 +34,34 @@ Modulus modulus_of(int64_t divisor) {
   return {d, quotient + 1, ~u64{0} % d + 1, bits};
 }
 
-// What all ops are told about the text and its n-grams; the tensors are contiguous.
+// What all ops are told about the text and its n-grams; the tensors are contiguous. Without cu_seqlens every document has
+// `length` bytes.
 struct Hashed {
-  Tensor tokens, cu_seqlens;
+  Tensor tokens;
+  std::optional<Tensor> cu_seqlens;
+  int64_t documents;
+  i32 length = 0;
   Ngrams ngrams = {};
 
   int64_t bytes() const { return tokens.size(0); }
   int tables() const { return ngrams.tables; }
   template <class Id>
   Text<Id> text(const Device& device) const {
-    return {device.read<Id>(tokens), device.read<i32>(cu_seqlens), bytes(), count_of(cu_seqlens, "cu_seqlens")};
+    return {device.read<Id>(tokens), cu_seqlens ? device.read<i32>(*cu_seqlens) : nullptr, bytes(), documents, length};
   }
 };
 
-Hashed check_hashed(const Tensor& tokens, const Tensor& cu_seqlens, const std::vector<int64_t>& sizes,
-                    int64_t num_functions, int64_t vocab) {
+Hashed check_hashed(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                    const std::vector<int64_t>& sizes, int64_t num_functions, int64_t vocab) {
   check_dim(tokens, "tokens", 1);
   STD_TORCH_CHECK(tokens.size(0) <= INT32_MAX, "tokens: ", tokens.size(0), " do not fit into int32");
-  Hashed hashed = {torch::stable::contiguous(tokens), cu_seqlens};
-  check_int32(hashed.cu_seqlens, "cu_seqlens");
-  count_of(hashed.cu_seqlens, "cu_seqlens");
+  Hashed hashed = {torch::stable::contiguous(tokens), cu_seqlens, num_documents};
+  if (hashed.cu_seqlens) {
+    check_int32(*hashed.cu_seqlens, "cu_seqlens");
+    hashed.documents = count_of(*hashed.cu_seqlens, "cu_seqlens");
+  } else {
+    hashed.length = check_even_documents(num_documents, tokens.size(0));
+  }
   STD_TORCH_CHECK(num_functions >= 1 && num_functions <= kMaxFunctions, "num_functions: expected 1 to ", kMaxFunctions,
                   ", got ", num_functions);
   const int64_t count = static_cast<int64_t>(sizes.size());
@@ -96,9 +104,9 @@ void dispatch_ids(const Tensor& tokens, F&& f) {
 
 // --- forward ----------------------------------------------------------------------------------------------------------
 
-Tensor ngram_hash_fwd_cuda(const Tensor& tokens, Tensor cu_seqlens, const std::vector<int64_t>& ngram_sizes,
-                           int64_t num_functions, int64_t vocab) {
-  const Hashed hashed = check_hashed(tokens, cu_seqlens, ngram_sizes, num_functions, vocab);
+Tensor ngram_hash_fwd_cuda(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                           const std::vector<int64_t>& ngram_sizes, int64_t num_functions, int64_t vocab) {
+  const Hashed hashed = check_hashed(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab);
   const Device device(hashed.tokens);
   Tensor hashes = device_output(hashed.tokens, {hashed.tables(), hashed.bytes()}, ScalarType::Long);
   dispatch_ids(hashed.tokens, [&](auto tag) {
@@ -111,10 +119,11 @@ Tensor ngram_hash_fwd_cuda(const Tensor& tokens, Tensor cu_seqlens, const std::v
 }
 
 Tensor ngram_hash_embed_fwd_cuda(const Tensor& tokens, std::vector<Tensor> tables, std::optional<Tensor> byte_table,
-                                 Tensor cu_seqlens, const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
+                                 const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                                 const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
                                  [[maybe_unused]] const std::string& grad,
                                  const std::optional<std::vector<int64_t>>& row_range, int64_t vocab) {
-  const Hashed hashed = check_hashed(tokens, cu_seqlens, ngram_sizes, num_functions, vocab);
+  const Hashed hashed = check_hashed(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab);
   const int64_t count = hashed.tables();
   const bool fused = tables.size() == 1;
   STD_TORCH_CHECK(fused || static_cast<int64_t>(tables.size()) == count, "tables: expected 1 or ", count, ", got ",
@@ -185,12 +194,12 @@ struct TableGrads {
   u32 none() const { return static_cast<u32>(std::max(rows(0), rows(lists() - 1))); }
 };
 
-TableGrads check_backward(const Tensor& grad_out, const Tensor& tokens, const Tensor& cu_seqlens,
-                          const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
+TableGrads check_backward(const Tensor& grad_out, const Tensor& tokens, const std::optional<Tensor>& cu_seqlens,
+                          int64_t num_documents, const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
                           const std::optional<std::vector<int64_t>>& row_range, int64_t vocab, bool fused,
                           std::optional<int64_t> alphabet) {
   const TableGrads grads = {unit_rows(grad_out, "grad_out"),
-                            check_hashed(tokens, cu_seqlens, ngram_sizes, num_functions, vocab),
+                            check_hashed(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab),
                             check_shard(row_range, vocab, alphabet.value_or(0)), fused, alphabet};
   check_size(grads.grad_out, "grad_out", 0, grads.bytes());
   check_width(grads.width());
@@ -299,12 +308,13 @@ void launch_owners(const TableGrads& grads, int pack, int64_t first_list, int64_
          static_cast<int>(first_list));
 }
 
-std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tensor& tokens, Tensor cu_seqlens,
+std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tensor& tokens,
+                                              const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                                               const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
                                               const std::optional<std::vector<int64_t>>& row_range, int64_t vocab,
                                               bool fused, std::optional<int64_t> alphabet) {
-  const TableGrads grads =
-      check_backward(grad_out, tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused, alphabet);
+  const TableGrads grads = check_backward(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions,
+                                          row_range, vocab, fused, alphabet);
   const Device device(grads.grad_out);
   std::vector<int64_t> sizes(grads.slots(), 0);
   for (int64_t n = 0; n < grads.lists(); ++n) sizes[grads.slot(n)] += grads.rows(n);
@@ -333,11 +343,11 @@ std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tens
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd_cuda(
-    const Tensor& grad_out, const Tensor& tokens, Tensor cu_seqlens, const std::vector<int64_t>& ngram_sizes,
-    int64_t num_functions, const std::optional<std::vector<int64_t>>& row_range, int64_t vocab, bool fused,
-    std::optional<int64_t> alphabet) {
-  const TableGrads grads =
-      check_backward(grad_out, tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused, alphabet);
+    const Tensor& grad_out, const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+    const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
+    const std::optional<std::vector<int64_t>>& row_range, int64_t vocab, bool fused, std::optional<int64_t> alphabet) {
+  const TableGrads grads = check_backward(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions,
+                                          row_range, vocab, fused, alphabet);
   const Device device(grads.grad_out);
   const int64_t lists = grads.lists(), width = grads.width();
   const Tensor sorted = sort_readers(device, grads);

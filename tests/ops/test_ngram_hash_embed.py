@@ -494,7 +494,7 @@ def test_traffic_of_the_embedding(dtype: torch.dtype) -> None:
     num_bytes, rows, width, tables = 256, 5000, 512, 6
     weights, byte_table = torch.ones(tables * rows, width, dtype=dtype), torch.ones(A, width, dtype=dtype)
     cu_seqlens = torch.tensor([0, 100, num_bytes, 4096], dtype=torch.int32)
-    arguments = (cu_seqlens, *LARGE.values())
+    arguments = (cu_seqlens, 3, *LARGE.values())
     out, launches = emulated(
         "ngram_hash_embed_fwd", random_tokens(num_bytes), [weights], byte_table, *arguments, "dense", None, rows
     )
@@ -517,7 +517,7 @@ def test_traffic_of_the_gradient(rows: int, dtype: torch.dtype, op: str) -> None
     num_bytes, width, lists = 512, 768, 7
     grad_out, tokens = torch.ones(num_bytes, width, dtype=dtype), random_tokens(num_bytes)
     cu_seqlens = torch.tensor([0, 100, num_bytes], dtype=torch.int32)
-    result, launches = emulated(op, grad_out, tokens, cu_seqlens, *LARGE.values(), None, rows, True, A)
+    result, launches = emulated(op, grad_out, tokens, cu_seqlens, 2, *LARGE.values(), None, rows, True, A)
     values = result if op.endswith("embed_bwd") else result[1]
     assert sum(x.sum(dtype=torch.float64).item() for x in values) == lists * num_bytes * width
     hashes = ngram_hash(tokens, cu_seqlens, vocab=rows)
@@ -532,7 +532,7 @@ def test_traffic_of_the_gradient(rows: int, dtype: torch.dtype, op: str) -> None
 def sums_by_id(ids: Tensor, op: str, grad_out: Tensor, rows: int = 200) -> tuple[Tensor, list[Any]]:
     """The gradient of a table that ids alone choose rows of, and the launches."""
     cu_seqlens = torch.tensor([0, ids.numel()], dtype=torch.int32)
-    result, launches = emulated(op, grad_out, ids, cu_seqlens, [1], 1, None, rows, True, None)
+    result, launches = emulated(op, grad_out, ids, cu_seqlens, 1, [1], 1, None, rows, True, None)
     if op.endswith("embed_bwd"):
         return result[0], launches
     return torch.zeros(rows, grad_out.shape[1]).index_add_(0, result[0][0], result[1][0]), launches
@@ -583,7 +583,7 @@ def test_sorting_moves_as_many_bytes_for_each_reader_of_a_long_text() -> None:
 @pytest.mark.parametrize(("rows", "passes"), [(1, 1), (255, 1), (256, 2), (65535, 2), (65536, 3)])
 def test_only_digits_of_the_rows_are_sorted(rows: int, passes: int) -> None:
     backends.emulator()
-    arguments = (torch.ones(9, 1), random_tokens(9), torch.tensor([0, 9], dtype=torch.int32), [2], 1, None, rows, True)
+    arguments = (torch.ones(9, 1), random_tokens(9), None, 1, [2], 1, None, rows, True)
     _, launches = emulated("ngram_hash_embed_bwd", *arguments, None)
     assert sum("scatter" in launch.kernel for launch in launches) == passes
 
@@ -597,7 +597,7 @@ def test_rows_add_up_their_bytes_in_order() -> None:
     for token, grad in zip(tokens.tolist(), grad_out, strict=True):
         expected[token] += grad
     assert int(tokens.bincount().max()) < 64
-    arguments = (grad_out, tokens, torch.tensor([0, 3000], dtype=torch.int32), [1], 1, None, 300, True, 300)
+    arguments = (grad_out, tokens, None, 1, [1], 1, None, 300, True, 300)
     for grad in emulated("ngram_hash_embed_bwd", *arguments)[0]:  # of the table and of the byte table
         assert torch.equal(grad, expected)
 
@@ -612,7 +612,7 @@ def test_every_order_of_blocks_and_threads_gives_the_same(width: int) -> None:
     cu_seqlens = torch.tensor([0, 1000, 1000, 2499], dtype=torch.int32)
 
     def run() -> list[Tensor]:
-        hashing = (cu_seqlens, *LARGE.values())
+        hashing = (cu_seqlens, 3, *LARGE.values())
         arguments = (grad_out, text(num_bytes), *hashing, None, rows, True, A)
         return tree_leaves(
             [
@@ -634,7 +634,7 @@ def test_offsets_and_ids_that_make_no_sense_are_survived(offsets: list[int]) -> 
     """Results are arbitrary, but nothing outside the tensors is touched, which the emulator would report."""
     backends.emulator()
     tokens = torch.randint(-(2**63), 2**63 - 1, (2100,), generator=torch.Generator().manual_seed(6))
-    hashing = (torch.tensor(offsets, dtype=torch.int32), [1, 30, 4], 2)
+    hashing = (torch.tensor(offsets, dtype=torch.int32), len(offsets) - 1, [1, 30, 4], 2)
     emulated("ngram_hash_fwd", tokens, *hashing, 7)
     emulated("ngram_hash_embed_fwd", tokens, [torch.ones(42, 3)], torch.ones(A, 3), *hashing, "dense", None, 7)
     for op in EMULATED_BACKWARD:
@@ -644,9 +644,9 @@ def test_offsets_and_ids_that_make_no_sense_are_survived(offsets: list[int]) -> 
 def test_too_many_tables_for_a_launch_are_refused() -> None:
     backends.emulator()
     tokens, cu_seqlens = random_tokens(5), torch.tensor([0, 5], dtype=torch.int32)
-    hashes, _ = emulated("ngram_hash_fwd", tokens, cu_seqlens, [1] * 128, 1, 9)
+    hashes, _ = emulated("ngram_hash_fwd", tokens, cu_seqlens, 1, [1] * 128, 1, 9)
     assert hashes.shape == (128, 5)
     with pytest.raises(
         RuntimeError, match="ngram_sizes: expected 1 to 128 tables on CUDA, got 1 functions of 129 sizes"
     ):
-        emulated("ngram_hash_fwd", tokens, cu_seqlens, [1] * 129, 1, 9)
+        emulated("ngram_hash_fwd", tokens, cu_seqlens, 1, [1] * 129, 1, 9)
