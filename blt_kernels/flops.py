@@ -34,6 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.config import BLTConfig, ByteLMConfig, MegaByteConfig
 from blt_kernels.nn import TransformerConfig
+from blt_kernels.reference.block_causal_attention import offsets_of
 
 Config = BLTConfig | ByteLMConfig | MegaByteConfig
 
@@ -318,13 +319,13 @@ _OPS = torch.ops.blt_kernels
 
 
 @register_flop_formula(_OPS.block_causal_attention_fwd, get_raw=True)
-def _(q: Tensor, _k: Tensor, _v: Tensor, *rows: Any, **_out: Any) -> int:
-    return _FORWARD * q.shape[1] * q.shape[2] * _visited(*rows)
+def _(q: Tensor, k: Tensor, _v: Tensor, *rows: Any, **_out: Any) -> int:
+    return _FORWARD * q.shape[1] * q.shape[2] * _visited(q, k, *rows)
 
 
 @register_flop_formula(_OPS.block_causal_attention_bwd, get_raw=True)
-def _(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, _lse: Tensor, *rows: Any, **_outs: Any) -> int:
-    return _BACKWARD * q.shape[1] * q.shape[2] * _visited(*rows)
+def _(_grad: Tensor, q: Tensor, k: Tensor, _v: Tensor, _out: Tensor, _lse: Tensor, *rows: Any, **_outs: Any) -> int:
+    return _BACKWARD * q.shape[1] * q.shape[2] * _visited(q, k, *rows)
 
 
 @register_flop_formula(_OPS.patch_cross_attention_fwd, get_raw=True)
@@ -338,15 +339,19 @@ def _(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, _lse: Tens
 
 
 def _visited(
-    cu_seqlens_q: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     window: int | None,
     causal: bool,
     _scale: float | None,
     seqused_k: Tensor | None,
     _ranges: Tensor | None,
+    num_documents: int,
 ) -> int:
     """(query, key) pairs of block_causal_attention."""
+    cu_seqlens_q, cu_seqlens_k = offsets_of(q, k, cu_seqlens_q, cu_seqlens_k, num_documents)
     rows = cu_seqlens_q.long()
     count = rows.diff()
     keys = (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).long().diff() if seqused_k is None else seqused_k

@@ -29,9 +29,13 @@ def kernel_of(name: str) -> Any:
 
 @cache
 def compiled(
-    name: str, width: int, dtype: torch.dtype, launch: Launch, arch: tuple[int, int], even: bool = True
-) -> Any:
-    """A kernel as its launcher would compile it, for aligned tensors; `width` is the padded one."""
+    name: str, width: int, dtype: torch.dtype, launch: Launch, arch: tuple[int, int], even: bool = True,
+    offsets: bool = True,
+) -> Any:  # fmt: skip
+    """A kernel as its launcher would compile it, for aligned tensors; `width` is the padded one.
+
+    Without `offsets`, documents are of one length.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -43,6 +47,7 @@ def compiled(
     constants |= {"WIDTH": width if even else width * 3 // 4}  # of padded heads: 24, 48, 96, 192
     constants |= {"PRECISION": precision_of(torch.empty(0, width, dtype=dtype))}
     constants |= {"CAUSAL": True, "WINDOWED": True, "USED": True, "MOST": MAX_SPLITS}
+    constants |= {} if offsets else {"cu_q": None, "cu_k": None}
     signature, aligned = {}, {}
     for index, argument in enumerate(p.name for p in kernel.params):
         if argument in constants:

@@ -149,7 +149,7 @@ def check_ids(tokens: Tensor, cu_seqlens: Tensor | None, alphabet: int, meaning:
 
 
 def documents_of(
-    name: str, data: Tensor, cu_seqlens: Tensor | None, trailing: int
+    name: str, data: Tensor, cu_seqlens: Tensor | None, trailing: int, offsets_name: str = "cu_seqlens"
 ) -> tuple[Tensor, Tensor | None, int]:
     """Return packed data ``[T, ...]``, int32 offsets of its documents and their number B.
 
@@ -159,7 +159,7 @@ def documents_of(
     """
     if data.dim() == trailing + 2:
         if cu_seqlens is not None:
-            raise ValueError(f"cu_seqlens: expected None, since {name} is padded with shape {list(data.shape)}")
+            raise ValueError(f"{offsets_name}: expected None, since {name} is padded with shape {list(data.shape)}")
         rows, length = data.shape[:2]
         check_total(name, rows * length)
         return data.flatten(0, 1), None, rows
@@ -167,7 +167,7 @@ def documents_of(
     if cu_seqlens is None:
         check_total(name, total)
         return data, None, 1
-    offsets = check_offsets("cu_seqlens", cu_seqlens, total, device=data.device)
+    offsets = check_offsets(offsets_name, cu_seqlens, total, device=data.device)
     return data, offsets, offsets.shape[0] - 1
 
 

@@ -125,26 +125,23 @@ def block_causal_attention(
             raise ValueError(f"{name}: expected None, since q is padded with shape {list(q.shape)}")
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k: expected None, since cu_seqlens_q is None")
-    packed_q, packed_k, packed_v = (x.flatten(0, 1) if dims == 4 else x for x in (q, k, v))
-    if cu_seqlens_q is None:
-        _, offsets_q = _common.pack("q", q, None, trailing=2)
-    else:
-        offsets_q = _common.check_offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], device=q.device)
+    packed_k, packed_v = (x.flatten(0, 1) if dims == 4 else x for x in (k, v))
+    packed_q, offsets_q, documents = _common.documents_of("q", q, cu_seqlens_q, trailing=2, offsets_name="cu_seqlens_q")
     offsets_k = None
     if dims == 4:
-        if k.shape[0] != q.shape[0]:
-            raise ValueError(f"k: expected the B = {q.shape[0]} documents of q, got shape {list(k.shape)}")
-        if k.shape[1] != q.shape[1]:
-            _, offsets_k = _common.pack("k", k, None, trailing=2)
-    elif cu_seqlens_k is not None:
+        if k.shape[0] != documents:
+            raise ValueError(f"k: expected the B = {documents} documents of q, got shape {list(k.shape)}")
+        _common.check_total("k", k.shape[0] * k.shape[1])
+    elif offsets_q is not None and cu_seqlens_k is not None:
         offsets_k = _check_key_offsets(cu_seqlens_k, k.shape[0], offsets_q)
     elif k.shape[0] != q.shape[0]:
         raise ValueError(f"cu_seqlens_k: expected offsets, since q has {q.shape[0]} rows and k {k.shape[0]}; got None")
     if seqused_k is not None:
-        seqused_k = _check_seqused(seqused_k, offsets_q if offsets_k is None else offsets_k)
+        keys = offsets_q if offsets_k is None else offsets_k
+        seqused_k = _check_seqused(seqused_k, keys, documents, packed_k)
     out, lse = torch.ops.blt_kernels.block_causal_attention_fwd(
         *_common.autocast(packed_q, packed_k, packed_v), offsets_q, offsets_k, window, causal, scale, seqused_k,
-        None if ranges is None else _check_ranges(ranges, packed_q, packed_k, window, causal),
+        None if ranges is None else _check_ranges(ranges, packed_q, packed_k, window, causal), documents,
     )  # fmt: skip
     out = out.view(q.shape)
     return (out, lse.view(q.shape[:-1])) if return_lse else out
@@ -206,7 +203,8 @@ def attention_ranges(
     elif num_keys != num_queries:
         raise ValueError(f"num_keys: expected num_queries = {num_queries}, since cu_seqlens_k is None; got {num_keys}")
     if seqused_k is not None:
-        seqused_k = _check_seqused(seqused_k, offsets_q if offsets_k is None else offsets_k)
+        keys = offsets_q if offsets_k is None else offsets_k
+        seqused_k = _check_seqused(seqused_k, keys, offsets_q.shape[0] - 1, offsets_q)
     intervals = torch.ops.blt_kernels.block_causal_attention_ranges_fwd(
         offsets_q, offsets_k, num_queries, num_keys, window, causal, seqused_k
     )
@@ -236,16 +234,18 @@ def _check_ranges(ranges: object, q: Tensor, k: Tensor, window: int | None, caus
     return ranges.intervals
 
 
-def _check_seqused(seqused_k: Tensor, offsets_k: Tensor) -> Tensor:
-    """Check the used lengths and return them as int32; their values where they are readable."""
-    documents = offsets_k.shape[0] - 1
+def _check_seqused(seqused_k: Tensor, offsets_k: Tensor | None, documents: int, data: Tensor) -> Tensor:
+    """Check the used lengths and return them as int32; their values where they are readable.
+
+    Without `offsets_k` all documents have as many keys.
+    """
     _common.check_tensor("seqused_k", seqused_k, 1, _common.INTS)
-    _common.check_same("seqused_k", seqused_k, "the data", offsets_k, dtype=False)
+    _common.check_same("seqused_k", seqused_k, "the data", data, dtype=False)
     if seqused_k.shape[0] != documents:
         raise ValueError(f"seqused_k: expected one entry for each of {documents} documents, got {seqused_k.shape[0]}")
-    if _common.readable(seqused_k) and _common.readable(offsets_k):
-        used, lengths = seqused_k.tolist(), offsets_k.diff().tolist()
-        for document, (n, length) in enumerate(zip(used, lengths, strict=True)):
+    if _common.readable(seqused_k) and (offsets_k is None or _common.readable(offsets_k)):
+        lengths = [data.shape[0] // max(documents, 1)] * documents if offsets_k is None else offsets_k.diff().tolist()
+        for document, (n, length) in enumerate(zip(seqused_k.tolist(), lengths, strict=True)):
             if not 0 <= n <= length:
                 raise ValueError(f"seqused_k: expected 0 to {length} keys, the length of document {document}, got {n}")
     return seqused_k.clamp(max=_common.INT32_MAX).to(torch.int32).contiguous()
@@ -321,9 +321,11 @@ def attention_backend() -> str:
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 
+# Without cu_seqlens_q there are num_documents documents of one length, of queries as of keys.
+
 _ARGUMENTS = (
-    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? window, bool causal, float? scale, Tensor? seqused_k,"
-    " Tensor? ranges"
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? window, bool causal, float? scale, Tensor? seqused_k,"
+    " Tensor? ranges, SymInt num_documents"
 )
 
 _common.define(
@@ -365,9 +367,9 @@ def _(cu_seqlens_q: Tensor, _cu_seqlens_k: Tensor | None, num_queries: int, num_
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges, num_documents = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges)
-    ctx.window, ctx.causal, ctx.scale = window, causal, scale
+    ctx.options, ctx.num_documents = (window, causal, scale), num_documents
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -377,28 +379,30 @@ def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tu
     if grad_out is not None:
         *tensors, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges = ctx.saved_tensors
         grads = torch.ops.blt_kernels.block_causal_attention_bwd(
-            grad_out, *tensors, cu_seqlens_q, cu_seqlens_k, ctx.window, ctx.causal, ctx.scale, seqused_k, ranges
+            grad_out, *tensors, cu_seqlens_q, cu_seqlens_k, *ctx.options, seqused_k, ranges, ctx.num_documents
         )
-    return *grads, None, None, None, None, None, None, None
+    return *grads, *[None] * 8
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_out, q, k, v, _out, _lse, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, _ranges = inputs
-    ctx.window, ctx.causal, ctx.scale = window, causal, scale
+    grad_out, q, k, v, _out, _lse, cu_seqlens_q, cu_seqlens_k, *options, seqused_k, _ranges, num_documents = inputs
+    ctx.options, ctx.num_documents = options, num_documents
     ctx.save_for_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
 
 
 def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k = ctx.saved_tensors
 
+    window, causal, scale = ctx.options
+
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference.block_causal_attention_fwd_reference(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.window, ctx.causal, ctx.scale, seqused_k
+            q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, None, ctx.num_documents
         )[0]
 
     # The gradients depend on out and lse through q, k and v alone.
     grads = _autograd.second_derivative(attention, (q, k, v), grad_out, cotangents)
-    return *grads, None, None, None, None, None, None, None, None, None
+    return *grads, *[None] * 10
 
 
 _autograd.register_autograd("block_causal_attention_fwd", _backward, setup_context=_save)

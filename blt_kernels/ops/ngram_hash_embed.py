@@ -222,8 +222,9 @@ def _check_row_range(row_range: tuple[int, int], vocab: int | None, rows: int) -
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
-# Without cu_seqlens there are num_documents documents of one length. `tables` is a list of N, or of the fused one alone; row_range is (0, vocab) if None. In backward `fused` says which of
-# the two, and `alphabet` is the number of rows of byte_table if it needs a gradient too, which comes last; else None.
+# Without cu_seqlens there are num_documents documents of one length. `tables` is a list of N, or of the fused one
+# alone; row_range is (0, vocab) if None. In backward `fused` says which of the two, and `alphabet` is the number of
+# rows of byte_table if it needs a gradient too, which comes last; else None.
 
 _HASH = "int[] ngram_sizes, int num_functions"
 _BACKWARD = (

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import AttentionRanges
+from blt_kernels.reference._ragged import document_offsets
 
 _BLOCK = 128  # query rows
 
@@ -34,12 +35,10 @@ def block_causal_attention_reference(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention within documents; see `ops.block_causal_attention`. `ranges` saves kernels work and is not read."""
-    if cu_seqlens_q is None:
-        cu_seqlens_q = _row_offsets(q)
-        cu_seqlens_k = None if k.shape[:-2] == q.shape[:-2] else _row_offsets(k)
+    num_documents = q.shape[0] if q.dim() == 4 else 1
     query, key, value = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
     out, lse = block_causal_attention_fwd_reference(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k
+        query, key, value, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, None, num_documents
     )
     return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
 
@@ -48,15 +47,17 @@ def block_causal_attention_fwd_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     window: int | None,
     causal: bool,
     scale: float | None,
     seqused_k: Tensor | None,
     ranges: Tensor | None = None,
+    num_documents: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """With s = scale * q k^T over the keys that a row sees: out = softmax(s) v, lse = logsumexp(s)."""
+    cu_seqlens_q, cu_seqlens_k = offsets_of(q, k, cu_seqlens_q, cu_seqlens_k, num_documents)
     first, last, live = visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
     query = _clean(q, first < last) * _scale(q, scale)
     key, value = _clean(k, live), _clean(v, live)
@@ -86,18 +87,20 @@ def block_causal_attention_bwd_reference(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     window: int | None,
     causal: bool,
     scale: float | None,
     seqused_k: Tensor | None,
     ranges: Tensor | None = None,
+    num_documents: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With p = softmax(s) and ds = p * (g v^T - sum(p * g v^T)): dq = scale * ds k, dk = scale * ds^T q, dv = p^T g.
 
     Kernels take p = exp(s - lse) and sum(g * out), which is the same but for the rounding of lse and out.
     """
+    cu_seqlens_q, cu_seqlens_k = offsets_of(q, k, cu_seqlens_q, cu_seqlens_k, num_documents)
     first, last, live = visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
     query = _clean(q, first < last) * _scale(q, scale)
     key, value = _clean(k, live), _clean(v, live)
@@ -172,6 +175,16 @@ def block_causal_attention_ranges_fwd_reference(
         first = first.clamp(0, others).masked_fill(beyond, others)
         rows += [first, torch.maximum(last.clamp(max=others), first).masked_fill(beyond, others)]
     return torch.cat(rows).int()
+
+
+def offsets_of(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, num_documents: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the offsets of queries and of keys, those of `num_documents` of one length if none are given."""
+    if cu_seqlens_q is not None:
+        return cu_seqlens_q, cu_seqlens_k
+    cu_seqlens_k = None if k.shape[0] == q.shape[0] else document_offsets(k, None, num_documents)
+    return document_offsets(q, None, num_documents), cu_seqlens_k
 
 
 def visible(
@@ -254,9 +267,3 @@ def _by_row(x: Tensor, like: Tensor) -> Tensor:
     """``[G, H/G * rows, E]`` back to ``[rows, H, E]``, the shape of `like` but for E."""
     rows, heads = like.shape[:2]
     return x.unflatten(1, (heads // x.shape[0], rows)).permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def _row_offsets(x: Tensor) -> Tensor:
-    """Offsets of B documents of equal length (``[B, S, H, E]``), or of a single one (``[T, H, E]``): int32."""
-    count, length = (x.shape[0], x.shape[1]) if x.dim() == 4 else (1, x.shape[0])
-    return torch.arange(count + 1, dtype=torch.int32, device=x.device) * length

@@ -257,24 +257,38 @@ def block_causal_attention_bwd_cuda(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     window: int | None,
     causal: bool,
     scale: float | None,
     seqused_k: Tensor | None,
     made: Tensor | None = None,
+    num_documents: int = 1,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run backward; see `ops.block_causal_attention`. `launch` takes the place of what `launch_options` says.
 
-    `made` are the ranges that are at hand.
+    `made` are the ranges that are at hand. Without `cu_seqlens_q` there are `num_documents` of one length.
     """
     if not runs_here(q):
         return reference.block_causal_attention_bwd_reference(
-            grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            window,
+            causal,
+            scale,
+            seqused_k,
+            None,
+            num_documents,
         )
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, seqused_k)
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, num_documents, window, seqused_k)
     (queries, heads, width), (keys, groups, _) = q.shape, k.shape
     q, k, v, grad_out, out, lse = rows_of(q), rows_of(k), rows_of(v), rows_of(grad_out), rows_of(out), lse.contiguous()
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
@@ -296,8 +310,8 @@ def block_causal_attention_bwd_cuda(
         "enable_fp_fusion": True,
     }
     with torch.cuda.device_of(q):
-        offsets = (queries, keys, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
-        of_queries, of_keys = ranges(*offsets, with_keys=True, made=made)
+        offsets = (queries, keys, cu_seqlens_q, cu_seqlens_k, num_documents, window, causal, seqused_k)
+        of_queries, of_keys = ranges(q, *offsets, with_keys=True, made=made)
         block_causal_attention_bwd_sums_kernel[(triton.cdiv(queries, _SUM_ROWS), heads)](
             grad_out, out, lse, sums, *of_queries, *strides(grad_out, out), queries, keys, heads,
             ROWS=_SUM_ROWS, E=padded_width(width), WIDTH=width, num_warps=4,

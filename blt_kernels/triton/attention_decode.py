@@ -31,7 +31,7 @@ from blt_kernels.triton.attention_launch import (
     launch_options,
     padded_width,
 )
-from blt_kernels.triton.attention_ranges import attended_keys, documents_rows, reach, search_arguments
+from blt_kernels.triton.attention_ranges import attended_keys, documents_rows, offset_of, reach, search_arguments
 from blt_kernels.triton.attention_tiles import (
     attend_run,
     multiply,
@@ -43,18 +43,18 @@ from blt_kernels.triton.attention_tiles import (
 )
 
 _SPLITS_PER_STEP = 16
-_COUNTS = ["documents", "queries", "keys", "window", "few", "heads", "group", "splits"]
+_COUNTS = ["documents", "length_q", "length_k", "queries", "keys", "window", "few", "heads", "group", "splits"]
 
 
 @triton.jit
-def rows_of_document(document, cu_q, cu_k, used, documents, queries, few, USED: tl.constexpr):
+def rows_of_document(document, cu_q, cu_k, used, documents, length_q, length_k, queries, few, USED: tl.constexpr):
     """Return where queries and keys of a document begin and end; it has no queries if there are more than `few`.
 
     Document number `documents` is the queries behind the last one, without keys.
     """
-    begin_q, end_q, begin_k, end_k = documents_rows(document, cu_q, cu_k, used, documents, USED)
+    begin_q, end_q, begin_k, end_k = documents_rows(document, cu_q, cu_k, used, documents, length_q, length_k, USED)
     rest = document == documents
-    begin_q = tl.where(rest, tl.load(cu_q + documents), begin_q)
+    begin_q = tl.where(rest, offset_of(cu_q, documents, length_q, True), begin_q)
     begin_q = tl.minimum(tl.maximum(begin_q, 0), queries)
     end_q = tl.minimum(tl.maximum(tl.where(rest, queries, end_q), begin_q), queries)
     return begin_q, tl.where(end_q - begin_q <= few, end_q, begin_q), begin_k, end_k
@@ -62,7 +62,7 @@ def rows_of_document(document, cu_q, cu_k, used, documents, queries, few, USED: 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def block_causal_attention_decode_kernel(
-    q, k, v, out, lse, cu_q, cu_k, used, documents, queries, keys, window, few,
+    q, k, v, out, lse, cu_q, cu_k, used, documents, length_q, length_k, queries, keys, window, few,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, power, scale, natural_scale,
     heads, group, splits,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr,
@@ -77,7 +77,9 @@ def block_causal_attention_decode_kernel(
     document = tl.program_id(0)
     key_head = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2) % splits
-    begin_q, end_q, begin_k, end_k = rows_of_document(document, cu_q, cu_k, used, documents, queries, few, USED)
+    begin_q, end_q, begin_k, end_k = rows_of_document(
+        document, cu_q, cu_k, used, documents, length_q, length_k, queries, few, USED
+    )
     rows = ((end_q - begin_q) * group).to(tl.int32)
     column = tl.arange(0, E)
     start = tl.program_id(2) // splits * ROWS
@@ -122,16 +124,19 @@ def block_causal_attention_decode_kernel(
         start += tl.num_programs(2) // splits * ROWS
 
 
-@triton.jit(do_not_specialize=["documents", "queries", "few", "heads", "width", "splits"])
+@triton.jit(do_not_specialize=["documents", "length_q", "length_k", "queries", "few", "heads", "width", "splits"])
 def block_causal_attention_combine_kernel(
-    parts, sums, out, lse, cu_q, cu_k, used, documents, queries, few, scale, natural_scale, heads, width, splits,
+    parts, sums, out, lse, cu_q, cu_k, used, documents, length_q, length_k, queries, few, scale, natural_scale,
+    heads, width, splits,
     MOST: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Write `out` and `lse` of one query and head from what the `splits` parts of its keys wrote."""
     slot = tl.program_id(0).to(tl.int64)
     document = slot // heads // few
     local = slot // heads % few
-    begin_q, end_q, _, _ = rows_of_document(document, cu_q, cu_k, used, documents, queries, few, False)
+    begin_q, end_q, _, _ = rows_of_document(
+        document, cu_q, cu_k, used, documents, length_q, length_k, queries, few, False
+    )
     if local < end_q - begin_q:
         row = (begin_q + local) * heads + slot % heads
         slots = tl.num_programs(0).to(tl.int64)
@@ -163,8 +168,9 @@ def decode(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    documents: int,
     window: int | None,
     causal: bool,
     scale: float,
@@ -177,7 +183,6 @@ def decode(
     `few` and `splits` are those of `decode_few` and `decode_splits`.
     """
     (queries, heads, width), (keys, groups, _) = q.shape, k.shape
-    documents = cu_seqlens_q.shape[0] - 1
     launch = launch_options("decode", width, q.dtype, architecture(q))
     tiles = decode_tiles(queries, documents, few, heads // groups, launch.rows)
     parts, sums = out, lse
@@ -185,9 +190,9 @@ def decode(
     if splits > 1:
         slots = splits, documents + 1, few, heads
         parts, sums = (q.new_empty(shape, dtype=torch.float32) for shape in ((*slots, width), (2, *slots)))
-    cu_q, cu_k, used, *_ = search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k)
+    search = search_arguments(cu_seqlens_q, cu_seqlens_k, documents, queries, keys, seqused_k)
     block_causal_attention_decode_kernel[(documents + 1, groups, tiles * splits)](
-        q, k, v, parts, sums, cu_q, cu_k, used, documents, queries, keys, reach(window), few,
+        q, k, v, parts, sums, *search, queries, keys, reach(window), few,
         *strides(q, k, v), power, factor, natural_factor, heads, heads // groups, splits,
         CAUSAL=causal, WINDOWED=window is not None, USED=seqused_k is not None,
         ROWS=launch.rows, STEP=launch.step, E=padded_width(width), WIDTH=width, PRECISION=precision_of(q),
@@ -195,7 +200,7 @@ def decode(
     )  # fmt: skip
     if splits > 1:
         block_causal_attention_combine_kernel[((documents + 1) * few * heads,)](
-            parts, sums, out, lse, cu_q, cu_k, used, documents, queries, few, factor, natural_factor,
+            parts, sums, out, lse, *search, queries, few, factor, natural_factor,
             heads, width, splits,
             MOST=MAX_SPLITS, STEP=_SPLITS_PER_STEP, E=padded_width(width), num_warps=1,
         )  # fmt: skip

@@ -120,13 +120,14 @@ def delegate(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     window: int | None,
     causal: bool,
     scale: float | None,
     seqused_k: Tensor | None,
     _ranges: Tensor | None = None,
+    num_documents: int = 1,
 ) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """Return what computes forward in the place of Triton, with the arguments of the operator; None for Triton.
 
@@ -135,9 +136,10 @@ def delegate(
     ValueError
         The backend is "flash", and no package takes this case; the message names argument, value and what is expected.
     """
-    nothing = not q.shape[0] or not k.shape[0] or cu_seqlens_q.shape[0] < 2
+    nothing = not q.shape[0] or not k.shape[0] or (cu_seqlens_q is not None and cu_seqlens_q.shape[0] < 2)
     if backend == "triton" or nothing or (backend == "auto" and not FASTER):
         return None
+    cu_seqlens_q, cu_seqlens_k = reference.offsets_of(q, k, cu_seqlens_q, cu_seqlens_k, num_documents)
     refusals = []
     for package, function in found():
         named = _arguments(package, q, k, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k)
@@ -192,11 +194,12 @@ def _refusal(
 
 
 def _forward(
-    function: Function, named: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
+    function: Function, named: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, window: int | None, causal: bool, _scale: float | None, seqused_k: Tensor | None,
-    _ranges: Tensor | None = None,
+    _ranges: Tensor | None = None, num_documents: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return `out` and `lse` as the operator does, from a package's `out` and ``lse [H, Tq]``, a natural logarithm."""
+    cu_seqlens_q, cu_seqlens_k = reference.offsets_of(q, k, cu_seqlens_q, cu_seqlens_k, num_documents)
     first, last, live = reference.visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
     unseen = first >= last
     v = v.masked_fill(~live[:, None, None], 0)

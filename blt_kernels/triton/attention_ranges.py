@@ -20,26 +20,37 @@ _ROWS = 128  # of a program
 
 
 @triton.jit
-def document_of(row, cu_seqlens, documents, top_bit):
+def offset_of(cu_seqlens, document, length, mask):
+    """Return where a document begins: what `cu_seqlens` says, or a multiple of the `length` of all documents."""
+    if cu_seqlens is None:
+        offset = tl.where(mask, document.to(tl.int64) * length, 0)
+    else:
+        offset = tl.load(cu_seqlens + document, mask=mask, other=0).to(tl.int64)
+    return offset
+
+
+@triton.jit
+def document_of(row, cu_seqlens, documents, length, top_bit):
     """Return the document of each row, `documents` beyond the last one; `top_bit` is the highest of `documents`."""
-    document = (row * 0).to(tl.int32)
-    bit = top_bit
-    while bit > 0:
-        ahead = document + bit
-        inside = ahead <= documents
-        document = tl.where(inside & (tl.load(cu_seqlens + ahead, mask=inside, other=0) <= row), ahead, document)
-        bit = bit // 2
+    if cu_seqlens is None:
+        document = tl.minimum(row // tl.maximum(length, 1), documents).to(tl.int32)
+    else:
+        document = (row * 0).to(tl.int32)
+        bit = top_bit
+        while bit > 0:
+            ahead = document + bit
+            inside = ahead <= documents
+            document = tl.where(inside & (tl.load(cu_seqlens + ahead, mask=inside, other=0) <= row), ahead, document)
+            bit = bit // 2
     return document
 
 
 @triton.jit
-def documents_rows(document, cu_q, cu_k, used, documents, USED: tl.constexpr):
+def documents_rows(document, cu_q, cu_k, used, documents, length_q, length_k, USED: tl.constexpr):
     """Return where the queries and the keys that count begin and end: nothing beyond the last document."""
     real = document < documents
-    begin_q = tl.load(cu_q + document, mask=real, other=0).to(tl.int64)
-    end_q = tl.load(cu_q + document + 1, mask=real, other=0).to(tl.int64)
-    begin_k = tl.load(cu_k + document, mask=real, other=0).to(tl.int64)
-    end_k = tl.load(cu_k + document + 1, mask=real, other=0).to(tl.int64)
+    begin_q, end_q = offset_of(cu_q, document, length_q, real), offset_of(cu_q, document + 1, length_q, real)
+    begin_k, end_k = offset_of(cu_k, document, length_k, real), offset_of(cu_k, document + 1, length_k, real)
     if USED:
         end_k = tl.minimum(end_k, begin_k + tl.maximum(tl.load(used + document, mask=real, other=0), 0))
     return begin_q, end_q, begin_k, end_k
@@ -65,12 +76,12 @@ def attended_keys(row, end_q, first, end, keys, window, CAUSAL: tl.constexpr, WI
 
 @triton.jit
 def keys_of_query(
-    row, cu_q, cu_k, used, documents, top_bit, keys, window, skip,
+    row, cu_q, cu_k, used, documents, length_q, length_k, top_bit, keys, window, skip,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr,
 ):  # fmt: skip
     """Return the keys ``[first, last)`` that each query sees; none for documents with up to `skip` queries."""
-    document = document_of(row, cu_q, documents, top_bit)
-    begin_q, end_q, first, end = documents_rows(document, cu_q, cu_k, used, documents, USED)
+    document = document_of(row, cu_q, documents, length_q, top_bit)
+    begin_q, end_q, first, end = documents_rows(document, cu_q, cu_k, used, documents, length_q, length_k, USED)
     first, last = attended_keys(row, end_q, first, end, keys, window, CAUSAL, WINDOWED)
     last = tl.where(end_q - begin_q <= skip, first, last)
     return tl.where(document < documents, first, keys), tl.where(document < documents, last, keys)
@@ -78,12 +89,12 @@ def keys_of_query(
 
 @triton.jit
 def queries_of_key(
-    row, cu_q, cu_k, used, documents, top_bit, queries, window,
+    row, cu_q, cu_k, used, documents, length_q, length_k, top_bit, queries, window,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr,
 ):  # fmt: skip
     """Return the queries ``[first, last)`` that see each key, within ``[0, queries)`` whatever the offsets are."""
-    document = document_of(row, cu_k, documents, top_bit)
-    first, end_q, _, end_k = documents_rows(document, cu_q, cu_k, used, documents, USED)
+    document = document_of(row, cu_k, documents, length_k, top_bit)
+    first, end_q, _, end_k = documents_rows(document, cu_q, cu_k, used, documents, length_q, length_k, USED)
     aligned = row - end_k + end_q  # the query at the key's own position
     last = end_q
     if CAUSAL:
@@ -98,9 +109,9 @@ def queries_of_key(
     return first, tl.where(document < documents, tl.minimum(tl.maximum(last, first), queries), queries)
 
 
-@triton.jit(do_not_specialize=["documents", "top_bit", "queries", "keys", "window", "skip"])
+@triton.jit(do_not_specialize=["documents", "length_q", "length_k", "top_bit", "queries", "keys", "window", "skip"])
 def block_causal_attention_ranges_kernel(
-    of_queries, of_keys, cu_q, cu_k, used, documents, top_bit, queries, keys, window, skip,
+    of_queries, of_keys, cu_q, cu_k, used, documents, length_q, length_k, top_bit, queries, keys, window, skip,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write ``of_queries [2, queries]`` and ``of_keys [2, keys]``, first and last of each, rounded up to 16 bytes.
@@ -112,14 +123,16 @@ def block_causal_attention_ranges_kernel(
     if block < blocks:
         row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
         first, last = keys_of_query(
-            row, cu_q, cu_k, used, documents, top_bit, keys, window, skip, CAUSAL, WINDOWED, USED
+            row, cu_q, cu_k, used, documents, length_q, length_k, top_bit, keys, window, skip, CAUSAL, WINDOWED, USED
         )
         size = tl.cdiv(queries, 4).to(tl.int64) * 4
         tl.store(of_queries + row, first.to(tl.int32), mask=row < size)
         tl.store(of_queries + size + row, last.to(tl.int32), mask=row < size)
     else:
         row = (block - blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        first, last = queries_of_key(row, cu_q, cu_k, used, documents, top_bit, queries, window, CAUSAL, WINDOWED, USED)
+        first, last = queries_of_key(
+            row, cu_q, cu_k, used, documents, length_q, length_k, top_bit, queries, window, CAUSAL, WINDOWED, USED
+        )
         size = tl.cdiv(keys, 4).to(tl.int64) * 4
         tl.store(of_keys + row, first.to(tl.int32), mask=row < size)
         tl.store(of_keys + size + row, last.to(tl.int32), mask=row < size)
@@ -162,14 +175,18 @@ def block_causal_attention_ranges_fwd_cuda(
 ) -> Tensor:
     """Run the operator; see `ops.attention_ranges`."""
     with torch.cuda.device_of(cu_seqlens_q):
-        return _write(num_queries, num_keys, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k, 0, True)
+        documents = cu_seqlens_q.shape[0] - 1
+        offsets = cu_seqlens_q, cu_seqlens_k, documents, window, causal, seqused_k
+        return _write(cu_seqlens_q, num_queries, num_keys, *offsets, 0, True)
 
 
 def ranges(
+    like: Tensor,
     queries: int,
     keys: int,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    num_documents: int,
     window: int | None,
     causal: bool,
     seqused_k: Tensor | None,
@@ -177,7 +194,7 @@ def ranges(
     with_keys: bool = False,
     made: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return `first` and `last` of every query, and of every key: int32, on the device, from one launch.
+    """Return `first` and `last` of every query, and of every key: int32, on the device of `like`, from one launch.
 
     Queries of documents with up to `skip` queries see no key. Those of keys are not written unless `with_keys`.
     Nothing is launched where all are `made` already and no queries are skipped.
@@ -187,8 +204,8 @@ def ranges(
         if made.dtype != torch.int32 or made.shape != (expected,) or not made.is_contiguous():
             raise ValueError(f"ranges: expected contiguous int32 [{expected}], got {made.dtype} {list(made.shape)}")
     if made is None or skip:
-        offsets = (cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
-        made = _write(queries, keys, *offsets, skip, with_keys)
+        offsets = (cu_seqlens_q, cu_seqlens_k, num_documents, window, causal, seqused_k)
+        made = _write(like, queries, keys, *offsets, skip, with_keys)
     of_queries, of_keys = made[: _size(queries, 0)], made[_size(queries, 0) :]
     return of_queries.view(2, -1)[:, :queries].unbind(), of_keys.view(2, -1)[:, :keys].unbind()  # type: ignore
 
@@ -202,17 +219,18 @@ def _size(queries: int, keys: int) -> int:
 
 
 def _write(
-    queries: int, keys: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, window: int | None, causal: bool,
-    seqused_k: Tensor | None, skip: int, with_keys: bool,
+    like: Tensor, queries: int, keys: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    num_documents: int, window: int | None, causal: bool, seqused_k: Tensor | None, skip: int, with_keys: bool,
 ) -> Tensor:  # fmt: skip
     """Return what `ranges` splits, from one launch; the part of keys is empty unless `with_keys`."""
-    out = cu_seqlens_q.new_empty(_size(queries, keys if with_keys else 0), dtype=torch.int32)
+    out = like.new_empty(_size(queries, keys if with_keys else 0), dtype=torch.int32)
     blocks = triton.cdiv(queries, _ROWS) + (triton.cdiv(keys, _ROWS) if with_keys else 0)
     if not blocks:
         return out
+    search = search_arguments(cu_seqlens_q, cu_seqlens_k, num_documents, queries, keys, seqused_k)
     block_causal_attention_ranges_kernel[(blocks,)](
-        out, out[_size(queries, 0) :], *search_arguments(cu_seqlens_q, cu_seqlens_k, seqused_k), queries, keys,
-        reach(window), skip,
+        out, out[_size(queries, 0) :], *search, 1 << num_documents.bit_length() >> 1, queries, keys, reach(window),
+        skip,
         CAUSAL=causal, WINDOWED=window is not None, USED=seqused_k is not None, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
     return out
@@ -224,10 +242,18 @@ def reach(window: int | None) -> int:
 
 
 def search_arguments(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Return what `document_of` and its callers want: three tensors, the number of documents and its highest bit."""
-    documents = cu_seqlens_q.shape[0] - 1
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    documents: int,
+    queries: int,
+    keys: int,
+    seqused_k: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int, int]:
+    """Return what `documents_rows` reads: offsets of queries and keys, used keys, and the number of documents.
+
+    Last come the lengths in queries and keys of a document, which count where there are no offsets.
+    """
     cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    used = cu_seqlens_q if seqused_k is None else seqused_k  # never read
-    return cu_seqlens_q, cu_k, used, documents, 1 << documents.bit_length() >> 1
+    each = max(documents, 1)
+    used = cu_seqlens_q if seqused_k is None else seqused_k  # not read without seqused_k
+    return cu_seqlens_q, cu_k, used, documents, queries // each, keys // each

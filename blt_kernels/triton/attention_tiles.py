@@ -161,8 +161,9 @@ def check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    num_documents: int,
     window: int | None,
     seqused_k: Tensor | None,
 ) -> None:
@@ -177,8 +178,14 @@ def check(
         raise ValueError(f"q, k: expected at most {_MAX_ROWS} rows, got {q.shape[0]} and {k.shape[0]}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected a value >= 1, got {window}")
-    documents = cu_seqlens_q.shape[0] - 1
-    if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
+    documents = num_documents if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    if cu_seqlens_q is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k: expected None without cu_seqlens_q, got a tensor")
+        for name, total in (("q", q.shape[0]), ("k", k.shape[0])):
+            if documents < 0 or total % max(documents, 1) or (total and not documents):
+                raise ValueError(f"num_documents: expected a divisor of the {total} rows of {name}, got {documents}")
+    elif cu_seqlens_k is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"k: expected the {q.shape[0]} rows of q, got {k.shape[0]}")
     for name, x, size in (
         ("cu_seqlens_q", cu_seqlens_q, documents + 1),

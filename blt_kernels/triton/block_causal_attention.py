@@ -129,40 +129,41 @@ def block_causal_attention_fwd_cuda(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     window: int | None,
     causal: bool,
     scale: float | None,
     seqused_k: Tensor | None,
     made: Tensor | None = None,
+    num_documents: int = 1,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run forward; see `ops.block_causal_attention`. `launch` takes the place of what `launch_options` says.
 
-    `made` are the ranges that are at hand.
+    `made` are the ranges that are at hand. Without `cu_seqlens_q` there are `num_documents` of one length.
     """
     if not runs_here(q):
         return reference.block_causal_attention_fwd_reference(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k
+            q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, None, num_documents
         )
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, seqused_k)
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, num_documents, window, seqused_k)
     q, scale = positive_scale(scale, q)
     (queries, heads, width), groups = q.shape, k.shape[1]
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     out, lse = q.new_empty(q.shape), q.new_empty((queries, heads), dtype=torch.float32)
     if not queries:
         return out, lse
-    documents = cu_seqlens_q.shape[0] - 1
+    documents = num_documents if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     few = splits = 0
-    if (cu_seqlens_k is not None or seqused_k is not None) and launch is None:
+    if (k.shape[0] != queries or cu_seqlens_k is not None or seqused_k is not None) and launch is None:
         splits = decode_splits(groups, k.shape[0], documents, processors(q))
         few = decode_few(queries, documents, splits)
     launch = launch or launch_options("fwd", width, q.dtype, architecture(q))
-    rest = cu_seqlens_q, cu_seqlens_k, window, causal
+    rest = cu_seqlens_q, cu_seqlens_k, documents, window, causal
     with torch.cuda.device_of(q):
         if few < queries:
-            (first, last), _ = ranges(queries, k.shape[0], *rest, seqused_k, skip=few, made=made)
+            (first, last), _ = ranges(q, queries, k.shape[0], *rest, seqused_k, skip=few, made=made)
             block_causal_attention_fwd_kernel[(triton.cdiv(queries, launch.rows), heads)](
                 q, k, v, out, lse, first, last, *strides(q, k, v), *scales(scale, q),
                 queries, k.shape[0], heads, heads // groups,

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <optional>
 
 namespace blt {
 
@@ -69,17 +68,6 @@ inline int32_t check_even_documents(int64_t num_documents, int64_t total) {
   STD_TORCH_CHECK(total <= std::numeric_limits<int32_t>::max(), "cu_seqlens: ", total,
                   " positions do not fit into int32");
   return static_cast<int32_t>(total / std::max<int64_t>(num_documents, 1));
-}
-
-// The offsets of documents: as given, or those of `num_documents` of the same length that fill `total` positions.
-inline Tensor document_offsets(const std::optional<Tensor>& given, int64_t num_documents, const Tensor& like,
-                               int64_t total) {
-  if (given) return *given;
-  const int32_t length = check_even_documents(num_documents, total);
-  Tensor offsets = torch::stable::new_empty(like, {num_documents + 1}, ScalarType::Int);
-  int32_t* const values = offsets.mutable_data_ptr<int32_t>();
-  for (int64_t b = 0; b <= num_documents; ++b) values[b] = static_cast<int32_t>(b * length);
-  return offsets;
 }
 
 // Ids of patches: int32 [n], each from -1, which is none, to `count` - 1.

@@ -30,6 +30,7 @@
 #include "block_causal_attention/backward.h"
 #include "block_causal_attention/decode.h"
 #include "support/alloc.h"
+#include "support/documents.h"
 #include "support/parallel.h"
 
 namespace blt {
@@ -46,16 +47,22 @@ Tensor unit_stride(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 
 
 // --- entries ----------------------------------------------------------------------------------------------------------
 
-// The offsets of an op, which its Visibility points into.
+// The offsets of an op, which its Visibility points into. Without those of the queries there are `num_documents` of one
+// length, of queries as of keys.
 struct Offsets {
-  Tensor q;
-  std::optional<Tensor> k, used;
+  std::optional<Tensor> q, k, used;
+  int64_t num_documents;
 };
 
-Visibility check_visibility(int64_t queries, int64_t keys, Offsets& offsets, std::optional<int64_t> window,
-                            bool causal) {
-  const int32_t* const cu_q = check_offsets(offsets.q, "cu_seqlens_q", queries);
-  const int64_t documents = offsets.q.size(0) - 1;
+Visibility check_visibility(const Tensor& like, int64_t queries, int64_t keys, Offsets& offsets,
+                            std::optional<int64_t> window, bool causal) {
+  if (!offsets.q) {
+    STD_TORCH_CHECK(!offsets.k, "cu_seqlens_k: expected none without cu_seqlens_q");
+    offsets.q = document_offsets({}, offsets.num_documents, like, queries);
+    if (keys != queries) offsets.k = document_offsets({}, offsets.num_documents, like, keys);
+  }
+  const int32_t* const cu_q = check_offsets(*offsets.q, "cu_seqlens_q", queries);
+  const int64_t documents = offsets.q->size(0) - 1;
   const int32_t* cu_k = cu_q;
   if (offsets.k) {
     cu_k = check_offsets(*offsets.k, "cu_seqlens_k", keys);
@@ -129,15 +136,13 @@ void stream_keys(const Tensor& like, const Problem<T>& problem, const Results& r
                    });
 }
 
-std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, const Tensor& cu_seqlens_q,
-                                                          const std::optional<Tensor>& cu_seqlens_k,
-                                                          std::optional<int64_t> window, bool causal,
-                                                          std::optional<double> scale,
-                                                          const std::optional<Tensor>& seqused_k,
-                                                          [[maybe_unused]] const std::optional<Tensor>& ranges) {
+std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(
+    Tensor q, Tensor k, Tensor v, const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    std::optional<int64_t> window, bool causal, std::optional<double> scale, const std::optional<Tensor>& seqused_k,
+    [[maybe_unused]] const std::optional<Tensor>& ranges, int64_t num_documents) {
   check_heads(q, k, v);
-  Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k};
-  const Visibility visible = check_visibility(q.size(0), k.size(0), offsets, window, causal);
+  Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k, num_documents};
+  const Visibility visible = check_visibility(q, q.size(0), k.size(0), offsets, window, causal);
   q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
   Tensor out = new_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = new_output(q, {q.size(0), q.size(1)}, accumulator(q));
@@ -187,12 +192,13 @@ void dot_rows(const Heads<const T>& grad, const Heads<const T>& out, int64_t row
 }
 
 std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
-    Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, const Tensor& cu_seqlens_q,
+    Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, const std::optional<Tensor>& cu_seqlens_q,
     const std::optional<Tensor>& cu_seqlens_k, std::optional<int64_t> window, bool causal, std::optional<double> scale,
-    const std::optional<Tensor>& seqused_k, [[maybe_unused]] const std::optional<Tensor>& ranges) {
+    const std::optional<Tensor>& seqused_k, [[maybe_unused]] const std::optional<Tensor>& ranges,
+    int64_t num_documents) {
   check_heads(q, k, v);
-  Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k};
-  const Visibility visible = check_visibility(q.size(0), k.size(0), offsets, window, causal);
+  Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k, num_documents};
+  const Visibility visible = check_visibility(q, q.size(0), k.size(0), offsets, window, causal);
   for (const auto& [x, name] : {std::pair(&grad_out, "grad_out"), std::pair(&out, "out")}) {
     check_dim(*x, name, 3);
     check_dtype(*x, name, q.scalar_type());
@@ -286,8 +292,8 @@ class Intervals {
 Tensor block_causal_attention_ranges_fwd_cpu(const Tensor& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
                                              int64_t num_queries, int64_t num_keys, std::optional<int64_t> window,
                                              bool causal, const std::optional<Tensor>& seqused_k) {
-  Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k};
-  const Visibility visible = check_visibility(num_queries, num_keys, offsets, window, causal);
+  Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k, 0};
+  const Visibility visible = check_visibility(cu_seqlens_q, num_queries, num_keys, offsets, window, causal);
   const int64_t queries = (num_queries + 3) / 4 * 4, keys = (num_keys + 3) / 4 * 4;
   Tensor out = new_output(cu_seqlens_q, {2 * (queries + keys)}, ScalarType::Int);
   int32_t* const data = out.mutable_data_ptr<int32_t>();

@@ -13,6 +13,7 @@
 
 #include "../common/check.h"
 #include "../common/hash_primes.h"
+#include "support/documents.h"
 
 namespace blt {
 

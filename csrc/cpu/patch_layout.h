@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "../common/check.h"
+#include "support/documents.h"
 
 namespace blt {
 

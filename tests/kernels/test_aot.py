@@ -197,6 +197,13 @@ def test_fp32_is_summed_in_fp32_over_tiles(name: str) -> None:
             assert begin.startswith("%cst") or re.search(rf"{re.escape(begin)} = arith\.select", code), begin
 
 
+@pytest.mark.parametrize("name", ["decode", "combine", "ranges"])
+def test_documents_of_one_length_compile_without_offsets_on_hopper(name: str, tmp_path: Path) -> None:
+    decode = launch_options("decode", 128, torch.bfloat16, HOPPER)
+    launch = {"decode": decode, "combine": Launch(1, 16, 1, 1), "ranges": Launch(128, 1, 4, 1)}[name]
+    check(compiled(name, 128, torch.bfloat16, launch, HOPPER, offsets=False), 8, HOPPER, tmp_path)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only")
 def test_triton_3_6() -> None:
     """The tests on Hopper pass with the oldest Triton, in a process of its own."""

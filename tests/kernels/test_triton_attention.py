@@ -726,7 +726,21 @@ def test_ranges_of_other_sizes_are_refused() -> None:
     from blt_kernels.triton.attention_ranges import ranges
 
     with pytest.raises(ValueError, match=r"ranges: expected contiguous int32 \[32\], got torch.int32 \[24\]"):
-        ranges(6, 6, offsets_of([6]), None, None, True, None, made=torch.zeros(24, dtype=torch.int32))
+        made = torch.zeros(24, dtype=torch.int32)
+        ranges(made, 6, 6, offsets_of([6]), None, 1, None, True, None, made=made)
+
+
+@pytest.mark.parametrize("splits", [0, 2])
+@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (3, 50), (40, 0), (0, 7)])
+def test_documents_of_one_length_need_no_offsets(run: Callable, queries: int, keys: int, splits: int) -> None:
+    documents = 3
+    *tensors, grad = inputs(documents * queries, documents * keys, (2, 1), 16, torch.float32)
+    offsets = (offsets_of([queries] * documents), offsets_of([keys] * documents))
+    options = (5, True, None, torch.tensor([0, keys, keys // 2], dtype=torch.int32))
+    gradient = None if splits else grad
+    expected, _ = run((*tensors, *offsets, *options), gradient, splits=splits)
+    got, _ = run((*tensors, None, None, *options, None, documents), gradient, splits=splits)
+    assert_equal(got, expected)
 
 
 @pytest.mark.parametrize("name", ["fwd", "bwd", "ranges_fwd"])
@@ -769,6 +783,12 @@ def test_the_reference_takes_the_rest(dtype: torch.dtype, width: int) -> None:
             "q, k: expected at most 2147483392 rows",
         ),
         ({"k": torch.zeros(8, 1, 32), "v": torch.zeros(8, 1, 32)}, "k: expected the 9 rows of q, got 8"),
+        ({"cu_seqlens_q": None, "num_documents": 2}, "num_documents: expected a divisor of the 9 rows of q, got 2"),
+        ({"cu_seqlens_q": None, "num_documents": 0}, "num_documents: expected a divisor of the 9 rows of q, got 0"),
+        (
+            {"cu_seqlens_q": None, "cu_seqlens_k": offsets_of([9])},
+            "cu_seqlens_k: expected None without cu_seqlens_q, got a tensor",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:

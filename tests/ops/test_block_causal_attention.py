@@ -709,7 +709,7 @@ def test_tracing_for_cuda() -> None:
         cu_seqlens = torch.empty(3, device="cuda", dtype=torch.int32)
         packed = [x.flatten(0, 1) for x in (out, q, k, k, out, lse)]
         backward = torch.ops.blt_kernels.block_causal_attention_bwd
-        grads = backward(*packed, cu_seqlens, None, 5, True, None, used.int(), None)
+        grads = backward(*packed, cu_seqlens, None, 5, True, None, used.int(), None, 2)
     assert (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, "cuda")
     assert (lse.shape, lse.dtype) == (q.shape[:-1], torch.float32)
     assert all(g.shape == x.shape and g.dtype == x.dtype for g, x in zip(grads, packed[1:4], strict=True))
@@ -775,7 +775,7 @@ def calls_in_models(model: nn.Module, *arguments: Any) -> list[tuple[str, Any]]:
             name = func.name().removeprefix("blt_kernels::block_causal_attention_")
             result = func(*args, **(kwargs or {}))
             if name in ("fwd", "bwd", "ranges_fwd"):
-                calls.append((name, result if name == "ranges_fwd" else args[-1]))
+                calls.append((name, result if name == "ranges_fwd" else args[-2]))
             return result
 
     with Recorder():
