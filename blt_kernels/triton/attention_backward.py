@@ -310,7 +310,8 @@ def block_causal_attention_bwd_cuda(
         "enable_fp_fusion": True,
     }
     with torch.cuda.device_of(q):
-        offsets = (queries, keys, cu_seqlens_q, cu_seqlens_k, num_documents, window, causal, seqused_k)
+        documents = num_documents if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        offsets = (queries, keys, cu_seqlens_q, cu_seqlens_k, documents, window, causal, seqused_k)
         of_queries, of_keys = ranges(q, *offsets, with_keys=True, made=made)
         block_causal_attention_bwd_sums_kernel[(triton.cdiv(queries, _SUM_ROWS), heads)](
             grad_out, out, lse, sums, *of_queries, *strides(grad_out, out), queries, keys, heads,

@@ -725,8 +725,8 @@ def test_wrong_ranges_reach_nothing_outside(interpreter: ProcessPoolExecutor, na
 def test_ranges_of_other_sizes_are_refused() -> None:
     from blt_kernels.triton.attention_ranges import ranges
 
+    made = torch.zeros(24, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"ranges: expected contiguous int32 \[32\], got torch.int32 \[24\]"):
-        made = torch.zeros(24, dtype=torch.int32)
         ranges(made, 6, 6, offsets_of([6]), None, 1, None, True, None, made=made)
 
 
