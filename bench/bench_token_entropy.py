@@ -41,7 +41,8 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
         yield partial(token_entropy_comparison, sizes, device, dtype, compile_peers)
     if device == "cuda" and not small:  # smaller inputs end before a GPU is busy
         yield partial(token_entropy_comparison, Sizes(rows=128), device, torch.bfloat16, compile_peers)
-    yield partial(linear_entropy_comparison, sizes, device)
+    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):
+        yield partial(linear_entropy_comparison, sizes, device, dtype)
 
 
 def logits_of(sizes: Sizes, device: str, dtype: torch.dtype) -> Tensor:
@@ -74,10 +75,10 @@ def token_entropy_comparison(sizes: Sizes, device: str, dtype: torch.dtype, comp
     )
 
 
-def linear_entropy_comparison(sizes: Sizes, device: str) -> Comparison:
+def linear_entropy_comparison(sizes: Sizes, device: str, dtype: torch.dtype) -> Comparison:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(sizes.rows * sizes.length, HIDDEN, generator=generator).to(device)
-    weight = (torch.randn(ALPHABET, HIDDEN, generator=generator) * 0.1).to(device)
+    hidden = torch.randn(sizes.rows * sizes.length, HIDDEN, generator=generator).to(device, dtype)
+    weight = (torch.randn(ALPHABET, HIDDEN, generator=generator) * 0.1).to(device, dtype)
     flops = 2 * hidden.shape[0] * HIDDEN * ALPHABET
 
     def agree(results: dict[str, Any]) -> None:
@@ -87,7 +88,7 @@ def linear_entropy_comparison(sizes: Sizes, device: str) -> Comparison:
     return Comparison(
         "linear_entropy",
         f"{list(hidden.shape)} x {list(weight.shape)}",
-        "float32",
+        name_of(dtype),
         {
             OURS: lambda: bk.linear_entropy(hidden, weight),
             "F.linear, token_entropy": lambda: bk.token_entropy(F.linear(hidden, weight)),

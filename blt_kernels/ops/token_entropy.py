@@ -45,7 +45,7 @@ def token_entropy(logits: Tensor) -> Tensor:
 
 
 def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Entropy in nats of ``softmax(hidden @ weight.T + bias)``, without storing the logits.
+    """Entropy in nats of ``softmax(hidden @ weight.T + bias)``, without storing all logits.
 
     Parameters
     ----------
@@ -62,6 +62,13 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
     ------
     TypeError, ValueError
         Dtypes, devices or shapes do not match; the message names the argument.
+
+    Notes
+    -----
+    Logits are computed and reduced a panel of rows at a time, so that they stay in a cache. The products are torch's:
+    as in `F.linear`, logits are rounded to the dtype of the inputs, and settings such as
+    ``torch.backends.cuda.matmul.allow_tf32`` apply. The sums over rows in the gradients of `weight` and `bias` are in
+    fp32 (fp64 for fp64) from panel to panel.
 
     Examples
     --------

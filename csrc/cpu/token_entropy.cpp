@@ -2,7 +2,7 @@
 //
 // Rows are spread over the threads; token_entropy.h has the arithmetic of one row. Bytes moved for [T, 260] fp32 logits:
 // 1040 read and 8 written a row forward, 1052 read and 1040 written backward.
-// linear_entropy computes the logits tile by tile and reduces each tile while it is in the cache.
+// linear_entropy takes the logits panel by panel (linear_entropy.h).
 
 #include "token_entropy.h"
 
@@ -10,10 +10,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 
 #include "../common/args/token_entropy.h"
 #include "../common/dispatch.h"
+#include "../common/linear_entropy.h"
 #include "support/alloc.h"
 #include "support/parallel.h"
 
@@ -21,8 +21,7 @@ namespace blt {
 namespace {
 
 constexpr int64_t kRowGrain = 64;     // the fewest rows of logits worth a thread
-constexpr int64_t kHeadRows = 1024;   // rows in a tile of the output head: 1 MB of fp32 logits
-constexpr int64_t kSumGrain = 16384;  // elements of a running sum
+constexpr int64_t kPanelRows = 1024;  // of linear_entropy: 1 MB of fp32 logits
 
 // entropy[i], log_sum[i] of logits[i] for the first `count` rows; the outputs are contiguous, the logits have unit stride in
 // a row. The other rows are not read: their entropy is 0, their log_sum kUnread.
@@ -42,16 +41,17 @@ void entropy_rows(const Tensor& logits, int64_t count, accumulator_t<T>* entropy
   std::fill(log_sum + count, log_sum + logits.size(0), accumulator_t<T>(kUnread));
 }
 
+// `grad` may be `logits`.
 template <class T>
-void entropy_grad_rows(const Tensor& grad, const Tensor& logits, const accumulator_t<T>* upstream,
+void entropy_grad_rows(Tensor& grad, const Tensor& logits, const accumulator_t<T>* upstream,
                        const accumulator_t<T>* entropy, const accumulator_t<T>* log_sum) {
   const T* const data = logits.const_data_ptr<T>();
   T* const out = grad.mutable_data_ptr<T>();
-  const int64_t stride = logits.stride(0), width = logits.size(1);
+  const int64_t stride = logits.stride(0), out_stride = grad.stride(0), width = logits.size(1);
   const RowShape<T> shape(width);
   parallel_for(logits.size(0), kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      T* const row = out + i * width;
+      T* const row = out + i * out_stride;
       if (log_sum[i] == kUnread)
         std::fill(row, row + width, T(0.0f));
       else
@@ -98,30 +98,8 @@ Tensor token_entropy_bwd_cpu(const Tensor& grad_entropy, const Tensor& logits, c
 
 // --- linear_entropy ---------------------------------------------------------------------------------------------------
 
-// out = op(args...) through torch's dispatcher, for ops whose last argument is `out`.
-template <class... Args>
-void call_out(const char* op, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the result holds
-}
-
-Tensor rows_of(const Tensor& x, int64_t begin, int64_t count) {
-  Tensor source = x;
-  return torch::stable::narrow(source, 0, begin, count);
-}
-
-// Calls f(begin, count, hidden rows, logits) for each tile of rows; the logits live in one buffer that is used again.
-template <class F>
-void for_each_tile(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, F f) {
-  const int64_t rows = hidden.size(0);
-  Tensor buffer = torch::stable::new_empty(hidden, {std::min(rows, kHeadRows), weight.size(0)});
-  for (int64_t begin = 0; begin < rows; begin += kHeadRows) {
-    const int64_t count = std::min(kHeadRows, rows - begin);
-    const Tensor tile = rows_of(hidden, begin, count), logits = rows_of(buffer, 0, count);
-    call_out("aten::linear", tile, weight, bias, logits);
-    f(begin, count, tile, logits);
-  }
+Tensor panel_of(const Tensor& hidden, const Tensor& weight) {
+  return torch::stable::new_empty(hidden, {std::min(hidden.size(0), kPanelRows), weight.size(0)});
 }
 
 std::tuple<Tensor, Tensor> linear_entropy_fwd_cpu(const Tensor& hidden, const Tensor& weight,
@@ -132,21 +110,13 @@ std::tuple<Tensor, Tensor> linear_entropy_fwd_cpu(const Tensor& hidden, const Te
   dispatch_float(hidden.scalar_type(), "hidden", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulator_t<T>;
-    A* const entropies = entropy.mutable_data_ptr<A>();
-    A* const log_sums = log_sum.mutable_data_ptr<A>();
-    for_each_tile(hidden, weight, bias, [&](int64_t begin, int64_t, const Tensor&, const Tensor& logits) {
-      entropy_rows<T>(logits, logits.size(0), entropies + begin, log_sums + begin);
-    });
+    A *const h = entropy.mutable_data_ptr<A>(), *const log_s = log_sum.mutable_data_ptr<A>();
+    for_each_panel(hidden, weight, bias, panel_of(hidden, weight),
+                   [&](int64_t begin, const Tensor&, const Tensor& logits) {
+                     entropy_rows<T>(logits, logits.size(0), h + begin, log_s + begin);
+                   });
   });
   return {entropy, log_sum};
-}
-
-// sums += x, element by element.
-template <class T, class A>
-void add_to(A* sums, const T* x, int64_t size) {
-  parallel_for(size, kSumGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) sums[i] += static_cast<A>(x[i]);
-  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd_cpu(const Tensor& grad_entropy, const Tensor& hidden,
@@ -156,31 +126,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd_cpu(const Tensor& grad_ent
   const Tensor upstream = check_row_values(grad_entropy, "grad_entropy", hidden);
   const Tensor entropies = check_row_values(entropy, "entropy", hidden);
   const Tensor log_sums = check_row_values(log_sum, "log_sum", hidden);
-  const int64_t rows = hidden.size(0), alphabet = weight.size(0), width = weight.size(1);
-  Tensor grad_hidden = new_output(hidden, {rows, width});
-  Tensor weight_sum = torch::stable::new_zeros(weight, {alphabet, width}, accumulator(weight));
-  Tensor bias_sum = torch::stable::new_zeros(weight, {alphabet}, accumulator(weight));
-  dispatch_float(hidden.scalar_type(), "hidden", [&](auto tag) {
+  const Tensor grad_hidden = new_output(hidden, {hidden.size(0), hidden.size(1)});
+  return dispatch_float(hidden.scalar_type(), "hidden", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulator_t<T>;
-    const A *const grads = upstream.const_data_ptr<A>(), *const h = entropies.const_data_ptr<A>();
+    const A *const up = upstream.const_data_ptr<A>(), *const h = entropies.const_data_ptr<A>();
     const A* const log_s = log_sums.const_data_ptr<A>();
-    A* const bias_sums = bias_sum.mutable_data_ptr<A>();
-    Tensor buffer = torch::stable::new_empty(hidden, {std::min(rows, kHeadRows), alphabet});
-    Tensor product = torch::stable::new_empty(weight, {alphabet, width});
-    for_each_tile(hidden, weight, bias, [&](int64_t begin, int64_t count, const Tensor& tile, const Tensor& logits) {
-      Tensor grad = rows_of(buffer, 0, count);
-      entropy_grad_rows<T>(grad, logits, grads + begin, h + begin, log_s + begin);
-      call_out("aten::mm", grad, weight, rows_of(grad_hidden, begin, count));
-      call_out("aten::mm", torch::stable::transpose(grad, 0, 1), tile, product);
-      add_to(weight_sum.mutable_data_ptr<A>(), product.const_data_ptr<T>(), alphabet * width);
-      const T* const g = grad.const_data_ptr<T>();
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t a = 0; a < alphabet; ++a) bias_sums[a] += static_cast<A>(g[i * alphabet + a]);
-    });
+    return linear_gradients(hidden, weight, bias, panel_of(hidden, weight), grad_hidden,
+                            [&](int64_t begin, Tensor& logits) {
+                              entropy_grad_rows<T>(logits, logits, up + begin, h + begin, log_s + begin);
+                            });
   });
-  const auto rounded = [&](const Tensor& sum) { return torch::stable::to(sum, weight.scalar_type()); };
-  return {grad_hidden, rounded(weight_sum), rounded(bias_sum)};
 }
 
 }  // namespace

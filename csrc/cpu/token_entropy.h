@@ -93,6 +93,7 @@ Entropy row_entropy(const T* row, const RowShape<T>& shape) {
   return {log_total - sum(t.a + t.b) / total, log_total};
 }
 
+// `grad` may be `row`: the last Pair is read before what it overlaps is written.
 template <class T>
 void row_entropy_grad(T* grad, const T* row, const RowShape<T>& shape, float upstream, Entropy row_value) {
   const Tail<T> tail(row, shape);
@@ -102,17 +103,15 @@ void row_entropy_grad(T* grad, const T* row, const RowShape<T>& shape, float ups
     const VecF p = log_p < kExpMin ? VecF{} : exp(d);
     return -upstream * p * (d + row_value.entropy);
   };
-  const auto step = [&](T* out, const T* in) {
-    const Pair x = load_pair(in);
-    store_pair(out, {slope(x.a), slope(x.b)});
-  };
-  for (int64_t i = 0; i < shape.full; i += kPair) step(grad + i, row + i);
+  const auto step = [&](T* out, Pair x) { store_pair(out, {slope(x.a), slope(x.b)}); };
+  const Pair last = load_pair(tail.data);
+  for (int64_t i = 0; i < shape.full; i += kPair) step(grad + i, load_pair(row + i));
   if (!shape.ragged()) return;
   if (shape.width >= kPair) {
-    step(grad + shape.width - kPair, tail.data);
+    step(grad + shape.width - kPair, last);
   } else {
     T padded[kPair];
-    step(padded, tail.data);
+    step(padded, last);
     std::copy(padded, padded + shape.width, grad);
   }
 }

@@ -287,11 +287,12 @@ __global__ void __launch_bounds__(kEntropyThreads, entropy_blocks(sizeof(T)))
   entropy_of_rows<T>(logits, logits.rows, entropy, log_sum);
 }
 
-// grad_logits is contiguous. If its rows have the alignment of those of the logits, their packs are stored whole.
+// grad_logits has `grad_stride` elements from row to row; it may be the logits themselves, since every lane writes what it
+// read, after the row's maximum is known. If its rows have the alignment of those of the logits, their packs are stored whole.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     token_entropy_bwd_kernel(const acc_t<T>* grad_entropy, LogitRows<T> logits, const acc_t<T>* entropy,
-                             const acc_t<T>* log_sum, T* grad_logits) {
+                             const acc_t<T>* log_sum, T* grad_logits, i64 grad_stride) {
   using A = acc_t<T>;
   constexpr int kLanes = RowLane<T>::kLanes, kPack = RowLane<T>::kPack;
   const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
@@ -309,7 +310,7 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
   const bool unread = shift == unread_log_sum<A>();
   if (unread) upstream = h = shift = m = 0;
   const EntropySlope<A> slope(m, upstream, h, shift);
-  T* const to = grad_logits + (there ? index * logits.alphabet : 0);
+  T* const to = grad_logits + (there ? index * grad_stride : 0);
   for (i32 tile = 0; tile < tiles; ++tile) {
     if (tiles > 1) row.read(tile);
     if (unread) row.clear();

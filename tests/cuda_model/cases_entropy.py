@@ -15,27 +15,38 @@ from cuda_model.launches import (
     Array,
     Case,
     Launch,
+    Library,
     blocks_at,
-    boolean,
     ceil_div,
     data,
     f32,
     i32,
     i64,
     layout,
+    product,
 )
 
 
-def logit_rows(rows: int) -> list:
-    return [Array("logits", rows * ALPHABET * 2), i64(rows), i64(ALPHABET), i32(ALPHABET)]
+def logit_rows(rows: int, stride: int = ALPHABET, resident: bool = False) -> list:
+    return [Array("logits", rows * stride * 2, None, resident), i64(rows), i64(stride), i32(ALPHABET)]
 
 
-def token_entropy_fwd(rows: int) -> Launch:
+def token_entropy_fwd(rows: int, logits: list, times: int = 1) -> Launch:
     outputs = [Array("entropy", rows * 4), Array("log_sum", rows * 4)]
     blocks = ceil_div(rows, 32)
     return Launch(
-        "token_entropy", r"token_entropy_fwd_kernel<__nv_bfloat16>", (blocks, 1), [logit_rows(rows), *outputs],
-        blocks_at(blocks // 2, 2),
+        "token_entropy", r"token_entropy_fwd_kernel<__nv_bfloat16>", (blocks, 1), [logits, *outputs],
+        blocks_at(blocks // 2, 2), 0, times,
+    )  # fmt: skip
+
+
+def token_entropy_bwd(rows: int, logits: list, grad_logits: Array, stride: int, times: int = 1) -> Launch:
+    slopes = [Array("grad_entropy", rows * 4), logits, Array("entropy", rows * 4), Array("log_sum", rows * 4),
+              grad_logits, i64(stride)]  # fmt: skip
+    blocks = ceil_div(rows, 32)
+    return Launch(
+        "token_entropy", r"token_entropy_bwd_kernel<__nv_bfloat16, .*true", (blocks, 1), slopes,
+        blocks_at(blocks // 2, 2), 0, times,
     )  # fmt: skip
 
 
@@ -73,71 +84,36 @@ def entropy_cases() -> Iterator[Case]:
     for rows in (BYTES, MANY_ROWS):
         read, written = rows * ALPHABET * 2, rows * 8
         shape, bench = f"[{rows}, {ALPHABET}]", f"[{rows // DOCUMENT}, {DOCUMENT}, {ALPHABET}]"
-        yield Case("token_entropy fwd", shape, "bfloat16", [token_entropy_fwd(rows)], read + written, bench)
-        slopes = [Array("grad_entropy", rows * 4), logit_rows(rows), Array("entropy", rows * 4),
-                  Array("log_sum", rows * 4), Array("grad_logits", rows * ALPHABET * 2)]  # fmt: skip
-        blocks = ceil_div(rows, 32)
-        backward = Launch(
-            "token_entropy", r"token_entropy_bwd_kernel<__nv_bfloat16, .*true", (blocks, 1), slopes,
-            blocks_at(blocks // 2, 2),
-        )  # fmt: skip
+        forward = token_entropy_fwd(rows, logit_rows(rows))
+        yield Case("token_entropy fwd", shape, "bfloat16", [forward], read + written, bench)
+        backward = token_entropy_bwd(rows, logit_rows(rows), Array("grad_logits", read), ALPHABET)
         yield Case("token_entropy bwd", shape, "bfloat16", [backward], 2 * read + 12 * rows, bench)
         launches, layouts = entropy_patch_launches(rows), 16 * rows
         yield Case("entropy_patch fwd", shape, "bfloat16", launches, read + written + layouts, bench)
 
 
-HIDDEN, PANEL_ROWS, SPLIT_ROWS, TILE_ROWS, TILE_COLUMNS = 768, 16384, 512, 64, 88
-
-
-def matrix(name: str, rows: int, depth: int, row_stride: int, depth_stride: int, size: int = 2) -> list:
-    length = (rows - 1) * row_stride + (depth - 1) * depth_stride + 1
-    resident = name != "hidden"
-    return [Array(name, length * size, None, resident), i64(rows), i64(depth), i64(row_stride), i64(depth_stride)]
+HIDDEN, PANEL_ROWS, PANEL_STRIDE = 768, 15872, 264
 
 
 def linear_entropy_cases() -> Iterator[Case]:
-    stem, shape = "linear_entropy", f"[{BYTES}, {HIDDEN}] x [{ALPHABET}, {HIDDEN}]"
-    weight = matrix("weight", ALPHABET, HIDDEN, HIDDEN, 1)
-    bias = Array("bias", ALPHABET * 2, None, True)
-    entropy, log_sum = Array("entropy", BYTES * 4), Array("log_sum", BYTES * 4)
-    forward = Launch(
-        stem, r"linear_entropy_fwd_kernel<__nv_bfloat16, 8>", (BYTES // TILE_ROWS, 1),
-        [matrix("hidden", BYTES, HIDDEN, HIDDEN, 1), weight, bias, entropy, log_sum], [(100, 0)],
-    )  # fmt: skip
-    flops, min_bytes = 2.0 * BYTES * HIDDEN * ALPHABET, BYTES * (HIDDEN * 2 + 8)
-    yield Case("linear_entropy fwd", shape, "bfloat16", [forward], min_bytes, shape, flops)
-    panels, splits, rows = BYTES // PANEL_ROWS, PANEL_ROWS // SPLIT_ROWS, PANEL_ROWS
-    columns, size = ceil_div(HIDDEN, TILE_COLUMNS), ALPHABET * HIDDEN
-    panel = matrix("hidden", rows, HIDDEN, HIDDEN, 1)
-    grads = Array("grads", rows * ALPHABET * 2, None, True)
-    parts = Array("parts", splits * size * 4, None, True)
-    bias_parts = Array("bias_parts", splits * ALPHABET * 4, None, True)
-    of_rows = [grads, i64(rows), i64(ALPHABET), i64(ALPHABET), i64(1)]
-    of_columns = [grads, i64(ALPHABET), i64(rows), i64(1), i64(ALPHABET)]
-    weight_columns = matrix("weight", HIDDEN, ALPHABET, 1, HIDDEN)
-    hidden_columns = matrix("hidden", HIDDEN, rows, 1, HIDDEN)
-
-    def add(name: str, count: int, source: Array) -> Launch:
-        total, out = Array("total", count * 4, None, True), Array("out", count * 2, None, True)
-        arguments = [source, i64(splits), i64(count), boolean(False), boolean(False), total, out]
-        return Launch(
-            stem, r"add_splits_kernel<__nv_bfloat16>", (ceil_div(count, 256), 1), arguments, [(0, 0)], 0, panels
-        )
-
-    launches = [
-        Launch(stem, r"linear_entropy_logits_kernel<__nv_bfloat16, 8>", (rows // TILE_ROWS, 1),
-               [panel, weight, bias, Array("grad_entropy", rows * 4), Array("entropy", rows * 4),
-                Array("log_sum", rows * 4), Array("logits", rows * ALPHABET * 4, None, True), grads],
-               [(100, 0)], 0, panels),
-        Launch(stem, r"product_kernel<__nv_bfloat16, __nv_bfloat16>", (rows // TILE_ROWS * columns, 1),
-               [of_rows, weight_columns, i64(ALPHABET), i64(0), Array("grad_hidden", rows * HIDDEN * 2)], [(100, 0)], 0,
-               panels),
-        Launch(stem, r"product_kernel<__nv_bfloat16, float>", (ceil_div(ALPHABET, TILE_ROWS) * columns, splits),
-               [of_columns, hidden_columns, i64(SPLIT_ROWS), i64(size), parts], [(12, 3)], 0, panels),
-        Launch(stem, r"column_sums_kernel<__nv_bfloat16>", (ceil_div(ALPHABET, 256), splits),
-               [grads, i64(rows), i64(ALPHABET), bias_parts], [(0, 3)], 0, panels),
-        add("weight", size, parts),
-        add("bias", ALPHABET, bias_parts),
-    ]  # fmt: skip
-    min_bytes = BYTES * (2 * HIDDEN * 2 + 12) + 2 * size * 2
-    yield Case("linear_entropy bwd", shape, "bfloat16", launches, min_bytes, "", 3 * flops)
+    """Panels of logits in L2, which torch's products write and read."""
+    shape = f"[{BYTES}, {HIDDEN}] x [{ALPHABET}, {HIDDEN}]"
+    flops, weight = 2.0 * BYTES * HIDDEN * ALPHABET, 2 * ALPHABET * HIDDEN
+    forward: list[Launch | Library] = []
+    backward: list[Launch | Library] = []
+    for rows, times in ((PANEL_ROWS, BYTES // PANEL_ROWS), (BYTES % PANEL_ROWS, 1)):
+        logits, hidden = logit_rows(rows, PANEL_STRIDE, resident=True), 2.0 * rows * HIDDEN
+        head = product("linear", rows, ALPHABET, HIDDEN, hidden, times)
+        forward += [head, token_entropy_fwd(rows, logits, times)]
+        backward += [
+            head,
+            token_entropy_bwd(rows, logits, logits[0], PANEL_STRIDE, times),
+            product("mm", rows, HIDDEN, ALPHABET, hidden, times),
+            product("mm", ALPHABET, HIDDEN, rows, hidden, times),
+            Library(f"sum [{rows}, {ALPHABET}]", 0.0, 2.0 * rows * ALPHABET, times=times),
+        ]
+    panels = ceil_div(BYTES, PANEL_ROWS)
+    backward += [Library(f"subtract [{n}]", 0.0, 10.0 * n, times=panels) for n in (ALPHABET * HIDDEN, ALPHABET)]
+    yield Case("linear_entropy fwd", shape, "bfloat16", forward, BYTES * (HIDDEN * 2 + 8), shape, flops)
+    min_bytes = BYTES * (2 * HIDDEN * 2 + 12) + 2 * weight
+    yield Case("linear_entropy bwd", shape, "bfloat16", backward, min_bytes, "", 3 * flops)

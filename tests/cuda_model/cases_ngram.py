@@ -16,7 +16,7 @@ from cuda_model.launches import (
     Array,
     Case,
     Launch,
-    Memset,
+    Library,
     Scalar,
     blocks_at,
     ceil_div,
@@ -153,13 +153,13 @@ def owner_launches(kernel: str, max_runs: tuple[int, int], gradients: list) -> l
     return launches
 
 
-def dense_gradient() -> list[Launch | Memset]:
-    zeros = Memset((TABLES * VOCAB + ALPHABET) * WIDTH * 2, LISTS)
+def dense_gradient() -> list[Launch | Library]:
+    zeros = Library("memset", (TABLES * VOCAB + ALPHABET) * WIDTH * 2 / LISTS, times=LISTS)
     kernel = r"ngram_hash_embed_bwd_kernel<__nv_bfloat16, 8>"
     return [zeros, *sort_launches(), *run_launches(), *owner_launches(kernel, (BYTES, ALPHABET), table_rows("grad"))]
 
 
-def sparse_gradient() -> list[Launch | Memset]:
+def sparse_gradient() -> list[Launch | Library]:
     found, pad = runs().sum(1).tolist(), [None] * (129 - LISTS)
     rows: list = [Array("rows" if n < TABLES else "byte rows", count * 8) for n, count in enumerate(found)]
     values: list = [Array("values" if n < TABLES else "byte values", c * WIDTH * 2) for n, c in enumerate(found)]

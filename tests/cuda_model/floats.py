@@ -237,18 +237,6 @@ def _float_to_int(i: Instruction) -> Action:
     return run
 
 
-def _matrix_product(i: Instruction) -> Action:
-    """HMMA: nothing that is computed with it decides where a kernel goes, so its result is 0."""
-    writes = [setter(Operand("", "reg", i.operands[0].index + n)) for n in range(4)]
-    zero = full(0)
-
-    def run(w: Warp, m: np.ndarray) -> None:
-        for write in writes:
-            write(w, m, zero)
-
-    return run
-
-
 def _false(i: Instruction) -> Action:
     out = set_predicate(i.operands[0])
     return lambda w, m: out(w, m, np.zeros(LANES, bool))
@@ -259,5 +247,5 @@ FLOATING: dict[str, Builder] = {
     "MUFU": _mufu, "FSETP": _fsetp, "FSET": _fset, "FMNMX": _fmnmx, "FSEL": _fsel, "F2FP": _f2fp, "FCHK": _false,
     "I2F": _int_to_float, "I2FP": _int_to_float, "F2I": _float_to_int,
     "HADD2": _half_op(np.add), "HMUL2": _half_op(np.multiply), "HFMA2": _half_op(lambda a, b, c: a * b + c),
-    "HMMA": _matrix_product, "HSET2": _half_set, "HMNMX2": _half_op(_extreme), "VHMNMX": _half_op(_extreme),
+    "HSET2": _half_set, "HMNMX2": _half_op(_extreme), "VHMNMX": _half_op(_extreme),
 }  # fmt: skip

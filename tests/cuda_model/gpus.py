@@ -7,7 +7,6 @@ Where the numbers are from
   and 228 KB of shared memory, 1 KB a block for the system: CUDA programming guide, compute capability 9.0.
 - lanes a cycle and multiprocessor: the guide's table of arithmetic throughput. fp32 128; 32-bit integers, shifts,
   logic, comparisons and conversions 64; special functions and population count 16; shuffles and shared memory 32.
-- mma.sync (HMMA of 16 x 8 x 16) reaches 62% of the tensor cores' rate (Luo et al., arXiv 2402.13499).
 - clock: 1.755 GHz, what an H100 SXM holds under a load that is not the tensor cores'.
 - L2: 5.5 TB/s; latency of device memory 700 ns, of L2 270 ns, both under load.
 - launch: 1.5 us from the end of a kernel to the first instruction of the next one, in a CUDA graph.
@@ -45,11 +44,10 @@ GPUS = (Gpu("H100", copy=3.0e12, flops=798e12), Gpu("H200", copy=4.3e12, flops=7
 
 # Warp instructions a cycle and multiprocessor. What no pipe names goes to the integer pipe.
 PIPES = {"fp32": 4.0, "multiply": 2.0, "integer": 2.0, "special": 0.5, "load/store": 1.0, "uniform": 4.0,
-         "tensor": 0.62, "none": 1e9}  # fmt: skip
+         "none": 1e9}  # fmt: skip
 _PIPE = (
     dict.fromkeys(("FFMA", "FADD", "FMUL", "HADD2", "HMUL2", "HFMA2"), "fp32")
     | dict.fromkeys(("IMAD",), "multiply")
-    | dict.fromkeys(("HMMA",), "tensor")
     | dict.fromkeys(("MUFU", "POPC", "FLO", "BREV", "I2F", "F2I", "FCHK", "MATCH", "S2R"), "special")
     | dict.fromkeys(("LDG", "STG", "LDS", "STS", "ATOMS", "SHFL", "LDSM", "LDGSTS", "STSM", "LDC"), "load/store")
     | dict.fromkeys(

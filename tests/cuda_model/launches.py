@@ -88,11 +88,20 @@ class Launch:
 
 
 @dataclass
-class Memset:
-    """Zeros that the driver writes: `times` pieces of `size` bytes together."""
+class Library:
+    """A launch of the driver or of torch, known by its work: bytes to and from memory, bytes of L2, and flops."""
 
-    size: float
-    times: int
+    name: str
+    moved: float
+    l2: float = 0.0
+    flops: float = 0.0
+    times: int = 1
+
+
+def product(name: str, m: int, n: int, k: int, moved: float, times: int = 1) -> Library:
+    """A product of torch's in bf16, of whole tiles of 128 x 128; what is not `moved` comes from L2 and stays there."""
+    tiles = ceil_div(m, 128) * ceil_div(n, 128)
+    return Library(f"{name} [{m}, {n}, {k}]", moved, 2.0 * (m * k + n * k + m * n), 2.0 * 128 * 128 * tiles * k, times)
 
 
 @dataclass
@@ -102,7 +111,7 @@ class Case:
     op: str
     shape: str
     dtype: str
-    launches: list[Launch | Memset]
+    launches: list[Launch | Library]
     min_bytes: float
     bench: str = ""
     flops: float = 0.0

@@ -89,12 +89,14 @@ class Modeled:
     estimates: list[gpus.Estimate]
 
 
-def modeled(kernels_of: Callable[[str], list[Compiled]], launch: launches.Launch | launches.Memset) -> Modeled:
+def modeled(kernels_of: Callable[[str], list[Compiled]], launch: launches.Launch | launches.Library) -> Modeled:
     """Estimate a launch on every GPU."""
-    if isinstance(launch, launches.Memset):
-        size = launch.size / launch.times
-        zeros = [gpus.Estimate({"memory": size / gpu.copy}, size, 0.0, 0, 0.0, 0.0) for gpu in gpus.GPUS]
-        return Modeled("memset", launch.times, 0, zeros)
+    if isinstance(launch, launches.Library):
+        found = []
+        for gpu in gpus.GPUS:
+            terms = {"memory": launch.moved / gpu.copy, "L2": launch.l2 / gpu.l2, "tensor": launch.flops / gpu.flops}
+            found.append(gpus.Estimate(terms, launch.moved, 0.0, 0, 0.0, 0.0))
+        return Modeled(launch.name, launch.times, 0, found)
     own, counts = execute(kernels_of(launch.stem), launch)
     arrays, sizes = arrays_of(launch.arguments), dict[str, int]()
     for array in arrays:

@@ -38,7 +38,7 @@ SHARED_BASE = 0x400  # of it the first KB is the system's
 # Cycles until a result can be read. From microbenchmarks of Hopper (Luo et al., arXiv 2402.13499, table 3): L1 and
 # shared memory about 30; L2 about 270 cycles and device memory about 700 ns are gpus.py's. The rest is read off what
 # ptxas leaves between dependent instructions of fixed latency, rounded up.
-LATENCY = {"LDS": 30, "SHFL": 24, "MUFU": 24, "ATOMS": 60, "LDC": 40, "S2R": 25, "S2UR": 25, "MATCH": 30, "HMMA": 33}
+LATENCY = {"LDS": 30, "SHFL": 24, "MUFU": 24, "ATOMS": 60, "LDC": 40, "S2R": 25, "S2UR": 25, "MATCH": 30}
 OTHER_LATENCY = 18
 TRIP_CYCLES = 100  # a wait for a load that is longer counts as a trip to memory
 L1_CYCLES, BARRIER_CYCLES, READ_CYCLES, BRANCH_CYCLES = 35, 20, 12, 8

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import emulator, order, use
+from backends import emulator, launches, order, use
 from torch import Tensor
 
 import blt_kernels as bk
@@ -160,7 +160,7 @@ def test_any_alphabet_and_alignment(alphabet: int, offset: int, dtype: torch.dty
 def test_linear_entropy_and_its_gradients(
     rows: int, width: int, alphabet: int, dtype: torch.dtype, device: str
 ) -> None:
-    """Tiles and slices that are full and cut off, and a sum over rows that is split."""
+    """Rows with whole vectors and without, and a single logit."""
     generator = torch.Generator().manual_seed(rows)
     shapes = ((rows, width), (alphabet, width), (alphabet,))
     scales = (1.0, width**-0.5, 1.0)  # logits of a few nats
@@ -183,14 +183,17 @@ def eager_linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return reference.token_entropy_reference(torch.nn.functional.linear(hidden, weight, bias))
 
 
-def test_linear_entropy_of_more_rows_than_a_panel(device: str) -> None:
-    """Sums over rows go on from panel to panel of 16384."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "alphabet"), [(2100, 5), (300, 16384)])
+def test_linear_entropy_of_more_rows_than_a_panel(rows: int, alphabet: int, dtype: torch.dtype, device: str) -> None:
+    """A panel has 1024 rows on the CPU, and 8 MB of logits but at least 128 rows on CUDA."""
     generator = torch.Generator().manual_seed(5)
-    inputs = [torch.randn(*s, generator=generator).to(device).requires_grad_() for s in ((16900, 3), (2, 3), (2,))]
+    shapes = ((rows, 3), (alphabet, 3), (alphabet,))
+    inputs = [torch.randn(*s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    ours, truth = bk.linear_entropy(*inputs), eager_linear(*wide)
-    grads = gradients(ours, inputs)
-    assert_accurate(grads, grads, gradients(truth, wide), torch.float32)
+    ours, eager, truth = bk.linear_entropy(*inputs), eager_linear(*inputs), eager_linear(*wide)
+    assert_accurate(ours, eager, truth, dtype)
+    assert_accurate(gradients(ours, inputs), gradients(eager, inputs), gradients(truth, wide), dtype)
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------
@@ -229,22 +232,26 @@ def test_traffic_of_token_entropy(dtype: torch.dtype) -> None:
 
 
 def test_traffic_of_linear_entropy() -> None:
-    """Bytes as in linear_entropy.cuh: the rows once, the weights once for every 64 of them, no logits."""
-    rows, width, alphabet = 128, 128, 260
-    hidden, weight = (torch.randn(n, width, dtype=torch.bfloat16) for n in (rows, alphabet))
-    with use("emulated"):
-        emulator().take_launches()
-        bk.linear_entropy(hidden, weight)
-        (launch,) = emulator().take_launches()
-    assert launch.read + launch.written <= 1.1 * (rows * (2 * width + 8) + rows // 64 * alphabet * width * 2)
+    """Forward reads logits in rows that are padded to 16 bytes; backward writes gradients in their place."""
+    rows, width, alphabet = 200, 16, 260
+    hidden, weight = (torch.randn(n, width, dtype=torch.bfloat16).requires_grad_() for n in (rows, alphabet))
+    (forward,) = launches(lambda: bk.linear_entropy(hidden, weight))
+    assert forward.read + forward.written <= 1.1 * rows * (2 * 264 + 8)
+    forward, backward = launches(lambda: bk.linear_entropy(hidden, weight).sum().backward())
+    assert backward.read + backward.written <= 1.1 * rows * (2 * 2 * 264 + 12)
+
+
+def test_linear_entropy_takes_logits_in_panels() -> None:
+    """A kernel reads at most a panel: 128 rows of 16384 fp32 logits, 16 of them to a block."""
+    hidden, weight = torch.randn(300, 3), torch.randn(16384, 3)
+    assert [launch.grid[0] for launch in launches(lambda: bk.linear_entropy(hidden, weight))] == [8, 8, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_entropies_are_the_same_in_any_order_of_threads(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = ragged_logits((70, 260), dtype=dtype)
-    rows = 560 if dtype == torch.float32 else 70  # the sum over more than 512 is split; tensor cores take time
-    head = [torch.randn(*s, generator=generator).to(dtype) for s in ((rows, 8), (20, 8), (20,))]
+    head = [torch.randn(*s, generator=generator).to(dtype) for s in ((70, 8), (20, 8), (20,))]
 
     def run() -> list[Tensor]:
         results = []
