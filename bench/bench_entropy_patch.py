@@ -20,8 +20,7 @@ from timing import OURS, Comparison, Make
 from torch import Tensor
 
 import blt_kernels as bk
-
-THRESHOLD = 1.335442066192627  # of the released BLT models
+from blt_kernels.models.config import RELEASED_THRESHOLD
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
@@ -52,14 +51,14 @@ def entropy_patch_comparison(sizes: Sizes, device: str, dtype: torch.dtype, comp
             assert starts(results[name][1], sizes.length) == expected, name
 
     implementations: dict[str, Callable[[], Any]] = {
-        OURS: lambda: bk.entropy_patch(logits, threshold=THRESHOLD),
-        "facebookresearch/blt": lambda: peers.eager_entropy_patch(logits, THRESHOLD),
+        OURS: lambda: bk.entropy_patch(logits, threshold=RELEASED_THRESHOLD),
+        "facebookresearch/blt": lambda: peers.eager_entropy_patch(logits, RELEASED_THRESHOLD),
     }
-    if steps := peers.transformers_entropy_patch(THRESHOLD):
+    if steps := peers.transformers_entropy_patch(RELEASED_THRESHOLD):
         implementations["transformers"] = lambda: steps(logits)
     if compile_peers:
         graph = compiled(peers.entropy_and_mask)
-        implementations["torch.compile, mask only"] = lambda: graph(logits, THRESHOLD)
+        implementations["torch.compile, mask only"] = lambda: graph(logits, RELEASED_THRESHOLD)
     # Written: entropy and what backward needs, patch_ids, decode_ids, patch_offsets and decode_offsets.
     return Comparison(
         "entropy_patch",
@@ -86,8 +85,8 @@ def patch_starts_comparison(sizes: Sizes, device: str) -> Comparison:
         str(list(entropy.shape)),
         "float32",
         {
-            OURS: lambda: bk.patch_starts(entropy, threshold=THRESHOLD),
-            "facebookresearch/blt": lambda: peers.eager_patch_lengths(entropy, THRESHOLD),
+            OURS: lambda: bk.patch_starts(entropy, threshold=RELEASED_THRESHOLD),
+            "facebookresearch/blt": lambda: peers.eager_patch_lengths(entropy, RELEASED_THRESHOLD),
         },
         entropy.numel() * (4 + 3 * 4),
         timing.copies(entropy),

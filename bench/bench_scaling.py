@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 
 import blt_kernels as bk
 from blt_kernels._files import whole_file
+from blt_kernels.models.config import RELEASED_THRESHOLD
 from blt_kernels.testing import offsets_of, real_text
 
-THRESHOLD = 1.335442066192627  # of the released BLT models
 ALPHABET, HEADS, HEAD_WIDTH, VECTORS, WINDOW = 260, 4, 64, 2, 512
 WIDTH = HEADS * HEAD_WIDTH
 DOCUMENT = 1000  # bytes, where not the documents are what changes
@@ -67,12 +67,12 @@ class Run(NamedTuple):
 
 def patch_starts(text: Text) -> Run:
     entropy, cu_seqlens = ragged_entropies(text.size, device=text.device), text.cu_seqlens()
-    return Run(lambda: bk.patch_starts(entropy, cu_seqlens, threshold=THRESHOLD))
+    return Run(lambda: bk.patch_starts(entropy, cu_seqlens, threshold=RELEASED_THRESHOLD))
 
 
 def entropy_patch(text: Text) -> Run:
     logits, cu_seqlens = text.normal(text.size, ALPHABET), text.cu_seqlens()
-    return Run(lambda: bk.entropy_patch(logits, cu_seqlens, threshold=THRESHOLD))
+    return Run(lambda: bk.entropy_patch(logits, cu_seqlens, threshold=RELEASED_THRESHOLD))
 
 
 def token_entropy(text: Text) -> Run:

@@ -10,6 +10,7 @@ from blt_kernels.nn import TransformerConfig
 from blt_kernels.ops import _common
 from blt_kernels.ops.ngram_hash_embed import check_sizes
 
+RELEASED_THRESHOLD = 1.335442066192627  # nats, of the released BLT models
 SCHEMES = ("entropy", "space", "static", "byte", "bpe")
 
 
@@ -39,7 +40,7 @@ class ByteLMConfig(TransformerConfig):
     window: int | None = 512
     rope_theta: float = 10000.0
     vocab_size: int = ALPHABET
-    threshold: float = 1.335442066192627
+    threshold: float = RELEASED_THRESHOLD
     split_documents: bool = False
     reset_at_newlines: bool = False
     eos_id: int = EOS
@@ -105,7 +106,7 @@ class BLTConfig:
     cross_attn_window_decoder: int | None = None
     patching: str = "entropy"
     patch_size: int = 4
-    threshold: float = 1.335442066192627
+    threshold: float = RELEASED_THRESHOLD
     threshold_add: float | None = None
     monotonic: bool = False
     max_patch_length: int | None = None

@@ -88,7 +88,8 @@ EXPORT int64_t stream_of(int device) {
 EXPORT const char* last_message() { return message.c_str(); }
 EXPORT const char* launch(int device, long shared) {
   void* const stream = blt::driver::current_stream(device);
-  return caught([&] { blt::driver::launch(kernel(), device, {.grid = {1}, .block = 32, .smem_bytes = shared}, nullptr, stream); });
+  const blt::LaunchConfig config{.grid = {1}, .block = 32, .smem_bytes = shared};
+  return caught([&] { blt::driver::launch(kernel(), device, config, nullptr, stream); });
 }
 EXPORT const char* zero(void* data, long bytes) {
   return caught([&] { blt::driver::zero(0, data, bytes, blt::driver::current_stream(0)); });

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 import blt_kernels as bk
+from blt_kernels.models.config import RELEASED_THRESHOLD
 from blt_kernels.testing import offsets_of
-
-BLT_THRESHOLD = 1.335442066192627
-
 
 # --- hand-worked ------------------------------------------------------------------------------------------------------
 # Lengths count the byte to come. They are what facebookresearch/blt's patcher gives with include_next_token. Entropy 0
@@ -165,10 +163,10 @@ def test_topk_by_hand(size: int, expected: list[int], device: str) -> None:
 def test_bf16_is_compared_in_fp32(device: str) -> None:
     # The BLT threshold rounds to this very number in bf16, where it would not be above itself.
     entropy = torch.tensor([0.0, 1.3359375, 0.0], dtype=torch.bfloat16, device=device)
-    assert bk.patch_starts(entropy, threshold=BLT_THRESHOLD).to_lengths().tolist() == [[1, 1, 1]]
+    assert bk.patch_starts(entropy, threshold=RELEASED_THRESHOLD).to_lengths().tolist() == [[1, 1, 1]]
     just_below = torch.tensor([0.0, 1.3354419469833374, 0.0], device=device)  # one fp32 ulp below
     for dtype in (torch.float32, torch.float64):
-        assert bk.patch_starts(just_below.to(dtype), threshold=BLT_THRESHOLD).to_lengths().tolist() == [[1, 2]]
+        assert bk.patch_starts(just_below.to(dtype), threshold=RELEASED_THRESHOLD).to_lengths().tolist() == [[1, 2]]
 
 
 def test_topk_with_nan_takes_it_for_the_highest(device: str) -> None:

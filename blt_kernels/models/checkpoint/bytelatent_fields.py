@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from blt_kernels.models.checkpoint.fields import Fields, names
+from blt_kernels.models.config import RELEASED_THRESHOLD
 
 # These fields say how weights are drawn, and how long and in which arithmetic the tables of positions are made. They do
 # not change what a trained model computes.
@@ -109,7 +110,7 @@ PATCHER_ARGS = Fields(
     "PatcherArgs",
     read={
         "patching_mode": (str, "entropy"),
-        "threshold": (float, 1.335442066192627),
+        "threshold": (float, RELEASED_THRESHOLD),
         "threshold_add": (float | None, None),
         "monotonicity": (bool, False),
         "max_patch_length": (int | None, None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from blt_kernels.models.checkpoint.fields import Fields, names
+from blt_kernels.models.config import RELEASED_THRESHOLD
 
 # Every configuration has these fields. They say how it was saved, what a call returns, how text is generated, and which
 # heads other tasks have. Names that begin with an underscore are ignored like them.
@@ -54,7 +55,7 @@ BLT_CONFIG = Fields(
         "patch_in_forward": (bool | None, True),
         "patch_size": (int | float | None, 4),  # only whether there is one
         "patching_mode": (str | None, "entropy"),
-        "patching_threshold": (float, 1.335442066192627),
+        "patching_threshold": (float, RELEASED_THRESHOLD),
         "max_patch_length": (int | None, None),
         "local_attention_window_len": (int | None, 512),
         "cross_attn_k": (int, 2),
@@ -114,7 +115,7 @@ PATCHER_CONFIG = Fields(
         "vocab_size": (int, 260),
         "sliding_window": (int | None, 512),
         # Known here alone:
-        "patching_threshold": (float, 1.335442066192627),
+        "patching_threshold": (float, RELEASED_THRESHOLD),
         "split_documents": (bool, False),
         "eos_id": (int, 2),
     },
