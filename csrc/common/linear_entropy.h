@@ -1,14 +1,15 @@
 // linear_entropy: entropies of an output head's logits, a panel of rows at a time, for the CPU and for CUDA.
 //
 //   x = hidden weight^T + bias
-//   entropy, log_sum = token_entropy_fwd(x);  g = token_entropy_bwd(grad_entropy, x, entropy, log_sum), in the place of x
+//   entropy, log_sum = token_entropy_fwd(x)
+//   g = token_entropy_bwd(grad_entropy, x, entropy, log_sum), in the place of x
 //   grad_hidden = g weight;  grad_weight = sum over panels of g^T hidden;  grad_bias = sum over rows of g
 //
-// torch computes the products, and rounds their results to the dtype of the inputs as F.linear does. The logits of a panel
-// stay in a cache, in a buffer that all panels use in turn: L2 of a core or of a GPU. The caller allocates it, with the rows
-// of a panel. Sums over panels are in fp32 (fp64 for fp64), in the order of the panels.
-// Work for a row: 2 A D flops forward and 6 A D backward, against D numbers and 8 bytes moved forward, 2 D and 12 backward;
-// weight and logits come from the cache.
+// torch computes the products, and rounds their results to the dtype of the inputs as F.linear does. All panels use one
+// buffer in turn, which the caller allocates with the rows of a panel, so that their logits stay in a cache: L2 of a
+// core or of a GPU. Sums over panels are in fp32 (fp64 for fp64), in the order of the panels.
+// Work for a row: 2 A D flops forward and 6 A D backward. Forward reads D numbers and writes 8 bytes; backward reads
+// 2 D numbers (hidden twice) and 12 bytes, and writes D numbers. weight and logits come from the cache.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -49,8 +50,8 @@ void for_each_panel(const Tensor& hidden, const Tensor& weight, const std::optio
   }
 }
 
-// Returns grad_hidden, which the caller allocates, grad_weight and grad_bias. gradients(begin, logits) replaces the logits of
-// a panel by their gradients.
+// Returns grad_hidden, which the caller allocates, grad_weight and grad_bias. gradients(begin, logits) replaces the
+// logits of a panel by their gradients.
 template <class F>
 std::tuple<Tensor, Tensor, Tensor> linear_gradients(const Tensor& hidden, const Tensor& weight,
                                                     const std::optional<Tensor>& bias, const Tensor& buffer,

@@ -1,7 +1,8 @@
-// token_entropy: the entropy of each row of logits, and its gradient; linear_entropy: the same of an output head's logits.
+// token_entropy: the entropy of each row of logits, and its gradient. linear_entropy: the same for the logits of an
+// output head.
 //
-// Rows are spread over the threads; token_entropy.h has the arithmetic of one row. Bytes moved for [T, 260] fp32 logits:
-// 1040 read and 8 written a row forward, 1052 read and 1040 written backward.
+// Rows are spread over the threads; token_entropy.h has the arithmetic of one row. Bytes moved for [T, 260] fp32
+// logits: 1040 read and 8 written a row forward, 1052 read and 1040 written backward.
 // linear_entropy takes the logits panel by panel (linear_entropy.h).
 
 #include "token_entropy.h"
@@ -23,8 +24,8 @@ namespace {
 constexpr int64_t kRowGrain = 64;     // the fewest rows of logits worth a thread
 constexpr int64_t kPanelRows = 1024;  // of linear_entropy: 1 MB of fp32 logits
 
-// entropy[i], log_sum[i] of logits[i] for the first `count` rows; the outputs are contiguous, the logits have unit stride in
-// a row. The other rows are not read: their entropy is 0, their log_sum kUnread.
+// Writes entropy[i] and log_sum[i] of logits[i] for the first `count` rows. The outputs are contiguous, the logits have
+// unit stride in a row. The other rows are not read: their entropy is 0, their log_sum kUnread.
 template <class T>
 void entropy_rows(const Tensor& logits, int64_t count, accumulator_t<T>* entropy, accumulator_t<T>* log_sum) {
   const T* const data = logits.const_data_ptr<T>();
@@ -96,7 +97,7 @@ Tensor token_entropy_bwd_cpu(const Tensor& grad_entropy, const Tensor& logits, c
   return grad;
 }
 
-// --- linear_entropy ---------------------------------------------------------------------------------------------------
+// --- linear_entropy --------------------------------------------------------------------------------------------------
 
 Tensor panel_of(const Tensor& hidden, const Tensor& weight) {
   return torch::stable::new_empty(hidden, {std::min(hidden.size(0), kPanelRows), weight.size(0)});

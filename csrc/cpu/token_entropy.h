@@ -3,9 +3,9 @@
 //   m = max x,  d = x - m,  s = sum exp(d),  log_sum = log s,  H = log_sum - (sum exp(d) d) / s
 //   dH/dx = -p (log p + H),  log p = d - log_sum
 //
-// A row of 260 logits stays in the first-level cache, so it is read from memory once, although the maximum takes a pass of
-// its own. Two vectors go through the loop together; rows whose width is no multiple of a Pair end in a Pair that overlaps
-// the one before, with the elements already counted masked out.
+// A row of 260 logits stays in the first-level cache, so it is read from memory once, although the maximum takes a pass
+// of its own. Two vectors go through the loop together. Rows whose width is no multiple of a Pair end in a Pair that
+// overlaps the one before, with the elements already counted masked out.
 // Work: about 16 vector instructions for kLanes logits; at 2 a cycle that is less time than memory needs for the row.
 #pragma once
 
@@ -27,8 +27,8 @@ inline constexpr int64_t kRowsAhead = 4;  // distance of the prefetch: the arith
 inline constexpr float kInf = std::numeric_limits<float>::infinity();
 inline constexpr float kUnread = kInf;  // log_sum, in [0, log A] or NaN otherwise, of a row that no document has
 
-// How a row divides into Pairs: `full` elements in whole ones, and a tail, of which `fresh` are the elements that no whole
-// Pair holds. The tail of a row shorter than a Pair is a copy of it.
+// How a row divides into Pairs: `full` elements in whole ones, and a tail, of which `fresh` are the elements that no
+// whole Pair holds. The tail of a row shorter than a Pair is a copy of it.
 template <class T>
 struct RowShape {
   int64_t width, full;

@@ -63,7 +63,7 @@ Tensor token_entropy_bwd_cuda(const Tensor& grad_entropy, const Tensor& logits, 
   return grad;
 }
 
-// --- linear_entropy ---------------------------------------------------------------------------------------------------
+// --- linear_entropy --------------------------------------------------------------------------------------------------
 
 // A panel has whole tiles of rows and is small beside an L2 of 40 MB and more, through which `hidden` streams too.
 constexpr int64_t kPanelBytes = 8 << 20, kPanelTile = 128;

@@ -3,20 +3,20 @@
 //   m = max x,  d = x - m,  s = sum exp(d),  log_sum = log s,  H = log_sum - (sum exp(d) d) / s
 //   grad_x = -grad_H p (log p + H),  log p = d - log_sum
 //
-// Entries of -inf add nothing. A row with NaN or +inf, or with nothing but -inf, gives NaN. Rows beyond the last document are
-// not read: they have entropy 0, and a log_sum of infinity, by which backward gives them gradients of 0.
+// Entries of -inf add nothing. A row with NaN or +inf, or with nothing but -inf, gives NaN. Rows beyond the last
+// document are not read: their entropy is 0, and their log_sum is infinity, for which backward writes zeros.
 //
-// Tiling: a few neighbouring lanes own a row, 8 for 16-bit numbers, and keep a tile of it in registers: all of it up to 320
-// logits. All loads of a tile are in flight together. Its maximum is found first; sums of the tiles before it, if there are
-// any, are rescaled to it (the online logsumexp, with the sum of exp(d) d beside it). What a row has before its first
+// Tiling: a few neighbouring lanes own a row (8 for 16-bit numbers) and hold a tile of it in registers: the whole row
+// up to 320 logits. All loads of a tile are in flight together. The tile's maximum is found first; sums over earlier
+// tiles are rescaled to it (the online logsumexp, with the sum of exp(d) d beside it). What lies before a row's first
 // 16-byte boundary and behind its last is read element by element, at most 14 of 260 in bf16, so every alphabet and
-// alignment takes the same path. The lanes of a row add up in an order that is always the same.
+// alignment takes the same path. The lanes of a row add up in a fixed order.
 //
-// Bytes: forward reads the logits once and writes 8 a row. Backward reads them once and writes the gradient, plus 12 a row;
-// rows longer than a tile are read twice. Roofline: a memory copy. 260 logits in bf16 take 118 instructions of a warp (6.5 a
-// logit, the rest for the row); an H200 issues those of 8 rows in a nanosecond, of which 4 TB/s brings 7.7.
-// Registers: at most 64 in forward, so that 4 blocks of 256 fit on an SM, with 64 KB of loads in flight; 80 in backward, 3
-// blocks.
+// Bytes: forward reads the logits once and writes 8 a row. Backward reads them once and writes the gradient, plus 12 a
+// row; rows longer than a tile are read twice. Roofline: a memory copy. 260 logits in bf16 take 118 warp instructions
+// (6.5 a logit, the rest for the row); an H200 issues those of 8 rows in a nanosecond, in which 4 TB/s brings 7.7 rows.
+// Registers: at most 64 in forward, so that 4 blocks of 256 threads fit on an SM, with 64 KB of loads in flight; 80 in
+// backward, 3 blocks.
 #pragma once
 
 #include "device.cuh"
@@ -73,10 +73,10 @@ __device__ __forceinline__ A finite_max(A m) {
   return m == minus_infinity<A>() ? A(0) : m;
 }
 
-// sum exp(d) and sum exp(d) d of numbers d = x - m, the latter in units of kPerNat; m is common to all lanes of the row.
+// sum exp(d) and sum exp(d) d of numbers d = x - m, the latter in units of kPerNat; all lanes of the row share m.
 //
-// d is rounded before it is scaled: one fused multiply-add, k x - fl(k m), would save an instruction of 7, but then the largest
-// number's exponent is k m - fl(k m) and not 0, and the entropy of a row of one number 1e-8.
+// d is rounded before it is scaled. One fused multiply-add, k x - fl(k m), would save an instruction of 7, but then the
+// exponent of the largest number is k m - fl(k m) and not 0, and the entropy of a row of one number is 1e-8.
 template <class A>
 struct EntropySums {
   A max = minus_infinity<A>(), s = 0, t = 0;
@@ -176,7 +176,8 @@ struct LogitRows {
 // How many lanes own a row of numbers of `size` bytes.
 __host__ __device__ constexpr int row_lanes(int size) { return size == 2 ? 8 : size == 4 ? 16 : 32; }
 
-// One lane's share of a row: every kLanes-th pack of the aligned part, and every kLanes-th of the edge elements around it.
+// One lane's share of a row: every kLanes-th pack of the aligned part, and every kLanes-th of the edge elements around
+// it.
 template <class T>
 struct RowLane {
   static constexpr int kPack = 16 / sizeof(T), kLanes = row_lanes(sizeof(T)), kPacks = 5;
@@ -287,8 +288,9 @@ __global__ void __launch_bounds__(kEntropyThreads, entropy_blocks(sizeof(T)))
   entropy_of_rows<T>(logits, logits.rows, entropy, log_sum);
 }
 
-// grad_logits has `grad_stride` elements from row to row; it may be the logits themselves, since every lane writes what it
-// read, after the row's maximum is known. If its rows have the alignment of those of the logits, their packs are stored whole.
+// grad_logits has `grad_stride` elements from row to row. It may be the logits themselves: a lane writes only what it
+// alone reads, after the row's maximum is known. kAligned: its rows have the alignment of those of the logits, so packs
+// are stored whole.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     token_entropy_bwd_kernel(const acc_t<T>* grad_entropy, LogitRows<T> logits, const acc_t<T>* entropy,
@@ -306,7 +308,7 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     row.read(tile);
     m = most(m, row.tile_max(tile));
   }
-  // A row that forward has not read, which may hold anything, was read here: to wait for its log_sum first would cost more.
+  // The row was read even if forward has not read it, and may hold anything: waiting for its log_sum would cost more.
   const bool unread = shift == unread_log_sum<A>();
   if (unread) upstream = h = shift = m = 0;
   const EntropySlope<A> slope(m, upstream, h, shift);
