@@ -31,6 +31,27 @@ decltype(auto) dispatch_float(torch::headeronly::ScalarType dtype, const char* n
   }
 }
 
+// Calls f with the accumulator of a dtype in place of the dtype itself.
+template <class F>
+decltype(auto) dispatch_accumulator(torch::headeronly::ScalarType dtype, const char* name, F&& f) {
+  return dispatch_float(dtype, name, [&](auto tag) { return f(Tag<accumulator_t<typename decltype(tag)::type>>{}); });
+}
+
+// From an accumulator to the dtypes that are accumulated in it; the inverse of dispatch_accumulator.
+template <class A, class F>
+decltype(auto) dispatch_storage(torch::headeronly::ScalarType dtype, F&& f) {
+  if constexpr (std::is_same_v<A, double>) {
+    return f(Tag<double>{});
+  } else {
+    using torch::headeronly::ScalarType;
+    switch (dtype) {
+      case ScalarType::BFloat16: return f(Tag<torch::headeronly::BFloat16>{});
+      case ScalarType::Half: return f(Tag<torch::headeronly::Half>{});
+      default: return f(Tag<float>{});
+    }
+  }
+}
+
 template <class F>
 decltype(auto) dispatch_int(torch::headeronly::ScalarType dtype, const char* name, F&& f) {
   using torch::headeronly::ScalarType;

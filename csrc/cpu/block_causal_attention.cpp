@@ -1,23 +1,23 @@
 // block_causal_attention: flash attention within documents packed end to end.
 //
-//   s_ij = scale q_i . k_j for the keys [first_i, last_i) that query i sees,  lse_i = log sum_j exp s_ij
+//   s_ij = scale q_i . k_j for the keys [first_i, last_i) that query i attends to,  lse_i = log sum_j exp s_ij
 //   out_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i)
 //   ds_ij = p_ij (g_i . v_j - g_i . out_i)
 //   dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij g_i
 //
 // Tiling. kWidth queries of one head lie across the vector lanes; keys and values are streamed past them as scalars, in
-// steps of kStep keys. So the softmax is vertical: maxima and sums are lanes, and no scores are shuffled. Only steps that
-// some query of the tile sees in part are masked. tiles.h has the tiles and shares them among the threads. Tiles
-// of few queries, as in decoding with a cache, have the width across the lanes instead (decode.h), and in bf16
-// the products run in AMX where the processor has it (amx_forward.h, amx_backward.h).
-// The backward has keys across the lanes, and no atomics (backward.h).
-// Flops: 4 E a (query, key) pair forward, 10 E backward.
+// steps of kStep keys. So the softmax is vertical: maxima and sums are lanes, and no scores are shuffled. Only steps
+// with masked keys pay for masks. tiles.h makes the tiles and divides them among the threads. Tiles of few queries, as
+// in decoding with a cache, have E across the lanes instead (decode.h), and in bf16 the products run in AMX where the
+// processor has it (amx_forward.h, amx_backward.h). The backward pass has keys across the lanes, and no atomics
+// (backward.h). Flops: 4 E for each (query, key) pair forward, 10 E backward.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -26,9 +26,10 @@
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
-#include "block_causal_attention/amx_backward.h"
+#include "block_causal_attention/amx.h"
 #include "block_causal_attention/backward.h"
 #include "block_causal_attention/decode.h"
+#include "block_causal_attention/forward.h"
 #include "support/alloc.h"
 #include "support/documents.h"
 #include "support/parallel.h"
@@ -36,49 +37,49 @@
 namespace blt {
 namespace {
 
-constexpr int64_t kRowGrain = 1024;  // rows of dot products a thread must have to be worth waking
+constexpr int64_t kRowGrain = 1024;         // the fewest dot products worth a thread
+constexpr int64_t kSerialWork = 16 * 1024;  // the fewest (lane, streamed row) pairs worth a second thread
 
-template <class T>
-Heads<const T> heads_of(const Tensor& x) {
-  return {x.const_data_ptr<T>(), x.stride(0), x.stride(1)};
-}
+Heads heads_of(const Tensor& x) { return {x.const_data_ptr(), x.scalar_type(), x.stride(0), x.stride(1)}; }
+
+OutputHeads output_heads(Tensor& x) { return {x.mutable_data_ptr(), x.scalar_type(), x.stride(0), x.stride(1)}; }
 
 Tensor unit_stride(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : torch::stable::contiguous(x); }
 
-// --- entries ----------------------------------------------------------------------------------------------------------
+// --- checks ----------------------------------------------------------------------------------------------------------
 
-// The offsets of an op, which its Visibility points into. Without those of the queries there are `num_documents` of one
-// length, of queries as of keys.
+// The offsets of an op, which its KeyRanges points into. Without cu_seqlens_q there are `num_documents` documents of the
+// same length, and of the same number of keys.
 struct Offsets {
-  std::optional<Tensor> q, k, used;
+  std::optional<Tensor> q, k, seqused_k;
   int64_t num_documents;
 };
 
-Visibility check_visibility(const Tensor& like, int64_t queries, int64_t keys, Offsets& offsets,
-                            std::optional<int64_t> window, bool causal) {
+KeyRanges check_ranges(const Tensor& like, int64_t queries, int64_t keys, Offsets& offsets,
+                       std::optional<int64_t> window, bool causal) {
   if (!offsets.q) {
     STD_TORCH_CHECK(!offsets.k, "cu_seqlens_k: expected none without cu_seqlens_q");
     offsets.q = document_offsets({}, offsets.num_documents, like, queries);
     if (keys != queries) offsets.k = document_offsets({}, offsets.num_documents, like, keys);
   }
-  const int32_t* const cu_q = check_offsets(*offsets.q, "cu_seqlens_q", queries);
+  const int32_t* const cu_seqlens_q = check_offsets(*offsets.q, "cu_seqlens_q", queries);
   const int64_t documents = offsets.q->size(0) - 1;
-  const int32_t* cu_k = cu_q;
+  const int32_t* cu_seqlens_k = cu_seqlens_q;
   if (offsets.k) {
-    cu_k = check_offsets(*offsets.k, "cu_seqlens_k", keys);
+    cu_seqlens_k = check_offsets(*offsets.k, "cu_seqlens_k", keys);
     check_size(*offsets.k, "cu_seqlens_k", 0, documents + 1);
   } else {
     STD_TORCH_CHECK(keys == queries, "k: expected the ", queries, " rows of q, got ", keys);
   }
-  const int32_t* used = nullptr;
-  if (offsets.used) {
-    used = check_int32(*offsets.used, "seqused_k");
-    check_size(*offsets.used, "seqused_k", 0, documents);
+  const int32_t* seqused_k = nullptr;
+  if (offsets.seqused_k) {
+    seqused_k = check_int32(*offsets.seqused_k, "seqused_k");
+    check_size(*offsets.seqused_k, "seqused_k", 0, documents);
   }
   STD_TORCH_CHECK(!window || *window >= 1, "window: expected a value >= 1, got ", window.value_or(0));
-  // Rows are int32, so that no window reaches further than this, and sums of it with a row do not overflow.
-  constexpr int64_t kLongest = std::numeric_limits<int32_t>::max();
-  return {cu_q, cu_k, used, documents, std::min(window.value_or(kLongest), kLongest), causal};
+  // Positions are int32, so no window reaches further than this, and its sums with positions do not overflow.
+  constexpr int64_t kMaxWindow = std::numeric_limits<int32_t>::max();
+  return {cu_seqlens_q, cu_seqlens_k, seqused_k, documents, std::min(window.value_or(kMaxWindow), kMaxWindow), causal};
 }
 
 void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -93,25 +94,42 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
                   q.size(1), ", got ", k.size(1));
 }
 
-template <class T>
-Problem<T> problem_of(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale,
-                      Visibility visible) {
-  return {heads_of<T>(q),
-          heads_of<T>(k),
-          heads_of<T>(v),
+Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale,
+                   const KeyRanges& ranges) {
+  return {heads_of(q),
+          heads_of(k),
+          heads_of(v),
           q.size(1),
           k.size(1),
           q.size(2),
           scale.value_or(1 / std::sqrt(static_cast<double>(q.size(2)))),
-          visible};
+          ranges};
 }
 
-template <class T>
-Heads<T> output_heads(Tensor& x) {
-  return {x.mutable_data_ptr<T>(), x.stride(0), x.stride(1)};
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+// Calls f(head, item, scratch) for all heads and items, with equal shares of the work for the threads. A streamed row
+// costs as much as `cost` (lane, row) pairs; f gets `size` elements of scratch.
+template <class A, class Item, class F>
+void for_each_item(const Tensor& like, int64_t heads, const std::vector<Item>& items, int64_t cost, int64_t size, F f) {
+  if (items.empty()) return;
+  std::vector<int64_t> before = {0};  // work before each item
+  for (const Item& item : items) before.push_back(before.back() + work_of(item));
+  const int64_t total = heads * before.back();
+  const int64_t threads = total * cost <= kSerialWork ? 1 : torch::stable::get_num_threads();
+  Tensor memory = torch::stable::new_empty(like, {threads * size}, accumulator(like));
+  A* const scratch = memory.mutable_data_ptr<A>();
+  parallel_for(threads, 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = total * first / threads, end = total * last / threads;
+    for (int64_t head = 0; head < heads; ++head)
+      for (size_t i = 0; i < items.size(); ++i) {
+        const int64_t start = head * before.back() + before[i];
+        if (begin <= start && start < end) f(head, items[i], Scratch<A>{scratch + first * size});
+      }
+  });
 }
 
-// Rows beyond the last document, and everything where no tile writes.
+// Fills the elements of a contiguous tensor from row `begin` on: queries beyond the last document.
 template <class A>
 void fill_rows(Tensor& x, int64_t begin, A value) {
   A* const data = x.mutable_data_ptr<A>();
@@ -119,20 +137,49 @@ void fill_rows(Tensor& x, int64_t begin, A value) {
   std::fill(data + begin * row, data + x.numel(), value);
 }
 
-// `attend` for the runs of tiles that are wanted.
-template <class T, class A, class Results, class Wanted>
-void stream_keys(const Tensor& like, const Problem<T>& problem, const Results& results, const std::vector<Tile>& tiles,
-                 Wanted wanted) {
-  int64_t size = tile_scratch<A>(Results::kBlocks, problem.width);
-  auto run = attend<Results, T, A>;
+void zero_rows(Tensor& x, int64_t begin) {
+  const int64_t row = x.size(0) ? x.numel() / x.size(0) * static_cast<int64_t>(x.element_size()) : 0;
+  if (row > 0) std::memset(static_cast<char*>(x.mutable_data_ptr()) + begin * row, 0, (x.size(0) - begin) * row);
+}
+
+bool use_amx([[maybe_unused]] const Problem& problem) {
 #if BLT_AMX
-  if constexpr (std::is_same_v<T, BFloat16>)
-    if (has_amx() && problem.width % kTileDepth == 0)
-      run = attend_amx<Results>, size = amx_scratch(Results::kBlocks, kForwardGathered, problem.width);
+  return problem.q.dtype == ScalarType::BFloat16 && problem.head_dim % kTileDepth == 0 && has_amx();
+#else
+  return false;
 #endif
-  for_each_item<A>(like, problem.heads, runs_of(tiles, tiles_of_item<A>(Results::kBlocks, problem.width)), kWidth<A>,
-                   size, [&](int64_t head, Run tiles, Scratch<A> scratch) {
-                     if (wanted(head, tiles)) run(problem, results, head, tiles, scratch);
+}
+
+// Calls `attend` for the runs of tiles that `wanted` accepts.
+template <class A, class Results, class Wanted>
+void attend_tiles(const Tensor& like, const Problem& problem, const Results& results, const std::vector<Tile>& tiles,
+                  Wanted wanted) {
+  int64_t size = tile_scratch<A>(Results::kBlocks, problem.head_dim);
+  auto run = attend<Results, A>;
+#if BLT_AMX
+  if constexpr (std::is_same_v<A, float>)
+    if (use_amx(problem))
+      run = attend_amx<Results>, size = amx_scratch(Results::kBlocks, kForwardGathered, problem.head_dim);
+#endif
+  const std::vector<Run> runs = runs_of(tiles, tiles_of_item<A>(Results::kBlocks, problem.head_dim));
+  for_each_item<A>(like, problem.num_heads, runs, kWidth<A>, size, [&](int64_t head, Run tiles, Scratch<A> scratch) {
+    if (wanted(head, tiles)) run(problem, results, head, tiles, scratch);
+  });
+}
+
+template <class A>
+void decode_tiles(const Tensor& like, const Problem& problem, const OutputHeads& out, A* lse,
+                  const std::vector<Tile>& tiles) {
+  int64_t max_queries = 0;
+  for (const Tile& tile : tiles) max_queries = std::max(max_queries, tile.lanes.size());
+  // Key/value heads are divided only as far as there are threads for them.
+  const int64_t parts = std::min<int64_t>(problem.num_kv_heads, torch::stable::get_num_threads());
+  const int64_t kv_heads = (problem.num_kv_heads + parts - 1) / parts;  // of a part
+  const int64_t size = decode_scratch<A>(kv_heads, problem.heads_per_kv_head() * max_queries, problem.head_dim);
+  for_each_item<A>(like, parts, runs_of(tiles, 1), problem.num_heads / parts * kDecodeCost, size,
+                   [&](int64_t part, Run tiles, Scratch<A> scratch) {
+                     const Range own = {problem.num_kv_heads * part / parts, problem.num_kv_heads * (part + 1) / parts};
+                     decode<A>(problem, out, lse, own, tiles[0], scratch);
                    });
 }
 
@@ -142,53 +189,46 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(
     [[maybe_unused]] const std::optional<Tensor>& ranges, int64_t num_documents) {
   check_heads(q, k, v);
   Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k, num_documents};
-  const Visibility visible = check_visibility(q, q.size(0), k.size(0), offsets, window, causal);
+  const KeyRanges key_ranges = check_ranges(q, q.size(0), k.size(0), offsets, window, causal);
   q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
   Tensor out = new_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = new_output(q, {q.size(0), q.size(1)}, accumulator(q));
-  dispatch_float(q.scalar_type(), "q", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = accumulator_t<T>;
-    const Problem<T> problem = problem_of<T>(q, k, v, scale, visible);
-    const Heads<T> rows = output_heads<T>(out);
-    A* const lses = lse.mutable_data_ptr<A>();
-    const int64_t width = problem.width;
-    fill_rows(out, visible.cu_q[visible.documents], T(0));
-    fill_rows(lse, visible.cu_q[visible.documents], -std::numeric_limits<A>::infinity());
-    const int64_t shared = problem.heads / problem.groups;
-    std::vector<Tile> many = query_tiles(visible, kWidth<A>), few;
-    int64_t most = 0;  // queries in a tile of few
-    std::erase_if(many, [&](const Tile& tile) {
-      const bool is_few = tile.lanes.size() <= kFew<A> && problem.heads * tile.lanes.size() <= kMaxRows;
-      if (is_few) few.push_back(tile), most = std::max(most, tile.lanes.size());
-      return is_few;
+  const Problem problem = problem_of(q, k, v, scale, key_ranges);
+  const int64_t queries = key_ranges.cu_seqlens_q[key_ranges.documents];
+  zero_rows(out, queries);
+  dispatch_accumulator(q.scalar_type(), "q", [&](auto tag) {
+    using A = typename decltype(tag)::type;
+    fill_rows(lse, queries, kMaskedScore<A>);
+    std::vector<Tile> tiles = query_tiles(key_ranges, kWidth<A>), decoded;
+    std::erase_if(tiles, [&](const Tile& tile) {
+      const int64_t size = tile.lanes.size();
+      const bool few = size <= max_decode_queries(kWidth<A>) && problem.num_heads * size <= kMaxLanes;
+      if (few) decoded.push_back(tile);
+      return few;
     });
-    stream_keys<T, A>(q, problem, Output<T, A>{rows, lses}, many, [](int64_t, Run) { return true; });
-    // Groups are split only as far as there are threads for them.
-    const int64_t parts = std::min<int64_t>(problem.groups, torch::stable::get_num_threads());
-    const int64_t groups = (problem.groups + parts - 1) / parts;  // of a part
-    for_each_item<A>(q, parts, runs_of(few, 1), problem.heads / parts * kFewCost,
-                     few_scratch<A>(groups, shared * most, width), [&](int64_t part, Run tiles, Scratch<A> scratch) {
-                       const Range own = {problem.groups * part / parts, problem.groups * (part + 1) / parts};
-                       attend_few<T, A>(problem, rows, lses, own, tiles[0], scratch);
-                     });
+    const Output<A> results = {output_heads(out), lse.mutable_data_ptr<A>()};
+    attend_tiles<A>(q, problem, results, tiles, [](int64_t, Run) { return true; });
+    decode_tiles<A>(q, problem, results.out, results.lse, decoded);
   });
   return {out, lse};
 }
 
-// delta[i][head] = grad_i . out_i
-template <class T, class A>
-void dot_rows(const Heads<const T>& grad, const Heads<const T>& out, int64_t rows, int64_t heads, int64_t width,
-              A* delta) {
-  parallel_for(rows * heads, kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T* const g = grad.row(i / heads, i % heads);
-      const T* const o = out.row(i / heads, i % heads);
-      A sum = 0;
-      for (int64_t e = 0; e < width; ++e) sum += static_cast<A>(g[e]) * static_cast<A>(o[e]);
-      delta[i] = sum;
-    }
+// --- backward --------------------------------------------------------------------------------------------------------
+
+// Sums the softmax of the queries with a large lse anew, and returns the memory of max and inverse_sum.
+template <class A>
+std::optional<Tensor> sum_softmax(const Tensor& like, const Problem& problem, RowSoftmax<A>& saved,
+                                  const std::vector<Tile>& tiles, int64_t queries) {
+  const int64_t heads = problem.num_heads;
+  if (std::none_of(saved.lse, saved.lse + queries * heads, [&](A lse) { return saved.is_large(lse); })) return {};
+  Tensor memory = torch::stable::new_empty(like, {2, queries, heads}, accumulator(like));
+  saved.max = memory.mutable_data_ptr<A>(), saved.inverse_sum = saved.max + queries * heads;
+  attend_tiles<A>(like, problem, saved, tiles, [&](int64_t head, Run run) {
+    for (int64_t i = run.front().lanes.begin; i < run.back().lanes.end; ++i)
+      if (saved.is_large(saved.lse[i * heads + head])) return true;
+    return false;
   });
+  return memory;
 }
 
 std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
@@ -198,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
     int64_t num_documents) {
   check_heads(q, k, v);
   Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k, num_documents};
-  const Visibility visible = check_visibility(q, q.size(0), k.size(0), offsets, window, causal);
+  const KeyRanges key_ranges = check_ranges(q, q.size(0), k.size(0), offsets, window, causal);
   for (const auto& [x, name] : {std::pair(&grad_out, "grad_out"), std::pair(&out, "out")}) {
     check_dim(*x, name, 3);
     check_dtype(*x, name, q.scalar_type());
@@ -213,65 +253,57 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
   Tensor grad_k = new_output(k, {k.size(0), k.size(1), k.size(2)});
   Tensor grad_v = new_output(k, {k.size(0), k.size(1), k.size(2)});
   Tensor delta = new_output(q, {q.size(0), q.size(1)}, accumulator(q));
-  dispatch_float(q.scalar_type(), "q", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = accumulator_t<T>;
-    const Problem<T> problem = problem_of<T>(q, k, v, scale, visible);
-    const Heads<const T> grads = heads_of<T>(grad_out);
-    const Heads<T> grads_q = output_heads<T>(grad_q), grads_k = output_heads<T>(grad_k),
-                   grads_v = output_heads<T>(grad_v);
-    A* const deltas = delta.mutable_data_ptr<A>();
-    const A* const lses = lse.const_data_ptr<A>();
-    const int64_t width = problem.width, heads = problem.heads, rows = visible.cu_q[visible.documents];
-    fill_rows(grad_q, rows, T(0));
-    dot_rows(grads, heads_of<T>(out), rows, problem.heads, width, deltas);
-    const std::vector<Tile> queries = query_tiles(visible, kWidth<A>);
-    Saved<T, A> saved = {grads, lses, deltas, nullptr, nullptr};
-    Tensor softmax;
-    if (std::any_of(lses, lses + rows * heads, is_large<T, A>)) {
-      softmax = torch::stable::new_empty(q, {2, rows, heads}, accumulator(q));
-      saved.top = softmax.mutable_data_ptr<A>(), saved.share = saved.top + rows * heads;
-      stream_keys<T, A>(q, problem, saved, queries, [&](int64_t head, Run run) {
-        for (int64_t i = run.front().lanes.begin; i < run.back().lanes.end; ++i)
-          if (is_large<T>(lses[i * heads + head])) return true;
-        return false;
-      });
-    }
-    int64_t blocks = kBackwardBlocks, size = tile_scratch<A>(blocks, width), pitch = whole_vectors<A>(width);
-    int64_t padding = 0;
-    auto run = propagate<T, A>;
+  const Problem problem = problem_of(q, k, v, scale, key_ranges);
+  const int64_t heads = problem.num_heads, kv_heads = problem.num_kv_heads, head_dim = problem.head_dim;
+  const int64_t num_queries = key_ranges.cu_seqlens_q[key_ranges.documents];
+  zero_rows(grad_q, num_queries);
+  dispatch_accumulator(q.scalar_type(), "q", [&](auto tag) {
+    using A = typename decltype(tag)::type;
+    const Heads grads = heads_of(grad_out);
+    const OutputHeads grads_q = output_heads(grad_q), grads_k = output_heads(grad_k), grads_v = output_heads(grad_v);
+    RowSoftmax<A> saved = {grads,   lse.const_data_ptr<A>(),      delta.mutable_data_ptr<A>(), nullptr,
+                           nullptr, large_lse<A>(q.scalar_type())};
+    parallel_for(num_queries * heads, kRowGrain, [&](int64_t begin, int64_t end) {
+      dot_rows<A>(saved.delta, grads, heads_of(out), begin, end, heads, head_dim);
+    });
+    const std::vector<Tile> queries = query_tiles(key_ranges, kWidth<A>);
+    const std::optional<Tensor> softmax = sum_softmax(q, problem, saved, queries, num_queries);
+    int64_t blocks = kBackwardBlocks, size = tile_scratch<A>(blocks, head_dim), padding = 0;
+    auto run = propagate<A>;
 #if BLT_AMX
-    if constexpr (std::is_same_v<T, BFloat16>)
-      if (has_amx() && width % kTileDepth == 0) {
+    if constexpr (std::is_same_v<A, float>)
+      if (use_amx(problem)) {
         run = propagate_amx, blocks = kAmxBackwardBlocks, padding = kAmxBackwardPadding;
-        size = amx_scratch(blocks, kAmxBackwardGathered, width);
+        size = amx_scratch(blocks, kAmxBackwardGathered, head_dim);
       }
 #endif
     const std::vector<Tile> tiles = key_tiles(queries, k.size(0), kWidth<A>);
     const std::vector<Segment> segments =
-        segments_of(tiles, problem.groups, tiles_of_item<A>(blocks, width), rows, padding);
-    const int64_t shared = problem.heads / problem.groups;
-    const int64_t all_rows = segments.empty() ? 0 : segments.back().before + segments.back().rows.size() + padding;
-    Tensor memory = torch::stable::new_empty(q, {all_rows * problem.heads * pitch}, accumulator(q));
+        segments_of(tiles, kv_heads, tiles_of_item<A>(blocks, head_dim), num_queries, padding);
+    const int64_t pitch = whole_vectors<A>(head_dim), shared = problem.heads_per_kv_head();
+    const int64_t rows = segments.empty() ? 0 : segments.back().before + segments.back().queries.size() + padding;
+    Tensor memory = torch::stable::new_empty(q, {rows * heads * pitch}, accumulator(q));
     std::vector<QuerySums<A>> sums;
     for (const Segment& segment : segments)
-      sums.push_back({memory.mutable_data_ptr<A>() + segment.before * problem.heads * pitch, segment.rows.begin,
-                      segment.rows.size() + padding, pitch});
-    for_each_item<A>(q, problem.groups, segments, kWidth<A>, size,
-                     [&](int64_t group, const Segment& segment, Scratch<A> scratch) {
+      sums.push_back({memory.mutable_data_ptr<A>() + segment.before * heads * pitch, segment.queries.begin,
+                      segment.queries.size() + padding, pitch});
+    for_each_item<A>(q, kv_heads, segments, kWidth<A>, size,
+                     [&](int64_t kv_head, const Segment& segment, Scratch<A> scratch) {
                        const QuerySums<A>& own = sums[&segment - segments.data()];
-                       std::fill_n(own.row(own.first, group * shared), shared * own.rows * pitch, A(0));
+                       std::fill_n(own.row(own.first, kv_head * shared), shared * own.rows * pitch, A(0));
                        for (const Run& tiles : segment.runs)
-                         run(problem, saved, grads_k, grads_v, own, group, tiles, scratch);
+                         run(problem, saved, grads_k, grads_v, own, kv_head, tiles, scratch);
                      });
-    parallel_for(rows, kRowGrain / problem.heads + 1, [&](int64_t begin, int64_t end) {
-      add_sums<T, A>(grads_q, segments, sums, {begin, end}, problem.heads, width, static_cast<A>(problem.scale));
+    parallel_for(num_queries, kRowGrain / heads + 1, [&](int64_t begin, int64_t end) {
+      add_sums<A>(grads_q, segments, sums, {begin, end}, heads, head_dim, static_cast<A>(problem.scale));
     });
   });
   return {grad_q, grad_k, grad_v};
 }
 
-// First and last row of the other side that each row sees, at `data`: none, but where documents set something else.
+// --- ranges ----------------------------------------------------------------------------------------------------------
+
+// The first and last row of the other side that each row attends to, at `data`. They are an empty range until set.
 class Intervals {
  public:
   Intervals(int32_t* data, int64_t rows, int64_t others) : first_(data), last_(data + rows), others_(others) {
@@ -293,22 +325,22 @@ Tensor block_causal_attention_ranges_fwd_cpu(const Tensor& cu_seqlens_q, const s
                                              int64_t num_queries, int64_t num_keys, std::optional<int64_t> window,
                                              bool causal, const std::optional<Tensor>& seqused_k) {
   Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k, 0};
-  const Visibility visible = check_visibility(cu_seqlens_q, num_queries, num_keys, offsets, window, causal);
+  const KeyRanges key_ranges = check_ranges(cu_seqlens_q, num_queries, num_keys, offsets, window, causal);
   const int64_t queries = (num_queries + 3) / 4 * 4, keys = (num_keys + 3) / 4 * 4;
   Tensor out = new_output(cu_seqlens_q, {2 * (queries + keys)}, ScalarType::Int);
   int32_t* const data = out.mutable_data_ptr<int32_t>();
   const Intervals of_queries(data, queries, num_keys), of_keys(data + 2 * queries, keys, num_queries);
-  for (int64_t b = 0; b < visible.documents; ++b) {
-    const int64_t begin = visible.cu_q[b], end = visible.cu_q[b + 1];
+  for (int64_t b = 0; b < key_ranges.documents; ++b) {
+    const int64_t begin = key_ranges.cu_seqlens_q[b], end = key_ranges.cu_seqlens_q[b + 1];
     for (int64_t row = begin; row < end; ++row) {
-      const Range seen = visible.keys(row, b);
-      of_queries.set(row, seen.begin, seen.end);
+      const Range attended = key_ranges.keys(row, b);
+      of_queries.set(row, attended.begin, attended.end);
     }
-    const int64_t last_key = visible.last_key(b);
-    for (int64_t row = visible.cu_k[b]; row < visible.cu_k[b + 1]; ++row) {
-      const int64_t aligned = row - last_key + end;  // the query at the key's own position
-      const int64_t first = row < last_key ? std::max(begin, causal ? aligned : aligned - visible.window + 1) : end;
-      of_keys.set(row, first, std::min(end, aligned + visible.window));
+    const int64_t keys_end = key_ranges.keys_end(b);
+    for (int64_t row = key_ranges.cu_seqlens_k[b]; row < key_ranges.cu_seqlens_k[b + 1]; ++row) {
+      const int64_t aligned = row - keys_end + end;  // the query at the key's own position
+      const int64_t first = row < keys_end ? std::max(begin, causal ? aligned : aligned - key_ranges.window + 1) : end;
+      of_keys.set(row, first, std::min(end, aligned + key_ranges.window));
     }
   }
   return out;

@@ -66,33 +66,6 @@ void store_part(T* p, PairOf<accumulator_t<T>> x, int64_t count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
-template <int... kIndex, class V>
-V shuffle(V x, V y, std::integer_sequence<int, kIndex...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(x, y, kIndex...);
-#else
-  return __builtin_shuffle(x, y, Mask<std::decay_t<decltype(x[0])>>{kIndex...});
-#endif
-}
-
-// Lanes without bit kStep: x_i + x_(i + kStep); lanes with it: y_i + y_(i - kStep).
-template <int kStep, int... kLane, class V>
-V fold_two(V x, V y, std::integer_sequence<int, kLane...>) {
-  constexpr int kCount = sizeof...(kLane);
-  const V low = shuffle(x, y, std::integer_sequence<int, (kLane & kStep ? kCount + kLane - kStep : kLane)...>{});
-  const V high = shuffle(x, y, std::integer_sequence<int, (kLane & kStep ? kCount + kLane : kLane + kStep)...>{});
-  return low + high;
-}
-
-// Lane i of the result is the sum of the lanes of v[i]. Overwrites v.
-template <class A, int kStep = lanes<A> / 2>
-Vec<A> lane_sums(Vec<A>* v) {
-  for (int i = 0; i < kStep; ++i)
-    v[i] = fold_two<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, lanes<A>>{});
-  if constexpr (kStep > 1) return lane_sums<A, kStep / 2>(v);
-  return v[0];
-}
-
 // --- products --------------------------------------------------------------------------------------------------------
 
 template <int kI, int kJ, class T, class A = accumulator_t<T>>

@@ -1,7 +1,7 @@
 // Products of bf16 matrices in the tile registers of AMX, exact and summed in fp32, and the layouts that they read.
 //
-// The left factor is read as rows. The right one is a Block of pairs, pairs[d / 2][lane][d % 2]. Its rows may be those
-// of a transposed tensor, which `pack_transposed` makes, or weights, two of which `join` puts side by side as they arise.
+// The left factor is read as rows. The right factor is a block of pairs, pairs[d / 2][lane][d % 2]. `pack_transposed`
+// makes it from the rows of a tensor, and `join` from two vectors of weights.
 #pragma once
 
 #include "blocks.h"
@@ -18,7 +18,7 @@ namespace blt {
 
 #if BLT_AMX
 
-// Does the processor have AMX with bf16, and does the system let this process use it?
+// Whether the processor has AMX with bf16 and the system lets this process use it.
 inline bool has_amx() {
   static const bool allowed = [] {
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
@@ -30,10 +30,10 @@ inline bool has_amx() {
   return allowed;
 }
 
-inline constexpr int64_t kAmxStep = 128;  // rows in a step: longer, so that sums are loaded and stored half as often
-inline constexpr int64_t kTileRows = 16, kTileDepth = 32;  // of a tile register: 16 rows of 64 bytes
+inline constexpr int64_t kAmxStep = 128;  // rows in a step: twice kStep, so sums are loaded and stored half as often
+inline constexpr int64_t kTileRows = 16, kTileDepth = 32;  // a tile register holds 16 rows of 64 bytes
 
-// In memory for good: GCC knows of the first 8 bytes only that the instruction reads, and drops stores to the rest.
+// A constant, because GCC believes that the instruction reads the first 8 bytes only, and drops stores to the others.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -41,14 +41,14 @@ struct alignas(64) TileConfig {
 };
 inline constexpr TileConfig kTileConfig;
 
-// Eight tile registers of full size for the current thread, while it lives.
+// Configures eight tile registers of full size for the current thread during the object's lifetime.
 struct TileRegisters {
   __attribute__((target("amx-tile"))) TileRegisters() { _tile_loadconfig(&kTileConfig); }
   __attribute__((target("amx-tile"))) ~TileRegisters() { _tile_release(); }
 };
 
-// out[32 rows][32 lanes] (+)= sum over depth of left[row][d] * right[d][lane], by four registers. Rows of out, and pairs
-// of rows of right, have `pitch` lanes.
+// out[row][lane] (+)= sum over d of left[row][d] * right[d][lane] for 32 rows and 32 lanes, in four registers. Rows of
+// `out` and pairs of rows of `right` have `pitch` lanes.
 __attribute__((target("amx-tile,amx-bf16"))) inline void amx_square(float* out, const BFloat16* left, int64_t stride,
                                                                     const BFloat16* right, int64_t depth, bool add,
                                                                     int64_t pitch) {
@@ -81,7 +81,7 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void amx_square(float* out, 
   _tile_stored(3, below + kTileRows, bytes);
 }
 
-// The same for `rows` rows and all lanes, both multiples of 32. Out is a Block if nothing else is said.
+// The same for `rows` rows and `pitch` lanes, both multiples of 32. By default `out` is a block.
 __attribute__((target("amx-tile,amx-bf16"))) inline void amx_product(float* out, int64_t rows, const BFloat16* left,
                                                                      int64_t stride, const BFloat16* right,
                                                                      int64_t depth, bool add,
@@ -91,22 +91,23 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void amx_product(float* out,
       amx_square(out + i * pitch + lane, left + i * stride, stride, right + 2 * lane, depth, add, pitch);
 }
 
-// --- layouts ----------------------------------------------------------------------------------------------------------
+// --- layouts ---------------------------------------------------------------------------------------------------------
 
-// Rows that are gathered at once, and the stride of their columns: an odd number of cache lines, not all in one set.
+// Rows are gathered kGathered at a time. The stride of their columns is an odd number of cache lines, so that columns
+// do not all fall into one set of the cache.
 inline constexpr int64_t kGathered = 256, kColumnStride = kGathered + 2 * kTileRows;
 
 inline int64_t whole_squares(int64_t rows) { return (rows + 2 * kTileRows - 1) / (2 * kTileRows) * 2 * kTileRows; }
 
-// Of rows from `first` on, those of whole registers that hold the range: a step must not end amid the rows gathered next.
+// Moves the begin of a range down to whole registers counted from `first`, where the gathered rows begin.
 inline Range whole_registers(const Range& range, int64_t first) {
   return {first + (range.begin - first) / (2 * kTileRows) * 2 * kTileRows, range.end};
 }
 
 // rows[i][e] = x[range.begin + i][e], and 0 for range.size() <= i < padded.
-inline void gather(BFloat16* rows, const Heads<const BFloat16>& x, int64_t head, const Range& range, int64_t padded,
-                   int64_t width) {
-  for (int64_t i = 0; i < range.size(); ++i) std::copy_n(x.row(range.begin + i, head), width, rows + i * width);
+inline void gather(BFloat16* rows, const Heads& x, int64_t head, const Range& range, int64_t padded, int64_t width) {
+  for (int64_t i = 0; i < range.size(); ++i)
+    std::copy_n(x.row<BFloat16>(range.begin + i, head), width, rows + i * width);
   std::fill(rows + range.size() * width, rows + padded * width, BFloat16(0.0f));
 }
 
@@ -115,7 +116,7 @@ inline void multiply(BFloat16* x, int64_t count, float power) {
   for (int64_t i = 0; i < count; i += kLanes) store_as<BFloat16, float>(x + i, power * load_as<float>(x + i));
 }
 
-// Of 16 rows, `stride` apart, the pairs that begin at 16 even columns: pairs[column / 2][row].
+// pairs[e / 2][row] = the elements e and e + 1 of a row, for 16 rows that are `stride` apart and even e < 32.
 inline void load_pairs(VecF (&pairs)[kLanes], const BFloat16* rows, int64_t stride) {
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) std::memcpy(&pairs[i], rows + i * stride, sizeof(VecF));
@@ -161,7 +162,8 @@ inline void gather_columns(BFloat16* columns, const BFloat16* rows, int64_t coun
     }
 }
 
-// Two vectors of a right factor, rounded to nearest. A NaN of arithmetic has no low bits, so it needs no test.
+// Stores two vectors as pairs of a right factor, rounded to nearest. NaN needs no test: arithmetic makes NaN without
+// low bits.
 inline void join(BFloat16* pairs, VecF even, VecF odd) {
   const VecU low = bit_cast<VecU>(even) + 0x8000u, high = bit_cast<VecU>(odd) + 0x8000u;
   const VecU both = (low >> 16) | (high & 0xffff0000u);
@@ -178,17 +180,28 @@ inline VecF exp2_or_zero(VecF x) {
   return (VecF)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)(x - f));
 }
 
-// --- scratch ----------------------------------------------------------------------------------------------------------
+// --- scratch ---------------------------------------------------------------------------------------------------------
 
 inline BFloat16* take_bf16(Scratch<float>& scratch, int64_t size) {
   return reinterpret_cast<BFloat16*>(scratch.take(size / 2));
 }
 
-// Elements for an item of tiles with so many blocks of fp32, or twice as many of bf16, and so many gathered factors.
-inline int64_t amx_scratch(int64_t blocks, int64_t gathered, int64_t width) {
-  const int64_t block = Scratch<float>::padded(width * kWidth<float>);
-  return block * blocks * tiles_of_item<float>(blocks, width) + 4 * kAmxStep * kWidth<float> +
-         gathered * kColumnStride * width / 2;
+// Elements of scratch for an item whose tiles have `blocks` blocks of fp32 each, or twice as many of bf16, and for
+// `gathered` gathered factors.
+inline int64_t amx_scratch(int64_t blocks, int64_t gathered, int64_t head_dim) {
+  const int64_t block = Scratch<float>::padded(head_dim * kWidth<float>);
+  return block * blocks * tiles_of_item<float>(blocks, head_dim) + 4 * kAmxStep * kWidth<float> +
+         gathered * kColumnStride * head_dim / 2;
+}
+
+// Gathers the rows of a tile times `power`, with `rows` as room for them, and packs them as a right factor.
+inline BFloat16* pack_tile(Scratch<float>& scratch, BFloat16* rows, const Heads& x, int64_t head, const Range& range,
+                           int64_t head_dim, float power) {
+  BFloat16* const right = take_bf16(scratch, head_dim * kWidth<float>);
+  gather(rows, x, head, range, kWidth<float>, head_dim);
+  multiply(rows, kWidth<float> * head_dim, power);
+  pack_transposed(right, rows, head_dim);
+  return right;
 }
 
 #endif

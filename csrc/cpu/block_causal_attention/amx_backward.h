@@ -1,47 +1,34 @@
-// The backward pass of block_causal_attention for bf16 on processors with AMX: that of backward.h, with all
-// products in tile registers. Weights and slopes are rounded to bf16 before they meet the rows that they weigh.
+// The backward pass of block_causal_attention for bf16 on processors with AMX: that of backward.cpp, with all products
+// in tile registers. p and ds are rounded to bf16 before they multiply rows.
 #pragma once
 
 #include <functional>
 
-#include "amx_forward.h"
-#include "backward.h"
+#include "amx.h"
+#include "keys.h"
 
 namespace blt {
 
 #if BLT_AMX
 
-// Of amx_scratch: keys twice, values, two sums; queries twice, gradients twice.
-inline constexpr int64_t kAmxBackwardBlocks = 4, kAmxBackwardGathered = 4;
-// Rows of the sums that are written behind the last: products have whole registers of them.
-inline constexpr int64_t kAmxBackwardPadding = 2 * kTileRows;
+static_assert(kAmxBackwardPadding == 2 * kTileRows, "products write whole squares of rows");
 
-// The right factor of the rows of a tile times `power`, in place of what transpose_in makes.
-inline BFloat16* pack_tile(Scratch<float>& scratch, BFloat16* rows, const Heads<const BFloat16>& x, int64_t head,
-                           const Range& range, int64_t width, float power) {
-  BFloat16* const right = take_bf16(scratch, width * kWidth<float>);
-  gather(rows, x, head, range, kWidth<float>, width);
-  multiply(rows, kWidth<float> * width, power);
-  pack_transposed(right, rows, width);
-  return right;
-}
-
-// Of gathered queries: the keys that each sees, lse in units of log 2, and delta; top and share of those that are large.
-struct QueryRows {
-  Range seen[kGathered];
-  float lse[kGathered], delta[kGathered], top[kGathered], share[kGathered];
+// The softmax of gathered queries: lse and max in units of log 2, and what RowSoftmax says of them.
+struct GatheredQueries {
+  Range keys[kGathered];
+  float lse[kGathered], delta[kGathered], max[kGathered], inverse_sum[kGathered];
   bool large[kGathered];
 };
 
-// p and ds of a step as right factors; ds as a left one too, [query][lane].
+// p and ds of a step as right factors; ds as a left factor too, [query][lane].
 struct Weights {
   BFloat16 *p, *ds, *ds_rows;
 };
 
-// From scores and slopes [query][lane], which are q . k and grad . v. The lanes begin at `key`.
+// Computes the weights from q . k and grad . v, both [query][lane]. The lanes begin at `key`.
 template <bool kMasked, bool kLarge>
-void weigh_queries(const Weights& weights, const float* scores, const float* slopes, int64_t rows,
-                   const QueryRows& queries, int64_t first, float factor, int64_t key) {
+void weigh_pairs(const Weights& weights, const float* scores, const float* dp, int64_t rows,
+                 const GatheredQueries& queries, int64_t first, float factor, int64_t key) {
   const float to_base_2 = kLog2e * factor;
   for (int c = 0; c < kColumns; ++c) {
     const VecF number = lane_numbers<float>(c);
@@ -50,15 +37,15 @@ void weigh_queries(const Weights& weights, const float* scores, const float* slo
       const VecF s = load(scores + cell);
       VecF p;
       if (kLarge && queries.large[first + i])
-        p = queries.share[first + i] * exp2_or_zero(to_base_2 * (s - queries.top[first + i]));
+        p = queries.inverse_sum[first + i] * exp2_or_zero(to_base_2 * (s - queries.max[first + i]));
       else
         p = exp2_or_zero(to_base_2 * s - queries.lse[first + i]);
-      const VecF ds = p * (load(slopes + cell) - queries.delta[first + i]);
+      const VecF ds = p * (load(dp + cell) - queries.delta[first + i]);
       if constexpr (kMasked) {
-        const Range& seen = queries.seen[first + i];
-        const VecI sees =
-            (static_cast<float>(seen.begin - key) <= number) & (number < static_cast<float>(seen.end - key));
-        return {sees ? p : VecF{}, sees ? ds : VecF{}};
+        const Range& keys = queries.keys[first + i];
+        const VecI unmasked =
+            (static_cast<float>(keys.begin - key) <= number) & (number < static_cast<float>(keys.end - key));
+        return {unmasked ? p : VecF{}, unmasked ? ds : VecF{}};
       }
       return {p, ds};
     };
@@ -74,89 +61,83 @@ void weigh_queries(const Weights& weights, const float* scores, const float* slo
   }
 }
 
-// As `propagate`, for E a multiple of 32.
-inline void propagate_amx(const Problem<BFloat16>& problem, const Saved<BFloat16, float>& saved,
-                          const Heads<BFloat16>& grad_k, const Heads<BFloat16>& grad_v, const QuerySums<float>& sums,
-                          int64_t group, Run tiles, Scratch<float> scratch) {
-  const int64_t width = problem.width, heads = problem.heads, shared = heads / problem.groups;
-  const Range streamed = keys_of(tiles);
-  const auto [power, factor] = Scaling<float>(problem.scale);
+void propagate_amx(const Problem& problem, const RowSoftmax<float>& saved, const OutputHeads& grad_k,
+                   const OutputHeads& grad_v, const QuerySums<float>& sums, int64_t kv_head, Run tiles,
+                   Scratch<float> scratch) {
+  const int64_t head_dim = problem.head_dim, num_heads = problem.num_heads, shared = problem.heads_per_kv_head();
+  const KeyRanges& ranges = problem.ranges;
+  const Range streamed = streamed_by(tiles);
+  const Scaling<float> scaling(problem.scale);
   float* const scores = scratch.take(kAmxStep * kWidth<float>);
-  float* const slopes = scratch.take(kAmxStep * kWidth<float>);
+  float* const dp = scratch.take(kAmxStep * kWidth<float>);
   const auto take_step = [&] { return take_bf16(scratch, kAmxStep * kWidth<float>); };
   const Weights weights = {take_step(), take_step(), take_step()};
-  BFloat16* const queries = take_bf16(scratch, kColumnStride * width);
-  BFloat16* const query_columns = take_bf16(scratch, kColumnStride * width);
-  BFloat16* const grads = take_bf16(scratch, kColumnStride * width);
-  BFloat16* const grad_columns = take_bf16(scratch, kColumnStride * width);
+  BFloat16* const queries = take_bf16(scratch, kColumnStride * head_dim);
+  BFloat16* const query_columns = take_bf16(scratch, kColumnStride * head_dim);
+  BFloat16* const grads = take_bf16(scratch, kColumnStride * head_dim);
+  BFloat16* const grad_columns = take_bf16(scratch, kColumnStride * head_dim);
   KeyBlock<float, BFloat16> blocks[kMaxTiles<float>];
   for (size_t t = 0; t < tiles.size(); ++t) {
+    KeyBlock<float, BFloat16>& block = blocks[t];
     const Range& keys = tiles[t].lanes;
-    blocks[t].keys = pack_tile(scratch, queries, problem.k, group, keys, width, power);
-    blocks[t].values = pack_tile(scratch, queries, problem.v, group, keys, width, 1);
-    blocks[t].key_sums = scratch.zeros(width * kWidth<float>);
-    blocks[t].value_sums = scratch.zeros(width * kWidth<float>);
-    blocks[t].rows = take_bf16(scratch, width * kWidth<float>);
-    std::fill_n(queries, width * kWidth<float>, BFloat16(0.0f));
-    for_each_seen(problem.visible, keys, [&](const Range& seen) {
-      gather(queries + (seen.begin - keys.begin) * width, problem.k, group, seen, seen.size(), width);
+    block.keys = pack_tile(scratch, queries, problem.k, kv_head, keys, head_dim, scaling.power);
+    block.values = pack_tile(scratch, queries, problem.v, kv_head, keys, head_dim, 1);
+    block.dk = scratch.zeros(head_dim * kWidth<float>);
+    block.dv = scratch.zeros(head_dim * kWidth<float>);
+    block.rows = take_bf16(scratch, head_dim * kWidth<float>);
+    std::fill_n(queries, head_dim * kWidth<float>, BFloat16(0.0f));
+    for_each_unmasked(ranges, keys, [&](const Range& unmasked) {
+      gather(queries + (unmasked.begin - keys.begin) * head_dim, problem.k, kv_head, unmasked, unmasked.size(),
+             head_dim);
     });
-    pack_rows(blocks[t].rows, queries, kWidth<float>, width);
+    pack_rows(block.rows, queries, kWidth<float>, head_dim);
   }
 
   const TileRegisters registers;
-  for (int64_t head = group * shared; head < (group + 1) * shared; ++head)
-    for (int64_t first = streamed.begin, b = problem.visible.document_of(first); first < streamed.end;
-         first += kGathered) {
+  for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; ++head)
+    for (int64_t first = streamed.begin, b = ranges.document_of(first); first < streamed.end; first += kGathered) {
       const Range gathered = {first, std::min(first + kGathered, streamed.end)};
       const int64_t padded = whole_squares(gathered.size());
-      gather(queries, problem.q, head, gathered, padded, width);
-      gather(grads, saved.grad, head, gathered, padded, width);
-      QueryRows rows = {};
+      gather(queries, problem.q, head, gathered, padded, head_dim);
+      gather(grads, saved.grad, head, gathered, padded, head_dim);
+      GatheredQueries rows = {};
       for (int64_t i = 0; i < gathered.size(); ++i) {
-        while (problem.visible.cu_q[b + 1] <= first + i) ++b;
-        rows.seen[i] = problem.visible.keys(first + i, b);
-        const int64_t number = (first + i) * heads + head;
+        while (ranges.cu_seqlens_q[b + 1] <= first + i) ++b;
+        rows.keys[i] = ranges.keys(first + i, b);
+        const int64_t number = (first + i) * num_heads + head;
         rows.lse[i] = kLog2e * saved.lse[number];
         rows.delta[i] = saved.delta[number];
-        rows.large[i] = is_large<BFloat16>(saved.lse[number]);
-        if (rows.large[i]) rows.top[i] = saved.top[number], rows.share[i] = saved.share[number];
-        if (rows.seen[i].size() > 0) continue;
-        std::fill_n(queries + i * width, width, BFloat16(0.0f));  // may hold anything
-        std::fill_n(grads + i * width, width, BFloat16(0.0f));
+        rows.large[i] = saved.is_large(saved.lse[number]);
+        if (rows.large[i]) rows.max[i] = saved.max[number], rows.inverse_sum[i] = saved.inverse_sum[number];
+        if (rows.keys[i].size() > 0) continue;
+        std::fill_n(queries + i * head_dim, head_dim, BFloat16(0.0f));  // may hold NaN
+        std::fill_n(grads + i * head_dim, head_dim, BFloat16(0.0f));
       }
-      gather_columns(query_columns, queries, padded, width);
-      gather_columns(grad_columns, grads, padded, width);
+      gather_columns(query_columns, queries, padded, head_dim);
+      gather_columns(grad_columns, grads, padded, head_dim);
       for (size_t t = 0; t < tiles.size(); ++t) {
-        const Range seeing = whole_registers(overlap(gathered, tiles[t].streamed), first), keys = tiles[t].lanes;
+        const Range own = whole_registers(overlap(gathered, tiles[t].streamed), first), keys = tiles[t].lanes;
         const KeyBlock<float, BFloat16>& block = blocks[t];
-        for (int64_t begin = seeing.begin; begin < seeing.end; begin += kAmxStep) {
-          const int64_t skipped = begin - first, count = whole_squares(std::min(kAmxStep, seeing.end - begin));
-          amx_product(scores, count, queries + skipped * width, width, block.keys, width, false);
-          amx_product(slopes, count, grads + skipped * width, width, block.values, width, false);
-          const bool all = std::all_of(rows.seen + skipped, rows.seen + skipped + count, [&](const Range& seen) {
-            return seen.begin <= keys.begin && keys.begin + kWidth<float> <= seen.end;
+        for (int64_t begin = own.begin; begin < own.end; begin += kAmxStep) {
+          const int64_t skipped = begin - first, count = whole_squares(std::min(kAmxStep, own.end - begin));
+          amx_product(scores, count, queries + skipped * head_dim, head_dim, block.keys, head_dim, false);
+          amx_product(dp, count, grads + skipped * head_dim, head_dim, block.values, head_dim, false);
+          const bool all = std::all_of(rows.keys + skipped, rows.keys + skipped + count, [&](const Range& range) {
+            return range.begin <= keys.begin && keys.begin + kWidth<float> <= range.end;
           });
           const bool large = std::any_of(rows.large + skipped, rows.large + skipped + count, std::identity());
-          const auto weigh = large ? all ? weigh_queries<false, true> : weigh_queries<true, true>
-                             : all ? weigh_queries<false, false>
-                                   : weigh_queries<true, false>;
-          weigh(weights, scores, slopes, count, rows, skipped, factor, keys.begin);
-          amx_product(block.key_sums, width, query_columns + skipped, kColumnStride, weights.ds, count, true);
-          amx_product(block.value_sums, width, grad_columns + skipped, kColumnStride, weights.p, count, true);
+          const auto weigh = large ? all ? weigh_pairs<false, true> : weigh_pairs<true, true>
+                             : all ? weigh_pairs<false, false>
+                                   : weigh_pairs<true, false>;
+          weigh(weights, scores, dp, count, rows, skipped, scaling.factor, keys.begin);
+          amx_product(block.dk, head_dim, query_columns + skipped, kColumnStride, weights.ds, count, true);
+          amx_product(block.dv, head_dim, grad_columns + skipped, kColumnStride, weights.p, count, true);
           amx_product(sums.row(begin, head), count, weights.ds_rows, kWidth<float>, block.rows, kWidth<float>, true,
                       sums.pitch);
         }
       }
     }
-
-  float share[kWidth<float>], one[kWidth<float>];
-  std::fill(share, share + kWidth<float>, static_cast<float>(problem.scale));
-  std::fill(one, one + kWidth<float>, 1.0f);
-  for (size_t t = 0; t < tiles.size(); ++t) {
-    transpose_out(grad_k, group, tiles[t].lanes, width, blocks[t].key_sums, share);
-    transpose_out(grad_v, group, tiles[t].lanes, width, blocks[t].value_sums, one);
-  }
+  for (size_t t = 0; t < tiles.size(); ++t) finish(problem, grad_k, grad_v, kv_head, tiles[t].lanes, blocks[t]);
 }
 
 #endif

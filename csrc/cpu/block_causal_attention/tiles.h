@@ -1,40 +1,34 @@
-// Which keys a query of packed documents sees, the tiles that this makes, and their shares among the threads.
+// The keys that each query of packed documents attends to, the tiles that follow from them, and their division among
+// threads.
 //
-// The keys of a query are an interval, neither end of which falls from one query to the next. So a tile of queries may
-// span documents: it reads the keys from its first query's first to its last query's last. It stops at a document's end
-// where keys that nobody sees, which may hold anything, lie between them, and where few queries see many keys. Threads get
-// runs of (head, tile) items with equal numbers of streamed rows, so one long document among short ones keeps all of
-// them busy.
+// The keys of a query are a range, and neither end of it falls from one query to the next. So a tile of queries may
+// span documents: it reads the keys from the start of its first query's range to the end of its last query's range. A
+// tile ends where masked keys would lie inside that, because they may hold NaN, and around a document that takes the
+// decode path. Threads get runs of (head, tile) items with equal numbers of streamed rows, so one long document among
+// short ones keeps all of them busy.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <limits>
+#include <cstdint>
 #include <span>
 #include <vector>
 
-#include "../../common/check.h"
-#include "../support/parallel.h"
 #include "product.h"
 
 namespace blt {
 
 inline constexpr int64_t kStep = 64;  // streamed rows in a step
 
-// (lane, streamed row) pairs below which a second thread is not worth waking.
-inline constexpr int64_t kSerialWork = 16 * 1024;
-
-// An item of work is a few tiles, so that each streamed row that is gathered serves all of them: as many as fit into
-// kBlockBytes, which is meant to leave room in a cache of the second level, and into kMaxRows lanes.
-inline constexpr int64_t kBlockBytes = 512 * 1024, kMaxRows = 512;
+// An item of work is a few tiles, so that each streamed row is gathered once for all of them: as many tiles as fit into
+// kBlockBytes, which leaves room in an L2 cache, and into kMaxLanes lanes.
+inline constexpr int64_t kBlockBytes = 512 * 1024, kMaxLanes = 512;
 template <class A>
-inline constexpr int64_t kMaxTiles = kMaxRows / kWidth<A>;
+inline constexpr int64_t kMaxTiles = kMaxLanes / kWidth<A>;
 
-// Tiles of an item with so many blocks of E * kWidth elements each.
+// Tiles in an item whose tiles have `blocks` blocks of head_dim * kWidth elements each.
 template <class A>
-int64_t tiles_of_item(int64_t blocks, int64_t width) {
-  const int64_t fit = kBlockBytes / (blocks * width * kWidth<A> * static_cast<int64_t>(sizeof(A)));
+int64_t tiles_of_item(int64_t blocks, int64_t head_dim) {
+  const int64_t fit = kBlockBytes / (blocks * head_dim * kWidth<A> * static_cast<int64_t>(sizeof(A)));
   return std::clamp<int64_t>(fit, 1, kMaxTiles<A>);
 }
 
@@ -45,68 +39,76 @@ struct Range {
 
 inline Range overlap(const Range& a, const Range& b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 
-// Which keys a query sees.
-struct Visibility {
-  const int32_t* cu_q;
-  const int32_t* cu_k;
-  const int32_t* used;  // keys of each document that count, or null
+// The range of keys that each query attends to.
+struct KeyRanges {
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  const int32_t* seqused_k;  // number of unmasked keys of each document, or null
   int64_t documents, window;
   bool causal;
 
-  int64_t document_of(int64_t row) const { return std::upper_bound(cu_q + 1, cu_q + documents + 1, row) - cu_q - 1; }
-
-  // Behind the last key of document b that counts.
-  int64_t last_key(int64_t b) const {
-    return used ? std::min<int64_t>(int64_t{cu_k[b]} + std::max(used[b], 0), cu_k[b + 1]) : cu_k[b + 1];
+  int64_t document_of(int64_t query) const {
+    return std::upper_bound(cu_seqlens_q + 1, cu_seqlens_q + documents + 1, query) - cu_seqlens_q - 1;
   }
 
-  // Of a row of document b.
-  Range keys(int64_t row, int64_t b) const {
-    const int64_t begin = cu_k[b];
-    const int64_t end = last_key(b);
-    const int64_t aligned = row + end - cu_q[b + 1];
+  // The end of the unmasked keys of document b.
+  int64_t keys_end(int64_t b) const {
+    const int64_t end = cu_seqlens_k[b + 1];
+    return seqused_k ? std::min<int64_t>(int64_t{cu_seqlens_k[b]} + std::max(seqused_k[b], 0), end) : end;
+  }
+
+  // The keys that a query of document b attends to.
+  Range keys(int64_t query, int64_t b) const {
+    const int64_t begin = cu_seqlens_k[b];
+    const int64_t end = keys_end(b);
+    const int64_t aligned = query + end - cu_seqlens_q[b + 1];
     const int64_t first = std::max(begin, aligned - window + 1);
     const int64_t last = std::min(end, causal ? aligned + 1 : aligned + window);
     return {first, std::max(first, last)};
   }
 };
 
-// Rows in the lanes, and the rows that are streamed past them.
+// The rows that lie across the vector lanes, and the rows that are streamed past them.
 struct Tile {
   Range lanes, streamed;
-  int64_t work() const { return streamed.end - streamed.begin; }
+  int64_t work() const { return streamed.size(); }
 };
 
-inline Range keys_of(std::span<const Tile> tiles) { return {tiles.front().streamed.begin, tiles.back().streamed.end}; }
-
-inline constexpr int64_t kKeysOfFew = 8;  // for each query
-
-// Do a document's queries, as in decoding with a cache, deserve a tile of their own (decode.h)? Others' keys
-// would cost them more than lanes that stay empty.
-inline bool has_few_queries(const Visibility& visible, int64_t b, int64_t width) {
-  const int64_t begin = visible.cu_q[b], end = visible.cu_q[b + 1];
-  const int64_t seen = visible.keys(end - 1, b).end - visible.keys(begin, b).begin;
-  return end - begin <= width / 4 && seen >= kKeysOfFew * (end - begin);
+// The rows that some tiles stream, of which each tile's follow the previous one's.
+inline Range streamed_by(std::span<const Tile> tiles) {
+  return {tiles.front().streamed.begin, tiles.back().streamed.end};
 }
 
-// Tiles of queries, with the keys that their queries see; rows beyond the last document are in none.
-inline std::vector<Tile> query_tiles(const Visibility& visible, int64_t width) {
+// A tile of at most this many queries takes the decode path (decode.h).
+inline constexpr int64_t max_decode_queries(int64_t lanes) { return lanes / 4; }
+inline constexpr int64_t kMinDecodeKeys = 8;  // for each query of such a document
+
+// Whether the queries of document b take the decode path in a tile of their own. Keys of other documents would cost
+// them more than empty lanes do.
+inline bool is_decode(const KeyRanges& ranges, int64_t b, int64_t lanes) {
+  const int64_t begin = ranges.cu_seqlens_q[b], end = ranges.cu_seqlens_q[b + 1];
+  const int64_t keys = ranges.keys(end - 1, b).end - ranges.keys(begin, b).begin;
+  return end - begin <= max_decode_queries(lanes) && keys >= kMinDecodeKeys * (end - begin);
+}
+
+// Tiles of up to `lanes` queries and the keys that they attend to. Queries beyond the last document are in no tile.
+inline std::vector<Tile> query_tiles(const KeyRanges& ranges, int64_t lanes) {
   std::vector<Tile> tiles;
-  const int64_t rows = visible.cu_q[visible.documents];
-  for (int64_t begin = 0, b = 0; begin < rows;) {
-    while (visible.cu_q[b + 1] <= begin) ++b;
-    int64_t end = std::min(rows, begin + width);
-    Range keys = visible.keys(begin, b);
-    for (int64_t row = begin + 1, c = b; row < end; ++row) {
-      while (visible.cu_q[c + 1] <= row) ++c;
-      const Range seen = visible.keys(row, c);
-      const bool alone = row == visible.cu_q[c] && (has_few_queries(visible, c, width) ||
-                                                    has_few_queries(visible, visible.document_of(row - 1), width));
-      const bool gap = seen.size() > 0 && keys.size() > 0 && seen.begin > keys.end;
+  const int64_t queries = ranges.cu_seqlens_q[ranges.documents];
+  for (int64_t begin = 0, b = 0; begin < queries;) {
+    while (ranges.cu_seqlens_q[b + 1] <= begin) ++b;
+    int64_t end = std::min(queries, begin + lanes);
+    Range keys = ranges.keys(begin, b);
+    for (int64_t query = begin + 1, c = b; query < end; ++query) {
+      while (ranges.cu_seqlens_q[c + 1] <= query) ++c;
+      const Range more = ranges.keys(query, c);
+      const bool alone = query == ranges.cu_seqlens_q[c] &&
+                         (is_decode(ranges, c, lanes) || is_decode(ranges, ranges.document_of(query - 1), lanes));
+      const bool gap = more.size() > 0 && keys.size() > 0 && more.begin > keys.end;
       if (alone || gap)
-        end = row;
-      else if (seen.size() > 0)
-        keys = keys.size() == 0 ? seen : Range{keys.begin, std::max(keys.end, seen.end)};
+        end = query;
+      else if (more.size() > 0)
+        keys = keys.size() == 0 ? more : Range{keys.begin, std::max(keys.end, more.end)};
     }
     tiles.push_back({{begin, end}, keys});
     begin = end;
@@ -114,12 +116,12 @@ inline std::vector<Tile> query_tiles(const Visibility& visible, int64_t width) {
   return tiles;
 }
 
-// Tiles of keys, with the queries that see them. Both ends of what a tile of queries sees never fall.
-inline std::vector<Tile> key_tiles(const std::vector<Tile>& queries, int64_t keys, int64_t width) {
+// Tiles of up to `lanes` keys and the queries that attend to them.
+inline std::vector<Tile> key_tiles(const std::vector<Tile>& queries, int64_t keys, int64_t lanes) {
   std::vector<Tile> tiles;
   auto first = queries.begin();
-  for (int64_t begin = 0; begin < keys; begin += width) {
-    Tile tile = {{begin, std::min(keys, begin + width)}, {0, 0}};
+  for (int64_t begin = 0; begin < keys; begin += lanes) {
+    Tile tile = {{begin, std::min(keys, begin + lanes)}, {0, 0}};
     while (first != queries.end() && (first->work() == 0 || first->streamed.end <= begin)) ++first;
     for (auto q = first; q != queries.end() && (q->work() == 0 || q->streamed.begin < tile.lanes.end); ++q) {
       if (q->work() == 0) continue;
@@ -131,7 +133,7 @@ inline std::vector<Tile> key_tiles(const std::vector<Tile>& queries, int64_t key
   return tiles;
 }
 
-// Blocks that a thread works in: take() hands out whole cache lines of its share of one allocation.
+// Hands out whole cache lines of the memory that a thread works in.
 template <class A>
 struct Scratch {
   A* next;
@@ -148,41 +150,42 @@ struct Scratch {
   }
 };
 
-// Elements of scratch for an item of tiles with so many blocks of [E][lane] each: with two of [step][lane] and of [step][E].
+// Elements of scratch for an item whose tiles have `blocks` blocks of [E][lane] each: two blocks of [step][lane] and
+// two of [step][E] are added.
 template <class A>
-int64_t tile_scratch(int64_t blocks, int64_t width) {
-  return Scratch<A>::padded(whole_vectors<A>(width) * kWidth<A>) * blocks * tiles_of_item<A>(blocks, width) +
-         2 * (kStep * kWidth<A> + Scratch<A>::padded(kStep * width));
+int64_t tile_scratch(int64_t blocks, int64_t head_dim) {
+  return Scratch<A>::padded(whole_vectors<A>(head_dim) * kWidth<A>) * blocks * tiles_of_item<A>(blocks, head_dim) +
+         2 * (kStep * kWidth<A> + Scratch<A>::padded(kStep * head_dim));
 }
 
-// --- shares of the work -----------------------------------------------------------------------------------------------
+// --- division of the work --------------------------------------------------------------------------------------------
 
-// Tiles that follow each other, and overlap in what they stream.
+// Consecutive tiles whose streamed rows overlap.
 using Run = std::span<const Tile>;
 
-// A tile has one unit of work for its own rows.
+// The work of a tile is its streamed rows, and one more for its own rows.
 inline int64_t work_of(const Run& run) {
   int64_t work = 0;
   for (const Tile& tile : run) work += tile.work() + 1;
   return work;
 }
 
-// Runs of at most `most` tiles.
-inline std::vector<Run> runs_of(std::span<const Tile> tiles, int64_t most) {
+// Divides tiles into runs of at most `max_tiles`.
+inline std::vector<Run> runs_of(std::span<const Tile> tiles, int64_t max_tiles) {
   std::vector<Run> runs;
   for (size_t begin = 0, end; begin < tiles.size(); begin = end) {
-    for (end = begin + 1; end < tiles.size() && static_cast<int64_t>(end - begin) < most; ++end)
+    for (end = begin + 1; end < tiles.size() && static_cast<int64_t>(end - begin) < max_tiles; ++end)
       if (tiles[end].streamed.begin >= tiles[end - 1].streamed.end || tiles[end].work() == 0) break;
     runs.push_back(tiles.subspan(begin, end - begin));
   }
   return runs;
 }
 
-// Tiles of keys, and the rows of the queries that they stream, for which there are sums of their own: [head][row][E].
+// Tiles of keys, with sums of dq of their own for the queries that they stream: [head][query][E].
 struct Segment {
   std::vector<Run> runs;
-  Range rows;
-  int64_t before;  // rows in the sums of the segments before
+  Range queries;
+  int64_t before;  // rows in the sums of all previous segments
 };
 
 inline int64_t work_of(const Segment& segment) {
@@ -191,53 +194,33 @@ inline int64_t work_of(const Segment& segment) {
   return work;
 }
 
-// Segments of all groups keep as many threads busy. They cost memory: up to kMostSums rows of sums for each row of the
-// queries. Where there are documents or windows to cut between, more of them cost less.
-inline constexpr int64_t kSegments = 32, kMostSums = 6, kCheapSegments = 256;
+// The segments of all key/value heads are the units of parallel work. They cost memory: up to kMaxSums rows of sums for
+// each query. Where documents or windows keep that below kCheapSums, there may be more segments.
+inline constexpr int64_t kSegments = 32, kMaxSums = 6, kCheapSegments = 256;
 inline constexpr double kCheapSums = 1.5;
 
-// Segments with about equal work, of runs of at most `most` tiles. In the sums, each has `padding` rows behind its own.
-inline std::vector<Segment> segments_of(std::span<const Tile> tiles, int64_t groups, int64_t most, int64_t queries,
-                                        int64_t padding) {
+// Divides tiles into segments of about equal work, of runs of at most `max_tiles`. Each segment's sums end with
+// `padding` rows.
+inline std::vector<Segment> segments_of(std::span<const Tile> tiles, int64_t num_kv_heads, int64_t max_tiles,
+                                        int64_t queries, int64_t padding) {
   const int64_t total = work_of(tiles);
-  for (int64_t count = (kCheapSegments + groups - 1) / groups;; count /= 2) {
+  for (int64_t count = (kCheapSegments + num_kv_heads - 1) / num_kv_heads;; count /= 2) {
     std::vector<Segment> segments;
     int64_t rows = 0;
     for (size_t begin = 0, end = 0, done = 0; begin < tiles.size(); begin = end) {
       const int64_t limit = (total * (static_cast<int64_t>(segments.size()) + 1) + count - 1) / count;
-      Range seeing = {0, 0};
+      Range streamed = {0, 0};
       while (end < tiles.size() && (end == begin || static_cast<int64_t>(done) < limit)) {
         const Tile& tile = tiles[end++];
         done += tile.work() + 1;
-        if (tile.work() > 0) seeing = {seeing.size() > 0 ? seeing.begin : tile.streamed.begin, tile.streamed.end};
+        if (tile.work() > 0) streamed = {streamed.size() > 0 ? streamed.begin : tile.streamed.begin, tile.streamed.end};
       }
-      segments.push_back({runs_of(tiles.subspan(begin, end - begin), most), seeing, rows});
-      rows += seeing.size() + padding;
+      segments.push_back({runs_of(tiles.subspan(begin, end - begin), max_tiles), streamed, rows});
+      rows += streamed.size() + padding;
     }
     const double sums = static_cast<double>(rows) / static_cast<double>(queries);
-    if (count == 1 || sums <= kCheapSums || (count * groups <= kSegments && sums <= kMostSums)) return segments;
+    if (count == 1 || sums <= kCheapSums || (count * num_kv_heads <= kSegments && sums <= kMaxSums)) return segments;
   }
-}
-
-// Calls f(head, item, scratch) for all heads and items, with equal shares of the work for the threads. A streamed row
-// costs as much as `cost` (lane, row) pairs; f gets `size` elements of scratch.
-template <class A, class Item, class F>
-void for_each_item(const Tensor& like, int64_t heads, const std::vector<Item>& items, int64_t cost, int64_t size, F f) {
-  if (items.empty()) return;
-  std::vector<int64_t> before = {0};  // work before each item
-  for (const Item& item : items) before.push_back(before.back() + work_of(item));
-  const int64_t total = heads * before.back();
-  const int64_t threads = total * cost <= kSerialWork ? 1 : torch::stable::get_num_threads();
-  Tensor memory = torch::stable::new_empty(like, {threads * size}, accumulator(like));
-  A* const scratch = memory.mutable_data_ptr<A>();
-  parallel_for(threads, 1, [&](int64_t first, int64_t last) {
-    const int64_t begin = total * first / threads, end = total * last / threads;
-    for (int64_t head = 0; head < heads; ++head)
-      for (size_t i = 0; i < items.size(); ++i) {
-        const int64_t start = head * before.back() + before[i];
-        if (begin <= start && start < end) f(head, items[i], Scratch<A>{scratch + first * size});
-      }
-  });
 }
 
 }  // namespace blt

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -76,14 +77,14 @@ inline VecF broadcast(float x) { return VecF{} + x; }
 // The larger of two; `b` where they do not compare, so that a NaN in `b` stays and one in `a` goes.
 inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
 
-// Folds the lanes in halves: log2(kLanes) dependent steps.
-template <class F>
-inline float fold(VecF v, F f) {
-  alignas(kVecBytes) float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof(lanes));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = f(lanes[i], lanes[i + width]);
-  return lanes[0];
+// Folds the lanes in halves: log2(lanes<A>) dependent steps.
+template <class A = float, class F>
+inline A fold(Vec<A> v, F f) {
+  alignas(kVecBytes) A cells[lanes<A>];
+  std::memcpy(cells, &v, sizeof(cells));
+  for (int width = lanes<A> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) cells[i] = f(cells[i], cells[i + width]);
+  return cells[0];
 }
 
 inline float sum(VecF v) {
@@ -92,6 +93,34 @@ inline float sum(VecF v) {
 
 inline float max(VecF v) {
   return fold(v, [](float a, float b) { return a > b ? a : b; });
+}
+
+// The lanes kIndex of x and y, those of y numbered after those of x.
+template <int... kIndex, class V>
+inline V shuffle(V x, V y, std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, y, kIndex...);
+#else
+  return __builtin_shuffle(x, y, Mask<std::decay_t<decltype(x[0])>>{kIndex...});
+#endif
+}
+
+// Lanes without bit kStep: x_i + x_(i + kStep); lanes with it: y_i + y_(i - kStep).
+template <int kStep, int... kLane, class V>
+inline V fold_two(V x, V y, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  const V low = shuffle(x, y, std::integer_sequence<int, (kLane & kStep ? kCount + kLane - kStep : kLane)...>{});
+  const V high = shuffle(x, y, std::integer_sequence<int, (kLane & kStep ? kCount + kLane : kLane + kStep)...>{});
+  return low + high;
+}
+
+// Lane i of the result is the sum of the lanes of v[i]. Overwrites v.
+template <class A, int kStep = lanes<A> / 2>
+inline Vec<A> lane_sums(Vec<A>* v) {
+  for (int i = 0; i < kStep; ++i)
+    v[i] = fold_two<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, lanes<A>>{});
+  if constexpr (kStep > 1) return lane_sums<A, kStep / 2>(v);
+  return v[0];
 }
 
 template <class A>
@@ -218,7 +247,7 @@ inline VecF exp2_of_product(VecF x, float factor) {
 inline VecF exp(VecF x) { return exp2_of_product(x, kLog2e); }
 
 // fp64: for checks, not for speed.
-inline Vec<double> exp(Vec<double> x) {
+__attribute__((noinline)) inline Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
