@@ -89,7 +89,7 @@ def text(rows: int, length: int) -> Tensor:
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """How much less memory is held than by transformers."""
+    """Say how much less memory ours holds than transformers' model."""
     held = {(row.op, row.shape, row.implementation): row.extra_mb for row in rows if row.extra_mb is not None}
     return [
         f"{op}, {shape}: {mb:.0f} MB beyond the weights, {mb / held[op, shape, 'transformers']:.0%} of transformers'"

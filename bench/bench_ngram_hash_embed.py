@@ -192,7 +192,7 @@ def columns(grad: Tensor) -> Tensor:
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """Nothing that the tables do not show."""
+    """Return no remarks: the tables show everything."""
     return []
 
 

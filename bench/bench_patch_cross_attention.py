@@ -134,7 +134,7 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """Nothing that the tables do not show."""
+    """Return no remarks: the tables show everything."""
     return []
 
 

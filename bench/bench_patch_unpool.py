@@ -67,7 +67,7 @@ def comparison(shape: tuple[int, int, int], kind: str, dtype: torch.dtype, devic
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """Nothing that the tables do not show."""
+    """Return no remarks: the tables show everything."""
     return []
 
 

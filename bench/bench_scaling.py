@@ -56,7 +56,7 @@ class Text:
 
 
 class Run(NamedTuple):
-    """A function, and what it is called with and differentiated in."""
+    """A function, its arguments, and those of them that get gradients."""
 
     function: Callable[..., Any]
     inputs: tuple[Tensor, ...] = ()

@@ -28,7 +28,7 @@ ALPHABET, HIDDEN = 260, 768
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the inputs are."""
+    """Sizes of the inputs."""
 
     rows: int = 8
     length: int = 8192
@@ -104,7 +104,7 @@ def linear_entropy_comparison(sizes: Sizes, device: str, dtype: torch.dtype) -> 
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """Nothing that the tables do not show."""
+    """Return no remarks: the tables show everything."""
     return []
 
 

@@ -1,4 +1,4 @@
-"""What several benches share: inputs in rows of one length, as other code bases want them, and how results agree."""
+"""Shared by the benches: inputs in rows of one length, as other code bases take them, and the comparison of results."""
 
 from __future__ import annotations
 

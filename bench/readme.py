@@ -74,7 +74,7 @@ def key_of(row: Row) -> tuple[str, ...]:
 
 
 def ceilings_of(rows: list[Row]) -> str:
-    """What a copy and products reached, in the units of data sheets."""
+    """Return the measured bandwidth of a copy and rate of matrix products, in the units of data sheets."""
     found = {(row["op"].removeprefix(LIMIT), row["dtype"]): float(row["gb_per_s"]) / 1e3 for row in rows}
     return ", ".join(
         f"{what} {rate:.3g} TB/s" if what == "copy" else f"{dtype} product {rate:.3g} TFLOP/s"

@@ -148,7 +148,7 @@ def rows_of(make: Make, compare: Callable[[Comparison], list[Row]]) -> list[Row]
     except Exception as error:
         reason = reason_of(error)
     finally:
-        comparison = None  # it may hold gigabytes, which go before the next inputs are made
+        comparison = None  # it may hold gigabytes: free them before the next inputs are made
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return [failed_row(op, shape, dtype, OURS, reason)]
@@ -168,14 +168,14 @@ def failing(name: str, failures: dict[str, str]) -> Iterator[None]:
     """Note what a peer or a limit raises in `failures`; what ours raises is raised."""
     try:
         yield
-    except Exception as error:  # out of memory, not supported, not there: its own affair
+    except Exception as error:  # such as out of memory or not supported: a peer may fail, its row says why
         if name == OURS:
             raise
         failures[name] = reason_of(error)
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception says, in one short line."""
+    """Return the message of an exception as one short line."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 200)
 
 
@@ -191,7 +191,7 @@ def failed_row(op: str, shape: str, dtype: str, implementation: str, reason: str
 
 
 def name_of_case(make: Make) -> tuple[str, str]:
-    """What a comparison that could not be made is called: its bench, and what it was to be made of."""
+    """Name a comparison that could not be made, by its bench and its arguments."""
     if not isinstance(make, partial):
         return make.__module__, make.__name__
     arguments = [repr(x) for x in make.args] + [f"{name}={x!r}" for name, x in make.keywords.items()]
@@ -240,7 +240,7 @@ def _rows(
 
 
 def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Of the rounds that both took part in: who drops out does not come back."""
+    """Ratio over the rounds that both were measured in; one that drops out is never measured again."""
     return statistics.median(n / d for n, d in zip(numerators, denominators, strict=False))
 
 
@@ -313,7 +313,7 @@ def copies(data: torch.Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def device_name(device: str = "cpu") -> str:
-    """What results are filed under."""
+    """Return the name of the device, as the names of result files have it."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:

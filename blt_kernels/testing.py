@@ -1,4 +1,4 @@
-"""What testing byte-level kernels takes: a fair measure of accuracy, ragged data, and poison for unwritten memory.
+"""Helpers for tests of byte-level kernels: a measure of accuracy, ragged data, and poison for unwritten memory.
 
 Public, so that code built on blt_kernels can be tested with the same means. Nothing here needs more than torch.
 """

@@ -67,7 +67,7 @@ def kernels(target: Target) -> Iterator[Row]:
 
 
 def note(op: str, text: str) -> Row:
-    """A row that tells something."""
+    """Make a row that holds text in place of a time."""
     return failed_row(op, "", "", OURS, f"ok: {text}")
 
 
@@ -94,7 +94,7 @@ def launch(target: Target) -> Iterator[Row]:
 
 
 def measured(target: Target, op: str, shape: str, dtype: str, function: Callable[[], Any], work: int) -> Row:
-    """A row of one function; `work` in bytes or flops."""
+    """Time one function and make its row; `work` is in bytes or flops."""
     seconds, how = target.seconds_a_call([function])
     seconds()
     times = sorted(seconds() for _ in range(ROUNDS))

@@ -34,7 +34,7 @@ def counters_cases(target: Target) -> list[Case]:
 
 
 def profile(target: Target) -> Iterator[Row]:
-    """Run this file under ncu, and a row a kernel."""
+    """Run this file under ncu and yield a row for each kernel."""
     sections = [option for name in SECTIONS for option in ("--section", name)]
     options = ["--clock-control", "none", "--profile-from-start", "off", *sections]
     options += ["--csv", "--page", "raw", "--print-units", "base"]
@@ -50,7 +50,7 @@ def profile(target: Target) -> Iterator[Row]:
 
 
 def rows_of(output: str) -> Iterator[Row]:
-    """A row a kernel, from the table that ``ncu --csv --page raw`` prints behind the output of the program."""
+    """Make a row for each kernel, from the table that ``ncu --csv --page raw`` prints behind the output of the program."""
     begin = output.find('"ID"')
     for line in csv.DictReader(io.StringIO(output[begin:] if begin >= 0 else "")):
         if not line["ID"] or not line.get("Kernel Name"):  # the units, or what is printed behind the table

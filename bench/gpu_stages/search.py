@@ -22,7 +22,7 @@ def search_cases(target: Target) -> list[Case]:
 
 
 def search(target: Target, kernel: str) -> Iterator[Row]:
-    """One row a candidate, the table's own launch first."""
+    """Yield a row for each candidate; the launch of the table comes first."""
     if target.rehearsal:  # nothing is launched where no GPU is
         for launch in search_attention.candidates(kernel, 128, torch.bfloat16):
             yield failed_row(f"search {kernel}", str(launch), "bfloat16", OURS, "ok: not timed in a rehearsal")

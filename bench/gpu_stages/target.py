@@ -51,7 +51,7 @@ class Target:
         """Called before each case."""
 
     def usable(self) -> bool:
-        """Return whether the process can go on: after an illegal access every call fails."""
+        """Return whether this process can still use the GPU: after an illegal access every call fails."""
         try:
             torch.cuda.synchronize()
             torch.zeros(1, device="cuda").add_(1)

@@ -119,7 +119,7 @@ def copies_beyond_l2(target: Target, size: int) -> int:
 
 
 def sampler(target: Target, functions: Sequence[Callable[[], Any]]) -> tuple[Callable[[], float], str]:
-    """What times a call; one of many milliseconds is called less often, a slow peer once a sample."""
+    """Return a function that times a call: long calls are sampled less often, and a slow peer runs once a sample."""
     if target.rehearsal:
         return target.seconds_a_call(functions)
     clock = timing._Clock("cuda")

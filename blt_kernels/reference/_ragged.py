@@ -1,4 +1,4 @@
-"""What the references share about ragged data."""
+"""Helpers of the references for ragged data."""
 
 from __future__ import annotations
 
