@@ -30,7 +30,7 @@ _COMPILERS = ("nvcc", "nvrtc", "none")
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load_cpu` did.
+    """Result of `load_cpu`.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ def runnable() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LoadedCuda:
-    """What `load_cuda` did.
+    """Result of `load_cuda`.
 
     Attributes
     ----------

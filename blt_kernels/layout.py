@@ -337,7 +337,7 @@ def _unflatten(tensors: Iterable[Tensor], _context: None) -> PatchLayout:
 
 @dataclass(frozen=True, eq=False)
 class AttentionRanges:
-    """Which keys each query of attention sees, and which queries each key: what `attention_ranges` returns.
+    """The range of keys that each query attends to, and of queries that attend to each key; made by `attention_ranges`.
 
     Attributes
     ----------

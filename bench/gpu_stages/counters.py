@@ -50,7 +50,7 @@ def profile(target: Target) -> Iterator[Row]:
 
 
 def rows_of(output: str) -> Iterator[Row]:
-    """Make a row for each kernel, from the table that ``ncu --csv --page raw`` prints behind the output of the program."""
+    """Make a row for each kernel from the table that ``ncu --csv --page raw`` prints after the program's output."""
     begin = output.find('"ID"')
     for line in csv.DictReader(io.StringIO(output[begin:] if begin >= 0 else "")):
         if not line["ID"] or not line.get("Kernel Name"):  # the units, or what is printed behind the table

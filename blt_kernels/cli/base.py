@@ -93,7 +93,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, without the line breaks and the errno."""
+    """Return the message of an error without line breaks and errno."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
         return f"{where}{error.strerror}"
