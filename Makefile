@@ -104,5 +104,5 @@ clean:  ## Remove everything that was built; .venv stays
 
 .venv/built: .venv/installed CMakeLists.txt setup.py blt_kernels/_version.py $(SOURCES)
 	$(say) 'building the compiled module, and installing the package in .venv'
-	PYTHONWARNINGS='ignore:Editable installation' $(PIP) install --no-build-isolation --editable '.[cli,test,dev,jit]'
+	PYTHONWARNINGS='ignore:Editable installation' $(PIP) install --no-build-isolation --editable '.[cli,train,test,dev,jit]'
 	@touch $@

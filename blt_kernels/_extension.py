@@ -15,13 +15,16 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
-from importlib.util import module_from_spec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from blt_kernels import _nvrtc
+
+# The operators, and the op that each is of: `ops/<op>.py` defines it. Whoever defines an operator adds it.
+OPERATORS: dict[str, str] = {}
 
 ISAS = ("v4", "v3", "v2", "plain")
 _BY_CAPABILITY = {"AVX512": ("v4", "v3", "v2"), "AVX2": ("v3", "v2")}
@@ -173,6 +176,23 @@ def _without(reason: str, asked: str | None, *, warn: bool = False) -> LoadedCud
     if warn:
         warnings.warn(f"blt_kernels runs on its slow references on CUDA: {reason}", RuntimeWarning, stacklevel=3)
     return LoadedCuda(None, None, reason)
+
+
+def owner(operator: str, device: str) -> str:
+    """Return who computes ``blt_kernels::operator`` on "CPU" or "CUDA": "C++ (v4)", "CUDA (nvcc)", "Triton".
+
+    It is the reference where no kernel is registered.
+    """
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::{operator}", device):
+        return "reference"
+    if device == "CPU":
+        return f"C++ ({load_cpu().isa})"
+    return "Triton" if is_triton(OPERATORS[operator]) else f"CUDA ({load_cuda().compiler})"
+
+
+def is_triton(op: str) -> bool:
+    """Return whether an op's kernels for CUDA are in ``triton/``, and not in a compiled module."""
+    return find_spec(f"blt_kernels.triton.{op}") is not None
 
 
 def _import(name: str, path: Path) -> ModuleType:

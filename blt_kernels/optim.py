@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels.ops import _common
-from blt_kernels.reference import optim as reference
+from blt_kernels.ops.optim import rowwise_adagrad_step, sgd_step
 
 
 class _SparseOptimizer(torch.optim.Optimizer):
@@ -92,7 +92,7 @@ class SGD(_SparseOptimizer):
         super().__init__(params, lr=lr)
 
     def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
-        torch.ops.blt_kernels.sgd_step(table, rows, values, group["lr"])
+        sgd_step(table, rows, values, group["lr"])
 
 
 class RowwiseAdagrad(_SparseOptimizer):
@@ -147,29 +147,4 @@ class RowwiseAdagrad(_SparseOptimizer):
             dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
             start = group["initial_accumulator_value"]
             state["sum"] = torch.full((table.shape[0],), start, dtype=dtype, device=table.device)
-        torch.ops.blt_kernels.rowwise_adagrad_step(table, state["sum"], rows, values, group["lr"], group["eps"])
-
-
-# --- schemas, references and fakes ------------------------------------------------------------------------------------
-# rows are unique and in rising order.
-
-_common.define(
-    "sgd_step",
-    "(Tensor(a!) table, Tensor rows, Tensor values, float lr) -> ()",
-    reference.sgd_step_reference,
-)
-_common.define(
-    "rowwise_adagrad_step",
-    "(Tensor(a!) table, Tensor(b!) sums, Tensor rows, Tensor values, float lr, float eps) -> ()",
-    reference.rowwise_adagrad_step_reference,
-)
-
-
-@torch.library.register_fake("blt_kernels::sgd_step")
-def _(table: Tensor, rows: Tensor, values: Tensor, lr: float) -> None:
-    return None
-
-
-@torch.library.register_fake("blt_kernels::rowwise_adagrad_step")
-def _(table: Tensor, sums: Tensor, rows: Tensor, values: Tensor, lr: float, eps: float) -> None:
-    return None
+        rowwise_adagrad_step(table, state["sum"], rows, values, group["lr"], group["eps"])

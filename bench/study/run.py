@@ -36,8 +36,10 @@ from blt_kernels.flops import Config, Rows, count_flops, paper_flops
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByteConfig, load_model
 from blt_kernels.nn import TransformerConfig
 from blt_kernels.train import data
+from blt_kernels.train.build import build_model
+from blt_kernels.train.config import TrainConfig
 from blt_kernels.train.evaluate import measure, threshold_for_patch_size
-from blt_kernels.train.loop import TrainConfig, build_model, train
+from blt_kernels.train.loop import train
 from study import report
 from study.report import Outcome
 from study.text import CLEAN, CONDITIONS, HELDOUT, SPLIT_SEED, Corpus, prepare

@@ -15,6 +15,8 @@ import typer
 
 from blt_kernels.cli.console import Color
 
+# Packages that some commands need, and the extra that brings each.
+EXTRAS = {"matplotlib": "cli", "safetensors": "cli", "numpy": "train"}
 EXPECTED = (OSError, ValueError, ImportError, MemoryError)
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click inside of typer, which exports only subclasses
 _INT64 = range(-(1 << 63), 1 << 63)
@@ -97,6 +99,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
         return f"{where}{error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"{error.name} is not installed: pip install 'blt-kernels[{EXTRAS[error.name]}]'"
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (MemoryError, RuntimeError)):
         return f"not enough memory for a model or batch of this size: {text[:200]}"

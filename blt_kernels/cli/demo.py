@@ -19,7 +19,8 @@ from torch import Tensor
 from blt_kernels.cli.base import ColorOption, Command, app
 from blt_kernels.cli.console import Color, console
 from blt_kernels.cli.patch import show
-from blt_kernels.cli.patch.stream import Rules, Scheme, load_model
+from blt_kernels.cli.patch.model import load_entropy_model
+from blt_kernels.cli.patch.rules import Rules, Scheme
 from blt_kernels.ids import to_ids
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.blt import BLT
@@ -74,7 +75,7 @@ def run(file: Path | None, *, rounds: int, color: Color) -> None:
         data = source.read(MOST)
     if not data:
         raise ValueError(f"FILE {file}: expected at least one byte, got an empty file")
-    patcher = load_model()
+    patcher = load_entropy_model()
     show.run([str(file)], Rules(Scheme.entropy), show.Outputs(max_show=SHOWN), None, color)
 
     out = console(color)

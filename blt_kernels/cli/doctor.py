@@ -15,43 +15,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from blt_kernels import _extension, attention_backend
-from blt_kernels.cli.base import ColorOption, Command, JsonOption, app, package_version
+from blt_kernels.cli.base import EXTRAS, ColorOption, Command, JsonOption, app, package_version
 from blt_kernels.cli.console import Color, console
 from blt_kernels.models.byte_lm import BUNDLED
 from blt_kernels.triton import attention_flash
 
-# The operator that stands for each public op.
-OPS = {
-    "entropy_patch": "entropy_patch_fwd",
-    "token_entropy": "token_entropy_fwd",
-    "linear_entropy": "linear_entropy_fwd",
-    "patch_starts": "patch_starts_fwd",
-    "space_patch": "space_patch_fwd",
-    "static_patch, byte_patch": "static_patch_fwd",
-    "delimiter_patch": "delimiter_patch_fwd",
-    "topk_patch": "topk_patch_fwd",
-    "patch_pool": "patch_pool_fwd",
-    "patch_unpool": "patch_unpool_fwd",
-    "ngram_hash": "ngram_hash_fwd",
-    "ngram_hash_embed": "ngram_hash_embed_fwd",
-    "block_causal_attention": "block_causal_attention_fwd",
-    "attention_ranges": "block_causal_attention_ranges_fwd",
-    "patch_cross_attention": "patch_cross_attention_fwd",
-    "optim.SGD": "sgd_step",
-    "optim.RowwiseAdagrad": "rowwise_adagrad_step",
-}
 DEVICES = ("CPU", "CUDA")
-TRITON = ("block_causal_attention_fwd", "block_causal_attention_ranges_fwd")  # whose kernels on CUDA are Triton's
-EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "cli", "safetensors": "cli"}
 
 
-def owner(operator: str, device: str) -> str:
-    """Who computes ``blt_kernels::operator`` on a device: "C++ (v4)", or "reference" where no kernel is registered."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::{operator}", device):
-        return "reference"
-    if device == "CPU":
-        return f"C++ ({_extension.load_cpu().isa})"
-    return str(attention()["forward"]) if operator in TRITON else f"CUDA ({_extension.load_cuda().compiler})"
+def owners() -> dict[str, dict[str, str]]:
+    """Who computes each op on each device, by the name of its operator without ``_fwd``."""
+    forward = sorted(name for name in _extension.OPERATORS if name.endswith(("_fwd", "_step")))
+    found = {name.removesuffix("_fwd"): {d: _extension.owner(name, d) for d in DEVICES} for name in forward}
+    for by_device in found.values():
+        if by_device["CUDA"] == "Triton":
+            by_device["CUDA"] = str(attention()["forward"])
+    return found
 
 
 def attention() -> dict[str, Any]:
@@ -75,9 +54,8 @@ def report() -> dict[str, Any]:
         missing.append({"what": f"CUDA kernels: {cuda.reason}", "command": "pip install 'blt-kernels[jit]'"})
     for package, extra in EXTRAS.items():
         if importlib.util.find_spec(package) is None:
-            missing.append(
-                {"what": f"{package}, for the command line", "command": f"pip install 'blt-kernels[{extra}]'"}
-            )
+            purpose = "training and evaluation" if extra == "train" else "the command line"
+            missing.append({"what": f"{package}, for {purpose}", "command": f"pip install 'blt-kernels[{extra}]'"})
     if not BUNDLED.is_file():
         missing.append({"what": "the entropy model of the package", "command": "blt-kernels train entropy PATH..."})
     if shutil.which("c++") is None and shutil.which("g++") is None:
@@ -101,7 +79,7 @@ def report() -> dict[str, Any]:
         },
         "cuda": {"compiler": cuda.compiler, "path": cuda.path, "reason": cuda.reason},
         "attention": attention(),
-        "ops": {name: {device: owner(operator, device) for device in DEVICES} for name, operator in OPS.items()},
+        "ops": owners(),
         "missing": missing,
     }
 

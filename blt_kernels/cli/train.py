@@ -12,7 +12,8 @@ from blt_kernels.cli.base import ColorOption, Command, app, given
 from blt_kernels.cli.console import Color, console, step_bar
 
 if TYPE_CHECKING:
-    from blt_kernels.train.loop import Progress, TrainConfig
+    from blt_kernels.train.config import TrainConfig
+    from blt_kernels.train.loop import Progress
 
 _PLAIN_EVERY = 100  # steps between lines where there is no terminal to draw a bar on
 
@@ -98,7 +99,7 @@ def train(
 
     On several processes: torchrun --nproc-per-node 2 -m blt_kernels train ...
     """
-    from blt_kernels.train.loop import TrainConfig  # takes 0.7 s, which no other command should wait for
+    from blt_kernels.train.config import TrainConfig  # needs numpy, of the extra `train`
 
     if model != "entropy" and given(ctx, "patch_size"):
         raise ValueError(
@@ -160,7 +161,7 @@ def run(config: TrainConfig, color: Color = Color.auto) -> None:
 
     Of several ranks, the first one talks.
     """
-    from blt_kernels.train.loop import train as train_model
+    from blt_kernels.train.loop import train as train_model  # takes 0.7 s, which no other command should wait for
     from blt_kernels.train.parallel import is_first
 
     if not is_first():

@@ -17,27 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blt_kernels._extension import OPERATORS
 from blt_kernels.ops import _common
-
-_OPS = {
-    "entropy_patch": ("entropy_patch", "patch_starts", "space_patch", "static_patch", "delimiter_patch"),
-    "patch_pool": ("patch_pool",),
-    "patch_unpool": ("patch_unpool",),
-    "ngram_hash_embed": ("ngram_hash_embed",),
-    "block_causal_attention": ("block_causal_attention", "attention_ranges"),
-    "patch_cross_attention": ("patch_cross_attention",),
-}
 
 
 @cache
 def load_ops(kind: str) -> SimpleNamespace:
-    """The functions that a model calls, by op name: the public ops (``"fused"``) or their ``"reference"``."""
+    """Return the functions that a model calls, by name: the public ops (``"fused"``) or their ``"reference"``."""
     _common.check_choice("ops", kind, ("fused", "reference"))
-    package, suffix = ("ops", "") if kind == "fused" else ("reference", "_reference")
     functions = {}
-    for file, names in _OPS.items():
-        module = import_module(f"blt_kernels.{package}.{file}")
-        functions.update({name: getattr(module, name + suffix) for name in names})
+    for op in dict.fromkeys(OPERATORS.values()):
+        public, reference = (import_module(f"blt_kernels.{package}.{op}") for package in ("ops", "reference"))
+        names = [name for name in vars(public) if hasattr(reference, f"{name}_reference")]
+        for name in names:
+            functions[name] = getattr(public, name) if kind == "fused" else getattr(reference, f"{name}_reference")
     return SimpleNamespace(**functions)
 
 

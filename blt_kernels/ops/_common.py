@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from blt_kernels._extension import OPERATORS
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _autograd
 
@@ -21,6 +22,7 @@ def define(name: str, schema: str, reference: Callable) -> None:
     torch.library.define(f"blt_kernels::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"blt_kernels::{name}", "default", reference)
     _autograd.register_vmap(name)
+    OPERATORS[name] = reference.__module__.rpartition(".")[2]
 
 
 def check_tensor(name: str, value: object, dims: int | Sequence[int], dtypes: Sequence[torch.dtype]) -> None:

@@ -24,7 +24,7 @@ from blt_kernels.ops.token_entropy import token_entropy
 from blt_kernels.train import checks, data
 from blt_kernels.train.ngram import NgramModel
 from blt_kernels.train.parallel import Ranks
-from blt_kernels.train.stored_patches import RowPatches
+from blt_kernels.train.row_patches import RowPatches
 
 Report = Callable[[int, int, float], None]  # bytes done, bytes in all, bits per byte so far
 

@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,130 +27,25 @@ from typing import Any
 import torch
 
 from blt_kernels._files import locked, write_text
-from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, load_model
-from blt_kernels.models.base import ByteModel, config_from_dict
-from blt_kernels.models.checkpoint import llama
+from blt_kernels.models import BLT, ByteLM
+from blt_kernels.models.base import ByteModel
 from blt_kernels.nn import TransformerLayer, next_byte_bits, next_byte_targets
-from blt_kernels.train import checks, data, parallel, state
+from blt_kernels.train import data, parallel, state
+from blt_kernels.train.build import MODELS, build_model
+from blt_kernels.train.config import TrainConfig
 from blt_kernels.train.evaluate import measure, threshold_for_patch_size
 from blt_kernels.train.log import Log, draw_curve
-from blt_kernels.train.stored_patches import RowPatches, StoredPatches, model_digest, provenance
+from blt_kernels.train.row_patches import RowPatches
+from blt_kernels.train.stored_patches import StoredPatches, model_digest, provenance
 
 # Options that decide how a run is watched, stored and computed, but for rounding not what it computes.
 _FREE = (
     *("paths", "out", "checkpoint_every", "checkpoint_seconds", "log_every", "tensorboard", "patch_size", "save_bf16"),
     *("device", "accumulate", "checkpoint_activations", "compile", "parallel", "shard_tables", "patches", "keep"),
 )
-_MODELS: dict[str, type[ByteModel]] = {"entropy": ByteLM, "blt": BLT, "megabyte": MegaByte}
 _GLOBAL_LAYERS = ("global_transformer.layers.", "global_layers.")
 # What the threshold of an entropy model is chosen on. Rows begin with two short patches: they should be long.
 _THRESHOLD_BYTES, _THRESHOLD_CONTEXT = 1 << 20, 2048
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that a run depends on.
-
-    `model` is "entropy", "blt" or "megabyte"; `preset` "small", as for None, or "paper"; `overrides` replaces fields of
-    that configuration. `batch_bytes` ids make a step, in pieces of at most `context`. A fraction `heldout` of the files
-    is never trained on; at most `eval_bytes` of them are measured every `eval_every` steps, all of them at the end.
-    `patcher` is the entropy model of a BLT with entropy patching; if None, that of `init`, or the bundled one.
-    `out` is left out where it lies inside of `paths`. A checkpoint is written every `checkpoint_every` steps, and no
-    later than `checkpoint_seconds` after the last. `bf16` is autocast: faster on CPUs with AMX, and on GPUs.
-    `save_bf16` halves the size of the final model. An entropy model is saved with the threshold that makes patches of
-    `patch_size` bytes on held-out files, or on those of the training if none is held out.
-
-    `accumulate` micro-batches of a rank make its share of a step. `checkpoint_activations` computes every layer twice
-    to keep only its input, with the same numbers. `compile` compiles the layers, once for all lengths. On several
-    ranks, `parallel` is "ddp" or "fsdp", and `shard_tables` shares out the rows of a BLT's hash tables with "ddp" too.
-
-    `init_global` is a Llama checkpoint, see `blt_kernels.models.checkpoint.llama`: the global transformer of a BLT gets
-    its shape, unless `overrides` has one, and begins with its weights. `global_learning_rate` is the `learning_rate` of
-    that transformer's layers, with the same course. `tensorboard` asks for events, or for none; None wants them if it
-    is installed.
-
-    `init` is a model of that kind, as `blt_kernels.models.load_model` reads it, that the run begins as: it has the
-    configuration and the weights, and a BLT its patcher, unless `patcher` is another one. `preset` and `overrides` may
-    then only repeat what the model has.
-
-    The learning rate rises for `warmup` steps and falls along a cosine until the last of `steps`. A run may go on with
-    more `steps`: from there on it has the learning rate that a run of that length has at the same step. `keep` is how
-    many checkpoints, the newest ones, stay.
-
-    `patches` is a folder of stored patches (see `blt_kernels.train.stored_patches`): a BLT that patches as they were
-    made reads them instead of running its entropy model, and on the CPU ends in bitwise the same weights.
-    """
-
-    model: str
-    paths: Sequence[Path]
-    out: Path
-    preset: str | None = None
-    overrides: dict[str, Any] = field(default_factory=dict)
-    patcher: Path | None = None
-    include: Sequence[str] = ("*",)
-    heldout: float = 0.05
-    seed: int = 0
-    steps: int = 3000
-    batch_bytes: int = 4096
-    context: int = 2048
-    learning_rate: float = 3e-3
-    final_learning_rate: float = 3e-5
-    warmup: int = 50
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    bf16: bool = False
-    save_bf16: bool = False
-    patch_size: float = 4.5
-    ops: str = "fused"
-    device: str = "cpu"
-    eval_every: int = 500
-    eval_bytes: int = 1 << 18
-    checkpoint_every: int = 200
-    checkpoint_seconds: float = 60.0
-    log_every: int = 10
-    accumulate: int = 1
-    checkpoint_activations: bool = False
-    compile: bool = False
-    parallel: str = "ddp"
-    shard_tables: bool = False
-    init_global: Path | None = None
-    global_learning_rate: float | None = None
-    tensorboard: bool | None = None
-    patches: Path | None = None
-    init: Path | None = None
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        if self.model not in ("entropy", "blt", "megabyte"):
-            raise ValueError(f"model: expected 'entropy', 'blt' or 'megabyte', got {self.model!r}")
-        if self.preset not in (None, "small", "paper"):
-            raise ValueError(f"preset: expected 'small' or 'paper', got {self.preset!r}")
-        if self.parallel not in ("ddp", "fsdp"):
-            raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {self.parallel!r}")
-        for name in ("init_global", "patches", "patcher"):
-            if self.model != "blt" and getattr(self, name) is not None:
-                raise ValueError(f"{name}: expected None, since model is {self.model!r}, got {getattr(self, name)}")
-        if self.init is not None and self.init_global is not None:
-            raise ValueError(f"init_global: expected None beside init, got {self.init_global}")
-        if self.model == "entropy" and self.global_learning_rate is not None:
-            got = self.global_learning_rate
-            raise ValueError(f"global_learning_rate: expected None, since model is 'entropy', got {got}")
-        for name in ("batch_bytes", "context"):
-            checks.check_count(name, getattr(self, name), 2)
-        for name in ("steps", "eval_every", "eval_bytes", "checkpoint_every", "log_every", "accumulate", "keep"):
-            checks.check_count(name, getattr(self, name), 1)
-        for name in ("warmup", "seed"):
-            checks.check_count(name, getattr(self, name), 0)
-        checks.check_finite("learning_rate", self.learning_rate, 0, exclusive=True)
-        checks.check_finite("final_learning_rate", self.final_learning_rate, 0)
-        if self.global_learning_rate is not None:
-            checks.check_finite("global_learning_rate", self.global_learning_rate, 0, exclusive=True)
-        checks.check_finite("checkpoint_seconds", self.checkpoint_seconds, 0)
-        checks.check_finite("patch_size", self.patch_size, 1)
-        data.check_heldout(self.heldout)
-        checks.check_device(self.device)
-        if self.shard_tables and self.model != "blt":
-            raise ValueError(f"shard_tables: expected False, since model is {self.model!r}, got True")
 
 
 @dataclass(frozen=True)
@@ -172,102 +67,6 @@ class TrainResult:
     curve: Path
     heldout_bits: float | None
     heldout_bytes: int
-
-
-def build_model(config: TrainConfig) -> ByteModel:
-    """The model that a run begins as: the one in `init`, or a freshly initialised one.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        A file is not there or holds another model, or `init` contradicts another option; the message names it.
-    """
-    model = _initial_model(config) if config.init is not None else _fresh_model(config)
-    if model.config_class is BLTConfig:
-        patching = model.config.patching
-        data.check_patching("--set patching", patching)
-        if patching != "entropy" and config.patcher is not None:
-            raise ValueError(f"patcher: expected None, since patching is {patching!r}, got {config.patcher}")
-    return model
-
-
-def _fresh_model(config: TrainConfig) -> ByteModel:
-    """The patcher of a BLT is loaded, and its global transformer with `init_global`."""
-    values = {**_preset(config), **config.overrides}
-    if config.model == "entropy":
-        return ByteLM(_config(ByteLMConfig, values), config.ops)
-    if config.model == "megabyte":
-        return MegaByte(_config(MegaByteConfig, values), config.ops)
-    if config.init_global is not None and "global_transformer" not in config.overrides:
-        with checks.reading("init_global"):
-            values["global_transformer"] = asdict(llama.read_config(config.init_global))
-    patcher = None
-    if values["patching"] == "entropy":
-        patcher = _patcher(config)
-        values["threshold"] = config.overrides.get("threshold", patcher.config.threshold)
-    model = BLT(_config(BLTConfig, {**values, "patcher": patcher and asdict(patcher.config)}), config.ops)
-    if patcher is not None:
-        assert model.patcher is not None  # the configuration has one
-        model.patcher.load_state_dict(patcher.state_dict())
-    if config.init_global is not None:
-        with checks.reading("init_global"):
-            llama.load_global_transformer(model, config.init_global)
-    return model
-
-
-def _config(cls: type, values: dict[str, Any]) -> Any:
-    """The configuration with `overrides` in it."""
-    try:
-        return config_from_dict(cls, values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"overrides: {error}") from error
-
-
-def _initial_model(config: TrainConfig) -> ByteModel:
-    """The model in `init`, in fp32: a BLT with its own patcher, unless `patcher` is given."""
-    assert config.init is not None
-    cls = _MODELS[config.model]
-    with checks.reading("init"):
-        model = load_model(config.init, config.ops, dtype=torch.float32)
-    if type(model) is not cls:
-        expected, got = cls.__name__, type(model).__name__
-        raise ValueError(f"init: expected a {expected}, since model is {config.model!r}, got a {got} in {config.init}")
-    given = dict(config.overrides)
-    if isinstance(model, BLT) and model.config.patching == "entropy":
-        if config.patcher is not None:
-            model.patcher = _patcher(config).requires_grad_(False)
-            threshold = config.overrides.get("threshold", model.patcher.config.threshold)
-            model.config = replace(model.config, patcher=model.patcher.config, threshold=threshold)
-        elif model.patcher is None:
-            raise ValueError(f"patcher: expected an entropy model, since there is none in {config.init}, got None")
-    if config.preset is not None:
-        preset = _preset(config)
-        given = {**{name: preset[name] for name in preset if name not in ("threshold", "patcher")}, **given}
-    wanted = _config(type(model.config), {**asdict(model.config), **given})
-    for name in given:
-        has, want = getattr(model.config, name), getattr(wanted, name)
-        if has != want:
-            option = f"--set {name}" if name in config.overrides else f"preset {config.preset!r}: {name}"
-            raise ValueError(f"{option}: expected {has!r}, as in {config.init}, got {want!r}")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # what was loaded may be the mapped file
-    return model
-
-
-def _preset(config: TrainConfig) -> dict[str, Any]:
-    """The configuration that `preset` names."""
-    config_class: Any = {"entropy": ByteLMConfig, "blt": BLTConfig, "megabyte": MegaByteConfig}[config.model]
-    return asdict(config_class() if config.preset == "paper" else config_class.small())
-
-
-def _patcher(config: TrainConfig) -> ByteLM:
-    path = config.patcher
-    if path is None:
-        return ByteLM.bundled(config.ops)
-    with checks.reading("patcher"):
-        if path.is_dir():
-            return ByteLM.from_pretrained(path, config.ops, dtype=torch.float32)
-        return ByteLM.load(path, config.ops, dtype=torch.float32)
 
 
 def train(config: TrainConfig, report: Callable[[Progress], None] | None = None) -> TrainResult:
@@ -318,7 +117,7 @@ class _Run:
     def __init__(self, config: TrainConfig, ranks: parallel.Ranks) -> None:
         for package in ("safetensors", "matplotlib"):  # better missed now than after the training
             if find_spec(package) is None:
-                raise ImportError(f"training needs {package}: pip install 'blt-kernels[cli]'")
+                raise ImportError(f"training needs {package}: pip install 'blt-kernels[train]'")
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
         sources = data.find_sources(config.paths, config.include, left_out=self.out)
@@ -424,7 +223,7 @@ class _Run:
         """The model, or, where its parameters may be sharded, another one with those of the checkpoint."""
         if self.ranks.world == 1:
             return self.model
-        cls: Any = _MODELS[self.config.model]
+        cls: Any = MODELS[self.config.model]
         model = cls(self.model.config, self.config.ops)  # the files of `build_model` may have changed
         checkpoint = state.latest(self.out / "checkpoint")
         assert checkpoint is not None  # there is always one

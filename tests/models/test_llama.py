@@ -14,6 +14,8 @@ from blt_kernels.models import BLT, BLTConfig
 from blt_kernels.models.checkpoint.llama import load_global_transformer, read_config
 from blt_kernels.nn import TransformerConfig, rotary_table
 from blt_kernels.train import loop
+from blt_kernels.train.build import build_model
+from blt_kernels.train.config import TrainConfig
 from blt_kernels.train.parallel import Ranks
 
 transformers = pytest.importorskip("transformers")
@@ -151,10 +153,8 @@ def test_training_begins_with_llama_and_its_own_learning_rate(tmp_path: Path) ->
     changes = {"encoder": local, "decoder": local, "patching": "space", "ngram_vocab": 16}
     options: dict[str, Any] = {"overrides": changes, "heldout": 0.0, "batch_bytes": 100, "tensorboard": False}
     options |= {"init_global": tmp_path / "llama", "learning_rate": 1e-2, "warmup": 0}
-    config = loop.TrainConfig(
-        "blt", [tmp_path / "text"], tmp_path / "run", global_learning_rate=1e-3, clip=1e9, **options
-    )
-    model = loop.build_model(config)
+    config = TrainConfig("blt", [tmp_path / "text"], tmp_path / "run", global_learning_rate=1e-3, clip=1e9, **options)
+    model = build_model(config)
     assert isinstance(model, BLT)
     assert model.config.global_transformer == read_config(tmp_path / "llama")
     fresh = make_blt(model.config.global_transformer)
@@ -171,4 +171,4 @@ def test_training_begins_with_llama_and_its_own_learning_rate(tmp_path: Path) ->
         assert 0.5 * rate < moved < 2.5 * rate, name
     for wrong in ({"model": "megabyte"}, {"model": "entropy", "init_global": None, "global_learning_rate": 1e-3}):
         with pytest.raises(ValueError, match="expected None, since model is"):
-            loop.TrainConfig(**{"paths": [], "out": tmp_path, **options, **wrong})
+            TrainConfig(**{"paths": [], "out": tmp_path, **options, **wrong})

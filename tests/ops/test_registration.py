@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
 import re
@@ -17,19 +16,17 @@ from op_calls import has_cpu_kernel, make, raw_calls
 
 import blt_kernels
 from blt_kernels import _extension
+from blt_kernels._extension import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(blt_kernels.__file__).parent
-OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
-NAMES = sorted(
-    n.removeprefix("blt_kernels::") for n in torch._C._dispatch_get_all_op_names() if n[:13] == "blt_kernels::"
-)
-EVERY_OP = pytest.mark.parametrize("op", OPS)
-EVERY_OPERATOR = pytest.mark.parametrize("operator", NAMES)
-# Where operators are defined: the ops, and the steps of optimizers, which change a table in place.
-DEFINED_IN = {op: PACKAGE / "ops" / f"{op}.py" for op in OPS} | {"optim": PACKAGE / "optim.py"}
-STEPS = [n for n in NAMES if n.endswith("_step")]
-COMPILED = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} & set(DEFINED_IN)
+OPS = sorted(set(OPERATORS.values()))
+# The steps of optimizers change a table in place: they have no derivative, and tests of their own in test_optim.py.
+STEPS = [name for name in OPERATORS if name.endswith("_step")]
+WITH_CASES = sorted({op for operator, op in OPERATORS.items() if operator not in STEPS})
+EVERY_OP = pytest.mark.parametrize("op", WITH_CASES)
+EVERY_OPERATOR = pytest.mark.parametrize("operator", sorted(OPERATORS))
+COMPILED = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} & set(OPS)
 
 
 def overload(operator: str) -> torch._ops.OpOverload:
@@ -44,27 +41,12 @@ def reference_of(op: str) -> ModuleType:
     return importlib.import_module(f"blt_kernels.reference.{op}")
 
 
-def op_of(operator: str) -> str:
-    """The file that defines an operator."""
-    owners = [op for op, path in DEFINED_IN.items() if f'"{operator}"' in path.read_text()]
-    assert len(owners) == 1, f"{operator} is named in {owners}"
-    return owners[0]
-
-
 def has(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::{operator}", key)
 
 
-def test_all_seven_ops_are_there() -> None:
-    assert OPS == [
-        "block_causal_attention",
-        "entropy_patch",
-        "ngram_hash_embed",
-        "patch_cross_attention",
-        "patch_pool",
-        "patch_unpool",
-        "token_entropy",
-    ]
+def test_a_file_of_ops_is_one_op() -> None:
+    assert [path.stem for path in sorted((PACKAGE / "ops").glob("[!_]*.py"))] == OPS
 
 
 @EVERY_OP
@@ -104,7 +86,7 @@ def test_a_public_function_takes_what_its_reference_takes(name: str) -> None:
 
 @EVERY_OPERATOR
 def test_an_operator_takes_the_arguments_of_its_reference_in_order(operator: str) -> None:
-    module = reference_of(op_of(operator))
+    module = reference_of(OPERATORS[operator])
     names = (f"{operator}_reference", f"{operator.removesuffix('_fwd')}_reference")
     reference = next(getattr(module, n) for n in names if hasattr(module, n))
     assert schema_arguments(operator) == list(inspect.signature(reference).parameters)
@@ -118,17 +100,17 @@ def test_an_operator_has_a_reference_a_fake_and_a_backward(operator: str) -> Non
     if operator in STEPS:
         assert not has(operator, "Autograd")
     elif operator.endswith("_bwd"):
-        assert operator.replace("_sparse_bwd", "_bwd").replace("_bwd", "_fwd") in NAMES
+        assert operator.replace("_sparse_bwd", "_bwd").replace("_bwd", "_fwd") in OPERATORS
         assert has(operator, "Autograd"), "its second derivative would be 0"
     else:
-        differentiates = f"{operator.removesuffix('_fwd')}_bwd" in NAMES or operator == "entropy_patch_fwd"
+        differentiates = f"{operator.removesuffix('_fwd')}_bwd" in OPERATORS or operator == "entropy_patch_fwd"
         assert has(operator, "Autograd") == differentiates
 
 
 @EVERY_OPERATOR
 def test_a_compiled_op_is_compiled_whole(operator: str) -> None:
     """One owner for an op on a device: all of its operators have a kernel on the CPU, or none has."""
-    op = op_of(operator)
+    op = OPERATORS[operator]
     if _extension.load_cpu().isa is None:
         pytest.skip("no compiled module")
     assert has_cpu_kernel(overload(operator)) == (op in COMPILED)
@@ -141,17 +123,18 @@ def test_a_compiled_op_is_compiled_whole(operator: str) -> None:
 
 
 CUDA_SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}
-CUDA = set(CUDA_SOURCES) & set(DEFINED_IN)
+CUDA = set(CUDA_SOURCES) & set(OPS)
 
 
-def test_the_ops_that_cuda_cpp_owns() -> None:
-    assert sorted(CUDA) == sorted(set(DEFINED_IN) - {"block_causal_attention"}), "attention is Triton's on a GPU"
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_one_owner_on_cuda(op: str) -> None:
+    assert _extension.is_triton(op) != (op in CUDA)
 
 
 @EVERY_OPERATOR
 def test_an_op_has_all_of_its_cuda_kernels(operator: str) -> None:
     """Launchers are registered under CUDA in ``_C_cuda`` and ``_C_jit``, and for the emulator, from one source."""
-    op = op_of(operator)
+    op = OPERATORS[operator]
     assert (operator in emulated()) == (op in CUDA)
     if op not in CUDA:
         return
@@ -166,9 +149,9 @@ def test_kernels_are_named_after_their_op() -> None:
     """Those that launch under the name of an operator; steps that several share have names of their own."""
     names = {kernel.split("<")[0].removeprefix("blt::") for kernel in emulator().kernels() if "anonymous" not in kernel}
     assert all(name.endswith("_kernel") for name in names)
-    by_layout = {"entropy_patch_fwd", *(n for n in NAMES if n.endswith(("_patch_fwd", "_starts_fwd")))}
+    by_layout = {"entropy_patch_fwd", *(n for n in OPERATORS if n.endswith(("_patch_fwd", "_starts_fwd")))}
     by_token_entropy = {"linear_entropy_fwd", "linear_entropy_bwd"}
-    owned = [n for n in NAMES if n in emulated() and n not in by_layout | by_token_entropy]
+    owned = [n for n in OPERATORS if n in emulated() and n not in by_layout | by_token_entropy]
     assert [n for n in owned if not any(name.startswith(n.rsplit("_", 1)[0]) for name in names)] == []
 
 
@@ -180,28 +163,5 @@ def test_cases_reach_every_operator() -> None:
             reached.add(name)
             if case.differentiable and name.endswith("_fwd"):
                 differentiable.add(name)
-    assert sorted(reached) == sorted(set(NAMES) - set(STEPS)), "steps are in test_optim.py"
-    assert {n for n in NAMES if n.endswith("_fwd") and has(n, "Autograd")} == differentiable
-
-
-def imported(path: Path) -> set[str]:
-    """The modules and names of this package that a file imports."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return {name for name in names if name.startswith("blt_kernels")}
-
-
-@pytest.mark.parametrize(
-    ("folder", "allowed"),
-    [
-        ("reference", ("blt_kernels.layout.", "blt_kernels.reference.")),
-        ("ops", ("blt_kernels.layout.", "blt_kernels.ops.", "blt_kernels.reference", "blt_kernels.triton")),
-    ],
-)
-def test_imports_go_one_way(folder: str, allowed: tuple[str, ...]) -> None:
-    for path in (PACKAGE / folder).glob("*.py"):
-        assert [name for name in imported(path) if not name.startswith(allowed)] == [], path
+    assert sorted(reached) == sorted(set(OPERATORS) - set(STEPS)), "steps are in test_optim.py"
+    assert {n for n in OPERATORS if n.endswith("_fwd") and has(n, "Autograd")} == differentiable

@@ -26,10 +26,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import blt_kernels as bk
+from blt_kernels import _extension
 from blt_kernels.cli import app, doctor, main
+from blt_kernels.cli.patch.model import load_entropy_model
 from blt_kernels.cli.patch.render import glyphs, printable
-from blt_kernels.cli.patch.show import Window
-from blt_kernels.cli.patch.stream import load_model, with_entropy
+from blt_kernels.cli.patch.stream import with_entropy
+from blt_kernels.cli.patch.window import Window
 from blt_kernels.models import ByteLM
 from blt_kernels.models.characters import patches_of_whole_characters
 from blt_kernels.models.config import ByteLMConfig
@@ -101,7 +103,7 @@ def starts_of(layout: bk.PatchLayout) -> list[int]:
 
 
 def entropies_of(data: bytes) -> torch.Tensor:
-    return torch.cat([entropy for _, entropy in with_entropy([data], load_model())])
+    return torch.cat([entropy for _, entropy in with_entropy([data], load_entropy_model())])
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def test_options_of_rules_without_a_model(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], lambda h: bk.patch_starts(h, threshold=load_model().config.threshold)),
+        ([], lambda h: bk.patch_starts(h, threshold=load_entropy_model().config.threshold)),
         (["--threshold=1.25"], lambda h: bk.patch_starts(h, threshold=1.25)),
         (["--threshold=-1"], lambda h: bk.patch_starts(h, threshold=-1)),
         (["--threshold=0.2", "--monotonic"], lambda h: bk.patch_starts(h, threshold=0.2, monotonic=True)),
@@ -199,7 +201,7 @@ def test_whole_characters(options: list[str], expected: Callable[..., bk.PatchLa
 
 
 def test_contexts_that_start_anew_at_newlines() -> None:
-    file, model = saved(real_text(3000, 5)), load_model()
+    file, model = saved(real_text(3000, 5)), load_entropy_model()
     options = ["--threshold=1.3", "--reset-at-newlines"]
     (_, layout), (_, plain) = (
         model.patch(real_text(3000, 5), threshold=1.3, reset_at_newlines=on) for on in (True, None)
@@ -652,6 +654,31 @@ def test_memory_does_not_grow_with_the_file() -> None:
     assert int(grown[1]) < 8 << 10  # the file alone is 36 MiB larger
 
 
+WITHOUT_NUMPY = """
+import sys
+sys.modules["numpy"] = None
+from blt_kernels.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["doctor", "flops", "eval", "train"])
+def test_without_numpy_only_training_and_evaluation_stop(command: str) -> None:
+    arguments = {"eval": ["model", "text"], "train": ["entropy", "text"]}.get(command, [])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_NUMPY, command, *arguments],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+    )
+    if arguments:
+        told = f"blt-kernels {command}: numpy is not installed: pip install 'blt-kernels[train]'\n"
+        assert (done.returncode, done.stderr) == (1, told)
+    else:
+        assert done.returncode == 0
+        assert ("pip install 'blt-kernels[train]'" in done.stdout) == (command == "doctor")
+
+
 # --- doctor and demo --------------------------------------------------------------------------------------------------
 
 
@@ -669,12 +696,10 @@ def test_doctor() -> None:
 
 
 def test_doctor_names_every_operator() -> None:
-    registered = {
-        name.removeprefix("blt_kernels::")
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("blt_kernels::") and name.endswith(("_fwd", "_step"))
-    }
-    assert set(doctor.OPS.values()) == registered
+    prefix = "blt_kernels::"
+    registered = {n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)}
+    assert set(_extension.OPERATORS) == registered
+    assert set(doctor.owners()) == {n.removesuffix("_fwd") for n in registered if n.endswith(("_fwd", "_step"))}
 
 
 def test_demo(text: str) -> None:

@@ -20,6 +20,7 @@ from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, M
 from blt_kernels.nn import TransformerConfig
 from blt_kernels.train import log as train_log
 from blt_kernels.train import loop
+from blt_kernels.train.config import TrainConfig
 
 TINY = {"dim": 16, "num_layers": 1, "num_heads": 1, "ffn_dim": 16, "window": 16}
 SET = [f"--set={name}={value}" for name, value in TINY.items()]
@@ -258,7 +259,7 @@ def test_files_that_are_no_model(command: str, files: Path) -> None:
 def trained(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     options = {"steps": 1, "batch_bytes": 64, "context": 16, "heldout": 0.0, "tensorboard": False, "overrides": TINY}
-    loop.train(loop.TrainConfig("entropy", [files / "text"], folder, **options))
+    loop.train(TrainConfig("entropy", [files / "text"], folder, **options))
     return folder
 
 
@@ -308,7 +309,7 @@ def test_folders_of_the_user_stay(files: Path) -> None:
     Path("run/checkpoint/link").symlink_to(Path("folder").resolve())
     options = {"steps": 4, "checkpoint_every": 1, "batch_bytes": 64, "context": 16, "heldout": 0.0}
     for steps in (4, 6):
-        config = loop.TrainConfig("entropy", [Path("text")], Path("run"), overrides=TINY, **{**options, "steps": steps})
+        config = TrainConfig("entropy", [Path("text")], Path("run"), overrides=TINY, **{**options, "steps": steps})
         loop.train(config)
         assert [file.exists() for file in kept] == [True] * len(kept)
         assert Path("run/checkpoint/link").is_symlink()

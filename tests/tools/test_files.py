@@ -71,7 +71,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "cache": lambda folder: _nvrtc._write(folder / "kernel.cubin", b"x" * 2000),
     "training": save_checkpoint,
     "numbers of training": lambda folder: save_checkpoint(folder, {"options": "x" * 2000}),
-    "index of patches": lambda folder: stored_patches._write_index(folder, {"files": ["x" * 2000]}),
+    "index of patches": lambda folder: stored_patches.write_index(folder, {"files": ["x" * 2000]}),
     "curve": draw,
 }
 

@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 from blt_kernels.cli import app
 from blt_kernels.cli.patch import plot
-from blt_kernels.cli.patch.show import JsonLines, Window
-from blt_kernels.cli.patch.stream import Piece, Rules, Scheme
+from blt_kernels.cli.patch.rules import Rules, Scheme
+from blt_kernels.cli.patch.show import JsonLines
+from blt_kernels.cli.patch.stream import Piece
+from blt_kernels.cli.patch.window import Window
 from blt_kernels.models import ByteLM, ByteLMConfig
 from blt_kernels.testing import real_text
 from blt_kernels.train import data, ngram

@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 import torch
 
+from blt_kernels.cli.patch.rules import Rules, Scheme
 from blt_kernels.cli.patch.save import patching_model
-from blt_kernels.cli.patch.stream import Rules, Scheme
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models import BLT, BLTConfig, ByteLM, load_model
 from blt_kernels.models.config import SCHEMES
-from blt_kernels.train import data, loop, stored_patches
-from blt_kernels.train.loop import TrainConfig
+from blt_kernels.train import data, loop, row_patches, save_patches
+from blt_kernels.train.build import build_model
+from blt_kernels.train.config import TrainConfig
 from blt_kernels.train.parallel import Ranks
-from blt_kernels.train.stored_patches import RowPatches, StoredPatches, provenance
+from blt_kernels.train.row_patches import RowPatches
+from blt_kernels.train.stored_patches import StoredPatches, provenance
 
 ALONE = Ranks(torch.device("cpu"))
 LOCAL = {"dim": 16, "num_layers": 1, "num_heads": 1, "ffn_dim": 16, "window": 16}
@@ -90,11 +92,11 @@ def config(corpus: Path, out: Path, patcher: Path | None, **changes: Any) -> Tra
 def blt(patcher: Path | None, **rule: Any) -> BLT:
     """The model of `config`."""
     torch.manual_seed(0)
-    return loop.build_model(config(Path(), Path(), patcher, rule=rule))
+    return build_model(config(Path(), Path(), patcher, rule=rule))
 
 
 def store(corpus: Path, folder: Path, model: BLT, **options: Any) -> StoredPatches:
-    stored_patches.save(folder, data.find_sources([corpus]), model, CONTEXT, **options)
+    save_patches.save(folder, data.find_sources([corpus]), model, CONTEXT, **options)
     return StoredPatches(folder)
 
 
@@ -158,7 +160,7 @@ def test_a_batch_does_not_move_boundaries(corpus: Path, patcher: Path) -> None:
     for row, own in zip(rows[::7], entropy[::7], strict=True):
         for threshold in own[1::8].tolist():
             model.config = replace(model.config, threshold=threshold)
-            (alone,) = stored_patches.cut_pieces(model, [row], bf16=False)
+            (alone,) = row_patches.cut_pieces(model, [row], bf16=False)
             assert np.array_equal(alone[1:], (own > threshold)[1:].numpy())
             both = RowPatches(model, CONTEXT).layout([rows[3], row, rows[1]])
             a, b = both.cu_seqlens[1:3]
@@ -168,21 +170,21 @@ def test_a_batch_does_not_move_boundaries(corpus: Path, patcher: Path) -> None:
 def test_pieces_of_a_call(corpus: Path) -> None:
     """On the CPU each alone; elsewhere as many as fit."""
     (rows,) = data.heldout_rows(data.find_sources([corpus]), 1 << 20, CONTEXT)
-    assert list(stored_patches._calls(rows, 1)) == [[row] for row in rows]
-    calls = list(stored_patches._calls(rows, 120))
+    assert list(row_patches._calls(rows, 1)) == [[row] for row in rows]
+    calls = list(row_patches._calls(rows, 120))
     assert [row for call in calls for row in call] == rows
     sizes = [sum(row.length for row in call) for call in calls]
     assert max(sizes) <= 120 < min(a + b[0].length for a, b in zip(sizes, calls[1:], strict=False))
-    assert list(stored_patches._calls([], 120)) == []
+    assert list(row_patches._calls([], 120)) == []
 
 
 def test_a_piece_that_a_batch_cuts_is_computed_once(
     corpus: Path, patcher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[data.Row] = []
-    cut = stored_patches.cut_pieces
+    cut = row_patches.cut_pieces
     monkeypatch.setattr(
-        stored_patches, "cut_pieces", lambda model, pieces, bf16: (computed.extend(pieces), cut(model, pieces, bf16))[1]
+        row_patches, "cut_pieces", lambda model, pieces, bf16: (computed.extend(pieces), cut(model, pieces, bf16))[1]
     )
     patches = RowPatches(blt(patcher), CONTEXT)
     batches, lone = data.PackedBatches(data.find_sources([corpus]), 70, CONTEXT, seed=0), 0
@@ -351,11 +353,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_saving_goes_on_where_it_was_stopped(
     corpus: Path, patcher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored_patches, "_BLOCK_IDS", 4 * CONTEXT)
+    monkeypatch.setattr(save_patches, "_BLOCK_IDS", 4 * CONTEXT)
     model = blt(patcher)
     store(corpus, tmp_path / "whole", model)
-    cut, computed = stored_patches.cut_pieces, []
-    monkeypatch.setattr(stored_patches, "cut_pieces", lambda *args: (computed.append(args[1]), cut(*args))[1])
+    cut, computed = save_patches.cut_pieces, []
+    monkeypatch.setattr(save_patches, "cut_pieces", lambda *args: (computed.append(args[1]), cut(*args))[1])
     for stops in range(4):
         with pytest.raises(StopIteration):
             store(corpus, tmp_path / "parts", model, report=stop_after(2))
@@ -398,7 +400,7 @@ def test_a_file_that_changes_while_its_patches_are_stored(
     moment: str, corpus: Path, patcher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the same size. What is stored is of the very bytes with the digest that is stored."""
-    monkeypatch.setattr(stored_patches, "_BLOCK_IDS", 4 * CONTEXT)
+    monkeypatch.setattr(save_patches, "_BLOCK_IDS", 4 * CONTEXT)
     folder, model, sources = tmp_path / "patches", blt(patcher), data.find_sources([corpus])
     path = sources[-1].path
     content = path.read_bytes()
@@ -409,7 +411,7 @@ def test_a_file_that_changes_while_its_patches_are_stored(
     if moment == "before":
         change()
     with pytest.raises(ValueError, match=f"^{path}: the file has changed while patches were stored"):
-        stored_patches.save(folder, sources, model, CONTEXT, report=change)
+        save_patches.save(folder, sources, model, CONTEXT, report=change)
     with pytest.raises((ValueError, FileNotFoundError), match=r"no index.json in|is not complete"):
         StoredPatches(folder)
     path.write_bytes(content)
@@ -453,14 +455,14 @@ if __name__ == "__main__":
 
 
 def save_slowly(corpus: Path, patcher: Path, folder: Path) -> None:
-    stored_patches._BLOCK_IDS = 4 * CONTEXT
+    save_patches._BLOCK_IDS = 4 * CONTEXT
     store(corpus, folder, blt(patcher), processes=2, report=lambda ids: (print(ids, flush=True), time.sleep(0.05)))
 
 
 def test_killed_on_two_processes_and_finished_on_one(
     corpus: Path, patcher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored_patches, "_BLOCK_IDS", 4 * CONTEXT)
+    monkeypatch.setattr(save_patches, "_BLOCK_IDS", 4 * CONTEXT)
     store(corpus, tmp_path / "whole", blt(patcher))
     script = tmp_path / "child.py"
     script.write_text(_CHILD)
@@ -480,7 +482,7 @@ def test_an_error_of_a_process_is_told(corpus: Path, patcher: Path, tmp_path: Pa
     sources = data.find_sources([corpus])
     sources[0].path.write_bytes(b"")
     with pytest.raises(ValueError, match="has become shorter"):
-        stored_patches.save(tmp_path / "patches", sources, blt(patcher), CONTEXT, processes=1)
+        save_patches.save(tmp_path / "patches", sources, blt(patcher), CONTEXT, processes=1)
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

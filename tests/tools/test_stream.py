@@ -16,7 +16,8 @@ from torch import Tensor
 
 import blt_kernels as bk
 from blt_kernels.cli.patch import stream
-from blt_kernels.cli.patch.stream import Rules, Scheme, StreamCutter, cut, find_threshold, parse_byte
+from blt_kernels.cli.patch.rules import Rules, Scheme, parse_byte
+from blt_kernels.cli.patch.stream import StreamCutter, cut, find_threshold
 from blt_kernels.models import ByteLM
 from blt_kernels.models.characters import patches_of_whole_characters
 from blt_kernels.models.config import ByteLMConfig

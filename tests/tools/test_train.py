@@ -31,8 +31,9 @@ from blt_kernels.testing import SCRIPTS
 from blt_kernels.train import data, loop
 from blt_kernels.train import log as train_log
 from blt_kernels.train import state as train_state
+from blt_kernels.train.build import build_model
+from blt_kernels.train.config import TrainConfig
 from blt_kernels.train.evaluate import EvalConfig, evaluate, measure
-from blt_kernels.train.loop import TrainConfig
 from blt_kernels.train.ngram import NgramModel
 from blt_kernels.train.parallel import Ranks, clip_gradients
 
@@ -399,7 +400,7 @@ def test_patching_options_of_a_run(corpus: Path, tmp_path: Path) -> None:
     patches = bk.to_bytes(bk.to_ids(text), again.patch(text).patch_offsets)
     assert "".join(patch.decode() for patch in patches) == text
     with pytest.raises(ValueError, match="--set patching: expected a rule for the bytes of files, got 'bpe'"):
-        loop.build_model(config(corpus, tmp_path, model="blt", overrides={"patching": "bpe"}))
+        build_model(config(corpus, tmp_path, model="blt", overrides={"patching": "bpe"}))
     run.model.config = replace(run.model.config, patching="bpe")
     run.model.save(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"checkpoint .*model.safetensors, patching: expected .* got 'bpe'"):
@@ -578,7 +579,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_patcher_may_be_a_directory(tmp_path: Path) -> None:
     bundled = ByteLM.bundled()
     bundled.save_pretrained(tmp_path)
-    model = loop.build_model(TrainConfig("blt", [], tmp_path, patcher=tmp_path))
+    model = build_model(TrainConfig("blt", [], tmp_path, patcher=tmp_path))
     assert model.config.threshold == bundled.config.threshold
     assert all(torch.equal(a, b) for a, b in zip(model.patcher.parameters(), bundled.parameters(), strict=True))
 
@@ -594,7 +595,7 @@ BEGINNINGS = {
 def test_a_run_begins_as_a_model(model: str, corpus: Path, tmp_path: Path) -> None:
     """With its configuration and weights, in fp32; the file stays as it is. An entropy model comes with a BLT."""
     own, overrides = tmp_path / "own.safetensors", BEGINNINGS[model]
-    begin = loop.build_model(config(corpus, tmp_path, model=model, overrides=overrides))
+    begin = build_model(config(corpus, tmp_path, model=model, overrides=overrides))
     if model == "blt":
         begin.config = replace(begin.config, threshold=1.25, monotonic=True)
         with torch.no_grad():
@@ -616,7 +617,7 @@ def test_a_run_begins_as_a_model(model: str, corpus: Path, tmp_path: Path) -> No
         assert kept == name.startswith("patcher."), name
     # What the file has may be said, and nothing else; nor may the file be of another model.
     repeated = replace(options, overrides=json.loads(json.dumps(overrides)))
-    assert loop.build_model(repeated).config == begin.config
+    assert build_model(repeated).config == begin.config
     wide = {**TINY, "num_layers": 2}
     name, changes = {
         "entropy": ("num_layers", {"num_layers": 2}),
@@ -624,14 +625,14 @@ def test_a_run_begins_as_a_model(model: str, corpus: Path, tmp_path: Path) -> No
         "megabyte": ("local_transformer", {"local_transformer": wide}),
     }[model]
     with pytest.raises(ValueError, match=f"--set {name}: expected .*, as in .*own.safetensors, got "):
-        loop.build_model(replace(options, overrides={**overrides, **changes}))
+        build_model(replace(options, overrides={**overrides, **changes}))
     with pytest.raises(ValueError, match=r"preset 'paper': \w+: expected .*, as in .*own.safetensors, got "):
-        loop.build_model(replace(options, preset="paper"))
+        build_model(replace(options, preset="paper"))
     other = "entropy" if model != "entropy" else "blt"
     with pytest.raises(
         ValueError, match=f"init: expected a .*, since model is '{other}', got a {type(begin).__name__} in "
     ):
-        loop.build_model(replace(options, model=other))
+        build_model(replace(options, model=other))
 
 
 def test_files_of_options_that_change_are_named(corpus: Path, tmp_path: Path) -> None:
@@ -640,7 +641,7 @@ def test_files_of_options_that_change_are_named(corpus: Path, tmp_path: Path) ->
     def save(path: Path, model: str, seed: int = 0, **values: object) -> Path:
         torch.manual_seed(seed)
         overrides = {"blt": {**SMALL_BLT, "patching": "entropy"}, "entropy": TINY}[model]
-        loop.build_model(config(corpus, tmp_path, model=model, overrides={**overrides, **values})).save(path)
+        build_model(config(corpus, tmp_path, model=model, overrides={**overrides, **values})).save(path)
         return path
 
     def changed(options: TrainConfig, match: str) -> None:
@@ -675,37 +676,37 @@ def test_files_of_options_that_change_are_named(corpus: Path, tmp_path: Path) ->
 
 def test_a_run_begins_as_a_checkpoint_of_transformers(tmp_path: Path) -> None:
     """With its patcher, or with another one and its threshold; a patcher alone begins an entropy model."""
-    fresh = loop.build_model(TrainConfig("blt", [], tmp_path, overrides=SMALL_CHECKPOINT))
+    fresh = build_model(TrainConfig("blt", [], tmp_path, overrides=SMALL_CHECKPOINT))
     fresh.config = replace(fresh.config, threshold=1.25)
     fresh.save_pretrained(tmp_path / "blt")
     fresh.patcher.save_pretrained(tmp_path / "entropy")
-    begin = loop.build_model(TrainConfig("blt", [], tmp_path, init=tmp_path / "blt"))
+    begin = build_model(TrainConfig("blt", [], tmp_path, init=tmp_path / "blt"))
     assert begin.config == load_model(tmp_path / "blt").config
     assert begin.config.threshold == 1.25
     assert all(torch.equal(value, begin.state_dict()[name]) for name, value in fresh.state_dict().items())
     assert not any(parameter.requires_grad for parameter in begin.patcher.parameters())
-    assert type(loop.build_model(TrainConfig("entropy", [], tmp_path, init=tmp_path / "entropy"))) is ByteLM
+    assert type(build_model(TrainConfig("entropy", [], tmp_path, init=tmp_path / "entropy"))) is ByteLM
 
     other = ByteLM.from_values({**TINY, "threshold": 0.75})
     other.save(tmp_path / "other.safetensors")
     options = TrainConfig("blt", [], tmp_path, init=tmp_path / "blt", patcher=tmp_path / "other.safetensors")
-    begin = loop.build_model(options)
+    begin = build_model(options)
     assert (begin.config.threshold, begin.config.patcher) == (0.75, other.config)
     assert torch.equal(begin.patcher.lm_head.weight, other.lm_head.weight)
     assert not any(parameter.requires_grad for parameter in begin.patcher.parameters())
-    assert loop.build_model(replace(options, overrides={"threshold": 2.0})).config.threshold == 2.0
+    assert build_model(replace(options, overrides={"threshold": 2.0})).config.threshold == 2.0
     with pytest.raises(ValueError, match=r"--set threshold: expected 1.25, as in .*, got 2.0"):
-        loop.build_model(replace(options, patcher=None, overrides={"threshold": 2.0}))
+        build_model(replace(options, patcher=None, overrides={"threshold": 2.0}))
 
     fresh.patcher = None
     fresh.config = replace(fresh.config, patcher=None)
     fresh.save(tmp_path / "without.safetensors")
     options = replace(options, init=tmp_path / "without.safetensors")
-    assert loop.build_model(options).config.patcher == other.config
+    assert build_model(options).config.patcher == other.config
     with pytest.raises(ValueError, match=r"patcher: expected an entropy model, since there is none in .*, got None"):
-        loop.build_model(replace(options, patcher=None))
+        build_model(replace(options, patcher=None))
     with pytest.raises(ValueError, match="patcher: expected None, since patching is 'space', got "):
-        loop.build_model(replace(options, init=None, overrides={"patching": "space"}))
+        build_model(replace(options, init=None, overrides={"patching": "space"}))
     with pytest.raises(ValueError, match="init_global: expected None beside init, got "):
         replace(options, init_global=tmp_path)
     with pytest.raises(ValueError, match="patcher: expected None, since model is 'entropy', got "):

@@ -26,11 +26,12 @@ from blt_kernels import distributed, ngram_hash_embed
 from blt_kernels.models import BLT, load_model
 from blt_kernels.models.config import BLTConfig
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.train import data, loop, stored_patches
+from blt_kernels.train import data, loop, save_patches
 from blt_kernels.train import log as train_log
 from blt_kernels.train import parallel as train_parallel
 from blt_kernels.train import state as train_state
-from blt_kernels.train.loop import TrainConfig
+from blt_kernels.train.build import build_model
+from blt_kernels.train.config import TrainConfig
 
 STEPS, KILLED_AT = 6, 3
 PATIENCE = 600  # seconds, for machines with other things to do
@@ -170,7 +171,7 @@ def train_everywhere(root: Path) -> None:
         (root / "corpus" / f"{i}.txt").write_text(f"file {i}: " + f"the quick brown fox {i}; " * (3 + i))
     alone = config(root, "alone-blt")
     sources = data.find_sources(alone.paths)
-    stored_patches.save(root / "patches", sources, loop.build_model(alone), alone.context)
+    save_patches.save(root / "patches", sources, build_model(alone), alone.context)
     command = [sys.executable, "-c", WORKER, str(Path(__file__).parent)]
     workers = [subprocess.Popen([*command, str(rank), str(root)], env=environment()) for rank in range(2)]
     try:

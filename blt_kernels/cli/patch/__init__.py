@@ -10,7 +10,7 @@ import typer
 from blt_kernels.cli.base import ColorOption, Command, app, given
 from blt_kernels.cli.console import Color
 from blt_kernels.cli.patch import show
-from blt_kernels.cli.patch.stream import Rules, Scheme, parse_byte
+from blt_kernels.cli.patch.rules import Rules, Scheme, parse_byte
 
 
 @app.command(

@@ -6,14 +6,12 @@ import json
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
 from blt_kernels._files import write_text
 from blt_kernels.cli.patch.render import Glyph, glyphs
-
-if TYPE_CHECKING:
-    from blt_kernels.cli.patch.show import Statistics, Window
-    from blt_kernels.cli.patch.stream import Rules
+from blt_kernels.cli.patch.rules import Rules
+from blt_kernels.cli.patch.statistics import Statistics
+from blt_kernels.cli.patch.window import Window
 
 HIGHEST = 5.545  # nats, ln 256: the entropy that is drawn as a full bar
 

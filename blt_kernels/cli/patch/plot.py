@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blt_kernels._files import whole_file
 from blt_kernels.cli.patch.render import Glyph, glyphs
-
-if TYPE_CHECKING:
-    from blt_kernels.cli.patch.show import Statistics, Window
-    from blt_kernels.cli.patch.stream import Rules
+from blt_kernels.cli.patch.rules import Rules
+from blt_kernels.cli.patch.statistics import Statistics
+from blt_kernels.cli.patch.window import Window
 
 ROW = 100  # bytes in a row of the picture, each labelled
 LABELLED = 1000  # a window of more bytes is one row without labels

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from blt_kernels.cli.patch.show import Statistics, Window
-    from blt_kernels.cli.patch.stream import Rules
+from blt_kernels.cli.patch.rules import Rules
+from blt_kernels.cli.patch.statistics import Statistics
+from blt_kernels.cli.patch.window import Window
 
 PATCH_STYLES = ("black on #bcdcff", "black on #ffe0a3")
 MARK_STYLES = ("#55728f on #bcdcff", "#8a6a2a on #ffe0a3")

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from blt_kernels.cli.console import Color, console, progress
-from blt_kernels.cli.patch.stream import Rules, Scheme, load_model
+from blt_kernels.cli.patch.model import load_entropy_model
+from blt_kernels.cli.patch.rules import Rules, Scheme
 from blt_kernels.models import BLT, BLTConfig, ByteLM
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.train import checks, data, stored_patches
+from blt_kernels.train import checks, data, save_patches
 
 _SCHEMES = (Scheme.entropy, Scheme.space, Scheme.static, Scheme.byte)  # of a BLT that is trained on files
 
@@ -68,7 +69,7 @@ def run(config: SaveConfig, rules: Rules, model: Path | None, color: Color) -> N
             first, done = ids if first is None else first, done + ids
             advance(ids)
 
-        stored_patches.save(
+        save_patches.save(
             config.folder,
             sources,
             cutter,
@@ -101,7 +102,7 @@ def patching_model(rules: Rules, path: Path | None) -> BLT:
     values: dict[str, Any] = {name: getattr(rules, name) for name in names if getattr(rules, name) is not None}
     patcher: ByteLM | None = None
     if rules.needs_entropy:
-        patcher = load_model(path)
+        patcher = load_entropy_model(path)
         values.setdefault("threshold", patcher.config.threshold)
     elif path is not None:
         raise ValueError(f"--model {path}: expected --scheme entropy to use it")

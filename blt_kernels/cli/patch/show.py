@@ -7,28 +7,28 @@ import os
 import stat
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from torch import Tensor
 
 from blt_kernels.cli.console import Color, console, progress
 from blt_kernels.cli.patch import page, plot, render
-from blt_kernels.cli.patch.stream import SAMPLE_SIZE, Piece, Rules, cut, load_model, read
-
-if TYPE_CHECKING:
-    from blt_kernels.models.byte_lm import ByteLM
+from blt_kernels.cli.patch.model import load_entropy_model
+from blt_kernels.cli.patch.rules import Rules
+from blt_kernels.cli.patch.statistics import Statistics
+from blt_kernels.cli.patch.stream import SAMPLE_SIZE, Piece, cut, read
+from blt_kernels.cli.patch.window import Window
+from blt_kernels.models import ByteLM
 
 STDIN = "-"
 PLOT_LENGTH = 200
 HTML_LENGTH = 20_000
-BINS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64, 128)  # largest patch length of each bar of the histogram
 
 
 @dataclass(frozen=True)
@@ -96,157 +96,6 @@ class Outputs:
         return Window(self.start, max(lengths) if self.length is None else self.length)
 
 
-class Statistics:
-    """Counts over a whole stream. Entropies in nats, lengths in bytes."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.patches = 0
-        self.lengths: Counter[int] = Counter()
-        self.seconds = 0.0
-        self._entropy_sum = 0.0
-        self._entropy_count = 0
-        self._patch_start = 0
-
-    def add(self, piece: Piece) -> None:
-        """Count a piece."""
-        self.bytes += len(piece.data)
-        self.patches += piece.starts.shape[0]
-        if piece.entropy is not None:
-            self._entropy_sum += float(piece.entropy.double().sum())
-            self._entropy_count += piece.entropy.shape[0]
-        if piece.starts.shape[0]:
-            bounds = torch.cat([torch.tensor([self._patch_start]), piece.starts])
-            self._count(bounds.diff())
-            self._patch_start = int(piece.starts[-1])
-
-    def finish(self) -> None:
-        """Count the last patch."""
-        self._count(torch.tensor([self.bytes - self._patch_start]))
-
-    def _count(self, lengths: Tensor) -> None:
-        if int(lengths.max()) < 1 << 16:  # counting is many times faster than sorting
-            counts = lengths.bincount()
-            values = counts.nonzero()[:, 0]
-            counts = counts[values]
-        else:
-            values, counts = lengths.unique(return_counts=True)
-        self.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-        del self.lengths[0]  # the first start of a stream closes nothing
-
-    @property
-    def mean(self) -> float | None:
-        """Mean patch length; None without patches."""
-        return self.bytes / self.patches if self.patches else None
-
-    @property
-    def median(self) -> float | None:
-        """Median patch length; None without patches."""
-        if not self.patches:
-            return None
-        low, high, seen = (self.patches - 1) // 2, self.patches // 2, 0
-        middle: list[int] = []
-        for length in sorted(self.lengths):
-            seen += self.lengths[length]
-            middle += [length] * ((seen > low) + (seen > high) - len(middle))
-            if len(middle) == 2:
-                break
-        return sum(middle) / 2
-
-    @property
-    def entropy(self) -> float | None:
-        """Mean entropy of a byte; None where none was computed."""
-        return self._entropy_sum / self._entropy_count if self._entropy_count else None
-
-    def histogram(self) -> list[tuple[str, int]]:
-        """Bars of (range of lengths, patches), without empty ones at the end."""
-        bars, low = [], 1
-        for high in (*BINS, None):
-            inside = sum(n for length, n in self.lengths.items() if low <= length and (high is None or length <= high))
-            label = f"> {low - 1}" if high is None else f"{low}" if low == high else f"{low}-{high}"
-            bars.append((label, inside))
-            low = (high or 0) + 1
-        while bars and not bars[-1][1]:
-            bars.pop()
-        return bars
-
-    def record(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return {
-            "bytes": self.bytes,
-            "patches": self.patches,
-            "mean": self.mean,
-            "median": self.median,
-            "min": min(self.lengths, default=None),
-            "max": max(self.lengths, default=None),
-            "entropy_mean": self.entropy,
-            "seconds": round(self.seconds, 6),
-            "bytes_per_second": round(self.bytes / self.seconds) if self.seconds else None,
-            "lengths": {str(length): self.lengths[length] for length in sorted(self.lengths)},
-        }
-
-
-@dataclass
-class Window:
-    """Bytes ``[start, start + length)`` of a stream and the whole patches that they belong to.
-
-    Patch ``first_patch + k`` of the stream is bytes ``[bounds[k], bounds[k+1])``.
-    """
-
-    start: int
-    length: int
-    data: bytes = b""
-    entropy: list[float] | None = None
-    first_patch: int = -1
-    bounds: list[int] = field(default_factory=list)
-    _pieces: list[bytes] = field(default_factory=list)
-    _size: int = 0
-    _closed: bool = False
-
-    @property
-    def stop(self) -> int:
-        """The offset after the last byte."""
-        return min(self.start + self.length, (1 << 63) - 1)  # which tensors of offsets can hold
-
-    def add(self, piece: Piece) -> None:
-        """Keep what lies in the window."""
-        self._size += len(piece.data)
-        if self._closed:
-            return
-        cut_from, cut_to = (min(max(at - piece.offset, 0), len(piece.data)) for at in (self.start, self.stop))
-        self._pieces.append(piece.data[cut_from:cut_to])
-        if piece.entropy is not None:
-            self.entropy = [] if self.entropy is None else self.entropy
-            self.entropy += piece.entropy[cut_from:cut_to].tolist()
-        before = piece.starts[piece.starts <= self.start]
-        if before.shape[0]:
-            self.first_patch += before.shape[0]
-            self.bounds = [int(before[-1])]
-        self.bounds += piece.starts[(piece.starts > self.start) & (piece.starts < self.stop)].tolist()
-        beyond = piece.starts[piece.starts >= max(self.stop, self.start + 1)]
-        if beyond.shape[0]:
-            self._close(int(beyond[0]))
-
-    def finish(self) -> None:
-        """Close the last patch at the end of the stream, and join the bytes."""
-        if not self._closed:
-            self._close(self._size)
-        self.data, self._pieces = b"".join(self._pieces), []
-
-    def _close(self, end: int) -> None:
-        self.bounds.append(end)
-        self._closed = True
-
-    def narrow(self, length: int) -> Window:
-        """The first `length` bytes of the window."""
-        if length >= len(self.data):
-            return self
-        stop = self.start + length
-        kept = sum(bound < stop for bound in self.bounds[:-1]) + 1
-        entropy = None if self.entropy is None else self.entropy[:length]
-        return Window(self.start, length, self.data[:length], entropy, self.first_patch, self.bounds[:kept])
-
-
 class JsonLines:
     """Prints one JSON object a patch, as soon as the patch is complete."""
 
@@ -298,7 +147,7 @@ def run(files: list[str], rules: Rules, outputs: Outputs, model_path: Path | Non
     outputs.check(files)
     model = None
     if rules.needs_entropy or outputs.entropies:
-        model = load_model(model_path)
+        model = load_entropy_model(model_path)
     elif model_path is not None:
         raise ValueError(f"--model {model_path}: expected --scheme entropy or topk, or --entropies, to use it")
     for name in files:

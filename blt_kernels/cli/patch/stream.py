@@ -7,29 +7,19 @@ result.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
-import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
-from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from dataclasses import dataclass, replace
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from blt_kernels import bpe
-from blt_kernels.ids import BYTE_OFFSET, to_bytes, to_ids
-from blt_kernels.layout import PatchLayout
+from blt_kernels.cli.patch.rules import AT_ONCE, Rules, Scheme, load_tokenizer
+from blt_kernels.ids import to_ids
+from blt_kernels.models import ByteLM
 from blt_kernels.models.characters import character_ends, patches_of_whole_characters
-from blt_kernels.ops import entropy_patch as ops
 from blt_kernels.ops.token_entropy import token_entropy
-from blt_kernels.train import checks
-
-if TYPE_CHECKING:
-    from blt_kernels.models.byte_lm import ByteLM
 
 READ_SIZE = 1 << 20  # bytes read at once
 SAMPLE_SIZE = 1 << 20  # bytes that a target size is turned into a threshold on
@@ -37,145 +27,6 @@ AT_ONCE_LIMIT = 16 << 20  # bytes that a scheme which has to see everything will
 # Bytes before a piece that an op sees again: a document's start decides about its first three bytes itself, and whether
 # a byte ends a character is known from it and the two before.
 CONTEXT = 4
-
-
-class Scheme(str, Enum):
-    """How bytes are cut into patches."""
-
-    entropy = "entropy"
-    space = "space"
-    static = "static"
-    byte = "byte"
-    delimiter = "delimiter"
-    topk = "topk"
-    bpe = "bpe"
-
-
-# Schemes that have to see everything, and what they do with it.
-AT_ONCE = {Scheme.topk: "ranks", Scheme.bpe: "tokenizes"}
-ENTROPY_SCHEMES = (Scheme.entropy, Scheme.topk)
-# Which schemes an option is for; the others refuse it instead of ignoring it.
-_OPTIONS = {
-    "threshold": (Scheme.entropy,),
-    "target_size": (Scheme.entropy,),
-    "threshold_add": (Scheme.entropy,),
-    "monotonic": (Scheme.entropy,),
-    "max_patch_length": (Scheme.entropy,),
-    "patch_size": (Scheme.static, Scheme.topk),
-    "delimiter": (Scheme.delimiter,),
-    "reset_at_newlines": ENTROPY_SCHEMES,
-    "tokenizer": (Scheme.bpe,),
-}
-
-
-@dataclass(frozen=True)
-class Rules:
-    """A scheme and its numbers. Thresholds are in nats, sizes in bytes; None is the default.
-
-    Raises
-    ------
-    ValueError
-        An option is out of range, or is not for this scheme; the message names it as on the command line.
-    """
-
-    scheme: Scheme = Scheme.entropy
-    threshold: float | None = None
-    target_size: float | None = None
-    threshold_add: float | None = None
-    monotonic: bool = False
-    max_patch_length: int | None = None
-    patch_size: int | None = None
-    delimiter: int | None = None
-    whole_characters: bool = False
-    reset_at_newlines: bool = False
-    tokenizer: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name, schemes in _OPTIONS.items():
-            value = getattr(self, name)
-            if value is not None and value is not False and self.scheme not in schemes:
-                expected, got = " or ".join(s.value for s in schemes), self.scheme.value
-                raise ValueError(f"{_flag(name, value)}: expected --scheme {expected}, got --scheme {got}")
-        for name in ("threshold", "threshold_add"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{_flag(name, value)}: expected a finite number of nats")
-        for name in ("max_patch_length", "patch_size"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < 1 << 31:
-                raise ValueError(f"{_flag(name, value)}: expected a number of bytes from 1 to 2147483647")
-        if self.target_size is not None:
-            if not (self.target_size >= 1 and math.isfinite(self.target_size)):
-                raise ValueError(f"{_flag('target_size', self.target_size)}: expected a mean of at least 1 byte")
-            if self.threshold is not None:
-                raise ValueError(f"{_flag('target_size', self.target_size)}: expected no --threshold beside it")
-        if self.scheme is Scheme.bpe and self.tokenizer is None:
-            raise ValueError("--scheme bpe: expected --tokenizer beside it")
-        if self.monotonic and self.threshold_add is not None:
-            raise ValueError(f"{_flag('threshold_add', self.threshold_add)}: expected no --monotonic beside it")
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Does the scheme look at entropies?"""
-        return self.scheme in ENTROPY_SCHEMES
-
-    def layout(self, tokens: Tensor, entropy: Tensor | None, offset: int = 0) -> PatchLayout:
-        """Cut ids `tokens` ``[T]`` (byte + 4) with entropies `entropy` ``[T]``, the first of which is byte `offset`.
-
-        `whole_characters` and `max_patch_length` are not applied.
-        """
-        if self.scheme is Scheme.space:
-            return ops.space_patch(tokens)
-        if self.scheme is Scheme.delimiter:
-            return ops.delimiter_patch(tokens, (ord("\n") if self.delimiter is None else self.delimiter) + BYTE_OFFSET)
-        if self.scheme in (Scheme.static, Scheme.byte):
-            size = 1 if self.scheme is Scheme.byte else self.patch_size or 4
-            documents = torch.tensor([0, tokens.shape[0]], dtype=torch.int32)
-            # Starts are at 0 and at 1 + multiples of the size; `first` is the distance to the next one.
-            return ops.static_patch(documents, size, first=-(-offset // size) * size + 1 - offset)
-        if self.scheme is Scheme.bpe:
-            assert self.tokenizer is not None
-            data = cast("bytes", to_bytes(tokens))
-            lengths = bpe.token_lengths(_tokenizer(self.tokenizer), data, "--scheme bpe", "--tokenizer")
-            ends = torch.zeros(tokens.shape[0])
-            ends[torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1] = 1
-            return ops.patch_starts(ends, threshold=0.5)
-        assert entropy is not None
-        if self.scheme is Scheme.topk:
-            return ops.topk_patch(entropy, self.patch_size or 4)
-        assert self.threshold is not None, "`cut` fills it in"
-        return ops.patch_starts(
-            entropy, threshold=self.threshold, threshold_add=self.threshold_add, monotonic=self.monotonic
-        )
-
-    def record(self) -> dict[str, Any]:
-        """What is set, as a JSON object."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["tokenizer"] = None if self.tokenizer is None else str(self.tokenizer)
-        return {name: value for name, value in values.items() if value is not None and value is not False}
-
-    def describe(self) -> str:
-        """The rule in words."""
-        cap = "" if self.max_patch_length is None else f", at most {self.max_patch_length} bytes"
-        whole = ", whole characters" if self.whole_characters else ""
-        anew = ", context anew at newlines" if self.reset_at_newlines else ""
-        return f"{self._describe_scheme()}{cap}{whole}{anew}"
-
-    def _describe_scheme(self) -> str:
-        if self.scheme is Scheme.entropy:
-            if self.monotonic:
-                return f"entropy rises by more than {self.threshold:.4g} nats"
-            rise = "" if self.threshold_add is None else f", and rises by more than {self.threshold_add:.4g}"
-            return f"entropy > {self.threshold:.4g} nats{rise}"
-        if self.scheme is Scheme.topk:
-            return f"top-k entropies, {self.patch_size or 4} bytes on average"
-        if self.scheme is Scheme.static:
-            return f"every {self.patch_size or 4} bytes"
-        if self.scheme is Scheme.delimiter:
-            return f"after each byte 0x{10 if self.delimiter is None else self.delimiter:02X}"
-        if self.scheme is Scheme.bpe:
-            return f"tokens of {self.tokenizer}"
-        return "after spaces and punctuation" if self.scheme is Scheme.space else "every byte"
 
 
 @dataclass(frozen=True)
@@ -247,49 +98,6 @@ class StreamCutter:
         ends = torch.cat([torch.tensor([self._character_end]), torch.where(between, at, -1)]).cummax(0).values
         self._character_end = int(ends[-1])
         return at[between & ((at - begin) // longest > (ends[:-1] - begin) // longest)]
-
-
-def load_model(path: Path | None = None) -> ByteLM:
-    """The entropy model in a safetensors file or in the directory of a checkpoint, or the one in the package.
-
-    Of a BLT, it is the patcher inside, with the threshold of the BLT.
-
-    Raises
-    ------
-    ImportError
-        safetensors is not installed; the message has the command.
-    FileNotFoundError, ValueError
-        There is no such file, which the message says how to get, or it holds no ByteLM.
-    """
-    from blt_kernels.models.base import model_name
-    from blt_kernels.models.blt import BLT
-    from blt_kernels.models.byte_lm import BUNDLED, ByteLM
-
-    try:
-        from safetensors import SafetensorError
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("--model: needs safetensors: pip install 'blt-kernels[cli]'") from None
-    file = BUNDLED if path is None else path
-    if file.is_dir():
-        with checks.reading("model"):
-            return ByteLM.from_pretrained(file, dtype=torch.float32).eval()
-    if not file.is_file():
-        train = "train one: blt-kernels train entropy PATH..."
-        if path is None:
-            raise ValueError(f"--model: the package has no {file.name} in it; install it again, or {train}")
-        raise ValueError(
-            f"--model {path}: expected a file or a directory. Leave it out to use the model in the package, or {train}"
-        )
-    try:
-        if model_name(file) == BLT.__name__:
-            blt = BLT.load(file, dtype=torch.float32)
-            if blt.patcher is None:
-                raise ValueError("the BLT in it has none")
-            blt.patcher.config = replace(blt.patcher.config, threshold=blt.config.threshold)
-            return blt.patcher.eval()
-        return ByteLM.load(file, dtype=torch.float32).eval()
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"--model {file}: expected a ByteLM in safetensors: {error}") from error
 
 
 def read(source: BinaryIO) -> Iterator[bytes]:
@@ -382,7 +190,7 @@ def cut(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None = None) -> t
         The scheme has to see all bytes at once, and there are more than `AT_ONCE_LIMIT`.
     """
     if rules.tokenizer is not None:
-        _tokenizer(rules.tokenizer)  # fails before anything is read
+        load_tokenizer(rules.tokenizer)  # fails before anything is read
     if model is None:
         if rules.needs_entropy:
             raise ValueError(f"model: expected a ByteLM for --scheme {rules.scheme.value}, got None")
@@ -430,25 +238,3 @@ def _cut_at_once(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None) ->
     if rules.whole_characters:
         layout = patches_of_whole_characters(layout, tokens)
     yield Piece(0, data, entropy, layout.compact().patch_offsets[:-1].long())
-
-
-def parse_byte(name: str, text: str) -> int:
-    r"""The byte that `text` stands for: one ASCII character, an escape such as ``\n``, or two digits after ``0x``."""
-    escapes = {r"\n": 10, r"\t": 9, r"\r": 13, r"\0": 0}
-    if text in escapes:
-        return escapes[text]
-    if len(text) == 1 and text.isascii():
-        return ord(text)
-    if re.fullmatch("0x[0-9a-fA-F]{1,2}", text):
-        return int(text, 16)
-    raise ValueError(f"{name} {text!r}: expected one ASCII character, an escape such as \\n, or a byte such as 0x0A")
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Any:
-    return bpe.load_tokenizer(path, "--tokenizer")
-
-
-def _flag(name: str, value: object) -> str:
-    flag = "--" + name.replace("_", "-")
-    return flag if value is True else f"{flag} {value}"

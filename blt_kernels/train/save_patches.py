@@ -1,0 +1,280 @@
+"""Computes the patches of files, on several processes, and stores them for training."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blt_kernels._files import locked
+from blt_kernels.ids import BYTE_OFFSET
+from blt_kernels.models import BLT
+from blt_kernels.train import data
+from blt_kernels.train.data import Row, Source
+from blt_kernels.train.row_patches import cut_pieces
+from blt_kernels.train.stored_patches import BITS, DONE, FORMAT, Places, provenance, read_index, write_index
+
+_BLOCK_IDS = 1 << 16  # ids of full pieces in a block: a few seconds of work on a CPU
+
+
+def save(
+    folder: Path,
+    sources: Sequence[Source],
+    model: BLT,
+    context: int,
+    *,
+    bf16: bool = False,
+    processes: int = 1,
+    report: Callable[[int], None] | None = None,
+) -> None:
+    """Store the patches of files, or go on where another call was killed.
+
+    Parameters
+    ----------
+    folder : Path
+    sources : sequence of Source
+    model : BLT
+        Its patcher and configuration decide about the patches; its other weights are not used.
+    context : int
+        Of the training.
+    bf16 : bool
+        Of the training.
+    processes : int
+        They share the threads of this one. The folder does not depend on their number.
+    report : callable, optional
+        Told how many ids have become done, those of earlier calls included.
+
+    Raises
+    ------
+    ValueError
+        The folder holds patches of other files or made with something else, or another process is writing to it; the
+        message names it. Or a file is no longer what its source says: patches are of the very bytes with that digest.
+        Or there are several processes and the model is not on the CPU.
+
+    Notes
+    -----
+    The files are read once before anything is computed. What is stored is computed anew if it is damaged.
+    """
+    device = next(model.parameters()).device.type
+    if processes != 1 and (processes < 1 or device != "cpu"):
+        raise ValueError(
+            f"processes: expected {'at least 1' if device == 'cpu' else '1 on ' + device}, got {processes}"
+        )
+    files = [{"name": str(s.path), "size": s.size, "sha256": s.digest} for s in sources]
+    index = {"format": FORMAT, "made_with": provenance(model, context, bf16), "files": files, "sha256": None}
+    with locked(folder, "save"):
+        _save(folder, index, _Blocks(sources, context), model, processes, report or (lambda _: None))
+
+
+def _save(
+    folder: Path, index: dict[str, Any], blocks: _Blocks, model: BLT, processes: int, report: Callable[[int], None]
+) -> None:
+    """`save`, while no other process does."""
+    places, path = blocks.places, folder / BITS
+    stored = read_index(folder)
+    if stored is not None:
+        _check_same(folder, stored, index)
+        index["files"] = stored["files"]  # their names then
+    if stored is not None and stored["sha256"] is not None:
+        whole = path.exists() and path.stat().st_size == places.num_bytes
+        whole = whole and data.file_digest(path)[0] == stored["sha256"]
+        (folder / DONE).unlink(missing_ok=True)
+        if whole:
+            report(data.num_ids(blocks.sources, places.context))
+            return
+    digests = blocks.digests()
+    write_index(folder, index)
+    bits = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    done = os.open(folder / DONE, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if os.fstat(bits).st_size != places.num_bytes:  # then no mark can be true
+            os.ftruncate(done, 0)
+            os.ftruncate(bits, places.num_bytes)
+        marks = os.pread(done, blocks.count, 0).ljust(blocks.count, b"\0")
+        todo = [block for block in range(blocks.count) if not marks[block]]
+        report(sum(blocks.num_ids(block) for block in range(blocks.count) if marks[block]))
+        for block, (content, read) in _compute(model, blocks, index["made_with"]["bf16"], todo, processes):
+            blocks.check_read(block, read, digests[block])
+            _write_all(bits, content, places.byte_of(blocks.pieces(block).start))
+            os.fsync(bits)  # before the mark says so
+            os.pwrite(done, b"\1", block)
+            report(blocks.num_ids(block))
+        os.fsync(bits)
+    finally:
+        os.close(bits)
+        os.close(done)
+    index["sha256"] = data.file_digest(path)[0]
+    write_index(folder, index)
+    (folder / DONE).unlink(missing_ok=True)
+
+
+class _Blocks:
+    """Pieces, cut into blocks of as many."""
+
+    def __init__(self, sources: Sequence[Source], context: int) -> None:
+        self.sources, self.places = sources, Places([source.size for source in sources], context)
+        self.size = max(1, _BLOCK_IDS // context)
+        self.total = int(self.places.first[-1])
+        self.count = -(-self.total // self.size)
+
+    def pieces(self, block: int) -> range:
+        return range(block * self.size, min((block + 1) * self.size, self.total))
+
+    def rows(self, block: int) -> Iterator[Row]:
+        for piece in self.pieces(block):
+            file, number = self.places.file_of(piece)
+            yield data.find_piece(self.sources[file], number, self.places.context)
+
+    def num_ids(self, block: int) -> int:
+        return sum(row.length for row in self.rows(block))
+
+    def bits(self, model: BLT, block: int, bf16: bool) -> tuple[bytes, list[bytes]]:
+        """Return what `patches.bits` holds of a block, and the digests of what was read for it, as in `digests`."""
+        reader = _Reader()
+        cuts = cut_pieces(model, list(self.rows(block)), bf16, reader)
+        return b"".join(np.packbits(each).tobytes() for each in cuts), reader.digests
+
+    def digests(self) -> list[list[bytes]]:
+        """For each block, a digest of what it has of each of its files.
+
+        Raises
+        ------
+        ValueError
+            A file is no longer what it was when it was found.
+        """
+        digests, whole = [], hashlib.sha256()
+        for block in range(self.count):
+            reader = _Reader()
+            for row in self.rows(block):
+                ids = reader([row])[0].numpy()
+                ends = row.start + row.length == row.source.size + 2
+                whole.update(
+                    (ids[1 : -1 if ends else None] - BYTE_OFFSET).astype(np.uint8).tobytes()
+                )  # the first one is known
+                if ends and whole.hexdigest() != row.source.digest:
+                    raise _changed(row.source)
+                whole = hashlib.sha256() if ends else whole
+            digests.append(reader.digests)
+        return digests
+
+    def check_read(self, block: int, read: list[bytes], expected: list[bytes]) -> None:
+        """Raise ValueError, naming a file, unless what was read for a block has the digests expected."""
+        sources = dict.fromkeys(row.source for row in self.rows(block))
+        for source, one, other in zip(sources, read, expected, strict=True):
+            if one != other:
+                raise _changed(source)
+
+
+def _changed(source: Source) -> ValueError:
+    return ValueError(f"{source.path}: the file has changed while patches were stored: bring it back or start anew")
+
+
+class _Reader:
+    """Reads rows, and computes a digest of what it has read of each file."""
+
+    def __init__(self) -> None:
+        self.files: dict[Source, Any] = {}
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """As `data.read_rows`."""
+        parts = [data.read_ids(*row) for row in rows]
+        for row, ids in zip(rows, parts, strict=True):
+            # Modulo 256, which takes no two bytes to one, nor BOS or EOS to what could be in their place.
+            self.files.setdefault(row.source, hashlib.sha256()).update(ids.astype(np.uint8).tobytes())
+        return data.pack_rows(parts)
+
+    @property
+    def digests(self) -> list[bytes]:
+        return [digest.digest() for digest in self.files.values()]
+
+
+def _compute(
+    model: BLT, blocks: _Blocks, bf16: bool, todo: Sequence[int], processes: int
+) -> Iterator[tuple[int, tuple[bytes, list[bytes]]]]:
+    """Yield blocks and their `_Blocks.bits`, in the order in which they are done."""
+    processes = min(processes, len(todo))
+    if processes <= 1:
+        yield from ((block, blocks.bits(model, block, bf16)) for block in todo)
+        return
+    left = iter(todo)
+    with _workers(model, blocks, bf16, processes) as connections:
+        busy = {connection: next(left) for connection in connections}
+        for connection, block in busy.items():
+            connection.send(block)
+        while busy:
+            for ready in wait(list(busy)):
+                connection = cast(Connection, ready)
+                block = busy.pop(connection)
+                try:
+                    answer = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    raise ValueError("processes: one of them was killed: is there memory for as many?") from None
+                if isinstance(answer, Exception):
+                    raise answer
+                following = next(left, None)
+                if following is not None:
+                    busy[connection] = following
+                    connection.send(following)
+                yield block, answer
+
+
+@contextmanager
+def _workers(model: BLT, blocks: _Blocks, bf16: bool, count: int) -> Iterator[list[Connection]]:
+    """Processes that answer the number of a block with its bits; they end when their connection does."""
+    context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
+    threads = max(1, torch.get_num_threads() // count)
+    connections, started = [], []
+    try:
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, model, blocks, bf16, threads), daemon=True)
+            process.start()
+            theirs.close()
+            connections.append(ours)
+            started.append(process)
+        yield connections
+    finally:
+        for connection in connections:
+            connection.close()
+        for process in started:
+            process.terminate()
+            process.join()
+
+
+def _work(connection: Connection, model: BLT, blocks: _Blocks, bf16: bool, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and with it the connection
+    torch.set_num_threads(threads)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            block = connection.recv()
+            try:
+                answer: tuple[bytes, list[bytes]] | Exception = blocks.bits(model, block, bf16)
+            except Exception as error:
+                answer = error
+            connection.send(answer)
+
+
+def _check_same(folder: Path, stored: dict[str, Any], index: dict[str, Any]) -> None:
+    old, new = stored["made_with"], index["made_with"]
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    shown = [f"{name}={old.get(name)!r}" for name in names]
+    if [(f["sha256"], f["size"]) for f in stored["files"]] != [(f["sha256"], f["size"]) for f in index["files"]]:
+        shown.append("files")
+    if shown:
+        raise ValueError(f"save: {folder} holds patches of something else ({', '.join(shown)}): choose another folder")
+
+
+def _write_all(descriptor: int, content: bytes, offset: int) -> None:
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written
