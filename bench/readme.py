@@ -1,24 +1,45 @@
-"""Write the tables of the newest results into README.md: ``python bench/readme.py``.
+"""Write the tables of README.md, of the ops and of the newest results: ``python bench/readme.py``.
 
-Results are files ``bench/results/<date>-<device>.csv``. One with the name of a GPU gives the table of GPUs, the others
-that of CPUs; where there is none of a kind, nothing stands between its markers.
+The table of ops follows from the package and the names of its source files. Results are files
+``bench/results/<date>-<device>.csv``. A file with the name of a GPU gives the table of GPUs, another file that of CPUs.
+Where there is no file of a kind, nothing is between its markers.
 """
 
 from __future__ import annotations
 
 import csv
 import re
+from importlib import import_module
 from pathlib import Path
 
+import blt_kernels
+from blt_kernels._extension import OPERATORS, is_triton
 from blt_kernels._files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
+OPS_MARKERS = ("<!-- ops:begin -->", "<!-- ops:end -->")
 MARKERS = {"cpu": ("<!-- bench:begin -->", "<!-- bench:end -->"), "gpu": ("<!-- gpu:begin -->", "<!-- gpu:end -->")}
 GPUS = "nvidia"
 OURS, LIMIT = "blt_kernels", "limit: "
 FORWARD, BACKWARD = " fwd", " fwd+bwd"
 
 Row = dict[str, str]
+
+
+def table_of_ops() -> str:
+    """One line for each op: its public functions, the first sentence of its file, and who computes it."""
+    lines = ["| op | what it does | CPU | CUDA |", "|---|---|---|---|"]
+    for op in sorted(set(OPERATORS.values())):
+        module = import_module(f"blt_kernels.ops.{op}")
+        names = [
+            n for n in blt_kernels.__all__ if getattr(getattr(blt_kernels, n), "__module__", "") == module.__name__
+        ]
+        shown = ", ".join(f"`{name}`" for name in sorted(names, key=lambda name: (name != op, name))) or f"`{op}`"
+        meaning = " ".join(str(module.__doc__).split("\n\n")[0].split()).removeprefix(f"{op}: ").rstrip(".")
+        cpu = "C++" if (ROOT / "csrc" / "cpu" / f"{op}.cpp").exists() else "reference"
+        cuda = "Triton" if is_triton(op) else "CUDA" if (ROOT / "csrc" / "cuda" / f"{op}.cu").exists() else "reference"
+        lines.append(f"| {shown} | {meaning} | {cpu} | {cuda} |")
+    return "\n".join(lines)
 
 
 def newest(folder: Path, kind: str) -> Path | None:
@@ -96,13 +117,19 @@ def cells_of(rows: list[Row]) -> tuple[str, str]:
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """README with what stands between the markers replaced."""
+    """README with new tables between the markers."""
+    text = replaced(text, *OPS_MARKERS, table_of_ops())
     for kind, (begin, end) in MARKERS.items():
-        before, rest = text.split(begin)
         path = newest(folder, kind)
-        text = f"{before}{begin}\n{table(path)}\n{end}" if path else f"{before}{begin}\n{end}"
-        text += rest.split(end)[1]
+        text = replaced(text, begin, end, table(path) if path else "")
     return text
+
+
+def replaced(text: str, begin: str, end: str, content: str) -> str:
+    """The text with `content` between two markers."""
+    before, rest = text.split(begin)
+    lines = [begin, content, end] if content else [begin, end]
+    return before + "\n".join(lines) + rest.split(end)[1]
 
 
 def main() -> None:

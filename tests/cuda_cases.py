@@ -1,4 +1,4 @@
-"""Run every case of `cases.py` once on a GPU, forward and backward: for compute-sanitizer, and to compare two builds.
+"""Run every case of `cases` once on a GPU, forward and backward: for compute-sanitizer, and to compare two builds.
 
 ``python tests/cuda_cases.py [FILE] [--bytes N ...]`` prints each case before it runs, and writes all results to FILE.
 """

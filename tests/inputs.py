@@ -1,4 +1,4 @@
-"""Inputs of the ops for `cases.py`: functions of (dtype, num_bytes, seed) that return keyword arguments."""
+"""Inputs of the ops for `cases`: functions of (dtype, num_bytes, seed) that return keyword arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Call an op on a case of `cases.py`: forward, backward, operators behind it, and the comparison with its reference."""
+"""Call an op on a case of `cases`: forward, backward, operators behind it, and the comparison with its reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import OpCase
+from op_case import OpCase
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode

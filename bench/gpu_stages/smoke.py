@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import CASES, OpCase
+from cases import CASES
+from op_case import OpCase
 from test_capture import replaced, warm_up
 from test_ops import backward, check, cotangents_of, forward, make, map_tensors, run, tensors_of
 from timing import OURS, Row, failed_row

@@ -11,15 +11,20 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timing
 from timing import Comparison, Make, Row
 
+from blt_kernels._extension import OPERATORS
 from gpu_stages import Case
 from gpu_stages.target import CALLS, Target
 
-OPS = ("patch_pool", "entropy_patch", "patch_cross_attention", "ngram_hash_embed", "patch_unpool", "token_entropy")
+# The most informative first. Attention has a stage of its own.
+FIRST = ("patch_pool", "entropy_patch", "patch_cross_attention", "ngram_hash_embed", "patch_unpool", "token_entropy")
+BENCHED = {path.stem.removeprefix("bench_") for path in Path(timing.__file__).parent.glob("bench_*.py")}
+OTHERS = sorted(BENCHED & set(OPERATORS.values()) - {*FIRST, "block_causal_attention"})
 ROUNDS = 5
 MAX_COPIES = 4
 SLOW_SECONDS = 0.05  # a peer that takes longer is timed call by call
@@ -31,7 +36,7 @@ def timings_cases(target: Target) -> list[Case]:
     """The first comparison of every op, then the second ones."""
     device = target.device
     found = []
-    for op in OPS:
+    for op in (*FIRST, *OTHERS):
         bench = importlib.import_module(f"bench_{op}")
         makes = list(bench.comparisons(small=target.rehearsal, device=device, compile_peers=False))
         found.append([case_of(op, make) for make in makes][: 1 if target.rehearsal else None])

@@ -1,4 +1,4 @@
-"""optim: steps of the optimizers in `blt_kernels.optim`, which update the rows of a table in place.
+"""optim: steps of the optimizers `optim.SGD` and `optim.RowwiseAdagrad`, which update rows of a table in place.
 
 A step reads and writes the rows that have a gradient, and no others.
 """

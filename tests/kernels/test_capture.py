@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, OpCase
+from cases import CASES
 from op_calls import backward, cotangents_of, forward, make, map_tensors, tensors_of
+from op_case import OpCase
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from backends import traffic
-from cases import CASES, OpCase
+from cases import CASES
 from inputs import random_normal
 from model_cases import CONFIGS, LENGTHS, build, documents
 from op_calls import make, tensors_of, with_grad
+from op_case import OpCase
 from torch import Tensor
 
 import blt_kernels as bk

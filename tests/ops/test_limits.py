@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, OpCase
+from cases import CASES
 from inputs import documents, make_layout, random_normal
 from model_cases import CONFIGS, build
 from model_cases import documents as tokens_and_rows
 from op_calls import make, run
+from op_case import OpCase
 from torch.utils.flop_counter import FlopCounterMode
 
 import blt_kernels as bk

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, OpCase
+from cases import CASES
 from model_cases import CONFIGS, documents
 from op_calls import make, map_tensors, run, tensors_of
+from op_case import OpCase
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 

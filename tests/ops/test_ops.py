@@ -1,4 +1,4 @@
-"""The checks that every op must pass (DESIGN, section 5), for every case of `cases.py`.
+"""The checks that every op must pass (DESIGN, section 5), for every case of `cases`.
 
 An op is judged against its reference: `eager` is that in the dtype of the inputs, `truth` that in fp64.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from backends import order, use
-from cases import CASES, OpCase
+from cases import CASES
 from op_calls import (
     cast,
     check,
@@ -26,6 +26,7 @@ from op_calls import (
     tensors_of,
     with_grad,
 )
+from op_case import OpCase
 from torch import Tensor
 from torch.utils import _pytree as pytree
 

@@ -55,7 +55,7 @@ def test_an_op_has_its_files(op: str) -> None:
     if op in COMPILED:
         files.append(f"bench/bench_{op}.py")
     assert [f for f in files if not (ROOT / f).exists()] == []
-    assert [c.name for c in CASES if c.op == op], "not listed in tests/cases.py"
+    assert [c.name for c in CASES if c.op == op], "not listed in tests/cases"
 
 
 @EVERY_OP
@@ -81,7 +81,7 @@ def test_a_public_function_takes_what_its_reference_takes(name: str) -> None:
         return
     assert reference is not None
     assert set(inspect.signature(function).parameters) == set(inspect.signature(reference).parameters)
-    assert name in {c.function.__name__ for c in CASES}, "not listed in tests/cases.py"
+    assert name in {c.function.__name__ for c in CASES}, "not listed in tests/cases"
 
 
 @EVERY_OPERATOR

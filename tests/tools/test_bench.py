@@ -180,10 +180,16 @@ def test_readme_has_a_line_for_every_input(timing: ModuleType, tmp_path: Path) -
     ]
 
 
+def test_readme_has_the_table_of_ops(timing: ModuleType) -> None:
+    readme = importlib.import_module("readme")
+    assert readme.table_of_ops() in (tool.SOURCE.parent / "README.md").read_text(), "run `python bench/readme.py`"
+
+
 def test_readme_shows_results_of_gpus(timing: ModuleType, tmp_path: Path) -> None:
     """By the name of the file; rows that failed or stand alone are not in the table; later ones replace others."""
     readme = importlib.import_module("readme")
-    text = "".join(f"{kind}\n{begin}\nold\n{end}\n" for kind, (begin, end) in readme.MARKERS.items())
+    markers = {"ops": readme.OPS_MARKERS, **readme.MARKERS}
+    text = "".join(f"{kind}\n{begin}\nold\n{end}\n" for kind, (begin, end) in markers.items())
     row = timing.Row("pool fwd", "[8]", "bf16", 16, timing.OURS, 9.0, 1, 1.0, 0.5, 1.0, None, 3, "ok, by graphs")
     limit = replace(row, implementation="limit: copy", median_ms=0.1)
     timing.append_csv([replace(row, op="cpu op"), replace(limit, op="cpu op")], tmp_path / "2026-01-02-intel-xeon.csv")

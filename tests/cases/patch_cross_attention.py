@@ -1,0 +1,31 @@
+"""Cases of `patch_cross_attention`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import inputs
+from op_case import OpCase
+
+import blt_kernels as bk
+from blt_kernels.reference.patch_cross_attention import patch_cross_attention_reference
+
+_cross = partial(
+    OpCase,
+    bk.patch_cross_attention,
+    patch_cross_attention_reference,
+    differentiable=("q", "k", "v"),
+    autocast=True,
+)
+_make_cross = inputs.make_cross_attention
+
+CASES = [
+    _cross("encode", _make_cross("encode")),
+    _cross("decode", _make_cross("decode")),
+    _cross("encode, window", _make_cross("encode", "tail", window=3)),
+    _cross("decode, window", _make_cross("decode", "overflow", window=3, scale=0.5)),
+    _cross("encode, grouped", _make_cross("encode", heads=6, kv_heads=2)),
+    _cross("decode, grouped", _make_cross("decode", "tail", heads=4, kv_heads=1, window=2), trace=False),
+    _cross("encode, wide", _make_cross("encode", width=80), trace=False),
+    _cross("decode, wide", _make_cross("decode", width=80), trace=False),
+]

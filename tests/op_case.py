@@ -1,0 +1,57 @@
+"""`OpCase`: what `test_ops.py` needs to run all shared checks on an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import inputs
+import torch
+
+from blt_kernels import _extension
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+IDS = (torch.int64,)
+WIDE = 149  # columns: several vectors of every instruction set, side by side and alone, and some left over
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One op with one setting of its options.
+
+    Attributes
+    ----------
+    function, reference : called with what `make` returns
+    label : what is special about the case
+    make : (dtype, num_bytes, seed) -> keyword arguments that both take, on the CPU; any `num_bytes` from 0
+    differentiable : names of the arguments with gradients
+    dtypes : dtypes to test; of ids where there are no floating arguments
+    autocast : does autocast cast the floating arguments?
+    sparse : are gradients sparse? gradcheck and tracing take dense ones only
+    trace : is the case put through opcheck and torch.compile? One of a function's cases is enough unless options differ
+    """
+
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    label: str
+    make: inputs.Make
+    differentiable: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    autocast: bool = False
+    sparse: bool = False
+    trace: bool = True
+
+    @property
+    def op(self) -> str:
+        """The op that the function is of: ``ops/<op>.py`` defines it."""
+        return self.function.__module__.rpartition(".")[2]
+
+    @property
+    def emulated(self) -> bool:
+        """Are the kernels for CUDA written in CUDA C++, which the emulator runs, and not in Triton?"""
+        return not _extension.is_triton(self.op)
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__ + (f"[{self.label}]" if self.label else "")
