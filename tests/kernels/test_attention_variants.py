@@ -24,12 +24,11 @@ CASES = [  # lengths of documents, rows behind them, window, heads, tiles
 
 
 def compare(lengths: list[int], behind: int, window: int | None, heads: int, tiles: tuple[int, int]) -> None:
-    """Compare all variants but that with host descriptors, which the interpreter does not take, with the reference."""
+    """Compare all variants but that with host descriptors, which the interpreter does not take, with fp64."""
     from attention_variants import bwd_dkdv_variant, fwd_variant
 
-    from blt_kernels.reference import block_causal_attention as reference
+    from blt_kernels import block_causal_attention
     from blt_kernels.testing import offsets_of
-    from blt_kernels.triton.attention_ranges import ranges
 
     generator = torch.Generator().manual_seed(0)
     cu, width = offsets_of(lengths), 32
@@ -38,14 +37,18 @@ def compare(lengths: list[int], behind: int, window: int | None, heads: int, til
     q, k, v, grad = torch.randn(4, rows, heads, width, generator=generator)
     for x in (q, k, v, grad):
         x[documents.stop :] = math.nan
-    scale = width**-0.5
-    arguments = (cu, None, window, True, scale, None)
-    expected_out, expected_lse = reference.block_causal_attention_fwd_reference(q, k, v, *arguments)
-    saved = grad, q, k, v, expected_out, expected_lse
-    _, expected_dk, expected_dv = reference.block_causal_attention_bwd_reference(*saved, *arguments)
-    factor = scale * math.log2(math.e)
-    sums = torch.stack([expected_lse.T * math.log2(math.e), (grad * expected_out).sum(-1).T]).contiguous()
-    of_queries, of_keys = ranges(q, rows, rows, cu, None, len(lengths), window, True, None, with_keys=True)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected_out, expected_lse = block_causal_attention(*exact, cu, window=window, return_lse=True)
+    _, expected_dk, expected_dv = torch.autograd.grad(expected_out, exact, grad.double())
+    scale, log2_e = width**-0.5, math.log2(math.e)
+    sums = torch.stack([expected_lse.T * log2_e, (grad * expected_out).sum(-1).T]).detach().float().contiguous()
+
+    row, reach = torch.arange(rows), window or rows
+    begin, end = (torch.repeat_interleave(x, torch.tensor(lengths)) for x in (cu[:-1], cu[1:]))
+    nothing = torch.full((2, behind), rows)
+    own = row[documents]
+    of_queries = torch.cat([torch.stack([torch.maximum(begin, own + 1 - reach), own + 1]), nothing], 1).int()
+    of_keys = torch.cat([torch.stack([own, torch.minimum(end, own + reach)]), nothing], 1).int()
     strides = q.stride()[:2]
     for load, specialize in ((0, False), (1, False), (1, True)):
         options = {"ROWS": tiles[0], "STEP": tiles[1], "E": width, "LOAD": load, "SPECIALIZE": specialize}
@@ -53,13 +56,14 @@ def compare(lengths: list[int], behind: int, window: int | None, heads: int, til
         lse = torch.full((rows, heads), math.nan)
         grid = (-(-rows // tiles[0]), heads)
         fwd_variant[grid](
-            q, k, v, out, lse, *of_queries, cu[-1:], *strides * 3, factor, scale, rows, heads, 1, **options
+            q, k, v, out, lse, *of_queries, cu[-1:], *strides * 3, scale * log2_e, scale, rows, heads, 1, **options
         )
         bwd_dkdv_variant[grid](
-            q, k, v, grad, sums, *of_keys, cu[-1:], dk, dv, *strides * 4, scale, factor, rows, rows, heads, 1, **options
-        )
+            q, k, v, grad, sums, *of_keys, cu[-1:], dk, dv, *strides * 4, scale, scale * log2_e, rows, rows, heads, 1,
+            **options,
+        )  # fmt: skip
         for actual, expected in ((out, expected_out), (lse, expected_lse), (dk, expected_dk), (dv, expected_dv)):
-            torch.testing.assert_close(actual[documents], expected[documents], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual[documents], expected[documents].float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
