@@ -168,6 +168,43 @@ __device__ __forceinline__ void store(T* to, const Pack<T, kSize>& pack) {
   *reinterpret_cast<Bits<T, kSize>*>(to) = both.bits;
 }
 
+// --- asynchronous copies ----------------------------------------------------------------------------------------------
+
+// Copies the kSize numbers at `from` to shared memory in the background. The lane may read them once it has waited for
+// their group, those since the last commit_copies(). Fewer than 4 bytes are there at once.
+template <int kSize, class T>
+__device__ __forceinline__ void copy_async(void* to, const T* from) {
+  constexpr int kBytes = kSize * sizeof(T);
+  check_aligned(from, kBytes);
+  if constexpr (kBytes < 4) {
+    *static_cast<Bits<T, kSize>*>(to) = *reinterpret_cast<const Bits<T, kSize>*>(from);
+  } else {
+#ifdef __CUDACC__
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(to))),
+                 "l"(from), "n"(kBytes)
+                 : "memory");
+#else
+    emulator::copy_async(to, from, kBytes);
+#endif
+  }
+}
+__device__ __forceinline__ void commit_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  emulator::commit_copies();
+#endif
+}
+// Waits until at most kGroups groups of this lane are under way.
+template <int kGroups>
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#else
+  emulator::wait_for_copies(kGroups);
+#endif
+}
+
 // --- warps and blocks -------------------------------------------------------------------------------------------------
 
 // fold(... fold(x_0, x_1) ..., x_n) over every kLanes neighbouring lanes, in each of them, in an order that is always the

@@ -62,6 +62,9 @@ struct Column {
   int room;
 
   __device__ __forceinline__ T* at(u32 row) const { return data_at(data, static_cast<u64>(row) * row_bytes); }
+  // Is pack r in the row, and where?
+  __device__ __forceinline__ static constexpr int offset(int r) { return r * S::kLanes * S::kPack; }
+  __device__ __forceinline__ bool has(int r) const { return offset(r) < room; }
   // Numbers beyond the row are 0.
   __device__ __forceinline__ Raw<S> load(u32 row) const {
     Raw<S> raw;
@@ -69,7 +72,7 @@ struct Column {
 #pragma unroll
     for (int r = 0; r < S::kPacks; ++r) {
       raw.packs[r] = {};
-      if (r * S::kLanes * S::kPack < room) raw.packs[r] = load_bits<S::kPack>(from + r * S::kLanes * S::kPack);
+      if (has(r)) raw.packs[r] = load_bits<S::kPack>(from + offset(r));
     }
     return raw;
   }
@@ -80,10 +83,14 @@ struct Column {
       Pack<T, S::kPack> pack;
 #pragma unroll
       for (int c = 0; c < S::kPack; ++c) pack[c] = narrow<T>(slice[r * S::kPack + c]);
-      if (r * S::kLanes * S::kPack < room) blt::store(to + r * S::kLanes * S::kPack, pack);
+      if (has(r)) blt::store(to + offset(r), pack);
     }
   }
 };
+template <class S>
+using InputColumn = Column<S, const typename S::T>;
+template <class S>
+using OutputColumn = Column<S, typename S::T>;
 
 template <class S>
 __device__ __forceinline__ int lane_column() {

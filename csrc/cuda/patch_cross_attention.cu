@@ -153,10 +153,12 @@ class PartMemory {
   Tensor sums_, softmax_;
 };
 
-template <class S>
-LaunchConfig config_of(const Arguments& arguments, int threads) {
+template <class S, class Ring>
+LaunchConfig config_of(const Arguments& arguments) {
   const int64_t units = arguments.capacity + arguments.parts(), groups = ceil_div(arguments.kv_heads(), S::kHeads);
-  return {.grid = {groups * std::max<int64_t>(1, ceil_div<int64_t>(units, kRun * threads / kWarp))}, .block = threads};
+  return {.grid = {groups * std::max<int64_t>(1, ceil_div<int64_t>(units, kRun * kWarps))},
+          .block = kThreads,
+          .smem_bytes = sizeof(Rings<Ring>)};
 }
 
 // f(Split) with the fewest lanes, from 8 on, that hold a row in vectors of 16 bytes, if all rows of the tensors begin at a
@@ -195,11 +197,12 @@ std::tuple<Tensor, Tensor> patch_cross_attention_fwd_cuda(Tensor q, Tensor k, Te
     const CrossOutput<T> output = {output_rows<T>(device, out), device.write<A>(lse), parts.sums<A>(device)};
     dispatch_split<T>({&arguments.q, &arguments.k, &arguments.v, &out}, [&](auto split) {
       using S = decltype(split);
-      const LaunchConfig config = config_of<S>(arguments, kForwardThreads);
       if (!arguments.encode && arguments.window == 1 && arguments.vectors() <= S::kHeld)
-        device.launch<patch_cross_attention_fwd_keys_kernel<S>>(config, problem, readers, output);
+        device.launch<patch_cross_attention_fwd_keys_kernel<S>>(config_of<S, QueryRing<S>>(arguments), problem, readers,
+                                                                output);
       else
-        device.launch<patch_cross_attention_fwd_queries_kernel<S>>(config, problem, readers, output);
+        device.launch<patch_cross_attention_fwd_queries_kernel<S>>(config_of<S, KeyRing<S>>(arguments), problem,
+                                                                   readers, output);
     });
     parts.add_up<T, true>(device, arguments, out, output.lse);
   });
@@ -245,20 +248,26 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
     dispatch_split<T>(
         {&arguments.q, &arguments.k, &arguments.v, &grad_out, &out, &grad_q, &grad_k, &grad_v}, [&](auto split) {
           using S = decltype(split);
-          const LaunchConfig config = config_of<S>(arguments, kBackwardThreads);
-          const bool held = arguments.window == 1 && arguments.vectors() <= S::kHeld;
-          const bool queries_alone = held && arguments.encode && heads == kv_heads;
-          const bool keys_alone = held && !arguments.encode;
-          std::optional<Tensor> softmax;
-          if (!queries_alone && !keys_alone) {
-            softmax = device_output(q, {q.size(0), heads, 2}, accumulator(q));
-            grads.softmax = device.write<A>(*softmax);
+          const LaunchConfig of_queries = config_of<S, BackwardKeyRing<S>>(arguments);
+          const LaunchConfig of_keys = config_of<S, BackwardQueryRing<S>>(arguments);
+          if (arguments.window == 1 && arguments.vectors() <= S::kHeld) {
+            if (arguments.encode && heads == kv_heads)
+              return device.launch<patch_cross_attention_bwd_queries_kernel<S>>(of_queries, problem, readers, grads);
+            if (!arguments.encode)
+              return device.launch<patch_cross_attention_bwd_keys_kernel<S>>(of_keys, problem, readers, grads);
           }
-          if (!keys_alone) device.launch<patch_cross_attention_bwd_queries_kernel<S>>(config, problem, readers, grads);
-          if (keys_alone)
-            device.launch<patch_cross_attention_bwd_keys_kernel<S, true>>(config, problem, readers, grads);
-          else if (!queries_alone)
-            device.launch<patch_cross_attention_bwd_keys_kernel<S, false>>(config, problem, readers, grads);
+          LaunchConfig of_both = of_queries;
+          of_both.smem_bytes = std::max(of_queries.smem_bytes, of_keys.smem_bytes);
+          const int halo = static_cast<int>(arguments.window) - 1;
+          const bool together = halo <= kRun * kWarps;
+          Tensor softmax = device_output(q, {(together && halo > 0 ? 2 : 1) * q.size(0), heads, 2}, accumulator(q));
+          grads.softmax = device.write<A>(softmax);
+          const auto launch = [&](const Passes& passes) {
+            device.launch<patch_cross_attention_bwd_both_kernel<S>>(of_both, problem, readers, grads, passes);
+          };
+          if (together) return launch({true, true, halo});
+          launch({true, false, 0});
+          launch({false, true, 0});
         });
     q_parts.add_up<T, false>(device, arguments, grad_q, nullptr);
     k_parts.add_up<T, false>(device, arguments, grad_k, nullptr);

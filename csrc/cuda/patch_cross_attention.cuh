@@ -9,10 +9,11 @@
 //
 // A group of 8 to 32 lanes owns a unit (patch_readers.cuh), K vectors by a handful of bytes, in one head of k and v: as
 // many lanes as a row has vectors of 16 bytes (head_slices.cuh). A warp has the groups of neighbouring heads of the same
-// unit, so all its lanes do the same and it never diverges; it goes through kRun units. A block has 4 or 6 kRun patches
-// in a row, so that a window reads few bytes twice. The group holds kHeld rows of one side in registers, streams those of
-// the other past them and loads the next tile while it computes with this one. More held rows are taken in chunks. No
-// shared memory, no barriers, no atomics: every row of every result has one owner, which sums in the order of the rows.
+// unit, so all its lanes do the same and it never diverges. It goes through kRun units in a row. The group holds kHeld rows
+// of one side in registers and streams those of the other past them; more held rows are taken in chunks. The rows that it
+// streams come through shared memory, the next ones that it holds are under way in registers (row_stream.cuh): as units
+// follow on each other in memory, a warp waits for memory when it starts and never between units. No atomics: every row of
+// every result has one owner, which sums in the order of the rows.
 //
 //   patch_cross_attention_fwd_queries  holds queries, streams keys with a running softmax
 //   patch_cross_attention_fwd_keys     decoding, where a unit's keys are held at once: streams queries
@@ -22,21 +23,21 @@
 //
 // Bytes: forward q, k, v, out, lse once; backward q, k, v, grad_out, lse and the gradients once. Flops for a (query, key)
 // pair and head: 4 E forward, 10 to 14 E backward. With K = 2 in bf16 that is about 2 flops a byte, so memory is the
-// limit. Before its first row a warp waits for two loads that depend on each other, offsets and the id of a last byte,
-// once for kRun units.
+// limit. Before its first row a warp waits for two loads that depend on each other, offsets and rows.
 //
-// Registers: at most 168 for rows of 16 bytes a lane, so 12 warps on each multiprocessor. Each has kTile rows of two tensors
-// under way while it computes with as many: 24 KB a multiprocessor for rows of 512 bytes a warp, more than the 15 KB that
-// cover the latency of memory. Heads are at most 256 wide.
+// Each warp has up to 8 KB of rows under way, 16 KB where keys pass twice. With 128 registers forward and 168 backward a
+// multiprocessor has room for 16 and 12 warps, and 23 KB under way cover the latency of memory. Heads are at most 256 wide.
 #pragma once
 
 #include "head_slices.cuh"
 #include "patch_readers.cuh"
+#include "row_stream.cuh"
 
 namespace blt {
 
 inline constexpr int kRun = 4;
-inline constexpr int kForwardThreads = 192, kBackwardThreads = 128, kPartSumThreads = 256;
+inline constexpr int kThreads = 128, kWarps = kThreads / kWarp, kPartSumThreads = 256;
+inline constexpr int kRingBytes = 8 << 10;  // of rows on their way to a warp
 inline constexpr int kMaxWidth = 256;
 
 // Blocks that a multiprocessor is to have room for. Compilers for older GPUs need more registers.
@@ -48,7 +49,7 @@ inline constexpr bool kManyRegisters = false;
 template <class S>
 inline constexpr bool kWide = kManyRegisters || S::kPacks > 1 || sizeof(typename S::A) == 8;
 template <class S>
-inline constexpr int kForwardBlocks = kWide<S> ? 1 : 2;
+inline constexpr int kForwardBlocks = kWide<S> ? 2 : 4;
 template <class S>
 inline constexpr int kBackwardBlocks = sizeof(typename S::A) == 8 ? 1
                                        : kWide<S>                 ? 2
@@ -76,12 +77,22 @@ struct PartSums {
 struct Task {
   int head, unit, warp, warps;
 };
-template <class S, int kThreads>
+template <class S>
 __device__ __forceinline__ Task task_of_lane(int kv_heads) {
-  constexpr int kWarps = kThreads / kWarp;
-  const int groups = ceil_div(kv_heads, S::kHeads), block = blockIdx.x / groups, warp = threadIdx.x / kWarp;
+  const int groups = ceil_div(kv_heads, S::kHeads), block = blockIdx.x / groups;
+  const int warp = block * kWarps + threadIdx.x / kWarp;
   const int head = blockIdx.x % groups * S::kHeads + threadIdx.x % kWarp / S::kLanes;
-  return {head, block * (kWarps * kRun) + warp, block * kWarps + warp, static_cast<int>(gridDim.x) / groups * kWarps};
+  return {head, warp * kRun, warp, static_cast<int>(gridDim.x) / groups * kWarps};
+}
+
+// The warp's ring, in the block's shared memory.
+template <class Ring>
+struct Rings {
+  Ring of_warp[kWarps];
+};
+template <class Ring>
+__device__ __forceinline__ Ring& ring_of_warp() {
+  return shared_memory<Rings<Ring>>().of_warp[threadIdx.x / kWarp];
 }
 
 // --- numbers ----------------------------------------------------------------------------------------------------------
@@ -115,22 +126,12 @@ struct Sum {
 
 // --- rows -------------------------------------------------------------------------------------------------------------
 
-template <class S>
-using InputColumn = Column<S, const typename S::T>;
-template <class S>
-using OutputColumn = Column<S, typename S::T>;
-
 // The head of a lane in a tensor of query heads: the r-th of those that read the lane's head of k and v.
 template <class T>
 __device__ __forceinline__ int query_head(const CrossAttention<T>& problem, int kv_head, int r) {
   return kv_head < problem.kv_heads ? kv_head * problem.heads_per_kv_head + r : problem.heads;
 }
 
-template <class S>
-__device__ __forceinline__ void hold_rows(Slice<S> (&held)[S::kHeld], const InputColumn<S>& rows, u32 row, int count) {
-#pragma unroll
-  for (int i = 0; i < S::kHeld; ++i) held[i] = i < count ? widen(rows.load(row + i)) : Slice<S>{};
-}
 template <class S>
 __device__ __forceinline__ void store_rows(const OutputColumn<S>& rows, u32 row, int count,
                                            const Slice<S> (&slices)[S::kHeld]) {
@@ -143,46 +144,10 @@ __device__ __forceinline__ void clear_rows(const OutputColumn<S>& rows, u32 begi
   for (u32 row = begin; row < end; row += step) rows.store(row, Slice<S>{});
 }
 
-// Calls f(row, x, more) for tiles of the rows of some tensors, x[tensor][row of the tile]: while f computes, the next tile
-// is under way, or the next two of a single tensor. Of the rows from rows.end on a tile has the last one again. `more` is
-// what ahead(row) returned for the tile.
-template <class S, int kTensors, class Ahead, class F>
-__device__ __forceinline__ void stream(const InputColumn<S> (&tensors)[kTensors], const Rows& rows, Ahead&& ahead,
-                                       F&& f) {
-  constexpr int kStages = kTensors == 1 ? 2 : 1;
-  if (rows.begin >= rows.end) return;
-  Raw<S> raw[kStages][kTensors][S::kTile];
-  decltype(ahead(u32(0))) more[kStages];
-  const auto load_tile = [&](int stage, u32 row) {
-#pragma unroll
-    for (int a = 0; a < S::kTile; ++a)
-#pragma unroll
-      for (int t = 0; t < kTensors; ++t) raw[stage][t][a] = tensors[t].load(least(row + a, rows.end - 1));
-    more[stage] = ahead(row);
-  };
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) load_tile(stage, rows.begin + stage * S::kTile);
-#pragma unroll 1
-  for (u32 row = rows.begin; row < rows.end; row += S::kTile) {
-    Slice<S> x[kTensors][S::kTile];
-#pragma unroll
-    for (int t = 0; t < kTensors; ++t)
-#pragma unroll
-      for (int a = 0; a < S::kTile; ++a) x[t][a] = widen(raw[0][t][a]);
-    const auto own = more[0];
-    if constexpr (kStages > 1) {
-      more[0] = more[1];
-#pragma unroll
-      for (int a = 0; a < S::kTile; ++a) raw[0][0][a] = raw[1][0][a];
-    }
-    if (row + kStages * S::kTile < rows.end) load_tile(kStages - 1, row + kStages * S::kTile);
-    f(row, x, own);
-  }
-}
-
-// Nothing ahead.
-struct NoMore {
-  __device__ __forceinline__ int operator()(u32) const { return 0; }
+// HeldRows takes this where rows have no number.
+template <class A>
+struct NoNumber {
+  __device__ __forceinline__ A operator()(u32, u32) const { return 0; }
 };
 
 // Calls f(held, front, back) for the rows that a unit holds and those that it streams past them. Vectors are held with
@@ -233,15 +198,14 @@ __device__ __forceinline__ void skip(const OutputColumn<S>& out, typename S::A* 
 
 // Bytes that no unit has, and that a unit has but that read nothing.
 template <class S>
-__device__ __forceinline__ void skip_bytes(const CrossAttention<typename S::T>& problem, const PatchReaders& readers,
+__device__ __forceinline__ void skip_bytes(const CrossAttention<typename S::T>& problem, const Unowned& unowned,
                                            const CrossOutput<typename S::T>& output, const Task& task) {
-  const Rows before = readers.before(), beyond = readers.beyond();
 #pragma unroll 1
   for (int r = 0; r < problem.heads_per_kv_head; ++r) {
     const int head = query_head(problem, task.head, r);
     const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
-    skip<S>(out, output.lse + head, problem.heads, before.begin + task.warp, before.end, task.warps);
-    skip<S>(out, output.lse + head, problem.heads, beyond.begin + task.warp, beyond.end, task.warps);
+    for (const Rows& rows : {unowned.before, unowned.beyond})
+      skip<S>(out, output.lse + head, problem.heads, rows.begin + task.warp, rows.end, task.warps);
   }
 }
 template <class S>
@@ -262,11 +226,16 @@ struct Running {
 };
 
 template <class S>
-__device__ __forceinline__ void attend(Running<S>& running, const Slice<S> (&q)[S::kHeld],
-                                       const InputColumn<S> (&keys)[2], const Rows& rows, typename S::A scale) {
+using KeyRing = RowRing<S, 2, false, kRingBytes>;
+template <class S>
+using QueryRing = RowRing<S, 1, false, kRingBytes>;
+
+template <class S>
+__device__ __forceinline__ void attend(Running<S>& running, const Slice<S> (&q)[S::kHeld], RowStream<KeyRing<S>>& keys,
+                                       const Rows& rows, u32 limit, bool kept, typename S::A scale) {
   using A = typename S::A;
   const Cell cell = cell_of_lane<S>();
-  stream<S>(keys, rows, NoMore{}, [&](u32 row, const Slice<S>(&x)[2][S::kTile], int) {
+  for_each_tile(keys, rows.begin, rows.end, limit, kept, [&](u32 row, const Slice<S>(&x)[2][S::kTile]) {
     A score = rounded_product(dots(q, x[0]), scale);
     if (row + cell.tile >= rows.end) score = no_score<A>();
     const A before = running.top;
@@ -285,31 +254,40 @@ __device__ __forceinline__ void attend(Running<S>& running, const Slice<S> (&q)[
 }
 
 template <class S>
-__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
     patch_cross_attention_fwd_queries_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
                                              CrossOutput<typename S::T> output) {
   using A = typename S::A;
-  const Task task = task_of_lane<S, kForwardThreads>(problem.kv_heads);
+  const Task task = task_of_lane<S>(problem.kv_heads);
   const Cell cell = cell_of_lane<S>();
-  if (!readers.encode) skip_bytes<S>(problem, readers, output, task);
-  const InputColumn<S> keys[2] = {column_of<S>(problem.k, task.head, problem.kv_heads, problem.width),
-                                  column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)};
-  for_each_unit<true, kRun, kForwardThreads / kWarp>(readers, task.unit, [&](const PatchUnit& unit) {
+  const Unowned unowned = readers.unowned();
+  RowStream<KeyRing<S>> keys(ring_of_warp<KeyRing<S>>());
+  keys.set({column_of<S>(problem.k, task.head, problem.kv_heads, problem.width),
+            column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)});
+  HeldRows<S, 1> next;
+  const auto start = [&](u32 vector, u32 byte, const Run& run) {
+    keys.start(readers.encode ? byte : vector, readers.encode ? run.bytes_end : run.vectors_end);
+  };
+  for_each_unit<true, kRun>(readers, task.unit, task.unit + kRun, start, [&](const PatchUnit& unit, const Run& run) {
+    const u32 keys_end = readers.encode ? run.bytes_end : run.vectors_end;
+    const u32 queries_end = problem.heads_per_kv_head > 1 ? 0 : readers.encode ? run.vectors_end : run.bytes_end;
 #pragma unroll 1
     for (int r = 0; r < problem.heads_per_kv_head; ++r) {
       const int head = query_head(problem, task.head, r);
-      const InputColumn<S> queries = column_of<S>(problem.q, head, problem.heads, problem.width);
+      const InputColumn<S> queries[1] = {column_of<S>(problem.q, head, problem.heads, problem.width)};
       const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
       if (!readers.encode) skip_rest<S>(out, output.lse + head, problem.heads, unit);
       for_each_piece(readers.encode, readers.vectors(unit), unit, [&](Rows held, Rows front, Rows back) {
 #pragma unroll 1
         for (u32 row = held.begin; row < held.end; row += S::kHeld) {
           const int count = static_cast<int>(least<u32>(held.end - row, S::kHeld));
-          Slice<S> q[S::kHeld];
+          const bool again = r + 1 < problem.heads_per_kv_head || row + count < held.end;
+          const u32 limit = again ? front.end : most(front.end, keys_end);
+          Slice<S> q[1][S::kHeld];
+          next.take(q, queries, row, count, most(held.end, queries_end), NoNumber<A>{});
           Running<S> running;
-          hold_rows<S>(q, queries, row, count);
-          attend<S>(running, q, keys, front, problem.scale);
-          if (back.begin < back.end) attend<S>(running, q, keys, back, problem.scale);
+          attend<S>(running, q[0], keys, front, limit, again && front.size() <= KeyRing<S>::kRows, problem.scale);
+          if (back.size() > 0) attend<S>(running, q[0], keys, back, back.end, false, problem.scale);
           const A total = fold_tile<S>(running.total, Sum{});
           const bool writes = head < problem.heads && cell.held < count && cell.tile == 0 && first_of_cell<S>();
           if (readers.encode && unit.slot >= 0) {
@@ -336,34 +314,48 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<S>)
       });
     }
   });
+  if (!readers.encode) skip_bytes<S>(problem, unowned, output, task);
 }
 
 // Decoding, for at most kHeld keys: the softmax of a query is over the cells of its row.
 template <class S>
-__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
     patch_cross_attention_fwd_keys_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
                                           CrossOutput<typename S::T> output) {
   using A = typename S::A;
-  const Task task = task_of_lane<S, kForwardThreads>(problem.kv_heads);
+  const Task task = task_of_lane<S>(problem.kv_heads);
   const Cell cell = cell_of_lane<S>();
-  skip_bytes<S>(problem, readers, output, task);
-  for_each_unit<false, kRun, kForwardThreads / kWarp>(readers, task.unit, [&](const PatchUnit& unit) {
+  const Unowned unowned = readers.unowned();
+  const bool one_head = problem.heads_per_kv_head == 1;
+  const InputColumn<S> keys[2] = {column_of<S>(problem.k, task.head, problem.kv_heads, problem.width),
+                                  column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)};
+  RowStream<QueryRing<S>> queries(ring_of_warp<QueryRing<S>>());
+  const auto set_head = [&](int head) { queries.set({column_of<S>(problem.q, head, problem.heads, problem.width)}); };
+  set_head(query_head(problem, task.head, 0));
+  HeldRows<S, 2> next;
+  const auto start = [&](u32 vector, u32 byte, const Run& run) {
+    next.request(keys, vector, run.vectors_end, NoNumber<A>{});
+    if (one_head) queries.start(byte, run.bytes_end);
+  };
+  for_each_unit<false, kRun>(readers, task.unit, task.unit + kRun, start, [&](const PatchUnit& unit, const Run& run) {
     const Rows held = readers.vectors(unit), front = reading(unit.front, unit.stop),
                back = reading(unit.back, unit.stop);
     const int count = static_cast<int>(held.end - held.begin);
-    Slice<S> k[S::kHeld], v[S::kHeld];
-    hold_rows<S>(k, column_of<S>(problem.k, task.head, problem.kv_heads, problem.width), held.begin, count);
-    hold_rows<S>(v, column_of<S>(problem.v, task.head, problem.kv_heads, problem.width), held.begin, count);
+    const u32 limit = one_head ? most(front.end, run.bytes_end) : front.end;
+    Slice<S> x[2][S::kHeld];
+    next.take(x, keys, held.begin, count, most(held.end, run.vectors_end), NoNumber<A>{});
+    const auto& [k, v] = x;
 #pragma unroll 1
     for (int r = 0; r < problem.heads_per_kv_head; ++r) {
       const int head = query_head(problem, task.head, r);
-      const InputColumn<S> queries[1] = {column_of<S>(problem.q, head, problem.heads, problem.width)};
+      if (!one_head) set_head(head);
       const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
       skip_rest<S>(out, output.lse + head, problem.heads, unit);
 #pragma unroll 1
       for (int piece = 0; piece < 2; ++piece) {
         const Rows rows = piece == 0 ? front : back;
-        stream<S>(queries, rows, NoMore{}, [&](u32 row, const Slice<S>(&q)[1][S::kTile], int) {
+        const u32 end = piece == 0 ? limit : back.end;
+        for_each_tile(queries, rows.begin, rows.end, end, false, [&](u32 row, const Slice<S>(&q)[1][S::kTile]) {
           A score = rounded_product(dots(k, q[0]), problem.scale);
           if (cell.held >= count) score = no_score<A>();
           const A top = fold_held<S>(score, Most{}), shift = top == no_score<A>() ? A(0) : top;
@@ -382,6 +374,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<S>)
       }
     }
   });
+  skip_bytes<S>(problem, unowned, output, task);
 }
 
 }  // namespace blt

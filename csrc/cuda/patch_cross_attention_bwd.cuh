@@ -1,21 +1,24 @@
 // The backward of patch_cross_attention.cuh, which says what it computes and who owns what.
 //
-// Two kernels, one for either side of a unit that is held. With a and b the held rows, q and grad_out or k and v, and x and
+// Two passes, one for either side of a unit that is held. With a and b the held rows, q and grad_out or k and v, and x and
 // y the streamed ones of the other side, a . x and b . y are all the products there are, either way. Where all rows of the
-// patch are held at once, the gradients of the streamed rows are whole too and leave with them: then one kernel does it
-// all, and every tensor passes once.
+// patch are held at once, the gradients of the streamed rows are whole too and leave with them: then one pass does it all,
+// and every tensor passes once.
 //
-//   queries held   dq adds up. Streams keys twice, first for the sums of the softmax, l and delta, the second time from
-//                  the L1 cache. Encoding without a window, K <= kHeld and H = G, it does dk and dv as well.
+//   queries held   dq adds up. Streams keys twice, first for the sums of the softmax, l and delta, then from the ring.
+//                  Encoding without a window, K <= kHeld and H = G, it does dk and dv as well.
 //   keys held      dk and dv add up. Decoding without a window and K <= kHeld, it does dq as well, since a query's softmax
-//                  is over the cells of its row. Else it takes l and delta from the other kernel, and all tensors pass
-//                  twice: of a window, of larger K, of grouped heads when encoding.
+//                  is over the cells of its row. Else it takes l and delta from the other pass.
+//
+// A block makes both passes over its units, so that the second one finds its rows in the caches. Of a window it also finds
+// l and delta of the patches behind its own whose queries read its keys: its halo. Windows with a halo larger than a block
+// have a launch for each pass, and their tensors pass twice.
 //
 // lse is rounded, so the weights exp(s - lse) do not quite sum to 1 until they are divided by their sum. Only queries of
 // divided patches, whose sums no unit has, take them as they are, and delta as g . out.
 //
-// Why these two and no other: the pair alone would do, but moves 1.5 times the bytes of the usual case; one kernel that
-// holds queries for both directions would stream keys once for every two queries of a decoding patch, 2.3 times on average.
+// Why these and no other: both passes would do for all, but compute twice what the usual case needs; one that holds queries
+// for both directions would stream keys once for every two queries of a decoding patch, 2.3 times on average.
 #pragma once
 
 #include "patch_cross_attention.cuh"
@@ -26,7 +29,7 @@ template <class T>
 struct CrossGradients {
   HeadRows<const T> grad_out, out;
   const acc_t<T>* lse;  // [queries, heads]
-  acc_t<T>* softmax;  // [queries, heads, 2]: 1 / l and delta, for the kernel that holds keys; null if there is only one
+  acc_t<T>* softmax;    // 1 / l and delta, between two passes
   HeadRows<T> q, k, v;
   PartSums<acc_t<T>> q_parts, k_parts, v_parts;
 };
@@ -102,11 +105,9 @@ __device__ __forceinline__ void store_gradients(const OutputColumn<S>& rows, con
 
 // Rows of the gradient of bytes that no unit has, and that a unit has but that read nothing.
 template <class S>
-__device__ __forceinline__ void clear_unowned(const OutputColumn<S>& rows, const PatchReaders& readers,
-                                              const Task& task) {
-  const Rows before = readers.before(), beyond = readers.beyond();
-  clear_rows<S>(rows, before.begin + task.warp, before.end, task.warps);
-  clear_rows<S>(rows, beyond.begin + task.warp, beyond.end, task.warps);
+__device__ __forceinline__ void clear_unowned(const OutputColumn<S>& rows, const Unowned& unowned, const Task& task) {
+  clear_rows<S>(rows, unowned.before.begin + task.warp, unowned.before.end, task.warps);
+  clear_rows<S>(rows, unowned.beyond.begin + task.warp, unowned.beyond.end, task.warps);
 }
 template <class S>
 __device__ __forceinline__ void clear_waiting(const OutputColumn<S>& rows, const PatchUnit& unit) {
@@ -122,137 +123,201 @@ __device__ __forceinline__ typename S::A products_of_rows(const Slice<S> (&held)
   typename S::A own = 0;
 #pragma unroll
   for (int i = 0; i < S::kHeld; ++i) {
-    Slice<S> other[S::kHeld];
-    hold_rows<S>(other, rows, row + i, i < count ? 1 : 0);
-    const auto sum = warp_sum<S::kLanes>(dot(held[i], other[0]));
+    const auto sum = warp_sum<S::kLanes>(i < count ? dot(held[i], widen(rows.load(row + i))) : typename S::A(0));
     if (cell_of_lane<S>().held == i) own = sum;
   }
   return own;
 }
 
+// Keys pass twice, so the ring has room for most patches.
 template <class S>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<S>)
-    patch_cross_attention_bwd_queries_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
-                                             CrossGradients<typename S::T> grads) {
+using BackwardKeyRing = RowRing<S, 2, false, 2 * kRingBytes>;
+template <class S>
+using BackwardQueryRing = RowRing<S, 2, true, kRingBytes>;
+
+// 1 / l and delta of queries, from the pass that holds queries to the one that holds keys. Units of a divided patch that
+// have the same queries each save them by slot. A block saves those of the patches behind its own, whose queries read its
+// keys, behind those of all owners: nothing has two writers.
+template <class T>
+struct SavedSoftmax {
+  acc_t<T>* softmax;  // [queries, heads, 2], once more where there are halos
+  PartSums<acc_t<T>> parts;
+  i64 queries;
+  int heads;
+  bool encode;
+  u32 halo_begin = ~0u;  // the first query of the halo
+
+  __device__ __forceinline__ acc_t<T>* at(const PatchUnit& unit, u32 first, u32 query, int head) const {
+    if (encode && unit.slot >= 0) return parts.softmax + 2 * parts.at(unit.slot, query - first, head);
+    return softmax + 2 * ((query + (query < halo_begin ? 0 : queries)) * heads + head);
+  }
+};
+
+// A pass goes through the units of a block up to own_end, and through its halo up to end, of which it only saves the
+// softmax.
+struct Pass {
+  int own_end, end;
+};
+
+// Holds the queries of units and computes dq. It also computes dk and dv, or else saves 1 / l and delta for pass_of_keys.
+template <class S, bool kWhole>
+__device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S::T>& problem,
+                                                const PatchReaders& readers, const CrossGradients<typename S::T>& grads,
+                                                const Task& task, const Pass& pass,
+                                                const SavedSoftmax<typename S::T>& saved) {
   using A = typename S::A;
-  const Task task = task_of_lane<S, kBackwardThreads>(problem.kv_heads);
+  using Ring = BackwardKeyRing<S>;
   const Cell cell = cell_of_lane<S>();
-  const bool whole = !grads.softmax;
+  RowStream<Ring> keys(ring_of_warp<Ring>());
+  keys.set({column_of<S>(problem.k, task.head, problem.kv_heads, problem.width),
+            column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)});
+  const OutputColumn<S> grad_k = column_of<S>(grads.k, task.head, problem.kv_heads, problem.width);
+  const OutputColumn<S> grad_v = column_of<S>(grads.v, task.head, problem.kv_heads, problem.width);
+  const Unowned unowned = readers.unowned();
+  HeldRows<S, 2> next;
+  const auto start = [&](u32 vector, u32 byte, const Run& run) {
+    keys.start(readers.encode ? byte : vector, readers.encode ? run.bytes_end : run.vectors_end);
+  };
+#pragma unroll 1
+  for (int first = task.unit; first < pass.end; first += kRun * kWarps) {
+    const bool halo = !kWhole && first >= pass.own_end;
+    for_each_unit<true, kRun>(readers, first, pass.end, start, [&](const PatchUnit& unit, const Run& run) {
+      const u32 keys_end = readers.encode ? run.bytes_end : run.vectors_end;
+      const u32 queries_end = problem.heads_per_kv_head > 1 ? 0 : readers.encode ? run.vectors_end : run.bytes_end;
+#pragma unroll 1
+      for (int r = 0; r < problem.heads_per_kv_head; ++r) {
+        const int head = query_head(problem, task.head, r);
+        const InputColumn<S> queries[2] = {column_of<S>(problem.q, head, problem.heads, problem.width),
+                                           column_of<S>(grads.grad_out, head, problem.heads, problem.width)};
+        const auto lse_of = [&](u32 first, u32 end) {
+          const u32 own = first + cell.held;
+          return head < problem.heads && own < end ? grads.lse[static_cast<i64>(own) * problem.heads + head] : A(0);
+        };
+        const OutputColumn<S> grad_q = column_of<S>(grads.q, head, problem.heads, problem.width);
+        if (!readers.encode && !halo) clear_waiting<S>(grad_q, unit);
+        const int slot = readers.encode ? unit.slot : -1;
+        for_each_piece(readers.encode, readers.vectors(unit), unit, [&](Rows held, Rows front, Rows back) {
+#pragma unroll 1
+          for (u32 row = held.begin; row < held.end; row += S::kHeld) {
+            const int count = static_cast<int>(least<u32>(held.end - row, S::kHeld));
+            const bool again = r + 1 < problem.heads_per_kv_head || row + count < held.end;
+            const bool fits = front.size() <= Ring::kRows;
+            const u32 limit = again ? front.end : most(front.end, keys_end);
+            Slice<S> x[2][S::kHeld], sums[S::kHeld];
+            Softmax<A> softmax;
+            softmax.lse = next.take(x, queries, row, count, most(held.end, queries_end), lse_of);
+            const auto& [q, g] = x;
+            if (slot < 0) {
+              A total = 0;
+              CarefulSum<A> sum;
+              for_each_tile(keys, front.begin, front.end, fits ? limit : front.end, fits,
+                            [&](u32 key, const Slice<S>(&x)[2][S::kTile]) {
+                              const A score = dots(q, x[0]), slope = dots(g, x[1]);
+                              if (key + cell.tile >= front.end) return;
+                              const A weight = softmax.weight(score, problem.scale);
+                              total += weight, sum.add(weight * slope);
+                            });
+              total = fold_tile<S>(total, Sum{});
+              softmax.inverse = total == 0 ? A(0) : reciprocal(total);
+              softmax.delta = quotient(sum.template fold<S>(), total, softmax.inverse);
+            } else {
+              softmax.inverse = 1;
+              softmax.delta =
+                  products_of_rows<S>(g, column_of<S>(grads.out, head, problem.heads, problem.width), row, count);
+            }
+#pragma unroll 1
+            for (int piece = 0; piece < (halo ? 0 : slot < 0 ? 1 : 2); ++piece) {
+              const Rows rows = piece == 0 ? front : back;
+              const u32 end = piece == 0 ? limit : back.end;
+              for_each_tile(keys, rows.begin, rows.end, end, again && rows.size() <= Ring::kRows,
+                            [&](u32 key, const Slice<S>(&x)[2][S::kTile]) {
+                              const A score = dots(q, x[0]), slope = dots(g, x[1]);
+                              const bool there = cell.held < count && key + cell.tile < rows.end;
+                              const A p = there ? softmax.weight(score, problem.scale) * softmax.inverse : A(0);
+                              const A ds = there ? softmax.grad_score(p, slope, problem.scale) : A(0);
+                              add_tile<S>(sums, ds, x[0]);
+                              if constexpr (kWhole) {
+#pragma unroll
+                                for (int a = 0; a < S::kTile; ++a) {
+                                  const Slice<S> dk = sum_of_held<S>(ds, q, a), dv = sum_of_held<S>(p, g, a);
+                                  if (key + a < rows.end) grad_k.store(key + a, dk), grad_v.store(key + a, dv);
+                                }
+                              }
+                            });
+            }
+            if (!halo)
+              store_gradients<S>(grad_q, grads.q_parts, problem.width, slot, row, held.begin, head, count, sums);
+            if (!kWhole && head < problem.heads && cell.held < count && cell.tile == 0 && first_of_cell<S>())
+              store(saved.at(unit, held.begin, row + cell.held, head), Pack<A, 2>{{softmax.inverse, softmax.delta}});
+          }
+        });
+      }
+    });
+  }
+  if (kWhole) clear_unowned<S>(grad_k, unowned, task), clear_unowned<S>(grad_v, unowned, task);
+  for (int r = 0; !readers.encode && r < problem.heads_per_kv_head; ++r)
+    clear_unowned<S>(column_of<S>(grads.q, query_head(problem, task.head, r), problem.heads, problem.width), unowned,
+                     task);
+}
+
+// Holds the keys of units and computes dk and dv. It also computes 1 / l, delta and dq, or else reads what pass_of_queries
+// has saved.
+template <class S, bool kWhole>
+__device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>& problem, const PatchReaders& readers,
+                                             const CrossGradients<typename S::T>& grads, const Task& task,
+                                             const SavedSoftmax<typename S::T>& saved) {
+  using A = typename S::A;
+  using Ring = BackwardQueryRing<S>;
+  const Cell cell = cell_of_lane<S>();
+  const bool encode = !kWhole && readers.encode, one_head = problem.heads_per_kv_head == 1;
   const InputColumn<S> keys[2] = {column_of<S>(problem.k, task.head, problem.kv_heads, problem.width),
                                   column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)};
   const OutputColumn<S> grad_k = column_of<S>(grads.k, task.head, problem.kv_heads, problem.width);
   const OutputColumn<S> grad_v = column_of<S>(grads.v, task.head, problem.kv_heads, problem.width);
-  if (whole) clear_unowned<S>(grad_k, readers, task), clear_unowned<S>(grad_v, readers, task);
-  for (int r = 0; !readers.encode && r < problem.heads_per_kv_head; ++r)
-    clear_unowned<S>(column_of<S>(grads.q, query_head(problem, task.head, r), problem.heads, problem.width), readers,
-                     task);
-  for_each_unit<true, kRun, kBackwardThreads / kWarp>(readers, task.unit, [&](const PatchUnit& unit) {
-#pragma unroll 1
-    for (int r = 0; r < problem.heads_per_kv_head; ++r) {
-      const int head = query_head(problem, task.head, r);
-      const InputColumn<S> queries = column_of<S>(problem.q, head, problem.heads, problem.width);
-      const InputColumn<S> grad_out = column_of<S>(grads.grad_out, head, problem.heads, problem.width);
-      const OutputColumn<S> grad_q = column_of<S>(grads.q, head, problem.heads, problem.width);
-      if (!readers.encode) clear_waiting<S>(grad_q, unit);
-      const int slot = readers.encode ? unit.slot : -1;
-      for_each_piece(readers.encode, readers.vectors(unit), unit, [&](Rows held, Rows front, Rows back) {
-#pragma unroll 1
-        for (u32 row = held.begin; row < held.end; row += S::kHeld) {
-          const int count = static_cast<int>(least<u32>(held.end - row, S::kHeld));
-          const bool here = head < problem.heads && cell.held < count;
-          const i64 own = static_cast<i64>(row + cell.held) * problem.heads + head;
-          Slice<S> q[S::kHeld], g[S::kHeld], sums[S::kHeld];
-          hold_rows<S>(q, queries, row, count), hold_rows<S>(g, grad_out, row, count);
-          Softmax<A> softmax;
-          if (here) softmax.lse = grads.lse[own];
-          if (slot < 0) {
-            A total = 0;
-            CarefulSum<A> sum;
-            stream<S>(keys, front, NoMore{}, [&](u32 key, const Slice<S>(&x)[2][S::kTile], int) {
-              const A score = dots(q, x[0]), slope = dots(g, x[1]);
-              if (key + cell.tile >= front.end) return;
-              const A weight = softmax.weight(score, problem.scale);
-              total += weight, sum.add(weight * slope);
-            });
-            total = fold_tile<S>(total, Sum{});
-            softmax.inverse = total == 0 ? A(0) : reciprocal(total);
-            softmax.delta = quotient(sum.template fold<S>(), total, softmax.inverse);
-          } else {
-            softmax.inverse = 1;
-            softmax.delta =
-                products_of_rows<S>(g, column_of<S>(grads.out, head, problem.heads, problem.width), row, count);
-          }
-#pragma unroll 1
-          for (int piece = 0; piece < (slot < 0 ? 1 : 2); ++piece) {
-            const Rows rows = piece == 0 ? front : back;
-            stream<S>(keys, rows, NoMore{}, [&](u32 key, const Slice<S>(&x)[2][S::kTile], int) {
-              const A score = dots(q, x[0]), slope = dots(g, x[1]);
-              const bool there = cell.held < count && key + cell.tile < rows.end;
-              const A p = there ? softmax.weight(score, problem.scale) * softmax.inverse : A(0);
-              const A ds = there ? softmax.grad_score(p, slope, problem.scale) : A(0);
-              add_tile<S>(sums, ds, x[0]);
-              if (!whole) return;
-#pragma unroll
-              for (int a = 0; a < S::kTile; ++a) {
-                const Slice<S> dk = sum_of_held<S>(ds, q, a), dv = sum_of_held<S>(p, g, a);
-                if (key + a < rows.end) grad_k.store(key + a, dk), grad_v.store(key + a, dv);
-              }
-            });
-          }
-          store_gradients<S>(grad_q, grads.q_parts, problem.width, slot, row, held.begin, head, count, sums);
-          if (!whole && here && (slot < 0 || slot >= readers.parts) && cell.tile == 0 && first_of_cell<S>())
-            store(grads.softmax + 2 * own, Pack<A, 2>{{softmax.inverse, softmax.delta}});
-        }
-      });
-    }
-  });
-}
-
-template <class S, bool kWhole>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<S>)
-    patch_cross_attention_bwd_keys_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
-                                          CrossGradients<typename S::T> grads) {
-  using A = typename S::A;
-  const Task task = task_of_lane<S, kBackwardThreads>(problem.kv_heads);
-  const Cell cell = cell_of_lane<S>();
-  const bool encode = !kWhole && readers.encode;
-  const InputColumn<S> keys = column_of<S>(problem.k, task.head, problem.kv_heads, problem.width);
-  const InputColumn<S> values = column_of<S>(problem.v, task.head, problem.kv_heads, problem.width);
-  const OutputColumn<S> grad_k = column_of<S>(grads.k, task.head, problem.kv_heads, problem.width);
-  const OutputColumn<S> grad_v = column_of<S>(grads.v, task.head, problem.kv_heads, problem.width);
-  if (encode) clear_unowned<S>(grad_k, readers, task), clear_unowned<S>(grad_v, readers, task);
-  for (int r = 0; kWhole && r < problem.heads_per_kv_head; ++r)
-    clear_unowned<S>(column_of<S>(grads.q, query_head(problem, task.head, r), problem.heads, problem.width), readers,
-                     task);
-  for_each_unit<false, kRun, kBackwardThreads / kWarp>(readers, task.unit, [&](const PatchUnit& unit) {
+  const Unowned unowned = readers.unowned();
+  RowStream<Ring> queries(ring_of_warp<Ring>());
+  const auto set_head = [&](int head) {
+    queries.set({column_of<S>(problem.q, head, problem.heads, problem.width),
+                 column_of<S>(grads.grad_out, head, problem.heads, problem.width)},
+                head < problem.heads ? grads.lse + head : nullptr, problem.heads);
+  };
+  set_head(query_head(problem, task.head, 0));
+  HeldRows<S, 2> next;
+  const auto start = [&](u32 vector, u32 byte, const Run& run) {
+    next.request(keys, encode ? byte : vector, encode ? run.bytes_end : run.vectors_end, NoNumber<A>{});
+    if (one_head) queries.start(encode ? vector : byte, encode ? run.vectors_end : run.bytes_end);
+  };
+  for_each_unit<false, kRun>(readers, task.unit, task.unit + kRun, start, [&](const PatchUnit& unit, const Run& run) {
     const int slot = encode ? -1 : unit.slot;
+    const u32 queries_end = one_head ? encode ? run.vectors_end : run.bytes_end : 0;
+    const u32 keys_end = encode ? run.bytes_end : run.vectors_end;
     for_each_piece(!encode, readers.vectors(unit), unit, [&](Rows held, Rows front, Rows back) {
 #pragma unroll 1
       for (u32 row = held.begin; row < held.end; row += S::kHeld) {
         const int count = static_cast<int>(least<u32>(held.end - row, S::kHeld));
-        Slice<S> k[S::kHeld], v[S::kHeld], k_sums[S::kHeld], v_sums[S::kHeld];
-        hold_rows<S>(k, keys, row, count), hold_rows<S>(v, values, row, count);
+        const bool again = one_head && row + count < held.end;
+        const u32 limit = again ? front.end : most(front.end, queries_end);
+        Slice<S> x[2][S::kHeld], k_sums[S::kHeld], v_sums[S::kHeld];
+        next.take(x, keys, row, count, most(held.end, keys_end), NoNumber<A>{});
+        const auto& [k, v] = x;
 #pragma unroll 1
         for (int r = 0; r < problem.heads_per_kv_head; ++r) {
           const int head = query_head(problem, task.head, r);
-          const InputColumn<S> queries[2] = {column_of<S>(problem.q, head, problem.heads, problem.width),
-                                             column_of<S>(grads.grad_out, head, problem.heads, problem.width)};
+          if (!one_head) set_head(head);
           const OutputColumn<S> grad_q = column_of<S>(grads.q, head, problem.heads, problem.width);
           if (kWhole) clear_waiting<S>(grad_q, unit);
 #pragma unroll 1
           for (int piece = 0; piece < 2; ++piece) {
             const Rows rows = piece == 0 ? front : back;
-            // Of the lane's query: its place in lse.
-            const auto place = [&](u32 query) {
-              return static_cast<i64>(least(query + cell.tile, rows.end - 1)) * problem.heads + head;
-            };
-            const auto lse_of = [&](u32 query) { return head < problem.heads ? grads.lse[place(query)] : A(0); };
-            stream<S>(queries, rows, lse_of, [&](u32 query, const Slice<S>(&x)[2][S::kTile], A lse) {
+            const u32 end = piece == 0 ? limit : back.end;
+            const bool kept = again && rows.size() <= Ring::kRows;
+            for_each_tile(queries, rows.begin, rows.end, end, kept, [&](u32 query, const Slice<S>(&x)[2][S::kTile]) {
+              const u32 own = least(query + cell.tile, rows.end - 1);
               Softmax<A> softmax;
-              softmax.lse = lse;
+              if (head < problem.heads) softmax.lse = queries.number(own);
               if (!kWhole && head < problem.heads) {
-                const auto saved = load<2>(grads.softmax + 2 * place(query));
-                softmax.inverse = saved[0], softmax.delta = saved[1];
+                const auto known = load<2>(saved.at(unit, front.begin, own, head));
+                softmax.inverse = known[0], softmax.delta = known[1];
               }
               const A score = dots(k, x[0]), slope = dots(v, x[1]);
               const bool there = cell.held < count && query + cell.tile < rows.end;
@@ -281,6 +346,49 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<S>)
       }
     });
   });
+  if (encode) clear_unowned<S>(grad_k, unowned, task), clear_unowned<S>(grad_v, unowned, task);
+  for (int r = 0; kWhole && r < problem.heads_per_kv_head; ++r)
+    clear_unowned<S>(column_of<S>(grads.q, query_head(problem, task.head, r), problem.heads, problem.width), unowned,
+                     task);
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<S>)
+    patch_cross_attention_bwd_queries_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
+                                             CrossGradients<typename S::T> grads) {
+  const Task task = task_of_lane<S>(problem.kv_heads);
+  const int end = task.unit + kRun;
+  pass_of_queries<S, true>(problem, readers, grads, task, {end, end}, {});
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<S>)
+    patch_cross_attention_bwd_keys_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
+                                          CrossGradients<typename S::T> grads) {
+  pass_of_keys<S, true>(problem, readers, grads, task_of_lane<S>(problem.kv_heads), {});
+}
+
+// Says which passes a launch makes. If it makes both, the queries of `halo` patches behind a block read its keys.
+struct Passes {
+  bool queries, keys;
+  int halo;
+};
+
+// Both passes in one kernel need more registers than one.
+template <class S>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<S> > 2 ? 2 : kBackwardBlocks<S>)
+    patch_cross_attention_bwd_both_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
+                                          CrossGradients<typename S::T> grads, Passes passes) {
+  const Task task = task_of_lane<S>(problem.kv_heads);
+  const int own_end = (task.warp / kWarps + 1) * kRun * kWarps, behind = least(own_end, readers.capacity);
+  SavedSoftmax<typename S::T> saved = {grads.softmax, grads.q_parts, readers.num_queries(), problem.heads,
+                                       readers.encode};
+  if (passes.halo > 0)
+    saved.halo_begin = readers.encode ? static_cast<u32>(behind) * readers.queries_per_patch : readers.offset(behind);
+  if (passes.queries) pass_of_queries<S, false>(problem, readers, grads, task, {own_end, own_end + passes.halo}, saved);
+  wait_for_copies<0>();
+  __syncthreads();
+  if (passes.keys) pass_of_keys<S, false>(problem, readers, grads, task, saved);
 }
 
 }  // namespace blt

@@ -16,6 +16,7 @@ namespace blt {
 
 struct Rows {
   u32 begin, end;
+  __device__ __forceinline__ u32 size() const { return begin < end ? end - begin : 0; }
 };
 struct Range {
   int begin, end;
@@ -28,7 +29,13 @@ struct PatchUnit {
   int stop;           // bytes from here on read nothing
   int slot;           // of the unit's sums, where its patch has several units; else -1
 };
+inline constexpr int kNoUnit = -1;
 inline constexpr int kPatchUnitWords = sizeof(PatchUnit) / sizeof(int);
+
+// Bytes before the first unit and beyond the last have no owner.
+struct Unowned {
+  Rows before, beyond;
+};
 
 // Of some bytes of a unit those that read or are read, and those that read nothing.
 __device__ __forceinline__ Rows reading(const Range& bytes, int stop) {
@@ -46,6 +53,9 @@ struct PatchReaders {
   bool encode;
 
   __device__ __forceinline__ int offset(int p) const { return least(most(offsets[p], 0), num_bytes); }
+  __device__ __forceinline__ i64 num_queries() const {
+    return encode ? static_cast<i64>(capacity) * queries_per_patch : num_bytes;
+  }
   __device__ __forceinline__ Rows vectors(const PatchUnit& unit) const {
     return {static_cast<u32>(unit.patches.begin) * queries_per_patch,
             static_cast<u32>(unit.patches.end) * queries_per_patch};
@@ -98,17 +108,16 @@ struct PatchReaders {
     return parts > 0 ? parted(RangeOf<i64>{begin, end}) : Parted{{begin, end}, {0, 0}, {end, end}};
   }
 
-  // Bytes before the first unit and beyond the last.
-  __device__ __forceinline__ Rows before() const { return {0, static_cast<u32>(offset(0))}; }
-  __device__ __forceinline__ Rows beyond() const {
-    return {static_cast<u32>(most(offset(0), offset(capacity))), static_cast<u32>(num_bytes)};
+  __device__ __forceinline__ Unowned unowned() const {
+    const int begin = offset(0), end = most(begin, offset(capacity));
+    return {{0, static_cast<u32>(begin)}, {static_cast<u32>(end), static_cast<u32>(num_bytes)}};
   }
 
-  // PatchUnit u: patch u with all keys of its queries, or with all queries of its keys; or a part.
+  // PatchUnit u but for its `stop`: patch u with all keys of its queries, or with all queries of its keys; or a part.
   template <bool kHoldsQueries>
   __device__ __forceinline__ PatchUnit unit_of(int u) const {
     PatchUnit unit = {-1, {0, 0}, {0, 0}, {0, 0}, 0, -1};
-    if (u >= capacity + parts) return unit;
+    if (u == kNoUnit || u >= capacity + parts) return unit;
     const int part = u - capacity, p = part < 0 ? u : patch_of(part * kPart);
     int first = p, end = p + 1, meets = p, meets_end = p + 1;
     if (window > 1) {
@@ -125,32 +134,53 @@ struct PatchReaders {
       unit.patch = p;
       unit.front.begin = begin, unit.front.end = static_cast<int>(bytes.before.end);
       unit.back.begin = static_cast<int>(bytes.behind.begin), unit.back.end = behind;
-      unit.stop = stop_of(begin, behind);
       if (divided) unit.slot = parts + static_cast<int>(bytes.parts.begin);
     } else if (bytes.parts.begin <= part && part < bytes.parts.end) {
       unit.patch = p, unit.slot = part;
       unit.front.begin = part * kPart, unit.front.end = unit.front.begin + kPart;
-      unit.stop = stop_of(unit.front.begin, unit.front.end);
     }
     return unit;
   }
 };
 
-// Calls f(unit) for the units of this warp, kRun of them, kWarps apart, from `first` on. Its lanes look up one each.
-template <bool kHoldsQueries, int kRun, int kWarps, class F>
-__device__ __forceinline__ void for_each_unit(const PatchReaders& readers, int first, F&& f) {
-  const int own = first + static_cast<int>(threadIdx.x) % kRun * kWarps;
+// The units of a warp that follow on each other in memory meet vectors and bytes up to these ends; else both are 0.
+struct Run {
+  u32 vectors_end, bytes_end;
+};
+
+// Calls f(unit, run) for the kRun units of this warp from `first` on, before `end`. Its lanes look up one each. Where the
+// units follow on each other it first calls start(v, b, run) with their first vector and byte, before it waits for the
+// ids of bytes.
+template <bool kHoldsQueries, int kRun, class Start, class F>
+__device__ __forceinline__ void for_each_unit(const PatchReaders& readers, int first, int end, Start&& start, F&& f) {
+  const int place = static_cast<int>(threadIdx.x) % kRun;
   union Words {
     PatchUnit unit;
     int words[kPatchUnitWords];
   };
-  const Words mine = {readers.unit_of<kHoldsQueries>(own)};
+  Words mine = {readers.unit_of<kHoldsQueries>(first + place < end ? first + place : kNoUnit)};
+  PatchUnit& unit = mine.unit;
+  const Range bytes = {unit.front.begin, unit.back.end};
+  const auto follows = [&](const Range& own) {
+    const int begin = __shfl_up_sync(kAllLanes, own.begin, 1), end = __shfl_up_sync(kAllLanes, own.end, 1);
+    return place == 0 || (begin <= own.begin && own.begin <= end && end <= own.end);
+  };
+  const bool one_piece = unit.patch >= 0 && unit.front.end == unit.back.begin;
+  const bool regular = __all_sync(kAllLanes, one_piece & follows(bytes) & follows(unit.patches));
+  const Rows vectors = readers.vectors(unit);
+  Run run = {0, 0};
+  if (regular) {
+    run = {__shfl_sync(kAllLanes, vectors.end, kRun - 1),
+           __shfl_sync(kAllLanes, static_cast<u32>(bytes.end), kRun - 1)};
+    start(__shfl_sync(kAllLanes, vectors.begin, 0), __shfl_sync(kAllLanes, static_cast<u32>(bytes.begin), 0), run);
+  }
+  unit.stop = readers.stop_of(unit.front.begin, most(unit.front.end, unit.back.end));
 #pragma unroll 1
   for (int i = 0; i < kRun; ++i) {
     Words next;
 #pragma unroll
     for (int w = 0; w < kPatchUnitWords; ++w) next.words[w] = __shfl_sync(kAllLanes, mine.words[w], i);
-    if (next.unit.patch >= 0) f(next.unit);
+    if (next.unit.patch >= 0) f(next.unit, run);
   }
 }
 

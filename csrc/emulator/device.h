@@ -43,6 +43,10 @@ uint3 grid_size();
 void* dynamic_shared(size_t bytes);
 void barrier(const Site& site);
 void fault_if_misaligned(const void* pointer, size_t bytes);
+// cp.async: the bytes are read at once and written to shared memory when their group is waited for.
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(int groups);
 // Blocks run one after the other: what a block waits for never comes.
 [[noreturn]] void fault_of_wait();
 

@@ -74,6 +74,13 @@ struct Range {
   bool holds(uintptr_t at, size_t bytes) const { return begin <= at && at + bytes <= end; }
 };
 
+// An asynchronous copy to shared memory is under way until its thread waits for it.
+struct Copy {
+  void* to;
+  size_t size;
+  std::byte bytes[16];
+};
+
 struct Fibre {
   void* stack_pointer = nullptr;
   uint3 index = {};
@@ -83,6 +90,8 @@ struct Fibre {
   int64_t accesses = 0;  // of tensors and of shared memory
   Range vector;          // being accessed: the compiler may take it to pieces
   size_t vector_left = 0;
+  std::vector<Copy> open_copies;              // not committed yet
+  std::deque<std::vector<Copy>> copy_groups;  // oldest first
 };
 
 // Which sectors a cache of 256 KB holds: the last kWays of each of 1024 sets, newest first. Addresses differ from run to
@@ -293,11 +302,13 @@ std::string bytes_at(uintptr_t at, size_t bytes) {
 
 void visit_shared(Shared& memory, uintptr_t at, size_t bytes, bool write) {
   const size_t first = at - memory.begin;
-  if (first + bytes > memory.written.size()) fault("an access beyond shared memory, " + bytes_at(at, bytes));
-  for (size_t i = first; i < first + bytes; ++i) {
-    if (!write && !memory.written[i]) fault("shared memory read before it was written, " + bytes_at(at, bytes));
+  const char* what = nullptr;
+  if (first + bytes > memory.written.size()) what = "an access beyond shared memory, ";
+  for (size_t i = first; i < first + bytes && !what; ++i) {
+    if (!write && !memory.written[i]) what = "shared memory read before it was written, ";
     memory.written[i] = true;
   }
+  if (what) fault(std::string(what) + bytes_at(at, bytes));
 }
 
 // A vector counts once, as its first piece.
@@ -469,6 +480,27 @@ void fault_if_misaligned(const void* pointer, size_t bytes) {
   Fibre& fibre = machine().fibres[machine().current];
   fibre.vector = {at, at + bytes, false};
   fibre.vector_left = bytes;
+}
+
+void copy_async(void* to, const void* from, size_t bytes) {
+  visit(from, bytes, false);
+  Copy copy = {to, bytes, {}};
+  std::memcpy(copy.bytes, from, bytes);
+  machine().fibres[machine().current].open_copies.push_back(copy);
+}
+
+void commit_copies() {
+  Fibre& fibre = machine().fibres[machine().current];
+  fibre.copy_groups.push_back(std::exchange(fibre.open_copies, {}));
+}
+
+void wait_for_copies(int groups) {
+  Fibre& fibre = machine().fibres[machine().current];
+  for (; fibre.copy_groups.size() > static_cast<size_t>(groups); fibre.copy_groups.pop_front())
+    for (const Copy& copy : fibre.copy_groups.front()) {
+      visit(copy.to, copy.size, true);
+      std::memcpy(copy.to, copy.bytes, copy.size);
+    }
 }
 
 }  // namespace blt::emulator

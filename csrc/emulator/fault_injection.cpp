@@ -68,6 +68,21 @@ __global__ void vectors_kernel(const float* x, i64 n, float* out) {
   if (i + 4 <= n) store(out + i, load<4>(x + i));
 }
 
+// Sound: numbers pass through shared memory by asynchronous copies, each in a group of its own.
+__global__ void copies_kernel(const float* x, i64 n, float* out) {
+  __shared__ float values[2][kThreads];
+  const i64 i = my_index();
+  if (i >= n) return;
+  for (int group = 0; group < 2; ++group) {
+    copy_async<1>(&values[group][threadIdx.x], x + i);
+    commit_copies();
+  }
+  wait_for_copies<1>();
+  const float first = values[0][threadIdx.x];
+  wait_for_copies<0>();
+  out[i] = first + values[1][threadIdx.x];
+}
+
 // A race: the neighbour's value before the barrier.
 __global__ void race_kernel(const float* x, i64 n, float* out) {
   __shared__ float values[kThreads];
@@ -143,6 +158,17 @@ __global__ void too_little_shared_kernel(const float*, i64, float* out) {
   out[0] = large[threadIdx.x];
 }
 
+// Two groups of copies, of which only the first has been waited for.
+__global__ void early_copy_kernel(const float* x, i64, float* out) {
+  __shared__ float values[2][kThreads];
+  for (int group = 0; group < 2; ++group) {
+    copy_async<1>(&values[group][threadIdx.x], x);
+    commit_copies();
+  }
+  wait_for_copies<1>();
+  out[0] = values[0][threadIdx.x] + values[1][threadIdx.x];
+}
+
 __global__ void read_behind_kernel(const float* x, i64 n, float* out) { out[0] = x[n]; }
 __global__ void read_before_kernel(const float* x, i64, float* out) { out[0] = x[-1]; }
 __global__ void write_behind_kernel(const float*, i64 n, float* out) { out[n] = 1; }
@@ -172,6 +198,7 @@ Tensor planted(std::string name, const Tensor& x) {
   BLT_PLANTED(counts)
   BLT_PLANTED(one_thread)
   BLT_PLANTED(vectors)
+  BLT_PLANTED(copies)
   BLT_PLANTED(race)
   BLT_PLANTED(divergent_barrier)
   BLT_PLANTED(two_barriers)
@@ -184,6 +211,7 @@ Tensor planted(std::string name, const Tensor& x) {
   BLT_PLANTED(unwritten_dynamic)
   BLT_PLANTED(other_blocks_shared)
   BLT_PLANTED(too_little_shared)
+  BLT_PLANTED(early_copy)
   BLT_PLANTED(read_behind)
   BLT_PLANTED(read_before)
   BLT_PLANTED(write_behind)

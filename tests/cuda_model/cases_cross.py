@@ -26,6 +26,8 @@ from cuda_model.launches import (
 )
 
 RUN, PART = 4, 64  # units of a warp, bytes of a part of a long patch
+THREADS, RING = 128, 8 << 10  # of a block; bytes of rows on their way to a warp
+NUMBERS = 32 * 4  # one for every lane, of a row
 SPLIT = r"blt::Split<__nv_bfloat16, 8, 1, 8>"
 HEADS_A_WARP = 4
 
@@ -69,16 +71,20 @@ class Direction:
         memory = [Array("part sums", rows * n * 4, None, True) if needed else None for n in (2, HEAD)]
         return [*memory, i32(QUERIES), i32(HEADS)]
 
-    def launch(self, kernel: str, threads: int, results: list) -> Launch:
+    def launch(self, kernel: str, ring: int, results: list) -> Launch:
         """A block has 4 units for each of its warps, in four heads: 32 patches are a period. Blocks of parts leave."""
         units, groups = layout().patches + self.parts, HEADS // HEADS_A_WARP
-        own = threads // 32 * RUN
+        own = THREADS // 32 * RUN
         blocks, first = ceil_div(units, own), layout().patches // 2 // PATCHES_A_PERIOD * PATCHES_A_PERIOD // own
         patches = PATCHES_A_PERIOD // own
         sample = [(n * groups, 0) for n in (*range(first, first + patches), blocks - 2)]
         shares = (*[layout().patches / own / patches] * patches, self.parts / own)
         arguments = [self.problem(), self.readers(), results]
-        return Launch("patch_cross_attention", kernel, (blocks * groups, 1), arguments, sample, shares=shares)
+        shared = THREADS // 32 * ring
+        return Launch(
+            "patch_cross_attention", kernel, (blocks * groups, 1), arguments, sample, shared, shares=shares,
+            threads=THREADS,
+        )  # fmt: skip
 
     def sums(self, softmax: bool) -> Launch:
         kernel = rf"patch_cross_attention_sum_kernel<__nv_bfloat16, (\(bool\))?{'(true|1)' if softmax else '(false|0)'}"
@@ -90,7 +96,7 @@ class Direction:
     def forward(self) -> list[Launch]:
         output = [head_rows("out", self.queries), Array("lse", self.queries * HEADS * 4), self.part_sums(self.encode)]
         held = "queries" if self.encode else "keys"
-        kernel = self.launch(rf"patch_cross_attention_fwd_{held}_kernel<{SPLIT}", 256, output)
+        kernel = self.launch(rf"patch_cross_attention_fwd_{held}_kernel<{SPLIT}", RING + NUMBERS, output)
         return [kernel, self.sums(True)] if self.encode else [kernel]
 
     def backward(self) -> list[Launch]:
@@ -98,8 +104,9 @@ class Direction:
         inputs += [Array("lse", self.queries * HEADS * 4), None]
         outputs = [head_rows("grad_q", self.queries), head_rows("grad_k", self.keys), head_rows("grad_v", self.keys)]
         sums = [self.part_sums(needed) for needed in (self.encode, not self.encode, not self.encode)]
-        held = rf"queries_kernel<{SPLIT}" if self.encode else rf"keys_kernel<{SPLIT}.*, (\(bool\))?(true|1)"
-        kernel = self.launch(rf"patch_cross_attention_bwd_{held}", 128, [*inputs, *outputs, *sums])
+        held = "queries" if self.encode else "keys"
+        ring = 2 * RING + NUMBERS if self.encode else RING + 8 * NUMBERS
+        kernel = self.launch(rf"patch_cross_attention_bwd_{held}_kernel<{SPLIT}", ring, [*inputs, *outputs, *sums])
         return [kernel, *[self.sums(False)] * (1 if self.encode else 2)]
 
 

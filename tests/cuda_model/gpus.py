@@ -51,7 +51,8 @@ _PIPE = (
     | dict.fromkeys(("MUFU", "POPC", "FLO", "BREV", "I2F", "F2I", "FCHK", "MATCH", "S2R"), "special")
     | dict.fromkeys(("LDG", "STG", "LDS", "STS", "ATOMS", "SHFL", "LDSM", "LDGSTS", "STSM", "LDC"), "load/store")
     | dict.fromkeys(
-        ("BRA", "BSSY", "BSYNC", "EXIT", "NOP", "CALL", "RET", "BAR", "WARPSYNC", "BREAK", "DEPBAR"), "none"
+        ("BRA", "BSSY", "BSYNC", "EXIT", "NOP", "CALL", "RET", "BAR", "WARPSYNC", "BREAK", "DEPBAR", "LDGDEPBAR"),
+        "none",
     )
 )
 
@@ -143,7 +144,7 @@ def estimate(
     }
     busy = pipe_cycles(counts.issued)
     # Memory accesses take the passes that they are made of.
-    accesses = sum(n for o, n in counts.issued.items() if o in ("LDG", "STG", "LDS", "STS", "ATOMS"))
+    accesses = sum(n for o, n in counts.issued.items() if o in ("LDG", "LDGSTS", "STG", "LDS", "STS", "ATOMS"))
     busy["load/store"] = busy.get("load/store", 0.0) - accesses + counts.wavefronts
     terms |= {name: n * scale / per_second for name, n in busy.items() if name != "none"}
     return Estimate(

@@ -73,7 +73,8 @@ class Launch:
 
     `sample` are the blocks that are executed, and `warps` those of their warps if others do the same on other columns;
     they stand for all. A block of the sample stands for a part of the grid in proportion to its share, by default for
-    as much as any other. `times` says how often the launch is made.
+    as much as any other. `times` says how often the launch is made. `threads`, where the grid depends on them, have to
+    be those of the kernel's launch bounds.
     """
 
     stem: str
@@ -85,6 +86,7 @@ class Launch:
     times: int = 1
     warps: tuple[int, ...] | None = None
     shares: tuple[float, ...] | None = None
+    threads: int | None = None
 
 
 @dataclass

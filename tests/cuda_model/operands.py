@@ -112,14 +112,15 @@ def predicate(operand: Operand) -> Getter:
 
 
 def setter(operand: Operand) -> Setter:
-    """A function that writes 32 bits to the lanes of a mask; to all lanes of a uniform register."""
+    """A function that writes 32 bits to the lanes of a mask; to all lanes of a uniform register if there are any."""
     if operand.index == (63 if operand.kind == "ureg" else 255):
         return lambda w, m, value: None
     row = row_of(operand)
     if operand.kind == "ureg":
 
         def write_all(w: Warp, m: np.ndarray, value: np.ndarray) -> None:
-            w.regs[row] = value
+            if m.any():
+                w.regs[row] = value
 
         return write_all
     return lambda w, m, value: np.copyto(w.regs[row], value, where=m)
@@ -133,7 +134,8 @@ def set_predicate(operand: Operand) -> Setter:
     if operand.kind == "upred":
 
         def write_all(w: Warp, m: np.ndarray, value: np.ndarray) -> None:
-            w.preds[row] = value
+            if m.any():
+                w.preds[row] = value
 
         return write_all
     return lambda w, m, value: np.copyto(w.preds[row], value, where=m)
@@ -144,7 +146,7 @@ def set_pair(operand: Operand) -> Setter:
     if operand.index == (63 if operand.kind == "ureg" else 255):
         return lambda w, m, value: None
     row = row_of(operand)
-    where = (lambda m: True) if operand.kind == "ureg" else (lambda m: m)
+    where = (lambda m: m.any()) if operand.kind == "ureg" else (lambda m: m)
 
     def write(w: Warp, m: np.ndarray, value: np.ndarray) -> None:
         np.copyto(w.regs[row], (value & MASK32).astype(U32), where=where(m))

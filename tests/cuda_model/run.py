@@ -65,6 +65,8 @@ def execute(kernels: list[Compiled], launch: launches.Launch) -> tuple[Compiled,
     sizes = tuple(len(launches.pack([a], place)) for a in launch.arguments)
     if sizes != own.parameters:
         raise ModelError(f"{own.name} has parameters of {own.parameters} bytes, its entry of {sizes}: {EDIT}")
+    if launch.threads not in (None, own.threads):
+        raise ModelError(f"{own.name} has blocks of {own.threads} threads, its entry of {launch.threads}: {EDIT}")
     parameters = launches.pack(launch.arguments, place)
     kernel = Kernel(parse_function(own.code))
     run = Run(

@@ -85,6 +85,7 @@ class Step:
     kind: str  # control, memory, nothing, action
     guard: Callable[[Warp], np.ndarray] | None
     address: Callable[[Warp], np.ndarray] | None
+    shared: Callable[[Warp], np.ndarray] | None = None  # where LDGSTS copies to
 
 
 class Kernel:
@@ -99,9 +100,9 @@ class Kernel:
     def _step(self, i: Instruction) -> Step:
         kinds = (("control", _CONTROL), ("memory", _MEMORY), ("nothing", _NOTHING))
         kind = next((kind for kind, opcodes in kinds if i.opcode in opcodes), "action")
-        memory = next((o for o in i.operands if o.kind == "mem"), None)
-        address = address_getter(memory.text) if kind == "memory" and memory is not None else None
-        return Step(i, kind, None if i.guard is None else predicate(i.guard), address)
+        places = [address_getter(o.text) for o in i.operands if o.kind == "mem"] if kind == "memory" else []
+        shared, address = places if len(places) == 2 else (None, places[0] if places else None)
+        return Step(i, kind, None if i.guard is None else predicate(i.guard), address, shared)
 
     def action(self, n: int) -> Callable:
         """What instruction n does; compiled when it is first executed."""
@@ -126,6 +127,7 @@ class Warp:
         self.time = 0.0
         self.scoreboards = [0.0] * 6
         self.from_memory = [False] * 6
+        self.copying, self.copies = 0.0, list[float]()  # when copies to shared memory arrive: the open group, others
         self.thread = thread
 
     def constant(self, bank: int, offset: int) -> int:
@@ -236,6 +238,8 @@ class Run:
                             self._access(warp, step, mask)
                         except IndexError as error:
                             raise IndexError(f"{i.name} at {i.address:#x} is {error}") from error
+                elif i.opcode in ("LDGDEPBAR", "DEPBAR"):
+                    self._groups(warp, i)
                 elif step.kind == "action":
                     self.kernel.action(n)(warp, mask)
                     if i.sets != NO_SCOREBOARD:
@@ -311,6 +315,19 @@ class Run:
         if i.reads != NO_SCOREBOARD:
             self._set(warp, i.reads, warp.time + READ_CYCLES, False)
 
+    def _groups(self, warp: Warp, i: Instruction) -> None:
+        """LDGDEPBAR closes a group of copies, DEPBAR.LE waits until at most so many are under way."""
+        if i.opcode == "LDGDEPBAR":
+            warp.copies.append(max(warp.copying, *warp.copies[-1:], 0.0))
+            warp.copying = 0.0
+            return
+        awaited = len(warp.copies) - next((o.offset for o in i.operands if o.kind == "number"), len(warp.copies))
+        if awaited > 0:
+            arrival = warp.copies[awaited - 1]
+            del warp.copies[:awaited]
+            self.counts.trips += arrival - warp.time > TRIP_CYCLES
+            warp.time = max(warp.time, arrival)
+
     def _set(self, warp: Warp, scoreboard: int, time: float, memory: bool) -> None:
         if time >= warp.scoreboards[scoreboard]:
             warp.scoreboards[scoreboard], warp.from_memory[scoreboard] = time, memory
@@ -326,6 +343,13 @@ class Run:
             write_registers(warp, i, mask, values, size)
             if i.sets != NO_SCOREBOARD:
                 self._set(warp, i.sets, arrival, True)
+        elif i.opcode == "LDGSTS":
+            assert step.shared is not None
+            warp.copying = max(warp.copying, self._global(warp, address[mask], size, store=False))
+            values, at = self._read_global(address, mask, size), step.shared(warp) & 0xFFFFFF
+            self.counts.wavefronts += bank_conflicts(at[mask], size)
+            for lane in np.flatnonzero(mask):
+                warp.block.shared[int(at[lane]) : int(at[lane]) + size] = values[lane]
         elif i.opcode in ("STG", "ST", "RED", "REDG", "ATOMG", "ATOM"):
             arrival = self._global(warp, address[mask], size, store=True)
             if i.opcode == "STG":
@@ -431,5 +455,6 @@ _ATOMIC: dict[str, Callable[[int, int], int]] = {
     "MIN": min, "MAX": max, "EXCH": lambda _, b: b,
 }  # fmt: skip
 _CONTROL = ("BRA", "CALL", "RET", "EXIT", "BSYNC", "WARPSYNC", "BREAK", "BSSY", "BAR", "BMOV")
-_NOTHING = ("DEPBAR", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "ENDCOLLECTIVE", "NANOSLEEP", "NOP", "YIELD")
-_MEMORY = ("LDG", "STG", "LD", "ST", "LDS", "STS", "ATOMS", "RED", "REDG", "ATOMG", "ATOM")
+_NOTHING = ("DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "ENDCOLLECTIVE", "NANOSLEEP", "NOP",
+            "YIELD")  # fmt: skip
+_MEMORY = ("LDG", "LDGSTS", "STG", "LD", "ST", "LDS", "STS", "ATOMS", "RED", "REDG", "ATOMG", "ATOM")

@@ -13,7 +13,7 @@ import pytest
 from cuda_model import attention, gpus, launches, run, table
 from cuda_model.attention import Documents, TritonKernel
 from cuda_model.memory import Array, Memory, bank_conflicts
-from cuda_model.operands import UnknownInstructionError
+from cuda_model.operands import UNIFORM, UnknownInstructionError
 from cuda_model.sass import (
     Instruction,
     count,
@@ -208,6 +208,32 @@ def test_loads_in_flight_together_are_one_trip() -> None:
     assert 2400 < dependent[0] < 2450
 
 
+def test_copies_to_shared_memory_are_waited_for_by_groups() -> None:
+    """The first of two groups arrives, then the second; what was copied can be read."""
+
+    def cycles(*lines: str) -> tuple[float, float]:
+        memory = Memory()
+        x, y = launches.data("x", np.arange(1024, dtype=np.uint32)), launches.data("y", np.zeros(32, np.uint32))
+        code = program("\n".join(("S2R R0, SR_TID.X", "SHF.L.U32 R1, R0, 0x2, RZ", "LDC.64 R2, c[0x0][0x210]",
+                                  "LDC.64 R4, c[0x0][0x218]", "IMAD.WIDE.U32 R2, R0, 0x4, R2",
+                                  "IMAD.WIDE.U32 R4, R0, 0x4, R4", *lines, "EXIT")))  # fmt: skip
+        parameters = launches.pack([x, y], memory.place)
+        counts = Run(Kernel(code), 32, (1, 1), parameters, memory, 500.0, 1200.0).blocks([(0, 0)])
+        if "LDS R6, [R1+0x400]" in lines:
+            assert y.data is not None
+            assert y.data.view(np.uint32).tolist() == list(range(128, 160))
+        return counts.block_cycles, counts.trips
+
+    first, second = "LDGSTS.E [R1], desc[UR4][R2.64]", "LDGSTS.E [R1+0x400], desc[UR4][R2.64+0x200]"
+    between = ["MUFU.RCP R9, R9"] * 300
+    groups = (first, "LDGDEPBAR", *between, second, "LDGDEPBAR")
+    read = ("LDS R6, [R1+0x400]", "STG.E desc[UR4][R4.64], R6")
+    assert 1200 < cycles(*groups, "DEPBAR.LE SB0, 0x1")[0] < 1250
+    assert 1500 < cycles(*groups, "DEPBAR.LE SB0, 0x0", *read)[0] < 1600
+    assert cycles(*groups, "DEPBAR.LE SB0, 0x2") == (cycles(*groups)[0] + 1, 0)
+    assert cycles(*groups, "DEPBAR.LE SB0, 0x1", "DEPBAR.LE SB0, 0x0")[1] == 2
+
+
 def test_barriers_hold_warps_and_some_warps_stand_for_all() -> None:
     text = """
         S2R R0, SR_TID.X
@@ -284,6 +310,15 @@ def test_carries_and_comparisons_of_64_bits() -> None:
     compile_instruction(parse_instruction("ISETP.GE.U32.AND P2, PT, R2, R1, PT"))(warp, lanes)
     compile_instruction(parse_instruction("ISETP.GE.AND.EX P2, PT, R2, RZ, PT, P2"))(warp, lanes)
     assert warp.preds[2][0]  # (1, 1) >= (0, all ones): the high words decide
+
+
+def test_a_guard_that_is_false_leaves_uniform_registers_alone() -> None:
+    for text in ("UMOV UR2, 0x7", "UIMAD.WIDE UR2, UR4, 0x3, UR2", "UISETP.EQ.AND UP0, UPT, UR4, UR4, UPT"):
+        for lanes in (0, 3):
+            warp, mask = Registers(), np.arange(32) < lanes
+            compile_instruction(parse_instruction(text))(warp, mask)
+            changed = warp.regs[UNIFORM + 2].any() or warp.preds[8].any()
+            assert changed == (lanes > 0 and "WIDE" not in text)
 
 
 def test_unknown_instructions_are_named() -> None:
@@ -363,6 +398,8 @@ def test_an_entry_that_no_longer_fits_says_what_to_edit() -> None:
     launch = launches.Launch("copy", "copy_kernel<float>", (1, 1), [Array("x", 4)], [(0, 0)])
     with pytest.raises(run.ModelError, match=r"parameters of \(8, 8\) bytes, its entry of \(8,\): edit its entry"):
         run.execute([kernel], launch)
+    with pytest.raises(run.ModelError, match=r"blocks of 32 threads, its entry of 64: edit its entry"):
+        run.execute([replace(kernel, parameters=(8,))], replace(launch, threads=64))
     with pytest.raises(run.ModelError, match=r"copy\.cu has 0 kernels 'other': edit its entry"):
         run.execute([kernel], replace(launch, kernel="other"))
     unknown = replace(kernel, code=LISTING.replace("S2R R0, SR_TID.X", "FROB R0"), parameters=(8,))

@@ -22,6 +22,7 @@ FAULTS = {
     "unwritten_dynamic": r"shared memory read before it was written, 4 bytes at 0x",
     "other_blocks_shared": r"shared memory read before it was written, 4 bytes at 0x",
     "too_little_shared": r"wants 4096 bytes of shared memory, was launched with 8",
+    "early_copy": r"shared memory read before it was written, 4 bytes at 0x",
     "read_behind": r"a read outside of every tensor, 4 bytes at 0x",
     "read_before": r"a read outside of every tensor, 4 bytes at 0x",
     "write_behind": r"a write outside of every tensor, 4 bytes at 0x",
@@ -70,6 +71,12 @@ def test_shuffles_in_parts_of_a_warp(n: int) -> None:
     x = torch.arange(float(n))
     padded = torch.nn.functional.pad(x, (0, -n % 16)).view(-1, 16)
     assert torch.equal(planted("half_warp", x), padded.sum(1).repeat_interleave(16)[:n])
+
+
+@pytest.mark.parametrize("n", [1, 64, 130])
+def test_asynchronous_copies(n: int) -> None:
+    x = torch.randn(n)
+    assert torch.equal(planted("copies", x), 2 * x)
 
 
 def test_votes_and_atomics() -> None:
