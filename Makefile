@@ -73,7 +73,8 @@ wheel-check: .venv/built  ## Only the tests of the wheel: from the sdist, conten
 	$(say) 'sdist, the wheel from it, and its audits'
 	pytest tests/tools/test_build.py
 
-OP_TESTS := $(patsubst blt_kernels/ops/%,tests/ops/test_%,$(filter-out blt_kernels/ops/_%,$(wildcard blt_kernels/ops/*.py)))
+OPS := $(patsubst blt_kernels/ops/%.py,%,$(filter-out blt_kernels/ops/_%,$(wildcard blt_kernels/ops/*.py)))
+OP_TESTS := $(foreach op,$(OPS),$(wildcard tests/ops/test_$(op)*.py))
 # second_table measures memory, of which AddressSanitizer takes its own.
 sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(say) 'building with sanitizers'

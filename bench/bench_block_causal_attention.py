@@ -17,7 +17,7 @@ from torch import Tensor
 
 import blt_kernels as bk
 from blt_kernels.testing import offsets_of
-from blt_kernels.triton.attention_launch import tiles_visited
+from blt_kernels.triton.block_causal_attention.launch import tiles_visited
 
 DOCUMENTS = [1098, 315, 5504, 375, 118, 782]
 SMALL = [40, 1, 0, 75]

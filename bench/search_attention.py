@@ -1,4 +1,4 @@
-"""Search how block_causal_attention is launched on this GPU, for the tables of `triton/attention_launch.py`.
+"""Search how block_causal_attention is launched on this GPU, for the tables of its `launch.py`.
 
 At most 12 candidates a kernel are tried, the table's own first. Each is compiled, left out if it spills, and compared
 with the result of the table's. CUDA graphs of several calls time it, as in `gpu_stages/timings.py`, on several copies
@@ -27,26 +27,26 @@ from gpu_stages.timings import copies_beyond_l2, sampler
 from torch import Tensor
 
 from blt_kernels.testing import offsets_of
-from blt_kernels.triton import attention_backward, attention_decode, block_causal_attention
-from blt_kernels.triton.attention_launch import KERNELS, WIDTHS, Launch, launch_options
+from blt_kernels.triton.block_causal_attention import backward, decode, forward
+from blt_kernels.triton.block_causal_attention.launch import HEAD_DIMS, KERNELS, Launch, launch_options
 
 MOST = 12
 SAMPLES = 7
 PROCESSES = 4
 MODULES: dict[str, ModuleType] = {
-    "fwd": block_causal_attention,
-    "bwd_dkdv": attention_backward,
-    "bwd_dq": attention_backward,
-    "decode": attention_decode,
+    "fwd": forward,
+    "bwd_dkdv": backward,
+    "bwd_dq": backward,
+    "decode": decode,
 }
-CANDIDATES = {  # rows, step, warps, stages
+CANDIDATES = {  # block_m, block_n, num_warps, num_stages
     "fwd": [
         (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4), (64, 128, 4, 3),
         (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 2), (128, 64, 8, 2),
     ],
     "bwd_dkdv": [
-        (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 3), (64, 64, 4, 2),
-        (64, 32, 4, 3), (64, 32, 4, 2), (128, 32, 8, 2), (64, 128, 8, 2), (64, 32, 8, 3),
+        (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 2), (64, 64, 8, 3), (64, 64, 4, 2),
+        (32, 64, 4, 3), (32, 64, 4, 2), (32, 128, 8, 2), (128, 64, 8, 2), (32, 64, 8, 3),
     ],
     "bwd_dq": [
         (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4), (64, 64, 4, 3), (64, 64, 4, 2),
@@ -86,16 +86,16 @@ def prepare(
     q, grad = (normal(queries, heads, width, seed=4 * copy + n, dtype=dtype, device="cuda") for n in (0, 1))
     k, v = (normal(keys, groups, width, seed=4 * copy + n, dtype=dtype, device="cuda") for n in (2, 3))
     rest = (cu_q, cu_k if kernel == "decode" else None, window, True, None, None)
-    forward = block_causal_attention.block_causal_attention_fwd_cuda
-    backward = attention_backward.block_causal_attention_bwd_cuda
-    saved = forward(q, k, v, *rest) if kernel.startswith("bwd") else ()
+    run_forward = forward.block_causal_attention_fwd_cuda
+    run_backward = backward.block_causal_attention_bwd_cuda
+    saved = run_forward(q, k, v, *rest) if kernel.startswith("bwd") else ()
 
     def run(launch: Launch) -> tuple[Tensor, ...]:
         def chosen(name: str, *arguments: Any) -> Launch:
             return launch if name == kernel else launch_options(name, *arguments)
 
         with mock.patch.object(MODULES[kernel], "launch_options", chosen):
-            return backward(grad, q, k, v, *saved, *rest) if saved else forward(q, k, v, *rest)
+            return run_backward(grad, q, k, v, *saved, *rest) if saved else run_forward(q, k, v, *rest)
 
     return run
 
@@ -136,7 +136,7 @@ def search(
 ) -> Iterator[dict[str, Any]]:
     """Time the candidates of a kernel, and yield a row for each as it is done, until `budget` seconds are spent.
 
-    Rows have kernel, width, dtype, window, rows, step, warps, stages, milliseconds (None if there is none, and `error`
+    Rows have kernel, width, dtype, window, the fields of `Launch`, milliseconds (None if there is none, and `error`
     says why), in_table, and the seconds spent so far.
     """
     start = time.monotonic()
@@ -184,7 +184,7 @@ def precompile(kernels: Iterable[str] = KERNELS, width: int = 128, dtype: torch.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, choices=WIDTHS, default=128)
+    parser.add_argument("--width", type=int, choices=HEAD_DIMS, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--window", type=int)
     parser.add_argument("--kernel", choices=KERNELS, action="append")
@@ -194,7 +194,7 @@ def main() -> None:
     print(f"# {torch.cuda.get_device_name()}, width {options.width}, {options.dtype}, window {options.window}")
     for kernel in options.kernel or KERNELS:
         for row in search(Target(), kernel, options.budget, width=options.width, dtype=dtype, window=options.window):
-            launch = Launch(row["rows"], row["step"], row["warps"], row["stages"])
+            launch = Launch(row["block_m"], row["block_n"], row["num_warps"], row["num_stages"])
             took = row["error"] or f"{row['milliseconds']:.3f} ms"
             print(f"{kernel} {launch}: {took}{', in the table' if row['in_table'] else ''}", flush=True)
 

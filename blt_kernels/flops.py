@@ -34,7 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.config import BLTConfig, ByteLMConfig, MegaByteConfig
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.reference.block_causal_attention import offsets_of
+from blt_kernels.reference.block_causal_attention import AttentionMask
 
 Config = BLTConfig | ByteLMConfig | MegaByteConfig
 
@@ -338,32 +338,11 @@ def _(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, _lse: Tens
     return _BACKWARD * q.shape[1] * q.shape[2] * _crossed(*patches)
 
 
-def _visited(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    window: int | None,
-    causal: bool,
-    _scale: float | None,
-    seqused_k: Tensor | None,
-    _ranges: Tensor | None,
-    num_documents: int,
-) -> int:
+def _visited(q: Tensor, k: Tensor, *arguments: Any) -> int:
     """(query, key) pairs of block_causal_attention."""
-    cu_seqlens_q, cu_seqlens_k = offsets_of(q, k, cu_seqlens_q, cu_seqlens_k, num_documents)
-    rows = cu_seqlens_q.long()
-    count = rows.diff()
-    keys = (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).long().diff() if seqused_k is None else seqused_k
-    row = torch.arange(len(count), device=rows.device).repeat_interleave(count)
-    own = torch.arange(len(row), device=rows.device) - (rows[:-1] - keys + count)[row]  # the key at a query's position
-    first, end = torch.zeros_like(own), keys[row]
-    if causal:
-        end = end.minimum(own + 1)
-    if window is not None:
-        window = min(window, 2**31 - 1)  # offsets are int32
-        first, end = (own + 1 - window).clamp(min=0), end.minimum(own + window)
-    return int((end - first).clamp(min=0).sum())
+    mask, _ = AttentionMask.of_schema(*arguments)
+    first, last = mask.with_offsets(q, k).keys_of_queries(q.shape[0], k.shape[0])
+    return int((last - first).sum())
 
 
 def _crossed(

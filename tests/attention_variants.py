@@ -35,15 +35,15 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton_compile import compiled
 
-from blt_kernels.triton.attention_backward import load_copies, weights
-from blt_kernels.triton.attention_launch import Launch, launch_options
-from blt_kernels.triton.attention_tiles import tile_at
+from blt_kernels.triton.block_causal_attention.backward import load_copies, weights
+from blt_kernels.triton.block_causal_attention.launch import Launch, launch_options
+from blt_kernels.triton.block_causal_attention.tiles import tile_at
 
 LOADS = ("pointers", "device descriptors", "host descriptors")
 IN_TURN = 0.5  # of the shorter of products and the rest is hidden, as of programs that share a multiprocessor
 SHAPES = (  # of dk/dv at width 128: two warpgroups have 128 rows, one has 64
-    Launch(128, 64, 8, 2), Launch(128, 32, 8, 3), Launch(128, 128, 8, 2), Launch(64, 64, 8, 3), Launch(64, 128, 8, 2),
-    Launch(64, 64, 4, 2), Launch(64, 32, 4, 3),
+    Launch(64, 128, 8, 2), Launch(32, 128, 8, 3), Launch(128, 128, 8, 2), Launch(64, 64, 8, 3), Launch(128, 64, 8, 2),
+    Launch(64, 64, 4, 2), Launch(32, 64, 4, 3),
 )  # fmt: skip
 
 
@@ -225,9 +225,15 @@ def bwd_dkdv_variant(
     tl.store(grad_k + at_row, (dk * scale).to(grad_k.dtype.element_ty), mask=(row < keys)[:, None])
 
 
+def launch_of(kernel: Any, rows: int, step: int, warps: int, stages: int) -> Launch:
+    """Return the launch of a variant that owns `rows`, which are keys in dk/dv, and streams `step` others."""
+    return Launch(rows, step, warps, stages) if kernel is fwd_variant else Launch(step, rows, warps, stages)
+
+
 def compile_variant(kernel: Any, width: int, launch: Launch, load: int, specialize: bool, arch: int) -> Any:
     """Compile a variant in bf16."""
-    constants = {"ROWS": launch.rows, "STEP": launch.step, "E": width, "LOAD": load, "SPECIALIZE": specialize}
+    rows, step = (launch.block_m, launch.block_n) if kernel is fwd_variant else (launch.block_n, launch.block_m)
+    constants = {"ROWS": rows, "STEP": step, "E": width, "LOAD": load, "SPECIALIZE": specialize}
     streamed = ("k", "v") if kernel is fwd_variant else ("q", "grad_out")
     signature, aligned = {}, {}
     for index, name in enumerate(p.name for p in kernel.params):
@@ -239,7 +245,7 @@ def compile_variant(kernel: Any, width: int, launch: Launch, load: int, speciali
             signature[name] = "*fp32"
         elif name in ("q", "k", "v", "out") or name.startswith("grad_"):
             described = load == 2 and name in streamed
-            signature[name] = f"tensordesc<bf16[{launch.step}, 1, {width}]>" if described else "*bf16"
+            signature[name] = f"tensordesc<bf16[{step}, 1, {width}]>" if described else "*bf16"
         else:
             signature[name] = "fp32" if name.endswith(("scale", "factor")) else "i32"
         if signature[name][0] == "*" or name.startswith("stride"):
@@ -247,7 +253,7 @@ def compile_variant(kernel: Any, width: int, launch: Launch, load: int, speciali
     return triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True},
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True},
     )
 
 
@@ -271,10 +277,10 @@ def describe(name: str, width: int, launch: Launch, binary: Any) -> list[str]:
     instructions = parse_function(code)
     registers, stack = (int(re.findall(rf"\b{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
     threads = int(re.findall(r"\.reqntid (\d+)", binary.asm["ptx"])[0])
-    warps = launch.warps if threads == launch.warps * 32 else threads // 32 - 4  # without the producer's four
+    warps = launch.num_warps if threads == launch.num_warps * 32 else threads // 32 - 4  # without the producer's four
     kernel = attention.TritonKernel(
-        name, instructions, min(registers * threads // (warps * 32), 255), binary.metadata.shared, warps, launch.rows,
-        launch.step, launch.stages,
+        name, instructions, min(registers * threads // (warps * 32), 255), binary.metadata.shared, warps,
+        launch.block_m, launch.block_n, launch.num_stages,
     )  # fmt: skip
     loop = attention.main_loops(kernel)[0]
     body = attention.Body.of([instructions[n] for n in sorted(attention.unconditional(instructions, loop))])
@@ -294,7 +300,7 @@ def describe(name: str, width: int, launch: Launch, binary: Any) -> list[str]:
 
 def row(label: str, name: str, width: int, launch: Launch, load: int | None = None, specialize: bool = False) -> None:
     """Print a row of the table, of the kernel as it is or of a variant, or that the compiler fails."""
-    sizes = f"{launch.rows}x{launch.step}, {launch.warps}, {launch.stages}"
+    sizes = f"{launch.block_m}x{launch.block_n}, {launch.num_warps}, {launch.num_stages}"
     try:
         binary = (
             compiled(name, width, torch.bfloat16, launch, (9, 0))
@@ -310,7 +316,7 @@ def row(label: str, name: str, width: int, launch: Launch, load: int | None = No
 def specialized(kernel: Any, load: int, arch: int) -> str:
     """Return whether the compiler of an architecture specializes the warps of a variant."""
     try:
-        binary = compile_variant(kernel, 64, Launch(128, 64, 4, 2), load, True, arch)
+        binary = compile_variant(kernel, 64, launch_of(kernel, 128, 64, 4, 2), load, True, arch)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return "yes" if "ttg.warp_specialize(" in binary.asm["ttgir"] else "no"
@@ -326,8 +332,8 @@ def main() -> None:
     options = parser.parse_args()
     print(f"Triton {triton.__version__}\n")
     print(
-        "| kernel | variant | tiles, warps, stages | threads | registers | stack | KB | ptxas | instructions | waits "
-        "| LDGSTS / UTMALDG / USETMAXREG | us | us in turn |"
+        "| kernel | variant | queries x keys, warps, stages | threads | registers | stack | KB | ptxas | instructions "
+        "| waits | LDGSTS / UTMALDG / USETMAXREG | us | us in turn |"
     )
     print(f"|{'---|' * 13}")
     for name in options.kernel or VARIANTS:
@@ -336,8 +342,10 @@ def main() -> None:
             row("as it is", name, width, own)
             for load, label in enumerate(LOADS):
                 row(label, name, width, own, load)
-            for step in (own.step, own.step // 2)[: width // 64]:
-                row("specialized", name, width, Launch(128, step, 4, 2), 1, True)  # 64 rows a consumer
+            streamed = own.block_n if name == "fwd" else own.block_m
+            for step in (streamed, streamed // 2)[: width // 64]:
+                launch = launch_of(VARIANTS[name], 128, step, 4, 2)  # 64 rows a consumer
+                row("specialized", name, width, launch, 1, True)
         for launch in SHAPES if name == "bwd_dkdv" else ():
             row("as it is", name, 128, launch)
         print()

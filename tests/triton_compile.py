@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blt_kernels.triton.attention_launch import MAX_SPLITS, Launch
+from blt_kernels.triton.block_causal_attention.launch import MAX_SPLITS, Launch
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 OFFSETS = ("first", "last", "of_queries", "of_keys", "cu_q", "cu_k", "used")
@@ -16,15 +16,11 @@ STORED_AS_FP32 = ("lse", "sums", "parts")
 
 
 def kernel_of(name: str) -> Any:
-    from blt_kernels.triton import attention_backward, attention_decode, attention_ranges, block_causal_attention
+    from blt_kernels.triton.block_causal_attention import backward, decode, forward, ranges
 
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "kernels for the interpreter cannot be compiled"
-    modules = (block_causal_attention, attention_backward, attention_decode, attention_ranges)
-    return next(
-        getattr(module, f"block_causal_attention_{name}_kernel")
-        for module in modules
-        if hasattr(module, f"block_causal_attention_{name}_kernel")
-    )
+    kernel = f"block_causal_attention_{name}_kernel"
+    return next(vars(module)[kernel] for module in (forward, backward, decode, ranges) if kernel in vars(module))
 
 
 @cache
@@ -40,14 +36,14 @@ def compiled(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from blt_kernels.triton.attention_tiles import precision_of
+    from blt_kernels.triton.block_causal_attention.tiles import precision_of
 
     kernel = kernel_of(name)
-    constants = {"ROWS": launch.rows, "STEP": launch.step, "E": width, "EVEN": even}
-    constants |= {"WIDTH": width if even else width * 3 // 4}  # of padded heads: 24, 48, 96, 192
+    constants = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK": launch.block_m, "BLOCK_D": width}
+    constants |= {"HEAD_DIM": width if even else width * 3 // 4}  # of padded heads: 24, 48, 96, 192
     constants |= {"PRECISION": precision_of(torch.empty(0, width, dtype=dtype))}
-    constants |= {"CAUSAL": True, "WINDOWED": True, "USED": True, "MOST": MAX_SPLITS}
-    constants |= {} if offsets else {"cu_q": None, "cu_k": None}
+    constants |= {"CAUSAL": True, "WINDOWED": True, "USED": True, "MAX_SPLITS": MAX_SPLITS}
+    constants |= {"BLOCK_SPLITS": launch.block_n} | ({} if offsets else {"cu_q": None, "cu_k": None})
     signature, aligned = {}, {}
     for index, argument in enumerate(p.name for p in kernel.params):
         if argument in constants:
@@ -66,5 +62,5 @@ def compiled(
     return triton.compile(
         ASTSource(kernel, signature, own, aligned),
         target=GPUTarget("cuda", arch[0] * 10 + arch[1], 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True},
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True},
     )

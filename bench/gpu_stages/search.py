@@ -28,7 +28,7 @@ def search(target: Target, kernel: str) -> Iterator[Row]:
             yield failed_row(f"search {kernel}", str(launch), "bfloat16", OURS, "ok: not timed in a rehearsal")
         return
     for found in search_attention.search(target, kernel, SECONDS):
-        launch = "rows {rows} step {step} warps {warps} stages {stages}".format(**found)
+        launch = "block_m {block_m} block_n {block_n} warps {num_warps} stages {num_stages}".format(**found)
         shape = f"{launch}, width {found['width']}, window {found['window']}"
         name, dtype = f"search {kernel}", str(found["dtype"]).removeprefix("torch.")
         if found["milliseconds"] is None:

@@ -113,7 +113,7 @@ class Rehearsal(Target):
         """Put the emulated and interpreted kernels in the place of those of the CPU."""
         import backends
 
-        from blt_kernels.triton import attention_backward, block_causal_attention
+        from blt_kernels.triton.block_causal_attention import backward, forward
 
         with ExitStack() as stack:
             stack.enter_context(backends.use("emulated"))
@@ -121,7 +121,7 @@ class Rehearsal(Target):
             stack.callback(library._destroy)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about each kernel that is replaced
-                for name, module in (("fwd", block_causal_attention), ("bwd", attention_backward)):
+                for name, module in (("fwd", forward), ("bwd", backward)):
                     operator = f"block_causal_attention_{name}"
                     library.impl(operator, getattr(module, f"{operator}_cuda"), "CPU")
             yield

@@ -18,7 +18,7 @@ from blt_kernels import _extension, attention_backend
 from blt_kernels.cli.base import EXTRAS, ColorOption, Command, JsonOption, app, package_version
 from blt_kernels.cli.console import Color, console
 from blt_kernels.models.byte_lm import BUNDLED
-from blt_kernels.triton import attention_flash
+from blt_kernels.triton.block_causal_attention import flash
 
 DEVICES = ("CPU", "CUDA")
 
@@ -35,11 +35,9 @@ def owners() -> dict[str, dict[str, str]]:
 
 def attention() -> dict[str, Any]:
     """Who computes the forward of attention on CUDA, and why other packages cannot: None for those that can."""
-    reasons = {package.name: attention_flash.find(package)[1] or None for package in attention_flash.PACKAGES}
+    reasons = {package.name: flash.find(package).reason or None for package in flash.PACKAGES}
     backend = attention_backend()
-    faster = {package for package, *_ in attention_flash.FASTER} if backend == "auto" else set()
-    delegates = [name for name, reason in reasons.items() if reason is None and (backend == "flash" or name in faster)]
-    owners = delegates if backend == "flash" else ["Triton", *delegates]
+    owners = [name for name, reason in reasons.items() if reason is None] if backend == "flash" else ["Triton"]
     return {"backend": backend, "forward": " or ".join(owners), "packages": reasons}
 
 

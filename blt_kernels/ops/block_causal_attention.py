@@ -1,14 +1,12 @@
 """block_causal_attention: attention that stays within documents, for bytes packed end to end.
 
 Document b has queries ``[cu_seqlens_q[b], cu_seqlens_q[b+1])`` and as many keys as `cu_seqlens_k` or `seqused_k` says.
-Its last query is aligned with its last key, so that a query at position i of n sees, of m keys, those up to
-``i + m - n`` if causal, and of these the last `window`.
+Its last query is aligned with its last key, so that a query at position i of n attends, of m keys, to those up to
+``i + m - n`` if causal, and of these to the last `window`.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,9 +15,9 @@ import torch
 from torch import Tensor
 
 from blt_kernels.layout import AttentionRanges
-from blt_kernels.ops import _autograd, _common
+from blt_kernels.ops import _attention_backend, _autograd, _common
 from blt_kernels.reference import block_causal_attention as reference
-from blt_kernels.triton import attention_flash
+from blt_kernels.triton.block_causal_attention import flash
 
 
 def block_causal_attention(
@@ -49,10 +47,10 @@ def block_causal_attention(
     cu_seqlens_k : int32 or int64 ``[B+1]``, optional
         Documents of packed keys, as many as of queries. The offsets of the queries if None: then Tk is Tq.
     window : int, optional
-        A query sees the keys less than `window` positions away, itself counted; all of its document if None. With
-        ``causal=False`` the window reaches to both sides.
+        A query attends to the keys less than `window` positions away, itself counted; to all of its document if None.
+        With ``causal=False`` the window reaches to both sides.
     causal : bool
-        A query sees no key behind its own position.
+        Whether a query attends to no key behind its own position.
     scale : float, optional
         Factor of ``q k^T``; ``1 / sqrt(E)`` if None.
     seqused_k : int32 or int64 ``[B]``, optional
@@ -67,10 +65,10 @@ def block_causal_attention(
     Returns
     -------
     out : dtype and shape of `q`
-        0 for a query that sees no key, or lies beyond the last document. Accumulated in fp32 (fp64 for fp64 inputs).
-        Such queries, and keys and values that no query sees, may hold anything and get gradients of 0.
+        0 for a query that attends to no key, or lies beyond the last document. Accumulated in fp32 (fp64 for fp64
+        inputs). Such queries, and keys and values that no query attends to, may hold anything and get gradients of 0.
     lse : fp32 (fp64 for fp64 inputs) ``q.shape[:-1]``, if `return_lse`
-        Natural logarithm; -inf for a query that sees no key. Not differentiable.
+        Natural logarithm; -inf for a query that attends to no key. Not differentiable.
 
     Raises
     ------
@@ -157,7 +155,7 @@ def attention_ranges(
     causal: bool = True,
     seqused_k: Tensor | None = None,
 ) -> AttentionRanges:
-    """Find which keys each query of `block_causal_attention` sees, once for all layers of a layout.
+    """Find which keys each query of `block_causal_attention` attends to, once for all layers of a layout.
 
     Parameters
     ----------
@@ -251,78 +249,9 @@ def _check_seqused(seqused_k: Tensor, offsets_k: Tensor | None, documents: int, 
     return seqused_k.clamp(max=_common.INT32_MAX).to(torch.int32).contiguous()
 
 
-# --- who computes it on CUDA ------------------------------------------------------------------------------------------
-
-_backend = "auto"
-
-
-def set_attention_backend(backend: str) -> None:
-    """Choose who computes the forward of `block_causal_attention` on CUDA, in this process. The backward is Triton's.
-
-    Parameters
-    ----------
-    backend : "auto", "triton" or "flash"
-        - "triton": the kernels of this package.
-        - "flash": FlashAttention 3 (`flash_attn_interface`), FlashAttention 4 (`flash_attn.cute`) or torch's own
-          `varlen_attn`, the first one that is installed and takes the case exactly as it is. Where none does, the
-          call raises ValueError and names what is in the way: fp32 and fp64, head widths that are no multiple of 8,
-          scales that are not positive, `seqused_k` or grouped heads with a version that does not know them.
-        - "auto", which is the default: Triton, except for cases of which a measurement on record says that another is
-          faster. None is on record yet, so it is Triton for all.
-
-    Raises
-    ------
-    ValueError
-        `backend` is something else.
-    RuntimeError
-        "flash" or "triton" without Triton, or "flash" where no package can be used; the message says why.
-
-    Notes
-    -----
-    Compiled code follows from its next call on, without being compiled again. ``blt-kernels doctor`` says what is
-    installed. Results are the same within rounding, with one difference: the packages read whole tiles, with weights of
-    0, so that with "flash" an infinity or NaN in a value of one document makes NaN of rows of the document before it.
-    They are not told the longest document, which only the device knows, so torch's `varlen_attn` launches blocks for
-    all documents as if each were the longest possible: it is slow for many of them.
-
-    Examples
-    --------
-    >>> set_attention_backend("auto")
-    >>> attention_backend()
-    'auto'
-    """
-    global _backend
-    _common.check_choice("backend", backend, ("auto", "triton", "flash"))
-    if backend != "auto" and not _HAS_TRITON:
-        raise RuntimeError(f"backend: {backend!r} needs Triton: pip install triton")
-    if backend == "flash" and not any(attention_flash.found()):
-        reasons = "; ".join(
-            f"{package.name}: {attention_flash.find(package)[1]}" for package in attention_flash.PACKAGES
-        )
-        raise RuntimeError(f"backend: no package for 'flash' can be used. {reasons}")
-    _backend = backend
-
-
-def attention_backend() -> str:
-    """Return the backend that `set_attention_backend` has chosen.
-
-    Returns
-    -------
-    str
-        "auto", "triton" or "flash".
-
-    Examples
-    --------
-    >>> attention_backend()
-    'auto'
-    """
-    return _backend
-
-
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 
 # Without cu_seqlens_q there are num_documents documents of one length, of queries as of keys.
-
 _ARGUMENTS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? window, bool causal, float? scale, Tensor? seqused_k,"
     " Tensor? ranges, SymInt num_documents"
@@ -367,9 +296,8 @@ def _(cu_seqlens_q: Tensor, _cu_seqlens_k: Tensor | None, num_queries: int, num_
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges, num_documents = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options, seqused_k, ranges, ctx.num_documents = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges)
-    ctx.options, ctx.num_documents = (window, causal, scale), num_documents
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -385,14 +313,12 @@ def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tu
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_out, q, k, v, _out, _lse, cu_seqlens_q, cu_seqlens_k, *options, seqused_k, _ranges, num_documents = inputs
-    ctx.options, ctx.num_documents = options, num_documents
+    grad_out, q, k, v, _out, _lse, cu_seqlens_q, cu_seqlens_k, *ctx.options, seqused_k, _, ctx.num_documents = inputs
     ctx.save_for_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
 
 
 def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k = ctx.saved_tensors
-
     window, causal, scale = ctx.options
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -412,34 +338,35 @@ _autograd.register_autograd("block_causal_attention_bwd", _second_backward, setu
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+@cache
+def _launchers() -> dict[str, Callable[..., Any]]:
+    """Return the Triton launchers by the ends of the operators' names. Triton is imported at the first call."""
+    from blt_kernels.triton.block_causal_attention import backward, forward, ranges
+    from blt_kernels.triton.capture import refuse_in_captures
+
+    refuse_in_captures()
+    return {
+        "fwd": forward.block_causal_attention_fwd_cuda,
+        "bwd": backward.block_causal_attention_bwd_cuda,
+        "ranges_fwd": ranges.block_causal_attention_ranges_fwd_cuda,
+    }
 
 
-def _triton(operator: str, file: str) -> Callable[..., Any]:
-    """Return a launcher of `triton/`, which is imported when it is called for the first time."""
-
-    @cache
-    def launcher() -> Callable[..., Any]:
-        module = importlib.import_module(f"blt_kernels.triton.{file}")
-        importlib.import_module("blt_kernels.triton.capture").refuse_in_captures()
-        return getattr(module, f"{operator}_cuda")
-
-    return lambda *arguments: launcher()(*arguments)
+def _forward_cuda(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if _attention_backend.attention_backend() == "flash":
+        return flash.forward(q, k, v, *reference.AttentionMask.of_schema(*arguments))
+    return _launchers()["fwd"](q, k, v, *arguments)
 
 
-def _forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
-    return (attention_flash.delegate(_backend, *arguments) or _triton_forward)(*arguments)
+def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _launchers()["bwd"](*arguments)
 
 
-_triton_forward = _triton("block_causal_attention_fwd", "block_causal_attention")
+def _ranges_cuda(*arguments: Any) -> Tensor:
+    return _launchers()["ranges_fwd"](*arguments)
 
-if _HAS_TRITON:
+
+if _attention_backend.HAS_TRITON:
     torch.library.impl("blt_kernels::block_causal_attention_fwd", "CUDA", _forward_cuda)
-    torch.library.impl(
-        "blt_kernels::block_causal_attention_bwd", "CUDA", _triton("block_causal_attention_bwd", "attention_backward")
-    )
-    torch.library.impl(
-        "blt_kernels::block_causal_attention_ranges_fwd",
-        "CUDA",
-        _triton("block_causal_attention_ranges_fwd", "attention_ranges"),
-    )
+    torch.library.impl("blt_kernels::block_causal_attention_bwd", "CUDA", _backward_cuda)
+    torch.library.impl("blt_kernels::block_causal_attention_ranges_fwd", "CUDA", _ranges_cuda)

@@ -1,6 +1,6 @@
 """block_causal_attention in plain PyTorch: the specification of `ops.block_causal_attention`.
 
-The keys that a query sees are an interval of the packed keys. Queries are taken in blocks of rows, so that memory is
+The keys that a query attends to are an interval of the packed keys. Queries are taken in blocks, so that memory is
 O(T), and where queries and keys are the same bytes a block only takes the keys that its window can reach: time is
 O(T * (window + block)).
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,102 @@ from torch import Tensor
 from blt_kernels.layout import AttentionRanges
 from blt_kernels.reference._ragged import document_offsets
 
-_BLOCK = 128  # query rows
+_BLOCK = 128  # queries
+
+_Intervals = tuple[Tensor, Tensor]  # first and last of each query or key
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Which keys each query attends to: the variable-length arguments of `ops.block_causal_attention`, checked.
+
+    Without `cu_seqlens_q` there are `num_documents` documents of one length, of queries as of keys. `ranges` are the
+    intervals that `ops.attention_ranges` found for the same arguments, which kernels on CUDA read.
+    """
+
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    num_documents: int
+    window: int | None
+    causal: bool
+    seqused_k: Tensor | None
+    ranges: Tensor | None = None
+
+    @classmethod
+    def of_schema(
+        cls,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        window: int | None,
+        causal: bool,
+        scale: float | None,
+        seqused_k: Tensor | None,
+        ranges: Tensor | None = None,
+        num_documents: int = 1,
+    ) -> tuple[AttentionMask, float | None]:
+        """Return the mask and the scale from the arguments that follow the tensors in the schemas of the operators."""
+        if cu_seqlens_q is not None:
+            num_documents = cu_seqlens_q.shape[0] - 1
+        return cls(cu_seqlens_q, cu_seqlens_k, num_documents, window, causal, seqused_k, ranges), scale
+
+    def with_offsets(self, q: Tensor, k: Tensor) -> AttentionMask:
+        """Return this mask with document offsets, which are made for documents of one length."""
+        if self.cu_seqlens_q is not None:
+            return self
+        cu_seqlens_k = None if k.shape[0] == q.shape[0] else document_offsets(k, None, self.num_documents)
+        return replace(self, cu_seqlens_q=document_offsets(q, None, self.num_documents), cu_seqlens_k=cu_seqlens_k)
+
+    @property
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        """Document offsets of the queries and of the keys."""
+        if self.cu_seqlens_q is None:
+            raise ValueError("cu_seqlens_q: expected offsets, as with_offsets makes them, got None")
+        return self.cu_seqlens_q, self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
+
+    def same_bytes(self, num_queries: int, num_keys: int) -> bool:
+        """Return whether query i and key i are the same byte."""
+        return self.cu_seqlens_k is None and self.seqused_k is None and num_queries == num_keys
+
+    def keys_of_queries(self, num_queries: int, num_keys: int) -> _Intervals:
+        """Return the keys ``[first, last)`` that each query attends to, int64 within ``[0, num_keys]``.
+
+        Query i of n, of a document with m keys, attends to key j if j < m, j - i <= m - n (causal) and
+        |j - i - m + n| < window. For queries beyond the last document both ends are `num_keys`.
+        """
+        return self._intervals(num_queries, num_keys, of_keys=False)
+
+    def queries_of_keys(self, num_queries: int, num_keys: int) -> _Intervals:
+        """Return the queries ``[first, last)`` that attend to each key; beyond the last document `num_queries`."""
+        return self._intervals(num_keys, num_queries, of_keys=True)
+
+    def _intervals(self, rows: int, others: int, of_keys: bool) -> _Intervals:
+        cu_q, cu_k = (offsets.long() for offsets in self.offsets)
+        used = cu_k[1:] if self.seqused_k is None else torch.minimum(cu_k[:-1] + self.seqused_k.clamp(min=0), cu_k[1:])
+        # One more document, which is empty, owns what is beyond the last one.
+        begin_q, end_q, begin_k, end_k = (F.pad(x, (0, 1)) for x in (cu_q[:-1], cu_q[1:], cu_k[:-1], used))
+        # Offsets are int32: a longer window reaches no further, and would overflow.
+        back = rows + others if self.window is None else min(self.window, 2**31 - 1) - 1
+        ahead = 0 if self.causal else back
+        offsets, begin, end, shift = cu_q, begin_k, end_k, end_k - end_q
+        if of_keys:
+            offsets, begin, end, shift, back, ahead = cu_k, begin_q, end_q, end_q - end_k, ahead, back
+        row = torch.arange(rows, device=cu_q.device)
+        document = torch.searchsorted(offsets[1:].contiguous(), row, right=True)
+        position = row + shift[document]  # what the row is aligned with on the other side
+        first = torch.maximum(begin[document], position - back)
+        last = torch.minimum(end[document], position + ahead + 1)
+        if of_keys:  # unused keys are behind the used ones
+            first = torch.where(row < end_k[document], first, end[document])
+        beyond = document == self.num_documents
+        first = first.clamp(0, others).masked_fill(beyond, others)
+        return first, torch.maximum(last.clamp(max=others), first).masked_fill(beyond, others)
+
+
+def attended_keys(first: Tensor, last: Tensor, num_keys: int) -> Tensor:
+    """Return which keys at least one of the queries, which attend to ``[first, last)``, attends to: bool."""
+    attends = (first < last).int()
+    edges = attends.new_zeros(num_keys + 1).index_add_(0, first, attends).index_add_(0, last, -attends)
+    return edges.cumsum(0)[:-1] > 0
 
 
 def block_causal_attention_reference(
@@ -56,27 +152,30 @@ def block_causal_attention_fwd_reference(
     ranges: Tensor | None = None,
     num_documents: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """With s = scale * q k^T over the keys that a row sees: out = softmax(s) v, lse = logsumexp(s)."""
-    cu_seqlens_q, cu_seqlens_k = offsets_of(q, k, cu_seqlens_q, cu_seqlens_k, num_documents)
-    first, last, live = visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
-    query = _clean(q, first < last) * _scale(q, scale)
-    key, value = _clean(k, live), _clean(v, live)
-    if not key.shape[0]:  # a key that nobody sees, so that there is a maximum
+    """With s = scale * q k^T over the keys that a query attends to: out = softmax(s) v, lse = logsumexp(s)."""
+    mask, scale = AttentionMask.of_schema(
+        cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges, num_documents
+    )
+    mask, same_bytes = mask.with_offsets(q, k), mask.same_bytes(q.shape[0], k.shape[0])
+    first, last = mask.keys_of_queries(q.shape[0], k.shape[0])
+    attended = attended_keys(first, last, k.shape[0])
+    query = _zero_unless(first < last, q) * _scale(q, scale)
+    key, value = _zero_unless(attended, k), _zero_unless(attended, v)
+    if not key.shape[0]:  # a masked key, so that there is a maximum
         key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (key, value))
-    aligned = cu_seqlens_k is None and seqused_k is None and k.shape[0] > 0
     outs, lses = [], []
     with _full_precision(q):
-        for rows, keys in _blocks(q.shape[0], key.shape[0], window, causal, aligned):
-            queries = _by_group(query[rows], key.shape[1])  # [G, H/G * rows, E]
-            hidden = _hidden(keys, first[rows], last[rows], q.shape[1] // k.shape[1])  # [H/G * rows, keys]
-            scores = torch.bmm(queries, key[keys].permute(1, 2, 0)).masked_fill_(hidden, -torch.inf)
-            top = scores.detach().amax(-1, keepdim=True)
-            top = top.masked_fill(top == -torch.inf, 0)
-            p = scores.sub_(top).exp_()
+        for rows, keys in _blocks(q.shape[0], key.shape[0], mask, same_bytes and k.shape[0] > 0):
+            queries = _by_kv_head(query[rows], key.shape[1])  # [G, H/G * rows, E]
+            masked = _masked(keys, first[rows], last[rows], q.shape[1] // k.shape[1])  # [H/G * rows, keys]
+            scores = torch.bmm(queries, key[keys].permute(1, 2, 0)).masked_fill_(masked, -torch.inf)
+            maximum = scores.detach().amax(-1, keepdim=True)
+            maximum = maximum.masked_fill(maximum == -torch.inf, 0)
+            p = scores.sub_(maximum).exp_()
             total = p.sum(-1, keepdim=True)
             out = torch.bmm(p, value[keys].transpose(0, 1)) / total.masked_fill(total == 0, 1)
-            outs.append(_by_row(out, query[rows]))
-            lses.append(_by_row(top + total.detach().log(), query[rows])[..., 0])
+            outs.append(_by_query(out, query[rows]))
+            lses.append(_by_query(maximum + total.detach().log(), query[rows])[..., 0])
     return torch.cat(outs).to(q.dtype), torch.cat(lses)
 
 
@@ -100,23 +199,26 @@ def block_causal_attention_bwd_reference(
 
     Kernels take p = exp(s - lse) and sum(g * out), which is the same but for the rounding of lse and out.
     """
-    cu_seqlens_q, cu_seqlens_k = offsets_of(q, k, cu_seqlens_q, cu_seqlens_k, num_documents)
-    first, last, live = visible(q, k, cu_seqlens_q, cu_seqlens_k, window, causal, seqused_k)
-    query = _clean(q, first < last) * _scale(q, scale)
-    key, value = _clean(k, live), _clean(v, live)
-    grad = _clean(grad_out, first < last)
-    aligned = cu_seqlens_k is None and seqused_k is None
+    mask, scale = AttentionMask.of_schema(
+        cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges, num_documents
+    )
+    mask, same_bytes = mask.with_offsets(q, k), mask.same_bytes(q.shape[0], k.shape[0])
+    first, last = mask.keys_of_queries(q.shape[0], k.shape[0])
+    attended = attended_keys(first, last, k.shape[0])
+    query = _zero_unless(first < last, q) * _scale(q, scale)
+    key, value = _zero_unless(attended, k), _zero_unless(attended, v)
+    grad = _zero_unless(first < last, grad_out)
     grad_q, grad_k, grad_v = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     with _full_precision(q):
-        for rows, keys in _blocks(q.shape[0], key.shape[0], window, causal, aligned):
-            queries, grads = (_by_group(x[rows], key.shape[1]) for x in (query, grad))
-            hidden = _hidden(keys, first[rows], last[rows], q.shape[1] // k.shape[1])
-            scores = torch.bmm(queries, key[keys].permute(1, 2, 0)).masked_fill_(hidden, -torch.inf)
-            p = scores.softmax(-1).masked_fill_(hidden, 0)
-            slopes = torch.bmm(grads, value[keys].permute(1, 2, 0))
-            ds = slopes.sub_((p * slopes).sum(-1, keepdim=True)).mul_(p)
-            grad_q[rows] = _by_row(torch.bmm(ds, key[keys].transpose(0, 1)), query[rows])
-            grad_k[keys] += torch.bmm(ds.mT, queries).transpose(0, 1)  # sums over the heads of a group
+        for rows, keys in _blocks(q.shape[0], key.shape[0], mask, same_bytes):
+            queries, grads = (_by_kv_head(x[rows], key.shape[1]) for x in (query, grad))
+            masked = _masked(keys, first[rows], last[rows], q.shape[1] // k.shape[1])
+            scores = torch.bmm(queries, key[keys].permute(1, 2, 0)).masked_fill_(masked, -torch.inf)
+            p = scores.softmax(-1).masked_fill_(masked, 0)
+            dp = torch.bmm(grads, value[keys].permute(1, 2, 0))
+            ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p)
+            grad_q[rows] = _by_query(torch.bmm(ds, key[keys].transpose(0, 1)), query[rows])
+            grad_k[keys] += torch.bmm(ds.mT, queries).transpose(0, 1)  # sums over the query heads of a key head
             grad_v[keys] += torch.bmm(p.mT, grads).transpose(0, 1)
     grad_q *= _scale(q, scale)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
@@ -149,85 +251,17 @@ def block_causal_attention_ranges_fwd_reference(
     causal: bool,
     seqused_k: Tensor | None,
 ) -> Tensor:
-    """Query i of n, of a document with m keys, sees key j if j < m, j - i <= m - n (causal), |j - i - m + n| < window.
-
-    Rows beyond the last document, of which there are at least as many as round up to a multiple of 4, see nothing: both
-    ends are the number of rows of the other side.
-    """
-    cu_q = cu_seqlens_q.long()
-    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.long()
-    end_k = cu_k[1:] if seqused_k is None else torch.minimum(cu_k[:-1] + seqused_k.clamp(min=0), cu_k[1:])
-    before = num_queries + num_keys if window is None else min(window, 2**31 - 1) - 1  # keys that a query looks back
-    after = 0 if causal else before
-    begin_q, last_q, begin_k, last_k = (F.pad(x, (0, 1)) for x in (cu_q[:-1], cu_q[1:], cu_k[:-1], end_k))
-    rows: list[Tensor] = []
-    for total, others, offsets, begin, end, shift, back, ahead in (
-        (num_queries, num_keys, cu_q, begin_k, last_k, last_k - last_q, before, after),
-        (num_keys, num_queries, cu_k, begin_q, last_q, last_q - last_k, after, before),
-    ):
-        row, document = _documents((total + 3) // 4 * 4, offsets)
-        position = row + shift[document]
-        first = torch.maximum(begin[document], position - back)
-        last = torch.minimum(end[document], position + ahead + 1)
-        if rows:  # keys, of which some may not count
-            first = torch.where(row < last_k[document], first, end[document])
-        beyond = document == offsets.shape[0] - 1
-        first = first.clamp(0, others).masked_fill(beyond, others)
-        rows += [first, torch.maximum(last.clamp(max=others), first).masked_fill(beyond, others)]
-    return torch.cat(rows).int()
+    """First and last key of each query, first and last query of each key, each rounded up to a multiple of 4."""
+    mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1, window, causal, seqused_k)
+    padded_queries, padded_keys = ((n + 3) // 4 * 4 for n in (num_queries, num_keys))
+    of_queries = mask.keys_of_queries(padded_queries, num_keys)
+    return torch.cat((*of_queries, *mask.queries_of_keys(num_queries, padded_keys))).int()
 
 
-def offsets_of(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, num_documents: int
-) -> tuple[Tensor, Tensor | None]:
-    """Return the offsets of queries and of keys, those of `num_documents` of one length if none are given."""
-    if cu_seqlens_q is not None:
-        return cu_seqlens_q, cu_seqlens_k
-    cu_seqlens_k = None if k.shape[0] == q.shape[0] else document_offsets(k, None, num_documents)
-    return document_offsets(q, None, num_documents), cu_seqlens_k
-
-
-def visible(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    window: int | None,
-    causal: bool,
-    seqused_k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query i sees the packed keys ``[first[i], last[i])``; live[j]: some query sees key j."""
-    cu_q = cu_seqlens_q.long()
-    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.long()
-    end = cu_k[1:] if seqused_k is None else torch.minimum(cu_k[:-1] + seqused_k.clamp(min=0), cu_k[1:])
-    # One more document, without keys, owns the rows beyond the last one.
-    start, end, shift = (F.pad(x, (0, 1)) for x in (cu_k[:-1], end, end - cu_q[1:]))
-    row, document = _documents(q.shape[0], cu_q)
-    position = row + shift[document]  # the key that the query is aligned with
-    first, last = start[document], end[document]
-    if window is not None:
-        window = min(window, 2**31 - 1)  # offsets are int32: a longer window reaches no further, and would overflow
-        first = torch.maximum(first, position - (window - 1))
-    if causal:
-        last = torch.minimum(last, position + 1)
-    elif window is not None:
-        last = torch.minimum(last, position + window)
-    sees = (first < last).int()
-    edges = sees.new_zeros(k.shape[0] + 1)
-    edges.index_add_(0, first.clamp(0, k.shape[0]), sees).index_add_(0, last.clamp(0, k.shape[0]), -sees)
-    return first, last, edges.cumsum(0)[:-1] > 0
-
-
-def _documents(rows: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and document of each row; the document is B beyond the last one."""
-    row = torch.arange(rows, device=cu_seqlens.device)
-    return row, torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
-
-
-def _clean(x: Tensor, live: Tensor) -> Tensor:
-    """Rows in the accumulator's dtype; those that are not live, which may hold anything, as zeros."""
+def _zero_unless(attended: Tensor, x: Tensor) -> Tensor:
+    """Return `x` in the accumulator's dtype, with zeros where it takes no part and may hold anything."""
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return x.masked_fill(~live[:, None, None], 0)
+    return x.masked_fill(~attended[:, None, None], 0)
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[object]:
@@ -239,31 +273,31 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _blocks(queries: int, keys: int, window: int | None, causal: bool, aligned: bool) -> Iterator[tuple[slice, slice]]:
-    """Blocks of query rows, at least one, each with a range of keys that holds all it sees."""
-    for row in range(0, max(queries, 1), _BLOCK):
-        end = min(row + _BLOCK, queries)
-        before, after = 0, keys
-        if aligned and window is not None:
-            before, after = max(row - window + 1, 0), min(end + window - 1, keys)
-        if aligned and causal:
-            after = end
-        yield slice(row, end), slice(before, after)
+def _blocks(num_queries: int, num_keys: int, mask: AttentionMask, same_bytes: bool) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of queries, at least one, each with a range of keys that holds all it attends to."""
+    for begin in range(0, max(num_queries, 1), _BLOCK):
+        end = min(begin + _BLOCK, num_queries)
+        first, last = 0, num_keys
+        if same_bytes and mask.window is not None:
+            first, last = max(begin - mask.window + 1, 0), min(end + mask.window - 1, num_keys)
+        if same_bytes and mask.causal:
+            last = end
+        yield slice(begin, end), slice(first, last)
 
 
-def _hidden(keys: slice, first: Tensor, last: Tensor, heads: int) -> Tensor:
-    """Where the query does not see the key: bool ``[H/G * rows, keys]``."""
+def _masked(keys: slice, first: Tensor, last: Tensor, heads_per_kv_head: int) -> Tensor:
+    """Return where the query does not attend to the key: bool ``[H/G * queries, keys]``."""
     position = torch.arange(keys.start, keys.stop, device=first.device)
-    hidden = (position < first[:, None]) | (position >= last[:, None])
-    return hidden.repeat(heads, 1)
+    masked = (position < first[:, None]) | (position >= last[:, None])
+    return masked.repeat(heads_per_kv_head, 1)
 
 
-def _by_group(x: Tensor, groups: int) -> Tensor:
-    """``[rows, H, E]`` to ``[G, H/G * rows, E]``: head h reads key head h // (H/G)."""
-    return x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+def _by_kv_head(x: Tensor, num_kv_heads: int) -> Tensor:
+    """``[queries, H, E]`` to ``[G, H/G * queries, E]``: head h reads key head h // (H/G)."""
+    return x.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
-def _by_row(x: Tensor, like: Tensor) -> Tensor:
-    """``[G, H/G * rows, E]`` back to ``[rows, H, E]``, the shape of `like` but for E."""
-    rows, heads = like.shape[:2]
-    return x.unflatten(1, (heads // x.shape[0], rows)).permute(2, 0, 1, 3).flatten(1, 2)
+def _by_query(x: Tensor, like: Tensor) -> Tensor:
+    """``[G, H/G * queries, E]`` back to ``[queries, H, E]``, the shape of `like` but for E."""
+    queries, heads = like.shape[:2]
+    return x.unflatten(1, (heads // x.shape[0], queries)).permute(2, 0, 1, 3).flatten(1, 2)

@@ -43,9 +43,24 @@ class TritonKernel:
     registers: int
     shared: int
     warps: int
-    rows: int
-    step: int
+    block_m: int
+    block_n: int
     stages: int
+
+    @property
+    def of_keys(self) -> bool:
+        """Whether a program owns keys and streams queries, as in bwd_dkdv only."""
+        return self.name == "bwd_dkdv"
+
+    @property
+    def owned(self) -> int:
+        """Queries or keys that a program owns."""
+        return self.block_n if self.of_keys else self.block_m
+
+    @property
+    def streamed(self) -> int:
+        """Queries or keys of the other side in a tile."""
+        return self.block_m if self.of_keys else self.block_n
 
 
 @dataclass(frozen=True)
@@ -174,7 +189,6 @@ def estimate(
 
     A program of bwd_dkdv owns keys of one key head, and takes the tiles of all query heads that read it.
     """
-    of_keys = kernel.name == "bwd_dkdv"
     resident = resident_blocks(kernel.warps * 32, kernel.registers, kernel.shared)
     if resident < 1:
         raise ModelError(f"{kernel.name} does not fit on a multiprocessor")
@@ -182,8 +196,8 @@ def estimate(
     certain = [unconditional(kernel.instructions, loop) for loop in own]
     full_body = Body.of([kernel.instructions[n] for n in sorted(certain[0])])
     edge_loops = own[1:] or own
-    counts, full = tiles(documents, of_keys, kernel.rows, kernel.step)
-    programs, total = len(counts) * (groups if of_keys else heads), sum(counts) * heads
+    counts, full = tiles(documents, kernel.of_keys, kernel.owned, kernel.streamed)
+    programs, total = len(counts) * (groups if kernel.of_keys else heads), sum(counts) * heads
     full_share = full * heads / total
     edges = [Body.of([kernel.instructions[n] for n in sorted(loop.own())]) for loop in edge_loops]
 
@@ -205,7 +219,7 @@ def estimate(
     # Programs longest first: the last ones to end are short, so half a program's length is idle at most.
     longest = max(counts) * total / sum(counts) * len(counts) / programs
     busy = max(work, chain) + (0.5 * longest * cycles["both"] / resident if programs > slots else 0.0)
-    shared = 2 * kernel.step * width * 2
+    shared = 2 * kernel.streamed * width * 2
     terms = {"loop": busy / gpu.clock, "L2": total * shared / gpu.l2}
     own_flops = full_body.flops * (kernel.warps if "HMMA" in full_body.issued else kernel.warps / 4)
     return {
@@ -229,7 +243,7 @@ def estimate_decode(
     resident = resident_blocks(kernel.warps * 32, kernel.registers, kernel.shared)
     loop = main_loops(kernel)[0]
     body = Body.of([kernel.instructions[n] for n in sorted(unconditional(kernel.instructions, loop))])
-    counts = [math.ceil(n / splits / kernel.step) for n in used]
+    counts = [math.ceil(n / splits / kernel.block_n) for n in used]
     programs, total = len(counts) * groups * splits, sum(counts) * groups * splits
     slots = gpu.processors * resident
     latency = gpu.dram_seconds * gpu.clock

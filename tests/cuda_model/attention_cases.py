@@ -32,7 +32,7 @@ def compiled(name: str, width: int, cuobjdump: str) -> TritonKernel:
     import torch
     from triton_compile import compiled as compile_kernel
 
-    from blt_kernels.triton.attention_launch import launch_options
+    from blt_kernels.triton.block_causal_attention.launch import launch_options
 
     launch = launch_options(name, width, torch.bfloat16, (9, 0))
     binary: Any = compile_kernel(name, width, torch.bfloat16, launch, (9, 0))
@@ -46,8 +46,8 @@ def compiled(name: str, width: int, cuobjdump: str) -> TritonKernel:
     (code,) = functions_of(sass).values()
     registers = int(re.findall(r"\bREG:(\d+)", usage)[0])
     return TritonKernel(
-        name, parse_function(code), registers, binary.metadata.shared, launch.warps, launch.rows, launch.step,
-        launch.stages,
+        name, parse_function(code), registers, binary.metadata.shared, launch.num_warps, launch.block_m,
+        launch.block_n, launch.num_stages,
     )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def attention_rows(kernel_of: Callable[[str, int], TritonKernel]) -> Iterator[Ro
 
 def decode_rows(own: TritonKernel) -> Iterator[Row]:
     """One new query a sequence, with caches of different lengths: bound by their bytes."""
-    from blt_kernels.triton.attention_launch import decode_splits
+    from blt_kernels.triton.block_causal_attention.launch import decode_splits
 
     moved = 2 * sum(USED) * DECODE_GROUPS * DECODE_WIDTH * 2
     shape = f"64 queries, {DECODE_HEADS}/{DECODE_GROUPS} heads, d128, caches of {sum(USED)} keys"

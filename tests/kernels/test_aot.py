@@ -20,7 +20,7 @@ import pytest
 import torch
 from triton_compile import NAMES, compiled
 
-from blt_kernels.triton.attention_launch import KERNELS, WIDTHS, Launch, configurations, launch_options
+from blt_kernels.triton.block_causal_attention.launch import HEAD_DIMS, KERNELS, Launch, configurations, launch_options
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 
@@ -107,14 +107,14 @@ def check(binary: Any, resident: int, arch: tuple[int, int], folder: Path) -> No
 
 @archs
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", HEAD_DIMS)
 def test_every_launch_compiles_without_spills(name: str, width: int, arch: tuple[int, int], tmp_path: Path) -> None:
     own = [c for c in configurations(arch) if c[:2] == (name, width)]
     assert {dtype for _, _, dtype, _ in own} == {torch.bfloat16, torch.float32}
     failures = []
     for _, _, dtype, launch in own:
         try:
-            resident = RESIDENT[name, dtype.itemsize][WIDTHS.index(width)]
+            resident = RESIDENT[name, dtype.itemsize][HEAD_DIMS.index(width)]
             check(compiled(name, width, dtype, launch, arch), resident, arch, tmp_path)
         except AssertionError as error:
             failures.append(f"{NAMES[dtype]} {launch}: {error}")
@@ -125,15 +125,17 @@ def test_every_launch_compiles_without_spills(name: str, width: int, arch: tuple
 def test_padded_widths_and_fp16_on_hopper(name: str, tmp_path: Path) -> None:
     launch = launch_options(name, 64, torch.float16, HOPPER)
     check(compiled(name, 64, torch.float16, launch, HOPPER), 8, HOPPER, tmp_path)
-    for width in (128,) if name == "decode" else WIDTHS:
+    for width in (128,) if name == "decode" else HEAD_DIMS:
         launch = launch_options(name, width * 3 // 4, torch.bfloat16, HOPPER)
         check(compiled(name, width, torch.bfloat16, launch, HOPPER, even=False), 8, HOPPER, tmp_path)
 
 
 @archs
-@pytest.mark.parametrize(("name", "rows", "step"), [("ranges", 128, 1), ("bwd_sums", 64, 1), ("combine", 1, 16)])
-def test_small_kernels(name: str, rows: int, step: int, arch: tuple[int, int], tmp_path: Path) -> None:
-    check(compiled(name, 256, torch.bfloat16, Launch(rows, step, 4, 1), arch), RESIDENT_SMALL[name], arch, tmp_path)
+@pytest.mark.parametrize(("name", "block_m", "block_n"), [("ranges", 128, 1), ("bwd_sums", 64, 1), ("combine", 1, 16)])
+def test_small_kernels(name: str, block_m: int, block_n: int, arch: tuple[int, int], tmp_path: Path) -> None:
+    check(
+        compiled(name, 256, torch.bfloat16, Launch(block_m, block_n, 4, 1), arch), RESIDENT_SMALL[name], arch, tmp_path
+    )
 
 
 @pytest.mark.parametrize("width", [32, 64, 128])
@@ -146,7 +148,7 @@ def test_hopper_multiplies_in_wgmma(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [(n, w) for n in WARPGROUP for w in WIDTHS if (n, w) != ("bwd_dkdv", 256)]
+    ("name", "width"), [(n, w) for n in WARPGROUP for w in HEAD_DIMS if (n, w) != ("bwd_dkdv", 256)]
 )  # whose tiles have 32 rows, for want of registers
 def test_products_run_in_wgmma_beside_the_rest_on_hopper(name: str, width: int, tmp_path: Path) -> None:
     """ptxas serialises none of them: then each one would be waited for before the next is issued."""
@@ -154,7 +156,7 @@ def test_products_run_in_wgmma_beside_the_rest_on_hopper(name: str, width: int, 
     binary = compiled(name, width, torch.bfloat16, launch, HOPPER)
     assert messages(binary, tmp_path) == []
     loop = hot_loop(binary, tmp_path)
-    assert any("HGMMA" in x for x in loop) or launch.rows < 64  # fewer rows than a wgmma has
+    assert any("HGMMA" in x for x in loop) or launch.block_m < 64  # fewer rows than a wgmma has
     assert sum("WARPGROUP" in x for x in loop) <= WARPGROUP[name]
 
 

@@ -177,9 +177,9 @@ def test_triton_launchers_do_nothing_that_a_capture_forbids(
 ) -> None:
     """Of attention, whose launchers are in Python; kernels are not run."""
     jit = pytest.importorskip("triton.runtime.jit")
-    from blt_kernels.triton.attention_backward import block_causal_attention_bwd_cuda
-    from blt_kernels.triton.attention_ranges import block_causal_attention_ranges_fwd_cuda
-    from blt_kernels.triton.block_causal_attention import block_causal_attention_fwd_cuda
+    from blt_kernels.triton.block_causal_attention.backward import block_causal_attention_bwd_cuda
+    from blt_kernels.triton.block_causal_attention.forward import block_causal_attention_fwd_cuda
+    from blt_kernels.triton.block_causal_attention.ranges import block_causal_attention_ranges_fwd_cuda
 
     launched: list[str] = []
     monkeypatch.setattr(jit.JITFunction, "run", lambda self, *_args, **_kwargs: launched.append(self.__name__))
@@ -219,10 +219,10 @@ def test_triton_kernels_are_not_compiled_in_a_capture(operator: str, monkeypatch
     jit = pytest.importorskip("triton.runtime.jit")
     from blt_kernels.ops import block_causal_attention as op
 
-    file = {"fwd": "block_causal_attention", "bwd": "attention_backward"}[operator]
     q, offsets = torch.empty(0, 2, 32), torch.zeros(1, dtype=torch.int32)
     arguments = (*[q] * (3 if operator == "fwd" else 5), *([] if operator == "fwd" else [q[..., 0]]), offsets)
-    op._triton(f"block_causal_attention_{operator}", file)(*arguments, None, None, True, None, None)
+    run = {"fwd": op._forward_cuda, "bwd": op._backward_cuda}[operator]
+    run(*arguments, None, None, True, None, None)
     modules = [module for name, module in sys.modules.items() if name.startswith("blt_kernels.triton.")]
     kernels = {x for m in modules for name, x in vars(m).items() if name.endswith("_kernel")}
     assert len(kernels) >= 6

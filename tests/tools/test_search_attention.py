@@ -44,7 +44,7 @@ def test_candidates_are_timed_by_graphs_of_all_copies(bench: Callable, monkeypat
         copy = _arguments[-1]
 
         def run(launch: Any) -> tuple[Tensor, ...]:
-            called.append((copy, launch.rows))
+            called.append((copy, launch.block_m))
             return (torch.ones(1),)
 
         return run
