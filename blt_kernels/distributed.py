@@ -105,7 +105,7 @@ def sharded_ngram_hash_embed(
     ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
     if byte_table is not None:
         _common.check_ids(ids, rows, byte_table.shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
-    everyones, everyones_rows, capacity = _gather_tokens(ids, rows, group)
+    everyones, everyones_rows, capacity = _gather_tokens(ids, rows.offsets, group)
     parts = ngram_hash_embed(
         everyones,
         tables.flatten(0, 1),
@@ -119,7 +119,7 @@ def sharded_ngram_hash_embed(
     out = _SumOverRanks.apply(parts.view(-1, capacity, width), group)[: ids.shape[0]]
     if byte_table is not None:
         out = out + embed_ids(partial(F.embedding, weight=byte_table), ids, known_ids(ids, rows, byte_table.shape[0]))
-    inside = torch.arange(ids.shape[0], device=ids.device) < rows[-1]
+    inside = torch.arange(ids.shape[0], device=ids.device) < rows.offsets[-1]
     return out.where(inside[:, None], 0).view(*tokens.shape, width)
 
 

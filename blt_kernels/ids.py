@@ -141,8 +141,8 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
     if ids.dim() not in (1, 2):
         raise ValueError(f"ids: expected 1 or 2 dimensions, got shape {list(ids.shape)}")
     several = cu_seqlens is not None or ids.dim() == 2
-    packed, offsets = _common.pack("ids", ids, cu_seqlens, trailing=0)
-    offsets = offsets.long().cpu()
+    packed, documents = _common.pack("ids", ids, cu_seqlens, trailing=0)
+    offsets = documents.offsets.long().cpu()
     packed = packed[: int(offsets[-1])].long().cpu()
     wrong = packed >= ALPHABET if special == "drop" else (packed >= ALPHABET) | (packed < BYTE_OFFSET)
     if wrong.any():
@@ -157,7 +157,9 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
     return [data[start:end] for start, end in pairwise(ends)]
 
 
-def ids_of(tokens: Any, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def ids_of(
+    tokens: Any, cu_seqlens: Tensor | _common.Documents | None, device: torch.device
+) -> tuple[Tensor, Tensor | _common.Documents | None]:
     """Return `tokens` and `cu_seqlens` for a model: ids stay as they are, text becomes ids on `device`."""
     if isinstance(tokens, Tensor) and tokens.dtype != torch.uint8:
         return tokens, cu_seqlens

@@ -30,10 +30,10 @@ class ByteModel(nn.Module):
         """A fresh model from its configuration as a dictionary (`asdict`, or JSON)."""
         return cls(config_from_dict(cls.config_class, values), ops)
 
-    def check_ids(self, tokens: Tensor, ids: Tensor, cu_seqlens: Tensor) -> None:
+    def check_ids(self, tokens: Tensor, ids: Tensor, rows: _common.Documents) -> None:
         """Raise ValueError if one of `ids`, which are `tokens` packed, is outside the alphabet."""
         padded, alphabet = tokens.dim() == 2, self.config.vocab_size
-        _common.check_ids(ids, cu_seqlens, alphabet, "the alphabet of the model", padded=padded)
+        _common.check_ids(ids, rows, alphabet, "the alphabet of the model", padded=padded)
 
     def loss(self, tokens: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
         """Bits per byte of next-byte prediction: the mean of ``-log2 p`` over every id that follows another in its row.
@@ -53,7 +53,7 @@ class ByteModel(nn.Module):
         """
         logits = self(tokens, cu_seqlens, **options)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
-        targets = next_byte_targets(ids, rows, self.config.vocab_size)
+        targets = next_byte_targets(ids, rows.offsets, self.config.vocab_size)
         return next_byte_bits(logits.flatten(0, -2), targets)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:

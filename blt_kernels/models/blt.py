@@ -30,6 +30,7 @@ from blt_kernels.nn import (
     row_positions,
 )
 from blt_kernels.ops import _common
+from blt_kernels.ops._common import Documents
 
 
 class LocalEncoder(nn.Module):
@@ -213,7 +214,7 @@ class BLT(ByteModel):
     def forward(
         self,
         tokens: Tensor,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Tensor | Documents | None = None,
         *,
         layout: PatchLayout | None = None,
         max_patches: int | None = None,
@@ -244,38 +245,41 @@ class BLT(ByteModel):
         """
         _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        self.check_ids(tokens, ids, rows)
         if layout is None:
-            layout = self.patch(tokens, cu_seqlens, max_patches=max_patches)  # which checks the ids
-        else:
-            self.check_ids(tokens, ids, rows)
-        if (layout.num_bytes, layout.num_documents) != (ids.shape[0], rows.shape[0] - 1):
-            shape = f"{ids.shape[0]} bytes in {rows.shape[0] - 1} rows"
+            layout = self.patch(ids, rows, max_patches=max_patches)
+        if (layout.num_bytes, layout.num_documents) != (rows.total, rows.offsets.shape[0] - 1):
+            shape = f"{rows.total} bytes in {rows.offsets.shape[0] - 1} rows"
             raise ValueError(f"layout: expected {shape}, got {layout.num_bytes} in {layout.num_documents}")
-        config, encoder = self.config, self.local_encoder
-        documents, patch_documents = self._documents(ids, rows, layout)
+        config, encoder, offsets = self.config, self.local_encoder, self.ops.offsets
+        patch_rows = _common.check_documents("layout.cu_patches", layout.cu_patches, layout.capacity, device=ids.device)
+        byte_documents, patch_documents = self._documents(ids, rows, patch_rows, layout)
+        documents = offsets(byte_documents)
 
         x = self.ops.ngram_hash_embed(
             ids,
             self.encoder_hash_tok_embedding.weight,
             encoder.embed_tokens.weight,
-            rows,
+            offsets(rows),
             ngram_sizes=config.ngram_sizes,
             num_functions=config.num_functions,
         )
         positions = row_positions(rows, ids.shape[0])
-        ranges = layer_ranges(self.ops, x, documents, config.encoder.window)
+        ranges = layer_ranges(self.ops, x, byte_documents, config.encoder.window)
         x, patches = encoder(x, rotary_table(positions, config.encoder, x.dtype), documents, layout, ranges)
-        positions_of_patches = row_positions(layout.cu_patches, layout.capacity)
-        table = rotary_table(positions_of_patches, config.global_transformer, x.dtype)
+        table = rotary_table(row_positions(patch_rows, layout.capacity), config.global_transformer, x.dtype)
         global_ranges = layer_ranges(self.ops, patches, patch_documents, config.global_transformer.window)
-        patches = self.global_transformer(patches, table, patch_documents, global_ranges)
+        patches = self.global_transformer(patches, table, offsets(patch_documents), global_ranges)
         if config.decoder.window != config.encoder.window:
-            ranges = layer_ranges(self.ops, x, documents, config.decoder.window)
+            ranges = layer_ranges(self.ops, x, byte_documents, config.decoder.window)
         x = self.local_decoder(x, patches, rotary_table(positions, config.decoder, x.dtype), documents, layout, ranges)
-        return self.lm_head(x).view(*tokens.shape, self.config.vocab_size)
+        logits = self.lm_head(x)
+        return logits if tokens.dim() == 1 else logits.view(*tokens.shape, self.config.vocab_size)
 
     @torch.no_grad()
-    def patch(self, tokens: Any, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None) -> PatchLayout:
+    def patch(
+        self, tokens: Any, cu_seqlens: Tensor | Documents | None = None, *, max_patches: int | None = None
+    ) -> PatchLayout:
         """Patches of `tokens` by the scheme of the configuration.
 
         Parameters
@@ -300,7 +304,7 @@ class BLT(ByteModel):
         _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
         self.check_ids(tokens, ids, rows)
-        config = self.config
+        config, offsets = self.config, self.ops.offsets(rows)
         if config.patching == "entropy":
             if self.patcher is None:
                 raise ValueError("layout: expected a PatchLayout, since entropy patching has no patcher; got None")
@@ -320,32 +324,35 @@ class BLT(ByteModel):
             final = config.max_patch_length is None and not config.whole_characters
             capacity = max_patches if final else None
             if config.patching == "space":
-                layout = self.ops.space_patch(ids, rows, max_patches=capacity)
+                layout = self.ops.space_patch(ids, offsets, max_patches=capacity)
             elif config.patching == "bpe":
-                layout = self.ops.delimiter_patch(ids, id=BPE, cu_seqlens=rows, max_patches=capacity)
+                layout = self.ops.delimiter_patch(ids, id=BPE, cu_seqlens=offsets, max_patches=capacity)
             else:
                 size = config.patch_size if config.patching == "static" else 1
-                layout = self.ops.static_patch(rows, size=size, num_bytes=ids.shape[0], max_patches=capacity)
+                layout = self.ops.static_patch(rows.offsets, size=size, num_bytes=ids.shape[0], max_patches=capacity)
             if config.whole_characters:
                 layout = patches_of_whole_characters(layout, ids, config.max_patch_length, max_patches, ops=self.ops)
             elif config.max_patch_length is not None:
                 ends = (layout.decode_ids == layout.patch_ids).float()  # where the byte to come starts a patch
                 layout = self.ops.patch_starts(
-                    ends, rows, threshold=0.5, max_patch_length=config.max_patch_length, max_patches=max_patches
+                    ends, offsets, threshold=0.5, max_patch_length=config.max_patch_length, max_patches=max_patches
                 )
         if max_patches is None and _common.readable(layout.cu_patches):
             layout = layout.compact()
         return layout
 
-    def _documents(self, ids: Tensor, rows: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
-        """Offsets of the documents that attention stays within: of bytes, and of patches."""
+    def _documents(
+        self, ids: Tensor, rows: Documents, patch_rows: Documents, layout: PatchLayout
+    ) -> tuple[Documents, Documents]:
+        """Return the documents that attention stays within: of bytes, and of patches."""
         if not self.config.split_documents:
-            return rows, layout.cu_patches
+            return rows, patch_rows
         ends = ids == self.config.eos_id
-        documents = attention_documents(ends.roll(1), rows)
+        documents = rows._replace(offsets=attention_documents(ends.roll(1), rows.offsets))
         if self.config.global_across_documents:
-            return documents, layout.cu_patches
+            return documents, patch_rows
         slot = torch.where(ends, layout.patch_ids, -1) + 1
         counts = torch.zeros(layout.capacity + 1, dtype=torch.int32, device=ids.device)
         patch_ends = counts.index_add(0, slot, ends.int())
-        return documents, attention_documents((patch_ends[1:] > 0).roll(1), layout.cu_patches)
+        starts = (patch_ends[1:] > 0).roll(1)
+        return documents, patch_rows._replace(offsets=attention_documents(starts, patch_rows.offsets))

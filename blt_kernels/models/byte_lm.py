@@ -30,6 +30,7 @@ from blt_kernels.nn import (
     row_positions,
 )
 from blt_kernels.ops import _common
+from blt_kernels.ops._common import Documents
 
 NEWLINE = ord("\n") + BYTE_OFFSET
 BUNDLED = Path(__file__).parent.parent / "assets" / "entropy_model.safetensors"
@@ -102,7 +103,7 @@ class ByteLM(ByteModel):
         write_byte_lm(self, self.config, path)
 
     def forward(
-        self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, reset_at_newlines: bool | None = None
+        self, tokens: Tensor, cu_seqlens: Tensor | Documents | None = None, *, reset_at_newlines: bool | None = None
     ) -> Tensor:
         """Logits of the next byte.
 
@@ -135,18 +136,21 @@ class ByteLM(ByteModel):
         if self.config.split_documents or reset_at_newlines:
             ends = ids == self.config.eos_id
             starts = ends.roll(1) if self.config.split_documents else torch.zeros_like(ends)
-            documents = attention_documents(starts | (ids == NEWLINE) if reset_at_newlines else starts, rows)
+            starts = starts | (ids == NEWLINE) if reset_at_newlines else starts
+            documents = rows._replace(offsets=attention_documents(starts, rows.offsets))
         x = embed_ids(self.embed_tokens, ids, known_ids(ids, rows, self.config.vocab_size))
         table = rotary_table(row_positions(rows, ids.shape[0]), self.config, x.dtype)
         ranges = layer_ranges(self.ops, x, documents, self.config.window)
+        offsets = self.ops.offsets(documents)
         for layer in self.layers:
-            x = layer(x, table, documents, ranges)
-        return self.lm_head(self.norm(x)).view(*tokens.shape, self.config.vocab_size)
+            x = layer(x, table, offsets, ranges)
+        logits = self.lm_head(self.norm(x))
+        return logits if tokens.dim() == 1 else logits.view(*tokens.shape, self.config.vocab_size)
 
     def patch(
         self,
         tokens: Any,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Tensor | Documents | None = None,
         *,
         threshold: float | None = None,
         threshold_add: float | None = None,
@@ -163,11 +167,12 @@ class ByteLM(ByteModel):
         With `whole_characters`, no patch but the first cuts a character: `blt_kernels.models.characters` has the rule.
         """
         tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
-        logits = self(tokens, cu_seqlens, reset_at_newlines=reset_at_newlines)
+        _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
         ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        self.check_ids(tokens, ids, rows)
         entropy, layout = self.ops.entropy_patch(
-            logits.flatten(0, -2),
-            rows,
+            self(ids, rows, reset_at_newlines=reset_at_newlines),
+            self.ops.offsets(rows),
             threshold=self.config.threshold if threshold is None else threshold,
             threshold_add=threshold_add,
             monotonic=monotonic,

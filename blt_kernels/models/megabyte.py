@@ -14,7 +14,7 @@ positions to those of bytes, and has rotary ones where the patch before is read.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ from blt_kernels.nn import (
     rotate,
 )
 from blt_kernels.ops import _common
+from blt_kernels.ops._common import Documents
 
 
 class CausalConvolution(nn.Module):
@@ -66,8 +67,8 @@ class CausalConvolution(nn.Module):
 class CrossPatch(NamedTuple):
     """The patches, and the keys that each one sees: the last ones of the patch before, then its own."""
 
-    patch_offsets: Tensor  # int32 [C+1], of slots
-    key_offsets: Tensor  # int32 [C+1], of keys
+    patch_offsets: Tensor | Documents  # int32 [C+1], of slots
+    key_offsets: Tensor | Documents  # int32 [C+1], of keys
     key_slots: Tensor  # [Tk], the slot that each key is of
     key_table: Tensor  # [Tk, 1, E/2], by places in the patch that sees the key: negative in the patch before
 
@@ -159,32 +160,38 @@ class MegaByte(ByteModel):
             logits = self._stride(logits, ids, rows)
         return logits.view(*tokens.shape, self.config.vocab_size)
 
-    def _stride(self, logits: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    def _stride(self, logits: Tensor, ids: Tensor, documents: Documents) -> Tensor:
         """Logits in which a second pass has replaced those of the later half of every patch but a row's first."""
-        size = self.config.patch_size
+        size, rows = self.config.patch_size, documents.offsets
         shift, byte = (size + 1) // 2, torch.arange(ids.shape[0], device=ids.device)
         later = F.pad((rows.diff() - shift).clamp(min=0).cumsum(0), (1, 0)).to(rows.dtype)  # rows of the second pass
         row = _row(later, byte)
-        second = self._logits(ids[(byte - later[row] + rows[row] + shift).clamp(max=ids.shape[0] - 1)], later)
+        second = self._logits(
+            ids[(byte - later[row] + rows[row] + shift).clamp(max=ids.shape[0] - 1)],
+            Documents(later, ids.shape[0], None),
+        )
         row = _row(rows, byte)
         target = byte - rows[row] + 1  # the byte that this one predicts, in its row
         use = (target >= size) & (target % size >= shift)
         index = (later[row] + target - 1 - shift).clamp(min=0, max=ids.shape[0] - 1)
         return torch.where(use[:, None], second[index], logits)
 
-    def _logits(self, ids: Tensor, rows: Tensor) -> Tensor:
+    def _logits(self, ids: Tensor, byte_rows: Documents) -> Tensor:
         """Logits ``[T, vocab_size]`` of packed rows.
 
         A patch predicts its own bytes, from the patches before it and its bytes so far. So that the last byte of a row
         predicts one too, every row gets a slot more than it has bytes: slot s predicts byte s, from slot 1 on.
         """
-        total, count, size = ids.shape[0], rows.shape[0] - 1, self.config.patch_size
+        rows, size = byte_rows.offsets, self.config.patch_size
+        total, count = ids.shape[0], rows.shape[0] - 1
         slot_rows = rows + torch.arange(count + 1, dtype=rows.dtype, device=rows.device)
         # A row of n + 1 slots has n // size + 1 patches. At least one, which bytes in no row may read.
         capacity = max(total // size + count, 1)
         layout = self.ops.static_patch(slot_rows, size=size, first=size, num_bytes=total + count, max_patches=capacity)
         # One id more, so that there is one to read where there are no bytes.
-        padded, known = (F.pad(x, (0, 1)) for x in (ids, known_ids(ids, rows, self.config.vocab_size)))
+        known = known_ids(ids, byte_rows, self.config.vocab_size)
+        known = torch.ones_like(ids, dtype=torch.bool) if known is None else known
+        padded, known = (F.pad(x, (0, 1)) for x in (ids, known))
         patches = self._global(padded, known, rows, layout)  # [C * size, D_L]
 
         slot = torch.arange(total + count, device=ids.device)
@@ -198,12 +205,12 @@ class MegaByte(ByteModel):
         x = x.where((slot < slot_rows[-1])[:, None], 0)  # and stays 0 in all layers, as in no row attention gives 0
         table = rotary_table(place, self.local_config, x.dtype)
         window = self.local_config.window
+        documents: Any = self.ops.offsets(Documents(layout.patch_offsets, total + count, None))
         if self.config.cross_patch:
             documents = self._cross_patch(layout, x.dtype)
             keys = documents.key_slots.shape[0]
             ranges = layer_ranges(self.ops, x, layout.patch_offsets, window, documents.key_offsets, keys)
         else:
-            documents = layout.patch_offsets
             ranges = layer_ranges(self.ops, x, documents, window)
         for layer in self.local_layers:
             x = layer(x, table, documents, ranges)
@@ -231,8 +238,9 @@ class MegaByte(ByteModel):
         x = torch.where((positions == 0)[:, None], self.global_embed_first, x.flatten(1))
         table = rotary_table(positions, self.config.global_transformer, x.dtype)
         ranges = layer_ranges(self.ops, x, layout.cu_patches, self.config.global_transformer.window)
+        documents = self.ops.offsets(Documents(layout.cu_patches, layout.capacity, None))
         for layer in self.global_layers:
-            x = layer(x, table, layout.cu_patches, ranges)
+            x = layer(x, table, documents, ranges)
         return self.global_to_local(self.global_norm(x).unflatten(-1, (size, -1)).flatten(0, 1))
 
     def _cross_patch(self, layout: PatchLayout, dtype: torch.dtype) -> CrossPatch:
@@ -249,7 +257,9 @@ class MegaByte(ByteModel):
         patch = _row(key_offsets, key)
         place = key - key_offsets[patch] - before[patch]
         key_slots = (offsets[patch] + place).clamp(max=slots - 1)
-        return CrossPatch(offsets, key_offsets, key_slots, rotary_table(place, self.local_config, dtype))
+        table = rotary_table(place, self.local_config, dtype)
+        of_queries, of_keys = Documents(offsets, slots, None), Documents(key_offsets, key.shape[0], None)
+        return CrossPatch(self.ops.offsets(of_queries), self.ops.offsets(of_keys), key_slots, table)
 
 
 def _row(offsets: Tensor, index: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from blt_kernels._extension import OPERATORS
 from blt_kernels.ops import _common
+from blt_kernels.ops._common import Documents
 
 
 @cache
@@ -31,18 +33,25 @@ def load_ops(kind: str) -> SimpleNamespace:
         names = [name for name in vars(public) if hasattr(reference, f"{name}_reference")]
         for name in names:
             functions[name] = getattr(public, name) if kind == "fused" else getattr(reference, f"{name}_reference")
+    # Models pass `Documents`, so that offsets are checked once. References take the tensor.
+    functions["offsets"] = (lambda rows: rows) if kind == "fused" else (lambda rows: rows.offsets)
     return SimpleNamespace(**functions)
 
 
-def known_ids(ids: Tensor, cu_seqlens: Tensor, alphabet: int) -> Tensor:
-    """Return which ids are in a row and in the alphabet, bool ``[T]``: the others may hold anything."""
-    inside = torch.arange(ids.shape[0], device=ids.device) < cu_seqlens[-1]
-    return inside & (ids >= 0) & (ids < alphabet)
+def known_ids(ids: Tensor, rows: Documents, alphabet: int) -> Tensor | None:
+    """Return which ids are in a row and in the alphabet, bool ``[T]``: the others may hold anything.
+
+    None if all are, as the host knows where rows hold all positions and `check_ids` has read the ids.
+    """
+    if rows.full and _common.readable(ids):
+        return None
+    known = (ids >= 0) & (ids < alphabet)
+    return known if rows.full else known & (torch.arange(ids.shape[0], device=ids.device) < rows.offsets[-1])
 
 
-def embed_ids(table: Callable[[Tensor], Tensor], ids: Tensor, known: Tensor) -> Tensor:
+def embed_ids(table: Callable[[Tensor], Tensor], ids: Tensor, known: Tensor | None) -> Tensor:
     """The rows of `table`, ``[*ids.shape, D]``; 0, which gets no gradient, for ids that are not `known`."""
-    return table(ids.where(known, 0)).where(known[..., None], 0)
+    return table(ids) if known is None else table(ids.where(known, 0)).where(known[..., None], 0)
 
 
 def next_byte_targets(tokens: Tensor, cu_seqlens: Tensor, alphabet: int | None = None) -> Tensor:
@@ -64,6 +73,30 @@ def next_byte_bits(logits: Tensor, targets: Tensor, count: int | None = None) ->
     return nats / ((targets >= 0).sum().clamp(min=1) * math.log(2) if count is None else count * math.log(2))
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` on the CPU."""
+    if needs_grad(x, weight):
+        return RMSNormFunction.apply(x, weight, eps)
+    return _scaled(x, weight, eps)[0]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` on the CPU."""
+    return SwiGLUFunction.apply(gate, up) if needs_grad(gate, up) else F.silu(gate).mul_(up)
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether a function of these tensors is differentiated, in either mode."""
+    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def _scaled(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the norm of `x`, and ``(mean(x^2) + eps)^(-1/2)``."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight), scale
+
+
 class RMSNormFunction(torch.autograd.Function):
     """``y = x r w`` with ``r = (mean(x^2) + eps)^(-1/2)`` over the last dimension, saving x, w and r.
 
@@ -73,11 +106,10 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = length.square().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, scale = _scaled(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.eps = eps
-        return (x * scale).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

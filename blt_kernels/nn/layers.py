@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from blt_kernels.layout import AttentionRanges, PatchLayout
 from blt_kernels.nn.config import TransformerConfig
-from blt_kernels.nn.functional import RMSNormFunction, SwiGLUFunction
+from blt_kernels.nn.functional import rms_norm, swiglu
 from blt_kernels.nn.positions import rotate
 from blt_kernels.ops import _common
+from blt_kernels.ops._common import Documents
 
 
 def init_normal(weight: Tensor, std: float) -> None:
@@ -44,11 +45,11 @@ class RMSNorm(nn.RMSNorm):
     """``x / sqrt(mean(x^2) + eps) * weight``, in the weight's dtype: autocast's bf16 activations are widened."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)
+        x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
         if not _common.readable(x):
             return super().forward(x)
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps  # as torch has it
-        return RMSNormFunction.apply(x, self.weight, eps)
+        return rms_norm(x, self.weight, eps)
 
 
 class SelfAttention(nn.Module):
@@ -62,7 +63,9 @@ class SelfAttention(nn.Module):
         self.v_proj = linear(config.dim, config.kv_heads * config.head_dim)
         self.o_proj = linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, table: Tensor, documents: Tensor, ranges: AttentionRanges | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, table: Tensor, documents: Tensor | Documents, ranges: AttentionRanges | None = None
+    ) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         out = self.attention(rotate(q, table), rotate(k, table), v, documents, window=self.window, ranges=ranges)
         return self.o_proj(out.flatten(-2))
@@ -110,7 +113,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(SwiGLUFunction.apply(gate, up) if _common.readable(gate) else F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up) if _common.readable(gate) else F.silu(gate) * up)
 
 
 class TransformerLayer(nn.Module):
@@ -128,11 +131,13 @@ class TransformerLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, table: Tensor, documents: Tensor, ranges: AttentionRanges | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, table: Tensor, documents: Tensor | Documents, ranges: AttentionRanges | None = None
+    ) -> Tensor:
         if self.recompute and torch.is_grad_enabled():  # there is nothing random in a layer
             return checkpoint(self._layer, x, table, documents, ranges, use_reentrant=False, preserve_rng_state=False)
         return self._layer(x, table, documents, ranges)
 
-    def _layer(self, x: Tensor, table: Tensor, documents: Tensor, ranges: AttentionRanges | None) -> Tensor:
+    def _layer(self, x: Tensor, table: Tensor, documents: Tensor | Documents, ranges: AttentionRanges | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), table, documents, ranges)
         return x + self.mlp(self.post_attention_layernorm(x))

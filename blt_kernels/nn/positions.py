@@ -7,6 +7,7 @@ hashing run along a row. A row is one document, or several that each end in EOS:
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -15,13 +16,22 @@ from torch import Tensor
 from blt_kernels.layout import AttentionRanges
 from blt_kernels.nn.config import TransformerConfig
 from blt_kernels.ops import _common
+from blt_kernels.ops._common import Documents
 
 
-def row_positions(cu_seqlens: Tensor, total: int) -> Tensor:
+def row_positions(cu_seqlens: Tensor | Documents, total: int) -> Tensor:
     """Index of each entry in its row, int64 ``[total]``; entries beyond the last row count on from its end."""
+    rows, cu_seqlens = cu_seqlens, offsets_of(cu_seqlens)
     position = torch.arange(total, device=cu_seqlens.device)
+    if isinstance(rows, Documents) and rows.full and cu_seqlens.shape[0] == 2:  # a single row
+        return position
     row = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
     return position - cu_seqlens.long()[row]
+
+
+def offsets_of(documents: Tensor | Documents) -> Tensor:
+    """Return the offsets of documents as a tensor."""
+    return documents.offsets if isinstance(documents, Documents) else documents
 
 
 def attention_documents(starts: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -50,8 +60,8 @@ def attention_documents(starts: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def layer_ranges(
-    ops: SimpleNamespace, x: Tensor, documents: Tensor, window: int | None, key_documents: Tensor | None = None,
-    num_keys: int | None = None,
+    ops: SimpleNamespace, x: Tensor, documents: Tensor | Documents, window: int | None,
+    key_documents: Tensor | Documents | None = None, num_keys: int | None = None,
 ) -> AttentionRanges | None:  # fmt: skip
     """Return what the self-attention of all layers of a stack shares, from its input ``[T, D]``; None on the CPU.
 
@@ -59,23 +69,50 @@ def layer_ranges(
     """
     if x.device.type == "cpu":
         return None
-    return ops.attention_ranges(documents, key_documents, num_queries=x.shape[0], num_keys=num_keys, window=window)
+    offsets, key_offsets = offsets_of(documents), None if key_documents is None else offsets_of(key_documents)
+    return ops.attention_ranges(offsets, key_offsets, num_queries=x.shape[0], num_keys=num_keys, window=window)
 
 
 def rotary_table(positions: Tensor, config: TransformerConfig, dtype: torch.dtype) -> Tensor:
     """Complex ``exp(i position theta^(-2j/E))``, ``[T, 1, E/2]``: of fp64 for fp64 models, else of fp32."""
     dtype = dtype if dtype == torch.float64 else torch.float32
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype) / config.head_dim
-    period = config.rope_theta**exponent  # positions in a radian
-    if config.rope_scaling is not None:
-        factor, low, high, length = config.rope_scaling
-        kept = ((length / (2 * math.pi * period) - low) / (high - low)).clamp(0, 1)  # of the frequency
-        period = period / (kept + (1 - kept) / factor)
-    angle = positions.to(dtype)[:, None, None] / period
+    head_dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    if _common.readable(positions):
+        period = _cpu_periods(head_dim, theta, scaling, dtype)
+    else:
+        period = _periods(head_dim, theta, scaling, dtype, positions.device)
+    angle = positions.to(dtype).view(-1, 1, 1) / period
     return torch.polar(torch.ones_like(angle), angle)
+
+
+def _periods(
+    head_dim: int,
+    theta: float,
+    scaling: tuple[float, float, float, float] | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """Return how many positions are in a radian of each pair, ``[E/2]``."""
+    period = theta ** (torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
+    if scaling is None:
+        return period
+    factor, low, high, length = scaling
+    kept = ((length / (2 * math.pi * period) - low) / (high - low)).clamp(0, 1)  # of the frequency
+    return period / (kept + (1 - kept) / factor)
+
+
+@lru_cache(maxsize=64)
+def _cpu_periods(
+    head_dim: int, theta: float, scaling: tuple[float, float, float, float] | None, dtype: torch.dtype
+) -> Tensor:
+    """Return `_periods` on the CPU, which are made once a process."""
+    with torch.inference_mode(False):  # an inference tensor could not be saved for backward
+        return _periods(head_dim, theta, scaling, dtype, "cpu")
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn the pairs ``(x[2j], x[2j+1])`` of each head ``[T, H, E]``, taken as complex numbers, by their angles."""
-    pairs = x.to(table.real.dtype).unflatten(-1, (-1, 2))
-    return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).to(x.dtype)
+    dtype = torch.float64 if table.dtype == torch.complex128 else torch.float32
+    pairs = (x if x.dtype == dtype else x.to(dtype)).view(*x.shape[:-1], x.shape[-1] // 2, 2)
+    turned = torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2)
+    return turned if x.dtype == dtype else turned.to(x.dtype)

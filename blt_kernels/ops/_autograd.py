@@ -85,6 +85,19 @@ def register_autograd(operator: str, backward: Backward, *, setup_context: Setup
     _LIBRARY.impl(operator, kernel, "Autograd", with_keyset=True)
 
 
+def call(overload: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """Call an operator, below its Autograd kernel where nothing needs a gradient: that kernel takes 3 us."""
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
+    ):
+        return overload(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*arguments)
+
+
 def register_vmap(operator: str) -> None:
     """Let `torch.vmap` call ``blt_kernels::operator`` once for each entry of the batch, and stack the results."""
     overload = getattr(torch.ops.blt_kernels, operator).default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,8 @@ def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtyp
 
 def check_number(name: str, value: object) -> None:
     """Raise unless `value` is an int or a float, and not NaN."""
+    if type(value) is float and value == value:
+        return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if value != value:
@@ -68,6 +71,8 @@ def check_number(name: str, value: object) -> None:
 
 def check_int(name: str, value: object, minimum: int) -> None:
     """Raise unless `value` is an int (or a symbolic one) of at least `minimum` that an int64 holds."""
+    if type(value) is int and minimum <= value <= INT64_MAX:
+        return
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < minimum:
@@ -86,11 +91,12 @@ def check_layout(layout: object, name: str, value: Tensor) -> None:
     """Raise unless `layout` is a PatchLayout on the device of `value`, whose two offsets are for as many patches."""
     if not isinstance(layout, PatchLayout):
         raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
-    check_same("layout", layout.patch_offsets, name, value, dtype=False)
+    patch_offsets, decode_offsets = layout.patch_offsets, layout.decode_offsets
+    check_same("layout", patch_offsets, name, value, dtype=False)
     if torch.compiler.is_compiling():
         return
-    check_same("layout.decode_offsets", layout.decode_offsets, "layout.patch_offsets", layout.patch_offsets)
-    if layout.decode_offsets.shape != layout.patch_offsets.shape:
+    check_same("layout.decode_offsets", decode_offsets, "layout.patch_offsets", patch_offsets)
+    if decode_offsets.shape != patch_offsets.shape:
         raise ValueError(
             f"layout.decode_offsets: expected shape {list(layout.patch_offsets.shape)} of layout.patch_offsets, "
             f"got {list(layout.decode_offsets.shape)}"
@@ -99,7 +105,7 @@ def check_layout(layout: object, name: str, value: Tensor) -> None:
 
 def readable(x: Tensor) -> bool:
     """Return whether the host can read the values of `x` at no cost: on the CPU, in eager code, not in `torch.func`."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
@@ -110,39 +116,86 @@ def check_total(name: str, total: int) -> None:
         raise ValueError(f"{name}: expected at most 2**31 - 1 positions, which int32 offsets reach, got {total}")
 
 
-def check_offsets(name: str, offsets: Tensor, total: int, *, device: torch.device) -> Tensor:
-    """Check document offsets and return them as int32.
+class Documents(NamedTuple):
+    """Checked offsets of packed data. Models hand them to the ops in the place of `cu_seqlens`.
 
-    The values are checked where they are `readable`. Kernels bound every access by `total`
-    themselves, whatever the values are.
+    Attributes
+    ----------
+    offsets : int32 ``[B+1]``
+    total : int
+        T, the number of positions of the data.
+    end : int or None
+        Where the last document ends, if the host knows.
     """
+
+    offsets: Tensor
+    total: int
+    end: int | None
+
+    @property
+    def full(self) -> bool:
+        """Whether the host knows that every position is in a document."""
+        return self.end is not None and self.end == self.total
+
+
+def check_documents(name: str, offsets: Tensor | Documents, total: int, *, device: torch.device) -> Documents:
+    """Check the offsets of documents over `total` positions; what was checked before is not read again.
+
+    The values are checked where they are `readable`. Kernels bound every access by `total` themselves, whatever the
+    values are.
+    """
+    if isinstance(offsets, Documents):
+        if offsets.total != total or offsets.offsets.device != device:
+            expected = f"offsets of {total} positions on {device}"
+            got = f"those of {offsets.total} on {offsets.offsets.device}"
+            raise ValueError(f"{name}: expected {expected}, got {got}")
+        return offsets
     check_tensor(name, offsets, 1, INTS)
     check_total(name, total)
     if offsets.shape[0] < 1:
         raise ValueError(f"{name}: expected at least one entry, got an empty tensor")
     if offsets.device != device:
         raise ValueError(f"{name}: expected device {device} of the data, got {offsets.device}")
+    end = None
     if readable(offsets):
         values = offsets.tolist()
-        if values[0] != 0 or values != sorted(values) or values[-1] > total:
-            shown = values if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ending in {values[-1]}"
+        end = values[-1]
+        if values[0] != 0 or values != sorted(values) or end > total:
+            shown = values if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ending in {end}"
             expected = f"offsets that start at 0, never fall and end at most at {total}"
             raise ValueError(f"{name}: expected {expected}, got {shown}")
-    return offsets.to(torch.int32).contiguous()
+    if offsets.dtype != torch.int32 or not offsets.is_contiguous():
+        offsets = offsets.to(torch.int32).contiguous()
+    return Documents(offsets, total, end)
 
 
-def check_ids(tokens: Tensor, cu_seqlens: Tensor | None, alphabet: int, meaning: str, *, padded: bool = False) -> None:
+def check_offsets(name: str, offsets: Tensor | Documents, total: int, *, device: torch.device) -> Tensor:
+    """Check document offsets as `check_documents` does and return them as int32."""
+    return check_documents(name, offsets, total, device=device).offsets
+
+
+_FEW_IDS = 64
+
+
+def check_ids(
+    tokens: Tensor, documents: Documents | None, alphabet: int, meaning: str, *, padded: bool = False
+) -> None:
     """Raise ValueError unless the packed ids of all documents are below `alphabet`, which `meaning` names.
 
     The values are checked where they are `readable`. Beyond the last document there may be anything: without
-    `cu_seqlens` there is no such place. `padded`: the caller was given ``[B, S]``.
+    `documents` there is no such place. `padded`: the caller was given ``[B, S]``.
     """
-    if not readable(tokens) or not (cu_seqlens is None or readable(cu_seqlens)):
+    if not readable(tokens) or not (documents is None or documents.end is not None):
         return
-    inside = tokens if cu_seqlens is None else tokens[: int(cu_seqlens[-1])]
-    if not inside.numel():
+    inside = tokens if documents is None or documents.full else tokens[: documents.end]
+    count = inside.numel()
+    if not count:
         return
-    low, high = (int(x) for x in inside.aminmax())
+    if count <= _FEW_IDS:  # where two calls of torch take longer
+        values = inside.tolist()
+        low, high = min(values), max(values)
+    else:
+        low, high = (int(x) for x in inside.aminmax())
     if low >= 0 and high < alphabet:
         return
     got = low if low < 0 else high
@@ -151,11 +204,19 @@ def check_ids(tokens: Tensor, cu_seqlens: Tensor | None, alphabet: int, meaning:
 
 
 def documents_of(
-    name: str, data: Tensor, cu_seqlens: Tensor | None, trailing: int, offsets_name: str = "cu_seqlens"
+    name: str, data: Tensor, cu_seqlens: Tensor | Documents | None, trailing: int, offsets_name: str = "cu_seqlens"
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Return packed data ``[T, ...]``, int32 offsets of its documents and their number B.
+    """Return packed data ``[T, ...]``, the int32 offsets of its documents and their number B, as `split_documents`."""
+    packed, documents, count = split_documents(name, data, cu_seqlens, trailing, offsets_name)
+    return packed, None if documents is None else documents.offsets, count
 
-    The offsets are None for documents of one length: operators that take ``num_documents`` make them. `data` is
+
+def split_documents(
+    name: str, data: Tensor, cu_seqlens: Tensor | Documents | None, trailing: int, offsets_name: str = "cu_seqlens"
+) -> tuple[Tensor, Documents | None, int]:
+    """Return packed data ``[T, ...]``, its documents and their number B.
+
+    The documents are None if all have one length: operators that take ``num_documents`` need no offsets. `data` is
     ``[T, ...]`` or ``[B, S, ...]`` with `trailing` dimensions behind the bytes. Packed data without `cu_seqlens` is one
     document.
     """
@@ -169,17 +230,22 @@ def documents_of(
     if cu_seqlens is None:
         check_total(name, total)
         return data, None, 1
-    offsets = check_offsets(offsets_name, cu_seqlens, total, device=data.device)
-    return data, offsets, offsets.shape[0] - 1
+    documents = check_documents(offsets_name, cu_seqlens, total, device=data.device)
+    return data, documents, documents.offsets.shape[0] - 1
 
 
-def pack(name: str, data: Tensor, cu_seqlens: Tensor | None, trailing: int) -> tuple[Tensor, Tensor]:
-    """Return packed data ``[T, ...]`` and int32 offsets ``[B+1]`` of its documents, as in `documents_of`."""
-    packed, offsets, num_documents = documents_of(name, data, cu_seqlens, trailing)
-    if offsets is None:
-        length = data.shape[1] if data.dim() == trailing + 2 else data.shape[0]
-        offsets = torch.arange(num_documents + 1, dtype=torch.int32, device=data.device) * length
-    return packed, offsets
+def pack(name: str, data: Tensor, cu_seqlens: Tensor | Documents | None, trailing: int) -> tuple[Tensor, Documents]:
+    """Return packed data ``[T, ...]`` and its documents, as `split_documents`, with offsets in any case."""
+    packed, documents, count = split_documents(name, data, cu_seqlens, trailing)
+    if documents is None:
+        total = packed.shape[0]
+        length = data.shape[1] if data.dim() == trailing + 2 else total
+        if torch.compiler.is_compiling() or not length:  # a step of 0 is none
+            offsets = torch.arange(count + 1, dtype=torch.int32, device=data.device) * length
+        else:
+            offsets = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=data.device)
+        documents = Documents(offsets, total, total)
+    return packed, documents
 
 
 def check_capacity(max_patches: int | None, documents: int) -> None:
@@ -195,7 +261,8 @@ def check_capacity(max_patches: int | None, documents: int) -> None:
 
 def autocast_enabled(x: Tensor) -> bool:
     """Is autocast on for the device of `x`? Never on "meta", which torch refuses to ask about."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    device = "cpu" if x.is_cpu else x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -98,19 +98,20 @@ def block_causal_attention(
     [1.0, 2.0, 5.0]
     """
     _common.check_tensor("q", q, (3, 4), _common.FLOATS)
-    dims = q.dim()
+    dims, autocast = q.dim(), _common.autocast_enabled(q)
     for name, x in (("k", k), ("v", v)):
         _common.check_tensor(name, x, dims, _common.FLOATS)
-        _common.check_same(name, x, "q", q, dtype=not _common.autocast_enabled(q))
-    heads, width = q.shape[-2:]
-    if k.shape[-1] != width:
+        _common.check_same(name, x, "q", q, dtype=not autocast)
+    q_shape, k_shape = q.shape, k.shape
+    heads, width, kv_heads = q_shape[-2], q_shape[-1], k_shape[-2]
+    if k_shape[-1] != width:
         raise ValueError(f"k: expected the head width E = {width} of q, got shape {list(k.shape)}")
-    if v.shape != k.shape:
+    if v.shape != k_shape:
         raise ValueError(f"v: expected shape {list(k.shape)} of k, got {list(v.shape)}")
     if heads < 1 or width < 1:
         raise ValueError(f"q: expected at least one head, of a width of at least 1, got shape {list(q.shape)}")
-    if k.shape[-2] < 1 or heads % k.shape[-2]:
-        raise ValueError(f"k: expected a number of heads G that divides H = {heads}, got {k.shape[-2]}")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"k: expected a number of heads G that divides H = {heads}, got {kv_heads}")
     if window is not None:
         _common.check_int("window", window, 1)
     if not isinstance(causal, bool):
@@ -118,31 +119,36 @@ def block_causal_attention(
     if scale is not None:
         _common.check_number("scale", scale)
 
-    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if dims == 4 and offsets is not None:
-            raise ValueError(f"{name}: expected None, since q is padded with shape {list(q.shape)}")
+    if dims == 4:
+        for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if offsets is not None:
+                raise ValueError(f"{name}: expected None, since q is padded with shape {list(q.shape)}")
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k: expected None, since cu_seqlens_q is None")
-    packed_k, packed_v = (x.flatten(0, 1) if dims == 4 else x for x in (k, v))
+    packed_k, packed_v = (k.flatten(0, 1), v.flatten(0, 1)) if dims == 4 else (k, v)
     packed_q, offsets_q, documents = _common.documents_of("q", q, cu_seqlens_q, trailing=2, offsets_name="cu_seqlens_q")
     offsets_k = None
     if dims == 4:
-        if k.shape[0] != documents:
+        if k_shape[0] != documents:
             raise ValueError(f"k: expected the B = {documents} documents of q, got shape {list(k.shape)}")
-        _common.check_total("k", k.shape[0] * k.shape[1])
+        _common.check_total("k", k_shape[0] * k_shape[1])
     elif offsets_q is not None and cu_seqlens_k is not None:
-        offsets_k = _check_key_offsets(cu_seqlens_k, k.shape[0], offsets_q)
-    elif k.shape[0] != q.shape[0]:
+        offsets_k = _check_key_offsets(cu_seqlens_k, k_shape[0], offsets_q)
+    elif k_shape[0] != q_shape[0]:
         raise ValueError(f"cu_seqlens_k: expected offsets, since q has {q.shape[0]} rows and k {k.shape[0]}; got None")
     if seqused_k is not None:
         keys = offsets_q if offsets_k is None else offsets_k
         seqused_k = _check_seqused(seqused_k, keys, documents, packed_k)
-    out, lse = torch.ops.blt_kernels.block_causal_attention_fwd(
-        *_common.autocast(packed_q, packed_k, packed_v), offsets_q, offsets_k, window, causal, scale, seqused_k,
-        None if ranges is None else _check_ranges(ranges, packed_q, packed_k, window, causal), documents,
+    if autocast:
+        packed_q, packed_k, packed_v = _common.autocast(packed_q, packed_k, packed_v)
+    intervals = None if ranges is None else _check_ranges(ranges, packed_q, packed_k, window, causal)
+    out, lse = _autograd.call(
+        torch.ops.blt_kernels.block_causal_attention_fwd.default, packed_q, packed_k, packed_v, offsets_q, offsets_k,
+        window, causal, scale, seqused_k, intervals, documents,
     )  # fmt: skip
-    out = out.view(q.shape)
-    return (out, lse.view(q.shape[:-1])) if return_lse else out
+    if dims == 4:
+        out, lse = out.view(q.shape), lse.view(q.shape[:-1])
+    return (out, lse) if return_lse else out
 
 
 def attention_ranges(
@@ -209,7 +215,7 @@ def attention_ranges(
     return AttentionRanges(intervals, num_queries, num_keys, window, causal)
 
 
-def _check_key_offsets(cu_seqlens_k: Tensor, keys: int, offsets_q: Tensor) -> Tensor:
+def _check_key_offsets(cu_seqlens_k: Tensor | _common.Documents, keys: int, offsets_q: Tensor) -> Tensor:
     """Check the offsets of keys and return them as int32."""
     offsets_k = _common.check_offsets("cu_seqlens_k", cu_seqlens_k, keys, device=offsets_q.device)
     if offsets_k.shape != offsets_q.shape:

@@ -76,10 +76,18 @@ def entropy_patch(
     _check_rules(threshold, threshold_add, monotonic, max_patch_length)
     packed, offsets, documents = _common.documents_of("logits", logits, cu_seqlens, trailing=1)
     _common.check_capacity(max_patches, documents)
-    entropy, _log_sum, *layout = torch.ops.blt_kernels.entropy_patch_fwd(
-        packed, offsets, documents, threshold, threshold_add, monotonic, max_patch_length, max_patches
+    entropy, _log_sum, *layout = _autograd.call(
+        torch.ops.blt_kernels.entropy_patch_fwd.default,
+        packed,
+        offsets,
+        documents,
+        threshold,
+        threshold_add,
+        monotonic,
+        max_patch_length,
+        max_patches,
     )
-    return entropy.view(logits.shape[:-1]), layout_of(layout, offsets)
+    return entropy if logits.dim() == 2 else entropy.view(logits.shape[:-1]), layout_of(layout, offsets)
 
 
 def patch_starts(
@@ -135,7 +143,7 @@ def patch_starts(
     _check_rules(threshold, threshold_add, monotonic, max_patch_length)
     packed, offsets, documents = _common.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
     _common.check_capacity(max_patches, documents)
-    layout = torch.ops.blt_kernels.patch_starts_fwd(
+    layout = torch.ops.blt_kernels.patch_starts_fwd.default(
         packed, offsets, documents, threshold, threshold_add, monotonic, max_patch_length, max_patches
     )
     return layout_of(layout, offsets)
@@ -173,7 +181,7 @@ def space_patch(tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches
     _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
     packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
     _common.check_capacity(max_patches, documents)
-    return layout_of(torch.ops.blt_kernels.space_patch_fwd(packed, offsets, documents, max_patches), offsets)
+    return layout_of(torch.ops.blt_kernels.space_patch_fwd.default(packed, offsets, documents, max_patches), offsets)
 
 
 def static_patch(
@@ -226,7 +234,9 @@ def static_patch(
     _common.check_total("num_bytes", num_bytes)
     offsets = _common.check_offsets("cu_seqlens", cu_seqlens, num_bytes, device=cu_seqlens.device)
     _common.check_capacity(max_patches, offsets.shape[0] - 1)
-    return layout_of(torch.ops.blt_kernels.static_patch_fwd(offsets, num_bytes, size, first, max_patches), offsets)
+    return layout_of(
+        torch.ops.blt_kernels.static_patch_fwd.default(offsets, num_bytes, size, first, max_patches), offsets
+    )
 
 
 def byte_patch(cu_seqlens: Tensor, *, num_bytes: int | None = None, max_patches: int | None = None) -> PatchLayout:
@@ -287,7 +297,9 @@ def delimiter_patch(
     _common.check_int("id", id, -_common.INT64_MAX - 1)
     packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
     _common.check_capacity(max_patches, documents)
-    return layout_of(torch.ops.blt_kernels.delimiter_patch_fwd(packed, offsets, documents, id, max_patches), offsets)
+    return layout_of(
+        torch.ops.blt_kernels.delimiter_patch_fwd.default(packed, offsets, documents, id, max_patches), offsets
+    )
 
 
 def topk_patch(
@@ -325,7 +337,9 @@ def topk_patch(
     _common.check_int("patch_size", patch_size, 1)
     packed, offsets, documents = _common.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
     _common.check_capacity(max_patches, documents)
-    return layout_of(torch.ops.blt_kernels.topk_patch_fwd(packed, offsets, documents, patch_size, max_patches), offsets)
+    return layout_of(
+        torch.ops.blt_kernels.topk_patch_fwd.default(packed, offsets, documents, patch_size, max_patches), offsets
+    )
 
 
 def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool, max_patch_length: int | None) -> None:

@@ -86,7 +86,7 @@ def ngram_hash_embed(
         vocab = _check_row_range(row_range, vocab, rows)
     elif vocab is not None and vocab != rows:
         raise ValueError(f"vocab: expected None or the {rows} rows of a table, since row_range is None, got {vocab}")
-    packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
+    packed, documents, count = _common.split_documents("tokens", tokens, cu_seqlens, trailing=0)
     if byte_table is not None:
         _common.check_tensor("byte_table", byte_table, 2, _common.FLOATS)
         _common.check_same("byte_table", byte_table, "tables", table_list[0])
@@ -96,20 +96,21 @@ def ngram_hash_embed(
             )
         if byte_table.shape[0] < 1:
             raise ValueError(f"byte_table: expected at least one row, got {byte_table.shape[0]}")
-        _common.check_ids(packed, offsets, byte_table.shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
-    out = torch.ops.blt_kernels.ngram_hash_embed_fwd(
+        _common.check_ids(packed, documents, byte_table.shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
+    out = _autograd.call(
+        torch.ops.blt_kernels.ngram_hash_embed_fwd.default,
         packed,
         table_list,
         byte_table,
-        offsets,
-        documents,
+        None if documents is None else documents.offsets,
+        count,
         sizes,
         num_functions,
         grad,
         None if row_range is None else list(row_range),
         rows if vocab is None else vocab,
     )
-    return out.view(*tokens.shape, width)
+    return out if tokens.dim() == 1 else out.view(*tokens.shape, width)
 
 
 def ngram_hash(
@@ -157,8 +158,8 @@ def ngram_hash(
     sizes = _check_hash(tokens, ngram_sizes, num_functions)
     _common.check_int("vocab", vocab, 1)
     packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
-    hashes = torch.ops.blt_kernels.ngram_hash_fwd(packed, offsets, documents, sizes, num_functions, vocab)
-    return hashes.view(hashes.shape[0], *tokens.shape)
+    hashes = torch.ops.blt_kernels.ngram_hash_fwd.default(packed, offsets, documents, sizes, num_functions, vocab)
+    return hashes if tokens.dim() == 1 else hashes.view(hashes.shape[0], *tokens.shape)
 
 
 def _check_hash(tokens: Tensor, ngram_sizes: Sequence[int], num_functions: int) -> list[int]:
@@ -191,6 +192,8 @@ def _check_tables(tables: Tensor | Sequence[Tensor], count: int, tokens: Tensor)
         name = "tables" if fused else f"tables[{i}]"
         _common.check_tensor(name, table, 2, _common.FLOATS)
         _common.check_same(name, table, "tokens", tokens, dtype=False)
+        if i == 0:
+            continue
         _common.check_same(name, table, "tables[0]", table_list[0])
         if table.shape != table_list[0].shape:
             raise ValueError(

@@ -85,26 +85,31 @@ def patch_cross_attention(
     _common.check_choice("direction", direction, ("encode", "decode"))
     _common.check_int("queries_per_patch", queries_per_patch, 1)
     encode = direction == "encode"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _common.check_tensor(name, x, 3 if (name == "q") == encode else (3, 4), _common.FLOATS)
-        _common.check_same(name, x, "q", q, dtype=not _common.autocast_enabled(q))
+    _common.check_tensor("q", q, 3 if encode else (3, 4), _common.FLOATS)
+    autocast = _common.autocast_enabled(q)
+    for name, x in (("k", k), ("v", v)):
+        _common.check_tensor(name, x, (3, 4) if encode else 3, _common.FLOATS)
+        _common.check_same(name, x, "q", q, dtype=not autocast)
     _common.check_layout(layout, "q", q)
-    heads, width = q.shape[-2:]
+    heads, width = q.shape[-2], q.shape[-1]
     if heads < 1 or width < 1:
         raise ValueError(f"q: expected at least one head, of a width of at least 1, got shape {list(q.shape)}")
-    packed = tuple(x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
+    packed = (q, k, v)
+    if q.dim() == 4 or k.dim() == 4 or v.dim() == 4:
+        packed = tuple(x.flatten(0, 1) if x.dim() == 4 else x for x in packed)  # type: ignore[assignment]
     kv_heads = packed[1].shape[1]
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"k: expected a number of heads G that divides H = {heads}, got {kv_heads}")
-    for name, x in zip("qkv", packed, strict=True):
-        on_patches = (name == "q") == encode
-        rows = layout.capacity * queries_per_patch if on_patches else layout.num_bytes
-        own_heads = heads if name == "q" else kv_heads
-        if x.shape[0] != rows or x.shape[1] != own_heads or x.shape[2] != width:
-            meaning = f"C * K = {layout.capacity} * {queries_per_patch}" if on_patches else f"T = {rows}"
+    patch_rows, byte_rows = layout.capacity * queries_per_patch, layout.patch_ids.shape[0]
+    q_rows, kv_rows = (patch_rows, byte_rows) if encode else (byte_rows, patch_rows)
+    expected = (q_rows, heads, width), (kv_rows, kv_heads, width), (kv_rows, kv_heads, width)
+    for name, x, shape in zip("qkv", packed, expected, strict=True):
+        if x.shape != shape:
+            on_patches = (name == "q") == encode
+            meaning = f"C * K = {layout.capacity} * {queries_per_patch}" if on_patches else f"T = {byte_rows}"
             letter = "H" if name == "q" else "G"
             raise ValueError(
-                f"{name}: expected shape [{meaning}, {letter} = {own_heads}, E = {width}] to {direction},"
+                f"{name}: expected shape [{meaning}, {letter} = {shape[1]}, E = {width}] to {direction},"
                 f" got {list(x.shape)}"
             )
     if window is not None:
@@ -112,8 +117,9 @@ def patch_cross_attention(
     if scale is not None:
         _common.check_number("scale", scale)
     offsets, ids = (layout.patch_offsets, layout.patch_ids) if encode else (layout.decode_offsets, layout.decode_ids)
-    out, _lse = torch.ops.blt_kernels.patch_cross_attention_fwd(
-        *_common.autocast(*packed),
+    out, _lse = _autograd.call(
+        torch.ops.blt_kernels.patch_cross_attention_fwd.default,
+        *(_common.autocast(*packed) if autocast else packed),
         offsets,
         layout.cu_patches,
         ids,
@@ -122,7 +128,7 @@ def patch_cross_attention(
         window,
         scale,
     )
-    return out.view(q.shape)
+    return out if q.dim() == 3 else out.view(q.shape)
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------

@@ -64,7 +64,9 @@ def patch_pool(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "ma
     packed = x.flatten(0, 1) if x.dim() == 3 else x
     if packed.shape[0] != layout.num_bytes:
         raise ValueError(f"x: expected the {layout.num_bytes} bytes of layout, got shape {list(x.shape)}")
-    return torch.ops.blt_kernels.patch_pool_fwd(packed, layout.patch_offsets, layout.patch_ids, list(names))
+    return _autograd.call(
+        torch.ops.blt_kernels.patch_pool_fwd.default, packed, layout.patch_offsets, layout.patch_ids, list(names)
+    )
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------

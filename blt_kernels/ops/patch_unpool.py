@@ -51,8 +51,8 @@ def patch_unpool(y: Tensor, layout: PatchLayout, ids: str = "patch") -> Tensor:
     if y.shape[0] != layout.capacity:
         raise ValueError(f"y: expected the capacity of layout, {layout.capacity} patches, got shape {list(y.shape)}")
     if ids == "patch":
-        return torch.ops.blt_kernels.patch_unpool_fwd(y, layout.patch_offsets, layout.patch_ids)
-    return torch.ops.blt_kernels.patch_unpool_fwd(y, layout.decode_offsets, layout.decode_ids)
+        return _autograd.call(torch.ops.blt_kernels.patch_unpool_fwd.default, y, layout.patch_offsets, layout.patch_ids)
+    return _autograd.call(torch.ops.blt_kernels.patch_unpool_fwd.default, y, layout.decode_offsets, layout.decode_ids)
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from torch import Tensor
 from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import token_entropy as reference
 
+_DIMS = range(1, 65)
+
 # --- public functions -------------------------------------------------------------------------------------------------
 
 
@@ -38,10 +40,11 @@ def token_entropy(logits: Tensor) -> Tensor:
     >>> token_entropy(torch.zeros(2, 256)).exp().round().tolist()  # uniform over 256 bytes: ln 256 nats
     [256.0, 256.0]
     """
-    _common.check_tensor("logits", logits, range(1, 65), _common.FLOATS)
+    _common.check_tensor("logits", logits, _DIMS, _common.FLOATS)
     check_alphabet("logits", logits.shape[-1])
-    entropy, _log_sum = torch.ops.blt_kernels.token_entropy_fwd(_rows(logits))
-    return entropy.view(logits.shape[:-1])
+    if logits.dim() == 2:
+        return _autograd.call(torch.ops.blt_kernels.token_entropy_fwd.default, logits)[0]
+    return _autograd.call(torch.ops.blt_kernels.token_entropy_fwd.default, _rows(logits))[0].view(logits.shape[:-1])
 
 
 def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,7 +79,7 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
     >>> torch.allclose(linear_entropy(hidden, weight), token_entropy(hidden @ weight.T), atol=1e-5)
     True
     """
-    _common.check_tensor("hidden", hidden, range(1, 65), _common.FLOATS)
+    _common.check_tensor("hidden", hidden, _DIMS, _common.FLOATS)
     _common.check_tensor("weight", weight, 2, _common.FLOATS)
     autocast = _common.autocast_enabled(hidden)
     _common.check_same("weight", weight, "hidden", hidden, dtype=not autocast)
@@ -87,14 +90,17 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
         _common.check_same("bias", bias, "hidden", hidden, dtype=not autocast)
         _common.check_shape("bias", bias, (weight.shape[0],), "[A of weight]")
     rows = _rows(hidden)
-    head = _common.autocast(rows, weight) if bias is None else _common.autocast(rows, weight, bias)
-    entropy, _log_sum = torch.ops.blt_kernels.linear_entropy_fwd(*head, *[None] * (3 - len(head)))
-    return entropy.view(hidden.shape[:-1])
+    head: tuple[Tensor, ...] = (rows, weight) if bias is None else (rows, weight, bias)
+    head = _common.autocast(*head) if autocast else head
+    entropy, _log_sum = _autograd.call(
+        torch.ops.blt_kernels.linear_entropy_fwd.default, *head, *[None] * (3 - len(head))
+    )
+    return entropy if hidden.dim() == 2 else entropy.view(hidden.shape[:-1])
 
 
 def _rows(x: Tensor) -> Tensor:
     """``[..., D]`` as ``[rows, D]``; a -1 in their place is refused where there are none."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def check_alphabet(name: str, alphabet: int) -> None:

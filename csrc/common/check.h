@@ -29,17 +29,20 @@ inline void check_size(const Tensor& tensor, const char* name, int64_t dim, int6
                   tensor.size(dim));
 }
 
+// `x` itself where it is contiguous: torch's function takes 0.2 us to find that out.
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // Rows with unit stride in the last dimension; a copy only where there is none.
 inline Tensor unit_rows(const Tensor& x, const char* name) {
   check_dim(x, name, 2);
-  return x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x);
+  return x.stride(1) == 1 || x.size(1) == 1 ? x : as_contiguous(x);
 }
 
 // A vector of int32; `values` becomes contiguous.
 inline const int32_t* check_int32(Tensor& values, const char* name) {
   check_dim(values, name, 1);
   check_dtype(values, name, ScalarType::Int);
-  values = torch::stable::contiguous(values);
+  values = as_contiguous(values);
   return values.const_data_ptr<int32_t>();
 }
 

@@ -44,7 +44,7 @@ Heads heads_of(const Tensor& x) { return {x.const_data_ptr(), x.scalar_type(), x
 
 OutputHeads output_heads(Tensor& x) { return {x.mutable_data_ptr(), x.scalar_type(), x.stride(0), x.stride(1)}; }
 
-Tensor unit_stride(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : torch::stable::contiguous(x); }
+Tensor unit_stride(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : as_contiguous(x); }
 
 // --- checks ----------------------------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ void for_each_item(const Tensor& like, int64_t heads, const std::vector<Item>& i
   for (const Item& item : items) before.push_back(before.back() + work_of(item));
   const int64_t total = heads * before.back();
   const int64_t threads = total * cost <= kSerialWork ? 1 : torch::stable::get_num_threads();
-  Tensor memory = torch::stable::new_empty(like, {threads * size}, accumulator(like));
+  Tensor memory = new_output(like, {threads * size}, accumulator(like));
   A* const scratch = memory.mutable_data_ptr<A>();
   parallel_for(threads, 1, [&](int64_t first, int64_t last) {
     const int64_t begin = total * first / threads, end = total * last / threads;
@@ -221,7 +221,7 @@ std::optional<Tensor> sum_softmax(const Tensor& like, const Problem& problem, Ro
                                   const std::vector<Tile>& tiles, int64_t queries) {
   const int64_t heads = problem.num_heads;
   if (std::none_of(saved.lse, saved.lse + queries * heads, [&](A lse) { return saved.is_large(lse); })) return {};
-  Tensor memory = torch::stable::new_empty(like, {2, queries, heads}, accumulator(like));
+  Tensor memory = new_output(like, {2, queries, heads}, accumulator(like));
   saved.max = memory.mutable_data_ptr<A>(), saved.inverse_sum = saved.max + queries * heads;
   attend_tiles<A>(like, problem, saved, tiles, [&](int64_t head, Run run) {
     for (int64_t i = run.front().lanes.begin; i < run.back().lanes.end; ++i)
@@ -248,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
   check_dtype(lse, "lse", accumulator(q));
   for (int dim = 0; dim < 2; ++dim) check_size(lse, "lse", dim, q.size(dim));
   q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
-  grad_out = unit_stride(grad_out), out = unit_stride(out), lse = torch::stable::contiguous(lse);
+  grad_out = unit_stride(grad_out), out = unit_stride(out), lse = as_contiguous(lse);
   Tensor grad_q = new_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor grad_k = new_output(k, {k.size(0), k.size(1), k.size(2)});
   Tensor grad_v = new_output(k, {k.size(0), k.size(1), k.size(2)});
@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
         segments_of(tiles, kv_heads, tiles_of_item<A>(blocks, head_dim), num_queries, padding);
     const int64_t pitch = whole_vectors<A>(head_dim), shared = problem.heads_per_kv_head();
     const int64_t rows = segments.empty() ? 0 : segments.back().before + segments.back().queries.size() + padding;
-    Tensor memory = torch::stable::new_empty(q, {rows * heads * pitch}, accumulator(q));
+    Tensor memory = new_output(q, {rows * heads * pitch}, accumulator(q));
     std::vector<QuerySums<A>> sums;
     for (const Segment& segment : segments)
       sums.push_back({memory.mutable_data_ptr<A>() + segment.before * heads * pitch, segment.queries.begin,

@@ -62,7 +62,7 @@ LayoutTensors patch_starts_fwd_cpu(const Tensor& entropy, const std::optional<Te
                                    bool monotonic, std::optional<int64_t> max_patch_length,
                                    std::optional<int64_t> max_patches) {
   check_dim(entropy, "entropy", 1);
-  const Tensor values = torch::stable::contiguous(entropy);
+  const Tensor values = as_contiguous(entropy);
   const TextDocuments text(cu_seqlens, num_documents, values, values.size(0));
   return dispatch_float(values.scalar_type(), "entropy", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -102,7 +102,7 @@ constexpr std::array<bool, 256> kSpaceLike = [] {
 LayoutTensors space_patch_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                                   std::optional<int64_t> max_patches) {
   check_dim(tokens, "tokens", 1);
-  const Tensor ids = torch::stable::contiguous(tokens);
+  const Tensor ids = as_contiguous(tokens);
   const TextDocuments text(cu_seqlens, num_documents, ids, ids.size(0));
   return dispatch_int(ids.scalar_type(), "tokens", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -129,7 +129,7 @@ LayoutTensors static_patch_fwd_cpu(const Tensor& cu_seqlens, int64_t num_bytes, 
 LayoutTensors delimiter_patch_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens,
                                       int64_t num_documents, int64_t id, std::optional<int64_t> max_patches) {
   check_dim(tokens, "tokens", 1);
-  const Tensor ids = torch::stable::contiguous(tokens);
+  const Tensor ids = as_contiguous(tokens);
   const TextDocuments text(cu_seqlens, num_documents, ids, ids.size(0));
   return dispatch_int(ids.scalar_type(), "tokens", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -143,7 +143,7 @@ LayoutTensors topk_patch_fwd_cpu(const Tensor& entropy, const std::optional<Tens
                                  int64_t patch_size, std::optional<int64_t> max_patches) {
   check_dim(entropy, "entropy", 1);
   STD_TORCH_CHECK(patch_size >= 1, "patch_size: expected a value >= 1, got ", patch_size);
-  const Tensor values = torch::stable::contiguous(entropy);
+  const Tensor values = as_contiguous(entropy);
   const TextDocuments text(cu_seqlens, num_documents, values, values.size(0));
   Tensor offsets = text.cu_seqlens;
   const int32_t* const documents = check_offsets(offsets, "cu_seqlens", values.size(0));

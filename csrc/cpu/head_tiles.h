@@ -18,6 +18,7 @@
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
+#include "support/alloc.h"
 #include "support/vec.h"
 
 namespace blt {
@@ -139,7 +140,7 @@ class Partial {
   explicit Partial(HeadRows<A> given) : given_(given) {}
   HeadRows<A> rows() {
     if (!given_.data) {
-      memory_ = torch::stable::new_empty(*like_, {kRows * lanes<A> * padded_}, accumulator(*like_));
+      memory_ = new_output(*like_, {kRows * lanes<A> * padded_}, accumulator(*like_));
       given_ = {memory_->template mutable_data_ptr<A>(), lanes<A> * padded_, padded_};
     }
     return given_;

@@ -32,7 +32,7 @@ constexpr int64_t kHashGrain = 2048;  // bytes to hash that a thread must have t
 Tensor ngram_hash_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                           const std::vector<int64_t>& ngram_sizes, int64_t num_functions, int64_t vocab) {
   const Ngrams ngrams = check_ngrams(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab);
-  const Tensor ids = torch::stable::contiguous(tokens);
+  const Tensor ids = as_contiguous(tokens);
   const int64_t bytes = ids.size(0), tables = ngrams.tables();
   Tensor hashes = new_output(ids, {tables, bytes}, ScalarType::Long);
   int64_t* const out = hashes.mutable_data_ptr<int64_t>();
@@ -104,7 +104,7 @@ Tensor ngram_hash_embed_fwd_cpu(const Tensor& tokens, std::vector<Tensor> tables
     check_dtype(*byte_table, "byte_table", tables[0].scalar_type());
     check_size(*byte_table, "byte_table", 1, width);
   }
-  const Tensor ids = torch::stable::contiguous(tokens);
+  const Tensor ids = as_contiguous(tokens);
   Tensor out = new_output(tables[0], {bytes, width});
   dispatch_float(out.scalar_type(), "tables", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -184,7 +184,7 @@ TableGrads check_backward(const Tensor& grad_out, const Tensor& tokens, const st
   const Tensor rows = unit_rows(grad_out, "grad_out");
   const Ngrams ngrams = check_ngrams(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab);
   check_size(rows, "grad_out", 0, tokens.size(0));
-  return {rows, torch::stable::contiguous(tokens), ngrams, check_shard(row_range, vocab), fused, alphabet};
+  return {rows, as_contiguous(tokens), ngrams, check_shard(row_range, vocab), fused, alphabet};
 }
 
 // out = sum of the gradients of all bytes that read the g-th row

@@ -24,7 +24,7 @@ struct SparseStep {
   Tensor table, rows, values;
 
   SparseStep(const Tensor& table, const Tensor& rows, const Tensor& values)
-      : table(table), rows(torch::stable::contiguous(rows)), values(unit_rows(values, "values")) {
+      : table(table), rows(as_contiguous(rows)), values(unit_rows(values, "values")) {
     check_dim(table, "table", 2);
     STD_TORCH_CHECK(table.stride(1) == 1 || table.size(1) == 1, "table: expected unit stride in a row, got ",
                     table.stride(1));

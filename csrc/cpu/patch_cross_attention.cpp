@@ -193,7 +193,7 @@ void add_up(const Readers& readers, const Sums<accumulator_t<T>>& sums, const He
 
 // --- entries ---------------------------------------------------------------------------------------------------------
 
-Tensor unit_stride(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : torch::stable::contiguous(x); }
+Tensor unit_stride(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : as_contiguous(x); }
 
 template <class T>
 HeadRows<const T> rows_of(const Tensor& x) {
@@ -284,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cpu(Tensor grad_out
   check_dtype(lse, "lse", accumulator(q));
   for (int dim = 0; dim < 2; ++dim) check_size(lse, "lse", dim, q.size(dim));
   q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
-  grad_out = unit_stride(grad_out), out = unit_stride(out), lse = torch::stable::contiguous(lse);
+  grad_out = unit_stride(grad_out), out = unit_stride(out), lse = as_contiguous(lse);
   Tensor grad_q = new_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor grad_k = new_output(k, {k.size(0), k.size(1), k.size(2)});
   Tensor grad_v = new_output(v, {v.size(0), v.size(1), v.size(2)});

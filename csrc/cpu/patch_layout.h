@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "../common/check.h"
+#include "support/alloc.h"
 #include "support/documents.h"
 
 namespace blt {
@@ -24,10 +25,10 @@ using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 struct TextDocuments {
   Tensor cu_seqlens, made;  // `made` is empty if they were given
 
-  TextDocuments(const Tensor& given) : cu_seqlens(given), made(torch::stable::new_empty(given, {0})) {}
+  TextDocuments(const Tensor& given) : cu_seqlens(given), made(new_output(given, {0})) {}
   TextDocuments(const std::optional<Tensor>& given, int64_t num_documents, const Tensor& like, int64_t num_bytes)
       : cu_seqlens(document_offsets(given, num_documents, like, num_bytes)),
-        made(given ? torch::stable::new_empty(like, {0}, ScalarType::Int) : cu_seqlens) {}
+        made(given ? new_output(like, {0}, ScalarType::Int) : cu_seqlens) {}
 };
 
 template <class Cut>
@@ -43,12 +44,12 @@ LayoutTensors build_layout(const TextDocuments& text, int64_t num_bytes, std::op
   STD_TORCH_CHECK(capacity >= occupied, "max_patches: expected at least one patch a document (", occupied, "), got ",
                   capacity);
 
-  Tensor patch_offsets = torch::stable::new_empty(cu_seqlens, {capacity + 1});
-  Tensor cu_patches = torch::stable::new_empty(cu_seqlens, {num_documents + 1});
-  Tensor patch_ids = torch::stable::new_empty(cu_seqlens, {num_bytes});
-  Tensor decode_ids = torch::stable::new_empty(cu_seqlens, {num_bytes});
-  Tensor decode_offsets = torch::stable::new_empty(cu_seqlens, {capacity + 1});
-  Tensor overflowed = torch::stable::new_empty(cu_seqlens, {1}, ScalarType::Bool);
+  Tensor patch_offsets = new_output(cu_seqlens, {capacity + 1});
+  Tensor cu_patches = new_output(cu_seqlens, {num_documents + 1});
+  Tensor patch_ids = new_output(cu_seqlens, {num_bytes});
+  Tensor decode_ids = new_output(cu_seqlens, {num_bytes});
+  Tensor decode_offsets = new_output(cu_seqlens, {capacity + 1});
+  Tensor overflowed = new_output(cu_seqlens, {1}, ScalarType::Bool);
   int32_t* const offsets = patch_offsets.mutable_data_ptr<int32_t>();
   int32_t* const patches = cu_patches.mutable_data_ptr<int32_t>();
   int32_t* const ids = patch_ids.mutable_data_ptr<int32_t>();

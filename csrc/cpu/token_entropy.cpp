@@ -64,8 +64,8 @@ void entropy_grad_rows(Tensor& grad, const Tensor& logits, const accumulator_t<T
 }  // namespace
 
 std::tuple<Tensor, Tensor> entropies_of_rows(const Tensor& rows, int64_t count) {
-  Tensor entropy = torch::stable::new_empty(rows, {rows.size(0)}, accumulator(rows));
-  Tensor log_sum = torch::stable::new_empty(rows, {rows.size(0)}, accumulator(rows));
+  Tensor entropy = new_output(rows, {rows.size(0)}, accumulator(rows));
+  Tensor log_sum = new_output(rows, {rows.size(0)}, accumulator(rows));
   dispatch_float(rows.scalar_type(), "logits", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulator_t<T>;
@@ -100,14 +100,14 @@ Tensor token_entropy_bwd_cpu(const Tensor& grad_entropy, const Tensor& logits, c
 // --- linear_entropy --------------------------------------------------------------------------------------------------
 
 Tensor panel_of(const Tensor& hidden, const Tensor& weight) {
-  return torch::stable::new_empty(hidden, {std::min(hidden.size(0), kPanelRows), weight.size(0)});
+  return new_output(hidden, {std::min(hidden.size(0), kPanelRows), weight.size(0)});
 }
 
 std::tuple<Tensor, Tensor> linear_entropy_fwd_cpu(const Tensor& hidden, const Tensor& weight,
                                                   const std::optional<Tensor>& bias) {
   check_head(hidden, weight, bias);
-  Tensor entropy = torch::stable::new_empty(hidden, {hidden.size(0)}, accumulator(hidden));
-  Tensor log_sum = torch::stable::new_empty(hidden, {hidden.size(0)}, accumulator(hidden));
+  Tensor entropy = new_output(hidden, {hidden.size(0)}, accumulator(hidden));
+  Tensor log_sum = new_output(hidden, {hidden.size(0)}, accumulator(hidden));
   dispatch_float(hidden.scalar_type(), "hidden", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulator_t<T>;

@@ -110,7 +110,7 @@ LayoutTensors patch_starts_fwd_cuda(const Tensor& entropy, std::optional<Tensor>
                                     double threshold, std::optional<double> threshold_add, bool monotonic,
                                     std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
   check_dim(entropy, "entropy", 1);
-  const Tensor values = torch::stable::contiguous(entropy);
+  const Tensor values = as_contiguous(entropy);
   const Device device(values);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, values.size(0));
   return dispatch_rule(device, values, threshold, threshold_add, monotonic, [&](const auto& rule) {
@@ -152,7 +152,7 @@ LayoutTensors dispatch_ids(const Tensor& tokens, F&& f) {
 LayoutTensors space_patch_fwd_cuda(const Tensor& tokens, std::optional<Tensor> cu_seqlens, int64_t num_documents,
                                    std::optional<int64_t> max_patches) {
   check_dim(tokens, "tokens", 1);
-  const Tensor ids = torch::stable::contiguous(tokens);
+  const Tensor ids = as_contiguous(tokens);
   const Device device(ids);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, ids.size(0));
   return dispatch_ids(ids, [&](auto tag) {
@@ -176,7 +176,7 @@ LayoutTensors static_patch_fwd_cuda(Tensor cu_seqlens, int64_t num_bytes, int64_
 LayoutTensors delimiter_patch_fwd_cuda(const Tensor& tokens, std::optional<Tensor> cu_seqlens, int64_t num_documents,
                                        int64_t id, std::optional<int64_t> max_patches) {
   check_dim(tokens, "tokens", 1);
-  const Tensor ids = torch::stable::contiguous(tokens);
+  const Tensor ids = as_contiguous(tokens);
   const Device device(ids);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, ids.size(0));
   return dispatch_ids(ids, [&](auto tag) {
@@ -189,7 +189,7 @@ LayoutTensors topk_patch_fwd_cuda(const Tensor& entropy, std::optional<Tensor> c
                                   int64_t patch_size, std::optional<int64_t> max_patches) {
   check_dim(entropy, "entropy", 1);
   STD_TORCH_CHECK(patch_size >= 1, "patch_size: expected a value >= 1, got ", patch_size);
-  const Tensor values = torch::stable::contiguous(entropy);
+  const Tensor values = as_contiguous(entropy);
   const Device device(values);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, values.size(0));
   Tensor cuts = device_output(values, {values.size(0)}, ScalarType::Byte);

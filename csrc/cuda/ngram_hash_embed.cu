@@ -55,7 +55,7 @@ Hashed check_hashed(const Tensor& tokens, const std::optional<Tensor>& cu_seqlen
                     const std::vector<int64_t>& sizes, int64_t num_functions, int64_t vocab) {
   check_dim(tokens, "tokens", 1);
   STD_TORCH_CHECK(tokens.size(0) <= INT32_MAX, "tokens: ", tokens.size(0), " do not fit into int32");
-  Hashed hashed = {torch::stable::contiguous(tokens), cu_seqlens, num_documents};
+  Hashed hashed = {as_contiguous(tokens), cu_seqlens, num_documents};
   if (hashed.cu_seqlens) {
     check_int32(*hashed.cu_seqlens, "cu_seqlens");
     hashed.documents = count_of(*hashed.cu_seqlens, "cu_seqlens");

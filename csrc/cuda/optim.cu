@@ -19,7 +19,7 @@ StepTensors check_step(const Tensor& table, const Tensor& rows, const Tensor& va
   check_dim(rows, "rows", 1);
   check_dtype(rows, "rows", ScalarType::Long);
   check_dtype(values, "values", table.scalar_type());
-  const StepTensors step = {table, torch::stable::contiguous(rows), unit_rows(values, "values")};
+  const StepTensors step = {table, as_contiguous(rows), unit_rows(values, "values")};
   check_size(step.values, "values", 0, rows.size(0));
   check_size(step.values, "values", 1, table.size(1));
   return step;

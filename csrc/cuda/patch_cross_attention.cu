@@ -21,7 +21,7 @@ namespace {
 // PatchUnit strides in heads, and rows whose distance in bytes fits into 32 bits.
 Tensor kernel_rows(const Tensor& x) {
   const bool near = x.size(0) <= 1 || x.stride(0) * static_cast<int64_t>(x.element_size()) <= UINT32_MAX;
-  return near && (x.stride(2) == 1 || x.size(2) == 1) ? x : torch::stable::contiguous(x);
+  return near && (x.stride(2) == 1 || x.size(2) == 1) ? x : as_contiguous(x);
 }
 
 void check_like(const Tensor& x, const char* name, const Tensor& like) {
@@ -221,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
   check_dim(lse, "lse", 2);
   check_dtype(lse, "lse", accumulator(q));
   for (int dim = 0; dim < 2; ++dim) check_size(lse, "lse", dim, q.size(dim));
-  grad_out = kernel_rows(grad_out), out = kernel_rows(out), lse = torch::stable::contiguous(lse);
+  grad_out = kernel_rows(grad_out), out = kernel_rows(out), lse = as_contiguous(lse);
   const Device device(q);
   const int heads = arguments.heads(), kv_heads = arguments.kv_heads();
   Tensor grad_q = device_output(q, {q.size(0), q.size(1), q.size(2)});

@@ -30,7 +30,7 @@ inline Tensor near_rows(const Tensor& x, const char* name) {
   const Tensor rows = unit_rows(x, name);
   STD_TORCH_CHECK(rows.size(1) * static_cast<int64_t>(rows.element_size()) <= kFar, name, ": expected rows of at most ",
                   kFar, " bytes");
-  return rows.size(0) > 1 && row_bytes(rows) > kFar ? torch::stable::contiguous(rows) : rows;
+  return rows.size(0) > 1 && row_bytes(rows) > kFar ? as_contiguous(rows) : rows;
 }
 
 inline i32 int32_size(const Tensor& x, const char* name) {

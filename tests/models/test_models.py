@@ -25,6 +25,7 @@ from blt_kernels.nn import (
     rotary_table,
     rotate,
 )
+from blt_kernels.ops._common import Documents
 from blt_kernels.testing import assert_close
 
 
@@ -102,9 +103,10 @@ def test_split_documents_ends_the_global_ones_at_the_patch_that_holds_eos() -> N
     tokens, rows = documents((30, 4))
     tokens[11] = tokens[20] = tokens[33] = EOS
     layout = PatchLayout.from_lengths(torch.tensor([[1, 3, 6, 5, 8, 7], [1, 3, 0, 0, 0, 0]]))
-    byte_documents, patch_documents = build("blt", split_documents=True)._documents(tokens, rows, layout)
-    assert byte_documents.tolist() == [0, 12, 21, 30, 34]
-    assert patch_documents.tolist() == [0, 4, 5, 6, 8]
+    checked = (Documents(rows.int(), 34, 34), Documents(layout.cu_patches, layout.capacity, 8))
+    byte_documents, patch_documents = build("blt", split_documents=True)._documents(tokens, *checked, layout)
+    assert byte_documents.offsets.tolist() == [0, 12, 21, 30, 34]
+    assert patch_documents.offsets.tolist() == [0, 4, 5, 6, 8]
     one = build("blt", split_documents=True)(tokens, rows, layout=layout)
     assert not one.equal(build("blt")(tokens, rows, layout=layout))
 

@@ -22,7 +22,7 @@ inline Tensor check_row_values(const Tensor& values, const char* name, const Ten
   check_dim(values, name, 1);
   check_size(values, name, 0, rows.size(0));
   check_dtype(values, name, accumulator(rows));
-  return torch::stable::contiguous(values);
+  return as_contiguous(values);
 }
 
 // hidden [rows, width], weight [alphabet, width] and bias [alphabet], of any strides.

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "../../common/check.h"
+#include "alloc.h"
 
 namespace blt {
 
@@ -12,7 +13,7 @@ inline Tensor document_offsets(const std::optional<Tensor>& given, int64_t num_d
                                int64_t total) {
   if (given) return *given;
   const int32_t length = check_even_documents(num_documents, total);
-  Tensor offsets = torch::stable::new_empty(like, {num_documents + 1}, ScalarType::Int);
+  Tensor offsets = new_output(like, {num_documents + 1}, ScalarType::Int);
   int32_t* const values = offsets.mutable_data_ptr<int32_t>();
   for (int64_t b = 0; b <= num_documents; ++b) values[b] = static_cast<int32_t>(b * length);
   return offsets;
