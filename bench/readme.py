@@ -21,6 +21,7 @@ OPS_MARKERS = ("<!-- ops:begin -->", "<!-- ops:end -->")
 MARKERS = {"cpu": ("<!-- bench:begin -->", "<!-- bench:end -->"), "gpu": ("<!-- gpu:begin -->", "<!-- gpu:end -->")}
 GPUS = "nvidia"
 OURS, LIMIT = "blt_kernels", "limit: "
+TOLD_ELSEWHERE = ("scaling", "latency")
 FORWARD, BACKWARD = " fwd", " fwd+bwd"
 
 Row = dict[str, str]
@@ -55,8 +56,9 @@ def kind_of(path: Path) -> str:
 def table(path: Path) -> str:
     """One line for every op and input, forward and backward side by side, with the most threads measured.
 
-    What has no pass in its name stands under forward. Scaling is told elsewhere. Rows that were not timed are left out,
-    and so is what was measured with no limit beside it. Of two measurements of the same the later one stands.
+    What has no pass in its name stands under forward. Scaling and latencies are told elsewhere. Rows that were not
+    timed are left out, and so is what was measured with no limit beside it. Of two measurements of the same the later
+    one stands.
     """
     with path.open(newline="", encoding="utf-8") as file:
         rows = [
@@ -68,7 +70,7 @@ def table(path: Path) -> str:
     threads = max((row["threads"] for row in rows), key=int)
     groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
-        if row["threads"] == threads and "scaling" not in row["op"]:
+        if row["threads"] == threads and not any(word in row["op"] for word in TOLD_ELSEWHERE):
             backward = row["op"].endswith(BACKWARD)
             op = row["op"].removesuffix(BACKWARD if backward else FORWARD)
             key = f"`{op}`", f"{row['shape']} {row['dtype']}"

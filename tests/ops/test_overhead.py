@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,16 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import blt_kernels as bk
+from blt_kernels.models import BLT, BLTConfig, ByteLM
 
 VIEWS = {
-    "aten::view",
-    "aten::_unsafe_view",
-    "aten::detach",
-    "aten::alias",
-    "aten::t",
-    "aten::select",
-    "aten::unsqueeze",
-}
+    "aten::view", "aten::_unsafe_view", "aten::detach", "aten::alias", "aten::t", "aten::select", "aten::unsqueeze",
+    "aten::view_as_complex", "aten::view_as_real",
+}  # fmt: skip
 
 
 class Operators(TorchDispatchMode):
@@ -84,3 +81,54 @@ def test_the_gradient_of_padded_input_makes_no_offsets(name: str) -> None:
     ran = operators(lambda: out.backward(grad))
     assert ran.pop(f"blt_kernels::{name}_bwd") == 1
     assert set(ran) <= {"aten::add.Tensor"}, ran  # the gradients of q, k and v, which are one tensor
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_byte_takes_few_operators() -> None:
+    """15 products, 5 norms of 7, then per layer an attention, 2 rotations, 2 sums and SwiGLU; positions and the id."""
+    model, tokens = ByteLM.bundled(), torch.tensor([70])
+    with torch.no_grad():
+        model(tokens)  # which makes the periods of the positions
+        ran = operators(lambda: model(tokens))
+    assert ran["aten::mm"] == 15
+    assert ran["blt_kernels::block_causal_attention_fwd"] == 2
+    assert sum(ran.values()) <= 15 + 5 * 7 + 2 * (1 + 2 + 2 + 2) + 7, ran
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("patching", ["entropy", "space"])
+def test_a_forward_reads_offsets_once(patching: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the rows where they are given, and those of the patches."""
+    config = replace(BLTConfig.small(), patching=patching)
+    model, tokens = BLT(config), torch.randint(4, 260, (200,), generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([0, 30, 200]) if packed else None
+    read: list[list[int]] = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda x: read.append(tolist(x)) or read[-1])  # type: ignore[func-returns-value]
+    with torch.inference_mode():
+        model(tokens if packed else tokens.view(2, 100), rows)
+    assert len(read) == (2 if packed else 1), read
+
+
+def test_nothing_but_the_operator_runs_for_one_row() -> None:
+    """No copy, no cast and no Autograd kernel: a call on packed CPU tensors is its operator."""
+    offsets = torch.tensor([0, 1], dtype=torch.int32)
+    layout, x, q = bk.static_patch(offsets, 4), torch.zeros(1, 8), torch.zeros(1, 2, 8)
+    calls: dict[str, Callable[[], Any]] = {
+        "token_entropy": lambda: bk.token_entropy(x),
+        "entropy_patch": lambda: bk.entropy_patch(x, offsets, threshold=1.0),
+        "patch_pool": lambda: bk.patch_pool(x, layout),
+        "patch_unpool": lambda: bk.patch_unpool(x, layout),
+        "ngram_hash_embed": lambda: bk.ngram_hash_embed(torch.tensor([5]), torch.zeros(66, 8), None, offsets),
+        "block_causal_attention": lambda: bk.block_causal_attention(q, q, q, offsets),
+        "patch_cross_attention": lambda: bk.patch_cross_attention(
+            q, q, q, layout, direction="encode", queries_per_patch=1
+        ),
+    }
+    for name, call in calls.items():
+        ran = operators(call)
+        ran.pop("aten::lift_fresh", None)
+        ran.pop("aten::zeros", None)
+        assert ran == {f"blt_kernels::{name}_fwd": 1}, name

@@ -1,0 +1,155 @@
+"""What a call takes on one row, where dispatch and checks are all that counts, beside a comparable function of torch.
+
+The limit is the operator itself, without the checks of the public function; that of the model is reading its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import timing
+import torch
+import torch.nn.functional as F
+from common import normal
+from timing import OURS, Comparison, Make
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import blt_kernels as bk
+from blt_kernels.models import ByteLM
+from blt_kernels.testing import assert_equal
+
+RAW = torch.ops.blt_kernels
+PREFIX = "latency of "
+
+
+def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
+    """Yield every op on one row, and the forward of one byte."""
+    for op in calls("cpu"):
+        yield partial(comparison, op, device)
+    yield partial(one_byte, device)
+
+
+def calls(device: str) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], str, Callable[[], Any]]]:
+    """For each op: the public call, its operator, the name of a comparable function of torch, and that function."""
+    logits, x = normal(1, 260, device=device), normal(1, 256, device=device)
+    tokens, offsets = torch.tensor([70], device=device), torch.tensor([0, 1], dtype=torch.int32, device=device)
+    tables, byte_table = normal(6 * 1000, 256, device=device), normal(260, 256, device=device)
+    rows, sizes = torch.zeros(1, 7, dtype=torch.int64, device=device), [3, 4, 5, 6, 7, 8]
+    layout = bk.static_patch(offsets, 4, num_bytes=1)
+    patches = layout.patch_offsets, layout.patch_ids
+    q, queries = normal(1, 2, 128, device=device), normal(2, 2, 128, device=device)
+    heads, cross_heads = q.view(1, 2, 1, 128), queries.view(1, 2, 2, 128)
+    rules = 1.3, None, False, None, None
+    ragged = offsets, None, None, True, None, None, None, 1
+    encode = {"direction": "encode", "queries_per_patch": 2}
+    index = layout.patch_ids.long()
+    entropy = ("log_softmax", lambda: torch.log_softmax(logits, -1))
+    attention = ("scaled_dot_product_attention", lambda: F.scaled_dot_product_attention(heads, heads, heads))
+    cross = ("scaled_dot_product_attention", lambda: F.scaled_dot_product_attention(cross_heads, heads, heads))
+    consecutive = ("unique_consecutive", lambda: torch.unique_consecutive(tokens, return_counts=True))
+    return {
+        "token_entropy": (lambda: bk.token_entropy(logits), lambda: RAW.token_entropy_fwd.default(logits), *entropy),
+        "patch_starts": (
+            lambda: bk.patch_starts(logits[:, 0], threshold=1.3),
+            lambda: RAW.patch_starts_fwd.default(logits[:, 0], None, 1, *rules),
+            *consecutive,
+        ),
+        "space_patch": (
+            lambda: bk.space_patch(tokens),
+            lambda: RAW.space_patch_fwd.default(tokens, None, 1, None),
+            *consecutive,
+        ),
+        "patch_pool": (
+            lambda: bk.patch_pool(x, layout),
+            lambda: RAW.patch_pool_fwd.default(x, *patches, ["max"]),
+            "amax",
+            lambda: x.amax(0),
+        ),
+        "patch_unpool": (
+            lambda: bk.patch_unpool(x, layout),
+            lambda: RAW.patch_unpool_fwd.default(x, *patches),
+            "index_select",
+            lambda: x.index_select(0, index),
+        ),
+        "ngram_hash_embed": (
+            lambda: bk.ngram_hash_embed(tokens, tables, byte_table),
+            lambda: RAW.ngram_hash_embed_fwd.default(
+                tokens, [tables], byte_table, None, 1, sizes, 1, "dense", None, 1000
+            ),
+            "embedding_bag",
+            lambda: F.embedding_bag(rows, tables, mode="sum"),
+        ),
+        "block_causal_attention": (
+            lambda: bk.block_causal_attention(q, q, q, offsets),
+            lambda: RAW.block_causal_attention_fwd.default(q, q, q, *ragged),
+            *attention,
+        ),
+        "patch_cross_attention": (
+            lambda: bk.patch_cross_attention(queries, q, q, layout, **encode),
+            lambda: RAW.patch_cross_attention_fwd.default(
+                queries, q, q, layout.patch_offsets, layout.cu_patches, layout.patch_ids, "encode", 2, None, None
+            ),
+            *cross,
+        ),
+    }
+
+
+def comparison(op: str, device: str) -> Comparison:
+    ours, operator, name, theirs = calls(device)[op]
+
+    def below_autograd() -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator()
+
+    def agree(results: dict[str, Any]) -> None:
+        assert_equal(tree_leaves(results[OURS])[0], tree_leaves(operator())[0])
+
+    return Comparison(
+        f"{PREFIX}{op}", "one row", "float32", {OURS: ours, name: theirs}, 1, {"operator": below_autograd}, 1, agree,
+        device=device,
+    )  # fmt: skip
+
+
+def one_byte(device: str) -> Comparison:
+    model = ByteLM.bundled(device=device)
+    weights = [p.detach() for p in model.parameters()]
+    tokens = torch.tensor([70], device=device)
+    matrices = [w for w in weights if w.dim() == 2 and w is not model.embed_tokens.weight]
+    vectors = {width: normal(1, width, device=device) for width in {w.shape[1] for w in matrices}}
+
+    def forward() -> Tensor:
+        with torch.inference_mode():
+            return model(tokens)
+
+    def products() -> list[Tensor]:
+        with torch.inference_mode():
+            return [F.linear(vectors[w.shape[1]], w) for w in matrices]
+
+    def agree(results: dict[str, Any]) -> None:
+        assert_equal(results[OURS], model(tokens).detach())
+
+    size = sum(w.numel() * w.element_size() for w in weights)
+    return Comparison(
+        f"{PREFIX}ByteLM.bundled()", "one byte", "float32", {OURS: forward, "its products": products}, size,
+        {"read the weights": lambda: [w.sum() for w in weights]}, size, agree, device=device,
+    )  # fmt: skip
+
+
+def remarks(rows: list[timing.Row]) -> list[str]:
+    """Say what each call takes, and how many times as long as the function of torch."""
+    peers = {(row.op, row.threads): row for row in rows if row.implementation != OURS and row.ratio_to_best_peer}
+    lines = []
+    for row in rows:
+        if row.op.startswith(PREFIX) and row.implementation == OURS and row.ratio_to_best_peer:
+            peer = peers[row.op, row.threads]
+            ours, theirs = f"{row.median_ms * 1e3:.3g} us", f"{peer.implementation} {peer.median_ms * 1e3:.3g} us"
+            times, limit = f"{1 / row.ratio_to_best_peer:.2g} times", f"{row.share_of_limit:.0%} of it is the limit"
+            lines.append(f"{row.op}, {row.threads} threads: {ours}, {theirs}, {times}; {limit}")
+    return lines
+
+
+def test_latency(run_benchmark: Callable[[], None]) -> None:
+    run_benchmark()
