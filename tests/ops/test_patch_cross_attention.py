@@ -452,16 +452,19 @@ def test_rows_in_any_place(direction: str, device: str) -> None:
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize(
-    ("dtype", "vectors", "window", "kv_heads"),
+    ("dtype", "vectors", "window", "kv_heads", "bound"),
     [
-        (torch.bfloat16, 2, None, 16),
-        (torch.float32, 2, None, 16),
-        (torch.bfloat16, 2, 2, 16),
-        (torch.bfloat16, 4, None, 16),
-        (torch.bfloat16, 2, None, 4),
+        (torch.bfloat16, 2, None, 16, 1.1),
+        (torch.float32, 2, None, 16, 1.1),
+        (torch.bfloat16, 2, 2, 16, 1.1),
+        (torch.bfloat16, 2, 4, 16, 1.2),  # a block of 16 patches reads 3 on either side, which its neighbours own
+        (torch.bfloat16, 4, None, 16, 1.1),
+        (torch.bfloat16, 2, None, 4, 1.1),
     ],
 )
-def test_traffic(direction: str, dtype: torch.dtype, vectors: int, window: int | None, kv_heads: int) -> None:
+def test_traffic(
+    direction: str, dtype: torch.dtype, vectors: int, window: int | None, kv_heads: int, bound: float
+) -> None:
     """Every tensor passes once, `out` not at all in the backward; 16 heads of 64."""
     layout = ragged_layout(1200, 2).compact()
     tensors, rest = arguments(layout, direction, vectors, 16, 64, window, kv_heads)
@@ -475,7 +478,7 @@ def test_traffic(direction: str, dtype: torch.dtype, vectors: int, window: int |
         (forward, lambda: raw.patch_cross_attention_fwd(q, k, v, *rest)),
         (backward, lambda: raw.patch_cross_attention_bwd(grad, q, k, v, out, lse, *rest)),
     ):
-        assert 0.9 * minimum <= backends.traffic(run) <= 1.1 * minimum, backends.traffic(run) / minimum
+        assert 0.9 * minimum <= backends.traffic(run) <= bound * minimum, backends.traffic(run) / minimum
 
 
 @pytest.mark.parametrize(
