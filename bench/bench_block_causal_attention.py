@@ -26,7 +26,7 @@ HEADS, GROUPS, WIDTH, WINDOW = 16, 4, 64, 512
 
 @dataclass(frozen=True)
 class Case:
-    """What is attended: documents of these lengths, `key_heads` for `heads` query heads, all or the last `window`."""
+    """Documents of these `lengths`, whose queries attend to all keys before them or to the last `window`."""
 
     lengths: list[int]
     window: int | None = None
@@ -57,8 +57,8 @@ TILE = (128, 128)  # queries and keys
 ROOM = 8192  # keys of a cache
 USED = [ROOM * (n % 8 + 1) // 8 - n for n in range(64)]
 BLOCK = 512  # queries at a time in fp64
-MOST_FOR_A_MASK = 10_000  # bytes
-MOST_FOR_A_LOOP = 1000  # documents
+MAX_BYTES_OF_A_MASK = 10_000
+MAX_DOCUMENTS_OF_A_LOOP = 1000
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
@@ -75,7 +75,7 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
 def exact(
     inputs: Sequence[Tensor], lengths: Sequence[int], window: int | None, grad: Tensor | None = None
 ) -> list[Tensor]:
-    """The output in fp64, or the gradients of q, k and v: `BLOCK` queries at a time, so that memory is O(BLOCK * T)."""
+    """Return the output in fp64, or the gradients of q, k and v; `BLOCK` queries at a time take memory O(BLOCK * T)."""
     q, k, v = (x.detach().double() for x in inputs)
     group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
     results = [torch.zeros_like(x) for x in ((q,) if grad is None else (q, k, v))]
@@ -104,7 +104,7 @@ def exact(
 def made(
     factories: dict[str, Callable[[], Callable[[], Any]]],
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The implementations, and why a peer cannot be made here."""
+    """Return the implementations, and why a peer cannot be made here."""
     failures: dict[str, str] = {}
     implementations = timing.run_each(factories, failures)
     return implementations, failures
@@ -122,14 +122,14 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
     def run(attention: Callable[..., Tensor]) -> Callable[[], Any]:
         return steps(lambda: attention(*inputs), inputs, grad if backward else None)
 
-    loops = len(lengths) <= MOST_FOR_A_LOOP
+    loops = len(lengths) <= MAX_DOCUMENTS_OF_A_LOOP
     eager = "SDPA by document" if loops else "plain PyTorch"
     one_by_one = peers.attention_by_document(lengths, window) if loops else peers.plain_attention(cu_seqlens, window)
     factories = {
         OURS: lambda: run(lambda q, k, v: bk.block_causal_attention(q, k, v, cu_seqlens, window=window)),
         eager: lambda: run(one_by_one),
     }
-    if size <= MOST_FOR_A_MASK:
+    if size <= MAX_BYTES_OF_A_MASK:
         factories["SDPA, dense mask"] = lambda: run(peers.masked_attention(cu_seqlens, window))
     if device == "cuda" and case.dtype != torch.float32:
         factories["varlen_attn"] = lambda: run(peers.varlen_attention(cu_seqlens, window))
@@ -142,9 +142,8 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
     shape = f"{f'window {window}, ' if window else ''}{grouping}{list(q.shape)} in {len(lengths)} documents"
     implementations, failures = made(factories)
     pairs = sum(min(i + 1, window or n) for n in lengths for i in range(n))
-    flops = (
-        (14 if backward else 4) * pairs * case.heads * case.width
-    )  # 2 products forward; 5 more, recomputing one, backward
+    # Forward has 2 products, backward 5 more, one of which makes the scores anew.
+    flops = (14 if backward else 4) * pairs * case.heads * case.width
     side = 128 if lengths == SMALL else 8192 if device == "cuda" else 2048
     square = normal(side, side, dtype=case.dtype, device=device)
 
@@ -175,7 +174,7 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
 
 
 def decoding(used: list[int], room: int, device: str) -> Comparison:
-    """One new query a sequence, with caches of which `used` keys of `room` are there: bound by their bytes."""
+    """Compare a step of decoding: one new query a sequence reads the `used` keys of a cache of `room`."""
     heads, groups, width, count = 32, 8, 128, len(used)
     q = normal(count, heads, width, dtype=torch.bfloat16, device=device)
     k, v = (normal(count * room, groups, width, seed=n, dtype=torch.bfloat16, device=device) for n in (1, 2))
@@ -217,7 +216,7 @@ def decoding(used: list[int], room: int, device: str) -> Comparison:
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """Tiles that the kernels for CUDA visit, against the fewest that could hold what is seen."""
+    """Return how many tiles the kernels for CUDA visit, over the fewest that could hold all unmasked pairs."""
     lines = []
     for lengths, window in ((DOCUMENTS, None), ([8192] * 2, None), ([16384] * 2, WINDOW), ([1] * 100_000, None)):
         position = torch.cat([torch.arange(n) for n in lengths])

@@ -30,7 +30,7 @@ from blt_kernels.testing import offsets_of
 from blt_kernels.triton.block_causal_attention import backward, decode, forward
 from blt_kernels.triton.block_causal_attention.launch import HEAD_DIMS, KERNELS, Launch, launch_options
 
-MOST = 12
+MAX_CANDIDATES = 12
 SAMPLES = 7
 PROCESSES = 4
 MODULES: dict[str, ModuleType] = {
@@ -60,11 +60,11 @@ CANDIDATES = {  # block_m, block_n, num_warps, num_stages
 
 
 def candidates(kernel: str, width: int, dtype: torch.dtype) -> list[Launch]:
-    """Return what is tried: the table's launch, then others, in fp32 with tiles of half the size."""
+    """Return the launches to try: the table's own, then others, in fp32 with tiles of half the size."""
     arch = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     shrink = dtype.itemsize // 2
     others = [Launch(max(m // shrink, 16), max(n // shrink, 16), w, s) for m, n, w, s in CANDIDATES[kernel]]
-    return list(dict.fromkeys([launch_options(kernel, width, dtype, arch), *others]))[:MOST]
+    return list(dict.fromkeys([launch_options(kernel, width, dtype, arch), *others]))[:MAX_CANDIDATES]
 
 
 def sizes(kernel: str, length: int) -> tuple[int, int, int, int, int]:
@@ -101,7 +101,7 @@ def prepare(
 
 
 def check(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Raise unless half of the digits agree."""
+    """Raise ArithmeticError unless half of the digits agree."""
     for actual, other in zip(results, expected, strict=True):
         error = float((actual.double() - other.double()).norm() / other.double().norm())
         if not error <= torch.finfo(actual.dtype).eps ** 0.5:

@@ -230,9 +230,14 @@ def launch_of(kernel: Any, rows: int, step: int, warps: int, stages: int) -> Lau
     return Launch(rows, step, warps, stages) if kernel is fwd_variant else Launch(step, rows, warps, stages)
 
 
+def sizes_of(kernel: Any, launch: Launch) -> tuple[int, int]:
+    """Return how many queries a program owns and how many keys it streams, in dk/dv the reverse."""
+    return (launch.block_m, launch.block_n) if kernel is fwd_variant else (launch.block_n, launch.block_m)
+
+
 def compile_variant(kernel: Any, width: int, launch: Launch, load: int, specialize: bool, arch: int) -> Any:
     """Compile a variant in bf16."""
-    rows, step = (launch.block_m, launch.block_n) if kernel is fwd_variant else (launch.block_n, launch.block_m)
+    rows, step = sizes_of(kernel, launch)
     constants = {"ROWS": rows, "STEP": step, "E": width, "LOAD": load, "SPECIALIZE": specialize}
     streamed = ("k", "v") if kernel is fwd_variant else ("q", "grad_out")
     signature, aligned = {}, {}
@@ -300,7 +305,8 @@ def describe(name: str, width: int, launch: Launch, binary: Any) -> list[str]:
 
 def row(label: str, name: str, width: int, launch: Launch, load: int | None = None, specialize: bool = False) -> None:
     """Print a row of the table, of the kernel as it is or of a variant, or that the compiler fails."""
-    sizes = f"{launch.block_m}x{launch.block_n}, {launch.num_warps}, {launch.num_stages}"
+    owned, streamed = sizes_of(VARIANTS[name], launch)
+    sizes = f"{owned}x{streamed}, {launch.num_warps}, {launch.num_stages}"
     try:
         binary = (
             compiled(name, width, torch.bfloat16, launch, (9, 0))
@@ -332,8 +338,8 @@ def main() -> None:
     options = parser.parse_args()
     print(f"Triton {triton.__version__}\n")
     print(
-        "| kernel | variant | queries x keys, warps, stages | threads | registers | stack | KB | ptxas | instructions "
-        "| waits | LDGSTS / UTMALDG / USETMAXREG | us | us in turn |"
+        "| kernel | variant | tiles, warps, stages | threads | registers | stack | KB | ptxas | instructions | waits "
+        "| LDGSTS / UTMALDG / USETMAXREG | us | us in turn |"
     )
     print(f"|{'---|' * 13}")
     for name in options.kernel or VARIANTS:
@@ -342,7 +348,7 @@ def main() -> None:
             row("as it is", name, width, own)
             for load, label in enumerate(LOADS):
                 row(label, name, width, own, load)
-            streamed = own.block_n if name == "fwd" else own.block_m
+            _, streamed = sizes_of(VARIANTS[name], own)
             for step in (streamed, streamed // 2)[: width // 64]:
                 launch = launch_of(VARIANTS[name], 128, step, 4, 2)  # 64 rows a consumer
                 row("specialized", name, width, launch, 1, True)
