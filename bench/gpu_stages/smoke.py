@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from cases import CASES
+from cuda_graphs import capture, replaced, warm_up
+from op_calls import backward, check, cotangents_of, forward, make, map_tensors, run, tensors_of
 from op_case import OpCase
-from test_capture import replaced, warm_up
-from test_ops import backward, check, cotangents_of, forward, make, map_tensors, run, tensors_of
 from timing import OURS, Row, failed_row
 from torch import Tensor
 
@@ -87,8 +87,6 @@ def graph(target: Target, case: OpCase, dtype: torch.dtype, num_bytes: int) -> N
 
 def first_launch_in_a_capture(target: Target) -> Iterator[Row]:
     """A kernel that was never launched asks for a warm-up. fp64 is what no other case uses."""
-    from test_capture import capture
-
     case = next(c for c in CASES if c.function is bk.patch_unpool)
     arguments = make(case, target.device, 40, 1, torch.float64)
     warm_up(lambda: arguments["y"] * 2)

@@ -70,7 +70,7 @@ class Target:
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Warm up, then capture a CUDA graph: what replays it, and the results that it fills."""
-        from test_capture import capture, warm_up
+        from cuda_graphs import capture, warm_up
 
         warm_up(function)
         graph, results = capture(function)

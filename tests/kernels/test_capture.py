@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES
+from cuda_graphs import capture, replaced, warm_up
 from op_calls import backward, cotangents_of, forward, make, map_tensors, tensors_of
 from op_case import OpCase
 from torch import Tensor
@@ -244,48 +245,6 @@ def test_launchers_copy_nothing_to_the_host_but_sizes_of_sparse_gradients() -> N
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
-
-
-def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of what `function` does, and what it returned. After a failure captures and allocations work as before.
-
-    `torch.cuda.graph` leaves its stream current, and the allocator on the memory of the graph, when a capture ends in
-    an error.
-    """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        try:
-            with torch.cuda.graph(graph, stream=stream):
-                result = function()
-        except BaseException:
-            end_allocations(graph)
-            raise
-    return graph, result
-
-
-def end_allocations(graph: torch.cuda.CUDAGraph) -> None:
-    """Allocate outside of the memory of a graph whose capture failed, if that has not ended already."""
-    try:
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
-    except RuntimeError:
-        return
-
-
-def warm_up(function: Callable[[], Any]) -> Any:
-    """Run `function` on a stream of its own, as a capture does; twice, since what is made once is made then."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            result = function()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    return result
-
-
-def replaced(first: Iterable[Tensor], second: Iterable[Tensor]) -> None:
-    for held, new in zip(first, second, strict=True):
-        held.copy_(new)
 
 
 @pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
