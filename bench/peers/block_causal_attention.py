@@ -108,7 +108,7 @@ def varlen_attention(
 
 
 def delegated_attention(cu_seqlens: Tensor, **options: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """What ``set_attention_backend("flash")`` makes of our op: FlashAttention 3 or 4 where it is installed."""
+    """Return our op with ``set_attention_backend("flash")``: FlashAttention 3 or 4 where it is installed."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         before = bk.attention_backend()

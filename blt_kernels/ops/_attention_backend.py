@@ -1,4 +1,4 @@
-"""Who computes the forward of block_causal_attention on CUDA: the kernels of this package, or another package."""
+"""The backend of block_causal_attention computes its forward on CUDA: kernels of this package, or another package."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _Intervals = tuple[Tensor, Tensor]  # first and last of each query or key
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Which keys each query attends to: the variable-length arguments of `ops.block_causal_attention`, checked.
+    """The mask of attention, given by the checked variable-length arguments of `ops.block_causal_attention`.
 
     Without `cu_seqlens_q` there are `num_documents` documents of one length, of queries as of keys. `ranges` are the
     intervals that `ops.attention_ranges` found for the same arguments, which kernels on CUDA read.

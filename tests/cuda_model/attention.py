@@ -49,7 +49,7 @@ class TritonKernel:
 
     @property
     def of_keys(self) -> bool:
-        """Whether a program owns keys and streams queries, as in bwd_dkdv only."""
+        """Return whether a program owns keys and streams queries, as in bwd_dkdv only."""
         return self.name == "bwd_dkdv"
 
     @property
@@ -65,7 +65,7 @@ class TritonKernel:
 
 @dataclass(frozen=True)
 class Documents:
-    """What is attended: lengths of documents, a window or none."""
+    """Documents of these lengths, with a window or none."""
 
     lengths: Sequence[int]
     window: int | None = None
@@ -122,7 +122,7 @@ def main_loops(kernel: TritonKernel) -> list[Loop]:
 
 @dataclass
 class Body:
-    """What a warp does in one iteration."""
+    """The instructions of a warp in one iteration."""
 
     issued: Counter
     stalls: int

@@ -52,7 +52,7 @@ def compiled(name: str, width: int, cuobjdump: str) -> TritonKernel:
 
 
 def compiler() -> str:
-    """Which compiler the rows are of."""
+    """Return the compiler that the rows are of."""
     import triton
 
     return f"triton {triton.__version__}"

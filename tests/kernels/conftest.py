@@ -1,4 +1,4 @@
-"""What tests of Triton's kernels ask for: its interpreter, in a process of its own."""
+"""Fixtures for tests of the Triton kernels: the interpreter in a process of its own."""
 
 from __future__ import annotations
 

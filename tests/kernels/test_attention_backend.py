@@ -1,4 +1,4 @@
-"""Who computes block_causal_attention on CUDA: what FlashAttention is asked for, and what is refused."""
+"""Backends of block_causal_attention on CUDA: arguments of FlashAttention, results, refusals, the choice."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_lengths_and_used_keys() -> None:
 
 
 def test_installed_torch_takes_the_arguments() -> None:
-    """What is not known is refused, so a new name in torch would turn delegation off without a word."""
+    """Unknown arguments are refused, so a new name in torch would turn delegation off without a word."""
     known = inspect.signature(varlen.varlen_attn).parameters
     q, k, _ = inputs(4, 4)
     assert flash.arguments(VARLEN, q, k, mask_of(offsets_of([4])), None).keys() <= known.keys()

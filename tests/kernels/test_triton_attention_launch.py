@@ -1,4 +1,4 @@
-"""How block_causal_attention launches its Triton kernels: tables, who decodes, registration, arguments."""
+"""Launches of the Triton kernels of block_causal_attention: tables, decoding, registration, arguments."""
 
 from __future__ import annotations
 

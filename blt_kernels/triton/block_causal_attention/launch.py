@@ -1,4 +1,4 @@
-"""How the kernels of block_causal_attention are launched: sizes of tiles, warps and stages, from tables.
+"""Tables give the sizes of tiles, the warps and the stages that kernels of block_causal_attention are launched with.
 
 `bench/search_attention.py` searches this space on a GPU and prints tables in this form. Nothing is tuned at run time,
 so a step never waits for a search, and results do not depend on what else ran.
@@ -18,7 +18,7 @@ HEAD_DIMS = (32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Launch:
-    """How one kernel is launched.
+    """The options that one kernel is launched with.
 
     Attributes
     ----------

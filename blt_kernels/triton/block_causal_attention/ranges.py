@@ -1,4 +1,4 @@
-"""Which keys a query attends to, and which queries attend to a key: both are intervals, found on the device.
+"""Find the keys that each query attends to, and the queries that attend to each key: intervals, on the device.
 
 Query i attends to the keys ``[first_i, last_i)`` and the queries ``[first_j, last_j)`` attend to key j; neither end
 falls from one query or key to the next. So a block of queries may span documents, however many: its keys run from its

@@ -1,4 +1,4 @@
-"""What the kernels of block_causal_attention share: loads and masks of tiles, the softmax, preparation of arguments.
+"""The kernels of block_causal_attention share this: loads and masks of tiles, the softmax, checks of arguments.
 
 A tile is ``[BLOCK_M queries, BLOCK_N keys]``. Heads of HEAD_DIM numbers are padded to BLOCK_D in registers.
 """
@@ -59,7 +59,7 @@ def multiply(x, power):
 
 @triton.jit
 def is_partial(start, first, last, BLOCK: tl.constexpr):
-    """Whether part of the tile from `start` on is masked."""
+    """Return whether part of the tile from `start` on is masked."""
     return (start < tl.max(first)) | (start + BLOCK > tl.min(last))
 
 
@@ -157,7 +157,7 @@ def processors(x: Tensor) -> int:
 
 
 def runs_here(x: Tensor) -> bool:
-    """Whether the kernels take heads like those of `x`; the reference takes fp64 and heads that are wider."""
+    """Return whether the kernels take heads like those of `x`; the reference takes fp64 and wider heads."""
     return x.dtype != torch.float64 and x.shape[-1] <= HEAD_DIMS[-1]
 
 
