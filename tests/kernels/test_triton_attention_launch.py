@@ -130,3 +130,14 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     }
     with pytest.raises(ValueError, match=message):
         block_causal_attention_fwd_cuda(*{**arguments, **change}.values())
+
+
+@pytest.mark.parametrize("number", [0, 4, 5])
+def test_wrong_shapes_of_backward_are_named(number: int) -> None:
+    from blt_kernels.triton.block_causal_attention.backward import block_causal_attention_bwd_cuda
+
+    tensors = [*[torch.zeros(9, 2, 32)] * 5, torch.zeros(9, 2)]  # grad_out, q, k, v, out, lse
+    tensors[number] = tensors[number][:8]
+    name = ("grad_out", "", "", "", "out", "lse")[number]
+    with pytest.raises(ValueError, match=rf"{name}: expected shape \[9, 2.*\], as q has, got \[8, 2"):
+        block_causal_attention_bwd_cuda(*tensors, offsets_of([9]), None, None, True, None, None)

@@ -269,6 +269,9 @@ def block_causal_attention_bwd_cuda(
         return reference.block_causal_attention_bwd_reference(grad_out, q, k, v, out, lse, *arguments)
     mask, scale = AttentionMask.of_schema(*arguments)
     check(q, k, v, mask)
+    for name, x, shape in (("grad_out", grad_out, q.shape), ("out", out, q.shape), ("lse", lse, q.shape[:2])):
+        if x.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, as q has, got {list(x.shape)}")
     (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
     q, k, v, grad_out, out = loadable(q), loadable(k), loadable(v), loadable(grad_out), loadable(out)
     lse = lse.contiguous()
