@@ -55,5 +55,16 @@ def set_attention_backend(backend: str) -> None:
 
 
 def attention_backend() -> str:
-    """Return what `set_attention_backend` has chosen: "triton" or "flash"."""
+    """Return who computes the forward of `block_causal_attention` on CUDA in this process.
+
+    Returns
+    -------
+    str
+        "triton" or "flash", as `set_attention_backend` was called; "triton" before.
+
+    Examples
+    --------
+    >>> attention_backend()
+    'triton'
+    """
     return _backend
