@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from blt_kernels.models.weights import check_tensors, open_safetensors, write_safetensors
 from blt_kernels.nn import next_byte_bits, next_byte_targets
 from blt_kernels.ops import _common
+from blt_kernels.ops._common import Documents
 
 Model = TypeVar("Model", bound="ByteModel")
 
@@ -30,10 +31,14 @@ class ByteModel(nn.Module):
         """A fresh model from its configuration as a dictionary (`asdict`, or JSON)."""
         return cls(config_from_dict(cls.config_class, values), ops)
 
-    def check_ids(self, tokens: Tensor, ids: Tensor, rows: _common.Documents) -> None:
-        """Raise ValueError if one of `ids`, which are `tokens` packed, is outside the alphabet."""
-        padded, alphabet = tokens.dim() == 2, self.config.vocab_size
-        _common.check_ids(ids, rows, alphabet, "the alphabet of the model", padded=padded)
+    def pack(self, tokens: Tensor, cu_seqlens: Tensor | Documents | None) -> tuple[Tensor, Documents]:
+        """Return packed ids and their rows, checked as far as that costs nothing: types, offsets and the alphabet."""
+        _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
+        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        alphabet = self.config.vocab_size
+        _common.check_ids(ids, rows, alphabet, "the alphabet of the model", padded=tokens.dim() == 2)
+        known = rows.end is not None and _common.readable(ids) and not rows.holds_ids_below(alphabet)
+        return ids, rows._replace(alphabet=alphabet) if known else rows
 
     def loss(self, tokens: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
         """Bits per byte of next-byte prediction: the mean of ``-log2 p`` over every id that follows another in its row.

@@ -243,9 +243,7 @@ class BLT(ByteModel):
             An argument has the wrong type, dtype, shape or value; the message names it. An id outside the alphabet is
             found where looking costs nothing, in eager code on the CPU; elsewhere it has no embedding.
         """
-        _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
-        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
-        self.check_ids(tokens, ids, rows)
+        ids, rows = self.pack(tokens, cu_seqlens)
         if layout is None:
             layout = self.patch(ids, rows, max_patches=max_patches)
         if (layout.num_bytes, layout.num_documents) != (rows.total, rows.offsets.shape[0] - 1):
@@ -301,9 +299,7 @@ class BLT(ByteModel):
         if self.config.patching == "bpe" and not (isinstance(tokens, Tensor) and tokens.dtype != torch.uint8):
             raise ValueError("tokens: expected ids of `to_ids(..., tokenizer=...)`, since patching is 'bpe', got text")
         tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
-        _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
-        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
-        self.check_ids(tokens, ids, rows)
+        ids, rows = self.pack(tokens, cu_seqlens)
         config, offsets = self.config, self.ops.offsets(rows)
         if config.patching == "entropy":
             if self.patcher is None:

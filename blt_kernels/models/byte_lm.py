@@ -29,7 +29,6 @@ from blt_kernels.nn import (
     rotary_table,
     row_positions,
 )
-from blt_kernels.ops import _common
 from blt_kernels.ops._common import Documents
 
 NEWLINE = ord("\n") + BYTE_OFFSET
@@ -127,9 +126,7 @@ class ByteLM(ByteModel):
             An argument has the wrong type, dtype, shape or value; the message names it. An id outside the alphabet is
             found where looking costs nothing, in eager code on the CPU; elsewhere it has no embedding.
         """
-        _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
-        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
-        self.check_ids(tokens, ids, rows)
+        ids, rows = self.pack(tokens, cu_seqlens)
         if reset_at_newlines is None:
             reset_at_newlines = self.config.reset_at_newlines
         documents = rows
@@ -167,9 +164,7 @@ class ByteLM(ByteModel):
         With `whole_characters`, no patch but the first cuts a character: `blt_kernels.models.characters` has the rule.
         """
         tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
-        _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
-        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
-        self.check_ids(tokens, ids, rows)
+        ids, rows = self.pack(tokens, cu_seqlens)
         entropy, layout = self.ops.entropy_patch(
             self(ids, rows, reset_at_newlines=reset_at_newlines),
             self.ops.offsets(rows),

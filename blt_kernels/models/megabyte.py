@@ -37,7 +37,6 @@ from blt_kernels.nn import (
     rotary_table,
     rotate,
 )
-from blt_kernels.ops import _common
 from blt_kernels.ops._common import Documents
 
 
@@ -152,9 +151,7 @@ class MegaByte(ByteModel):
             An argument has the wrong type, dtype, shape or value; the message names it. An id outside the alphabet is
             found where looking costs nothing, in eager code on the CPU; elsewhere it has no embedding.
         """
-        _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
-        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
-        self.check_ids(tokens, ids, rows)
+        ids, rows = self.pack(tokens, cu_seqlens)
         logits = self._logits(ids, rows)
         if strided:
             logits = self._stride(logits, ids, rows)

@@ -41,9 +41,9 @@ def load_ops(kind: str) -> SimpleNamespace:
 def known_ids(ids: Tensor, rows: Documents, alphabet: int) -> Tensor | None:
     """Return which ids are in a row and in the alphabet, bool ``[T]``: the others may hold anything.
 
-    None if all are, as the host knows where rows hold all positions and `check_ids` has read the ids.
+    None if the host knows that all are.
     """
-    if rows.full and _common.readable(ids):
+    if rows.full and rows.holds_ids_below(alphabet):
         return None
     known = (ids >= 0) & (ids < alphabet)
     return known if rows.full else known & (torch.arange(ids.shape[0], device=ids.device) < rows.offsets[-1])

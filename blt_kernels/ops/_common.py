@@ -117,7 +117,7 @@ def check_total(name: str, total: int) -> None:
 
 
 class Documents(NamedTuple):
-    """Checked offsets of packed data. Models hand them to the ops in the place of `cu_seqlens`.
+    """Checked offsets of packed data, and of ids what else was checked. Ops take them in the place of `cu_seqlens`.
 
     Attributes
     ----------
@@ -126,11 +126,18 @@ class Documents(NamedTuple):
         T, the number of positions of the data.
     end : int or None
         Where the last document ends, if the host knows.
+    alphabet : int or None
+        What all ids of the documents are known to be below.
     """
 
     offsets: Tensor
     total: int
     end: int | None
+    alphabet: int | None = None
+
+    def holds_ids_below(self, alphabet: int) -> bool:
+        """Whether the host knows that all ids of the documents are below `alphabet`."""
+        return self.alphabet is not None and self.alphabet <= alphabet
 
     @property
     def full(self) -> bool:
@@ -185,7 +192,9 @@ def check_ids(
     The values are checked where they are `readable`. Beyond the last document there may be anything: without
     `documents` there is no such place. `padded`: the caller was given ``[B, S]``.
     """
-    if not readable(tokens) or not (documents is None or documents.end is not None):
+    if documents is not None and (documents.end is None or documents.holds_ids_below(alphabet)):
+        return
+    if not readable(tokens):
         return
     inside = tokens if documents is None or documents.full else tokens[: documents.end]
     count = inside.numel()

@@ -109,7 +109,9 @@ def test_a_forward_reads_offsets_once(patching: str, packed: bool, monkeypatch: 
     monkeypatch.setattr(Tensor, "tolist", lambda x: read.append(tolist(x)) or read[-1])  # type: ignore[func-returns-value]
     with torch.inference_mode():
         model(tokens if packed else tokens.view(2, 100), rows)
-    assert len(read) == (2 if packed else 1), read
+        ran = operators(lambda: model(tokens if packed else tokens.view(2, 100), rows))
+    assert len(read) == 2 * (2 if packed else 1), read
+    assert ran["aten::aminmax"] == 1, "ids are checked once too"
 
 
 def test_nothing_but_the_operator_runs_for_one_row() -> None:
