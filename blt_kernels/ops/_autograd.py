@@ -89,6 +89,7 @@ def call(overload: torch._ops.OpOverload, *arguments: Any) -> Any:
     """Call an operator, below its Autograd kernel where nothing needs a gradient: that kernel takes 3 us."""
     if (
         torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()  # which excludes Autograd itself
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
