@@ -15,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 
 say := @printf '\033[1m==> %s\033[0m\n'
 
-.PHONY: help demo test bench lint gpu gpu-build cuda-check wheel-check sanitize clean
+.PHONY: help demo test test-fast bench lint gpu gpu-build cuda-check wheel-check sanitize clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ EMULATOR := build/emulator/blt_emulator.so
 test: .venv/built $(EMULATOR) build/triton-3.6/triton  ## Run the tests, those of the CUDA kernels on the emulator
 	$(say) 'pytest, two tests at a time'
 	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
+
+test-fast: .venv/built $(EMULATOR)  ## The tests that take no compiler and few seconds, for the loop of a developer
+	$(say) 'pytest without the slow tests, two at a time'
+	BLT_KERNELS_BACKENDS='cpu emulated' OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m 'not slow'
 
 # The oldest Triton that the kernels are for, which tests/kernels/test_aot.py compiles them with. Wheels are for Linux only.
 build/triton-3.6/triton: .venv/installed

@@ -22,7 +22,7 @@ from triton_compile import NAMES, compiled
 
 from blt_kernels.triton.block_causal_attention.launch import HEAD_DIMS, KERNELS, Launch, configurations, launch_options
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"), pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 OLDEST = ROOT / "build" / "triton-3.6"

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 CASES = [  # lengths of documents, rows behind them, window, heads, tiles
     ([1, 33, 0, 17, 2], 0, None, 2, (32, 16)),

@@ -84,6 +84,7 @@ def test_every_beginning_of_a_character() -> None:
     assert ends == list(itertools.chain(*map(ends_of, documents)))
 
 
+@pytest.mark.slow
 @given(DOCUMENTS, st.none() | st.integers(1, 9) | st.just((1 << 63) - 1), st.integers(0, 9))
 def test_whole_characters(documents: list[list[int]], longest: int | None, seed: int) -> None:
     ids, rows = packed(documents)

@@ -263,6 +263,7 @@ def test_reference_models_ignore_ids_beyond(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["byte_lm, split", "blt, split", "megabyte_extended"])
 def test_compiled_models_ignore_ids_beyond(name: str) -> None:
     model = build(OPTIONS[name][0], **OPTIONS[name][1])

@@ -10,6 +10,8 @@ from torch.func import functional_call, grad, vmap
 
 from blt_kernels.models.base import ByteModel
 
+pytestmark = pytest.mark.slow
+
 
 def trained(model: ByteModel) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

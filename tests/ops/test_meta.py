@@ -67,6 +67,7 @@ def test_optimizer_steps_take_tensors_without_data(kind: str) -> None:
         assert torch.ops.blt_kernels.rowwise_adagrad_step(table, sums, rows, values, 0.1, 1e-8) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("ops", "split"), [("fused", False), ("fused", True), ("reference", True)])
 @pytest.mark.parametrize("name", ["byte_lm", "blt", "blt_cross_windows", "blt_space", "megabyte_extended"])

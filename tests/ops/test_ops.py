@@ -80,6 +80,7 @@ def test_every_element_is_written(case: OpCase, device: str) -> None:
             assert_equal(run(case, case.function, arguments), expected)
 
 
+@pytest.mark.slow
 @EVERY_CASE
 def test_bitwise_the_same_in_every_run(case: OpCase, device: str) -> None:
     arguments = make(case, device, 700, 8)
@@ -91,6 +92,7 @@ def test_bitwise_the_same_in_every_run(case: OpCase, device: str) -> None:
     assert_equal(outputs[2], outputs[1], name="second run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if c.emulated], ids=lambda case: case.name)
 def test_the_same_in_every_order_of_threads(case: OpCase) -> None:
     """Where kernels leave open in what order threads and blocks run, it does not show."""
@@ -143,6 +145,7 @@ def test_sparse_gradients_have_no_second_derivative(case: OpCase, device: str) -
         sum(g.to_dense().square().sum() for g in grads).backward()
 
 
+@pytest.mark.slow
 @DENSE_CASES
 def test_torch_func(case: OpCase, device: str) -> None:
     """Gradients of `torch.func`, also of each entry of a batch, are those of autograd; forward mode raises."""
@@ -224,6 +227,7 @@ def test_only_asked_gradients_are_computed(case: OpCase, device: str) -> None:
 # --- torch.library, torch.compile, autocast --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @TRACE_CASES
 @pytest.mark.parametrize("inputs", ["contiguous", "permuted", "empty"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -243,6 +247,7 @@ def compiled(case: OpCase, backend: str) -> Callable[..., Any]:
     return torch.compile(case.function, fullgraph=True, dynamic=True, backend=backend)
 
 
+@pytest.mark.slow
 @TRACE_CASES
 def test_compile_without_recompiling(case: OpCase, installed: str) -> None:
     function = compiled(case, "aot_eager")
@@ -256,6 +261,7 @@ def test_compile_without_recompiling(case: OpCase, installed: str) -> None:
             assert_equal(run(case, function, arguments), run(case, case.function, arguments))
 
 
+@pytest.mark.slow
 @TRACE_CASES
 def test_inductor(case: OpCase, installed: str) -> None:
     function = compiled(case, "inductor")

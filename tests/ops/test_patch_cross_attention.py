@@ -339,6 +339,7 @@ def check_raw(tensors: list[Tensor], rest: list[Any]) -> None:
             assert_close(*values, name=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("window", [None, 2, 1000])
 @pytest.mark.parametrize("vectors", [1, 2, 15, 16, 17, 33])
@@ -353,6 +354,7 @@ def test_patches_and_windows_longer_than_a_tile(
     check_raw([x.half() for x in tensors], rest)  # sums that more than one tile adds to stay in fp32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "width"), [(1, 1), (1, 64), (5, 33), (16, 31), (17, 8), (33, 96)])
@@ -450,6 +452,7 @@ def test_rows_in_any_place(direction: str, device: str) -> None:
         check_raw(moved, rest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize(
     ("dtype", "vectors", "window", "kv_heads", "bound"),
@@ -514,6 +517,7 @@ def one_patch(num_bytes: int) -> PatchLayout:
     return PatchLayout.from_lengths(torch.tensor([[1, num_bytes - 1]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_no_thread_walks_a_long_patch_alone(direction: str) -> None:
     """The longest chain of accesses of a thread is as long for four times the bytes: that of kRun parts of 64.
@@ -532,6 +536,7 @@ def test_no_thread_walks_a_long_patch_alone(direction: str) -> None:
     assert (sums[1] - sums[0]) / ((8192 - 2048) / 64) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize(
     ("dtype", "vectors", "heads", "kv_heads"), [(torch.bfloat16, 2, 2, 2), (torch.float32, 3, 4, 2)]
@@ -575,6 +580,7 @@ def test_infinite_values(
             assert torch.equal(what(own), what(other)), f"{what.__name__} of the gradient of {name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize(("vectors", "window"), [(2, None), (5, None), (2, 3)])
 def test_the_order_of_threads_does_not_matter(direction: str, vectors: int, window: int | None) -> None:

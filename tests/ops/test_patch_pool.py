@@ -228,6 +228,7 @@ def test_long_patches_and_wide_rows(num_bytes: int, width: int, device: str) -> 
     torch.testing.assert_close(torch.autograd.grad(out, x, grad), theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduce", ["max", "mean", ("min", "first"), ALL])
 @pytest.mark.parametrize("lengths", [(1, 62, 65, 128, 200, 70), (3, 5000, 130), (64, 64 * 260, 64), (20000,)])

@@ -225,6 +225,7 @@ def test_a_higher_threshold_gives_fewer_patches(device: str, documents: list[lis
     assert int(fine.num_patches) >= int(coarse.num_patches)
 
 
+@pytest.mark.slow
 @given(FINITE_DOCUMENTS, THRESHOLDS)
 def test_a_boundary_needs_no_later_byte(device: str, documents: list[list[float]], threshold: float) -> None:
     """Streaming: patches of a prefix are those of the whole, the last one apart, which may go on."""

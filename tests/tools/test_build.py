@@ -27,6 +27,8 @@ BEST_TO_WORST = ("v4", "v3", "v2") if X86 else ("plain",)
 RUN_OPS = """
 import sys, torch, blt_kernels as k
 from blt_kernels import _extension
+
+pytestmark = pytest.mark.slow
 torch.manual_seed(0)
 cu = torch.tensor([0, 1, 1, 40, 300])
 logits = torch.randn(300, 260) * 3

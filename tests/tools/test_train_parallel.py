@@ -33,6 +33,8 @@ from blt_kernels.train import state as train_state
 from blt_kernels.train.build import build_model
 from blt_kernels.train.config import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 STEPS, KILLED_AT = 6, 3
 PATIENCE = 600  # seconds, for machines with other things to do
 LOCAL = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "window": 16}
