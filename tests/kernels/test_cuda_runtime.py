@@ -98,6 +98,8 @@ EXPORT const char* zero(void* data, long bytes) {
 
 START = """
 import ctypes, sys, threading
+
+pytestmark = pytest.mark.slow
 folder = sys.argv[1]
 torch_cuda = ctypes.CDLL(folder + "/libtorch_cuda.so") if "torch" in sys.argv else None
 cuda = ctypes.CDLL(folder + "/libcuda.so.1")

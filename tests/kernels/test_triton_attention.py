@@ -13,7 +13,7 @@ from triton_interpreter import DOCUMENTS, NAN, RAGGED, SMALL, check, inputs, int
 
 from blt_kernels.testing import assert_equal, offsets_of
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"), pytest.mark.slow]
 
 
 FACTORS: dict[str, tuple] = {

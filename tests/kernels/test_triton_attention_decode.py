@@ -13,7 +13,7 @@ from triton_interpreter import NAN, check, inputs, intervals, key_intervals
 from blt_kernels.testing import offsets_of
 from blt_kernels.triton.block_causal_attention.launch import launch_options, tiles_visited
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"), pytest.mark.slow]
 
 
 @pytest.mark.parametrize(("heads", "splits"), [((8, 2), 1), ((8, 2), 7), ((20, 1), 3), ((1, 1), 40)])

@@ -24,7 +24,7 @@ from blt_kernels.triton.block_causal_attention.launch import (
     max_decode_queries,
 )
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"), pytest.mark.slow]
 
 
 def test_launch_options() -> None:

@@ -15,7 +15,7 @@ from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.testing import assert_equal, document_lengths, offsets_of
 from blt_kernels.triton.block_causal_attention.launch import tiles_visited
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"), pytest.mark.slow]
 
 
 @pytest.mark.parametrize("splits", [0, 3])

@@ -13,7 +13,7 @@ from triton_interpreter import NAN, inputs, randn
 
 from blt_kernels.testing import assert_close, assert_equal, offsets_of
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"), pytest.mark.slow]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

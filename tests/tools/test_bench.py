@@ -33,6 +33,7 @@ def timing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("timing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHES)
 def test_implementations_agree_and_are_measured(timing: ModuleType, name: str) -> None:
     bench = importlib.import_module(name)
@@ -48,6 +49,7 @@ def test_implementations_agree_and_are_measured(timing: ModuleType, name: str) -
     assert all(isinstance(line, str) for line in bench.remarks(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHES)
 def test_inputs_belong_to_no_graph(timing: ModuleType, name: str) -> None:
     """A graph that is older than a capture keeps the stream that it was made on, and ends the capture in an error."""

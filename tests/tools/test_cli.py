@@ -467,6 +467,7 @@ def test_png(content: str) -> None:
         assert pixels(image, "#fff0d0") > 1000
 
 
+@pytest.mark.slow
 def test_plot_of_lengths_and_of_many_bytes() -> None:
     file = saved(real_text(1500, 1))
     blt("patch", file, "--scheme=space", "--plot=few.png", "--length=60")
@@ -478,6 +479,7 @@ def test_plot_of_lengths_and_of_many_bytes() -> None:
     assert few.shape == many.shape  # one row each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "magic"), [("svg", b"<?xml"), ("pdf", b"%PDF-")])
 def test_plot_formats(text: str, suffix: str, magic: bytes) -> None:
     blt("patch", text, f"--plot=plot.{suffix}", "--length=50")
@@ -600,6 +602,7 @@ def test_a_closed_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == "blt-kernels patch: FILE -: expected an open standard input\n"
 
 
+@pytest.mark.slow
 def test_pipes() -> None:
     """Bytes that are no text come in by a pipe; who reads the output goes away after a line."""
     data = "naïve\n".encode() + b"\xff\x00" + b"word " * 200_000

@@ -21,7 +21,7 @@ from backends import emulator
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"), pytest.mark.slow]
 
 
 @pytest.fixture
