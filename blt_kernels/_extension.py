@@ -23,7 +23,7 @@ import torch
 
 from blt_kernels import _nvrtc
 
-# The operators, and the op that each is of: `ops/<op>.py` defines it. Whoever defines an operator adds it.
+# Operator -> op: `ops/<op>.py` defines the operator. `ops._common.define` adds to the table.
 OPERATORS: dict[str, str] = {}
 
 ISAS = ("v4", "v3", "v2", "plain")
@@ -181,7 +181,7 @@ def _without(reason: str, asked: str | None, *, warn: bool = False) -> LoadedCud
 def owner(operator: str, device: str) -> str:
     """Return who computes ``blt_kernels::operator`` on "CPU" or "CUDA": "C++ (v4)", "CUDA (nvcc)", "Triton".
 
-    It is the reference where no kernel is registered.
+    It returns "reference" where no kernel is registered.
     """
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::{operator}", device):
         return "reference"

@@ -25,7 +25,7 @@ from blt_kernels.ops.ngram_hash_embed import ngram_hash_embed
 
 
 class TableShards(nn.Module):
-    """The rows that this rank has of every hash table, in the place of a BLT's embedding.
+    """Holds the rows that this rank has of every hash table, in the place of a BLT's embedding.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class TableShards(nn.Module):
     Attributes
     ----------
     weight : Parameter ``[N, hi - lo, D]``
-        No DTensor: the gradients of one that cannot be cut evenly would be whole on every rank.
+        It is no DTensor: the gradients of a DTensor that cannot be cut evenly would be whole on every rank.
     row_range : (int, int)
         ``(lo, hi)``, as DTensor cuts dimension 1.
 
@@ -54,7 +54,7 @@ class TableShards(nn.Module):
         self.weight = nn.Parameter(tables[:, low:high].to(mesh.device_type, copy=True).contiguous())
 
     def whole(self, value: Tensor) -> Tensor:
-        """The tables ``[N, V, D]``, or what there is of their shape, as a DTensor that shares the memory of `value`."""
+        """Return a DTensor of the shape of the tables ``[N, V, D]`` that shares the memory of `value`."""
         from torch.distributed.tensor import DTensor, Shard
 
         _, rows, width = self.shape
@@ -80,7 +80,7 @@ def sharded_ngram_hash_embed(
     ngram_sizes: Sequence[int] = (3, 4, 5, 6, 7, 8),
     num_functions: int = 1,
 ) -> Tensor:
-    """`ngram_hash_embed` of every rank's own tokens, of tables whose rows are shared among the ranks.
+    """Return `ngram_hash_embed` of every rank's own tokens, from tables whose rows are on different ranks.
 
     All ranks of the mesh have to call it, forward and backward. They may have different numbers of tokens.
 
@@ -98,8 +98,8 @@ def sharded_ngram_hash_embed(
 
     Notes
     -----
-    Like DDP and FSDP2, backward leaves a row the mean, over ranks, of its gradients. The ranks tell each other how many
-    tokens they have, which on CUDA waits for the device.
+    As in DDP and FSDP2, the gradient of a row is its mean over ranks. The ranks exchange their numbers of tokens, which
+    waits for the device on CUDA.
     """
     group, width = shards.mesh.get_group(), tables.shape[-1]
     ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
@@ -131,23 +131,23 @@ def _row_range(vocab: int, world: int, rank: int) -> tuple[int, int]:
 
 
 def _gather_tokens(ids: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, Tensor, int]:
-    """All ranks' tokens ``[W * capacity]``, padded to the `capacity` of the longest, and the offsets of their rows."""
+    """Return all ranks' tokens ``[W * capacity]``, padded to the longest, the offsets of their rows, and `capacity`."""
     world = dist.get_world_size(group)
     sizes = ids.new_empty(world, 2, dtype=torch.int64)
     dist.all_gather(list(sizes.unbind()), sizes.new_tensor([ids.shape[0], rows.shape[0]]), group=group)
     capacity, count = (max(size, 1) for size in sizes.amax(0).tolist())
-    # Rows that a rank lacks are empty, and begin where its last one ends.
+    # Rows that a rank lacks are empty and begin where its last row ends.
     offsets = torch.cat([rows, rows[-1:].expand(count - rows.shape[0])])
     own = torch.cat([F.pad(ids.int(), (0, capacity - ids.shape[0])), offsets])
     gathered = own.new_empty(world, capacity + count)
     dist.all_gather(list(gathered.unbind()), own, group=group)
     first = torch.arange(world, dtype=torch.int32, device=ids.device)[:, None] * capacity
-    # Between the tokens of two ranks lies a row of padding.
+    # A row of padding separates the tokens of two ranks.
     return gathered[:, :capacity].flatten(), (gathered[:, capacity:] + first).flatten(), capacity
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """``[W, T, D]``, of each rank for all, to ``[T, D]``: the sum over ranks of what they have for this one."""
+    """Sums over ranks: each has ``[W, T, D]``, a part for every rank, and gets the sum of its parts, ``[T, D]``."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:

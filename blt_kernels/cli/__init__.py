@@ -34,12 +34,12 @@ def main() -> None:
 
 
 def _flush() -> None:
-    """Write out what standard output holds, here rather than when Python ends, which has no words for a full disk."""
+    """Flush standard output here, where a full disk can be told, and not when Python ends."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there at the end
         if not isinstance(error, BrokenPipeError):
             typer.echo(f"blt-kernels: standard output: {error.strerror}", err=True)
         raise SystemExit(1) from None

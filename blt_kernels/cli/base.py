@@ -15,15 +15,15 @@ import typer
 
 from blt_kernels.cli.console import Color
 
-# Packages that some commands need, and the extra that brings each.
+# Some commands need these packages; the extra brings each.
 EXTRAS = {"matplotlib": "cli", "safetensors": "cli", "numpy": "train"}
 EXPECTED = (OSError, ValueError, ImportError, MemoryError)
-UsageError: Any = typer.BadParameter.__mro__[1]  # of the click inside of typer, which exports only subclasses
+UsageError: Any = typer.BadParameter.__mro__[1]  # typer has it from click and exports only subclasses
 _INT64 = range(-(1 << 63), 1 << 63)
 
 
 class Command(typer.core.TyperCommand):
-    """Refuses what no option can mean: nothing, which pathlib takes for the current directory, and endless numbers."""
+    """Refuses values that no option has: empty ones, which pathlib takes for the current folder, and huge numbers."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Check the words of a command line, then parse them."""
@@ -33,7 +33,7 @@ class Command(typer.core.TyperCommand):
                 where = option or (before if before.startswith("--") else "an argument")
                 raise typer.BadParameter("expected a value, got ''", ctx=ctx, param_hint=where)
         try:
-            rest = super().parse_args(ctx, list(args))  # it empties what it is given
+            rest = super().parse_args(ctx, list(args))  # it empties the list that it is given
         except UsageError as error:
             for option in getattr(getattr(error, "param", None), "opts", ()):
                 values = [value for name, value in pairwise(args) if name == option]
@@ -50,7 +50,7 @@ class Command(typer.core.TyperCommand):
 
 
 class _Group(typer.core.TyperGroup):
-    """Tells errors that a user can cause in one line. BLT_KERNELS_TRACEBACK=1 shows from where."""
+    """Prints errors that a user can cause in one line. BLT_KERNELS_TRACEBACK=1 shows the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -67,7 +67,7 @@ class _Group(typer.core.TyperGroup):
             raise self._told(ctx, error, one_line(error), 1) from None
 
     def _told(self, ctx: Any, error: Exception, message: str, code: int) -> Exception:
-        """Return the exception to raise once an error has been told."""
+        """Print an error, and return the exception to raise after it."""
         if os.environ.get("BLT_KERNELS_TRACEBACK"):
             return error
         command, message = self.commands.get(ctx.invoked_subcommand), " ".join(message.split())
@@ -79,7 +79,7 @@ class _Group(typer.core.TyperGroup):
 
 
 def _as_typed(message: str, command: Any) -> str:
-    """A message that begins with the name of a field, with the option or argument that the field is from instead."""
+    """Replace the name of a field that a message begins with by the option or argument that the field is from."""
     others = {"overrides": "set_", "config": "configs", "paths": "text"}
     params, (name, colon, rest) = {param.name: param for param in command.params}, message.partition(": ")
     param = params.get(name) or params.get(others.get(name))

@@ -43,9 +43,12 @@ def bench(
         list[str] | None, typer.Argument(metavar="[OP]...", help="Ops to measure; all if not given.")
     ] = None,
     threads: Annotated[str, typer.Option(help="Numbers of CPU threads, with commas.")] = "1,2",
-    rounds: Annotated[int, typer.Option(help="Times that every implementation is measured.")] = 30,
+    rounds: Annotated[int, typer.Option(help="Rounds: every implementation is timed once a round.")] = 30,
     budget: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Measure a slow implementation no longer, but three times.")
+        float,
+        typer.Option(
+            metavar="SECONDS", help="Time budget per implementation, in seconds; at least three rounds always run."
+        ),
     ] = 5.0,
     small: Annotated[bool, typer.Option("--small", help="Small inputs, to see that everything runs.")] = False,
     compile_peers: Annotated[
@@ -59,7 +62,7 @@ def bench(
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write the CSV file and pictures.")] = True,
     color: ColorOption = Color.auto,
 ) -> None:
-    """Time the ops against the best that one could run instead, and against what the machine can do at all."""
+    """Time the ops beside the best that one could run instead, and beside the limit of the machine."""
     try:
         counts = [int(count) for count in threads.split(",")]
     except ValueError:
@@ -102,13 +105,13 @@ def run(
     rounds
         Times that every implementation is measured.
     budget
-        Seconds after which a slow implementation is measured no more; at least three times in any case.
+        Seconds after which a slow implementation drops out; at least three rounds always run.
     small, compile_peers, device
         Passed to the benches: small inputs, peers through torch.compile as well, "cpu" or "cuda".
     csv
         File to add the rows to; ``bench/results/<date>-<device>.csv`` if None. Pictures go beside it.
     save
-        Write the rows and pictures at all.
+        Whether to write the rows and pictures.
 
     Raises
     ------
@@ -123,7 +126,7 @@ def run(
             raise ValueError(f"ops: expected some of {', '.join(known)}, got {op!r}")
     checks.check_count("rounds", rounds, 1)
     for count in threads:
-        if not 1 <= count <= _MOST_THREADS:  # with more, OpenMP ends the process
+        if not 1 <= count <= _MOST_THREADS:  # OpenMP ends the process for more
             raise ValueError(f"threads: expected 1 to {_MOST_THREADS}, got {count}")
     checks.check_finite("budget", budget, 0)
     if device not in ("cpu", "cuda"):
@@ -138,7 +141,7 @@ def run(
     timing = importlib.import_module("timing")
     out, rows = console(color), []
     path = csv or timing.csv_path(device)
-    timing.read_csv(path)  # fails before anything is measured
+    timing.read_csv(path)  # it raises before anything is measured
     before = torch.get_num_threads()
     try:
         for count in threads:
@@ -153,7 +156,7 @@ def run(
                         name = f"{row.implementation} of {row.op} {row.shape} {row.dtype}"
                         out.print(f"not timed: {name}: {row.status}", style="red", markup=False, soft_wrap=True)
                     rows += new
-                    if save:  # at once, so that an end half way loses nothing
+                    if save:  # at once: nothing is lost if the process ends
                         timing.write_csv(new, path)
     finally:
         torch.set_num_threads(before)
@@ -177,7 +180,7 @@ def run(
 def _measure(
     timing: ModuleType, module: ModuleType, compare: Callable[..., list[Any]], **options: Any
 ) -> Iterator[list[Any]]:
-    """The rows of every comparison, also of one that raises. Those of one op that differ in shape come together."""
+    """Yield the rows of every comparison, also of one that raises. The shapes of one op come together."""
     rows: list[Any] = []
     for make in module.comparisons(**options):
         new = timing.rows_of(make, compare)

@@ -19,7 +19,7 @@ from rich.progress import (
 
 
 class Color(str, Enum):
-    """When to use colours."""
+    """When output has colours."""
 
     always = "always"
     auto = "auto"
@@ -27,7 +27,7 @@ class Color(str, Enum):
 
 
 def console(color: Color, *, stderr: bool = False) -> Console:
-    """A console that emits escape codes only where `color` wants them; without them, it prints plain text."""
+    """Return a console that emits escape codes where `color` asks for them, and else prints plain text."""
     if color is Color.always:
         return Console(force_terminal=True, color_system="truecolor", no_color=False, highlight=False, stderr=stderr)
     plain = Console(color_system=None, highlight=False, stderr=stderr)
@@ -38,7 +38,7 @@ def console(color: Color, *, stderr: bool = False) -> Console:
 
 @contextmanager
 def progress(title: str, total: int | None, hidden: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show a bar of bytes on a terminal's stderr; yields the function to advance it by."""
+    """Show a bar of bytes on a terminal's stderr; yield the function that advances it."""
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -56,7 +56,7 @@ def progress(title: str, total: int | None, hidden: bool = False) -> Iterator[Ca
 
 @contextmanager
 def step_bar(title: str, total: int | None, color: Color) -> Iterator[Callable[..., None]]:
-    """Show a bar with a text on a terminal's stderr; yields ``advance(completed, text, total=None)``."""
+    """Show a bar with a text on a terminal's stderr; yield ``advance(completed, text, total=None)``."""
     shown = console(color, stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
     with Progress(*columns, TimeRemainingColumn(), console=shown, disable=not shown.is_terminal) as bar:

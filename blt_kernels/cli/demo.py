@@ -1,4 +1,4 @@
-"""``blt-kernels demo``: a real file in patches, then a BLT forward with the fused ops against their references."""
+"""``blt-kernels demo`` cuts a real file into patches and times a BLT forward, fused ops beside their references."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Row:
-    """One op on inputs of the model: its results and its medians in seconds, fused and reference."""
+    """One op on inputs of the model: medians in seconds, fused and reference, and how far the results differ."""
 
     name: str
     fused: float
@@ -44,7 +44,7 @@ class Row:
 
 
 def default_file() -> Path:
-    """A file that every machine has: a module of the standard library."""
+    """Return a file that every machine has: a module of the standard library."""
     return Path(sysconfig.get_path("stdlib")) / "heapq.py"
 
 
@@ -53,7 +53,7 @@ def demo(
     file: Annotated[
         Path | None, typer.Argument(metavar="[FILE]", help="File to cut; one of the standard library if not given.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Times that every op is measured.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds: every op is timed once a round.")] = 5,
     color: ColorOption = Color.auto,
 ) -> None:
     """Cut a real file into patches, then run it through BLT: fused ops against their plain PyTorch references."""
@@ -109,7 +109,7 @@ def run(file: Path | None, *, rounds: int, color: Color) -> None:
 
 
 def build_models(patcher: ByteLM) -> tuple[BLT, BLT]:
-    """The same small BLT with fused and with reference ops: random weights, patches by `patcher`."""
+    """Return a small BLT with fused ops and the same with reference ops: random weights, patches by `patcher`."""
     small = BLTConfig.small()
     config = BLTConfig(
         small.encoder,
@@ -129,7 +129,7 @@ def build_models(patcher: ByteLM) -> tuple[BLT, BLT]:
 
 
 def op_calls(model: BLT, tokens: Tensor, layout: PatchLayout) -> Iterator[tuple[str, tuple[Callable, Callable]]]:
-    """Each op on inputs of the shapes that it has in `model`: its name, and its fused and reference call."""
+    """Yield each op on inputs of the shapes that it has in `model`: its name, its fused and its reference call."""
     config, ops = model.config, (load_ops("fused"), load_ops("reference"))
     rows, queries = layout.cu_seqlens, config.queries_per_patch
     local, wide = config.encoder, config.global_transformer
@@ -167,7 +167,7 @@ def op_calls(model: BLT, tokens: Tensor, layout: PatchLayout) -> Iterator[tuple[
 
 
 def measure(name: str, calls: tuple[Callable, Callable], rounds: int) -> Row:
-    """Medians over interleaved rounds, after a first one whose results are compared."""
+    """Return medians over interleaved rounds, after a first round whose results are compared."""
     error = max((_difference(a, b) for a, b in zip(*(_tensors(call()) for call in calls), strict=True)), default=0.0)
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""``blt-kernels doctor``: what is installed, which kernels run where, and what would bring the missing ones."""
+"""``blt-kernels doctor`` says what is installed, which kernels run where, and how to get the missing ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEVICES = ("CPU", "CUDA")
 
 
 def owners() -> dict[str, dict[str, str]]:
-    """Who computes each op on each device, by the name of its operator without ``_fwd``."""
+    """Return who computes each op on each device, by the name of its operator without ``_fwd``."""
     forward = sorted(name for name in _extension.OPERATORS if name.endswith(("_fwd", "_step")))
     found = {name.removesuffix("_fwd"): {d: _extension.owner(name, d) for d in DEVICES} for name in forward}
     for by_device in found.values():
@@ -34,7 +34,7 @@ def owners() -> dict[str, dict[str, str]]:
 
 
 def attention() -> dict[str, Any]:
-    """Who computes the forward of attention on CUDA, and why other packages cannot: None for those that can."""
+    """Return who computes the forward of attention on CUDA, and why other packages cannot: None for those that can."""
     reasons = {package.name: flash.find(package).reason or None for package in flash.PACKAGES}
     backend = attention_backend()
     owners = [name for name, reason in reasons.items() if reason is None] if backend == "flash" else ["Triton"]
@@ -42,7 +42,7 @@ def attention() -> dict[str, Any]:
 
 
 def report() -> dict[str, Any]:
-    """All that `run` prints, as plain data."""
+    """Return all that `run` prints, as plain data."""
     loaded = _extension.load_cpu()
     missing = []
     if loaded.isa is None:

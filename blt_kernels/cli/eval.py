@@ -1,4 +1,4 @@
-"""``blt-kernels eval``: bits per byte of a trained model."""
+"""``blt-kernels eval`` measures a trained model in bits per byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``blt-kernels flops``: FLOPs of a byte by the paper's formula and of this implementation, and counted on text."""
+"""``blt-kernels flops`` counts the FLOPs of a byte: by the paper's formula, of this implementation, and on text."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ PRESETS: dict[str, Config] = {
 _MODELS: dict[type, type[ByteModel]] = {BLTConfig: BLT, ByteLMConfig: ByteLM, MegaByteConfig: MegaByte}
 _CONFIGS: dict[str, type] = {model.__name__: config for config, model in _MODELS.items()}
 
-# What a model is measured on: at most so many ids, in rows no longer than this. It must fit into memory with gradients.
+# A measurement takes at most so many ids, in rows no longer than this. The model must fit into memory with gradients.
 _PATCH_SIZES = (4.5, 6.0, 8.0)
 _MEASURED_BYTES, _MEASURED_CONTEXT, _MOST_PARAMETERS = 8192, 2048, 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Options:
-    """`patch_sizes`, 4.5, 6 and 8 if None, and `context` in bytes.
+    """The options of the command: `patch_sizes`, which are 4.5, 6 and 8 if None, and `context` are in bytes.
 
-    `window` replaces the local windows; `text` is what is measured on.
+    `window` replaces the local windows; `text` are the files to measure on.
     """
 
     patch_sizes: Sequence[float] | None = None
@@ -75,7 +75,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `FlopCounterMode` counted on `rows`, next to `formula`: `count_flops` of these rows.
+    """FLOPs that `FlopCounterMode` counted on `rows`, and `formula`, the `count_flops` of these rows.
 
     `forward` is by part, without the patcher; `backward` is all of the model.
     """
@@ -89,7 +89,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Result:
-    """FLOPs of a byte by the formula of the paper and of this implementation, and what was measured."""
+    """FLOPs of a byte by the formula of the paper and of this implementation, and the measurement."""
 
     patch_size: float
     paper: Flops
@@ -97,13 +97,13 @@ class Result:
     measured: Measurement | None
 
     def record(self) -> dict[str, Any]:
-        """What ``--json`` prints of it."""
+        """Return the object that ``--json`` prints."""
         record = {"patch_size": self.patch_size, "paper": _lines(self.paper), "implementation": _lines(self.here)}
         return record if self.measured is None else {**record, "measured": _measured_record(self.measured)}
 
 
 def read_config(name: str) -> Config:
-    """The configuration of a preset, of a ``.safetensors`` file of ours, or of another code base's directory.
+    """Return the configuration of a preset, of a ``.safetensors`` file of ours, or of another code base's directory.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def read_config(name: str) -> Config:
 
 
 def with_window(config: Config, window: int | None) -> Config:
-    """A configuration whose layers over bytes see `window` bytes. MegaByte's see their patch, whatever it is."""
+    """Return a configuration whose layers over bytes attend to `window` bytes. MegaByte's attend to their patch."""
     if window is None or isinstance(config, MegaByteConfig):
         return config
     if isinstance(config, ByteLMConfig):
@@ -166,7 +166,7 @@ def measure(config: Config, patch_size: float, context: int, text: Sequence[Path
         layout = options["layout"] = _patches(model, tokens, rows, patch_size, sources, context)
         spans = Rows.of(layout)
     with warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
-        warnings.simplefilter("ignore")  # the counter's hooks warn about modules whose inputs need no gradient
+        warnings.simplefilter("ignore")  # hooks of the counter warn where inputs need no gradient
         loss = model.loss(tokens, rows, **options)
         forward = counted_parts(counter.get_flop_counts())
         total = counter.get_total_flops()
@@ -233,13 +233,14 @@ def flops(
     ] = None,
     context: Annotated[int, typer.Option(help="Bytes of a row.")] = 16384,
     window: Annotated[
-        int | None, typer.Option(help="Bytes that layers over bytes see; the configuration's own if not given.")
+        int | None, typer.Option(help="Bytes that layers over bytes attend to; the configuration's own if not given.")
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Run the model on text, and count what its ops and matrices do.")
+        bool, typer.Option("--measure", help="Run the model on text, and count the FLOPs of its ops and matrices.")
     ] = False,
     text: Annotated[
-        list[Path] | None, typer.Option(metavar="PATH", help="What to measure on; a part of Python's library.")
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Text to measure on; a part of Python's library if not given."),
     ] = None,
     json: JsonOption = False,
     color: ColorOption = Color.auto,
@@ -287,7 +288,7 @@ def run(names: Sequence[str], options: Options, *, as_json: bool, color: Color =
 
 
 def _own_size(config: Config) -> float | None:
-    """The patch size of a configuration that has one, None if it depends on the text."""
+    """Return the patch size of a configuration that has one, None if it depends on the text."""
     if isinstance(config, ByteLMConfig):
         return 1
     if isinstance(config, MegaByteConfig):
@@ -310,7 +311,7 @@ def _table(name: str, results: Sequence[Result]) -> Table:
 
 
 def _lines(flops: Flops) -> dict[str, float]:
-    """What a table says of one column; of the patcher only if there is one."""
+    """Return the lines of one column of a table, with the patcher if there is one."""
     total = flops.total
     lines = {name: part.forward for name, part in flops.parts.items()}
     lines |= {"forward": total.forward, "training": total.forward + total.backward}
@@ -333,7 +334,7 @@ def _measured_table(name: str, measurement: Measurement) -> Table:
 
 
 def _compared(measurement: Measurement) -> list[tuple[str, float, float]]:
-    """(what, by formula, counted)."""
+    """Return lines (part, by formula, counted)."""
     formula, forward = measurement.formula, measurement.forward
     parts = (*PARTS, "unknown")
     every = [(part, formula.parts.get(part, Part()).forward, float(forward.get(part, 0))) for part in parts]
@@ -346,7 +347,7 @@ def _compared(measurement: Measurement) -> list[tuple[str, float, float]]:
 
 
 def _millions(flops: float) -> str:
-    """Four digits, and all those before the point."""
+    """Format with four digits, or with all digits before the point."""
     millions = flops / 1e6
     return "-" if not flops else f"{millions:,.0f}" if millions >= 1000 else f"{millions:.4g}"
 

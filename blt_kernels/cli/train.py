@@ -1,4 +1,4 @@
-"""``blt-kernels train``: a training run with a live bar."""
+"""``blt-kernels train`` trains a model with a live bar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from blt_kernels.train.config import TrainConfig
     from blt_kernels.train.loop import Progress
 
-_PLAIN_EVERY = 100  # steps between lines where there is no terminal to draw a bar on
+_PLAIN_EVERY = 100  # steps between lines where there is no terminal for a bar
 
 
 @app.command(cls=Command)
@@ -38,34 +38,37 @@ def train(
     heldout: Annotated[
         float,
         typer.Option(
-            help="Fraction of the files to keep for measuring, each by its own chance: of few files perhaps none."
+            help="Fraction of the files to keep for measuring. Each file is drawn by itself; few may give none."
         ),
     ] = 0.05,
-    seed: Annotated[int, typer.Option(help="Of the split, the order of the data and the first weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the order of the data and the first weights.")] = 0,
     steps: Annotated[
         int,
-        typer.Option(
-            help="Steps in all. A run may go on with more: then with the learning rates of a run of that length."
-        ),
+        typer.Option(help="Steps in all. A run may go on with more, at the learning rates of a run of that length."),
     ] = 3000,
     batch_bytes: Annotated[int, typer.Option(help="Bytes in a step.")] = 4096,
     context: Annotated[int, typer.Option(help="The most bytes of a file in one piece.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="After the warm-up, from where it falls along a cosine.")] = 3e-3,
-    final_learning_rate: Annotated[float, typer.Option(help="At the last step.")] = 3e-5,
-    warmup: Annotated[int, typer.Option(help="Steps.")] = 50,
+    learning_rate: Annotated[
+        float, typer.Option(help="Learning rate after the warm-up, from which it falls along a cosine.")
+    ] = 3e-3,
+    final_learning_rate: Annotated[float, typer.Option(help="Learning rate at the last step.")] = 3e-5,
+    warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 50,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bf16: faster on GPUs, and on CPUs with AMX.")] = False,
     save_bf16: Annotated[bool, typer.Option("--save-bf16", help="Save in bf16: half the size.")] = False,
     patch_size: Annotated[
-        float, typer.Option(help="Bytes of a patch on average, which the threshold of an entropy model is chosen for.")
+        float, typer.Option(help="Mean bytes of a patch, for which the threshold of an entropy model is chosen.")
     ] = 4.5,
     accumulate: Annotated[int, typer.Option(help="Micro-batches in a rank's share of a step.")] = 1,
     checkpoint_activations: Annotated[
-        bool, typer.Option("--checkpoint-activations", help="Keep only the inputs of layers, and compute them twice.")
+        bool,
+        typer.Option(
+            "--checkpoint-activations", help="Keep only the inputs of layers; backward computes the layers again."
+        ),
     ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the layers with torch.compile.")] = False,
     parallel: Annotated[str, typer.Option(help="How the ranks of torchrun share the work: ddp or fsdp.")] = "ddp",
     shard_tables: Annotated[
-        bool, typer.Option("--shard-tables", help="Share the rows of a BLT's hash tables out; fsdp always does.")
+        bool, typer.Option("--shard-tables", help="Shard a BLT's hash tables by rows over the ranks; fsdp always does.")
     ] = False,
     init: Annotated[
         Path | None,
@@ -79,19 +82,25 @@ def train(
         Path | None, typer.Option(metavar="DIR", help="Llama that the global transformer of a BLT begins as.")
     ] = None,
     global_learning_rate: Annotated[
-        float | None, typer.Option(help="Of the global transformer's layers; that of the others if not given.")
+        float | None,
+        typer.Option(help="Learning rate of the global transformer's layers; that of the others if not given."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     eval_every: Annotated[int, typer.Option(help="Steps between measurements on held-out files.")] = 500,
-    eval_bytes: Annotated[int, typer.Option(help="The most bytes of one; the last one takes all.")] = 1 << 18,
+    eval_bytes: Annotated[int, typer.Option(help="The most bytes of a measurement; the last one takes all.")] = 1 << 18,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     checkpoint_seconds: Annotated[float, typer.Option(help="The most seconds between checkpoints.")] = 60.0,
     patches: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Of a BLT: what patch --save stored, in place of patching.")
+        Path | None,
+        typer.Option(metavar="DIR", help="For a BLT: patches that patch --save stored, read in place of patching."),
     ] = None,
-    keep: Annotated[int, typer.Option(help="How many checkpoints stay: the newest ones.")] = 1,
+    keep: Annotated[int, typer.Option(help="How many checkpoints to keep, the newest ones.")] = 1,
     tensorboard: Annotated[
-        bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Write its events; if installed if not given.")
+        bool | None,
+        typer.Option(
+            "--tensorboard/--no-tensorboard",
+            help="Write TensorBoard events; if not given, they are written where it is installed.",
+        ),
     ] = None,
     color: ColorOption = Color.auto,
 ) -> None:
@@ -159,7 +168,7 @@ def _key_and_json(setting: str) -> tuple[str, Any]:
 def run(config: TrainConfig, color: Color = Color.auto) -> None:
     """Train with a bar of bits per byte and bytes per second on stderr, then say where things are.
 
-    Of several ranks, the first one talks.
+    Only rank 0 prints.
     """
     from blt_kernels.train.loop import train as train_model  # takes 0.7 s, which no other command should wait for
     from blt_kernels.train.parallel import is_first

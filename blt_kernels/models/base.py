@@ -28,7 +28,7 @@ class ByteModel(nn.Module):
 
     @classmethod
     def from_values(cls: type[Model], values: dict[str, Any], ops: str = "fused") -> Model:
-        """A fresh model from its configuration as a dictionary (`asdict`, or JSON)."""
+        """Return a fresh model from its configuration as a dictionary (`asdict`, or JSON)."""
         return cls(config_from_dict(cls.config_class, values), ops)
 
     def pack(self, tokens: Tensor, cu_seqlens: Tensor | Documents | None) -> tuple[Tensor, Documents]:
@@ -41,7 +41,7 @@ class ByteModel(nn.Module):
         return ids, rows._replace(alphabet=alphabet) if known else rows
 
     def loss(self, tokens: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
-        """Bits per byte of next-byte prediction: the mean of ``-log2 p`` over every id that follows another in its row.
+        """Return bits per byte: the mean of ``-log2 p`` over every id that follows another in its row.
 
         Parameters
         ----------
@@ -62,9 +62,9 @@ class ByteModel(nn.Module):
         return next_byte_bits(logits.flatten(0, -2), targets)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Write weights (as `dtype`, if given) and configuration to one ``.safetensors`` file, all of it or nothing.
+        """Write weights (as `dtype`, if given) and configuration to one ``.safetensors`` file, whole or not at all.
 
-        Tied weights are written under each of their names: the model that `load` makes of them has copies.
+        Tied weights are written under each of their names, so the model that `load` returns has copies.
 
         Raises
         ------
@@ -112,13 +112,13 @@ class ByteModel(nn.Module):
 
 
 def model_name(path: str | os.PathLike[str]) -> str | None:
-    """The class of the model in a file that `ByteModel.save` wrote; None for other safetensors files."""
+    """Return the class of the model in a file that `ByteModel.save` wrote; None for other safetensors files."""
     with open_safetensors(path) as file:
         return (file.metadata() or {}).get("model")
 
 
 def stored_config(path: str | os.PathLike[str], name: str, cls: type) -> Any:
-    """The configuration, of the class `cls`, in a file of the model `name`; ValueError if it is another file."""
+    """Return the configuration, of class `cls`, in a file of the model `name`; ValueError for another file."""
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
     if metadata.get("model") != name:
@@ -130,7 +130,7 @@ def stored_config(path: str | os.PathLike[str], name: str, cls: type) -> Any:
 
 
 def config_from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """Rebuild a configuration dataclass, nested ones included, from what `asdict` and JSON made of it."""
+    """Rebuild a configuration dataclass, nested ones included, from its values in JSON."""
     if not isinstance(values, dict):
         raise ValueError(f"config: expected the fields of {cls.__name__}, got {values!r}")
     unknown = sorted(set(values) - {field.name for field in fields(cls)})

@@ -1,4 +1,4 @@
-"""Patches of whole characters: which bytes end a character of UTF-8, and boundary decisions that cut none."""
+"""Finds the bytes that end a character of UTF-8, and drops boundary decisions that cut one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from blt_kernels.ops import _common
 def character_ends(ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return which ids a patch may end with, bool ``[T]``: those that leave no character of UTF-8 incomplete.
 
-    Only ids up to each one decide. It is what an incremental decoder holds back: a lead byte and the continuation bytes
-    that may follow it, until the last of them has come. What cannot begin or continue a character, such as 0x80 after
-    "a", is a character of its own, and so is a special id. A byte that interrupts a character, such as "a" after 0xE4,
-    ends it.
+    Only ids up to each id decide. An incremental decoder holds back the same bytes: a lead byte and the continuation
+    bytes that may follow it, until the last of them has come. A byte that cannot begin or continue a character, such as
+    0x80 after "a", is a character of its own, and so is a special id. A byte that interrupts a character, such as "a"
+    after 0xE4, ends it.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def patches_of_whole_characters(
     *,
     ops: SimpleNamespace | None = None,
 ) -> PatchLayout:
-    """The patches of a `layout`, of any scheme of BLT, by `whole_characters`.
+    """Return the patches of a `layout`, of any scheme of BLT, by `whole_characters`.
 
     Parameters
     ----------

@@ -53,7 +53,7 @@ class ByteLMConfig(TransformerConfig):
 
     @staticmethod
     def small() -> ByteLMConfig:
-        """1.84M parameters, 3.7 MB in bf16: the shape of the bundled model."""
+        """Return the sizes of the bundled model: 1.84M parameters, 3.7 MB in bf16."""
         return ByteLMConfig(dim=256, num_layers=2, num_heads=2, window=128)
 
 
@@ -61,7 +61,7 @@ class ByteLMConfig(TransformerConfig):
 class BLTConfig:
     """The defaults are the released 1B model, whose hash tables hold 3.1B parameters more.
 
-    `encoder` and `decoder` work on bytes and share their width, `global_transformer` on patches. A patch is
+    `encoder` and `decoder` work on bytes and share their width, `global_transformer` works on patches. A patch is
     `queries_per_patch` vectors of the local width. `patching` is "entropy" (by `patcher`, with the rules of
     `blt_kernels.patch_starts`), "space", "static" (every `patch_size` bytes), "byte" or "bpe" (after every id 3, as
     facebookresearch/blt puts them between the tokens of a BPE tokenizer); `patcher` may be None where another scheme or
@@ -82,10 +82,10 @@ class BLTConfig:
       that holds it, as in facebookresearch/blt. Without it, as in transformers, rows are taken as they are.
     - `global_across_documents`: with `split_documents`, only the layers over bytes stop there, and the global
       transformer attends to its whole row, as facebookresearch/blt does with the ``attn_bias_type`` "causal".
-    - `pool_every_layer`, which tells only where `cross_attn_all_layers_encoder` has several layers: the patches are
-      pooled anew at every layer, as in transformers, so that the cross attention of the last layer alone is seen (and
-      is all that is computed here). Without it, as in facebookresearch/blt, they are pooled at the first layer, and
-      each cross attention adds to them.
+    - `pool_every_layer` matters only where `cross_attn_all_layers_encoder` has several layers: the patches are pooled
+      anew at every layer, as in transformers, so only the cross attention of the last layer has an effect, and only
+      that is computed here. Without it, as in facebookresearch/blt, they are pooled at the first layer, and each
+      cross attention adds to them.
     - `cross_attn_grouped_heads`: cross attention has as few key/value heads as the layers around it, as in
       transformers. Without it, as in facebookresearch/blt, it has as many as query heads.
     """
@@ -134,13 +134,13 @@ class BLTConfig:
         self.cross_attention(self.decoder)
 
     def cross_attention(self, around: TransformerConfig) -> TransformerConfig:
-        """Width and heads of the cross attention between the layers of the encoder or of the decoder."""
+        """Return width and heads of the cross attention between the layers of the encoder or of the decoder."""
         kv_heads = around.kv_heads if self.cross_attn_grouped_heads else None
         return replace(around, num_heads=self.cross_attn_heads or around.num_heads, num_kv_heads=kv_heads)
 
     @property
     def patch_rule(self) -> dict[str, Any]:
-        """The fields that decide, with the patcher, where `BLT.patch` starts patches: those that its scheme reads."""
+        """The fields that its scheme reads decide, with the patcher, where `BLT.patch` starts patches."""
         own = {
             "entropy": ("threshold", "threshold_add", "monotonic", "reset_at_newlines"),
             "static": ("patch_size",),
@@ -150,7 +150,7 @@ class BLTConfig:
 
     @staticmethod
     def small() -> BLTConfig:
-        """7.8M parameters without the patcher, 3.1M of them in hash tables: trains on a laptop."""
+        """Return sizes that train on a laptop: 7.8M parameters without the patcher, 3.1M of them in hash tables."""
         return BLTConfig(
             encoder=TransformerConfig(128, 1, 2, window=128),
             global_transformer=TransformerConfig(256, 4, 4, window=256),
@@ -171,11 +171,11 @@ class MegaByteConfig:
     global_transformer : TransformerConfig
         Over patches. Its width is that of P byte embeddings.
     local_transformer : TransformerConfig
-        Over the bytes of a patch, which it never sees beyond but for `cross_patch`: its window is not read.
+        Over the bytes of a patch. It attends to no other bytes, apart from `cross_patch`: its window is not read.
     vocab_size : int
     cross_patch : int
         The paper's r: in every local layer a patch also attends to the keys and values of the last r positions of the
-        patch before, 0 to P. The paper uses it but does not say which r.
+        patch before, 0 to P. The paper uses it and does not give r.
     conv_sizes : tuple of int
         Filter sizes of causal convolutions over the byte embeddings of the global model, in turn; the paper's are
         ``(3, 5, 7)``. It says no more about them: see `CausalConvolution`.
@@ -201,7 +201,7 @@ class MegaByteConfig:
 
     @staticmethod
     def small() -> MegaByteConfig:
-        """4.6M parameters: trains on a laptop."""
+        """Return sizes that train on a laptop: 4.6M parameters."""
         return MegaByteConfig(
             patch_size=4,
             global_transformer=TransformerConfig(256, 4, 4, window=256),

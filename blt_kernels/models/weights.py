@@ -1,4 +1,4 @@
-"""Safetensors files: opening, checking and writing them. The package itself does not depend on safetensors."""
+"""Opens, checks and writes safetensors files. The package itself does not depend on safetensors."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def check_tensors(what: str, tensors: Mapping[str, Tensor], expected: Mapping[st
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file, all of it or nothing: what was mapped from an old file of this name stays as it is.
+    """Write a file, whole or not at all. Tensors mapped from an old file of this name keep their values.
 
-    The format has no tensors that share memory: those are written under each of their names.
+    The format has no tensors that share memory: they are written under each of their names.
 
     Raises
     ------
@@ -45,11 +45,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
         A tensor is on the meta device, or fake.
     """
     module, apart = safetensors_module(), _apart(tensors)
-    if path.exists() and not path.is_file():  # safetensors would put a file in its place
+    if path.exists() and not path.is_file():  # safetensors would replace it by a file
         raise OSError(f"{path}: expected a regular file, or none")
     with whole_file(path) as part:
         part.touch()
-        mode = part.stat().st_mode  # the user's default, which safetensors does not keep
+        mode = part.stat().st_mode  # the user's default mode, which safetensors does not keep
         try:
             module.torch.save_file(apart, part, metadata)
         except module.SafetensorError as error:
@@ -58,7 +58,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of which no two share memory: copies where they do."""
+    """Return contiguous tensors of which no two share memory; those that do are copied."""
     result: dict[str, Tensor] = {}
     taken: list[tuple[torch.device, int, int]] = []
     for name, value in tensors.items():
@@ -87,7 +87,7 @@ def open_safetensors(path: str | os.PathLike[str], device: torch.device | str = 
 
 
 def safetensors_module() -> ModuleType:
-    """The safetensors package, which the library itself does not depend on."""
+    """Return the safetensors package, or raise ImportError with the command that installs it."""
     try:
         import safetensors
         import safetensors.torch

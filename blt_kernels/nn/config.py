@@ -10,7 +10,9 @@ from blt_kernels.ops import _common
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A stack of layers. `window` is in bytes (or patches) and counts the query itself; None is the whole document.
+    """The sizes of a stack of layers.
+
+    `window` is in bytes (or patches) and counts the query itself; None is the whole document.
 
     `rope_scaling` is that of Llama 3.1: a factor, the turns below which a frequency is divided by it, the turns above
     which it is not, and the length within which turns are counted.
@@ -55,5 +57,5 @@ class TransformerConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward: 8/3 of `dim`, rounded up to a multiple of 256, unless given."""
+        """The width of the feed-forward is 8/3 of `dim`, rounded up to a multiple of 256, unless it is given."""
         return self.ffn_dim or 256 * math.ceil(8 * self.dim / 3 / 256)

@@ -1,6 +1,6 @@
 """Functions without parameters: the ops of a model, embeddings of ids, the loss, and two derivatives.
 
-`RMSNormFunction` and `SwiGLUFunction` are derivatives on the CPU, where those that torch composes take more passes over
+`RMSNormFunction` and `SwiGLUFunction` are derivatives for the CPU. Those that torch composes take more passes over
 memory or save more tensors.
 """
 
@@ -39,9 +39,9 @@ def load_ops(kind: str) -> SimpleNamespace:
 
 
 def known_ids(ids: Tensor, rows: Documents, alphabet: int) -> Tensor | None:
-    """Return which ids are in a row and in the alphabet, bool ``[T]``: the others may hold anything.
+    """Return which ids are in a row and in the alphabet, bool ``[T]``. The others may hold any value.
 
-    None if the host knows that all are.
+    The result is None if the host knows that all are.
     """
     if rows.full and rows.holds_ids_below(alphabet):
         return None
@@ -50,12 +50,12 @@ def known_ids(ids: Tensor, rows: Documents, alphabet: int) -> Tensor | None:
 
 
 def embed_ids(table: Callable[[Tensor], Tensor], ids: Tensor, known: Tensor | None) -> Tensor:
-    """The rows of `table`, ``[*ids.shape, D]``; 0, which gets no gradient, for ids that are not `known`."""
+    """Return the rows of `table`, ``[*ids.shape, D]``. Ids that are not `known` give 0 and send no gradient."""
     return table(ids) if known is None else table(ids.where(known, 0)).where(known[..., None], 0)
 
 
 def next_byte_targets(tokens: Tensor, cu_seqlens: Tensor, alphabet: int | None = None) -> Tensor:
-    """The id after each one in its row, int64 ``[T]``; -100 where there is none, or one outside the alphabet."""
+    """Return the id after each id in its row, int64 ``[T]``; -100 where there is none, or one outside the alphabet."""
     position = torch.arange(tokens.shape[0], device=tokens.device)
     row = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
     end = F.pad(cu_seqlens[1:].long(), (0, 1))[row]
@@ -67,26 +67,26 @@ def next_byte_targets(tokens: Tensor, cu_seqlens: Tensor, alphabet: int | None =
 
 
 def next_byte_bits(logits: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
-    """Mean of ``-log2 p(target)`` over the targets that are not -100, or their sum over `count`, in fp32 or fp64."""
+    """Return the mean of ``-log2 p(target)`` over the targets that are not -100, or their sum divided by `count`."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nats = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return nats / ((targets >= 0).sum().clamp(min=1) * math.log(2) if count is None else count * math.log(2))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` on the CPU."""
+    """Return ``x / sqrt(mean(x^2) + eps) * weight`` on the CPU."""
     if needs_grad(x, weight):
         return RMSNormFunction.apply(x, weight, eps)
     return _scaled(x, weight, eps)[0]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up`` on the CPU."""
+    """Return ``silu(gate) * up`` on the CPU."""
     return SwiGLUFunction.apply(gate, up) if needs_grad(gate, up) else F.silu(gate).mul_(up)
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    """Whether a function of these tensors is differentiated, in either mode."""
+    """Return whether a function of these tensors is differentiated, in either mode."""
     return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
@@ -98,7 +98,7 @@ def _scaled(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """``y = x r w`` with ``r = (mean(x^2) + eps)^(-1/2)`` over the last dimension, saving x, w and r.
+    """``y = x r w`` with ``r = (mean(x^2) + eps)^(-1/2)`` over the last dimension; x, w and r are saved.
 
     With ``n = x r``: ``dw = sum_rows(dy n)`` and ``dx = r (dy w - n mean(dy w n))``. Forward and backward of fp32
     ``[8192, 256]`` take a third of the time of `F.rms_norm`.
@@ -119,13 +119,13 @@ class RMSNormFunction(torch.autograd.Function):
         normed = x * scale
         product = grad * normed
         rows = product.flatten(0, -2)
-        # mv, which no autocast rounds to bf16 as it does what is written with @.
+        # Autocast rounds products that are written with @ to bf16, but not mv.
         mean = torch.mv(rows, weight).view_as(scale).div_(x.shape[-1])
         return (grad * weight).addcmul_(normed, mean, value=-1).mul_(scale), rows.sum(0), None
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """``silu(gate) up``, saving the arguments alone: ``silu(gate)`` is computed again for the gradient of `up`."""
+    """``silu(gate) up``, of which only the arguments are saved: the gradient of `up` computes ``silu(gate)`` again."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

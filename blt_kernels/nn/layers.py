@@ -1,6 +1,6 @@
-"""Layers over packed data, which `ByteLM`, `BLT` and `MegaByte` are composed of.
+"""`ByteLM`, `BLT` and `MegaByte` are composed of these layers over packed data.
 
-They are Llama's blocks: RMSNorm, rotary positions in interleaved pairs, SwiGLU, no biases.
+The layers are Llama's blocks: RMSNorm, rotary positions in interleaved pairs, SwiGLU, no biases.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from blt_kernels.ops._common import Documents
 
 
 def init_normal(weight: Tensor, std: float) -> None:
-    """Draw `weight` from a normal of deviation `std`, cut at three deviations; fake tensors have nothing to draw."""
-    if not isinstance(weight, FakeTensor):  # torch draws until all values fit, which it has to read
+    """Draw `weight` from a normal of deviation `std`, cut at three deviations. Fake tensors have no values."""
+    if not isinstance(weight, FakeTensor):  # torch reads the values and draws again until all of them fit
         nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
 def linear(in_features: int, out_features: int) -> nn.Linear:
-    """A matrix drawn from a normal of deviation ``in_features^-0.5``, cut at three deviations."""
+    """Return a matrix drawn from a normal of deviation ``in_features^-0.5``, cut at three deviations."""
     layer = nn.Linear(in_features, out_features, bias=False)
     init_normal(layer.weight, in_features**-0.5)
     return layer
 
 
 def embedding(rows: int, dim: int) -> nn.Embedding:
-    """A table drawn from a normal of deviation 0.5: as large as what a layer adds, so that bytes show through."""
+    """Return a table drawn from a normal of deviation 0.5, as large as the updates of a layer."""
     table = nn.Embedding(rows, dim)
     init_normal(table.weight, 0.5)
     return table
 
 
 class RMSNorm(nn.RMSNorm):
-    """``x / sqrt(mean(x^2) + eps) * weight``, in the weight's dtype: autocast's bf16 activations are widened."""
+    """``x / sqrt(mean(x^2) + eps) * weight``, in the weight's dtype, to which autocast's bf16 is converted."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
         if not _common.readable(x):
             return super().forward(x)
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps  # as torch has it
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps  # the default of torch
         return rms_norm(x, self.weight, eps)
 
 
@@ -122,7 +122,7 @@ class TransformerLayer(nn.Module):
     Layers of the same documents and window can share their ``ranges``: see `attention_ranges`.
     """
 
-    recompute = False  # whether backward computes the layer again: then only its input is kept until there
+    recompute = False  # True: backward computes the layer again, so that only its input is kept
 
     def __init__(self, config: TransformerConfig, ops: SimpleNamespace) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class TransformerLayer(nn.Module):
     def forward(
         self, x: Tensor, table: Tensor, documents: Tensor | Documents, ranges: AttentionRanges | None = None
     ) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():  # there is nothing random in a layer
+        if self.recompute and torch.is_grad_enabled():  # a layer draws no random numbers
             return checkpoint(self._layer, x, table, documents, ranges, use_reentrant=False, preserve_rng_state=False)
         return self._layer(x, table, documents, ranges)
 

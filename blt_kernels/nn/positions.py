@@ -1,4 +1,4 @@
-"""Rows and documents of packed data, positions in them, rotary positions.
+"""Rows, documents and positions of packed data, and rotary positions.
 
 Data is packed: ``[T, ...]`` with ``cu_seqlens: int32[R+1]``, where the offsets delimit rows. Positions, patching and
 hashing run along a row. A row is one document, or several that each end in EOS: see `attention_documents`.
@@ -20,7 +20,7 @@ from blt_kernels.ops._common import Documents
 
 
 def row_positions(cu_seqlens: Tensor | Documents, total: int) -> Tensor:
-    """Index of each entry in its row, int64 ``[total]``; entries beyond the last row count on from its end."""
+    """Return the index of each entry in its row, int64 ``[total]``; entries beyond the last row continue its count."""
     rows, cu_seqlens = cu_seqlens, offsets_of(cu_seqlens)
     position = torch.arange(total, device=cu_seqlens.device)
     if isinstance(rows, Documents) and rows.full and cu_seqlens.shape[0] == 2:  # a single row
@@ -35,7 +35,7 @@ def offsets_of(documents: Tensor | Documents) -> Tensor:
 
 
 def attention_documents(starts: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Offsets of the documents that attention stays within, from flags at their first entries.
+    """Return the offsets of the documents that attention stays within, from flags at their first entries.
 
     Parameters
     ----------
@@ -63,9 +63,9 @@ def layer_ranges(
     ops: SimpleNamespace, x: Tensor, documents: Tensor | Documents, window: int | None,
     key_documents: Tensor | Documents | None = None, num_keys: int | None = None,
 ) -> AttentionRanges | None:  # fmt: skip
-    """Return what the self-attention of all layers of a stack shares, from its input ``[T, D]``; None on the CPU.
+    """Return the ranges that the self-attention of all layers of a stack shares, from its input ``[T, D]``.
 
-    There the kernels do not read it.
+    It is None on the CPU, where the kernels do not read ranges.
     """
     if x.device.type == "cpu":
         return None
@@ -74,7 +74,7 @@ def layer_ranges(
 
 
 def rotary_table(positions: Tensor, config: TransformerConfig, dtype: torch.dtype) -> Tensor:
-    """Complex ``exp(i position theta^(-2j/E))``, ``[T, 1, E/2]``: of fp64 for fp64 models, else of fp32."""
+    """Return complex ``exp(i position theta^(-2j/E))``, ``[T, 1, E/2]``: of fp64 for fp64 models, else of fp32."""
     dtype = dtype if dtype == torch.float64 else torch.float32
     head_dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     if _common.readable(positions):

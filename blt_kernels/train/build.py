@@ -17,7 +17,7 @@ MODELS: dict[str, type[ByteModel]] = {"entropy": ByteLM, "blt": BLT, "megabyte":
 
 
 def build_model(config: TrainConfig) -> ByteModel:
-    """The model that a run begins as: the one in `init`, or a freshly initialised one.
+    """Return the model that a run begins as: the model in `init`, or a freshly initialised one.
 
     Raises
     ------
@@ -34,7 +34,7 @@ def build_model(config: TrainConfig) -> ByteModel:
 
 
 def _fresh_model(config: TrainConfig) -> ByteModel:
-    """The patcher of a BLT is loaded, and its global transformer with `init_global`."""
+    """Return a fresh model. The patcher of a BLT is loaded, and with `init_global` its global transformer too."""
     values = {**_preset(config), **config.overrides}
     if config.model == "entropy":
         return ByteLM(_config(ByteLMConfig, values), config.ops)
@@ -58,7 +58,7 @@ def _fresh_model(config: TrainConfig) -> ByteModel:
 
 
 def _config(cls: type, values: dict[str, Any]) -> Any:
-    """The configuration with `overrides` in it."""
+    """Return a configuration; its errors name the option `overrides`."""
     try:
         return config_from_dict(cls, values)
     except (TypeError, ValueError) as error:
@@ -66,7 +66,7 @@ def _config(cls: type, values: dict[str, Any]) -> Any:
 
 
 def _initial_model(config: TrainConfig) -> ByteModel:
-    """The model in `init`, in fp32: a BLT with its own patcher, unless `patcher` is given."""
+    """Return the model in `init`, in fp32: a BLT with its own patcher, unless `patcher` is given."""
     assert config.init is not None
     cls = MODELS[config.model]
     with checks.reading("init"):
@@ -92,12 +92,12 @@ def _initial_model(config: TrainConfig) -> ByteModel:
             option = f"--set {name}" if name in config.overrides else f"preset {config.preset!r}: {name}"
             raise ValueError(f"{option}: expected {has!r}, as in {config.init}, got {want!r}")
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # what was loaded may be the mapped file
+        parameter.data = parameter.data.clone()  # the parameter may be the mapped file
     return model
 
 
 def _preset(config: TrainConfig) -> dict[str, Any]:
-    """The configuration that `preset` names."""
+    """Return the fields of the configuration that `preset` names."""
     config_class: Any = {"entropy": ByteLMConfig, "blt": BLTConfig, "megabyte": MegaByteConfig}[config.model]
     return asdict(config_class() if config.preset == "paper" else config_class.small())
 

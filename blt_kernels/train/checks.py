@@ -1,4 +1,4 @@
-"""Checks of values that the options of several commands have. Messages begin with the name of the field."""
+"""Checks values that several commands have as options. Messages begin with the name of the field."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_finite(name: str, value: float, minimum: float, *, exclusive: bool = F
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Have errors of a file begin with the name of the field that it is from."""
+    """Make errors of a file begin with the name of the field that the file is from."""
     try:
         yield
     except (FileNotFoundError, ValueError) as error:

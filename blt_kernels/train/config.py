@@ -12,10 +12,10 @@ from blt_kernels.train import checks, data
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run depends on.
+    """The options that a run depends on.
 
-    `model` is "entropy", "blt" or "megabyte"; `preset` "small", as for None, or "paper"; `overrides` replaces fields of
-    that configuration. `batch_bytes` ids make a step, in pieces of at most `context`. A fraction `heldout` of the files
+    `model` is "entropy", "blt" or "megabyte". `preset` is "small", as for None, or "paper"; `overrides` replaces fields
+    of that configuration. `batch_bytes` ids make a step, in pieces of at most `context`. A share `heldout` of the files
     is never trained on; at most `eval_bytes` of them are measured every `eval_every` steps, all of them at the end.
     `patcher` is the entropy model of a BLT with entropy patching; if None, that of `init`, or the bundled one.
     `out` is left out where it lies inside of `paths`. A checkpoint is written every `checkpoint_every` steps, and no

@@ -1,4 +1,4 @@
-"""Files as documents of byte ids, and documents as packed batches that are a pure function of (seed, step).
+"""Reads files as documents of byte ids, and packs them into batches that are a pure function of (seed, step).
 
 A document is BOS, the bytes of one file (id = byte + 4), EOS. Documents are cut into pieces of at most `context` ids,
 of which the first repeats the last of the piece before: so every id but BOS is predicted once. A batch is the pieces of
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 def find_sources(
     paths: Sequence[str | os.PathLike[str]], include: Sequence[str] = ("*",), left_out: Path | None = None
 ) -> list[Source]:
-    """Files under `paths`, in the order of their content's digest.
+    """Return the files under `paths`, in the order of their content's digest.
 
     A file that is named is always taken. Directories are walked: names must match one of the `include` patterns, and
     binary files (a zero byte among the first 8192), hidden and `SKIPPED_DIRECTORIES` are left out, and so is
@@ -67,7 +67,7 @@ def find_sources(
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"paths: no such file or directory: {path}")
-        if not path.is_file() and not path.is_dir():  # a pipe can be read only once, /dev/zero for ever
+        if not path.is_file() and not path.is_dir():  # a pipe can be read only once, and /dev/zero has no end
             raise ValueError(f"paths: expected a file or a directory, got {path}")
         for file in [path] if path.is_file() else _walk(path, include, left_out):
             digest, size = file_digest(file)
@@ -79,7 +79,7 @@ def find_sources(
 
 
 def split_sources(sources: Sequence[Source], heldout: float, seed: int) -> tuple[list[Source], list[Source]]:
-    """Split into training and held-out files: held out is a file whose hash with `seed`, as a fraction, is < `heldout`.
+    """Split into training and held-out files: those are held out whose hash with `seed`, as a fraction, is < `heldout`.
 
     The content alone decides, so that the split is the same wherever the files lie, and for a file in any set of files.
     """
@@ -129,21 +129,21 @@ class PackedBatches:
         self._shared = (-1, 0)
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
-        """Batch number `step`: ids int32 ``[T]`` and offsets of its rows int32 ``[R+1]``.
+        """Return batch number `step`: ids int32 ``[T]`` and offsets of its rows int32 ``[R+1]``.
 
-        With `parts`, those of its rows that `share` gives to `part`, which may be none.
+        With `parts`, it has the rows that `share` gives to `part`, which may be none.
         """
         return read_rows(self.rows(step, part, parts))
 
     def rows(self, step: int, part: int = 0, parts: int = 1) -> list[Row]:
-        """The rows of `batch`: pieces, or parts of those that the ends of batches cut."""
-        if self._shared != (step, parts):  # once for all parts of a step
+        """Return the rows of `batch`: pieces, or parts of pieces that the ends of batches cut."""
+        if self._shared != (step, parts):  # all parts of a step share it
             self._shared, self._step_rows = (step, parts), self._rows(step)
             self._shares = share([row.length for row in self._step_rows], parts)
         return [self._step_rows[i] for i in self._shares[part]]
 
     def predicted(self, step: int) -> int:
-        """Ids of batch number `step` that a model predicts: all but the first of each row."""
+        """Return how many ids of batch number `step` a model predicts: all but the first of each row."""
         return sum(row.length - 1 for row in self._rows(step))
 
     def _rows(self, step: int) -> list[Row]:
@@ -164,7 +164,7 @@ class PackedBatches:
 
 
 def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Share rows out so that the parts are about as long: the longest first, each to what is shortest so far.
+    """Divide rows into parts of about the same length: the longest first, each to the part that is shortest so far.
 
     Returns the indices of each part's rows, in rising order; a part has none where there are too few.
     """
@@ -178,12 +178,12 @@ def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def heldout_batches(sources: Sequence[Source], batch_bytes: int, context: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every document once, in order: the pieces as above, packed whole into batches of at most `batch_bytes` ids."""
+    """Yield every document once, in order: whole pieces, packed into batches of at most `batch_bytes` ids."""
     return map(read_rows, heldout_rows(sources, batch_bytes, context))
 
 
 def heldout_rows(sources: Sequence[Source], batch_bytes: int, context: int) -> Iterator[list[Row]]:
-    """The rows of `heldout_batches`."""
+    """Yield the rows of `heldout_batches`."""
     rows: list[Row] = []
     total = 0
     for source in sources:
@@ -199,23 +199,23 @@ def heldout_rows(sources: Sequence[Source], batch_bytes: int, context: int) -> I
 
 
 def num_pieces(size: Any, context: int) -> Any:
-    """Into how many pieces a document with `size` bytes is cut; of an array of sizes, an array."""
+    """Return into how many pieces a document with `size` bytes is cut, or documents with an array of sizes."""
     return -(-(size + 1) // (context - 1))
 
 
 def num_ids(sources: Sequence[Source], context: int) -> int:
-    """Ids of all pieces of documents: those where two meet are in both."""
+    """Return the number of ids in all pieces of documents; an id where two pieces meet is in both."""
     return sum(source.size + 1 + num_pieces(source.size, context) for source in sources)
 
 
 def find_piece(source: Source, number: int, context: int) -> Row:
-    """Piece `number` of a document."""
+    """Return piece `number` of a document."""
     start = number * (context - 1)
     return Row(source, start, min(context, source.size + 2 - start))
 
 
 def piece_of(row: Row, context: int) -> Row:
-    """The piece that a row is, or is a part of.
+    """Return the piece that a row is, or is a part of.
 
     The first id of a piece is the last of the piece before. A row of that id alone is taken to begin its piece.
     """
@@ -224,18 +224,18 @@ def piece_of(row: Row, context: int) -> Row:
 
 
 def read_rows(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Rows of documents end to end, as `pack_rows`."""
+    """Return rows of documents end to end, as `pack_rows` does."""
     return pack_rows([read_ids(*row) for row in rows])
 
 
 def pack_rows(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Rows of ids end to end, int32 ``[T]``, and their offsets, int32 ``[R+1]``."""
+    """Return rows of ids end to end, int32 ``[T]``, and their offsets, int32 ``[R+1]``."""
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     return torch.from_numpy(np.concatenate([np.empty(0, np.int32), *rows])), torch.from_numpy(offsets)
 
 
 def read_ids(source: Source, start: int, length: int) -> np.ndarray:
-    """Ids ``[start, start + length)`` of a document, int32: BOS at 0, then the bytes, EOS last.
+    """Return ids ``[start, start + length)`` of a document, int32: BOS at 0, then the bytes, EOS last.
 
     Raises
     ------
@@ -277,7 +277,7 @@ def _is_binary(file: Path) -> bool:
 
 
 def file_digest(file: Path) -> tuple[str, int]:
-    """SHA-256 and size of a file."""
+    """Return SHA-256 and size of a file."""
     digest, size = hashlib.sha256(), 0
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):

@@ -1,7 +1,7 @@
-"""Bits per byte on files, of any model and of the order-3 n-gram baseline.
+"""Measures bits per byte on files, of any model and of the order-3 n-gram baseline.
 
-Only bytes are scored: that the models predict EOS too counts for nothing, so that models that know nothing of documents
-can be compared. Every byte is scored once, its context cut as `data.heldout_batches` cuts it.
+Only bytes are scored, and not EOS, so that models that know nothing of documents can be compared. Every byte is scored
+once. `data.heldout_batches` cuts its context.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Report = Callable[[int, int, float], None]  # bytes done, bytes in all, bits per
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What to evaluate on what.
+    """A checkpoint, the files to measure it on, and how.
 
     `split` is "all", or one side of the split that training with the same `heldout`, `seed`, `include` and paths makes.
     `ngram` also trains the order-3 n-gram model on the "train" side and scores it on the same bytes. `strided` is
@@ -113,7 +113,7 @@ def measure(
     patches: RowPatches | None = None,
     **options: Any,
 ) -> tuple[float, int]:
-    """Bits per byte of a model on `sources`, and how many bytes that were.
+    """Return bits per byte of a model on `sources`, and the number of bytes.
 
     `ranks` share the batches; `patches` are those of a BLT, computed if None; `options` are those of its `forward`.
     """
@@ -126,7 +126,7 @@ def measure(
         patches = RowPatches(model, context, bf16)
     batches = data.heldout_rows(sources, batch_bytes, context)
     while round_ := list(islice(batches, ranks.world)):
-        # A sharded model is called on all ranks: on nothing where the last round has too few batches.
+        # All ranks call a sharded model. Where the last round has too few batches, they call it on nothing.
         pieces = round_[ranks.rank] if ranks.rank < len(round_) else []
         tokens, rows = (t.to(device) for t in data.read_rows(pieces))
         if patches is not None:
@@ -148,9 +148,9 @@ def measure(
 def threshold_for_patch_size(
     model: ByteLM, sources: Sequence[data.Source], patch_size: float, batch_bytes: int, context: int
 ) -> float:
-    """The entropy in nats above which patches of `sources` start if they are to have `patch_size` bytes on average.
+    """Return the entropy in nats above which patches start for a mean of `patch_size` bytes on `sources`.
 
-    Every row has two starts whatever the entropies are. The threshold lets through as many more as are missing.
+    Every row has two starts whatever the entropies are. The threshold makes as many more as are missing.
     """
     device = next(model.parameters()).device
     free, num_bytes, forced = [], 0, 0

@@ -1,4 +1,4 @@
-"""What a run writes for people: JSON lines, TensorBoard events, and the curve of its losses."""
+"""Writes what people read of a run: JSON lines, TensorBoard events, and the curve of its losses."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from blt_kernels._files import whole_file, write_text
 
 
 class Log:
-    """``log.jsonl``, and the same numbers as TensorBoard events in ``tensorboard``.
+    """Writes ``log.jsonl``, and the same numbers as TensorBoard events in ``tensorboard``.
 
     Parameters
     ----------
     out : Path
         Directory of the run.
     step : int
-        What was logged after it is dropped, and so is a line that a kill cut short.
+        Lines of later steps are dropped, and so is a line that a kill cut short.
     tensorboard : bool, optional
-        If it is installed, for None.
+        None writes events if TensorBoard is installed.
 
     Raises
     ------
@@ -58,7 +58,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log, none if there is no file; ValueError if one is damaged."""
+    """Return the complete lines of a log, none if there is no file; ValueError if a line is damaged."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
     return [_entry(path, number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
 
@@ -74,7 +74,7 @@ def _entry(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def draw_curve(log: Path, path: Path) -> None:
-    """Draw the losses in a log as a PNG: training in bits per byte, smoothed, and held-out measurements."""
+    """Draw the losses in a log as a PNG: those of training, also smoothed, and those on held-out files."""
     from matplotlib.figure import Figure
 
     lines = read_log(log)
@@ -84,7 +84,7 @@ def draw_curve(log: Path, path: Path) -> None:
     steps, losses = [line["step"] for line in train_lines], [line["bits_per_byte"] for line in train_lines]
     smooth: list[float] = []
     for loss in losses:
-        share = max(0.1, 2 / (len(smooth) + 2))  # a wider average as it goes on
+        share = max(0.1, 2 / (len(smooth) + 2))  # the average gets wider with the steps
         smooth.append(loss if not smooth else smooth[-1] + share * (loss - smooth[-1]))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

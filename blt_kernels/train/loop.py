@@ -1,14 +1,14 @@
-"""Training on files, resumable at any moment.
+"""Trains on files. A run can be killed and resumed at any moment.
 
 A run is a directory: ``checkpoint`` (see `blt_kernels.train.state`), ``log.jsonl``, ``tensorboard``,
 ``heldout.txt`` (the files that were held out), ``lock``, which keeps other processes from it, and at the end
-``model.safetensors`` and ``loss.png``. The data of a step is a function of the seed and the step alone, so that a run
-that was killed and started again with the same options goes on from its last checkpoint and ends, on the CPU, in
-bitwise the same weights.
+``model.safetensors`` and ``loss.png``. The data of a step is a function of the seed and the step alone, so a run that
+was killed and started again with the same options goes on from its last checkpoint, and ends in bitwise the same
+weights on the CPU.
 
 torchrun starts a run on several processes: ``torchrun --nproc-per-node 2 -m blt_kernels train ...``. They share the
-rows of each step, as micro-batches do. The loss is the mean over all predicted bytes of the step, so that its numbers,
-to rounding, do not depend on either; a run may go on with others than it began with.
+rows of each step, as micro-batches do. The loss is the mean over all predicted bytes of the step, so its numbers do
+not depend on ranks and micro-batches, up to rounding, and a run may go on with other numbers of them.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from blt_kernels.train.log import Log, draw_curve
 from blt_kernels.train.row_patches import RowPatches
 from blt_kernels.train.stored_patches import StoredPatches, model_digest, provenance
 
-# Options that decide how a run is watched, stored and computed, but for rounding not what it computes.
+# These options decide how a run is watched, stored and computed. They change its results by rounding only.
 _FREE = (
     *("paths", "out", "checkpoint_every", "checkpoint_seconds", "log_every", "tensorboard", "patch_size", "save_bf16"),
     *("device", "accumulate", "checkpoint_activations", "compile", "parallel", "shard_tables", "patches", "keep"),
 )
 _GLOBAL_LAYERS = ("global_transformer.layers.", "global_layers.")
-# What the threshold of an entropy model is chosen on. Rows begin with two short patches: they should be long.
+# The text for the threshold of an entropy model. Rows begin with two short patches, so they should be long.
 _THRESHOLD_BYTES, _THRESHOLD_CONTEXT = 1 << 20, 2048
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: sent after every step. `heldout_bits` is the last measurement, None before the first."""
+    """The state of a run after a step. `heldout_bits` is the last measurement, None before the first."""
 
     step: int
     steps: int
@@ -70,13 +70,13 @@ class TrainResult:
 
 
 def train(config: TrainConfig, report: Callable[[Progress], None] | None = None) -> TrainResult:
-    """Train, or go on training, the run in ``config.out``: on all ranks, if there are several.
+    """Train the run in ``config.out``, or resume it, on all ranks if there are several.
 
     Parameters
     ----------
     config : TrainConfig
     report : callable, optional
-        Told of every step, on rank 0.
+        Called after every step, on rank 0.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def train(config: TrainConfig, report: Callable[[Progress], None] | None = None)
 
 
 def _train(config: TrainConfig, report: Callable[[Progress], None] | None, ranks: parallel.Ranks) -> TrainResult:
-    """Apart from `train`, so that the run is gone before `ranks` end."""
+    """Train. It is a function of its own so that the run is freed before the process group ends."""
     run = _Run(config, ranks)
     while run.step < config.steps:
         started = time.perf_counter()
@@ -112,10 +112,10 @@ def _train(config: TrainConfig, report: Callable[[Progress], None] | None, ranks
 
 
 class _Run:
-    """One training run: its state, and the files it lives in."""
+    """One training run: its state and its files."""
 
     def __init__(self, config: TrainConfig, ranks: parallel.Ranks) -> None:
-        for package in ("safetensors", "matplotlib"):  # better missed now than after the training
+        for package in ("safetensors", "matplotlib"):  # a missing package is told before the training, not after it
             if find_spec(package) is None:
                 raise ImportError(f"training needs {package}: pip install 'blt-kernels[train]'")
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
@@ -136,7 +136,7 @@ class _Run:
         checkpoint = state.latest(self.out / "checkpoint")
         if checkpoint is None and (self.out / "log.jsonl").exists():
             raise ValueError(f"out: {self.out} holds the log of a run but no checkpoint: choose another directory")
-        ranks.barrier()  # before one of them writes another
+        ranks.barrier()  # all ranks have looked before one of them writes
         if checkpoint is not None:
             self._resume(checkpoint)
         self.patches = self._row_patches()
@@ -148,7 +148,7 @@ class _Run:
         self.log = Log(self.out, self.step, config.tensorboard) if ranks.rank == 0 else None
 
     def advance(self) -> float:
-        """One step; returns its loss in bits per byte."""
+        """Take one step and return its loss in bits per byte."""
         config, ranks, started = self.config, self.ranks, time.perf_counter()
         rate = _learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
@@ -174,7 +174,7 @@ class _Run:
         return total
 
     def record(self, bits: float, speed: float) -> None:
-        """Measure, log and save where it is time to."""
+        """Measure, log and save, each at its steps."""
         config = self.config
         if not math.isfinite(bits):
             raise ValueError(f"learning_rate: the loss is {bits} at step {self.step}, after {config.learning_rate}")
@@ -194,7 +194,7 @@ class _Run:
     def finish(self) -> TrainResult:
         self._save()
         config, bits, size = self.config, None, 0
-        if config.save_bf16:  # what is measured is what is saved
+        if config.save_bf16:  # the measured weights are those that are saved
             with torch.no_grad():
                 for parameter in self.model.parameters():
                     parameter.copy_(parameter.bfloat16())
@@ -220,7 +220,7 @@ class _Run:
         return TrainResult(path, curve, bits, size)
 
     def _whole_model(self) -> ByteModel:
-        """The model, or, where its parameters may be sharded, another one with those of the checkpoint."""
+        """Return the model, or a copy with the weights of the checkpoint where its parameters may be sharded."""
         if self.ranks.world == 1:
             return self.model
         cls: Any = MODELS[self.config.model]
@@ -279,7 +279,7 @@ class _Run:
             raise self._changed("patcher" if self.config.patcher or not self.config.init else "init", "other weights")
         self.step, self.seconds, self.heldout_bits = values["step"], values["seconds"], values["heldout_bits"]
         self.saved_step = self.step
-        if self.ranks.rank == 0:  # `keep` may be smaller than it was
+        if self.ranks.rank == 0:  # `keep` may have become smaller
             state.prune(checkpoint.parent, self.config.keep)
 
     def _check_files(self, began_with: dict[str, Any]) -> None:
@@ -297,7 +297,7 @@ class _Run:
         raise self._changed(option, "; ".join(shown))
 
     def _changed(self, option: str, what: str) -> ValueError:
-        """The error that a file has changed."""
+        """Return the error that a file has changed."""
         name = getattr(self.config, option) or ("the bundled one" if option == "patcher" else "small")
         began = f"has changed since the run in {self.out} began"
         return ValueError(f"{option}: {name} {began} ({what}): bring it back, or choose another directory")
@@ -308,7 +308,7 @@ class _Run:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of a configuration and of those in it: ``encoder.dim``."""
+    """Return the fields of a configuration and of those in it, by names such as ``encoder.dim``."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -316,12 +316,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _prepare_layers(model: ByteModel, config: TrainConfig) -> None:
-    """Have layers compute their activations again, and compile them.
+    """Set the layers to compute their activations again, and compile them.
 
     They are compiled one by one: between them, in eager code, layouts are trimmed to their patches on the CPU. Layers
-    of one shape share their code, once with gradients and once without.
+    of one shape share their code, which is compiled once with gradients and once without.
     """
-    if config.compile:  # encoder, global transformer and decoder make more kinds than dynamo allows
+    if config.compile:  # the layers have more shapes than dynamo allows by default
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for layer in model.modules():
         if isinstance(layer, TransformerLayer) and all(p.requires_grad for p in layer.parameters()):
@@ -331,7 +331,7 @@ def _prepare_layers(model: ByteModel, config: TrainConfig) -> None:
 
 
 def _optimizer(model: ByteModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; only matrices decay, not norms and tables.
+    """Return AdamW. Matrices decay; norms and tables do not.
 
     A group has a `scale` of the learning rate, and parameters that are all sharded or all whole.
     """
@@ -349,7 +349,7 @@ def _optimizer(model: ByteModel, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` at the last step."""
+    """Return the rate of a linear warm-up, then of a cosine that ends at `final_learning_rate` at the last step."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     part = (step - config.warmup) / max(config.steps - 1 - config.warmup, 1)
@@ -358,7 +358,7 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _first(sources: Sequence[data.Source], limit: int) -> list[data.Source]:
-    """The first files up to `limit` bytes in all, at least one. They are ordered by digest: a fair sample."""
+    """Return the first files up to `limit` bytes in all, at least one. The order by digest makes a fair sample."""
     chosen, size = [sources[0]], sources[0].size
     for source in sources[1:]:
         size += source.size

@@ -1,12 +1,13 @@
-"""The baseline to beat: an interpolated order-3 n-gram model over bytes.
+"""An interpolated order-3 n-gram model over bytes, as a baseline.
 
 A byte is predicted from the three bytes before it (BOS in place of bytes before the first), by Witten-Bell
 interpolation of the orders 3, 2, 1, 0 with the uniform distribution over 256 bytes:
 
     P_k(b | c) = (count(c b) + distinct(c) P_{k-1}(b | c')) / (count(c) + distinct(c))
 
-where c is the last k bytes, c' the last k - 1, count(c) the number of bytes seen after c and distinct(c) the number of
-different ones. Contexts never seen back off to P_{k-1}. (Witten and Bell 1991; Chen and Goodman 1998, section 2.4.)
+where c is the last k bytes, c' the last k - 1, count(c) the number of bytes after c in the training text and
+distinct(c) the number of different ones. Contexts that are not in the text back off to P_{k-1}. (Witten and Bell 1991;
+Chen and Goodman 1998, section 2.4.)
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class NgramModel:
         Tables of equally many blocks are merged, as the digits of a binary counter are: a count is copied
         ``log2(blocks)`` times, however many different windows there are.
         """
-        tables: list[tuple[int, _Table]] = []  # of so many blocks each
+        tables: list[tuple[int, _Table]] = []  # number of blocks, and their table
         for windows in _blocks(sources):
             blocks, table = 1, _sum_by_key(windows, np.ones(len(windows), dtype=np.int64))
             while tables and tables[-1][0] == blocks:
@@ -65,7 +66,7 @@ class NgramModel:
         return NgramModel(_merge([table for _, table in tables]))
 
     def probability(self, windows: np.ndarray) -> np.ndarray:
-        """P(last byte | the three before it) of windows of four ids, as one number in base 260 each; fp64."""
+        """Return P(last byte | the three before it) of windows of four ids, each a number in base 260; fp64."""
         p = np.full(windows.shape, 1 / 256)
         for order in range(ORDER + 1):
             window = windows % ALPHABET ** (order + 1)
@@ -75,7 +76,7 @@ class NgramModel:
         return p
 
     def measure(self, sources: Sequence[Source]) -> float:
-        """Bits per byte on files."""
+        """Return bits per byte on files."""
         bits, size = 0.0, 0
         for source in sources:
             for start in range(0, source.size, _BLOCK):
@@ -86,7 +87,7 @@ class NgramModel:
 
 
 def _blocks(sources: Sequence[Source]) -> Iterator[np.ndarray]:
-    """The windows of all files, `_BLOCK` or more at a time but for the last ones."""
+    """Yield the windows of all files, at least `_BLOCK` at a time apart from the last ones."""
     waiting: list[np.ndarray] = []
     size = 0
     for source in sources:
@@ -101,7 +102,7 @@ def _blocks(sources: Sequence[Source]) -> Iterator[np.ndarray]:
 
 
 def _windows(source: Source, start: int) -> np.ndarray:
-    """Every byte of a block with the three ids before it, oldest first, as a number in base 260: int64."""
+    """Return every byte of a block with the three ids before it, oldest first, as a number in base 260: int64."""
     stop = min(start + _BLOCK, source.size)
     count = stop - start
     first = max(start + 1 - ORDER, 0)  # byte i of the file is id i + 1 of the document

@@ -1,6 +1,6 @@
-"""One model on several processes, as torchrun starts them: DDP or FSDP2, and hash tables sharded by rows.
+"""Trains one model on the processes that torchrun starts: DDP or FSDP2, and hash tables sharded by rows.
 
-The ranks share each step's batch, and their losses add up to its mean: so gradients are sums, not means, over ranks.
+The ranks share each step's batch, and their losses add up to its mean, so gradients are sums over ranks and not means.
 Losses are multiplied by the number of ranks before backward, since DDP and FSDP2 divide by it. The sharded hash tables
 are in `blt_kernels.distributed`.
 """
@@ -36,7 +36,7 @@ class Ranks:
     world: int = 1
 
     def sum(self, *values: float) -> list[float]:
-        """Values summed over the ranks."""
+        """Return values summed over the ranks."""
         if self.world == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -44,7 +44,7 @@ class Ranks:
         return total.tolist()
 
     def first(self, value: bool) -> bool:
-        """What rank 0 says."""
+        """Return the value of rank 0."""
         return bool(self.sum(float(value and self.rank == 0))[0])
 
     def barrier(self) -> None:
@@ -53,7 +53,7 @@ class Ranks:
 
 
 def is_first() -> bool:
-    """Whether this process is the one of its run that talks.
+    """Return whether this is rank 0, the only rank that prints.
 
     Raises
     ------
@@ -65,9 +65,9 @@ def is_first() -> bool:
 
 @contextmanager
 def start(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or those of a process group that there is, or this process alone.
+    """Yield the ranks that torchrun started, or those of an existing process group, or this process alone.
 
-    Data on the CPU goes through gloo, on CUDA through nccl.
+    The CPU communicates by gloo, CUDA by nccl.
     """
     own, begin = torch.device(device), not dist.is_initialized() and _launched()
     cuda = own.type == "cuda"
@@ -82,10 +82,10 @@ def start(device: str) -> Iterator[Ranks]:
     if cuda:
         own = torch.device("cuda", torch.cuda.current_device())
     yield Ranks(own, dist.get_rank(), dist.get_world_size())
-    # What holds the group has to go before it: DDP, as the last to do so, would end gloo's threads while it holds the
-    # lock of the interpreter, which they wait for if they have a tensor to let go of.
+    # DDP is freed before the process group: its destructor joins gloo's threads while it holds the GIL, which they may
+    # need to free a tensor.
     gc.collect()
-    if begin:  # after an error it would wait for ranks that may be gone
+    if begin:  # after an error it would wait for ranks that may have ended
         dist.destroy_process_group()
 
 
@@ -95,7 +95,9 @@ _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")  # that torchrun 
 def _launched() -> bool:
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         for name in ("WORLD_SIZE", "RANK"):
-            if name in os.environ and os.environ.get("WORLD_SIZE") != "1":  # each would train alone, in one directory
+            if (
+                name in os.environ and os.environ.get("WORLD_SIZE") != "1"
+            ):  # each process would train alone, all in one directory
                 got = os.environ[name]
                 raise ValueError(f"{name}: expected torchrun, which sets TORCHELASTIC_RUN_ID too, got {got!r} alone")
         return False
@@ -112,7 +114,7 @@ def _launched() -> bool:
 
 
 def distribute(model: ByteModel, ranks: Ranks, parallel: str, shard_tables: bool) -> nn.Module:
-    """Move a model, the same on all ranks, to their devices, and say what to call in place of it.
+    """Move a model, the same on all ranks, to their devices, and return the module to call in its place.
 
     Parameters
     ----------
@@ -130,13 +132,13 @@ def distribute(model: ByteModel, ranks: Ranks, parallel: str, shard_tables: bool
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    left_out: set[nn.Parameter] = set()  # by DDP or FSDP2
+    left_out: set[nn.Parameter] = set()  # parameters that DDP or FSDP2 leaves alone
     if isinstance(model, BLT) and (shard_tables or parallel == "fsdp"):
         shard_hash_tables(model, mesh)
         left_out = set(model.encoder_hash_tok_embedding.parameters())
     model.to(ranks.device)
     if parallel == "ddp":
-        # The only way there is to tell DDP.
+        # DDP has no other way to leave parameters out.
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             model, [name for name, parameter in model.named_parameters() if parameter in left_out]
         )
@@ -153,9 +155,9 @@ def distribute(model: ByteModel, ranks: Ranks, parallel: str, shard_tables: bool
 
 
 def synchronised(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Around forward and backward of one of several micro-batches: DDP sums gradients over ranks after the last.
+    """Return the context of forward and backward of a micro-batch: DDP sums gradients over ranks after the last one.
 
-    FSDP2 does so after each: what it accumulates is sharded.
+    FSDP2 sums them after each, since it accumulates shards.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
         return module.no_sync()
@@ -186,7 +188,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> None:
 
 
 def _has_unused(model: ByteModel) -> bool:
-    """Whether the configuration leaves parameters without gradient: then DDP has to look for them in every step."""
+    """Return whether parameters have no gradient with this configuration. DDP then looks for them in every step."""
     ids = torch.arange(BYTE_OFFSET, BYTE_OFFSET + 8, device=next(model.parameters()).device)
     used = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return any(grad is None for grad in torch.autograd.grad(model.loss(ids), used, allow_unused=True))

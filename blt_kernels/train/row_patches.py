@@ -1,4 +1,4 @@
-"""Patches of the pieces that training cuts files into.
+"""Finds the patches of the pieces that training cuts files into.
 
 The unit is the piece (see `blt_kernels.train.data`). The entropy model gets a whole piece, and on the CPU nothing else
 with it: the same byte elsewhere in a batch, or in a batch of another length, may be rounded differently, and a boundary
@@ -26,7 +26,7 @@ _CALL_IDS = 1 << 16  # ids that a GPU gets at once
 
 
 class RowPatches:
-    """The patches of rows, as the model cuts their pieces.
+    """Finds the patches of rows, as the model cuts their pieces.
 
     Parameters
     ----------
@@ -41,11 +41,11 @@ class RowPatches:
 
     def __init__(self, model: BLT, context: int, bf16: bool = False, stored: StoredPatches | None = None) -> None:
         self.model, self.context, self.bf16, self.stored = model, context, bf16, stored
-        # Pieces that a batch cuts go on in the next one.
+        # The next batch goes on with a piece that a batch cuts.
         self._cut: dict[tuple[str, int], np.ndarray] = {}
 
     def layout(self, rows: Sequence[Row]) -> PatchLayout:
-        """The patches of rows end to end, on the device of the model.
+        """Return the patches of rows end to end, on the device of the model.
 
         Raises
         ------
@@ -58,11 +58,11 @@ class RowPatches:
             first = row.start - piece.start
             own = of_piece[first : first + row.length].copy()
             if first:
-                own[0] = True  # as everywhere, the second byte of a row starts a patch
+                own[0] = True  # the second byte of a row always starts a patch
             cuts.append(own)
             if row.length < piece.length:
                 self._cut[piece.source.digest, piece.start] = of_piece
-        while len(self._cut) > 2:  # one that ends and one that begins
+        while len(self._cut) > 2:  # the piece that ends in the batch, and the piece that begins
             self._cut.pop(next(iter(self._cut)))
         offsets = np.cumsum([0, *(row.length for row in rows)], dtype=np.int32)
         layout = PatchLayout.from_cuts(torch.from_numpy(np.concatenate(cuts)), torch.from_numpy(offsets)).compact()
@@ -83,7 +83,7 @@ def cut_pieces(
     bf16: bool,
     read: Callable[[Sequence[Row]], tuple[Tensor, Tensor]] = data.read_rows,
 ) -> list[np.ndarray]:
-    """For each id of each piece, whether the one after it starts a patch: bool ``[length]``."""
+    """Return, for each id of each piece, whether the next id starts a patch: bool ``[length]``."""
     device = next(model.parameters()).device
     cuts = []
     for group in _calls(pieces, 1 if device.type == "cpu" else _CALL_IDS):
@@ -96,7 +96,7 @@ def cut_pieces(
 
 
 def _calls(pieces: Sequence[Row], limit: int) -> Iterator[list[Row]]:
-    """Pieces in turn, as many together as have `limit` ids, and at least one."""
+    """Yield groups of pieces of at most `limit` ids, or of one piece."""
     group: list[Row] = []
     size = 0
     for piece in pieces:

@@ -37,7 +37,7 @@ def save(
     processes: int = 1,
     report: Callable[[int], None] | None = None,
 ) -> None:
-    """Store the patches of files, or go on where another call was killed.
+    """Store the patches of files, or resume a call that was killed.
 
     Parameters
     ----------
@@ -45,14 +45,12 @@ def save(
     sources : sequence of Source
     model : BLT
         Its patcher and configuration decide about the patches; its other weights are not used.
-    context : int
-        Of the training.
-    bf16 : bool
-        Of the training.
+    context, bf16
+        As the training has them.
     processes : int
-        They share the threads of this one. The folder does not depend on their number.
+        They share the threads of this process. The folder does not depend on their number.
     report : callable, optional
-        Told how many ids have become done, those of earlier calls included.
+        Called with the number of ids that have become done, those of earlier calls included.
 
     Raises
     ------
@@ -79,12 +77,12 @@ def save(
 def _save(
     folder: Path, index: dict[str, Any], blocks: _Blocks, model: BLT, processes: int, report: Callable[[int], None]
 ) -> None:
-    """`save`, while no other process does."""
+    """Store the patches while this process holds the lock."""
     places, path = blocks.places, folder / BITS
     stored = read_index(folder)
     if stored is not None:
         _check_same(folder, stored, index)
-        index["files"] = stored["files"]  # their names then
+        index["files"] = stored["files"]  # the names that the files had then
     if stored is not None and stored["sha256"] is not None:
         whole = path.exists() and path.stat().st_size == places.num_bytes
         whole = whole and data.file_digest(path)[0] == stored["sha256"]
@@ -97,7 +95,7 @@ def _save(
     bits = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     done = os.open(folder / DONE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if os.fstat(bits).st_size != places.num_bytes:  # then no mark can be true
+        if os.fstat(bits).st_size != places.num_bytes:  # no mark can be true then
             os.ftruncate(done, 0)
             os.ftruncate(bits, places.num_bytes)
         marks = os.pread(done, blocks.count, 0).ljust(blocks.count, b"\0")
@@ -106,7 +104,7 @@ def _save(
         for block, (content, read) in _compute(model, blocks, index["made_with"]["bf16"], todo, processes):
             blocks.check_read(block, read, digests[block])
             _write_all(bits, content, places.byte_of(blocks.pieces(block).start))
-            os.fsync(bits)  # before the mark says so
+            os.fsync(bits)  # before its mark is written
             os.pwrite(done, b"\1", block)
             report(blocks.num_ids(block))
         os.fsync(bits)
@@ -119,7 +117,7 @@ def _save(
 
 
 class _Blocks:
-    """Pieces, cut into blocks of as many."""
+    """Divides pieces into blocks of equal numbers of pieces."""
 
     def __init__(self, sources: Sequence[Source], context: int) -> None:
         self.sources, self.places = sources, Places([source.size for source in sources], context)
@@ -139,13 +137,13 @@ class _Blocks:
         return sum(row.length for row in self.rows(block))
 
     def bits(self, model: BLT, block: int, bf16: bool) -> tuple[bytes, list[bytes]]:
-        """Return what `patches.bits` holds of a block, and the digests of what was read for it, as in `digests`."""
+        """Return the bytes of a block in ``patches.bits``, and the digests of what was read for it, as in `digests`."""
         reader = _Reader()
         cuts = cut_pieces(model, list(self.rows(block)), bf16, reader)
         return b"".join(np.packbits(each).tobytes() for each in cuts), reader.digests
 
     def digests(self) -> list[list[bytes]]:
-        """For each block, a digest of what it has of each of its files.
+        """Return, for each block, a digest of its part of each of its files.
 
         Raises
         ------
@@ -168,7 +166,7 @@ class _Blocks:
         return digests
 
     def check_read(self, block: int, read: list[bytes], expected: list[bytes]) -> None:
-        """Raise ValueError, naming a file, unless what was read for a block has the digests expected."""
+        """Raise ValueError, naming a file, unless the text that was read for a block has the digests expected."""
         sources = dict.fromkeys(row.source for row in self.rows(block))
         for source, one, other in zip(sources, read, expected, strict=True):
             if one != other:
@@ -180,16 +178,16 @@ def _changed(source: Source) -> ValueError:
 
 
 class _Reader:
-    """Reads rows, and computes a digest of what it has read of each file."""
+    """Reads rows, and computes a digest of what it read of each file."""
 
     def __init__(self) -> None:
         self.files: dict[Source, Any] = {}
 
     def __call__(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """As `data.read_rows`."""
+        """Return the rows as `data.read_rows` does."""
         parts = [data.read_ids(*row) for row in rows]
         for row, ids in zip(rows, parts, strict=True):
-            # Modulo 256, which takes no two bytes to one, nor BOS or EOS to what could be in their place.
+            # Ids modulo 256: different bytes stay different, and so do BOS and EOS from the bytes around them.
             self.files.setdefault(row.source, hashlib.sha256()).update(ids.astype(np.uint8).tobytes())
         return data.pack_rows(parts)
 
@@ -230,7 +228,7 @@ def _compute(
 
 @contextmanager
 def _workers(model: BLT, blocks: _Blocks, bf16: bool, count: int) -> Iterator[list[Connection]]:
-    """Processes that answer the number of a block with its bits; they end when their connection does."""
+    """Start processes that answer the number of a block with its bits, and end them with the block."""
     context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
     threads = max(1, torch.get_num_threads() // count)
     connections, started = [], []
@@ -252,7 +250,7 @@ def _workers(model: BLT, blocks: _Blocks, bf16: bool, count: int) -> Iterator[li
 
 
 def _work(connection: Connection, model: BLT, blocks: _Blocks, bf16: bool, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and with it the connection
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which closes the connection
     torch.set_num_threads(threads)
     with suppress(EOFError, ConnectionError):
         while True:

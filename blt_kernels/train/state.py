@@ -1,12 +1,12 @@
-"""Checkpoints through torch.distributed.checkpoint, which any number of ranks reads, whatever number wrote them.
+"""Checkpoints by torch.distributed.checkpoint: any number of ranks reads what any number of ranks wrote.
 
 A checkpoint is a directory named by its step. It holds weights and optimiser state in the files of that format, and
 numbers, options and the configuration of the model in ``values.json``. It is complete once ``values.json`` and
 ``.metadata``, which is written last, are there; only then are older ones removed. So a run that is killed at any moment
-has a complete one. Nothing but checkpoints is ever removed: whatever else lies beside or inside of them stays.
+has a complete one. Only checkpoints are removed: other files beside or inside of them stay.
 
-The hash tables of a BLT are stored as ``[N, V, D]``: that is how they are sharded. Like all pickles, ``.metadata`` is
-only to be read from where one trusts.
+The hash tables of a BLT are stored as ``[N, V, D]``: they are sharded in this shape. ``.metadata`` is a
+pickle: read it only from sources that you trust.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _OWN = re.compile(r"\.metadata(\.tmp)?|values\.json|__\d+_\d+\.distcp")  # the f
 
 
 def latest(folder: Path) -> Path | None:
-    """The last complete checkpoint in a directory."""
+    """Return the last complete checkpoint in a directory."""
     return max((path for path in _checkpoints(folder) if _is_complete(path)), key=_step, default=None)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in a directory, and what kills left of others."""
+    """Return the checkpoints in a directory, incomplete ones of killed processes included."""
     return [path for path in folder.glob("*") if path.name.isascii() and path.name.isdecimal() and path.is_dir()]
 
 
@@ -56,7 +56,7 @@ def _step(path: Path) -> int:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint, and its directory unless there is something else in it."""
-    for file in sorted(path.glob("*")):  # .metadata first, which makes it complete
+    for file in sorted(path.glob("*")):  # .metadata goes first: without it a checkpoint is not complete
         if _OWN.fullmatch(file.name):
             file.unlink(missing_ok=True)
     with suppress(OSError):
@@ -95,13 +95,15 @@ def save(
                 file.flush()
                 os.fsync(file.fileno())
         ranks.barrier()
-        weights = _weights(model)  # first: that shards again what FSDP2 left whole after a forward without backward
+        weights = _weights(
+            model
+        )  # before the rest: it shards again what FSDP2 left whole after a forward without backward
         with _quiet():
             save_tensors({**weights, **_moments(model, optimizer)}, checkpoint_id=path, no_dist=ranks.world == 1)
     except BaseException as error:
         if ranks.rank == 0:
             _remove(path)  # an incomplete one would only fill the disk
-        if isinstance(error, CheckpointException):  # which is no Exception
+        if isinstance(error, CheckpointException):  # it is derived from BaseException
             reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
             raise OSError(f"{path}: the checkpoint could not be written: {reasons}") from error
         raise
@@ -110,7 +112,7 @@ def save(
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the `keep` newest ones, and what kills left of others. On rank 0 alone."""
+    """Remove all checkpoints but the `keep` newest ones, and incomplete ones. Only rank 0 calls it."""
     complete = sorted((path for path in _checkpoints(folder) if _is_complete(path)), key=_step)
     for path in set(_checkpoints(folder)) - set(complete[-keep:]):
         if path in complete or all(_OWN.fullmatch(file.name) for file in path.iterdir()):
@@ -118,7 +120,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """What `save` was given as `values`.
+    """Return the `values` that `save` was given.
 
     Raises
     ------
@@ -171,7 +173,7 @@ def load(path: Path, model: ByteModel, optimizer: torch.optim.Optimizer, ranks: 
 
 
 def load_weights(path: Path, model: ByteModel) -> None:
-    """Read the weights of a checkpoint into a model that is not sharded, on one rank alone; ValueError if damaged."""
+    """Read the weights of a checkpoint into a model that is not sharded, on one rank; ValueError if damaged."""
     state = _weights(model)
     with _reading(path):
         load_tensors(state, checkpoint_id=path, no_dist=True)
@@ -190,7 +192,7 @@ def _moments(model: ByteModel, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def _as_stored(model: ByteModel, name: str, value: Tensor) -> Tensor:
-    """The same memory: hash tables, and what has their shape, as ``[N, V, D]``."""
+    """Return a view of the same memory: hash tables, and tensors of their shape, as ``[N, V, D]``."""
     if not isinstance(model, BLT) or name != _TABLES or value.dim() == 0:
         return value
     shards: Any = model.encoder_hash_tok_embedding
@@ -201,7 +203,7 @@ def _as_stored(model: ByteModel, name: str, value: Tensor) -> Tensor:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Tell what torch raises for files that are no checkpoint, which may be anything that pickle and zipfile raise."""
+    """Turn the errors of torch, pickle and zipfile for files that are no checkpoint into ValueError."""
     try:
         with _quiet():
             yield
@@ -215,7 +217,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that one process saves and loads alone."""
+    """Silence the warning that one process saves and loads alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield

@@ -1,4 +1,4 @@
-"""Patches that were computed ahead of training, and the folder that holds them.
+"""Reads patches that were computed ahead of training from the folder that holds them.
 
 A folder of stored patches holds
 
@@ -9,7 +9,7 @@ A folder of stored patches holds
 - ``done``: while the folder is being made, a byte for each block of pieces, 1 once the block is on the disk.
 - ``lock``: keeps other processes from the folder while one stores patches in it.
 
-`blt_kernels.train.save_patches` writes it.
+`blt_kernels.train.save_patches` writes the folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INDEX, BITS, DONE = "index.json", "patches.bits", "done"
 
 
 def provenance(model: BLT, context: int, bf16: bool) -> dict[str, Any]:
-    """Return, as JSON, what the patches of a piece depend on beside its bytes."""
+    """Return, as JSON, all that the patches of a piece depend on besides its bytes."""
     patcher = model.patcher if model.config.patching == "entropy" else None
     values = {
         "entropy model": patcher and model_digest(patcher),
@@ -48,7 +48,7 @@ def provenance(model: BLT, context: int, bf16: bool) -> dict[str, Any]:
 
 
 def model_digest(model: ByteLM) -> str:
-    """SHA-256 of the weights and of the configuration, but for its threshold, which is a rule's."""
+    """Return SHA-256 of the weights and of the configuration without its threshold, which belongs to the rule."""
     config = {name: value for name, value in asdict(model.config).items() if name != "threshold"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
@@ -74,12 +74,12 @@ class Places:
         return int(self.begin[-1])
 
     def file_of(self, piece: int) -> tuple[int, int]:
-        """A piece's file, and its number in the file."""
+        """Return the file of a piece, and its number in the file."""
         file = int(np.searchsorted(self.first, piece, side="right")) - 1
         return file, piece - int(self.first[file])
 
     def byte_of(self, piece: int) -> int:
-        """The first byte of a piece."""
+        """Return the first byte of a piece."""
         if piece == int(self.first[-1]):
             return self.num_bytes
         file, number = self.file_of(piece)
@@ -116,7 +116,7 @@ class StoredPatches:
     def check(self, made_with: dict[str, Any], sources: Iterable[Source]) -> None:
         """Raise ValueError, naming what differs, unless the patches were made with the same and for these files.
 
-        The index has their sizes, too, which say where the patches of each file are.
+        The index has their sizes too, from which the places of their patches follow.
         """
         stored = self.index["made_with"]
         names = [name for name in {**stored, **made_with} if stored.get(name) != made_with.get(name)]
@@ -135,7 +135,7 @@ class StoredPatches:
                 raise ValueError(f"patches: {self.folder / INDEX} is damaged: {message}")
 
     def cuts(self, piece: Row) -> np.ndarray:
-        """For each id of a piece, whether the one after it starts a patch: bool ``[length]``."""
+        """Return, for each id of a piece, whether the next id starts a patch: bool ``[length]``."""
         file = self.number[piece.source.digest]
         begin = int(self.places.begin[file]) + piece.start // (self.places.context - 1) * self.places.stride
         bits = self.bits[begin : begin - (-piece.length // 8)]
@@ -143,7 +143,7 @@ class StoredPatches:
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """The index in a folder; None if there is none."""
+    """Return the index in a folder; None if there is none."""
     path = folder / INDEX
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""``blt-kernels patch``: arguments and help texts. The work is in the modules beside this file."""
+"""``blt-kernels patch``: its arguments and help texts. The modules beside this file do the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entropy model that ``blt-kernels patch`` and ``demo`` cut with."""
+"""Loads the entropy model that ``blt-kernels patch`` and ``demo`` cut with."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from blt_kernels.train import checks
 
 
 def load_entropy_model(path: Path | None = None) -> ByteLM:
-    """The entropy model in a safetensors file or in the directory of a checkpoint, or the one in the package.
+    """Load the entropy model in a safetensors file or in a checkpoint's directory, or the one in the package.
 
-    Of a BLT, it is the patcher inside, with the threshold of the BLT.
+    Of a BLT, it is the patcher, with the threshold of the BLT.
 
     Raises
     ------
     ImportError
         safetensors is not installed; the message has the command.
     FileNotFoundError, ValueError
-        There is no such file, which the message says how to get, or it holds no ByteLM.
+        There is no such file, or it holds no ByteLM. The message says how to get one.
     """
     try:
         from safetensors import SafetensorError

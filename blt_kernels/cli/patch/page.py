@@ -1,4 +1,4 @@
-"""A web page of patches, in one file: hovering over a byte shows what the model and the rule say about it."""
+"""Writes patches as a web page in one file. Hovering over a byte shows its entropy and its patch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ HIGHEST = 5.545  # nats, ln 256: the entropy that is drawn as a full bar
 
 
 def write(path: Path, title: str, window: Window, statistics: Statistics, rules: Rules) -> None:
-    """Write a page about a window of a file: no script, style or font comes from anywhere else."""
+    """Write a page about a window of a file. The page loads no other script, style or font."""
     write_text(path, build(title, window, statistics, rules))
 
 
 def build(title: str, window: Window, statistics: Statistics, rules: Rules) -> str:
-    """The page as text."""
+    """Return the page as text."""
     size, total = len(window.data), statistics.bytes
     if size == total:
         shown = f"All {total:,} bytes are shown."
@@ -55,7 +55,7 @@ def build(title: str, window: Window, statistics: Statistics, rules: Rules) -> s
 
 
 def _spans(window: Window) -> str:
-    """One span a patch, and in it one element a glyph: ``data-o`` is its offset in the window, ``data-n`` its bytes."""
+    """Return a span a patch with an element a glyph: ``data-o`` is its offset in the window, ``data-n`` its bytes."""
     parts: list[str] = []
     previous = None
     for glyph in glyphs(window):

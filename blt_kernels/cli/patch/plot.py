@@ -1,4 +1,4 @@
-"""The entropy curve as a picture: entropies, threshold and patch boundaries over the bytes."""
+"""Draws entropies, threshold and patch boundaries over the bytes as a picture."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write(path: Path, title: str, window: Window, statistics: Statistics, rules:
 
 def _draw_row(axis: Any, window: Window, curve: list[float], rules: Rules, begin: int, end: int) -> None:
     stop = window.start + len(window.data)
-    spans: tuple[list[tuple[float, float]], ...] = ([], [])  # of each colour: first offset and length
+    spans: tuple[list[tuple[float, float]], ...] = ([], [])  # first offset and length of each span, by colour
     edges = []
     for k, (first, last) in enumerate(pairwise(window.bounds)):
         low, high = max(first, begin), min(last, end, stop)
@@ -68,7 +68,7 @@ def _draw_row(axis: Any, window: Window, curve: list[float], rules: Rules, begin
             spans[(window.first_patch + k) % 2].append((low - 0.5, high - low))
             if first >= begin:
                 edges.append(first - 0.5)
-    # One artist for all: matplotlib goes through those that there are whenever one is added.
+    # One artist draws all spans: matplotlib goes through its artists whenever one is added.
     across = axis.get_xaxis_transform()
     for some, color in zip(spans, PATCH_COLORS, strict=True):
         axis.broken_barh(some, (0, 1), color=color, lw=0, transform=across)
@@ -95,7 +95,7 @@ def _draw_row(axis: Any, window: Window, curve: list[float], rules: Rules, begin
 
 
 def _limit(window: Window, rules: Rules) -> float | None:
-    """The height of the threshold line; there is none where the rule is about rises."""
+    """Return the height of the threshold line, None where the rule is about rises."""
     return None if window.entropy is None or rules.monotonic else rules.threshold
 
 
@@ -108,7 +108,7 @@ def _patch_lengths(window: Window) -> list[float]:
 
 
 def _label(glyph: Glyph) -> str:
-    """A label that the plot's font can show: other characters become their bytes, one below the other."""
+    """Return a label that the plot's font can show: other characters become their bytes, one below the other."""
     from matplotlib import font_manager
 
     if glyph.text == " ":

@@ -1,4 +1,4 @@
-"""The terminal output of ``blt-kernels patch``: bytes as readable glyphs, patches in colours, statistics."""
+"""Draws patches in the terminal: bytes as readable glyphs, patches in colours, statistics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEWLINE = "↵"
 class Glyph:
     """Some bytes of one patch, and the text to show for them.
 
-    `mark` says that the text stands for bytes that have no look of their own.
+    `mark` is True if the text stands for bytes that are not printable.
     """
 
     offset: int
@@ -37,7 +37,7 @@ def glyphs(window: Window) -> list[Glyph]:
     """Turn the bytes of a window into readable glyphs, none of which crosses a patch boundary.
 
     A character is shown where its first byte is. Where a boundary cuts it, its remaining bytes are shown in
-    hexadecimal, ``⟨97A5⟩``, in the patch that they belong to. So are bytes that are not UTF-8.
+    hexadecimal, ``⟨97A5⟩``, in the patch that they belong to. Bytes that are not UTF-8 are shown so too.
     """
     found, data, i = [], window.data, 0
     starts = set(window.bounds[1:])
@@ -58,7 +58,7 @@ def glyphs(window: Window) -> list[Glyph]:
 
 
 def _character_size(data: bytes, i: int) -> int:
-    """Bytes of the UTF-8 character that starts at byte i; 1 if none does."""
+    """Return the bytes of the UTF-8 character that starts at byte i; 1 if none does."""
     lead = data[i]
     size = 1 if lead < 0xC2 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4 if lead < 0xF5 else 1
     try:
@@ -68,7 +68,7 @@ def _character_size(data: bytes, i: int) -> int:
 
 
 def _show(character: bytes) -> tuple[str, bool]:
-    """Text for the bytes of one character, and whether it is a mark."""
+    """Return the text for the bytes of one character, and whether it is a mark."""
     if character == b"\n":
         return NEWLINE, True
     if len(character) == 1 and (character[0] < 32 or character[0] == 127):
@@ -82,7 +82,7 @@ def _show(character: bytes) -> tuple[str, bool]:
 
 
 def printable(name: str) -> str:
-    """A file's name; characters that could steer a terminal, or that have no encoding, are escaped."""
+    """Escape the characters of a file's name that could control a terminal, or that have no encoding."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 

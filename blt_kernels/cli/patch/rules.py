@@ -1,4 +1,4 @@
-"""The rules by which ``blt-kernels patch`` cuts bytes into patches: a scheme and its numbers."""
+"""The rules by which ``blt-kernels patch`` cuts bytes into patches: a scheme and its options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from blt_kernels.ops import entropy_patch as ops
 
 
 class Scheme(str, Enum):
-    """How bytes are cut into patches."""
+    """The schemes that cut bytes into patches."""
 
     entropy = "entropy"
     space = "space"
@@ -31,10 +31,10 @@ class Scheme(str, Enum):
     bpe = "bpe"
 
 
-# Schemes that have to see everything, and what they do with it.
+# These schemes need all bytes at once; the word says why.
 AT_ONCE = {Scheme.topk: "ranks", Scheme.bpe: "tokenizes"}
 ENTROPY_SCHEMES = (Scheme.entropy, Scheme.topk)
-# Which schemes an option is for; the others refuse it instead of ignoring it.
+# The schemes that an option is for. The others raise an error for it.
 _OPTIONS = {
     "threshold": (Scheme.entropy,),
     "target_size": (Scheme.entropy,),
@@ -50,7 +50,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Rules:
-    """A scheme and its numbers. Thresholds are in nats, sizes in bytes; None is the default.
+    """A scheme and its options. Thresholds are in nats, sizes in bytes; None is the default.
 
     Raises
     ------
@@ -96,7 +96,7 @@ class Rules:
 
     @property
     def needs_entropy(self) -> bool:
-        """Does the scheme look at entropies?"""
+        """Whether the scheme reads entropies."""
         return self.scheme in ENTROPY_SCHEMES
 
     def layout(self, tokens: Tensor, entropy: Tensor | None, offset: int = 0) -> PatchLayout:
@@ -129,13 +129,13 @@ class Rules:
         )
 
     def record(self) -> dict[str, Any]:
-        """What is set, as a JSON object."""
+        """Return the options that are set, as a JSON object."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["tokenizer"] = None if self.tokenizer is None else str(self.tokenizer)
         return {name: value for name, value in values.items() if value is not None and value is not False}
 
     def describe(self) -> str:
-        """The rule in words."""
+        """Return the rule in words."""
         cap = "" if self.max_patch_length is None else f", at most {self.max_patch_length} bytes"
         whole = ", whole characters" if self.whole_characters else ""
         anew = ", context anew at newlines" if self.reset_at_newlines else ""
@@ -159,7 +159,7 @@ class Rules:
 
 
 def parse_byte(name: str, text: str) -> int:
-    r"""The byte that `text` stands for: one ASCII character, an escape such as ``\n``, or two digits after ``0x``."""
+    r"""Return the byte that `text` stands for: one ASCII character, an escape such as ``\n``, or ``0x`` and digits."""
     escapes = {r"\n": 10, r"\t": 9, r"\r": 13, r"\0": 0}
     if text in escapes:
         return escapes[text]

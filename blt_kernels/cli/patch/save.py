@@ -1,4 +1,4 @@
-"""``blt-kernels patch --save``: the patches of a corpus, stored for ``blt-kernels train blt --patches``."""
+"""``blt-kernels patch --save`` stores the patches of a corpus for ``blt-kernels train blt --patches``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from blt_kernels.models import BLT, BLTConfig, ByteLM
 from blt_kernels.nn import TransformerConfig
 from blt_kernels.train import checks, data, save_patches
 
-_SCHEMES = (Scheme.entropy, Scheme.space, Scheme.static, Scheme.byte)  # of a BLT that is trained on files
+_SCHEMES = (Scheme.entropy, Scheme.space, Scheme.static, Scheme.byte)  # schemes of a BLT that is trained on files
 
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """What to store patches of, and how.
+    """The files to store patches of, and how.
 
     `context`, `include` and `bf16` are those of the training that the patches are for.
     """
@@ -86,12 +86,12 @@ def run(config: SaveConfig, rules: Rules, model: Path | None, color: Color) -> N
 
 
 def patching_model(rules: Rules, path: Path | None) -> BLT:
-    """A BLT that patches by `rules` and the entropy model at `path`: its other parts are as small as they can be.
+    """Return a BLT that patches by `rules` and the entropy model at `path`. Its other parts are as small as possible.
 
     Raises
     ------
     ValueError
-        The rule is none that a BLT is trained with, or there is an entropy model that it does not need.
+        No BLT is trained with the rule, or there is an entropy model that it does not need.
     """
     if rules.scheme not in _SCHEMES:
         expected = ", ".join(scheme.value for scheme in _SCHEMES)

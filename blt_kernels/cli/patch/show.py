@@ -1,4 +1,4 @@
-"""Cut files into patches: count them, draw them, print them for other programs."""
+"""Cuts files into patches, and counts, draws or prints them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HTML_LENGTH = 20_000
 
 @dataclass(frozen=True)
 class Outputs:
-    """What to show of a file.
+    """The outputs that are asked for.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ class Outputs:
                 raise ValueError(f"--{name}: expected none beside {beside}")
 
     def window(self) -> Window:
-        """The bytes to keep, enough for every output."""
+        """Return a window that is large enough for every output."""
         lengths = [0 if self.as_json else self.max_show]
         lengths += [PLOT_LENGTH] * (self.plot is not None) + [HTML_LENGTH] * (self.html is not None)
         return Window(self.start, max(lengths) if self.length is None else self.length)
@@ -103,7 +103,7 @@ class JsonLines:
         self.out = out
         self.entropies = entropies
         self._start: int | None = None
-        self._entropy: list[Tensor] = []  # from `_start` on, joined only where a patch ends
+        self._entropy: list[Tensor] = []  # entropies from `_start` on, joined where a patch ends
 
     def add(self, piece: Piece) -> None:
         """Print the patches that end in a piece."""
@@ -128,7 +128,7 @@ class JsonLines:
         first = bounds[0]
         joined = torch.cat(self._entropy)
         values = joined[: bounds[-1] - first].tolist()
-        self._entropy = [joined[bounds[-1] - first :].clone()]  # a view would keep all of `joined`
+        self._entropy = [joined[bounds[-1] - first :].clone()]  # a view would keep all of `joined` in memory
         for a, b in pairwise(bounds):
             entropy = [round(h, 6) for h in values[a - first : b - first]]
             self.out.write(json.dumps({"type": "patch", "offset": a, "length": b - a, "entropy": entropy}) + "\n")
@@ -203,7 +203,7 @@ def _opened(name: str) -> AbstractContextManager[BinaryIO]:
 
 
 def _size(source: BinaryIO) -> int | None:
-    """Size in bytes of a regular file, None for what has no size before its end."""
+    """Return the size in bytes of a regular file, None for a stream."""
     try:
         status = os.fstat(source.fileno())
     except OSError:

@@ -1,4 +1,4 @@
-"""Counts over the patches of a whole file."""
+"""Counts the patches of a whole file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BINS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64, 128)  # largest patch length of eac
 
 
 class Statistics:
-    """Counts over a whole stream. Entropies in nats, lengths in bytes."""
+    """Counts over a whole stream. Entropies are in nats, lengths in bytes."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -49,7 +49,7 @@ class Statistics:
         else:
             values, counts = lengths.unique(return_counts=True)
         self.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-        del self.lengths[0]  # the first start of a stream closes nothing
+        del self.lengths[0]  # no patch ends at the first start of a stream
 
     @property
     def mean(self) -> float | None:
@@ -76,7 +76,7 @@ class Statistics:
         return self._entropy_sum / self._entropy_count if self._entropy_count else None
 
     def histogram(self) -> list[tuple[str, int]]:
-        """Bars of (range of lengths, patches), without empty ones at the end."""
+        """Return bars (range of lengths, patches), without empty bars at the end."""
         bars, low = [], 1
         for high in (*BINS, None):
             inside = sum(n for length, n in self.lengths.items() if low <= length and (high is None or length <= high))
@@ -88,7 +88,7 @@ class Statistics:
         return bars
 
     def record(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """Return the counts as a JSON object."""
         return {
             "bytes": self.bytes,
             "patches": self.patches,

@@ -1,8 +1,8 @@
-"""Patches of files and streams of any size, in bounded memory.
+"""Cuts files and streams of any size into patches, in bounded memory.
 
 Bytes flow through generators in pieces: `read` -> `with_entropy` (the model, in blocks on a fixed grid) -> `cut` (the
-rule, on the public ops) -> whatever counts, draws or prints. How a source happens to be split never shows in the
-result.
+rule, on the public ops) -> counts, drawings or JSON. The result does not depend on how a source is split into
+pieces.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from blt_kernels.models.characters import character_ends, patches_of_whole_chara
 from blt_kernels.ops.token_entropy import token_entropy
 
 READ_SIZE = 1 << 20  # bytes read at once
-SAMPLE_SIZE = 1 << 20  # bytes that a target size is turned into a threshold on
-AT_ONCE_LIMIT = 16 << 20  # bytes that a scheme which has to see everything will hold
-# Bytes before a piece that an op sees again: a document's start decides about its first three bytes itself, and whether
-# a byte ends a character is known from it and the two before.
+SAMPLE_SIZE = 1 << 20  # bytes on which the threshold of a target size is found
+AT_ONCE_LIMIT = 16 << 20  # bytes that a scheme holds which needs all at once
+# Bytes before a piece that an op gets again. The rules of a document's start concern three bytes, and the end of a
+# character depends on a byte and the two before it.
 CONTEXT = 4
 
 
@@ -45,9 +45,9 @@ class Piece:
 class StreamCutter:
     """Cuts a stream piece by piece, exactly as the ops cut the whole of it.
 
-    What is carried from piece to piece: the last `CONTEXT` bytes and entropies, so that the rules of a document's start
-    only meet bytes that have been decided before; where the patch started that `max_patch_length` is cutting; and where
-    the last character ended before the next byte.
+    It carries from piece to piece the last `CONTEXT` bytes and entropies, so that the rules of a document's start apply
+    only to bytes that have been decided before; the start of the patch that `max_patch_length` is cutting; and the end
+    of the last character before the next byte.
     """
 
     def __init__(self, rules: Rules) -> None:
@@ -76,7 +76,7 @@ class StreamCutter:
         local = self.rules.layout(tokens, both, offset - seen).compact().patch_offsets[:-1]
         starts = local[int(torch.searchsorted(local, seen)) :].long() + (offset - seen)
         self.position += len(data)
-        between = None  # characters: may a patch start at each byte?
+        between = None  # whether a patch may start at each byte, between characters
         if self.rules.whole_characters:
             ends = character_ends(tokens, torch.tensor([0, tokens.shape[0]], dtype=torch.int32))
             between = torch.cat([torch.tensor([True]), ends])[seen : seen + len(data)]
@@ -101,13 +101,13 @@ class StreamCutter:
 
 
 def read(source: BinaryIO) -> Iterator[bytes]:
-    """The bytes of an open file in pieces."""
+    """Yield the bytes of an open file in pieces."""
     while data := source.read(READ_SIZE):
         yield data
 
 
 def regroup(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """The same bytes in pieces of exactly `size`, the last one aside."""
+    """Yield the same bytes in pieces of exactly `size`, apart from the last one."""
     rest = bytearray()
     for piece in pieces:
         rest += piece
@@ -122,7 +122,7 @@ def regroup(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
 def with_entropy(
     pieces: Iterable[bytes], model: ByteLM, reset_at_newlines: bool | None = None
 ) -> Iterator[tuple[bytes, Tensor]]:
-    """Bytes and their entropies in nats, fp32. The context starts anew at newlines if the model says so or is told to.
+    """Yield bytes and their entropies in nats, fp32. The context restarts at newlines if model or caller say so.
 
     A byte's entropy depends on the `context` bytes before it and on no others: every layer looks back ``window - 1``
     bytes. So blocks are computed on their own, each after the context in front of it. They lie on a fixed grid, because
@@ -142,10 +142,11 @@ def with_entropy(
 
 
 def find_threshold(data: bytes, entropy: Tensor, rules: Rules) -> float:
-    """The threshold at which the mean patch size of bytes with entropies ``[T]`` is nearest to ``rules.target_size``.
+    """Return the threshold at which the mean size of patches is nearest to ``rules.target_size``.
 
-    By bisection: a higher threshold makes no more patches, whatever the rule. Only with `max_patch_length` and
-    `whole_characters` together may it make a few more; then another threshold may be nearer.
+    It is found by bisection on bytes with entropies ``[T]``: a higher threshold makes no more patches, whatever the
+    rule. Only with `max_patch_length` and `whole_characters` together may it make a few more; then another threshold
+    may be nearer.
     """
     target = rules.target_size
     assert target is not None
@@ -187,10 +188,10 @@ def cut(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None = None) -> t
     Raises
     ------
     ValueError
-        The scheme has to see all bytes at once, and there are more than `AT_ONCE_LIMIT`.
+        The scheme needs all bytes at once, and there are more than `AT_ONCE_LIMIT`.
     """
     if rules.tokenizer is not None:
-        load_tokenizer(rules.tokenizer)  # fails before anything is read
+        load_tokenizer(rules.tokenizer)  # it raises before anything is read
     if model is None:
         if rules.needs_entropy:
             raise ValueError(f"model: expected a ByteLM for --scheme {rules.scheme.value}, got None")

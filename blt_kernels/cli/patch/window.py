@@ -1,4 +1,4 @@
-"""The part of a file that is drawn."""
+"""Keeps the part of a file that is drawn."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Window:
     @property
     def stop(self) -> int:
         """The offset after the last byte."""
-        return min(self.start + self.length, (1 << 63) - 1)  # which tensors of offsets can hold
+        return min(self.start + self.length, (1 << 63) - 1)  # the largest offset of an int64 tensor
 
     def add(self, piece: Piece) -> None:
-        """Keep what lies in the window."""
+        """Keep the bytes of a piece that are in the window."""
         self._size += len(piece.data)
         if self._closed:
             return
@@ -59,7 +59,7 @@ class Window:
         self._closed = True
 
     def narrow(self, length: int) -> Window:
-        """The first `length` bytes of the window."""
+        """Return the first `length` bytes of the window."""
         if length >= len(self.data):
             return self
         stop = self.start + length

@@ -56,14 +56,14 @@ from blt_kernels.models.config import BLTConfig, ByteLMConfig
 
 @dataclass(frozen=True)
 class Stored:
-    """A model in a checkpoint.
+    """A model in a checkpoint, found but not read.
 
     Attributes
     ----------
     folder : where its files are
     config : its configuration
     names : the name of a parameter -> the names that its rows have in the files
-    prefix : what the names of its weights begin with; the files have others, which are of other models
+    prefix : the names of its weights begin with it; the others belong to other models
     apart : whether the entropy model of a BLT is in files of its own
     """
 
@@ -108,7 +108,7 @@ def _byte_lm(folder: Folder) -> Stored:
     if "model_type" not in values:
         return Stored(folder, bytelatent.read_byte_lm(values), bytelatent.names_of)
     if values["model_type"] == "blt":
-        values.expect("patch_in_forward", True, True)  # there is no patcher without
+        values.expect("patch_in_forward", True, True)  # without it there is no patcher
         prefix = "model.patcher."
         return Stored(folder, transformers.read_patcher(values), partial(_prefixed, prefix), prefix)
     values.expect("model_type", "blt_patcher")

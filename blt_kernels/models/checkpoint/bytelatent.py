@@ -1,4 +1,4 @@
-"""Configurations and names of parameters in the files of facebookresearch/blt."""
+"""Translates configurations and names of parameters from the files of facebookresearch/blt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NAMES = {
 
 
 def names_of(name: str, tables: int = 0) -> list[str]:
-    """The names of a parameter: of a BLT with so many hash tables, or of an entropy model."""
+    """Return the names of a parameter: of a BLT with so many hash tables, or of an entropy model."""
     if name == "lm_head.weight":
         return ["local_decoder.output.weight" if tables else "output.weight"]
     if name == "encoder_hash_tok_embedding.weight":
@@ -49,7 +49,7 @@ def is_blt(values: Values) -> bool:
 
 
 def read_blt(values: Values, training: Values) -> BLTConfig:
-    """Configuration, without patcher, of a ``ByteLatentTransformer``."""
+    """Return the configuration, without patcher, of a ``ByteLatentTransformer``."""
     if not is_blt(values):
         raise ValueError(f"{values.file}: expected the arguments of a BLT, got {', '.join(values)}")
     args = fields.BYTE_LATENT_TRANSFORMER_ARGS.take(values.inner("args") or values.inner("model"))
@@ -57,7 +57,7 @@ def read_blt(values: Values, training: Values) -> BLTConfig:
     args.expect("dim_local_decoder", local)
     if args["dim_token"] is not None:
         args.expect("dim_token", local)
-    elif args["patch_size"] and not args["use_local_encoder_transformer"]:  # the width of a byte is then a share
+    elif args["patch_size"] and not args["use_local_encoder_transformer"]:  # the width of a byte is then a part of it
         width = int(args["dim_global"] // args["patch_size"])
         if width != local:
             raise args.error("use_local_encoder_transformer", f"True, since dim_global / patch_size is not {local}")
@@ -72,8 +72,8 @@ def read_blt(values: Values, training: Values) -> BLTConfig:
             raise args.error("encoder_hash_byte_group_size", "numbers between commas")
         sizes = [int(size) for size in sizes.replace(" ", "").split(",") if size]
 
-    # Which entries attention reaches, by `create_causal_mask` of that repository. Its "sdpa" has no mask but "causal"
-    # and raises for any other; that is taken as the mask that is asked for.
+    # The masks are those of `create_causal_mask` of that repository. Its "sdpa" has only the mask "causal" and raises
+    # for any other; here it is read as the mask that is asked for.
     across = args["attn_bias_type"] != "block_causal"
     if args["attn_impl"] == "flex_attention":
         window, split = None, False
@@ -84,7 +84,7 @@ def read_blt(values: Values, training: Values) -> BLTConfig:
             raise args.error("local_attention_window_len", "a window")
         if args["eos_id"] is None or (args["eos_id"] == 0 and not across):
             raise args.error("eos_id", "an id, and with attn_bias_type 'block_causal' not 0")
-        # The global transformer is given EOS where a patch holds EOS, and 0 elsewhere, and looks for `eos_id` in there.
+        # The global transformer is given EOS where a patch holds EOS, and 0 elsewhere, and searches it for `eos_id`.
         across = across or args["eos_id"] != EOS
     rules = _rules(args, training)
 
@@ -115,7 +115,7 @@ def read_blt(values: Values, training: Values) -> BLTConfig:
 
 
 def _rules(args: Values, training: Values) -> dict[str, Any]:
-    """The patching rule as arguments of a `BLTConfig`: of the training arguments, if there are, or of the model's."""
+    """Return the patching rule as arguments of a `BLTConfig`, from the training arguments or else from the model's."""
     if args["patching_mode"] == "":
         raise args.error("patching_mode", "a mode, since without one rows begin with ids that no patch counts")
     data = training.inner("data")
@@ -136,7 +136,7 @@ def _rules(args: Values, training: Values) -> dict[str, Any]:
 
 
 def read_byte_lm(values: Values) -> ByteLMConfig:
-    """Configuration of an ``LMTransformer``, the entropy model."""
+    """Return the configuration of an ``LMTransformer``, the entropy model."""
     args, sizes = values.inner("args"), values.inner("entropy_model")
     if sizes:  # `load_entropy_model` reads these alone, and the rest is always the same
         read = {key: sizes[key] for key in ("dim", "n_layers", "n_heads", "vocab_size", "ffn_dim_multiplier")}

@@ -1,4 +1,4 @@
-"""Every field of the configurations of facebookresearch/blt at 9774ed4."""
+"""Lists every field of the configurations of facebookresearch/blt at 9774ed4."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BYTE_LATENT_TRANSFORMER_ARGS = Fields(
     "ByteLatentTransformerArgs",
     read={
         "vocab_size": (int, -1),
-        "pm_size": (int, 0),  # so many more ids
+        "pm_size": (int, 0),  # added to vocab_size
         "dim_token": (int | None, None),
         "dim_global": (int, 512),
         "dim_local_encoder": (int, 512),
@@ -44,11 +44,11 @@ BYTE_LATENT_TRANSFORMER_ARGS = Fields(
         "encoder_hash_byte_group_size": (list | str | None, None),
         "encoder_hash_byte_group_vocab": (int, 30000),
         "encoder_hash_byte_group_nb_functions": (int, 3),
-        # The width of a byte's vector where `dim_token` does not say it:
+        # These give the width of a byte's vector where `dim_token` is None:
         "use_local_encoder_transformer": (bool, False),
         "share_encoder_decoder_emb": (bool, True),
         "patch_size": (float | None, None),
-        # The patching rule, where there are no training arguments:
+        # These are the patching rule where there are no training arguments:
         "patching_mode": (str | None, None),
         "patching_threshold": (float | None, None),
         "patching_threshold_add": (float | None, None),
@@ -64,7 +64,7 @@ BYTE_LATENT_TRANSFORMER_ARGS = Fields(
         "use_rope": (True, True),
     },
     ignored=_BASE
-    # Replaced by those of the three parts.
+    # The sizes of the three parts replace these.
     | names("dim n_layers n_heads dim_token_emb dim_patch_emb")
     # These say who makes the patches, and how many rows the entropy model takes at a time.
     | names("patch_in_forward patching_batch_size patching_device")

@@ -1,4 +1,4 @@
-"""Values of a configuration file, and tables of the fields of its classes.
+"""Reads the values of a configuration file by tables of the fields of its classes.
 
 `transformers_fields` and `bytelatent_fields` have a table for each class of configuration. A field is
 
@@ -29,7 +29,7 @@ class Values(dict[str, Any]):
 
     @staticmethod
     def read(file: Path) -> Values:
-        """The object in a file; ValueError if there is something else."""
+        """Return the object in a file; ValueError for other content."""
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -46,7 +46,7 @@ class Values(dict[str, Any]):
         return values
 
     def inner(self, key: str) -> Values:
-        """The object under a key; an empty one if there is none, or null."""
+        """Return the object under a key; an empty one if there is none, or null."""
         content = self.get(key)
         return Values.of(self.file, self._path(key), {} if content is None else content)
 
@@ -60,7 +60,7 @@ class Values(dict[str, Any]):
         return ValueError(f"{self.file}: {self._path(key)}: expected {expected}, got {self.get(key, default)!r}")
 
     def build(self, cls: type[Config], **arguments: Any) -> Config:
-        """A configuration of these values; its errors name the file."""
+        """Return a configuration of these values; its errors name the file."""
         try:
             return cls(**arguments)
         except (TypeError, ValueError) as error:
@@ -77,7 +77,7 @@ class Values(dict[str, Any]):
 
 
 def names(text: str) -> frozenset[str]:
-    """The words of a text."""
+    """Return the words of a text."""
     return frozenset(text.split())
 
 
@@ -94,7 +94,7 @@ class Fields:
     ignored: frozenset[str] = frozenset()
 
     def take(self, values: Values) -> Values:
-        """The fields that are read, with the defaults of those that `values` lacks.
+        """Return the fields that are read, with the defaults of those that `values` lacks.
 
         Raises
         ------

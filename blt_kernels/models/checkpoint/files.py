@@ -1,4 +1,4 @@
-"""Files of a checkpoint: configurations and weights, in a directory or in a repository on the hub."""
+"""Reads and writes configurations and weights in a directory, or in a repository on the hub."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WEIGHTS = (
 
 
 class Folder:
-    """Files by name: of a directory, or of a repository on the hub and a folder in it."""
+    """Finds files by name in a directory, or in a folder of a repository on the hub."""
 
     def __init__(self, path: str, repository: str | None, revision: str | None) -> None:
         self.path, self.repository, self.revision = path, repository, revision
@@ -50,7 +50,7 @@ class Folder:
         return self.path if self.repository is None else str(PurePosixPath(self.repository, self.path))
 
     def patcher(self) -> Folder | None:
-        """The entropy model of a BLT: in its folder or beside it."""
+        """Return the folder of a BLT's entropy model, in its own folder or beside it; None if there is none."""
         parents = [self.path]
         if self.path or self.repository is None:
             parents.append(os.path.join(self.path, "..") if self.repository is None else os.path.dirname(self.path))
@@ -58,7 +58,7 @@ class Folder:
         return next((place for place in places if place.find(*CONFIGURATIONS)), None)
 
     def find(self, *names: str) -> Path | None:
-        """The first of these files that there is."""
+        """Return the first of these files that exists, None if none does."""
         files = (self._local(name) if self.repository is None else self._remote(name) for name in names)
         return next((file for file in files if file is not None), None)
 
@@ -72,7 +72,7 @@ class Folder:
         return Values.read(self.get(*names))
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors by their names, mapped."""
+        """Return all tensors by their names, mapped to memory."""
         file = self.get(*WEIGHTS)
         if file.suffix == ".pth":
             return _pickled(file)
@@ -118,17 +118,17 @@ class Folder:
             raise ValueError(f"revision: expected one of {self.repository}, got {self.revision!r}") from error
         except (OSError, ValueError):
             raise
-        except Exception as error:  # of the HTTP client, which is another one in every version of the hub's
+        except Exception as error:  # the HTTP client differs between versions of the hub's package
             raise ConnectionError(f"{self}: {name} could not be downloaded: {error!r}") from error
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
-    """The weights under "model" in a file of `torch.save`; no code in there is run."""
+    """Return the weights under "model" in a file of `torch.save`, without running code that is in it."""
     try:
         state = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
-    except Exception as error:  # of zip files, pickles and torch, by what is damaged
+    except Exception as error:  # zip files, pickles and torch raise different ones
         raise ValueError(f"{file}: expected weights of torch.save, got {error!r}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         got = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
@@ -144,7 +144,7 @@ def fill(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
-    """Give a model on the meta device its weights: a parameter has the rows of its `names` in the files, in turn."""
+    """Give a model on the meta device its weights: a parameter is the rows of its `names` in the files, in turn."""
     weights = {name: value for name, value in weights.items() if not name.endswith("freqs_cis")}
     parts = {name: names(name) for name in model.state_dict()}
     shapes = {name: value.shape for name, value in model.state_dict().items()}
@@ -167,6 +167,6 @@ def write(model: nn.Module, path: str | os.PathLike[str], values: Mapping[str, A
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {names(name)[0]: value for name, value in model.state_dict().items()}
     dtype = str(model.get_parameter("lm_head.weight").dtype).removeprefix("torch.")
-    with whole_file(folder / "config.json") as part:  # it comes into its place after the weights, if they do
+    with whole_file(folder / "config.json") as part:  # the file is put in place after the weights, if they are written
         part.write_text(json.dumps({**values, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
         write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})

@@ -1,13 +1,14 @@
-"""The global transformer of a BLT from Llama (arXiv 2412.09871, section 6.2): its layers, without embeddings, last norm
-and head.
+"""Gives the global transformer of a BLT the layers of a Llama (arXiv 2412.09871, section 6.2).
+
+Embeddings, last norm and head of the Llama are not used.
 
 A Llama is a directory in transformers' format, or a repository on the hub: ``config.json``, and ``model.safetensors``
-or its shards and their index. transformers turns entries j and j + E/2 of a head together, the layers here 2j and
-2j + 1: so the rows of the query and key projections change places.
+or its shards and their index. transformers rotates entries j and j + E/2 of a head together, the layers here
+entries 2j and 2j + 1, so the rows of the query and key projections are permuted.
 
-The scaled rotary positions of Llama 3.1 and later come along. What the layers here lack is an error: other scalings of
-them, biases, heads whose width is not ``hidden_size / num_attention_heads``, quantized weights, fields that are not of
-Llama.
+The scaled rotary positions of Llama 3.1 and later are read too. Features that the layers here lack raise an error:
+other scalings, biases, heads whose width is not ``hidden_size / num_attention_heads``, quantized weights, fields of
+other models.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from blt_kernels.nn import TransformerConfig
 
 
 def read_config(path: str | os.PathLike[str], *, revision: str | None = None) -> TransformerConfig:
-    """The configuration that a global transformer needs to hold the layers of a Llama.
+    """Return the configuration that a global transformer needs to hold the layers of a Llama.
 
     Parameters
     ----------
@@ -77,7 +78,9 @@ def load_global_transformer(model: BLT, path: str | os.PathLike[str], *, revisio
             )
     folder = Folder.open(path, revision)
     weights = folder.weights()
-    prefix = "model." if any(name.startswith("model.layers.") for name in weights) else ""  # none without a head
+    prefix = (
+        "model." if any(name.startswith("model.layers.") for name in weights) else ""
+    )  # a Llama without a head has no prefix
     weights = {
         name.removeprefix(prefix): value
         for name, value in weights.items()
@@ -94,5 +97,5 @@ def load_global_transformer(model: BLT, path: str | os.PathLike[str], *, revisio
 
 
 def _interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head: j of the first half becomes 2j, j of the second half 2j + 1."""
+    """Permute the rows of each head: j of the first half becomes 2j, j of the second half 2j + 1."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""Configurations and names of parameters in the files of transformers."""
+"""Translates configurations and names of parameters from and to the files of transformers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from blt_kernels.nn import TransformerConfig
 
 
 def names_of(name: str) -> list[str]:
-    """The name of a parameter of a BLT."""
+    """Return the name of a parameter of a BLT, as a list of one."""
     return [name if name.startswith("lm_head.") else f"model.{name}"]
 
 
 def read_blt(values: Values) -> BLTConfig:
-    """Configuration of a ``BltForCausalLM``."""
+    """Return the configuration of a ``BltForCausalLM``."""
     whole = fields.BLT_CONFIG.take(values)
     encoder = fields.ENCODER_CONFIG.take(whole.inner("encoder_config"))
     decoder = fields.DECODER_CONFIG.take(whole.inner("decoder_config"))
@@ -55,13 +55,13 @@ def read_blt(values: Values) -> BLTConfig:
 
 
 def read_patcher(values: Values) -> ByteLMConfig:
-    """Configuration of the patcher of a ``BltForCausalLM``."""
+    """Return the configuration of the patcher of a ``BltForCausalLM``."""
     config = read_byte_lm(values.inner("patcher_config"))
     return replace(config, threshold=fields.BLT_CONFIG.take(values)["patching_threshold"])
 
 
 def read_byte_lm(values: Values) -> ByteLMConfig:
-    """Configuration of a ``BltPatcher``."""
+    """Return the configuration of a ``BltPatcher``."""
     taken = fields.PATCHER_CONFIG.take(values)
     return taken.build(
         ByteLMConfig,
@@ -74,7 +74,7 @@ def read_byte_lm(values: Values) -> ByteLMConfig:
 
 
 def read_llama(values: Values) -> TransformerConfig:
-    """Configuration of the layers of a ``LlamaForCausalLM``."""
+    """Return the configuration of the layers of a ``LlamaForCausalLM``."""
     values.expect("model_type", "llama")
     return _layers(fields.LLAMA_CONFIG.take(values), None)
 
@@ -83,7 +83,7 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 
 def _layers(values: Values, window: int | None) -> TransformerConfig:
-    """A stack of layers from the fields of its class."""
+    """Return the configuration of a stack of layers from the fields of its class."""
     dim, heads = values["hidden_size"], values["num_attention_heads"]
     kv_heads = values["num_key_value_heads"] or heads
     if values["hidden_act"] not in ("silu", "swish"):
@@ -121,7 +121,7 @@ def _layers(values: Values, window: int | None) -> TransformerConfig:
 
 
 def write_blt(config: BLTConfig) -> dict[str, Any]:
-    """``config.json`` for a BLT.
+    """Return ``config.json`` for a BLT.
 
     Raises
     ------
@@ -185,7 +185,7 @@ def write_blt(config: BLTConfig) -> dict[str, Any]:
 
 
 def write_byte_lm(config: ByteLMConfig) -> dict[str, Any]:
-    """Configuration for a ``BltPatcher``, whose threshold is that of its BLT.
+    """Return the configuration for a ``BltPatcher``, whose threshold is that of its BLT.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Every field of the configurations of transformers 5.23, with the names that files of versions 4 have as well."""
+"""Lists every field of the configurations of transformers 5.23, with the names in files of versions 4."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CONVERTED = names("attn_bias_type attn_impl norm_eps pm_size")
 def _stack(
     dim: int, layers: int, heads: int, ffn_dim: int | None, positions: int, theta: float = 500000.0, eps: float = 1e-5
 ) -> dict[str, tuple[Any, Any]]:
-    """The fields of a stack of layers."""
+    """Return the fields of a stack of layers."""
     return {
         "hidden_size": (int, dim),
         "num_hidden_layers": (int, layers),
@@ -40,7 +40,7 @@ def _stack(
         "intermediate_size": (int | None, ffn_dim),
         "hidden_act": (str, "silu"),
         "rms_norm_eps": (float, eps),
-        "max_position_embeddings": (int, positions),  # of scaled positions alone
+        "max_position_embeddings": (int, positions),  # only scaled positions read it
         "rope_parameters": (dict | None, None),
         "rope_scaling": (dict | None, None),
         "rope_theta": (float, theta),
@@ -53,7 +53,7 @@ BLT_CONFIG = Fields(
     read={
         "vocab_size": (int, 260),
         "patch_in_forward": (bool | None, True),
-        "patch_size": (int | float | None, 4),  # only whether there is one
+        "patch_size": (int | float | None, 4),  # only whether it is None matters
         "patching_mode": (str | None, "entropy"),
         "patching_threshold": (float, RELEASED_THRESHOLD),
         "max_patch_length": (int | None, None),
@@ -66,7 +66,7 @@ BLT_CONFIG = Fields(
         "encoder_config": (dict | None, None),
         "decoder_config": (dict | None, None),
         "global_config": (dict | None, None),
-        # Known here alone:
+        # Only this package knows these:
         "split_documents": (bool, False),
         "global_across_documents": (bool, False),
         "eos_id": (int, 2),
@@ -106,7 +106,7 @@ GLOBAL_CONFIG = Fields(
     "BltGlobalTransformerConfig",
     read=_stack(2048, 25, 16, 5632, 4096),
     fixed=_NONE,
-    ignored=_PART | names("encoder_cross_output_size"),  # computed from the others
+    ignored=_PART | names("encoder_cross_output_size"),  # it follows from the others
 )
 PATCHER_CONFIG = Fields(
     "BltPatcherConfig",
@@ -114,7 +114,7 @@ PATCHER_CONFIG = Fields(
         **_stack(768, 14, 12, 2048, 8192, theta=10000.0),
         "vocab_size": (int, 260),
         "sliding_window": (int | None, 512),
-        # Known here alone:
+        # Only this package knows these:
         "patching_threshold": (float, RELEASED_THRESHOLD),
         "split_documents": (bool, False),
         "eos_id": (int, 2),
