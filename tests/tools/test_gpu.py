@@ -18,6 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 from backends import emulator
+from cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
@@ -64,7 +65,8 @@ def test_every_stage_runs(tmp_path: Path) -> None:
         assert float(timed[op]["median_ms"]) > 0, op
     assert {"scatter_reduce", "limit: torch.sum"} & {row["implementation"] for row in rows}
     assert any(row["op"] == "smoke block_causal_attention[decoding] float32" for row in rows)
-    assert "smoke: 8 of 8 cases right" in printed
+    count = len({case.op for case in CASES}) + 1  # every op, and decoding
+    assert f"smoke: {count} of {count} cases right" in printed
     assert "stages: ceilings" in printed
     for kernel in ("fwd", "bwd_dkdv", "bwd_dq", "decode"):
         assert 2 <= len([row for row in rows if row["op"] == f"search {kernel}"]) <= 12, kernel
