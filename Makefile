@@ -15,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 
 say := @printf '\033[1m==> %s\033[0m\n'
 
-.PHONY: help demo test test-fast bench lint gpu gpu-build cuda-check wheel-check sanitize clean
+.PHONY: help demo test test-fast bench lint gpu gpu-build cuda-check wheel-check sanitize clang clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,7 +83,7 @@ OP_TESTS := $(foreach op,$(OPS),$(wildcard tests/ops/test_$(op)*.py))
 sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(say) 'building with sanitizers'
 	cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DBLT_KERNELS_SANITIZE=ON \
-	    -DBLT_KERNELS_ISAS=$$(python -c 'from blt_kernels import _extension; print(_extension.runnable()[0])')
+	    -DBLT_KERNELS_ISAS=native
 	cmake --build build/sanitize
 	rm -rf build/sanitize/site && mkdir -p build/sanitize/site
 	cp -r blt_kernels build/sanitize/site/ && rm -f build/sanitize/site/blt_kernels/*.so
@@ -94,6 +94,27 @@ sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedB
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize/site \
 	    pytest tests/ops/test_ops.py tests/ops/test_optim.py $(OP_TESTS) \
 	    -k "not compile and not inductor and not opcheck and not second_table"
+
+# Clang from a wheel, since not every machine has one, and as a driver for the C++ library and the linker of the system.
+CLANG ?= build/clang/clang++
+build/clang/clang++: .venv/installed
+	$(say) 'Clang (once)'
+	$(PIP) install --no-deps --target build/clang ziglang
+	printf '#!/bin/sh\nexec "%s" clang --driver-mode=g++ --target=%s-linux-gnu -resource-dir=%s "$$@"\n' \
+	    "$(CURDIR)/build/clang/ziglang/zig" "$$(uname -m)" "$(CURDIR)/build/clang/ziglang/lib" > $@
+	chmod +x $@
+
+clang: .venv/built $(filter build/%,$(CLANG))  ## Build with Clang (CLANG=clang++-19 for another) and run the op tests
+	$(say) 'building with Clang'
+	cmake -S . -B build/clang/cmake -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DBLT_KERNELS_ISAS=native \
+	    -DCMAKE_CXX_COMPILER=$(or $(realpath $(CLANG)),$(CLANG)) -DCMAKE_CXX_FLAGS=-Werror
+	cmake --build build/clang/cmake
+	rm -rf build/clang/site && mkdir -p build/clang/site
+	cp -r blt_kernels build/clang/site/ && rm -f build/clang/site/blt_kernels/*.so
+	cmake --install build/clang/cmake --prefix build/clang/site/blt_kernels
+	$(say) 'op tests with what Clang built'
+	OMP_NUM_THREADS=1 BLT_KERNELS_BACKENDS=cpu PYTHONPATH=$(CURDIR)/build/clang/site \
+	    pytest -n 2 tests/ops/test_ops.py -k "not compile and not inductor and not opcheck and not second_table"
 
 clean:  ## Remove everything that was built; .venv stays
 	rm -rf build dist blt_kernels/*.so blt_kernels/include *.egg-info .venv/built

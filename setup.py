@@ -27,6 +27,11 @@ def find_torch() -> Path | None:
     return folder if fits else None
 
 
+def semicolons(names: str) -> str:
+    """Turn a list that is separated by spaces or commas into one of CMake."""
+    return names.replace(" ", ";").replace(",", ";")
+
+
 class CMakeBuild(build_ext):
     """Run CMake once for all variants of the module, and install them where setuptools wants the extension."""
 
@@ -37,7 +42,7 @@ class CMakeBuild(build_ext):
         compiler = any(shutil.which(name, path=PATH) for name in compilers)
         header = Path(sysconfig.get_path("include"), "Python.h")
         needs = [
-            (compiler, "a C++20 compiler (GCC >= 11 or Clang >= 12)", "apt install g++ (or set CXX)"),
+            (compiler, "a C++20 compiler (GCC >= 11 or Clang >= 16)", "apt install g++ (or set CXX)"),
             (cmake, "CMake >= 3.22", "pip install cmake"),
             (ninja, "Ninja", "pip install ninja"),
             (torch, "torch >= 2.11 with its headers", "pip install 'torch>=2.11'"),
@@ -51,8 +56,11 @@ class CMakeBuild(build_ext):
         package = Path(self.get_ext_fullpath("blt_kernels._C")).resolve().parent
         configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DBLT_KERNELS_TORCH_DIR={torch}"]
+        # A wheel has every instruction set, and a checkout that is installed in place only that of this machine.
+        isas = os.environ.get("BLT_KERNELS_ISAS") or ("native" if self.editable_mode else None)
+        configure.append(f"-DBLT_KERNELS_ISAS={semicolons(isas)}" if isas else "-UBLT_KERNELS_ISAS")
         if archs := os.environ.get("BLT_KERNELS_CUDA_ARCHS"):
-            configure.append(f"-DBLT_KERNELS_CUDA_ARCHS={archs.replace(' ', ';').replace(',', ';')}")
+            configure.append(f"-DBLT_KERNELS_CUDA_ARCHS={semicolons(archs)}")
         for command in (configure, [cmake, "--build", build], [cmake, "--install", build, "--prefix", package]):
             if subprocess.run(command).returncode:
                 raise SystemExit("blt_kernels: the build failed; the messages above say where")

@@ -44,8 +44,8 @@ std::vector<Reduce> check_reduce(const std::vector<std::string>& names) {
 }
 
 // The larger and the smaller of two, NaN if either is.
-constexpr auto kLarger = [](auto best, auto x) { return (x > best) | (x != x) ? x : best; };
-constexpr auto kSmaller = [](auto best, auto x) { return (x < best) | (x != x) ? x : best; };
+constexpr auto kLarger = [](auto best, auto x) { return ((x > best) | (x != x)) ? x : best; };
+constexpr auto kSmaller = [](auto best, auto x) { return ((x < best) | (x != x)) ? x : best; };
 
 // The rows of one patch, in a panel of columns.
 template <class T>

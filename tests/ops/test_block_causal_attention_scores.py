@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import inputs
@@ -16,7 +12,7 @@ import torch.nn.functional as F
 from attention_oracle import NAN, oracle, randn
 from torch import Tensor
 
-from blt_kernels import _extension, block_causal_attention
+from blt_kernels import block_causal_attention
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.testing import assert_close, offsets_of
 
@@ -81,27 +77,6 @@ def test_decoding_with_scores_of_any_size(
         torch.testing.assert_close(lse.cpu().double(), expected[last], rtol=3e-6, atol=3e-5)
         _, whole = block_causal_attention(*(x.to(device) for x in (q, k, v)), cu_k, **options)
         torch.testing.assert_close(whole.cpu().double(), expected, rtol=3e-6, atol=3e-5)
-
-
-@pytest.mark.parametrize("isa", ["v2", "v3"])
-def test_scores_of_any_size_on_other_instruction_sets(isa: str) -> None:
-    """v2 has no fused multiply-adds, v3 has."""
-    if isa not in _extension.load_cpu().available:
-        pytest.skip(f"{isa} was not built, or this machine does not run it")
-    code = (
-        "import inputs, torch, test_block_causal_attention_scores as tests\n"
-        "torch.set_num_threads(1)\n"
-        "for dtype in (torch.float32, torch.bfloat16):\n"
-        "    for width, scale, window in inputs.LARGE_SCORES[1:4]:\n"
-        "        for size in inputs.sizes_of_scores(dtype):\n"
-        "            attend = tests.attend_on_cpu(scale, window)\n"
-        "            inputs.check_large_scores(attend, size, (4, 2), width, scale, window, dtype)\n"
-    )
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
-    environment = os.environ | {"BLT_KERNELS_ISA": isa, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("slope", [-0.5, 0.5])

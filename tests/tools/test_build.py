@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import blt_kernels
 from blt_kernels import _extension
@@ -67,6 +69,28 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel, built from the sdist as an installer would; once for all processes of pytest-xdist."""
+    importlib.import_module("build.env")  # not the namespace of the folder build
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "dist"
+    with FileLock(f"{folder}.lock"):
+        if not list(folder.glob("*.whl")):
+            passed(python("-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)))
+    assert len(list(folder.glob("*.tar.gz"))) == 1
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def site(wheel, tmp_path_factory):
+    """A folder with the package of the wheel, which has every variant; a checkout has that of this machine only."""
+    folder = tmp_path_factory.mktemp("site")
+    passed(python("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(folder), str(wheel)))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def reference_outputs(tmp_path_factory):
     path = tmp_path_factory.mktemp("none") / "outputs.pt"
@@ -75,13 +99,33 @@ def reference_outputs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("isa", _extension.runnable())
-def test_every_variant_agrees_with_the_reference(isa, reference_outputs, tmp_path):
-    assert passed(python("-c", RUN_OPS, str(tmp_path / "outputs.pt"), BLT_KERNELS_ISA=isa)) == isa
+def test_every_variant_agrees_with_the_reference(isa, reference_outputs, site, tmp_path):
+    assert passed(python("-c", RUN_OPS, str(tmp_path / "outputs.pt"), cwd=site, BLT_KERNELS_ISA=isa)) == isa
     outputs = torch.load(tmp_path / "outputs.pt")
     assert len(outputs) == len(reference_outputs)
     for value, expected in zip(outputs, reference_outputs, strict=True):
         tolerance = {"rtol": 1e-5, "atol": 1e-5} if value.is_floating_point() else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(value, expected, **tolerance)
+
+
+SCORES_OF_ANY_SIZE = """
+import inputs, torch, test_block_causal_attention_scores as tests
+from blt_kernels import _extension
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.bfloat16):
+    for width, scale, window in inputs.LARGE_SCORES[1:4]:
+        for size in inputs.sizes_of_scores(dtype):
+            attend = tests.attend_on_cpu(scale, window)
+            inputs.check_large_scores(attend, size, (4, 2), width, scale, window, dtype)
+print(_extension.load_cpu().isa)
+"""
+
+
+@pytest.mark.parametrize("isa", _extension.runnable()[1:])
+def test_attention_scores_of_any_size_on_older_instruction_sets(isa, site):
+    """v2 has no fused multiply-adds, v3 has."""
+    tests = os.pathsep.join(str(ROOT / folder) for folder in ("tests/ops", "tests"))
+    assert passed(python("-c", SCORES_OF_ANY_SIZE, cwd=site, BLT_KERNELS_ISA=isa, PYTHONPATH=tests)) == isa
 
 
 # --- which variant is loaded ------------------------------------------------------------------------------------------
@@ -103,8 +147,8 @@ def test_the_best_variant_is_loaded():
 
 @pytest.mark.skipif(not X86, reason="levels of x86-64")
 @pytest.mark.parametrize(("capability", "isa"), [("default", "v2"), ("avx2", "v3")])
-def test_torch_says_what_the_machine_runs(capability, isa):
-    assert passed(python("-c", SAY_ISA, ATEN_CPU_CAPABILITY=capability)) == isa
+def test_torch_says_what_the_machine_runs(capability, isa, site):
+    assert passed(python("-c", SAY_ISA, cwd=site, ATEN_CPU_CAPABILITY=capability)) == isa
 
 
 def test_override_with_an_unknown_name():
@@ -132,9 +176,9 @@ def test_without_a_module_the_package_runs_on_its_references(bare_package):
 
 
 @pytest.mark.skipif(len(_extension.runnable()) < 2, reason="this machine runs one variant only")
-def test_the_best_variant_that_was_built_is_loaded(bare_package):
+def test_the_best_variant_that_was_built_is_loaded(bare_package, site):
     isa = _extension.runnable()[-1]
-    shutil.copy(PACKAGE / f"_C_{isa}.abi3.so", bare_package / "blt_kernels")
+    shutil.copy(site / f"blt_kernels/_C_{isa}.abi3.so", bare_package / "blt_kernels")
     assert passed(python("-c", SAY_ISA, cwd=bare_package)) == isa
 
 
@@ -152,17 +196,6 @@ def test_a_module_that_does_not_load(bare_package):
 # --- what is built ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built from the sdist as an installer would."""
-    pytest.importorskip("build.env")  # not the namespace of the folder build
-    folder = tmp_path_factory.mktemp("dist")
-    passed(python("-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)))
-    assert len(list(folder.glob("*.tar.gz"))) == 1
-    (path,) = folder.glob("*.whl")
-    return path
-
-
 def test_wheel_serves_every_python(wheel):
     name = f"blt_kernels-{re.escape(__version__)}-cp310-abi3-"
     assert re.match(name + (r"linux_x86_64\.whl" if sys.platform == "linux" and X86 else ""), wheel.name)
@@ -176,12 +209,11 @@ def test_wheel_contents(wheel):
     assert names - modules == {f"blt_kernels/{path.relative_to(PACKAGE).as_posix()}" for path in sources}
 
 
-def test_wheel_runs_where_it_is_installed(wheel, tmp_path):
-    passed(python("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path), str(wheel)))
+def test_wheel_runs_where_it_is_installed(site, tmp_path):
     script = RUN_OPS + "print(k.__file__)"
-    isa, path = passed(python("-c", script, "outputs.pt", cwd=tmp_path)).splitlines()
+    isa, path = passed(python("-c", script, str(tmp_path / "outputs.pt"), cwd=site)).splitlines()
     assert isa == _extension.runnable()[0]
-    assert Path(path).is_relative_to(tmp_path)
+    assert Path(path).is_relative_to(site)
 
 
 def test_wheel_keeps_to_the_stable_abis(wheel, tmp_path):
