@@ -33,9 +33,17 @@ def load_ops(kind: str) -> SimpleNamespace:
         names = [name for name in vars(public) if hasattr(reference, f"{name}_reference")]
         for name in names:
             functions[name] = getattr(public, name) if kind == "fused" else getattr(reference, f"{name}_reference")
-    # Models pass `Documents`, so that offsets are checked once. References take the tensor.
-    functions["offsets"] = (lambda rows: rows) if kind == "fused" else (lambda rows: rows.offsets)
+    functions["offsets"] = _checked if kind == "fused" else _offsets
     return SimpleNamespace(**functions)
+
+
+# What the functions take as offsets: a model is pickled with them, so they are no lambdas.
+def _checked(documents: Documents) -> Documents:
+    return documents
+
+
+def _offsets(documents: Documents) -> Tensor:
+    return documents.offsets
 
 
 def known_ids(ids: Tensor, rows: Documents, alphabet: int) -> Tensor | None:

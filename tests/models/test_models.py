@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pickle
 
 import oracle
 import pytest
@@ -369,3 +370,11 @@ def test_the_bundled_model_knows_python() -> None:
         _, layout = model.patch(tokens)
         assert chr(int(model(tokens[: SNIPPET.index(b"turn the") + 1])[-1].argmax()) - 4) == "t"
     assert 3 < len(tokens) / int(layout.num_patches) < 7
+
+
+@pytest.mark.parametrize("name", ["byte_lm", "blt", "megabyte"])
+@pytest.mark.parametrize("ops", ["fused", "reference"])
+def test_models_are_pickled(name: str, ops: str) -> None:
+    """Processes that are spawned are sent their model."""
+    model, (tokens, rows) = build(name, ops), documents((30, 4))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens, rows), model(tokens, rows))
