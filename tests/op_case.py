@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import inputs
@@ -46,6 +47,11 @@ class OpCase:
     def op(self) -> str:
         """The op that the function is of: ``ops/<op>.py`` defines it."""
         return self.function.__module__.rpartition(".")[2]
+
+    @property
+    def has_documents(self) -> bool:
+        """Does the function work within documents, which a layout or offsets give?"""
+        return not {"layout", "cu_seqlens", "cu_seqlens_q"}.isdisjoint(signature(self.function).parameters)
 
     @property
     def emulated(self) -> bool:

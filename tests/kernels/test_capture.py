@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,13 @@ def test_what_a_capture_allows_is_not(name: str) -> None:
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
 
+BY_BYTE = {"logits", "hidden", "entropy", "tokens", "x"}  # arguments with a row for each byte
+
+
 def padded(arguments: dict[str, Any]) -> dict[str, Any]:
     """Two documents of one length: ``[2, S, ...]`` for whatever has a row for each byte, and no offsets."""
     layout = arguments.get("layout")
-    by_byte = {"logits", "hidden", "entropy", "tokens", "x"} & arguments.keys()
+    by_byte = BY_BYTE & arguments.keys()
     if "q" in arguments:
         by_byte |= {"q", "k", "v"} if layout is None else {"k", "v"} if arguments["direction"] == "encode" else {"q"}
 
@@ -151,7 +155,7 @@ def padded(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def takes_padded(case: OpCase) -> bool:
-    return case.function.__name__ not in ("static_patch", "byte_patch", "patch_unpool", "attention_ranges")
+    return not (BY_BYTE | {"q"}).isdisjoint(signature(case.function).parameters)
 
 
 CALLS = [

@@ -39,7 +39,7 @@ def with_tail(tokens: Tensor, ids: tuple[int, ...] = GARBAGE_IDS) -> Tensor:
 # --- ops --------------------------------------------------------------------------------------------------------------
 
 TAIL, TAIL_PATCHES = 9, 6  # bytes beyond the last document, and patches beyond P
-CASES_WITH_DOCUMENTS = [c for c in CASES if c.function not in (bk.token_entropy, bk.linear_entropy)]
+CASES_WITH_DOCUMENTS = [c for c in CASES if c.has_documents]
 
 
 def garbage(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
