@@ -1,4 +1,4 @@
-"""The memory that a call holds."""
+"""Measures the memory that a call holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def peak_extra_bytes(function: Callable[[], Any]) -> int:
-    """Most bytes that torch's CPU allocator held at a time during a call beyond those held before, outputs included."""
+    """Return the peak of bytes that torch's CPU allocator held during a call beyond those before, outputs included."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         out = function()
@@ -26,7 +26,7 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Keep what C++ writes to stderr back: the profiler tells of its start and stop there."""
+    """Silence stderr of C++, where the profiler reports its start and stop."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -1,7 +1,8 @@
-"""Timing side by side: every implementation once a round, in one process, against a limit measured in the same rounds.
+"""Times implementations side by side: each once a round, in one process, with a limit measured in the same rounds.
 
-A machine drifts while it is measured. So a time is a median, but a ratio is the median of the ratios within rounds.
-What takes seconds a call drops out when its budget is spent: its ratios are of the rounds that it took part in.
+A machine drifts while it is measured, so a time is a median, and a ratio is the median of the ratios within rounds. An
+implementation that takes seconds drops out when its budget is spent; its ratios are over the rounds that it took part
+in.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from blt_kernels._files import whole_file
 OURS = "blt_kernels"
 OK = "ok"
 RESULTS = Path(__file__).parent / "results"
-SAMPLE_SECONDS = 2e-3  # a shorter function is called in a loop, so that the clock and the loop weigh nothing
+SAMPLE_SECONDS = 2e-3  # a shorter function is called in a loop, so that the clock does not matter
 SLOW_SECONDS = 0.2  # a longer function is warm after one call
 FEWEST_SAMPLES = 3  # whatever the budget
 BUDGET_SECONDS = 5.0
@@ -40,16 +41,16 @@ FLUSH_BYTES = 256 << 20  # more than any GPU's L2
 
 @dataclass(frozen=True)
 class Comparison:
-    """One op on one input: what is run, what must agree before anything is timed, and what bounds it.
+    """One op on one input: its implementations, the check that they agree, and the limit of its speed.
 
     Attributes
     ----------
-    op, shape, dtype : what the row is called
-    implementations : name -> function without arguments; `OURS` is the one that the others are compared with
+    op, shape, dtype : the name of the row
+    implementations : name -> function without arguments; the others are compared with `OURS`
     work : bytes that the op must read and write; flops if `unit` is "flop"
     limits : name -> function without arguments; the fastest, scaled from `limit_work` to `work`, is the limit
     agree : raises if the results of the implementations, by name, are not the same
-    failures : name of an implementation that cannot be run here -> why
+    failures : name of an implementation that cannot run here -> why
     """
 
     op: str
@@ -75,11 +76,11 @@ class Row:
 
     Attributes
     ----------
-    bytes : what the op must move; none where the limit is arithmetic, and `gb_per_s` means GFLOP/s
+    bytes : bytes that the op must move; none where the limit is arithmetic, and `gb_per_s` means GFLOP/s
     share_of_limit : speed as a part of the limit's
     ratio_to_best_peer : time of the best peer as a multiple of this one's
     extra_mb : most memory that was held during a call, outputs included
-    rounds : how many samples the median is of
+    rounds : number of samples of the median
     status : "ok"; or why there is no time, and then the figures are NaN
     """
 
@@ -139,7 +140,7 @@ def compare(comparison: Comparison, *, rounds: int, warmup: int = 3, budget: flo
 
 
 def rows_of(make: Make, compare: Callable[[Comparison], list[Row]]) -> list[Row]:
-    """Make a comparison and measure it, or say in a row why that failed; its inputs are gone afterwards."""
+    """Make a comparison and measure it, or say in a row why that failed. Its inputs are freed afterwards."""
     (op, shape), dtype = name_of_case(make), ""
     try:
         comparison = make()
@@ -155,7 +156,7 @@ def rows_of(make: Make, compare: Callable[[Comparison], list[Row]]) -> list[Row]
 
 
 def run_each(implementations: dict[str, Callable[[], Any]], failures: dict[str, str]) -> dict[str, Any]:
-    """Results by name; a peer that raises goes to `failures`."""
+    """Return results by name; a peer that raises goes to `failures`."""
     results: dict[str, Any] = {}
     for name, function in implementations.items():
         with failing(name, failures):
@@ -165,7 +166,7 @@ def run_each(implementations: dict[str, Callable[[], Any]], failures: dict[str, 
 
 @contextmanager
 def failing(name: str, failures: dict[str, str]) -> Iterator[None]:
-    """Note what a peer or a limit raises in `failures`; what ours raises is raised."""
+    """Note an exception of a peer or a limit in `failures`; one of ours is raised."""
     try:
         yield
     except Exception as error:  # such as out of memory or not supported: a peer may fail, its row says why
@@ -180,12 +181,12 @@ def reason_of(error: BaseException) -> str:
 
 
 def failed(comparison: Comparison, implementation: str, reason: str) -> Row:
-    """The row of an implementation that has no time."""
+    """Return the row of an implementation that has no time."""
     return failed_row(comparison.op, comparison.shape, comparison.dtype, implementation, reason)
 
 
 def failed_row(op: str, shape: str, dtype: str, implementation: str, reason: str) -> Row:
-    """A row without a time."""
+    """Return a row without a time."""
     nan = math.nan
     return Row(op, shape, dtype, torch.get_num_threads(), implementation, nan, None, nan, nan, None, None, 0, reason)
 
@@ -245,10 +246,10 @@ def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
 
 
 class _Clock:
-    """Seconds a call takes: wall clock on the CPU, events around a cold L2 on a GPU.
+    """Measures the seconds of a call: by wall clock on the CPU, by events with a cold L2 on a GPU.
 
-    On the CPU the heap is trimmed before each sample. Else large outputs are now fresh pages of the system and now
-    memory that somebody freed before, which differ by as much as most ops take.
+    On the CPU the heap is trimmed before each sample. Otherwise large outputs are sometimes fresh pages and sometimes
+    memory that was freed before, which differ by as much as most ops take.
     """
 
     def __init__(self, device: str) -> None:
@@ -283,9 +284,9 @@ def _trim_heap() -> None:
 
 
 def reads(data: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Ways to read every byte of contiguous `data` once: whichever is fastest is the limit of a reading op.
+    """Return ways to read every byte of contiguous `data` once: the fastest is the limit of a reading op.
 
-    A reduction of torch is not always the fastest reader, least of all in low precision; so the memory is also read as
+    A reduction of torch is not always the fastest reader, least of all in low precision, so the memory is also read as
     fp32 and by a dot product with itself.
     """
     words = data.detach().flatten().view(torch.float32)
@@ -304,7 +305,7 @@ def reads(data: torch.Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def copies(data: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Copy `data` into memory that is there already: reads and writes its size."""
+    """Return a copy of `data` into allocated memory, which reads and writes its size."""
     out = torch.empty_like(data)
     return {"copy": lambda: out.copy_(data)}
 
@@ -325,12 +326,12 @@ def device_name(device: str = "cpu") -> str:
 
 
 def csv_path(device: str = "cpu") -> Path:
-    """Where results of today go: ``bench/results/<date>-<device>.csv``."""
+    """Return the file for results of today: ``bench/results/<date>-<device>.csv``."""
     return RESULTS / f"{datetime.date.today().isoformat()}-{device_name(device)}.csv"
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """Add rows to a file. What it has of comparisons that were measured again is replaced."""
+    """Add rows to a file. They replace the rows of the same comparisons."""
     new = [{k: _cell(v) for k, v in asdict(row).items()} for row in rows]
     measured = {_key(row) for row in new}
     old = [row for row in read_csv(path) if _key(row) not in measured]
@@ -348,7 +349,7 @@ def _cell(value: object) -> str:
 
 
 def append_csv(rows: Iterable[Row], path: Path) -> None:
-    """Add rows at the end of a file, at once on the disk, so that a process that is killed loses none."""
+    """Add rows at the end of a file and flush them, so that a process that is killed loses none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)])
@@ -361,7 +362,7 @@ def append_csv(rows: Iterable[Row], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a file, none if there is no file; ValueError if it holds something else."""
+    """Return the rows of a file, none if there is no file; ValueError if it holds something else."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -376,6 +377,6 @@ def _key(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """Slope of log time, or memory, over log size by least squares: 1 is linear."""
+    """Return the slope of log time, or memory, over log size by least squares: 1 is linear."""
     x, y = [math.log(s) for s in sizes], [math.log(t) for t in seconds]
     return statistics.linear_regression(x, y).slope

@@ -1,8 +1,8 @@
-"""FLOPs of the models: what the paper's formula says, what this implementation does, and what was counted while it ran.
+"""Counts FLOPs of the models: by the paper's formula, of this implementation, and while a model runs.
 
-A multiply-add is two FLOPs. Only products of matrices are counted, those of attention among them: not norms, softmax,
-rotary positions, lookups, pooling. Attention counts the (query, key) pairs that the mask lets through: not what a tile
-computes beside them. Where not said otherwise, numbers are for a whole text; `Flops.per_byte` divides.
+A multiply-add is two FLOPs. Only products of matrices are counted, those of attention included, and not norms, softmax,
+rotary positions, lookups and pooling. Attention counts the unmasked (query, key) pairs, and not the masked pairs of a
+tile. Unless they are said to be per byte, numbers are for a whole text; `Flops.per_byte` divides.
 
 `paper_flops` is appendix B of the BLT paper (arXiv 2412.09871). Of a byte or a patch, with width h, r queries a key and
 a context of m, a layer costs
@@ -14,11 +14,10 @@ with which a byte of BLT with patches of p bytes costs
     T(global, m = context / p) / p + T(encoder, m = window) + T(decoder, m = window, V = 256)
     + X(encoder, m = p, r = p / K) K / p + X(decoder, m = K, r = K / p)
 
-for T all of a layer and X attention and projections, and twice that backward. `count_flops` has the widths that are
-there (feed-forwards rounded to 256, grouped heads, the projections between the widths, 260 ids), the rows that there
-are, and the scores that the backward of the ops makes anew, once (Triton's makes them twice). Importing this file
-teaches `torch.utils.flop_counter.FlopCounterMode` the ops, forward and backward, so that it counts what `count_flops`
-says.
+for T all of a layer and X attention and projections, and twice that backward. `count_flops` takes the widths of the
+model (feed-forwards rounded to 256, grouped heads, the projections between the widths, 260 ids), its rows, and the
+scores that the backward of the ops computes again, once (Triton's computes them twice). Importing this file teaches
+`torch.utils.flop_counter.FlopCounterMode` the ops, forward and backward, so that it counts what `count_flops` says.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class Flops:
 
     @property
     def total(self) -> Part:
-        """All parts, without the patcher."""
+        """The sum of all parts, without the patcher."""
         return sum(self.parts.values(), Part())
 
     def per_byte(self, num_bytes: float) -> Flops:
@@ -85,7 +84,7 @@ class Flops:
 
 
 def paper_flops(config: Config, patch_size: float, context: float = 16384) -> Flops:
-    """FLOPs of a byte by the formula of the BLT paper.
+    """Return FLOPs of a byte by the formula of the BLT paper.
 
     Parameters
     ----------
@@ -94,7 +93,7 @@ def paper_flops(config: Config, patch_size: float, context: float = 16384) -> Fl
     patch_size : float
         Bytes of a patch on average.
     context : float
-        Bytes that a row has: what attention without a window sees.
+        Bytes of a row, which attention without a window attends to.
     """
     if isinstance(config, ByteLMConfig):
         return _by_paper({"decoder": _paper_layers(config, context), "output": 2 * config.dim * config.vocab_size})
@@ -160,24 +159,24 @@ PAPER_SIZES: dict[str, BLTConfig] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """What a model is run on: of every row, its bytes and its patches. Averages need not be whole numbers."""
+    """The bytes and the patches of every row that a model is run on. Averages need not be whole numbers."""
 
     num_bytes: Sequence[float]
     num_patches: Sequence[float]
 
     @staticmethod
     def even(context: float, patch_size: float) -> Rows:
-        """One row of `context` bytes in patches of `patch_size` bytes."""
+        """Return one row of `context` bytes in patches of `patch_size` bytes."""
         return Rows([context], [context / patch_size])
 
     @staticmethod
     def of(layout: PatchLayout) -> Rows:
-        """The rows of a layout. Synchronises."""
+        """Return the rows of a layout, which waits for the device."""
         return Rows(layout.cu_seqlens.diff().tolist(), layout.cu_patches.diff().tolist())
 
 
 def count_flops(config: Config, rows: Rows) -> Flops:
-    """FLOPs that this implementation does for `rows`, if every row is a document and its patches are equally long.
+    """Return FLOPs of this implementation for `rows`, if every row is a document and its patches are equally long.
 
     A model that is trained computes the gradient of everything but of the patcher. On the CPU, and with the layouts of
     `PatchLayout.compact`, there are no empty patches.
@@ -195,7 +194,7 @@ def count_flops(config: Config, rows: Rows) -> Flops:
     every = config.cross_attn_all_layers_encoder and not config.pool_every_layer
     crossed_encoder = encoder.num_layers if every else 1
     crossed_decoder = decoder.num_layers if config.cross_attn_all_layers_decoder else 1
-    # Every byte meets the K vectors of the patches in its window: at the start of a row there are fewer, not seen here.
+    # Every byte meets the K vectors of the patches in its window: fewer at the start of a row are not counted.
     read, written = config.cross_attn_window_encoder or 1, config.cross_attn_window_decoder or 1
     across = config.cross_attention(encoder), config.cross_attention(decoder)
     parts = {
@@ -212,14 +211,14 @@ def count_flops(config: Config, rows: Rows) -> Flops:
 
 
 def _count_megabyte(config: MegaByteConfig, rows: Rows) -> Flops:
-    """A row has a slot more than bytes, for what comes after its last one; room for patches is made for the worst."""
+    """Count a MegaByte. A row has a slot more than bytes, for the byte after its last; patches have the most room."""
     wide, local, size = config.global_transformer, config.local_transformer, config.patch_size
     total, width = sum(rows.num_bytes), wide.dim // size
     slots = [n + 1 for n in rows.num_bytes]
     capacity = total // size + len(slots)
     patches = [-(-n // size) for n in slots]
     own = sum((n // size) * _pairs(size, None) + _pairs(n % size, None) for n in slots)
-    before = config.cross_patch * sum(n - min(n, size) for n in slots)  # what patches see of the patch before
+    before = config.cross_patch * sum(n - min(n, size) for n in slots)  # pairs with the patch before
     parts = {
         "global": _layers(wide, patches) + _matrices(capacity - sum(patches), _weights(wide)),
         "decoder": _matrices(sum(slots), _weights(local)) + _attention(local.dim, own + before) * local.num_layers,
@@ -232,26 +231,26 @@ def _count_megabyte(config: MegaByteConfig, rows: Rows) -> Flops:
 
 
 def _cross(config: TransformerConfig, queries: float, keys: float, pairs: float) -> Part:
-    """One cross attention."""
+    """Count one cross attention."""
     key_dim = config.kv_heads * config.head_dim
     matrices = _matrices(queries, 2 * config.dim**2) + _matrices(keys, 2 * config.dim * key_dim)
     return matrices + _attention(config.dim, pairs)
 
 
 def _layers(config: TransformerConfig, lengths: Sequence[float]) -> Part:
-    """A stack of layers over rows of these lengths."""
+    """Count a stack of layers over rows of these lengths."""
     attention = _attention(config.dim, sum(_pairs(n, config.window) for n in lengths))
     return _matrices(sum(lengths), _weights(config)) + attention * config.num_layers
 
 
 def _weights(config: TransformerConfig) -> int:
-    """Weights of all matrices of a stack."""
+    """Return the number of weights of all matrices of a stack."""
     heads = 2 * config.dim * (config.dim + config.kv_heads * config.head_dim)
     return config.num_layers * (heads + 3 * config.dim * config.hidden_dim)
 
 
 def _matrices(vectors: float, weights: float) -> Part:
-    """`vectors` through matrices of so many weights; backward, the gradients of both."""
+    """Count `vectors` through matrices of so many weights, and backward the gradients of both."""
     return Part(2 * vectors * weights, 4 * vectors * weights)
 
 
@@ -260,7 +259,7 @@ def _attention(width: int, pairs: float) -> Part:
 
 
 def _pairs(length: float, window: int | None) -> float:
-    """(query, key) pairs of a causal row: the sum of min(i, window) for i = 1 ... length."""
+    """Return the (query, key) pairs of a causal row: the sum of min(i, window) for i = 1 ... length."""
     if window is None or length <= window:
         return length * (length + 1) / 2
     return window * (window + 1) / 2 + (length - window) * window
@@ -291,9 +290,9 @@ _PLACES = {
 
 
 def counted_parts(counts: dict[str, dict[Any, int]]) -> dict[str, int]:
-    """What `FlopCounterMode.get_flop_counts` saw in a pass forward, by part: the keys of `PARTS`, and "patcher".
+    """Return the counts of `FlopCounterMode.get_flop_counts` of a forward pass by part: `PARTS`, and "patcher".
 
-    A pass backward cannot be told apart so: the counter ascribes some of it to modules that it is not of.
+    A backward pass cannot be divided so: the counter ascribes some of it to other modules.
     """
     total = {name: sum(ops.values()) for name, ops in counts.items() if name != "Global"}
     parts: dict[str, int] = {}
@@ -307,7 +306,7 @@ def counted_parts(counts: dict[str, dict[Any, int]]) -> dict[str, int]:
 
 
 def _outer(name: str, names: Mapping[str, object]) -> str | None:
-    """The innermost module of `names` that the module `name` is inside of."""
+    """Return the innermost module of `names` that the module `name` is inside of."""
     while "." in name:
         name = name.rpartition(".")[0]
         if name in names:
@@ -339,7 +338,7 @@ def _(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, _lse: Tens
 
 
 def _visited(q: Tensor, k: Tensor, *arguments: Any) -> int:
-    """(query, key) pairs of block_causal_attention."""
+    """Return the (query, key) pairs of block_causal_attention."""
     mask, _ = AttentionMask.of_schema(*arguments)
     first, last = mask.with_offsets(q, k).keys_of_queries(q.shape[0], k.shape[0])
     return int((last - first).sum())
@@ -354,7 +353,7 @@ def _crossed(
     window: int | None,
     _scale: float | None,
 ) -> int:
-    """(query, key) pairs of patch_cross_attention: a byte meets the K vectors of up to `window` patches of its row."""
+    """Return the pairs of patch_cross_attention: a byte meets the K vectors of up to `window` patches of its row."""
     patch = ids[ids >= 0].long()
     row = torch.searchsorted(cu_patches[1:].long(), patch, right=True)
     # Encoding, a byte is read by its patch and those behind; decoding, it reads its patch and those before.

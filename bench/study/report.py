@@ -1,4 +1,4 @@
-"""What the study found: one line a run (CSV), means over seeds (markdown), and a picture."""
+"""Writes the results of the study: one line a run (CSV), means over seeds (markdown), and a picture."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from study.text import CLEAN, CONDITIONS, NOISES
 class Outcome:
     """One run. FLOPs are of a byte forward, in millions; training is three times that, without the patcher.
 
-    `mflops` is what this implementation does on batches of the training text, `paper_mflops` what the formula of the
-    BLT paper says. `bits` per byte are by condition.
+    `mflops` are those of this implementation on batches of the training text, `paper_mflops` those of the formula of
+    the BLT paper. `bits` are bits per byte by condition.
     """
 
     model: str
@@ -38,7 +38,7 @@ class Outcome:
 
 
 def write(outcomes: Sequence[Outcome], settings: dict[str, Any], folder: Path) -> None:
-    """``runs.csv``, ``table.md``, ``study.png`` and ``settings.json``."""
+    """Write ``runs.csv``, ``table.md``, ``study.png`` and ``settings.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "runs.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         rows = [flat(outcome) for outcome in outcomes]
@@ -66,12 +66,12 @@ def by_model(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; 0 of one value."""
+    """Return mean and standard deviation, which is 0 for one value."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Bits per byte, mean ± standard deviation over seeds; of noised text, how many more than of clean text."""
+    """Return bits per byte, mean ± standard deviation over seeds; for noised text, the difference to clean text."""
     noises = " | ".join(f"+ {noise}" for noise in NOISES)
     lines = [
         f"| model | parameters, in tables | patch | MFLOPs/byte | patcher | trained MB | held out | {noises} |",
@@ -96,7 +96,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Bits per byte over FLOPs a byte, and how much noise costs."""
+    """Draw bits per byte over FLOPs a byte, and the cost of noise."""
     from matplotlib.figure import Figure
 
     families = list(dict.fromkeys(outcome.family for outcome in outcomes))

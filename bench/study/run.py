@@ -1,11 +1,11 @@
-"""Byte transformer, MegaByte, BLT-Space and BLT-Entropy at equal training FLOPs: ``python bench/study``.
+"""Compares a byte transformer, MegaByte, BLT-Space and BLT-Entropy at equal training FLOPs: ``python bench/study``.
 
 Every model is trained on the sources of Python's standard library until it has used `--tflops` of training, three times
-what it does forward (`blt_kernels.flops.count_flops`, on batches of that text). So those that spend less on a
-byte read more bytes. What the entropy model of BLT-Entropy does is not in it, as in the paper, but in the table. Then
-bits per byte are measured on excerpts of files that none has seen, as they are and noised.
+its FLOPs forward (`blt_kernels.flops.count_flops`, on batches of that text). So models that spend less on a byte read
+more bytes. The FLOPs of the entropy model of BLT-Entropy are not counted, as in the paper, but are in the table. Then
+bits per byte are measured on excerpts of held-out files, clean and noised.
 
-Runs go on where they were killed, and are not repeated: they lie in `--work`, under the digest of their options.
+Runs resume where they were killed, and are not repeated: they are in `--work`, under the digest of their options.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Model:
 
     @property
     def kind(self) -> str:
-        """What `train` calls it."""
+        """The name that `train` has for it."""
         return {BLTConfig: "blt", ByteLMConfig: "entropy", MegaByteConfig: "megabyte"}[type(self.config)]
 
 
 def layers(dim: int, count: int, window: int | None = None) -> TransformerConfig:
-    """Heads of 64; a feed-forward of 8/3 the width without rounding to 256, which is much at these sizes."""
+    """Return layers with heads of 64 and a feed-forward of 8/3 the width, without rounding to 256."""
     return TransformerConfig(dim, count, dim // 64, ffn_dim=32 * round(dim / 12), window=window)
 
 
@@ -102,7 +102,7 @@ MODELS = [
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the results of every run."""
+    """The options that decide the results of every run."""
 
     paths: Sequence[Path]
     work: Path
@@ -113,7 +113,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """A run to do: how to train, what to measure on, and what is known of it beforehand."""
+    """A run to do: how to train, the text to measure on, and its sizes and FLOPs."""
 
     config: TrainConfig
     heldout: dict[str, list[data.Source]]
@@ -128,7 +128,7 @@ class Job:
 
 
 def plan(model: Model, seeds: Sequence[int], options: Options, corpus: Corpus, patcher: Path | None) -> list[Job]:
-    """One run a seed. How many steps there are follows from the FLOPs, on a sample of the training text."""
+    """Return one run a seed. The number of steps follows from the FLOPs on a sample of the training text."""
     overrides = asdict(model.config)
     if model.patch_size is not None:
         assert patcher is not None
@@ -161,7 +161,7 @@ def plan(model: Model, seeds: Sequence[int], options: Options, corpus: Corpus, p
 
 
 def digest_of(config: TrainConfig, corpus: Corpus) -> str:
-    """Of all that a run depends on: options, text, patcher."""
+    """Return the digest of all that a run depends on: options, text, patcher."""
     what = asdict(replace(config, paths=[], out=Path(), patcher=None)) | {
         "train": [source.digest for source in corpus.train],
         "heldout": {name: [source.digest for source in sources] for name, sources in corpus.heldout.items()},
@@ -171,7 +171,7 @@ def digest_of(config: TrainConfig, corpus: Corpus) -> str:
 
 
 def cost(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-    """Parameters, and FLOPs of a byte on a sample of the training text."""
+    """Return parameters, and FLOPs of a byte on a sample of the training text."""
     model = build_model(config)
     tables = model.encoder_hash_tok_embedding.weight.numel() if isinstance(model, BLT) else 0
     sizes: list[float] = []
@@ -195,11 +195,11 @@ def cost(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
 
 # --- running ----------------------------------------------------------------------------------------------------------
 
-Watch = Callable[[str, float, str], None]  # a run, how much of it is done, and what to say of it
+Watch = Callable[[str, float, str], None]  # the run, the share of it that is done, a text
 
 
 def perform(job: Job, watch: Watch) -> Outcome:
-    """Train and measure, or read what is there of an earlier time."""
+    """Train and measure, or read the outcome of an earlier run."""
     if job.result.exists():
         return Outcome(**json.loads(job.result.read_text()))
     name, started, config = f"{job.outcome['model']}, seed {job.config.seed}", time.process_time(), job.config
@@ -218,13 +218,13 @@ def perform(job: Job, watch: Watch) -> Outcome:
         bits[condition] = measure(model, sources, BATCH, CONTEXT, bf16=config.bf16)[0]
     outcome = Outcome(**job.outcome, cpu_seconds=seconds, bits=bits)
     write_text(job.result, json.dumps(asdict(outcome)))
-    shutil.rmtree(config.out / "checkpoint")  # a run that is done needs none, and they are large
+    shutil.rmtree(config.out / "checkpoint")  # checkpoints are large, and a finished run needs none
     watch(name, 1.0, f"held out {bits[CLEAN]:.3f} bits/byte")
     return outcome
 
 
 def perform_all(jobs: Sequence[Job], processes: int) -> list[Outcome]:
-    """The outcomes of `jobs`, in their order; with several processes, each has one thread."""
+    """Return the outcomes of `jobs`, in their order; with several processes, each has one thread."""
     with progress() as watch:
         if processes <= 1:
             torch.set_num_threads(1)
@@ -237,20 +237,20 @@ def perform_all(jobs: Sequence[Job], processes: int) -> list[Outcome]:
             while waiting:
                 done, waiting = wait(waiting, timeout=0.5)
                 for future in done:
-                    future.result()  # raises what the run did
+                    future.result()  # raises the exception of the run
                 for name, (part, text) in sorted(states.items()):
                     watch(name, part, text)
             return [future.result() for future in futures]
 
 
 def perform_apart(job: Job, states: Any) -> Outcome:
-    """`perform` in a process of its own, which tells how far it is in a shared dictionary."""
+    """Call `perform` in a process of its own, which writes its progress to a shared dictionary."""
     return perform(job, lambda name, part, text: states.__setitem__(name, (part, text)))
 
 
 @contextmanager
 def progress() -> Iterator[Watch]:
-    """A bar for every run on a terminal; elsewhere a line when one is done."""
+    """Show a bar for every run on a terminal, and elsewhere a line when a run is done."""
     shown, tasks, told = Console(stderr=True), {}, set()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
     with Progress(*columns, console=shown, disable=not shown.is_terminal) as bars:
@@ -273,7 +273,7 @@ def progress() -> Iterator[Watch]:
 def study(
     options: Options, models: Sequence[Model], seeds: int, processes: int
 ) -> tuple[list[Outcome], dict[str, Any]]:
-    """All runs, and what they depend on."""
+    """Return the outcomes of all runs, and the settings that they depend on."""
     corpus = prepare(options.paths, options.work, SAMPLE, options.heldout_bytes)
     patcher, bits = None, None
     if any(model.patch_size is not None for model in models):

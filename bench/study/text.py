@@ -1,6 +1,6 @@
-"""The text of the study: which files are learned, excerpts of others to measure on, and noise for these.
+"""Makes the text of the study: files to train on, excerpts of others to measure on, and noise for these.
 
-What is measured on lies in ``<work>/text/<condition>/``, one file an excerpt, so that one can look at it.
+The excerpts are in ``<work>/text/<condition>/``, one file each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RATE = 0.1  # of the bytes are dropped, doubled, or swapped with the next
 
 
 def random_case(text: bytes, draw: random.Random) -> bytes:
-    """Every ASCII letter small or large by the toss of a coin."""
+    """Make every ASCII letter small or large at random."""
     return bytes(b ^ 0x20 if chr(b).isascii() and chr(b).isalpha() and draw.random() < 0.5 else b for b in text)
 
 
@@ -34,7 +34,7 @@ def repeated(text: bytes, draw: random.Random) -> bytes:
 
 
 def swapped(text: bytes, draw: random.Random) -> bytes:
-    """Pairs of neighbours in each other's place; no byte moves twice."""
+    """Swap pairs of neighbours; no byte moves twice."""
     noised, i = bytearray(text), 0
     while i + 1 < len(noised):
         if draw.random() < RATE:
@@ -76,7 +76,7 @@ def prepare(paths: Sequence[Path], work: Path, sample_bytes: int, heldout_bytes:
 
 
 def excerpts(sources: Sequence[data.Source], size: int) -> list[bytes]:
-    """The middles of the first files, up to `size` bytes in all: a fair sample, since digests order them."""
+    """Return the middles of the first files, up to `size` bytes in all. The order by digest makes a fair sample."""
     found: list[bytes] = []
     for source in sources:
         left = size - sum(map(len, found))
@@ -89,7 +89,7 @@ def excerpts(sources: Sequence[data.Source], size: int) -> list[bytes]:
 
 
 def noised(condition: str, text: bytes) -> bytes:
-    """The same noise for the same text, wherever it stands."""
+    """Return a text with noise, the same for the same text."""
     draw = random.Random(f"{condition} {hashlib.sha256(text).hexdigest()}")
     return text if condition == CLEAN else NOISES[condition](text, draw)
 

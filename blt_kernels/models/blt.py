@@ -34,7 +34,7 @@ from blt_kernels.ops._common import Documents
 
 
 class LocalEncoder(nn.Module):
-    """Bytes to patches: layers over bytes, max pooling, then cross attention from the patches to their own bytes."""
+    """Encodes bytes as patches: layers over bytes, max pooling, cross attention from the patches to their own bytes."""
 
     def __init__(self, config: BLTConfig, ops: SimpleNamespace) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class LocalEncoder(nn.Module):
     def forward(
         self, x: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout, ranges: AttentionRanges | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Bytes ``[T, D]`` after the layers, and patches ``[C, K * D]``."""
+        """Return bytes ``[T, D]`` after the layers, and patches ``[C, K * D]``."""
         patches = None
         for i, layer in enumerate(self.layers):
             x = layer(x, table, documents, ranges)
@@ -62,7 +62,7 @@ class LocalEncoder(nn.Module):
                     pooled = self.patch_pool(x, layout, "max")
                     patches = self.patch_embedding_projection(pooled).view(-1, x.shape[-1]).to(x.dtype)  # [C * K, D]
                 cross = self.cross_attn_layers[i if self.all_layers else 0]
-                # The residual twice: the released models were trained so.
+                # The residual is added twice: the released models were trained so.
                 patches = cross(patches, x, layout) + 2 * patches
         assert patches is not None  # there is at least one layer
         return x, patches.unflatten(0, (-1, self.queries_per_patch)).flatten(1)
@@ -80,14 +80,14 @@ class GlobalTransformer(nn.Module):
     def forward(
         self, patches: Tensor, table: Tensor, documents: Tensor, ranges: AttentionRanges | None = None
     ) -> Tensor:
-        x = self.token_embedding_projection(patches).to(patches.dtype)  # residuals stay wide under autocast
+        x = self.token_embedding_projection(patches).to(patches.dtype)  # residuals keep their dtype under autocast
         for layer in self.layers:
             x = layer(x, table, documents, ranges)
         return x
 
 
 class LocalDecoder(nn.Module):
-    """Patches back to bytes: before each layer, or the first, every byte reads the last patch that closed before it."""
+    """Decodes patches to bytes: before each layer, or the first, bytes read the last patch that closed before them."""
 
     def __init__(self, config: BLTConfig, ops: SimpleNamespace) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class BLT(ByteModel):
         layout: PatchLayout | None = None,
         max_patches: int | None = None,
     ) -> Tensor:
-        """Logits of the next byte.
+        """Return logits of the next byte.
 
         Parameters
         ----------
@@ -235,13 +235,13 @@ class BLT(ByteModel):
         Returns
         -------
         ``[*tokens.shape, vocab_size]``
-            0 for tokens beyond the last row, which may hold anything and get no gradient.
+            0 for tokens beyond the last row, which may hold any value and get no gradient.
 
         Raises
         ------
         TypeError, ValueError
             An argument has the wrong type, dtype, shape or value; the message names it. An id outside the alphabet is
-            found where looking costs nothing, in eager code on the CPU; elsewhere it has no embedding.
+            an error in eager code on the CPU, where the check costs nothing; elsewhere it has no embedding.
         """
         ids, rows = self.pack(tokens, cu_seqlens)
         if layout is None:
@@ -278,7 +278,7 @@ class BLT(ByteModel):
     def patch(
         self, tokens: Any, cu_seqlens: Tensor | Documents | None = None, *, max_patches: int | None = None
     ) -> PatchLayout:
-        """Patches of `tokens` by the scheme of the configuration.
+        """Return patches of `tokens` by the scheme of the configuration.
 
         Parameters
         ----------

@@ -104,7 +104,7 @@ class ByteLM(ByteModel):
     def forward(
         self, tokens: Tensor, cu_seqlens: Tensor | Documents | None = None, *, reset_at_newlines: bool | None = None
     ) -> Tensor:
-        """Logits of the next byte.
+        """Return logits of the next byte.
 
         Parameters
         ----------
@@ -113,18 +113,18 @@ class ByteLM(ByteModel):
         cu_seqlens : int32 or int64 ``[R+1]``, optional
             Rows of packed tokens; one row if None.
         reset_at_newlines : bool, optional
-            As in the configuration, which says so if None.
+            As in the configuration, which decides if None.
 
         Returns
         -------
         ``[*tokens.shape, vocab_size]``
-            0 for tokens beyond the last row, which may hold anything and get no gradient.
+            0 for tokens beyond the last row, which may hold any value and get no gradient.
 
         Raises
         ------
         TypeError, ValueError
             An argument has the wrong type, dtype, shape or value; the message names it. An id outside the alphabet is
-            found where looking costs nothing, in eager code on the CPU; elsewhere it has no embedding.
+            an error in eager code on the CPU, where the check costs nothing; elsewhere it has no embedding.
         """
         ids, rows = self.pack(tokens, cu_seqlens)
         if reset_at_newlines is None:
@@ -157,7 +157,7 @@ class ByteLM(ByteModel):
         whole_characters: bool = False,
         reset_at_newlines: bool | None = None,
     ) -> tuple[Tensor, PatchLayout]:
-        """Entropies and patches of `tokens`: `entropy_patch` of the logits, at the configured threshold if None.
+        """Return entropies and patches of `tokens`: `entropy_patch` of the logits, at the configured threshold if None.
 
         Arguments, results and errors are those of `forward` and of `blt_kernels.entropy_patch`. `tokens` may also be
         whatever `blt_kernels.to_ids` takes: str, bytes, uint8 arrays and tensors, and lists of them, each a row.
@@ -180,5 +180,5 @@ class ByteLM(ByteModel):
 
     @classmethod
     def bundled(cls, ops: str = "fused", *, device: torch.device | str = "cpu") -> ByteLM:
-        """The entropy model that ships with the package, in fp32; ``assets/README.md`` is its card."""
+        """Return the entropy model that ships with the package, in fp32; ``assets/README.md`` is its card."""
         return cls.load(BUNDLED, ops, dtype=torch.float32, device=device)

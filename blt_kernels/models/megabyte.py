@@ -64,18 +64,18 @@ class CausalConvolution(nn.Module):
 
 
 class CrossPatch(NamedTuple):
-    """The patches, and the keys that each one sees: the last ones of the patch before, then its own."""
+    """The patches, and the keys that each attends to: the last ones of the patch before, then its own."""
 
     patch_offsets: Tensor | Documents  # int32 [C+1], of slots
     key_offsets: Tensor | Documents  # int32 [C+1], of keys
     key_slots: Tensor  # [Tk], the slot that each key is of
-    key_table: Tensor  # [Tk, 1, E/2], by places in the patch that sees the key: negative in the patch before
+    key_table: Tensor  # [Tk, 1, E/2], by places in the patch that attends to the key: negative in the patch before
 
 
 class CrossPatchAttention(SelfAttention):
     """Causal attention within patches that reaches back into the patch before."""
 
-    # A TransformerLayer hands its documents through, whatever they are.
+    # A TransformerLayer passes its documents on as they are.
     def forward(  # type: ignore[override]
         self, x: Tensor, table: Tensor, documents: CrossPatch, ranges: AttentionRanges | None = None
     ) -> Tensor:
@@ -107,7 +107,7 @@ class MegaByte(ByteModel):
         super().__init__()
         self.config, self.ops = config, load_ops(ops)
         wide, size = config.global_transformer, config.patch_size
-        # A local model never sees further than this: the window tells the attention as much.
+        # A local model attends no further than this; the window tells the attention so.
         narrow = self.local_config = replace(config.local_transformer, window=size + config.cross_patch)
         self.global_embed_tokens = embedding(config.vocab_size, wide.dim // size)
         self.global_embed_first = nn.Parameter(torch.randn(wide.dim) / 2)
@@ -127,7 +127,7 @@ class MegaByte(ByteModel):
         self.lm_head = linear(narrow.dim, config.vocab_size)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, strided: bool = False) -> Tensor:
-        """Logits of the next byte.
+        """Return logits of the next byte.
 
         Parameters
         ----------
@@ -143,13 +143,13 @@ class MegaByte(ByteModel):
         Returns
         -------
         ``[*tokens.shape, vocab_size]``
-            0 for tokens beyond the last row, which may hold anything and get no gradient.
+            0 for tokens beyond the last row, which may hold any value and get no gradient.
 
         Raises
         ------
         TypeError, ValueError
             An argument has the wrong type, dtype, shape or value; the message names it. An id outside the alphabet is
-            found where looking costs nothing, in eager code on the CPU; elsewhere it has no embedding.
+            an error in eager code on the CPU, where the check costs nothing; elsewhere it has no embedding.
         """
         ids, rows = self.pack(tokens, cu_seqlens)
         logits = self._logits(ids, rows)
@@ -158,7 +158,7 @@ class MegaByte(ByteModel):
         return logits.view(*tokens.shape, self.config.vocab_size)
 
     def _stride(self, logits: Tensor, ids: Tensor, documents: Documents) -> Tensor:
-        """Logits in which a second pass has replaced those of the later half of every patch but a row's first."""
+        """Return logits: a second pass replaces those of the later half of every patch but a row's first."""
         size, rows = self.config.patch_size, documents.offsets
         shift, byte = (size + 1) // 2, torch.arange(ids.shape[0], device=ids.device)
         later = F.pad((rows.diff() - shift).clamp(min=0).cumsum(0), (1, 0)).to(rows.dtype)  # rows of the second pass
@@ -174,7 +174,7 @@ class MegaByte(ByteModel):
         return torch.where(use[:, None], second[index], logits)
 
     def _logits(self, ids: Tensor, byte_rows: Documents) -> Tensor:
-        """Logits ``[T, vocab_size]`` of packed rows.
+        """Return logits ``[T, vocab_size]`` of packed rows.
 
         A patch predicts its own bytes, from the patches before it and its bytes so far. So that the last byte of a row
         predicts one too, every row gets a slot more than it has bytes: slot s predicts byte s, from slot 1 on.
@@ -216,7 +216,7 @@ class MegaByte(ByteModel):
         return self.lm_head(self.norm(x[next_slot]))
 
     def _global(self, padded: Tensor, known: Tensor, rows: Tensor, layout: PatchLayout) -> Tensor:
-        """What the slots of each patch know of the patches before theirs: ``[C * size, D_L]``."""
+        """Return the global output for the slots of each patch, of the patches before: ``[C * size, D_L]``."""
         size = self.config.patch_size
         patch = torch.arange(layout.capacity, device=padded.device)
         row = _row(layout.cu_patches, patch)
@@ -241,7 +241,7 @@ class MegaByte(ByteModel):
         return self.global_to_local(self.global_norm(x).unflatten(-1, (size, -1)).flatten(0, 1))
 
     def _cross_patch(self, layout: PatchLayout, dtype: torch.dtype) -> CrossPatch:
-        """The keys of every patch. The patch before one is always full, so that its end is right before it."""
+        """Return the keys of every patch. The patch before one is always full, so its end is right before it."""
         reach, size, offsets = self.config.cross_patch, self.config.patch_size, layout.patch_offsets
         count, slots = layout.num_documents, layout.num_bytes
         patch = torch.arange(layout.capacity, device=offsets.device)
@@ -260,5 +260,5 @@ class MegaByte(ByteModel):
 
 
 def _row(offsets: Tensor, index: Tensor) -> Tensor:
-    """The row that each index lies in; the number of rows beyond the last."""
+    """Return the row of each index; the number of rows beyond the last."""
     return torch.searchsorted(offsets[1:].contiguous(), index, right=True)
