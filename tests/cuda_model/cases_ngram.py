@@ -55,6 +55,7 @@ def text() -> list:
         data("cu_seqlens", own.cu_seqlens, True),
         i64(BYTES),
         i64(len(own.cu_seqlens) - 1),
+        i32(0),  # the length of documents that have no offsets
     ]
 
 
