@@ -41,7 +41,7 @@ def evaluate(
     color: ColorOption = Color.auto,
 ) -> None:
     """Measure a trained model in bits per byte."""
-    from blt_kernels.train.evaluate import EvalConfig
+    from blt_kernels.train.evaluate import EvalConfig  # needs numpy, of the extra `train`
 
     if split == "all" and (ignored := given(ctx, "heldout", "seed")):
         raise ValueError(f"{ignored}: expected --split heldout or train beside it")

@@ -194,7 +194,7 @@ def _patches(
     model: BLT, tokens: Tensor, rows: Tensor, patch_size: float, sources: Sequence[Source], context: int
 ) -> PatchLayout:
     config = model.config
-    from blt_kernels.train import data, evaluate
+    from blt_kernels.train import data, evaluate  # needs numpy, of the extra `train`
 
     data.check_patching("measure: config.patching", config.patching)
     if config.patching != "entropy":
