@@ -30,10 +30,10 @@ struct Rules {
   std::optional<int64_t> max_patch_length;
 };
 
-LayoutTensors starts_from_entropy(const auto* entropy, const TextDocuments& text, int64_t num_bytes, const Rules& rules,
-                                  std::optional<int64_t> max_patches) {
+LayoutTensors starts_from_entropy(const float* entropy, const TextDocuments& text, int64_t num_bytes,
+                                  const Rules& rules, std::optional<int64_t> max_patches) {
   const float threshold = static_cast<float>(rules.threshold);
-  const auto h = [=](int64_t t) { return static_cast<float>(entropy[t]); };
+  const auto h = [=](int64_t t) { return entropy[t]; };
   const auto build = [&](auto cut) {
     if (!rules.max_patch_length) return build_layout(text, num_bytes, max_patches, cut);
     STD_TORCH_CHECK(*rules.max_patch_length >= 1, "max_patch_length: expected at least 1, got ",
@@ -64,11 +64,19 @@ LayoutTensors patch_starts_fwd_cpu(const Tensor& entropy, const std::optional<Te
   check_dim(entropy, "entropy", 1);
   const Tensor values = as_contiguous(entropy);
   const TextDocuments text(cu_seqlens, num_documents, values, values.size(0));
-  return dispatch_float(values.scalar_type(), "entropy", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    return starts_from_entropy(values.const_data_ptr<T>(), text, values.size(0),
-                               {threshold, threshold_add, monotonic, max_patch_length}, max_patches);
-  });
+  // Entropies are compared in fp32, whatever their dtype. A copy costs less than a variant of each rule for each dtype.
+  Tensor fp32 = values;
+  if (values.scalar_type() != ScalarType::Float) {
+    fp32 = torch::stable::new_empty(values, {values.size(0)}, ScalarType::Float);
+    dispatch_float(values.scalar_type(), "entropy", [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const T* const from = values.const_data_ptr<T>();
+      std::transform(from, from + values.size(0), fp32.mutable_data_ptr<float>(),
+                     [](T h) { return static_cast<float>(h); });
+    });
+  }
+  return starts_from_entropy(fp32.const_data_ptr<float>(), text, values.size(0),
+                             {threshold, threshold_add, monotonic, max_patch_length}, max_patches);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cpu(
