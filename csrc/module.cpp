@@ -1,5 +1,5 @@
-// blt_kernels._C, _C_cuda and _C_jit: empty modules. Importing one loads the shared object, whose static initialisers
-// register the kernels linked in beside this file (STABLE_TORCH_LIBRARY_IMPL) with torch.
+// blt_kernels._C, _C_cuda and _C_jit: empty modules. An import loads the shared object, whose static initialisers
+// register its kernels with torch (STABLE_TORCH_LIBRARY_IMPL).
 
 #include <Python.h>
 

@@ -1,4 +1,5 @@
-// From a runtime dtype to a C++ type: dispatch_float(dtype, "logits", [&](auto tag) { using T = typename decltype(tag)::type; })
+// Dispatch from a runtime dtype to a C++ type:
+//   dispatch_float(dtype, "logits", [&](auto tag) { using T = typename decltype(tag)::type; })
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>

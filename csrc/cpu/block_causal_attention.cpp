@@ -31,6 +31,7 @@
 #include "block_causal_attention/decode.h"
 #include "block_causal_attention/forward.h"
 #include "support/alloc.h"
+#include "support/check_values.h"
 #include "support/documents.h"
 #include "support/parallel.h"
 
@@ -48,8 +49,8 @@ Tensor unit_stride(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 
 
 // --- checks ----------------------------------------------------------------------------------------------------------
 
-// The offsets of an op, which its KeyRanges points into. Without cu_seqlens_q there are `num_documents` documents of the
-// same length, and of the same number of keys.
+// The offsets of an op, which its KeyRanges points into. Without cu_seqlens_q there are `num_documents` documents of
+// the same length, and of the same number of keys.
 struct Offsets {
   std::optional<Tensor> q, k, seqused_k;
   int64_t num_documents;

@@ -34,15 +34,14 @@ LayoutTensors starts_from_entropy(const float* entropy, const TextDocuments& tex
                                   const Rules& rules, std::optional<int64_t> max_patches) {
   const float threshold = static_cast<float>(rules.threshold);
   const auto h = [=](int64_t t) { return entropy[t]; };
-  const auto build = [&](auto cut) {
-    if (!rules.max_patch_length) return build_layout(text, num_bytes, max_patches, cut);
-    STD_TORCH_CHECK(*rules.max_patch_length >= 1, "max_patch_length: expected at least 1, got ",
-                    *rules.max_patch_length);
-    // A cut at the length limit starts the count anew, just as a cut by the rule does.
+  check_max_patch_length(rules.max_patch_length);
+  const auto build = [&](auto boundary) {
+    if (!rules.max_patch_length) return build_layout(text, num_bytes, max_patches, boundary);
+    // A boundary at the length limit restarts the count, as one of the rule does.
     return build_layout(text, num_bytes, max_patches,
                         [=, limit = *rules.max_patch_length, length = int64_t{0}](int64_t t, int64_t i) mutable {
                           length = i == 0 ? 1 : length + 1;
-                          const bool starts = cut(t, i) | (length == limit);
+                          const bool starts = boundary(t, i) | (length == limit);
                           length = starts ? 0 : length;
                           return starts;
                         });
@@ -61,8 +60,7 @@ LayoutTensors patch_starts_fwd_cpu(const Tensor& entropy, const std::optional<Te
                                    int64_t num_documents, double threshold, std::optional<double> threshold_add,
                                    bool monotonic, std::optional<int64_t> max_patch_length,
                                    std::optional<int64_t> max_patches) {
-  check_dim(entropy, "entropy", 1);
-  const Tensor values = as_contiguous(entropy);
+  const Tensor values = check_values(entropy, "entropy");
   const TextDocuments text(cu_seqlens, num_documents, values, values.size(0));
   // Entropies are compared in fp32, whatever their dtype. A copy costs less than a variant of each rule for each dtype.
   Tensor fp32 = values;
@@ -95,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return std::tuple_cat(std::move(scores), std::move(layout));
 }
 
-// ASCII letters and digits, and UTF-8 continuation bytes, go on with a patch; everything else is space-like.
+// ASCII letters, digits and UTF-8 continuation bytes continue a patch; all other bytes are space-like.
 constexpr std::array<bool, 256> kSpaceLike = [] {
   std::array<bool, 256> table{};
   for (int byte = 0; byte < 256; ++byte) {
@@ -109,8 +107,7 @@ constexpr std::array<bool, 256> kSpaceLike = [] {
 
 LayoutTensors space_patch_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                                   std::optional<int64_t> max_patches) {
-  check_dim(tokens, "tokens", 1);
-  const Tensor ids = as_contiguous(tokens);
+  const Tensor ids = check_values(tokens, "tokens");
   const TextDocuments text(cu_seqlens, num_documents, ids, ids.size(0));
   return dispatch_int(ids.scalar_type(), "tokens", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -124,8 +121,7 @@ LayoutTensors space_patch_fwd_cpu(const Tensor& tokens, const std::optional<Tens
 
 LayoutTensors static_patch_fwd_cpu(const Tensor& cu_seqlens, int64_t num_bytes, int64_t size, int64_t first,
                                    std::optional<int64_t> max_patches) {
-  STD_TORCH_CHECK(num_bytes >= 0, "num_bytes: expected a value >= 0, got ", num_bytes);
-  STD_TORCH_CHECK(size >= 1 && first >= 1, "size, first: expected values >= 1, got ", size, " and ", first);
+  check_static_patch(num_bytes, size, first);
   return build_layout(cu_seqlens, num_bytes, max_patches, [=, left = first](int64_t, int64_t i) mutable {
     left = i == 0 ? first - 1 : left - 1;
     if (left > 0) return false;
@@ -136,8 +132,7 @@ LayoutTensors static_patch_fwd_cpu(const Tensor& cu_seqlens, int64_t num_bytes, 
 
 LayoutTensors delimiter_patch_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens,
                                       int64_t num_documents, int64_t id, std::optional<int64_t> max_patches) {
-  check_dim(tokens, "tokens", 1);
-  const Tensor ids = as_contiguous(tokens);
+  const Tensor ids = check_values(tokens, "tokens");
   const TextDocuments text(cu_seqlens, num_documents, ids, ids.size(0));
   return dispatch_int(ids.scalar_type(), "tokens", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -146,12 +141,12 @@ LayoutTensors delimiter_patch_fwd_cpu(const Tensor& tokens, const std::optional<
   });
 }
 
-// Per document, the S // patch_size - 2 highest entropies after the first; the earlier of equal ones, NaN above all.
+// Boundaries follow the S // patch_size - 2 highest entropies of a document after the first; the earlier of equal ones
+// wins, and NaN ranks above all numbers.
 LayoutTensors topk_patch_fwd_cpu(const Tensor& entropy, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                                  int64_t patch_size, std::optional<int64_t> max_patches) {
-  check_dim(entropy, "entropy", 1);
-  STD_TORCH_CHECK(patch_size >= 1, "patch_size: expected a value >= 1, got ", patch_size);
-  const Tensor values = as_contiguous(entropy);
+  check_patch_size(patch_size);
+  const Tensor values = check_values(entropy, "entropy");
   const TextDocuments text(cu_seqlens, num_documents, values, values.size(0));
   Tensor offsets = text.cu_seqlens;
   const int32_t* const documents = check_offsets(offsets, "cu_seqlens", values.size(0));

@@ -132,7 +132,8 @@ int64_t padded_width(int64_t width) {
   return (width + pair_lanes<A> - 1) / pair_lanes<A> * pair_lanes<A>;
 }
 
-// Sums that more than one table adds to, kRows rows of lanes<A> heads: allocated when the first of them is met, or given.
+// Sums that more than one table adds to, kRows rows of lanes<A> heads: allocated when the first of them is met, or
+// given.
 template <class A>
 class Partial {
  public:

@@ -3,15 +3,16 @@
 //   sgd_step:              table[r] -= lr g
 //   rowwise_adagrad_step:  sums[r] += mean of g^2;  table[r] -= lr g / (sqrt(sums[r]) + eps)
 //
-// for row r = rows[i] with gradient g = values[i], in fp32 (fp64 for fp64 tables), rounded once. Rows are spread over the
-// threads. Bytes moved: a row of values read, a row of the table read and written.
+// for row r = rows[i] with gradient g = values[i], in fp32 (fp64 for fp64 tables), rounded once.
+//
+// Tiling: threads share the rows. Bytes: a row of values read, a row of the table read and written.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 
-#include "../common/check.h"
+#include "../common/args/optim.h"
 #include "../common/dispatch.h"
 #include "support/parallel.h"
 #include "support/rows.h"
@@ -19,28 +20,16 @@
 namespace blt {
 namespace {
 
-// A table that rows are written to in place, and the gradient of some of them.
-struct SparseStep {
-  Tensor table, rows, values;
-
-  SparseStep(const Tensor& table, const Tensor& rows, const Tensor& values)
-      : table(table), rows(as_contiguous(rows)), values(unit_rows(values, "values")) {
-    check_dim(table, "table", 2);
-    STD_TORCH_CHECK(table.stride(1) == 1 || table.size(1) == 1, "table: expected unit stride in a row, got ",
-                    table.stride(1));
-    check_dim(rows, "rows", 1);
-    check_dtype(rows, "rows", ScalarType::Long);
-    check_dtype(values, "values", table.scalar_type());
-    check_size(values, "values", 0, rows.size(0));
-    check_size(values, "values", 1, table.size(1));
-    const int64_t* const row = this->rows.const_data_ptr<int64_t>();
-    int64_t before = -1;
+struct SparseStep : StepArguments {
+  explicit SparseStep(const StepArguments& arguments) : StepArguments(arguments) {
+    const int64_t* const row = rows.const_data_ptr<int64_t>();
+    int64_t previous = -1;
     bool rising = true;
-    for (int64_t i = 0; i < rows.size(0); ++i) rising &= before < row[i], before = row[i];
-    STD_TORCH_CHECK(rising && before < table.size(0), "rows: expected rising rows below ", table.size(0));
+    for (int64_t i = 0; i < rows.size(0); ++i) rising &= previous < row[i], previous = row[i];
+    STD_TORCH_CHECK(rising && previous < table.size(0), "rows: expected rising rows below ", table.size(0));
   }
 
-  // Calls f(row number, row of the table, row of values).
+  // Calls f(row number, row of the table, its gradient).
   template <class T, class F>
   void for_each(const F& f) {
     const int64_t* const row = rows.const_data_ptr<int64_t>();
@@ -54,7 +43,7 @@ struct SparseStep {
 };
 
 void sgd_step_cpu(const Tensor& table, const Tensor& rows, const Tensor& values, double lr) {
-  SparseStep step(table, rows, values);
+  SparseStep step(check_step(table, rows, values));
   dispatch_float(table.scalar_type(), "table", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulator_t<T>;
@@ -67,10 +56,8 @@ void sgd_step_cpu(const Tensor& table, const Tensor& rows, const Tensor& values,
 
 void rowwise_adagrad_step_cpu(const Tensor& table, Tensor sums, const Tensor& rows, const Tensor& values, double lr,
                               double eps) {
-  SparseStep step(table, rows, values);
-  check_dim(sums, "sums", 1);
-  check_size(sums, "sums", 0, table.size(0));
-  check_dtype(sums, "sums", accumulator(table));
+  SparseStep step(check_step(table, rows, values));
+  check_sums(sums, table);
   dispatch_float(table.scalar_type(), "table", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulator_t<T>;

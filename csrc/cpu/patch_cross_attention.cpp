@@ -5,20 +5,20 @@
 //   ds_ij = scale p_ij (g_i . v_j - g_i . out_i)
 //   dq_i = sum_j ds_ij k_j,  dk_j = sum_i ds_ij q_i,  dv_j = sum_i p_ij g_i
 //
-// Queries that read the same keys make a block with them, mostly K by a handful (patch_readers.h), and a block is
-// nothing but small dense attention, for as many heads at once as a vector has lanes (head_tiles.h). A thread owns a
-// run of patches with all heads of their rows, so every tensor is read and written once, from front to back. Blocks
-// with more pairs of rows than a table has cells are cut into tiles. The backward does the queries and the keys of a
-// patch in one pass where they read each other only; with a window the keys of a patch are in a block of their own
-// with all queries that read them. Every gradient has one owner: no atomics.
+// Tiling: queries that read the same keys make a tile with them, mostly K by a handful (patch_readers.h). A tile is
+// small dense attention, for as many heads at once as a vector has lanes (head_tiles.h). A thread owns a run of patches
+// with all heads of their rows, so every tensor is read and written once, from front to back. Tiles with more pairs
+// than a table has cells are divided. Backward takes the queries and the keys of a patch in one pass if they only read
+// each other; with a window the keys of a patch have a tile of their own with all queries that read them. Every
+// gradient has one owner, without atomics.
 //
-// Query heads that share a head of k and v are done one after the other: each time a problem of as many heads as k and v.
-// Long patches are in pieces for the threads: these leave sums, which are added up in their order.
+// Query heads that share a head of k and v are processed one after the other, each as a problem with as many heads as k
+// and v. Threads share long patches in pieces, whose sums are added up in order.
 //
-// Bytes moved: forward q, k, v, out, lse once; backward q, k, v, grad_out and the gradients once, and out where a
-// query has more keys than a tile. Flops a (query, key) pair and head: 4 E forward, 10 E backward. With K = 2 in fp32
-// that is about one flop a byte, so memory is the limit. With a window of w the pairs grow w-fold, and keys are read w
-// times from the cache.
+// Bytes: forward q, k, v, out and lse once; backward q, k, v, grad_out and the gradients once, and out where a query
+// has more keys than a tile. Flops per (query, key) pair and head: 4 E forward, 10 E backward. With K = 2 in fp32 that
+// is about one flop per byte, so memory is the limit. A window of w takes w times as many pairs, and reads keys w times
+// from the cache.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,7 +32,7 @@
 #include <utility>
 #include <vector>
 
-#include "../common/check.h"
+#include "../common/args/patch_cross_attention.h"
 #include "../common/dispatch.h"
 #include "patch_cross_attention_backward.h"
 #include "support/alloc.h"
@@ -50,7 +50,7 @@ struct Output {
   Sums<accumulator_t<T>> sums;
 };
 
-// Queries that read no key.
+// Writes the results of queries that read no key.
 template <class T>
 void skip(const Problem<T>& problem, const Output<T>& output, Rows queries) {
   using A = accumulator_t<T>;
@@ -59,9 +59,9 @@ void skip(const Problem<T>& problem, const Output<T>& output, Rows queries) {
               -std::numeric_limits<A>::infinity());
 }
 
-// The softmax over the keys of one query, in all lanes: running over tables, its maximum and sum of exponentials.
+// The running maximum and sum of exponentials of one query in each lane.
 template <class A>
-struct Softmax {
+struct RunningSoftmax {
   Vec<A> top = Vec<A>{} - std::numeric_limits<A>::infinity(), total = {};
 
   Vec<A> shift() const { return top == -std::numeric_limits<A>::infinity() ? Vec<A>{} : top; }
@@ -84,14 +84,14 @@ struct Softmax {
   }
 };
 
-// At most kRows queries in one group of heads, the r-th ones. Two passes over the keys: the softmax, then the values. With a
-// slot the sums are kept, not divided.
+// Attention of at most kRows queries in one group of heads, the r-th ones, in two passes over the keys: the softmax,
+// then the values. With a slot the sums are kept undivided.
 template <class T>
 void attend(const Problem<T>& problem, const Output<T>& output, Rows queries, Rows keys, int64_t head, int64_t r,
             HeadShape shape, int64_t slot, int64_t first_query, Partial<accumulator_t<T>>& partial) {
   using A = accumulator_t<T>;
   alignas(kVecBytes) Table<A> table;
-  Softmax<A> softmax[kRows];
+  RunningSoftmax<A> softmax[kRows];
   const int64_t m = queries.size(), step = kCells / m, repeats = problem.repeats;
   const auto q = repeat(problem.q, repeats, r).from(queries.begin, head);
   const auto out = repeat(output.out, repeats, r).from(queries.begin, head);
@@ -120,7 +120,7 @@ void attend(const Problem<T>& problem, const Output<T>& output, Rows queries, Ro
       output.sums.of(std::max<int64_t>(slot, 0), queries.begin - first_query, head * repeats + r, repeats));
   for (int64_t key = keys.begin; key < keys.end; key += step) {
     const int64_t n = std::min(step, keys.end - key);
-    if (keys.size() > step) score(key, n);  // else the scores are still there
+    if (keys.size() > step) score(key, n);  // else the table still has the scores
     for (int64_t i = 0; i < m; ++i) softmax[i].weigh(table + i * n * lanes<A>, n);
     weighted_sums<T>(out, slot < 0 ? partial : of_slot, m, problem.v.from(key, head), n, table, {1, n}, shape,
                      {key == keys.begin, slot < 0 && key + n == keys.end});
@@ -128,7 +128,7 @@ void attend(const Problem<T>& problem, const Output<T>& output, Rows queries, Ro
 }
 
 template <class T>
-void attend_block(const Problem<T>& problem, const Output<T>& output, const Block& block, int64_t slot,
+void attend_block(const Problem<T>& problem, const Output<T>& output, const QueryKeys& block, int64_t slot,
                   Partial<accumulator_t<T>>& partial) {
   const auto [queries, keys] = block;
   if (keys.size() == 0) return skip(problem, output, queries);
@@ -142,11 +142,11 @@ void attend_block(const Problem<T>& problem, const Output<T>& output, const Bloc
 
 // --- pieces ----------------------------------------------------------------------------------------------------------
 
-// Room for the sums of the pieces, zeroed: those of a piece that reads nothing are none.
+// Zeroed memory for the sums of the pieces. Pieces that read nothing leave zeros.
 template <class A>
 class SumMemory {
  public:
-  SumMemory(const Readers& readers, bool needed, int64_t heads, int64_t width, bool softmax)
+  SumMemory(const PatchReaders& readers, bool needed, int64_t heads, int64_t width, bool softmax)
       : data_(needed ? readers.num_slots() * readers.queries_per_patch * heads * padded_width<A>(width) : 0),
         softmax_(needed && softmax ? 2 * readers.num_slots() * readers.queries_per_patch * heads : 0),
         sums_{data_.data(), softmax_.data(), readers.queries_per_patch, heads, padded_width<A>(width)} {}
@@ -157,10 +157,10 @@ class SumMemory {
   Sums<A> sums_;
 };
 
-// out = sum of the sums of the pieces of every divided patch, weighted by exp(m_n - m) / l for a softmax.
+// out = the sums of the pieces of every divided patch, added up, with weights exp(m_n - m) / l for a softmax.
 template <class T>
-void add_up(const Readers& readers, const Sums<accumulator_t<T>>& sums, const HeadRows<T>& out, accumulator_t<T>* lse,
-            int64_t width) {
+void add_up(const PatchReaders& readers, const Sums<accumulator_t<T>>& sums, const HeadRows<T>& out,
+            accumulator_t<T>* lse, int64_t width) {
   using A = accumulator_t<T>;
   const int64_t rows = sums.rows * sums.heads;
   if (sums.data == nullptr) return;
@@ -193,8 +193,6 @@ void add_up(const Readers& readers, const Sums<accumulator_t<T>>& sums, const He
 
 // --- entries ---------------------------------------------------------------------------------------------------------
 
-Tensor unit_stride(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : as_contiguous(x); }
-
 template <class T>
 HeadRows<const T> rows_of(const Tensor& x) {
   return {x.const_data_ptr<T>(), x.stride(0), x.stride(1)};
@@ -205,56 +203,30 @@ HeadRows<T> output_rows(Tensor& x) {
   return {x.mutable_data_ptr<T>(), x.stride(0), x.stride(1)};
 }
 
-void check_like(const Tensor& x, const char* name, const Tensor& like) {
-  check_dim(x, name, 3);
-  check_dtype(x, name, like.scalar_type());
-  for (int dim = 0; dim < 3; ++dim) check_size(x, name, dim, like.size(dim));
-}
-
-Readers check_arguments(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& offsets, Tensor& cu_patches,
-                        Tensor& ids, const std::string& direction, int64_t queries_per_patch,
-                        std::optional<int64_t> window) {
-  check_dim(q, "q", 3);
-  check_dim(k, "k", 3);
-  check_dtype(k, "k", q.scalar_type());
-  check_like(v, "v", k);
-  check_size(k, "k", 2, q.size(2));
-  STD_TORCH_CHECK(k.size(1) >= 1 && q.size(1) % k.size(1) == 0, "k: expected a number of heads that divides the ",
-                  q.size(1), " of q, got ", k.size(1));
-  const bool encode = direction == "encode";
-  const Tensor& on_bytes = encode ? k : q;
-  const Tensor& on_patches = encode ? q : k;
-  const Readers readers =
-      check_readers(offsets, cu_patches, ids, direction, on_bytes.size(0), queries_per_patch, window);
-  const int64_t rows = on_patches.size(0), capacity = readers.capacity;
-  STD_TORCH_CHECK(capacity == 0 ? rows == 0 : rows % capacity == 0 && rows / capacity == queries_per_patch,
-                  encode ? "q" : "k", ": expected ", capacity, " * ", queries_per_patch, " rows, got ", rows);
-  return readers;
-}
-
 template <class T>
-Problem<T> problem_of(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
-  return {rows_of<T>(q),
-          rows_of<T>(k),
-          rows_of<T>(v),
-          k.size(1),
-          q.size(1) / std::max<int64_t>(k.size(1), 1),
-          q.size(2),
-          static_cast<accumulator_t<T>>(scale.value_or(1 / std::sqrt(static_cast<double>(q.size(2)))))};
+Problem<T> problem_of(const CrossArguments& arguments) {
+  return {rows_of<T>(arguments.q),
+          rows_of<T>(arguments.k),
+          rows_of<T>(arguments.v),
+          arguments.kv_heads(),
+          arguments.heads() / arguments.kv_heads(),
+          arguments.width(),
+          static_cast<accumulator_t<T>>(arguments.scale)};
 }
 
 std::tuple<Tensor, Tensor> patch_cross_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor offsets,
                                                          Tensor cu_patches, Tensor ids, std::string direction,
                                                          int64_t queries_per_patch, std::optional<int64_t> window,
                                                          std::optional<double> scale) {
-  const Readers readers = check_arguments(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window);
-  q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
+  const CrossArguments arguments =
+      check_cross_attention(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window, scale);
+  const PatchReaders readers = check_readers(arguments);
   Tensor out = new_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = new_output(q, {q.size(0), q.size(1)}, accumulator(q));
   dispatch_float(q.scalar_type(), "q", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulator_t<T>;
-    const Problem<T> problem = problem_of<T>(q, k, v, scale);
+    const Problem<T> problem = problem_of<T>(arguments);
     const int64_t heads = problem.query_heads(), width = problem.width;
     const SumMemory<A> sums(readers, readers.encode, heads, width, true);
     const Output<T> output = {output_rows<T>(out), lse.mutable_data_ptr<A>(), sums.sums()};
@@ -277,21 +249,17 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cpu(Tensor grad_out
                                                                  int64_t queries_per_patch,
                                                                  std::optional<int64_t> window,
                                                                  std::optional<double> scale) {
-  const Readers readers = check_arguments(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window);
-  check_like(grad_out, "grad_out", q);
-  check_like(out, "out", q);
-  check_dim(lse, "lse", 2);
-  check_dtype(lse, "lse", accumulator(q));
-  for (int dim = 0; dim < 2; ++dim) check_size(lse, "lse", dim, q.size(dim));
-  q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
-  grad_out = unit_stride(grad_out), out = unit_stride(out), lse = as_contiguous(lse);
+  const CrossArguments arguments =
+      check_cross_attention(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window, scale);
+  check_cross_grads(arguments, grad_out, out, lse);
+  const PatchReaders readers = check_readers(arguments);
   Tensor grad_q = new_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor grad_k = new_output(k, {k.size(0), k.size(1), k.size(2)});
   Tensor grad_v = new_output(v, {v.size(0), v.size(1), v.size(2)});
   dispatch_float(q.scalar_type(), "q", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulator_t<T>;
-    const Problem<T> problem = problem_of<T>(q, k, v, scale);
+    const Problem<T> problem = problem_of<T>(arguments);
     const int64_t heads = problem.heads, query_heads = problem.query_heads(), width = problem.width;
     const bool encode = readers.encode;
     const SumMemory<A> q_sums(readers, encode, query_heads, width, false);

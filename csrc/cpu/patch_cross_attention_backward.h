@@ -1,4 +1,4 @@
-// The backward of patch_cross_attention.cpp, which says what it computes, and what both directions know of a problem.
+// The backward of patch_cross_attention.cpp, where its formulas are, and the types that forward and backward share.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,8 @@
 namespace blt {
 namespace {
 
-// The heads of k and v, and for each the `repeats` query heads that read it. Query heads h, h + repeats, ... are those of q.
+// Each of `heads` heads of k and v has `repeats` query heads: kv head h is read by query heads h * repeats and
+// following.
 template <class T>
 struct Problem {
   HeadRows<const T> q, k, v;
@@ -21,17 +22,17 @@ struct Problem {
   int64_t query_heads() const { return heads * repeats; }
 };
 
-// The r-th query head of every head of k and v in a tensor of query heads.
+// The r-th query head of every head of k and v.
 template <class T>
 HeadRows<T> repeat(const HeadRows<T>& rows, int64_t repeats, int64_t r) {
   return {rows.data + r * rows.head_stride, rows.row_stride, rows.head_stride * repeats};
 }
 
-// Of the pieces of long patches: E sums for each slot, row of the patch and head, and the softmax of a query.
+// The sums of pieces of long patches: E numbers per slot, row of the patch and head, and m and l of a softmax.
 template <class A>
 struct Sums {
   A* data;
-  A* softmax;  // m and l
+  A* softmax;
   int64_t rows, heads, padded;
 
   int64_t at(int64_t slot, int64_t row, int64_t head) const { return (slot * rows + row) * heads + head; }
@@ -65,7 +66,7 @@ struct Gradients {
   HeadRows<const T> grad_out, out;
   const accumulator_t<T>* lse;
   HeadRows<T> q, k, v;
-  Sums<accumulator_t<T>> q_sums, k_sums, v_sums;  // of pieces: of the patch's vectors
+  Sums<accumulator_t<T>> q_sums, k_sums, v_sums;  // sums of pieces, for the patch's vectors
 };
 
 template <class A>
@@ -73,20 +74,20 @@ struct Partials {
   Partial<A> q, k, v;
 };
 
-// Which gradients a block is asked for.
+// The gradients that a tile computes.
 struct Wanted {
   bool queries, keys;
 };
 
 template <class T>
-void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const Block& tile, int64_t head, int64_t r,
+void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const QueryKeys& tile, int64_t head, int64_t r,
                HeadShape shape, Wanted wanted, Stage query_stage, Stage key_stage,
                Partials<accumulator_t<T>>& partials) {
   using A = accumulator_t<T>;
   alignas(kVecBytes) Table<A> weights;
   alignas(kVecBytes) Table<A> slopes;
   const int64_t m = tile.queries.size(), n = tile.keys.size(), repeats = problem.repeats;
-  // Where a tile has all the keys of its queries, g_i . out_i is a sum over them, and out need not be read.
+  // If a tile has all keys of its queries, g_i . out_i is a sum over them, and out is not read.
   const bool all_keys = wanted.queries && query_stage.whole();
   const auto q = repeat(problem.q, repeats, r).from(tile.queries.begin, head);
   const auto g = repeat(grads.grad_out, repeats, r).from(tile.queries.begin, head);
@@ -111,7 +112,7 @@ void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const Block
       dots(delta, g.from(i, 0), 1, out.from(i, 0), 1, {}, shape, A(1));
       total = Vec<A>{} + 1, sum = load(delta);
     }
-    // lse is rounded, so the weights do not quite sum to 1 until they are divided by their sum.
+    // lse is rounded, so the weights sum to 1 only after a division by their sum.
     for (int64_t j = 0; j < n * lanes<A>; j += lanes<A>) {
       const Vec<A> weight = load(p + j) / total;
       store(p + j, weight);
@@ -127,9 +128,9 @@ void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const Block
   }
 }
 
-// With a slot the sums of the vectors of the patch, which are queries or keys, are kept for others to be added.
+// With a slot, the sums for the vectors of the patch (queries or keys) are kept, to be added up later.
 template <class T>
-void grad_block(const Problem<T>& problem, const Gradients<T>& grads, const Block& block, int64_t slot, bool encode,
+void grad_block(const Problem<T>& problem, const Gradients<T>& grads, const QueryKeys& block, int64_t slot, bool encode,
                 Wanted wanted, Partials<accumulator_t<T>>& partials) {
   using A = accumulator_t<T>;
   const auto [queries, keys] = block;
@@ -143,8 +144,8 @@ void grad_block(const Problem<T>& problem, const Gradients<T>& grads, const Bloc
   const int64_t query_step = std::clamp<int64_t>(queries.size(), 1, kRows);
   const bool partial_keys = queries.size() > kRows || (wanted.keys && repeats > 1);
   const int64_t key_step = partial_keys ? kRows : kCells / query_step;
-  // Partial sums have kRows rows of one of the repeats, so both sides are summed at once only if one is in a single tile,
-  // the keys for several repeats.
+  // Partial sums have kRows rows of one repeat. So both sides are summed together only if one of them fits into a
+  // single tile, the keys if there are several repeats.
   const bool one_by_one = keys.size() > key_step && (repeats > 1 || (queries.size() > kRows && keys.size() > kRows));
   if (wanted.queries && wanted.keys && one_by_one) {
     grad_block(problem, grads, block, slot, encode, {true, false}, partials);
@@ -154,7 +155,7 @@ void grad_block(const Problem<T>& problem, const Gradients<T>& grads, const Bloc
   const bool keeps_queries = slot >= 0 && encode, keeps_keys = slot >= 0 && !encode;
   for_each_group<A>(problem.heads, problem.width, [&](int64_t head, HeadShape shape) {
     const auto run = [&](int64_t i, int64_t j, int64_t r) {
-      const Block tile = {{i, std::min(i + query_step, queries.end)}, {j, std::min(j + key_step, keys.end)}};
+      const QueryKeys tile = {{i, std::min(i + query_step, queries.end)}, {j, std::min(j + key_step, keys.end)}};
       const Stage query_stage = {j == keys.begin, !keeps_queries && tile.keys.end == keys.end};
       const Stage key_stage = {i == queries.begin && r == 0,
                                !keeps_keys && tile.queries.end == queries.end && r + 1 == repeats};

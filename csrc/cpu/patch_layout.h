@@ -1,29 +1,27 @@
-// Builds the tensors of a PatchLayout from boundary decisions, in one pass over the bytes: the compiled counterpart of
-// PatchLayout.from_cuts in blt_kernels/layout.py, which specifies it.
+// Builds the tensors of a PatchLayout from boundary decisions, in one pass over the bytes. PatchLayout.from_cuts in
+// blt_kernels/layout.py specifies it.
 //
-//   cut(t, i) -> bool: does the byte after byte t (local index i in its document) start a patch?
+//   boundary(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
 //
 // It is called once for every byte of a document, in order, so a rule may keep state between calls.
-// Bytes moved: 8 written a byte (patch_ids, decode_ids), 8 a patch; what the rule reads comes on top.
+// Bytes: 8 written per byte (patch_ids, decode_ids) and 8 per patch, beside what the rule reads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
-#include <tuple>
 
-#include "../common/check.h"
+#include "../common/args/entropy_patch.h"
 #include "support/alloc.h"
+#include "support/check_values.h"
 #include "support/documents.h"
 
 namespace blt {
 
-using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// The documents of a text: as given, or `num_documents` of the same length, whose offsets are made.
+// The documents of a text: as given, or `num_documents` of the same length.
 struct TextDocuments {
-  Tensor cu_seqlens, made;  // `made` is empty if they were given
+  Tensor cu_seqlens, made;  // `made` is empty if cu_seqlens was given
 
   TextDocuments(const Tensor& given) : cu_seqlens(given), made(new_output(given, {0})) {}
   TextDocuments(const std::optional<Tensor>& given, int64_t num_documents, const Tensor& like, int64_t num_bytes)
@@ -31,16 +29,15 @@ struct TextDocuments {
         made(given ? new_output(like, {0}, ScalarType::Int) : cu_seqlens) {}
 };
 
-template <class Cut>
-LayoutTensors build_layout(const TextDocuments& text, int64_t num_bytes, std::optional<int64_t> max_patches, Cut cut) {
+template <class Boundary>
+LayoutTensors build_layout(const TextDocuments& text, int64_t num_bytes, std::optional<int64_t> max_patches,
+                           Boundary boundary) {
   Tensor cu_seqlens = text.cu_seqlens;
   const int32_t* const documents = check_offsets(cu_seqlens, "cu_seqlens", num_bytes);
   const int64_t num_documents = cu_seqlens.size(0) - 1;
-  const int64_t capacity = max_patches.value_or(num_bytes);
-  int64_t occupied = 0;  // documents from here on that are not empty: each of them is owed a patch
+  const int64_t capacity = check_capacity(max_patches, num_bytes);
+  int64_t occupied = 0;  // documents from the current one on that are not empty: each needs a patch
   for (int64_t b = 0; b < num_documents; ++b) occupied += documents[b] < documents[b + 1];
-  STD_TORCH_CHECK(capacity <= std::numeric_limits<int32_t>::max(), "max_patches: expected at most ",
-                  std::numeric_limits<int32_t>::max(), ", got ", capacity);
   STD_TORCH_CHECK(capacity >= occupied, "max_patches: expected at least one patch a document (", occupied, "), got ",
                   capacity);
 
@@ -57,32 +54,32 @@ LayoutTensors build_layout(const TextDocuments& text, int64_t num_bytes, std::op
   int32_t* const readers = decode_offsets.mutable_data_ptr<int32_t>();
 
   bool any_dropped = false;
-  int32_t next = 0;  // the next patch to hand out
+  int32_t next = 0;  // the next patch
   patches[0] = 0;
   for (int64_t b = 0; b < num_documents; ++b) {
     const int64_t begin = documents[b], end = documents[b + 1];
     if (begin < end) {
       --occupied;
       const int32_t first = next, limit = static_cast<int32_t>(capacity - occupied);
-      // `patch` counts every start that the rule asks for; those from `limit` on are dropped by the minima. There is no
-      // branch on a decision, which is as good as random to a branch predictor.
+      // `patch` counts every start of the rule; the minima drop those from `limit` on. Nothing branches on a decision,
+      // which no branch predictor could predict.
       int32_t patch = first;
       offsets[first] = static_cast<int32_t>(begin);
       for (int64_t t = begin; t < end - 1; ++t) {
-        const bool wanted = cut(t, t - begin);
+        const bool wanted = boundary(t, t - begin);
         ids[t] = std::min(patch, limit - 1);
-        offsets[std::min(patch + 1, limit)] = static_cast<int32_t>(t + 1);  // overwritten unless a patch starts there
+        offsets[std::min(patch + 1, limit)] = static_cast<int32_t>(t + 1);  // overwritten if no patch starts there
         patch += wanted;
       }
       const bool dropped = patch >= limit;
       patch = std::min(patch, limit - 1);
       ids[end - 1] = patch;
-      // The patch before the next byte's, where that is in the document.
+      // The patch before the next byte's, or -1 if that is not in the document.
       const auto decode_id = [first](int32_t next_patch) { return next_patch > first ? next_patch - 1 : -1; };
       std::transform(ids + begin + 1, ids + end, decodes + begin, decode_id);
-      const bool opens = cut(end - 1, end - 1 - begin) & !dropped;
+      const bool opens = boundary(end - 1, end - 1 - begin) & !dropped;
       decodes[end - 1] = decode_id(patch + opens);
-      // The last byte of a patch is the first to read it, unless no patch starts after the document's last byte.
+      // The last byte of a patch is the first that reads it, unless no patch starts after the document's last byte.
       std::transform(offsets + first + 1, offsets + patch + 1, readers + first,
                      [](int32_t start) { return start - 1; });
       readers[patch] = static_cast<int32_t>(end) - opens;

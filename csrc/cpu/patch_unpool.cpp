@@ -3,10 +3,11 @@
 //   out[t] = y[ids[t]], 0 where the id is -1
 //   grad_y[p] = sum of grad_out[t] over the bytes t with ids[t] = p
 //
-// Forward spreads bytes over the threads, backward patches by their bytes. The bytes that read patch p are the first ones of
-// [offsets[p], offsets[p+1]), and any behind them there have an id of -1; the owner of p, or of a unit
-// of it if it is long (segment_units.h), adds them up in order.
-// Bytes moved: forward reads y once (a row stays in L1 while its bytes are written) and writes out; backward the reverse.
+// Tiling: forward, threads share the bytes; backward, they share the patches by their bytes. The bytes that read patch
+// p are the first ones of [offsets[p], offsets[p+1]); the others there have id -1. The owner of p, or of a unit of it
+// if it is long (segment_units.h), adds the rows up in order.
+//
+// Bytes: forward reads y once (a row stays in L1 while its bytes are written) and writes out; backward the reverse.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,10 +15,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common/check.h"
+#include "../common/args/patch_unpool.h"
 #include "../common/dispatch.h"
 #include "segment_units.h"
 #include "support/alloc.h"
+#include "support/check_values.h"
 #include "support/parallel.h"
 #include "support/rows.h"
 
@@ -25,11 +27,10 @@ namespace blt {
 namespace {
 
 Tensor patch_unpool_fwd_cpu(const Tensor& y, Tensor offsets, Tensor ids) {
-  const Tensor rows = unit_rows(y, "y");
-  check_dim(offsets, "offsets", 1);
-  check_size(offsets, "offsets", 0, rows.size(0) + 1);
-  const int32_t* const id = check_ids(ids, "ids", rows.size(0));
-  const int64_t width = rows.size(1), stride = rows.stride(0);
+  const UnpoolArguments arguments = check_unpool(y, offsets, ids);
+  const Tensor& rows = arguments.rows;
+  const int32_t* const id = check_ids(ids, "ids", arguments.patches);
+  const int64_t width = arguments.width, stride = rows.stride(0);
   Tensor out = new_output(rows, {ids.size(0), width});
   dispatch_float(rows.scalar_type(), "y", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -47,10 +48,10 @@ Tensor patch_unpool_fwd_cpu(const Tensor& y, Tensor offsets, Tensor ids) {
 }
 
 Tensor patch_unpool_bwd_cpu(const Tensor& grad_out, Tensor offsets, Tensor ids) {
-  const Tensor rows = unit_rows(grad_out, "grad_out");
-  const int32_t* const segments = check_segments(offsets, "offsets", rows.size(0));
-  const int64_t width = rows.size(1), stride = rows.stride(0), patches = offsets.size(0) - 1;
-  check_size(ids, "ids", 0, rows.size(0));
+  const UnpoolArguments arguments = check_unpool_grad(grad_out, offsets, ids);
+  const Tensor& rows = arguments.rows;
+  const int64_t width = arguments.width, stride = rows.stride(0), patches = arguments.patches;
+  const int32_t* const segments = check_segments(offsets, "offsets", arguments.bytes);
   const int32_t* const id = check_ids(ids, "ids", patches);
   Tensor grad_y = new_output(rows, {patches, width});
   dispatch_float(rows.scalar_type(), "grad_out", [&](auto tag) {
@@ -59,7 +60,7 @@ Tensor patch_unpool_bwd_cpu(const Tensor& grad_out, Tensor offsets, Tensor ids) 
     T* const to = grad_y.mutable_data_ptr<T>();
     using A = accumulator_t<T>;
     const SegmentUnits units(segments, patches);
-    std::vector<A> sums(static_cast<size_t>(units.numbered() * width));  // of the units of long segments
+    std::vector<A> sums(static_cast<size_t>(units.numbered() * width));  // of units
     units.for_each(row_grain(width), [&](const Unit& unit) {
       const int32_t *const begin = id + unit.begin, *const limit = id + unit.end;
       const int32_t* const end = std::find_if(begin, limit, [&](int32_t i) { return i != unit.segment; });

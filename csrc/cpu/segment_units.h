@@ -1,7 +1,7 @@
-// Long segments of rows cut into units, so that threads share them.
+// Divides long segments of rows into units, which threads share.
 //
-// Where the cuts are depends on the segments alone, and the results of a segment's units are combined in their order, so
-// results are the same with any number of threads. Most batches have no long segment, and no units.
+// The units depend on the segments alone, and their results are combined in order, so results are the same for any
+// number of threads. Most batches have no long segment and no units.
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,14 @@
 
 namespace blt {
 
-inline constexpr int64_t kUnitRows = 512;  // of a long segment; its last unit has up to twice as many
+inline constexpr int64_t kUnitRows = 512;  // rows per unit; the last one of a segment has up to twice as many
 
-// Rows [begin, end) of a segment: all of them, or a unit. Units of long segments are numbered, others have -1.
+// Rows [begin, end) of a segment: all of them, with number -1, or a numbered unit of a long segment.
 struct Unit {
   int64_t segment, begin, end, number;
 };
 
-// A long segment and the numbers of its units: [first, last).
+// A long segment and its units, [first, last).
 struct LongSegment {
   int64_t segment, first, last;
 };
@@ -51,10 +51,10 @@ class SegmentUnits {
 
   const std::vector<LongSegment>& longs() const { return longs_; }
   int64_t numbered() const { return numbered_; }
-  // Which of the long segments has a unit.
+  // The index of the long segment of a unit.
   int64_t long_index(const Unit& unit) const { return long_of(unit.number) - longs_.begin(); }
 
-  // f(unit) for the units of long segments.
+  // Calls f(unit) for the units of long segments.
   template <class F>
   void for_each_long(const F& f) const {
     parallel_for(numbered_, 1, [&](int64_t first, int64_t last) {
@@ -68,7 +68,7 @@ class SegmentUnits {
     });
   }
 
-  // f(unit) for all units, and for segments that are not long.
+  // Calls f(unit) for all units of long segments and for all other segments.
   template <class F>
   void for_each(int64_t grain, const F& f) const {
     if (longs_.empty())

@@ -1,5 +1,5 @@
-// The bytes that read each row of a table, found by sorting: so that every row has one owner, who adds up what its bytes
-// send in their order.
+// Sorts the bytes of a text by the row of a table that they read. So every row has one owner, which adds up the
+// gradients of its bytes in order.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,13 +15,13 @@
 
 namespace blt {
 
-// A row of a table and a byte that reads it.
+// A byte and the table row that it reads.
 struct Reader {
   uint32_t row, byte;
 };
 
-// Sorts by row and keeps the order of equal rows: one pass a digit of the rows, from `readers` to `spare` and back.
-// Returns whichever of the two the result is in, then the other.
+// Sorts by row, stably: one pass per digit of the rows, from `readers` to `spare` and back. Returns the one that holds
+// the result, then the other.
 inline std::pair<Reader*, Reader*> sort_readers(Reader* readers, Reader* spare, int64_t count, int64_t rows) {
   constexpr int kBits = 11;  // 2048 counters stay in L1
   for (int shift = 0; rows >> shift > 0; shift += kBits) {
@@ -35,7 +35,7 @@ inline std::pair<Reader*, Reader*> sort_readers(Reader* readers, Reader* spare, 
   return {readers, spare};
 }
 
-// The readers of a table by row: those of the g-th row that is read at all are [starts[g], starts[g+1]).
+// The readers of a table, sorted: [starts[g], starts[g+1]) read the g-th of the `count` rows that are read.
 struct ReadRows {
   const Reader* readers;
   const int32_t* starts;
@@ -43,13 +43,13 @@ struct ReadRows {
   int64_t row(int64_t g) const { return readers[starts[g]].row; }
 };
 
-// Groups readers by row, a table at a time, in one piece of memory: 16 bytes for each byte of text.
+// Sorts the readers of one table at a time, in one buffer of 16 bytes per byte of text.
 class RowSorter {
  public:
   explicit RowSorter(const Tensor& tokens)
       : bytes_(tokens.size(0)), memory_(new_output(tokens, {2 * bytes_ + 1}, ScalarType::Long)) {}
 
-  // find(readers, nothing) sets the row of every byte: `rows`, the value given, where it reads none.
+  // find(readers, none) sets the row of every byte, to `none` (which is `rows`) where it reads none.
   template <class F>
   ReadRows group(int64_t rows, const F& find) {
     static_assert(sizeof(Reader) == sizeof(int64_t), "a reader takes an element of the memory");

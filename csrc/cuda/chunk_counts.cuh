@@ -1,13 +1,14 @@
-// Running counts over the chunks of a text in one launch: every block learns what is before its chunk from the others.
+// Running counts over the chunks of a text, in one launch: a block learns the counts before its chunk from other
+// blocks.
 //
-// Blocks take chunks in the order in which they start. A block publishes the counts of its chunk before it waits for
-// anything. The block of the last chunk of each group of 32 publishes the counts of the group, that of the last chunk of
-// each section of 32 groups the counts of all text up to there, and that of the last chunk of all the totals. So a block
-// reads at most 31 chunks of its group, 31 groups of its section and the end of the section before: 2 KB for any text.
+// Blocks take chunks in the order in which they start. A block publishes the counts of its chunk before it waits. The
+// block of the last chunk of a group of 32 publishes the counts of the group, that of the last chunk of a section of 32
+// groups the counts of all text up to there, and that of the last chunk the totals. So a block reads at most 31 chunks
+// of its group, 31 groups of its section and the end of the section before: 2 KB for a text of any length.
 //
-// No deadlock: a block waits only for what blocks with earlier chunks publish, hence for blocks that run already, and the
-// earliest of them waits for none. The emulator runs blocks one after the other, in any order: there every wait is a fault.
-// The order of sums is fixed, so that results do not depend on who waits for whom.
+// There is no deadlock: a block waits only for blocks with earlier chunks, which run already, and the earliest of them
+// waits for none. The emulator runs blocks one after the other, in any order; there every wait is a fault. The order of
+// the sums is fixed, so results do not depend on timing.
 #pragma once
 
 #include "device.cuh"
@@ -18,31 +19,31 @@ inline constexpr int kChunkBytes = 2048;
 inline constexpr int kGroupBytes = kWarp * kChunkBytes, kSectionBytes = kWarp * kGroupBytes;
 inline constexpr i32 kNoLimit = 0x7fffffff;
 
-// Of neighbouring chunks. A boundary is a byte for which the rule says that a patch starts after it. An interior start is the
-// start of a patch that is not the first of its document, counted by the byte before it. How many of them the head holds
-// depends on the last boundary before the chunks: there is one after every `limit` bytes.
+// The counts of neighbouring chunks. A boundary is a byte after which the rule starts a patch. An interior start is the
+// start of a patch that is not the first of its document, counted by the byte before it. The number of interior starts
+// in the head depends on the last boundary before the chunks: one follows every `limit` bytes.
 struct Counts {
-  i32 last_boundary;   // absolute; -1 if there is none
-  i32 head;            // bytes before the first boundary, as far as an interior start can follow them
-  i32 interior;        // interior starts behind the head
-  i32 since_document;  // those since the last document that begins in the chunks
-  i32 documents;       // that begin in the chunks and are not empty
+  i32 last_boundary;   // position, or -1
+  i32 head;            // bytes before the first boundary that an interior start can follow
+  i32 interior;        // interior starts after the head
+  i32 since_document;  // interior starts since the last document that begins in the chunks
+  i32 documents;       // documents that begin in the chunks and are not empty
 };
 __device__ __forceinline__ Counts counts_of_nothing() { return {-1, 0, 0, 0, 0}; }
 
-// The counts of chunks a and of chunks b right behind them, which begin at byte `begin_of_b`.
+// Joins the counts of chunks a and of the chunks b after them, which begin at byte `begin_of_b`.
 __device__ __forceinline__ Counts joined(const Counts& a, const Counts& b, u32 begin_of_b, i32 limit) {
   i32 interior = b.interior;
   if (limit < kNoLimit && a.last_boundary >= 0) {
     const u32 gap = begin_of_b - 1 - static_cast<u32>(a.last_boundary), step = static_cast<u32>(limit);
     interior += static_cast<i32>((gap + static_cast<u32>(b.head)) / step - gap / step);
   }
-  return {most(a.last_boundary, b.last_boundary), a.last_boundary >= 0 ? a.head : a.head + b.head,
-          a.interior + interior, b.documents > 0 ? b.since_document : a.since_document + interior,
-          a.documents + b.documents};
+  return {max(a.last_boundary, b.last_boundary), a.last_boundary >= 0 ? a.head : a.head + b.head, a.interior + interior,
+          b.documents > 0 ? b.since_document : a.since_document + interior, a.documents + b.documents};
 }
 
-// The counts of all lanes joined, in lane 0. Those of lane 0 begin at byte `begin`, those of the next one `bytes` later.
+// Joins the counts of all lanes, in lane 0. The chunks of lane 0 begin at byte `begin`, those of each next lane `bytes`
+// later.
 __device__ __forceinline__ Counts joined_lanes(Counts counts, u32 begin, u32 bytes, i32 limit) {
   begin += threadIdx.x % kWarp * bytes;
 #pragma unroll
@@ -55,11 +56,11 @@ __device__ __forceinline__ Counts joined_lanes(Counts counts, u32 begin, u32 byt
   return counts;
 }
 
-// --- what blocks tell each other --------------------------------------------------------------------------------------
+// --- exchange between blocks -----------------------------------------------------------------------------------------
 
 struct alignas(32) Published {
   Counts counts;
-  u32 ready;  // 0 until the counts are there
+  u32 ready;  // 0 until counts are published
 };
 
 #ifdef __CUDACC__
@@ -89,8 +90,8 @@ __device__ __forceinline__ Counts await(const Published& from) {
 }
 
 struct ChunkCounts {
-  Published* published;  // [slots(chunks)], not ready at the start of the launch
-  i32* next_ticket;      // [1], 0 at the start of the launch
+  Published* published;  // [slots(chunks)], not ready when the launch starts
+  i32* next_ticket;      // [1], 0 when the launch starts
   i32 chunks;
 
   static __host__ __device__ constexpr i64 slots(i64 chunks) {
@@ -103,7 +104,7 @@ struct ChunkCounts {
   }
   __device__ __forceinline__ Published& total() const { return published[slots(chunks) - 1]; }
 
-  // Counts of all that is before a chunk, in lane 0, from those of the chunk itself, which lane 0 has. By one warp.
+  // Returns the counts of all text before a chunk, in lane 0, given those of the chunk in lane 0. By one warp.
   __device__ __forceinline__ Counts before(i32 chunk, const Counts& own, i32 limit) const {
     const int lane = threadIdx.x % kWarp;
     const i32 group = chunk / kWarp, section = group / kWarp;

@@ -1,7 +1,7 @@
-// What every kernel shares: number types, vectors of memory, reductions over the lanes of a warp, shared memory.
+// The functions that all kernels share: number types, aligned vectors, reductions over warps and blocks, shared memory.
 //
-// Kernels see no torch and no header of the host, so that nvcc, NVRTC and, for the emulator, the host's compiler all take
-// them. Without __CUDACC__ the emulator's headers stand in for what CUDA has built in.
+// Kernels include no header of torch or of the host, so nvcc, NVRTC and (for the emulator) the host's compiler all
+// compile them. Without __CUDACC__ the emulator's headers replace CUDA's built-in functions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -31,7 +31,7 @@ using fp16 = __half;
 inline constexpr int kWarp = 32;
 inline constexpr u32 kAllLanes = 0xffffffffu;
 
-// --- numbers ----------------------------------------------------------------------------------------------------------
+// --- numbers ---------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Accumulator {
@@ -41,43 +41,64 @@ template <>
 struct Accumulator<double> {
   using type = double;
 };
-// The type in which numbers of type T are computed with: fp64 for fp64, else fp32.
+// The type of arithmetic on numbers of type T: fp64 for fp64, else fp32.
 template <class T>
 using acc_t = typename Accumulator<T>::type;
 
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(fp16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ double to_float(double x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
 
-// From acc_t<T> to T, to nearest even.
+// Converts acc_t<T> to T, rounding to nearest even.
 template <class T>
-__device__ __forceinline__ T narrow(acc_t<T> x) {
+__device__ __forceinline__ T from_float(acc_t<T> x) {
   return x;
 }
 template <>
-__device__ __forceinline__ bf16 narrow<bf16>(float x) {
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
   return __float2bfloat16_rn(x);
 }
 template <>
-__device__ __forceinline__ fp16 narrow<fp16>(float x) {
+__device__ __forceinline__ fp16 from_float<fp16>(float x) {
   return __float2half_rn(x);
 }
 
 template <class T>
-__device__ __forceinline__ T least(T a, T b) {
+__device__ __forceinline__ T min(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-__device__ __forceinline__ T most(T a, T b) {
+__device__ __forceinline__ T max(T a, T b) {
   return a < b ? b : a;
+}
+__device__ __forceinline__ float exp(float x) { return expf(x); }
+__device__ __forceinline__ double exp(double x) { return ::exp(x); }
+__device__ __forceinline__ float log(float x) { return logf(x); }
+__device__ __forceinline__ double log(double x) { return ::log(x); }
+template <class A>
+__device__ __forceinline__ A minus_infinity() {
+  return static_cast<A>(-__int_as_float(0x7f800000));
 }
 template <class T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// --- vectors of memory ------------------------------------------------------------------------------------------------
+// The first i in [low, high) for which holds(i) is false, or `high`. It is true up to some i and false from there on.
+template <class I, class Holds>
+__device__ __forceinline__ I partition_point(I low, I high, const Holds& holds) {
+  while (low < high) {
+    const I middle = low + (high - low) / 2;
+    if (holds(middle))
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// --- aligned vectors -------------------------------------------------------------------------------------------------
 
 template <int kBytes>
 struct Word;
@@ -102,19 +123,19 @@ struct Word<16> {
   using type = uint4;
 };
 
-// kSize numbers that one access moves: 1 to 16 bytes.
+// kSize numbers that one access moves, of 1 to 16 bytes.
 template <class T, int kSize>
-struct alignas(sizeof(T) * kSize) Pack {
+struct alignas(sizeof(T) * kSize) AlignedVector {
   T values[kSize];
   __device__ __forceinline__ T& operator[](int i) { return values[i]; }
   __device__ __forceinline__ const T& operator[](int i) const { return values[i]; }
 };
 
-// The same not taken apart yet. While packs of 2-byte numbers wait for each other, they take half the registers so.
+// The bits of an aligned vector. Vectors of 2-byte numbers that wait for others take half the registers as bits.
 template <class T, int kSize>
 using Bits = typename Word<sizeof(T) * kSize>::type;
 
-// The same bits as another type.
+// The same bits, as another type.
 template <class To, class From>
 __device__ __forceinline__ To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "the same bits");
@@ -126,21 +147,21 @@ __device__ __forceinline__ To bits_as(const From& from) {
 }
 
 template <class T, int kSize>
-__device__ __forceinline__ Pack<T, kSize> unpack(const Bits<T, kSize>& bits) {
+__device__ __forceinline__ AlignedVector<T, kSize> unpack(const Bits<T, kSize>& bits) {
   union {
     Bits<T, kSize> bits;
-    Pack<T, kSize> pack;
+    AlignedVector<T, kSize> vector;
   } both = {bits};
-  return both.pack;
+  return both.vector;
 }
 
-// What is at `from`, which has the alignment of a pack.
+// Loads the vector at `from`, which has its alignment.
 template <int kSize, class T>
 __device__ __forceinline__ Bits<T, kSize> load_bits(const T* from) {
   check_aligned(from, sizeof(T) * kSize);
   return *reinterpret_cast<const Bits<T, kSize>*>(from);
 }
-// From memory that the kernel does not write.
+// Loads from memory that the kernel does not write.
 template <int kSize, class T>
 __device__ __forceinline__ Bits<T, kSize> load_constant(const T* from) {
   check_aligned(from, sizeof(T) * kSize);
@@ -148,27 +169,27 @@ __device__ __forceinline__ Bits<T, kSize> load_constant(const T* from) {
 }
 
 template <int kSize, class T>
-__device__ __forceinline__ Pack<T, kSize> load(const T* from) {
+__device__ __forceinline__ AlignedVector<T, kSize> load(const T* from) {
   return unpack<T, kSize>(load_bits<kSize>(from));
 }
-// What is read once: the first to leave the caches.
+// Loads a vector that is read once: it is the first to leave the caches.
 template <int kSize, class T>
-__device__ __forceinline__ Pack<T, kSize> load_once(const T* from) {
+__device__ __forceinline__ AlignedVector<T, kSize> load_once(const T* from) {
   check_aligned(from, sizeof(T) * kSize);
   return unpack<T, kSize>(__ldcs(reinterpret_cast<const Bits<T, kSize>*>(from)));
 }
 
 template <int kSize, class T>
-__device__ __forceinline__ void store(T* to, const Pack<T, kSize>& pack) {
+__device__ __forceinline__ void store(T* to, const AlignedVector<T, kSize>& vector) {
   check_aligned(to, sizeof(T) * kSize);
   union {
-    Pack<T, kSize> pack;
+    AlignedVector<T, kSize> vector;
     Bits<T, kSize> bits;
-  } both = {pack};
+  } both = {vector};
   *reinterpret_cast<Bits<T, kSize>*>(to) = both.bits;
 }
 
-// --- asynchronous copies ----------------------------------------------------------------------------------------------
+// --- asynchronous copies ---------------------------------------------------------------------------------------------
 
 // Copies the kSize numbers at `from` to shared memory in the background. The lane may read them once it has waited for
 // their group, those since the last commit_copies(). Fewer than 4 bytes are there at once.
@@ -205,10 +226,31 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// --- warps and blocks -------------------------------------------------------------------------------------------------
+// --- names that the kernels of cross attention use -------------------------------------------------------------------
 
-// fold(... fold(x_0, x_1) ..., x_n) over every kLanes neighbouring lanes, in each of them, in an order that is always the
-// same. All lanes of the warp take part.
+template <class T, int kSize>
+using Pack = AlignedVector<T, kSize>;
+template <class T>
+__device__ __forceinline__ acc_t<T> widen(T x) {
+  return to_float(x);
+}
+template <class T>
+__device__ __forceinline__ T narrow(acc_t<T> x) {
+  return from_float<T>(x);
+}
+template <class T>
+__device__ __forceinline__ T least(T a, T b) {
+  return min(a, b);
+}
+template <class T>
+__device__ __forceinline__ T most(T a, T b) {
+  return max(a, b);
+}
+
+// --- warps and blocks ------------------------------------------------------------------------------------------------
+
+// fold(... fold(x_0, x_1) ..., x_n) over every kLanes neighbouring lanes, in a fixed order; all of these lanes get the
+// result. All lanes of the warp take part.
 template <int kLanes = kWarp, class T, class Fold>
 __device__ __forceinline__ T warp_fold(T x, Fold fold) {
 #pragma unroll
@@ -231,6 +273,29 @@ __device__ __forceinline__ T warp_prefix_sum(T x) {
     if (lane >= distance) x += before;
   }
   return x;
+}
+
+template <class T>
+struct BlockSums {
+  T before, total;
+};
+// The sum of x over the threads of the block before this one, and over all of them. Ends with a barrier.
+template <int kThreads, class T>
+__device__ __forceinline__ BlockSums<T> block_sums(T x) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ T of_warps[kWarps];
+  const int warp = threadIdx.x / kWarp;
+  const T sum = warp_prefix_sum(x);
+  if (threadIdx.x % kWarp == kWarp - 1) of_warps[warp] = sum;
+  __syncthreads();
+  BlockSums<T> sums = {sum - x, 0};
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) sums.before += of_warps[w];
+    sums.total += of_warps[w];
+  }
+  __syncthreads();
+  return sums;
 }
 
 // The block's dynamic shared memory, of a launch with `.smem_bytes = sizeof(S)`.

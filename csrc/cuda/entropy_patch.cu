@@ -1,4 +1,4 @@
-// Launchers of entropy_patch.cuh: every way to cut bytes into patches.
+// Launches the kernels of entropy_patch.cuh, with every rule that divides a text into patches.
 
 #include "entropy_patch.cuh"
 
@@ -7,31 +7,31 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/args/entropy_patch.h"
 #include "../launch/launch.h"
 #include "token_entropy.h"
 
 namespace blt {
 namespace {
 
-using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using EntropyTensors = std::tuple<Tensor, Tensor>;
 
-// --- layouts ----------------------------------------------------------------------------------------------------------
+// --- layouts ---------------------------------------------------------------------------------------------------------
 
-// Without cu_seqlens there are `num_documents` of the same length.
+// Without cu_seqlens there are `num_documents` documents of the same length.
 Documents check_documents(const Device& device, std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                           int64_t bytes) {
   STD_TORCH_CHECK(bytes <= std::numeric_limits<int32_t>::max() - 2 * kChunkBytes, "cu_seqlens: ", bytes,
                   " positions do not fit into int32");
   if (cu_seqlens) {
-    check_int32(*cu_seqlens, "cu_seqlens");
-    return {device.read<i32>(*cu_seqlens), count_of(*cu_seqlens, "cu_seqlens"), static_cast<i32>(bytes), 0};
+    const int64_t count = check_num_segments(*cu_seqlens, "cu_seqlens");
+    return {device.read<i32>(*cu_seqlens), count, static_cast<i32>(bytes), 0};
   }
   const i32 length = check_even_documents(num_documents, bytes);
   return {nullptr, num_documents, static_cast<i32>(bytes), length};
 }
 
-// A layout to be: its documents and capacity, and the memory by which the blocks that build it tell each other what they know.
+// A layout to build: its documents, its capacity, and the memory through which blocks exchange their counts.
 struct Plan {
   Documents documents;
   int64_t capacity;
@@ -41,9 +41,7 @@ struct Plan {
 
 Plan plan_layout(const Device& device, const Documents& documents, const Tensor& like,
                  std::optional<int64_t> max_patches) {
-  const int64_t bytes = documents.bytes, capacity = max_patches.value_or(bytes);
-  STD_TORCH_CHECK(capacity >= 0 && capacity <= kNoLimit, "max_patches: expected a value from 0 to ", kNoLimit, ", got ",
-                  capacity);
+  const int64_t bytes = documents.bytes, capacity = check_capacity(max_patches, bytes);
   const int64_t chunks = bytes / kChunkBytes + 1;
   const int64_t parts = capacity >= bytes ? 0 : std::min<int64_t>(ceil_div<int64_t>(documents.count, 128), kMaxParts);
   constexpr int64_t kWords = sizeof(Published) / sizeof(i32);
@@ -54,12 +52,11 @@ Plan plan_layout(const Device& device, const Documents& documents, const Tensor&
   return {documents, capacity, {counts, words + published + 1, static_cast<int>(parts)}, memory};
 }
 
-// After a launch that has prepared the layout.
+// Builds the layout after a launch that has prepared it.
 template <class Rule>
 LayoutTensors launch_layout(const Device& device, const Rule& rule, const Plan& plan,
                             std::optional<int64_t> max_patch_length) {
-  STD_TORCH_CHECK(!max_patch_length || *max_patch_length >= 1, "max_patch_length: expected at least 1, got ",
-                  max_patch_length.value_or(0));
+  check_max_patch_length(max_patch_length);
   const i32 limit = static_cast<i32>(std::min<int64_t>(max_patch_length.value_or(kNoLimit), kNoLimit));
   const int64_t bytes = plan.documents.bytes, capacity = plan.capacity;
   const bool even = plan.documents.offsets == nullptr;
@@ -109,8 +106,7 @@ LayoutTensors dispatch_rule(const Device& device, const Tensor& entropy, double 
 LayoutTensors patch_starts_fwd_cuda(const Tensor& entropy, std::optional<Tensor> cu_seqlens, int64_t num_documents,
                                     double threshold, std::optional<double> threshold_add, bool monotonic,
                                     std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
-  check_dim(entropy, "entropy", 1);
-  const Tensor values = as_contiguous(entropy);
+  const Tensor values = check_values(entropy, "entropy");
   const Device device(values);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, values.size(0));
   return dispatch_rule(device, values, threshold, threshold_add, monotonic, [&](const auto& rule) {
@@ -151,8 +147,7 @@ LayoutTensors dispatch_ids(const Tensor& tokens, F&& f) {
 
 LayoutTensors space_patch_fwd_cuda(const Tensor& tokens, std::optional<Tensor> cu_seqlens, int64_t num_documents,
                                    std::optional<int64_t> max_patches) {
-  check_dim(tokens, "tokens", 1);
-  const Tensor ids = as_contiguous(tokens);
+  const Tensor ids = check_values(tokens, "tokens");
   const Device device(ids);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, ids.size(0));
   return dispatch_ids(ids, [&](auto tag) {
@@ -163,8 +158,7 @@ LayoutTensors space_patch_fwd_cuda(const Tensor& tokens, std::optional<Tensor> c
 
 LayoutTensors static_patch_fwd_cuda(Tensor cu_seqlens, int64_t num_bytes, int64_t size, int64_t first,
                                     std::optional<int64_t> max_patches) {
-  STD_TORCH_CHECK(num_bytes >= 0, "num_bytes: expected a value >= 0, got ", num_bytes);
-  STD_TORCH_CHECK(size >= 1 && first >= 1, "size, first: expected values >= 1, got ", size, " and ", first);
+  check_static_patch(num_bytes, size, first);
   const Device device(cu_seqlens);
   std::optional<Tensor> given = cu_seqlens;
   const Documents documents = check_documents(device, given, 0, num_bytes);
@@ -175,8 +169,7 @@ LayoutTensors static_patch_fwd_cuda(Tensor cu_seqlens, int64_t num_bytes, int64_
 
 LayoutTensors delimiter_patch_fwd_cuda(const Tensor& tokens, std::optional<Tensor> cu_seqlens, int64_t num_documents,
                                        int64_t id, std::optional<int64_t> max_patches) {
-  check_dim(tokens, "tokens", 1);
-  const Tensor ids = as_contiguous(tokens);
+  const Tensor ids = check_values(tokens, "tokens");
   const Device device(ids);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, ids.size(0));
   return dispatch_ids(ids, [&](auto tag) {
@@ -187,13 +180,12 @@ LayoutTensors delimiter_patch_fwd_cuda(const Tensor& tokens, std::optional<Tenso
 
 LayoutTensors topk_patch_fwd_cuda(const Tensor& entropy, std::optional<Tensor> cu_seqlens, int64_t num_documents,
                                   int64_t patch_size, std::optional<int64_t> max_patches) {
-  check_dim(entropy, "entropy", 1);
-  STD_TORCH_CHECK(patch_size >= 1, "patch_size: expected a value >= 1, got ", patch_size);
-  const Tensor values = as_contiguous(entropy);
+  check_patch_size(patch_size);
+  const Tensor values = check_values(entropy, "entropy");
   const Device device(values);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, values.size(0));
-  Tensor cuts = device_output(values, {values.size(0)}, ScalarType::Byte);
-  u8* const chosen = device.write<u8>(cuts);
+  Tensor boundaries = device_output(values, {values.size(0)}, ScalarType::Byte);
+  u8* const chosen = device.write<u8>(boundaries);
   dispatch_device_float(values.scalar_type(), "entropy", [&](auto tag) {
     using T = typename decltype(tag)::type;
     device.launch<topk_cuts_kernel<T>>({.grid = {documents.count}, .block = kTopkThreads}, device.read<T>(values),

@@ -1,12 +1,12 @@
-// entropy_patch: the rules by which bytes are cut into patches, for patch_layout.cuh to ask.
+// entropy_patch: the rules that divide a text into patches; patch_layout.cuh evaluates them.
 //
 //   rule(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
 //
-// From logits to a layout in two launches: entropy_patch_fwd_kernel, then patch_layout_kernel with an EntropyRule. Bytes: those
-// of the logits, of their entropies (8 written and 4 read a row), and of the layout. Decisions as bits from the first kernel
-// would save 4 of the 560 bytes of a row, and cost it a barrier.
-// The other schemes take two launches as well, prepare_layout_kernel and patch_layout_kernel; topk_patch, for analysis only,
-// decides in a launch of its own: one block for each document, 34 passes over it.
+// A layout from logits takes two launches: entropy_patch_fwd_kernel, then patch_layout_kernel with an EntropyRule.
+// Bytes: the logits, their entropies (8 written and 4 read per row) and the layout. Decisions as bits from the first
+// kernel would save 4 of the 560 bytes of a row, at the cost of a barrier.
+// The other schemes also take two launches, prepare_layout_kernel and patch_layout_kernel. topk_patch, for analysis
+// only, decides in a launch of its own: one block per document passes over it 34 times.
 #pragma once
 
 #include "patch_layout.cuh"
@@ -16,14 +16,14 @@ namespace blt {
 
 enum class EntropyMode : int { kGlobal, kMonotonic, kBoth };
 
-// Compared in fp32 whatever T is. entropy[0] of a document is never looked at, except to be ignored.
+// Compares in fp32 for every T. No decision depends on entropy[0] of a document.
 template <class T>
 struct EntropyRule {
   const T* entropy;
   float threshold, threshold_add;
   EntropyMode mode;
 
-  __device__ __forceinline__ float at(i32 t) const { return static_cast<float>(widen(entropy[t])); }
+  __device__ __forceinline__ float at(i32 t) const { return static_cast<float>(to_float(entropy[t])); }
   __device__ __forceinline__ bool operator()(i32 t, i32 i) const {
     if (i <= 0) return true;
     const float h = at(t);
@@ -35,7 +35,7 @@ struct EntropyRule {
   }
 };
 
-// Entropies of the rows of all documents, and what the layout kernel finds ready.
+// Computes the entropies of the rows of all documents, and prepares the layout kernel.
 template <class T>
 __global__ void __launch_bounds__(kEntropyThreads, entropy_blocks(sizeof(T)))
     entropy_patch_fwd_kernel(LogitRows<T> logits, Documents documents, LayoutScratch scratch, acc_t<T>* entropy,
@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kEntropyThreads, entropy_blocks(sizeof(T)))
   prepare_layout<kEntropyThreads>(documents, scratch);
 }
 
-// ASCII letters and digits, and UTF-8 continuation bytes, go on with a patch; everything else is space-like. Ids are
-// byte + 4; those below are special.
+// ASCII letters, digits and UTF-8 continuation bytes continue a patch; all other bytes are space-like. Ids are byte +
+// 4; ids below 4 are special.
 template <class T>
 struct SpaceRule {
   const T* tokens;
@@ -76,67 +76,50 @@ struct DelimiterRule {
   __device__ __forceinline__ bool operator()(i32 t, i32 i) const { return i <= 0 || tokens[t] == id; }
 };
 
-// Decisions that were made before.
+// Decisions of an earlier kernel.
 struct GivenRule {
-  const u8* cuts;
-  __device__ __forceinline__ bool operator()(i32 t, i32 i) const { return i <= 0 || cuts[t] != 0; }
+  const u8* boundaries;
+  __device__ __forceinline__ bool operator()(i32 t, i32 i) const { return i <= 0 || boundaries[t] != 0; }
 };
 
-// --- topk_patch -------------------------------------------------------------------------------------------------------
+// --- topk_patch ------------------------------------------------------------------------------------------------------
 
 inline constexpr int kTopkThreads = 256;
 
-// The order of floating point numbers as one of integers, NaN above all, 0 equal to -0.
+// Maps numbers to integers of the same order, with NaN above all numbers and 0 equal to -0.
 __device__ __forceinline__ u32 rank_of(float x) {
   if (x != x) return 0xffffffffu;
   const u32 bits = __float_as_uint(x + 0.0f);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// The sum of x over the threads before this one, and over all of them. Barriers keep calls apart.
-__device__ __forceinline__ i32 block_prefix(i32 x, i32& total) {
-  __shared__ i32 sums[kTopkThreads / kWarp];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const i32 until = warp_prefix_sum(x);
-  __syncthreads();
-  if (lane == kWarp - 1) sums[warp] = until;
-  __syncthreads();
-  i32 before = until - x;
-  total = 0;
-  for (int w = 0; w < kTopkThreads / kWarp; ++w) {
-    if (w < warp) before += sums[w];
-    total += sums[w];
-  }
-  return before;
-}
-
-// cuts[t] = is byte t, which is not the first of its document, among the `size / patch_size - 2` of highest entropy? The
-// earlier of equal ones wins. The last of the ranks that win is found bit by bit.
+// boundaries[t] = is byte t, not the first of its document, among the `size / patch_size - 2` of highest entropy? The
+// earlier of equal entropies wins. The lowest rank that wins is found bit by bit.
 template <class T>
 __global__ void __launch_bounds__(kTopkThreads)
-    topk_cuts_kernel(const T* entropy, Documents documents, i32 patch_size, u8* cuts) {
-  const i32 end = most(0, least(documents.at(blockIdx.x + i64{1}), documents.bytes));
-  const i32 begin = most(0, least(documents.at(blockIdx.x), end));
+    topk_cuts_kernel(const T* entropy, Documents documents, i32 patch_size, u8* boundaries) {
+  const i32 end = max(0, min(documents.at(blockIdx.x + i64{1}), documents.bytes));
+  const i32 begin = max(0, min(documents.at(blockIdx.x), end));
   const i32 wanted = (end - begin) / patch_size - 2;
-  const auto rank = [=](i32 t) { return rank_of(static_cast<float>(widen(entropy[t]))); };
+  const auto rank = [=](i32 t) { return rank_of(static_cast<float>(to_float(entropy[t]))); };
   const auto count_from = [&](u32 bound) {
-    i32 own = 0, total;
+    i32 own = 0;
     for (i32 t = begin + 1 + static_cast<i32>(threadIdx.x); t < end; t += kTopkThreads) own += rank(t) >= bound;
-    block_prefix(own, total);
-    return total;
+    return block_sums<kTopkThreads>(own).total;
   };
   u32 last = 0;
   if (wanted > 0)
     for (int bit = 31; bit >= 0; --bit)
       if (count_from(last | 1u << bit) >= wanted) last |= 1u << bit;
-  i32 equals = wanted <= 0 ? 0 : last == 0xffffffffu ? wanted : wanted - count_from(last + 1);  // of rank `last`
+  i32 equals = wanted <= 0           ? 0
+               : last == 0xffffffffu ? wanted
+                                     : wanted - count_from(last + 1);  // winners of rank `last`
   for (i32 from = begin; from < end; from += kTopkThreads) {
     const i32 t = from + static_cast<i32>(threadIdx.x);
     const u32 own = t > begin && t < end ? rank(t) : 0;
     const bool counts = t > begin && t < end && wanted > 0;
-    i32 total;
-    const i32 before = block_prefix(counts && own == last, total);
-    if (t < end) cuts[t] = counts && (own > last || (own == last && before < equals));
+    const auto [before, total] = block_sums<kTopkThreads>(static_cast<i32>(counts && own == last));
+    if (t < end) boundaries[t] = counts && (own > last || (own == last && before < equals));
     equals -= total;
   }
 }

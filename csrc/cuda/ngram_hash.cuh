@@ -1,12 +1,15 @@
 // Hashes of the n-grams that end at each byte.
 //
-//   hash_n(t) = sum over d < n of token[t - d] * prime^(n - 1 - d) mod vocab, in wrapping int64, ids before the document 0
+//   hash_n(t) = sum over d < n of token[t - d] * prime^(n - 1 - d) mod vocab, in wrapping int64
 //
-// A thread takes a hash from the newest token to the oldest, one multiplication for each, and squares for those before the
-// document; tokens come from L1, since the n-grams of neighbours overlap. The remainder takes three multiplications and no division. The kernel below has a thread
-// for each byte; those of ngram_hash_embed.cuh hash as a first step of their own.
+// with id 0 for the bytes before the document.
 //
-// Bytes of the kernel: tokens read and hashes written once. Roofline: a memory copy, of 8 N bytes for each byte of text.
+// A thread computes a hash from the newest token to the oldest, with one multiplication per token, and by squaring for
+// the ids before the document. Tokens come from L1, since n-grams of neighbours overlap. The remainder takes three
+// multiplications and no division. The kernel below has a thread per byte; those of ngram_hash_embed.cuh hash in a
+// first step of their own.
+//
+// Bytes of the kernel: tokens read and hashes written once. Roofline: a memory copy of 8 N bytes per byte of text.
 // Registers: at most 40, for 6 blocks of 256 threads an SM.
 #pragma once
 
@@ -18,18 +21,17 @@ inline constexpr int kMaxFunctions = 11;
 inline constexpr int kMaxTables = 128;
 inline constexpr int kHashThreads = 256;
 
-// x mod divisor in [0, divisor) for signed x and a positive divisor, by multiplication with a reciprocal of 65 bits whose
-// top bit is implied (Granlund and Montgomery, 1994).
+// x mod divisor in [0, divisor) for signed x. reciprocal_of in common/args/ngram_hash_embed.h computes the constants.
 struct Modulus {
-  u64 divisor, reciprocal, wrap;  // wrap is 2^64 mod divisor, or divisor itself
-  int bits;                       // ceil(log2(divisor))
+  u64 divisor, reciprocal, wrap;
+  int bits;
 
   __device__ __forceinline__ u64 operator()(u64 x) const {
     const u64 high = __umul64hi(reciprocal, x);
     const u64 quotient = bits == 0 ? x : (((x - high) >> 1) + high) >> (bits - 1);
     const u64 remainder = x - quotient * divisor;
     if (static_cast<i64>(x) >= 0) return remainder;
-    return remainder >= wrap ? remainder - wrap : remainder + divisor - wrap;  // x means x - 2^64
+    return remainder >= wrap ? remainder - wrap : remainder + divisor - wrap;  // x stands for x - 2^64
   }
 };
 
@@ -42,7 +44,7 @@ struct Text {
   i32 length;
 };
 
-// The hash of each table: functions outer, sizes inner.
+// The hash of each table, functions outermost.
 struct Ngrams {
   u64 primes[kMaxFunctions];
   i64 sizes[kMaxTables];
@@ -50,19 +52,12 @@ struct Ngrams {
   Modulus vocab;
 };
 
-// The first byte of the document that byte t is in, from 0 to t whatever the offsets are; -1 if it is in none.
+// The first byte of the document of byte t, or -1 if t is in no document. It lies in [0, t] for any offsets.
 template <class Id>
 __device__ __forceinline__ i64 document_start(const Text<Id>& text, i64 t) {
   if (text.cu_seqlens == nullptr) return t - static_cast<i32>(t) % text.length;
-  i64 low = 0, high = text.documents;  // the first document that ends behind t is in [low, high]
-  while (low < high) {
-    const i64 middle = (low + high) / 2;
-    if (text.cu_seqlens[middle + 1] > t)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  return low == text.documents ? -1 : least(most<i64>(text.cu_seqlens[low], 0), t);
+  const i64 document = partition_point<i64>(0, text.documents, [&](i64 b) { return text.cu_seqlens[b + 1] <= t; });
+  return document == text.documents ? -1 : min(max<i64>(text.cu_seqlens[document], 0), t);
 }
 
 // The hash, for a table, of the n-gram that ends at byte t of a document that begins at `start`.
@@ -70,7 +65,7 @@ template <class Id>
 __device__ __forceinline__ u64 ngram_hash(const Text<Id>& text, const Ngrams& ngrams, int table, i64 t, i64 start) {
   const u64 prime = ngrams.primes[table / ngrams.num_sizes];
   const i64 size = ngrams.sizes[table % ngrams.num_sizes];
-  const int known = static_cast<int>(least(size, t - start + 1));
+  const int known = static_cast<int>(min(size, t - start + 1));
   const Id* const newest = text.tokens + t;
   u64 hash = 0;
 #pragma unroll 4

@@ -3,29 +3,31 @@
 //   out[t] = byte_table[token[t]] + sum over tables n of table_n[hash_n(t)],  added up in fp32 and rounded once
 //   grad_table_n[row] = sum of grad_out[t] over the bytes t with hash_n(t) = row
 //
-// Forward, one kernel: a block of 128 threads owns kBytes bytes. It hashes them once, a thread for each byte and table, and
-// leaves the addresses of all rows in shared memory; then a thread owns 16 bytes of columns of an output row and adds up
-// its N + 1 rows, kAhead of them in flight. Bytes: N + 1 rows read and one written for each byte of text.
+// Forward, one kernel: a block of 128 threads owns kEmbedBytes bytes. First a thread hashes one byte for one table at a
+// time and leaves the addresses of all rows in shared memory. Then a thread owns 16 bytes of columns of an output row
+// and adds up its N + 1 rows, with a prefetch depth of kPrefetch. Bytes: N + 1 rows read and one written per byte of
+// text.
 //
-// Backward: each table, and the byte table, has a list of readers (row, byte), sorted by row (radix_sort.cuh). The readers of
-// one row are a run, whose owner adds up their bytes in order. A block owns up to kMaxOwned neighbouring runs, a thread 16
-// bytes of columns of one at a time. Long runs are split at multiples of kChunk = 64 places in the list, in levels: a sum of
-// level 1 is that of 64 neighbouring readers of the same row, one of level l + 1 that of 64 sums of level l. They are ready
-// before the owner starts, who adds readers up to the first multiple of 64, sums of level 1 up to the first of 64^2, and so
-// on up, and then down to the end: always the same order, no atomics, and at most 126 levels + 127 additions one after the
-// other however long the run. Levels: as many as have at least 2 sums, 2 from 8192 bytes on, 4 for 256M.
-// A dense gradient is zeroed as one block of memory, and owners write the rows that were read; a sparse one has these rows
-// alone.
+// Backward: each hashed table, and the byte table, has a list of readers (row, byte), sorted by row (radix_sort.cuh).
+// The readers of one row are a run. The owner of a run adds up the gradients of its bytes in order. A block owns up to
+// kMaxOwned neighbouring runs; a thread owns 16 bytes of columns of one run at a time. Long runs are split at multiples
+// of kChunk = 64 places in the list, in levels: a sum of level 1 covers 64 neighbouring readers of the same row, one of
+// level l + 1 covers 64 sums of level l. All sums are ready before the owner starts. It adds readers up to the first
+// multiple of 64, sums of level 1 up to the first multiple of 64^2, and so on up, then down to the end. The order is
+// fixed, without atomics, and a run of any length takes at most 126 levels + 127 additions in sequence. There are as
+// many levels as have at least 2 sums: 2 from 8192 bytes on, 4 for 256M.
+// A dense gradient is zeroed by a memset, then owners write the rows that were read. A sparse one holds only these
+// rows.
 //
-// Bytes: for each byte and list a row read; for each run a row written; a dense gradient written once more, with zeros; sums
-// are at most 1/64 of their readers' rows in number, in fp32, written and read. Beside that, for each byte and list, 8 bytes
-// written, 26 a pass of the sort, 8 + 8 to find runs and 8 to read at the end, and for each run 4 written and 4 read.
-// Launches: a memset a tensor, 3 a pass (5 above 131072 bytes), 3 for runs, one a level, 2 for owners.
+// Bytes: a row read per byte and list, and a row written per run; a dense gradient is written once more, with zeros;
+// sums, in fp32, are at most 1/64 of the rows, written and read. The lists take, per byte and list, 8 bytes written, 26
+// per pass of the sort, 8 + 8 to find runs and 8 to read at the end, and 4 written and 4 read per run.
+// Launches: a memset per tensor, 3 per pass (5 above 131072 bytes), 3 for runs, one per level, 2 for owners.
 //
-// Roofline: memory; some 30 instructions for 16 bytes. Forward and sums: at most 72 registers, for 7 blocks of 128 threads an
-// SM: with 8 loads of 16 bytes in flight each that is 100 KB, more than twice what hides the latency of the memory. Owners:
-// most runs are a reader or two long, and have no more loads in flight, so that there are 10 blocks an SM with 48 registers
-// and 4 loads ahead: 20 to 80 KB.
+// Roofline: memory; some 30 instructions per 16 bytes. Forward and sums: at most 72 registers, for 7 blocks of 128
+// threads an SM. With 8 loads of 16 bytes in flight per thread that is 100 KB, twice what hides the latency of memory.
+// Owners: most runs have a reader or two and no more loads in flight, so 48 registers and a prefetch depth of 4 allow
+// 10 blocks an SM: 20 to 80 KB.
 #pragma once
 
 #include "ngram_hash.cuh"
@@ -34,30 +36,30 @@
 namespace blt {
 
 inline constexpr int kEmbedThreads = 128;
-inline constexpr int kEmbedBytes = 16;  // of text, for a block
-inline constexpr int kAhead = 8;        // rows in flight
-inline constexpr int kAheadOfRuns = 4;  // the same for owners of runs
+inline constexpr int kEmbedBytes = 16;  // of text per block
+inline constexpr int kPrefetch = 8;     // rows in flight
+inline constexpr int kRunPrefetch = 4;  // rows in flight of an owner of runs
 inline constexpr int kChunkBits = 6;
-inline constexpr int kChunk = 1 << kChunkBits;  // readers that are added up ahead of their owner
-inline constexpr int kMaxOwned = 120;           // runs, for a block
+inline constexpr int kChunk = 1 << kChunkBits;  // readers of a sum of level 1
+inline constexpr int kMaxOwned = 120;           // runs per block
 
-// What of the tables is here to be read: rows [low, low + rows) of each hashed one, and the byte table if it has rows.
-struct Shard {
+// The rows that this rank holds: [low, low + rows) of each hashed table, and `alphabet` rows of the byte table.
+struct HeldRows {
   u64 low, rows;
   i64 alphabet;
 };
 
-// A tensor of rows for each hashed table, then one for the byte table.
+// The rows of each hashed table, then those of the byte table.
 template <class T>
 struct TableRows {
   T* first[kMaxTables + 1];
   i64 strides[kMaxTables + 1];
 };
 
-// The row of a list that byte t reads, less the shard's first; -1 if there is none. The last list is the byte table's.
+// The row of a list that byte t reads, relative to the shard's first, or -1. The last list is the byte table's.
 template <class Id>
-__device__ __forceinline__ i64 row_read(const Text<Id>& text, const Ngrams& ngrams, const Shard& shard, int list, i64 t,
-                                        i64 start) {
+__device__ __forceinline__ i64 row_read(const Text<Id>& text, const Ngrams& ngrams, const HeldRows& shard, int list,
+                                        i64 t, i64 start) {
   if (start < 0) return -1;
   if (list == ngrams.tables) {
     const i64 token = text.tokens[t];
@@ -67,64 +69,65 @@ __device__ __forceinline__ i64 row_read(const Text<Id>& text, const Ngrams& ngra
   return row < shard.rows ? static_cast<i64>(row) : -1;
 }
 
-// The threads of a block over rows of `packs` packs, neighbours at neighbouring packs: for (RowWalk at(n); at.row < rows; ++at)
+// Distributes rows of `vecs` aligned vectors over the threads of a block, neighbouring vectors to neighbouring
+// threads: for (RowWalk at(n); at.row < rows; ++at)
 struct RowWalk {
-  int row, pack, packs;
-  __device__ __forceinline__ explicit RowWalk(int packs)
-      : row(static_cast<int>(threadIdx.x) / packs), pack(static_cast<int>(threadIdx.x) % packs), packs(packs) {}
+  int row, vec, vecs;
+  __device__ __forceinline__ explicit RowWalk(int vecs)
+      : row(static_cast<int>(threadIdx.x) / vecs), vec(static_cast<int>(threadIdx.x) % vecs), vecs(vecs) {}
   __device__ __forceinline__ RowWalk& operator++() {
-    row += kEmbedThreads / packs;
-    pack += kEmbedThreads % packs;
-    if (pack >= packs) pack -= packs, ++row;
+    row += kEmbedThreads / vecs;
+    vec += kEmbedThreads % vecs;
+    if (vec >= vecs) vec -= vecs, ++row;
     return *this;
   }
 };
 
-// sum += the kPack numbers at row_of(i) for i in [begin, end), one after the other; nothing where that is null.
-template <class T, int kAhead, int kPack, class RowOf>
-__device__ __forceinline__ void add_rows(acc_t<T> (&sum)[kPack], u32 begin, u32 end, const RowOf& row_of) {
+// sum += the kVec numbers at row_of(i) for i in [begin, end), in order. Null rows add nothing.
+template <class T, int kPrefetch, int kVec, class RowOf>
+__device__ __forceinline__ void add_rows(acc_t<T> (&sum)[kVec], u32 begin, u32 end, const RowOf& row_of) {
 #pragma unroll 1
-  for (u32 i = begin; i < end; i += kAhead) {
-    const T* rows[kAhead];
+  for (u32 i = begin; i < end; i += kPrefetch) {
+    const T* rows[kPrefetch];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) rows[j] = row_of(least(i + j, end - 1));  // all at once, without a branch
-    Bits<T, kPack> ahead[kAhead] = {};
+    for (int j = 0; j < kPrefetch; ++j) rows[j] = row_of(min(i + j, end - 1));  // all loads first, without a branch
+    Bits<T, kVec> ahead[kPrefetch] = {};
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j)
-      if (i + j < end && rows[j] != nullptr) ahead[j] = load_constant<kPack>(rows[j]);
+    for (int j = 0; j < kPrefetch; ++j)
+      if (i + j < end && rows[j] != nullptr) ahead[j] = load_constant<kVec>(rows[j]);
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
+    for (int j = 0; j < kPrefetch; ++j) {
       if (i + j >= end) break;
-      const Pack<T, kPack> numbers = unpack<T, kPack>(ahead[j]);
+      const AlignedVector<T, kVec> numbers = unpack<T, kVec>(ahead[j]);
 #pragma unroll
-      for (int c = 0; c < kPack; ++c) sum[c] += widen(numbers[c]);
+      for (int c = 0; c < kVec; ++c) sum[c] += to_float(numbers[c]);
     }
   }
 }
 
-// How many of kPack sums one access moves.
-template <class A, int kPack>
-inline constexpr int kParts = kPack * sizeof(A) <= 16 ? kPack : 16 / sizeof(A);
+// The number of sums that one access moves, of kVec.
+template <class A, int kVec>
+inline constexpr int kParts = kVec * sizeof(A) <= 16 ? kVec : 16 / sizeof(A);
 
-template <class T, int kPack>
-__device__ __forceinline__ void store_sum(T* to, const acc_t<T> (&sum)[kPack]) {
-  Pack<T, kPack> result;
+template <class T, int kVec>
+__device__ __forceinline__ void store_sum(T* to, const acc_t<T> (&sum)[kVec]) {
+  AlignedVector<T, kVec> result;
 #pragma unroll
-  for (int c = 0; c < kPack; ++c) result[c] = narrow<T>(sum[c]);
+  for (int c = 0; c < kVec; ++c) result[c] = from_float<T>(sum[c]);
   store(to, result);
 }
 
-// --- forward ----------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
-template <class T, class Id, int kPack>
+template <class T, class Id, int kVec>
 __global__ void __launch_bounds__(kEmbedThreads, 7)
-    ngram_hash_embed_fwd_kernel(Text<Id> text, __grid_constant__ const Ngrams ngrams, Shard shard,
+    ngram_hash_embed_fwd_kernel(Text<Id> text, __grid_constant__ const Ngrams ngrams, HeldRows shard,
                                 __grid_constant__ const TableRows<const T> tables, i64 width, T* out) {
   __shared__ i64 starts[kEmbedBytes];
   const T** const rows = &shared_memory<const T*>();  // [kEmbedBytes][lists]
   const int lists = ngrams.tables + (shard.alphabet > 0 ? 1 : 0);
   const i64 first = static_cast<i64>(blockIdx.x) * kEmbedBytes;
-  const int bytes = static_cast<int>(least<i64>(kEmbedBytes, text.bytes - first));
+  const int bytes = static_cast<int>(min<i64>(kEmbedBytes, text.bytes - first));
   if (static_cast<int>(threadIdx.x) < bytes) starts[threadIdx.x] = document_start(text, first + threadIdx.x);
   __syncthreads();
   for (int i = threadIdx.x; i < bytes * lists; i += kEmbedThreads) {
@@ -133,23 +136,23 @@ __global__ void __launch_bounds__(kEmbedThreads, 7)
     rows[i] = row < 0 ? nullptr : tables.first[list] + row * tables.strides[list];
   }
   __syncthreads();
-  for (RowWalk at(static_cast<int>(width / kPack)); at.row < bytes; ++at) {
+  for (RowWalk at(static_cast<int>(width / kVec)); at.row < bytes; ++at) {
     const T* const* const own = rows + at.row * lists;
-    const int column = at.pack * kPack;
-    acc_t<T> sum[kPack] = {};
-    add_rows<T, kAhead>(sum, 0, lists, [=](u32 i) { return own[i] == nullptr ? nullptr : own[i] + column; });
+    const int column = at.vec * kVec;
+    acc_t<T> sum[kVec] = {};
+    add_rows<T, kPrefetch>(sum, 0, lists, [=](u32 i) { return own[i] == nullptr ? nullptr : own[i] + column; });
     store_sum<T>(out + (first + at.row) * width + column, sum);
   }
 }
 
-// --- backward ---------------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------------------
 
-// The readers of every list, with `none` for a row where there is none to be read, and counts of their first digit. A grid
-// of the tiles of radix_sort.cuh.
+// Writes the readers of every list, with row `none` for a byte that reads no row, and the counts of their first digit.
+// The grid is that of radix_sort.cuh's tiles.
 template <class Id>
 __global__ void __launch_bounds__(kSortThreads, 6)
-    ngram_readers_kernel(Text<Id> text, __grid_constant__ const Ngrams ngrams, Shard shard, u32 none, Reader* readers,
-                         u32* counts) {
+    ngram_readers_kernel(Text<Id> text, __grid_constant__ const Ngrams ngrams, HeldRows shard, u32 none,
+                         Reader* readers, u32* counts) {
   __shared__ DigitCounts<kSortBits> digits;
   const i64 first = static_cast<i64>(blockIdx.x) * kSortTile + threadIdx.x;
   digits.clear();
@@ -164,9 +167,10 @@ __global__ void __launch_bounds__(kSortThreads, 6)
   digits.store(counts);
 }
 
-// Sorted readers[lists][bytes] of the rows of `grad`. sums: for each level from 1 on [lists][sums of a list][width].
+// Sorted readers[lists][bytes] of the rows of `grad`. `sums` has, for each level from 1 on, [lists][sums of a
+// list][width].
 template <class T>
-struct Readers {
+struct SortedReaders {
   const Reader* readers;
   i64 bytes;
   const T* grad;
@@ -183,33 +187,33 @@ struct Readers {
   }
 };
 
-// sum += [begin, end) of a level, in kPack columns: the rows of readers for level 0, else sums of readers of the same row.
-template <int kAhead, class T, int kPack>
-__device__ __forceinline__ void add_level(acc_t<T> (&sum)[kPack], const Readers<T>& from, int level, int list,
+// sum += entries [begin, end) of a level, in kVec columns: rows of readers for level 0, else sums of the level.
+template <int kPrefetch, class T, int kVec>
+__device__ __forceinline__ void add_level(acc_t<T> (&sum)[kVec], const SortedReaders<T>& from, int level, int list,
                                           u32 begin, u32 end, int column) {
   using A = acc_t<T>;
   if (level == 0) {
     const Reader* const readers = from.readers + list * from.bytes;
     const T* const grad = from.grad + column;
-    return add_rows<T, kAhead>(sum, begin, end, [=](u32 i) { return grad + readers[i].byte * from.stride; });
+    return add_rows<T, kPrefetch>(sum, begin, end, [=](u32 i) { return grad + readers[i].byte * from.stride; });
   }
   const A* const sums = from.sums_at(level, list) + column;
-  constexpr int kPart = kParts<A, kPack>;
+  constexpr int kPart = kParts<A, kVec>;
 #pragma unroll
-  for (int c = 0; c < kPack; c += kPart) {
+  for (int c = 0; c < kVec; c += kPart) {
     A part[kPart];
 #pragma unroll
     for (int i = 0; i < kPart; ++i) part[i] = sum[c + i];
-    add_rows<A, kAhead>(part, begin, end, [=](u32 i) { return sums + i * from.width + c; });
+    add_rows<A, kPrefetch>(part, begin, end, [=](u32 i) { return sums + i * from.width + c; });
 #pragma unroll
     for (int i = 0; i < kPart; ++i) sum[c + i] = part[i];
   }
 }
 
-// The same for the run [begin, end) of readers: up the levels as far as whole sums lie in it, and down again.
-template <class T, int kPack>
-__device__ __forceinline__ void add_run(acc_t<T> (&sum)[kPack], const Readers<T>& from, int list, u32 begin, u32 end,
-                                        int column) {
+// sum += the run [begin, end) of readers: up the levels as far as whole sums lie in it, then down again.
+template <class T, int kVec>
+__device__ __forceinline__ void add_run(acc_t<T> (&sum)[kVec], const SortedReaders<T>& from, int list, u32 begin,
+                                        u32 end, int column) {
   int top = 0;
   for (u32 low = begin, high = end; top < from.levels; ++top) {
     low = ceil_div<u32>(low, kChunk), high /= kChunk;
@@ -222,26 +226,27 @@ __device__ __forceinline__ void add_run(acc_t<T> (&sum)[kPack], const Readers<T>
     const u32 first = (begin + (1u << shift) - 1) >> shift, last = end >> shift;
     const u32 low = down ? last / kChunk * kChunk : first;
     const u32 high = down || level == top ? last : ceil_div<u32>(first, kChunk) * kChunk;
-    add_level<kAheadOfRuns>(sum, from, level, list, low, high, column);
+    add_level<kRunPrefetch>(sum, from, level, list, low, high, column);
   }
 }
 
-// A block for each sum of a level, which only does something if all of its readers read the same row.
-template <class T, int kPack>
-__global__ void __launch_bounds__(kEmbedThreads, 7) ngram_chunk_sums_kernel(Readers<T> from, int level, u32 none) {
+// Computes the sums of a level, one per block, whose readers all read the same row.
+template <class T, int kVec>
+__global__ void __launch_bounds__(kEmbedThreads, 7)
+    ngram_chunk_sums_kernel(SortedReaders<T> from, int level, u32 none) {
   using A = acc_t<T>;
   const int list = blockIdx.y, shift = kChunkBits * level;
   const Reader* const chunk = from.readers + list * from.bytes + (static_cast<i64>(blockIdx.x) << shift);
   if (chunk[0].row == none || chunk[0].row != chunk[(1 << shift) - 1].row) return;
   A* const to = from.sums_at(level, list) + blockIdx.x * from.width;
-  for (RowWalk at(static_cast<int>(from.width / kPack)); at.row < 1; ++at) {
-    const int column = at.pack * kPack;
-    A sum[kPack] = {};
-    add_level<kAhead>(sum, from, level - 1, list, blockIdx.x * kChunk, (blockIdx.x + 1) * kChunk, column);
-    constexpr int kPart = kParts<A, kPack>;
+  for (RowWalk at(static_cast<int>(from.width / kVec)); at.row < 1; ++at) {
+    const int column = at.vec * kVec;
+    A sum[kVec] = {};
+    add_level<kPrefetch>(sum, from, level - 1, list, blockIdx.x * kChunk, (blockIdx.x + 1) * kChunk, column);
+    constexpr int kPart = kParts<A, kVec>;
 #pragma unroll
-    for (int c = 0; c < kPack; c += kPart) {
-      Pack<A, kPart> part;
+    for (int c = 0; c < kVec; c += kPart) {
+      AlignedVector<A, kPart> part;
 #pragma unroll
       for (int i = 0; i < kPart; ++i) part[i] = sum[c + i];
       store(to + column + c, part);
@@ -249,64 +254,65 @@ __global__ void __launch_bounds__(kEmbedThreads, 7) ngram_chunk_sums_kernel(Read
   }
 }
 
-// Where the runs of each list begin, starts[lists][bytes + 1], and how many there are, totals[lists]. A block owns `owned`
-// neighbouring ones; a grid may have more blocks than there are runs.
+// The start of each run, starts[lists][bytes + 1], and the number of runs, totals[lists]. A block owns `owned`
+// neighbouring runs; a grid may have more blocks than there are runs.
 struct Runs {
   const u32* starts;
   const i32* totals;
   int owned;
 };
 
-// The sums of the runs that the block owns go to row_of(run, row), for run `run` of the list and a row of its table.
-template <int kPack, class T, class RowOf>
-__device__ __forceinline__ void write_runs(const Readers<T>& from, const Runs& runs, int list, const RowOf& row_of) {
+// Writes the sums of the block's runs to row_of(run, row, once); `once` is true for one thread of a run.
+template <int kVec, class T, class RowOf>
+__device__ __forceinline__ void write_runs(const SortedReaders<T>& from, const Runs& runs, int list,
+                                           const RowOf& row_of) {
   __shared__ u32 begins[kMaxOwned + 1], rows[kMaxOwned + 1];
-  static_assert(kMaxOwned < kEmbedThreads, "a thread for each run and the one behind");
+  static_assert(kMaxOwned < kEmbedThreads, "a thread for each run and the one after");
   const i64 first = static_cast<i64>(blockIdx.x) * runs.owned;
-  const int here = static_cast<int>(least<i64>(runs.owned, runs.totals[list] - first)), run = threadIdx.x;
+  const int here = static_cast<int>(min<i64>(runs.owned, runs.totals[list] - first)), run = threadIdx.x;
   if (here <= 0) return;
   if (run <= here) {
     begins[run] = runs.starts[list * (from.bytes + 1) + first + run];
     if (run < here) rows[run] = from.readers[list * from.bytes + begins[run]].row;
   }
   __syncthreads();
-  for (RowWalk at(static_cast<int>(from.width / kPack)); at.row < here; ++at) {
-    const int column = at.pack * kPack;
-    acc_t<T> sum[kPack] = {};
+  for (RowWalk at(static_cast<int>(from.width / kVec)); at.row < here; ++at) {
+    const int column = at.vec * kVec;
+    acc_t<T> sum[kVec] = {};
     add_run(sum, from, list, begins[at.row], begins[at.row + 1], column);
-    store_sum<T>(row_of(first + at.row, rows[at.row], at.pack == 0) + column, sum);
+    store_sum<T>(row_of(first + at.row, rows[at.row], at.vec == 0) + column, sum);
   }
 }
 
-// Dense gradients of the lists from `first_list`, which are 0 already.
-template <class T, int kPack>
+// Writes dense gradients of the lists from `first_list` on, which are zeroed already.
+template <class T, int kVec>
 __global__ void __launch_bounds__(kEmbedThreads, 10)
-    ngram_hash_embed_bwd_kernel(Readers<T> from, Runs runs, int first_list,
+    ngram_hash_embed_bwd_kernel(SortedReaders<T> from, Runs runs, int first_list,
                                 __grid_constant__ const TableRows<T> grads) {
   const int list = first_list + blockIdx.y;
   T* const to = grads.first[list];
-  write_runs<kPack>(from, runs, list, [=](i64, u32 row, bool) { return to + row * from.width; });
+  write_runs<kVec>(from, runs, list, [=](i64, u32 row, bool) { return to + row * from.width; });
 }
 
-// Where the runs of each list go. Rows of a fused tensor are numbered through all hashed tables.
+// The outputs of each list. Rows of a fused tensor are numbered through all hashed tables.
 template <class T>
 struct SparseGrads {
   i64* rows[kMaxTables + 1];
   T* values[kMaxTables + 1];
   int tables;
-  i64 numbers;  // that a table takes: 0 where each has its own tensor
+  i64 numbers;  // row numbers per table; 0 if every table has its own tensor
 };
 
-// Sparse gradients of the lists from `first_list`.
-template <class T, int kPack>
+// Writes sparse gradients of the lists from `first_list` on.
+template <class T, int kVec>
 __global__ void __launch_bounds__(kEmbedThreads, 10)
-    ngram_hash_embed_sparse_bwd_kernel(Readers<T> from, Runs runs, int first_list,
+    ngram_hash_embed_sparse_bwd_kernel(SortedReaders<T> from, Runs runs, int first_list,
                                        __grid_constant__ const SparseGrads<T> grads) {
   const int list = first_list + blockIdx.y;
   i64* const rows = grads.rows[list];
   T* const values = grads.values[list];
   const i64 number = list < grads.tables ? list * grads.numbers : 0;
-  write_runs<kPack>(from, runs, list, [=](i64 run, u32 row, bool once) {
+  write_runs<kVec>(from, runs, list, [=](i64 run, u32 row, bool once) {
     if (once) rows[run] = number + row;
     return values + run * from.width;
   });

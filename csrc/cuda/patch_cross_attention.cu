@@ -4,13 +4,12 @@
 #include "patch_cross_attention.cuh"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 
+#include "../common/args/patch_cross_attention.h"
 #include "../launch/launch.h"
 #include "patch_cross_attention_bwd.cuh"
 #include "patch_cross_attention_sum.cuh"
@@ -18,16 +17,10 @@
 namespace blt {
 namespace {
 
-// PatchUnit strides in heads, and rows whose distance in bytes fits into 32 bits.
-Tensor kernel_rows(const Tensor& x) {
+// Returns x, or a contiguous copy if the distance of two rows in bytes exceeds 32 bits.
+Tensor near_rows(const Tensor& x) {
   const bool near = x.size(0) <= 1 || x.stride(0) * static_cast<int64_t>(x.element_size()) <= UINT32_MAX;
-  return near && (x.stride(2) == 1 || x.size(2) == 1) ? x : as_contiguous(x);
-}
-
-void check_like(const Tensor& x, const char* name, const Tensor& like) {
-  check_dim(x, name, 3);
-  check_dtype(x, name, like.scalar_type());
-  for (int dim = 0; dim < 3; ++dim) check_size(x, name, dim, like.size(dim));
+  return near ? x : as_contiguous(x);
 }
 
 template <class T>
@@ -40,51 +33,12 @@ HeadRows<T> output_rows(const Device& device, Tensor& x) {
   return {device.write<T>(x), x.stride(1), static_cast<u32>(row_bytes(x))};
 }
 
-// What forward and backward are given, checked, with unit strides where kernels want them.
-struct Arguments {
-  Tensor q, k, v, offsets, cu_patches, ids;
-  bool encode;
-  int64_t queries_per_patch, window, capacity, num_bytes;
-  double scale;
-
-  Arguments(Tensor q_, Tensor k_, Tensor v_, Tensor offsets_, Tensor cu_patches_, Tensor ids_,
-            const std::string& direction, int64_t queries_per_patch_, std::optional<int64_t> window_,
-            std::optional<double> scale_)
-      : q(std::move(q_)),
-        k(std::move(k_)),
-        v(std::move(v_)),
-        offsets(std::move(offsets_)),
-        cu_patches(std::move(cu_patches_)),
-        ids(std::move(ids_)),
-        encode(direction == "encode"),
-        queries_per_patch(queries_per_patch_) {
-    STD_TORCH_CHECK(encode || direction == "decode", "direction: expected encode or decode, got ", direction);
-    STD_TORCH_CHECK(queries_per_patch >= 1, "queries_per_patch: expected a value >= 1, got ", queries_per_patch);
-    STD_TORCH_CHECK(!window_ || *window_ >= 1, "window: expected a value >= 1, got ", window_.value_or(0));
-    check_dim(q, "q", 3);
-    check_dim(k, "k", 3);
-    check_dtype(k, "k", q.scalar_type());
-    check_like(v, "v", k);
-    check_size(k, "k", 2, q.size(2));
-    STD_TORCH_CHECK(k.size(1) >= 1 && q.size(1) % k.size(1) == 0, "k: expected a number of heads that divides the ",
-                    q.size(1), " of q, got ", k.size(1));
+// The checked arguments as the kernels take them.
+struct Arguments : CrossArguments {
+  explicit Arguments(CrossArguments&& checked) : CrossArguments(std::move(checked)) {
     STD_TORCH_CHECK(q.size(2) <= kMaxWidth, "q: expected heads of at most ", kMaxWidth, " numbers on CUDA, got ",
                     q.size(2));
-    check_int32(offsets, "offsets");
-    check_int32(cu_patches, "cu_patches");
-    check_int32(ids, "ids");
-    capacity = count_of(offsets, "offsets");
-    count_of(cu_patches, "cu_patches");
-    num_bytes = (encode ? k : q).size(0);
-    check_size(ids, "ids", 0, num_bytes);
-    const int64_t rows = (encode ? q : k).size(0);
-    STD_TORCH_CHECK(capacity == 0 ? rows == 0 : rows % capacity == 0 && rows / capacity == queries_per_patch,
-                    encode ? "q" : "k", ": expected ", capacity, " * ", queries_per_patch, " rows, got ", rows);
-    for (const Tensor* x : {&q, &k, &ids})
-      STD_TORCH_CHECK(x->size(0) < std::numeric_limits<int32_t>::max(), "q, k: expected fewer than 2^31 rows");
-    window = std::clamp<int64_t>(window_.value_or(1), 1, std::max<int64_t>(1, capacity));
-    scale = scale_.value_or(1 / std::sqrt(static_cast<double>(q.size(2))));
-    q = kernel_rows(q), k = kernel_rows(k), v = kernel_rows(v);
+    q = near_rows(q), k = near_rows(k), v = near_rows(v);
   }
 
   int heads() const { return static_cast<int>(q.size(1)); }
@@ -98,7 +52,7 @@ struct Arguments {
             device.read<i32>(cu_patches),
             device.read<i32>(ids),
             static_cast<int>(capacity),
-            static_cast<int>(cu_patches.size(0)) - 1,
+            static_cast<int>(documents),
             static_cast<int>(num_bytes),
             vectors(),
             static_cast<int>(window),
@@ -183,7 +137,8 @@ std::tuple<Tensor, Tensor> patch_cross_attention_fwd_cuda(Tensor q, Tensor k, Te
                                                           Tensor cu_patches, Tensor ids, std::string direction,
                                                           int64_t queries_per_patch, std::optional<int64_t> window,
                                                           std::optional<double> scale) {
-  const Arguments arguments(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window, scale);
+  const Arguments arguments(
+      check_cross_attention(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window, scale));
   const Device device(q);
   Tensor out = device_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = device_output(q, {q.size(0), q.size(1)}, accumulator(q));
@@ -215,13 +170,10 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
                                                                   int64_t queries_per_patch,
                                                                   std::optional<int64_t> window,
                                                                   std::optional<double> scale) {
-  const Arguments arguments(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window, scale);
-  check_like(grad_out, "grad_out", q);
-  check_like(out, "out", q);
-  check_dim(lse, "lse", 2);
-  check_dtype(lse, "lse", accumulator(q));
-  for (int dim = 0; dim < 2; ++dim) check_size(lse, "lse", dim, q.size(dim));
-  grad_out = kernel_rows(grad_out), out = kernel_rows(out), lse = as_contiguous(lse);
+  const Arguments arguments(
+      check_cross_attention(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window, scale));
+  check_cross_grads(arguments, grad_out, out, lse);
+  grad_out = near_rows(grad_out), out = near_rows(out);
   const Device device(q);
   const int heads = arguments.heads(), kv_heads = arguments.kv_heads();
   Tensor grad_q = device_output(q, {q.size(0), q.size(1), q.size(2)});

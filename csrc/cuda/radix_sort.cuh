@@ -1,22 +1,23 @@
-// Readers of rows sorted by row, several lists of the same length at once, and where each row's run of them begins.
+// Sorts lists of readers by row, several lists of the same length at once, and finds the run of each row.
 //
-// Least significant digit first, stable, kBits a pass: tiles count their digits (radix_count_kernel, or whoever writes the
-// readers), the counts become places, and every tile puts its readers there (radix_scatter_kernel). A grid has a row for
-// each list. Ranks inside a tile come from warps in order: a warp matches 32 neighbouring readers at a time, so that equal
-// digits keep their order without an atomic; counting adds integers, whose order is of no matter.
+// The sort is least significant digit first, stable, with kBits per pass: tiles count their digits (radix_count_kernel,
+// or the kernel that writes the readers), counts become places, and every tile moves its readers to their places
+// (radix_scatter_kernel). The grid has a row per list. Ranks within a tile follow the order of its warps: a warp
+// matches 32 neighbouring readers at a time, so equal digits keep their order without atomics. Counts use atomic
+// additions of integers, whose order does not matter.
 //
-// Counts become places in two levels: a block sums the counts of kScanTiles tiles (radix_sum_kernel), a block a list scans
-// these sums (radix_scan_kernel), and a block walks kScanTiles tiles again from where its sum says (radix_spread_kernel). A
-// list of at most kScanTiles tiles is scanned as it is. No block waits for another of its launch. The serial part is a sum
-// for kScanTiles * kSortTile = 131072 readers, 2048 rows of 1 KB for 256M readers.
-// Runs: tiles count where rows change (run_count_kernel), a block a list scans the counts, 2048 a step (run_scan_kernel),
-// and tiles write where their runs begin (run_starts_kernel).
+// Counts become places in two levels: a block sums the counts of kScanTiles tiles (radix_sum_kernel), a block per list
+// scans these sums (radix_scan_kernel), and a block turns the counts of kScanTiles tiles into places from there
+// (radix_spread_kernel). A list of at most kScanTiles tiles needs only the scan. No block waits for another of its
+// launch. The serial part is one sum per kScanTiles * kSortTile = 131072 readers: 2048 rows of 1 KB for 256M readers.
+// Runs: tiles count where rows change (run_count_kernel), a block per list scans the counts, 2048 a step
+// (run_scan_kernel), and tiles write the starts of their runs (run_starts_kernel).
 //
-// Bytes a pass: 8 read to count, 8 read and 8 written to move a reader; for each tile of 2048 readers its 1 KB of counts is
-// written, read and written to make places, and read, and read once more above kScanTiles tiles: 2 to 2.5 a reader. For
-// runs: 8 read to count and to write, 4 written for each run. Launches: 3 a pass, 5 above kScanTiles tiles, and 3 for runs. A
-// pass is some 20 times smaller than what the rows themselves are worth, and stays in L2. Registers: at most 48, for 5
-// blocks an SM.
+// Bytes per pass and reader: 8 read to count, 8 read and 8 written to move. The counts, 1 KB per tile of 2048 readers,
+// are written, read and written to make places, and read, and read once more above kScanTiles tiles: 2 to 2.5 per
+// reader. Runs take 8 read to count, 8 read to write, and 4 written per run. Launches: 3 per pass, 5 above kScanTiles
+// tiles, and 3 for runs. A pass moves about 1/20 of the bytes of the rows, and stays in L2. Registers: at most 48, for
+// 5 blocks an SM.
 #pragma once
 
 #include "device.cuh"
@@ -25,37 +26,16 @@ namespace blt {
 
 inline constexpr int kSortBits = 8;
 inline constexpr int kSortThreads = 256;
-inline constexpr int kSortItems = 8;  // of a thread
+inline constexpr int kSortItems = 8;  // readers per thread
 inline constexpr int kSortTile = kSortThreads * kSortItems;
-inline constexpr int kScanTiles = 64;  // whose counts a block makes places of
+inline constexpr int kScanTiles = 64;  // tiles per block that makes places
 
-// A row of a table and a byte that reads it.
+// A byte and the table row that it reads.
 struct alignas(8) Reader {
   u32 row, byte;
 };
 
-// The sum of x over the threads of the block before this one, and over all of them. Ends with a barrier.
-struct Placed {
-  u32 before, total;
-};
-__device__ __forceinline__ Placed block_sums(u32 x) {
-  constexpr int kWarps = kSortThreads / kWarp;
-  __shared__ u32 sums[kWarps];
-  const int warp = threadIdx.x / kWarp;
-  const u32 sum = warp_prefix_sum(x);
-  if (threadIdx.x % kWarp == kWarp - 1) sums[warp] = sum;
-  __syncthreads();
-  Placed placed = {sum - x, 0};
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) placed.before += sums[w];
-    placed.total += sums[w];
-  }
-  __syncthreads();
-  return placed;
-}
-
-// How often each digit occurs in a tile: for one block, in shared memory.
+// The number of times that each digit occurs in a tile, in the shared memory of its block.
 template <int kBits>
 struct DigitCounts {
   static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
@@ -66,7 +46,7 @@ struct DigitCounts {
     __syncthreads();
   }
   __device__ __forceinline__ void add(u32 row, int shift) { atomicAdd(&counts[row >> shift & ((1 << kBits) - 1)], 1u); }
-  // To [lists][tiles][digits].
+  // Stores to [lists][tiles][digits].
   __device__ __forceinline__ void store(u32* to) const {
     __syncthreads();
     const i64 tile = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
@@ -89,7 +69,7 @@ __global__ void __launch_bounds__(kSortThreads, 6)
   digits.store(counts);
 }
 
-// Of rows of counts of all digits: the thread's digit. Their sum, and places from `place` on in their stead.
+// A thread owns a digit in rows of counts. sum_counts sums them; place_counts replaces them by places from `place` on.
 template <int kBits>
 __device__ __forceinline__ u32 sum_counts(const u32* own, i64 rows) {
   u32 sum = 0;
@@ -99,14 +79,14 @@ __device__ __forceinline__ u32 sum_counts(const u32* own, i64 rows) {
 }
 template <int kBits>
 __device__ __forceinline__ void place_counts(u32* own, i64 rows, u32 place) {
-  constexpr int kAhead = 8;
-  for (i64 row = 0; row < rows; row += kAhead) {
-    u32 ahead[kAhead] = {};
+  constexpr int kPrefetch = 8;
+  for (i64 row = 0; row < rows; row += kPrefetch) {
+    u32 ahead[kPrefetch] = {};
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i)
+    for (int i = 0; i < kPrefetch; ++i)
       if (row + i < rows) ahead[i] = own[(row + i) << kBits];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int i = 0; i < kPrefetch; ++i) {
       if (row + i >= rows) break;
       own[(row + i) << kBits] = place;
       place += ahead[i];
@@ -114,31 +94,31 @@ __device__ __forceinline__ void place_counts(u32* own, i64 rows, u32 place) {
   }
 }
 
-// sums[list][segment][digit] of counts[list][tile][digit], kScanTiles tiles a segment. A block for each segment.
+// sums[list][segment][digit] of counts[list][tile][digit], kScanTiles tiles per segment. One block per segment.
 template <int kBits>
 __global__ void __launch_bounds__(kSortThreads, 6) radix_sum_kernel(const u32* counts, i64 tiles, u32* sums) {
   static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
   const i64 first = static_cast<i64>(blockIdx.x) * kScanTiles, segment = blockIdx.y * gridDim.x + blockIdx.x;
   const u32* const own = counts + ((blockIdx.y * tiles + first) << kBits) + threadIdx.x;
-  sums[(segment << kBits) + threadIdx.x] = sum_counts<kBits>(own, least<i64>(kScanTiles, tiles - first));
+  sums[(segment << kBits) + threadIdx.x] = sum_counts<kBits>(own, min<i64>(kScanTiles, tiles - first));
 }
 
-// counts[list][row][digit] becomes the place of the first reader with that digit of a tile, or of a segment. A block for
-// each list.
+// counts[list][row][digit] becomes the place of the first reader with that digit of a tile, or of a segment. One block
+// per list.
 template <int kBits>
 __global__ void __launch_bounds__(kSortThreads, 6) radix_scan_kernel(u32* counts, i64 rows) {
   static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
   u32* const own = counts + (blockIdx.x * rows << kBits) + threadIdx.x;
-  place_counts<kBits>(own, rows, block_sums(sum_counts<kBits>(own, rows)).before);
+  place_counts<kBits>(own, rows, block_sums<kSortThreads>(sum_counts<kBits>(own, rows)).before);
 }
 
-// counts[list][tile][digit] becomes places, from those of the segments on. A block for each segment.
+// counts[list][tile][digit] becomes places, starting from those of the segments. One block per segment.
 template <int kBits>
 __global__ void __launch_bounds__(kSortThreads, 6) radix_spread_kernel(u32* counts, i64 tiles, const u32* segments) {
   static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
   const i64 first = static_cast<i64>(blockIdx.x) * kScanTiles, segment = blockIdx.y * gridDim.x + blockIdx.x;
   u32* const own = counts + ((blockIdx.y * tiles + first) << kBits) + threadIdx.x;
-  place_counts<kBits>(own, least<i64>(kScanTiles, tiles - first), segments[(segment << kBits) + threadIdx.x]);
+  place_counts<kBits>(own, min<i64>(kScanTiles, tiles - first), segments[(segment << kBits) + threadIdx.x]);
 }
 
 template <int kBits>
@@ -146,7 +126,7 @@ __global__ void __launch_bounds__(kSortThreads, 5)
     radix_scatter_kernel(const Reader* from, i64 count, int shift, const u32* places, Reader* to) {
   static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
   constexpr int kWarps = kSortThreads / kWarp, kDigits = 1 << kBits;
-  __shared__ u32 next[kWarps][kDigits + 1];  // the last is for readers that are not there
+  __shared__ u32 next[kWarps][kDigits + 1];  // the last entry is for missing readers
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const i64 first = static_cast<i64>(blockIdx.x) * kSortTile + warp * (kWarp * kSortItems) + lane;
 #pragma unroll
@@ -157,7 +137,7 @@ __global__ void __launch_bounds__(kSortThreads, 5)
   for (int r = 0; r < kSortItems; ++r)
     if (first + r * kWarp < count) readers[r] = from[blockIdx.y * count + first + r * kWarp];
   __syncthreads();
-  // Among the readers of the warp with the same digit.
+  // Rank among the readers of the warp with the same digit.
   u32 ranks[kSortItems];
 #pragma unroll
   for (int r = 0; r < kSortItems; ++r) {
@@ -184,9 +164,9 @@ __global__ void __launch_bounds__(kSortThreads, 5)
       to[blockIdx.y * count + next[warp][readers[r].row >> shift & (kDigits - 1)] + ranks[r]] = readers[r];
 }
 
-// --- runs -------------------------------------------------------------------------------------------------------------
+// --- runs ------------------------------------------------------------------------------------------------------------
 
-// Bit r: a run begins at the r-th of a thread's kItems neighbouring readers.
+// Bit r is set if a run begins at the r-th of a thread's kItems neighbouring readers.
 template <int kItems>
 __device__ __forceinline__ u32 run_begins(const Reader* list, i64 count, i64 first) {
   u32 begins = 0, before = first > 0 && first < count ? list[first - 1].row : 0;
@@ -203,11 +183,12 @@ __device__ __forceinline__ u32 run_begins(const Reader* list, i64 count, i64 fir
 template <int kItems>
 __global__ void __launch_bounds__(kSortThreads, 6) run_count_kernel(const Reader* readers, i64 count, u32* counts) {
   const i64 first = (static_cast<i64>(blockIdx.x) * kSortThreads + threadIdx.x) * kItems;
-  const u32 total = block_sums(__popc(run_begins<kItems>(readers + blockIdx.y * count, count, first))).total;
+  const u32 total =
+      block_sums<kSortThreads, u32>(__popc(run_begins<kItems>(readers + blockIdx.y * count, count, first))).total;
   if (threadIdx.x == 0) counts[static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x] = total;
 }
 
-// counts[list][tile] becomes the number of runs that begin before the tile. A block for each list.
+// counts[list][tile] becomes the number of runs that begin before the tile. One block per list.
 template <int kItems>
 __global__ void __launch_bounds__(kSortThreads, 6) run_scan_kernel(u32* counts, i64 tiles) {
   u32* const own = counts + blockIdx.x * tiles;
@@ -220,7 +201,7 @@ __global__ void __launch_bounds__(kSortThreads, 6) run_scan_kernel(u32* counts, 
       if (first + r < tiles) here[r] = own[first + r];
       sum += here[r];
     }
-    const Placed placed = block_sums(sum);
+    const BlockSums<u32> placed = block_sums<kSortThreads>(sum);
     u32 runs = before + placed.before;
 #pragma unroll
     for (int r = 0; r < kItems; ++r) {
@@ -231,8 +212,8 @@ __global__ void __launch_bounds__(kSortThreads, 6) run_scan_kernel(u32* counts, 
   }
 }
 
-// starts[list][count + 1]: where each run begins, then where the last one ends. befores[list][tile]: runs that begin before
-// the tile. totals[list]: runs of rows but `none`, which sorts last.
+// starts[list][count + 1] becomes the start of each run, then the end of the last. befores[list][tile] is the number of
+// runs that begin before the tile. totals[list] becomes the number of runs whose row is not `none`, which sorts last.
 template <int kItems>
 __global__ void __launch_bounds__(kSortThreads, 6)
     run_starts_kernel(const Reader* readers, i64 count, u32 none, const u32* befores, u32* starts, i32* totals) {
@@ -240,7 +221,7 @@ __global__ void __launch_bounds__(kSortThreads, 6)
   const i64 first = (static_cast<i64>(blockIdx.x) * kSortThreads + threadIdx.x) * kItems;
   const u32 before = befores[static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x];
   const u32 begins = run_begins<kItems>(list, count, first);
-  const Placed placed = block_sums(__popc(begins));
+  const BlockSums<u32> placed = block_sums<kSortThreads, u32>(__popc(begins));
   u32* const to = starts + blockIdx.y * (count + 1);
   u32 run = before + placed.before;
 #pragma unroll

@@ -1,4 +1,4 @@
-// The grid of the kernels that stream rows (patch_rows.cuh), and what they need to know of tensors of rows.
+// The launch configuration of the kernels that stream rows (patch_rows.cuh), and their checks of tensors of rows.
 #pragma once
 
 #include <limits>
@@ -13,18 +13,18 @@ struct RowLaunch {
   RowTile tile;
 };
 
-// A thread for each group of rows and `pack` columns.
-inline RowLaunch row_launch(int64_t groups, int64_t width, int pack) {
-  const int64_t packs = ceil_div<int64_t>(width, pack), panels = ceil_div<int64_t>(packs, kRowThreads);
-  const int own = static_cast<int>(ceil_div(packs, panels)), rows = kRowThreads / own;
+// One thread per group of rows and `vec` columns.
+inline RowLaunch row_launch(int64_t groups, int64_t width, int vec) {
+  const int64_t vecs = ceil_div<int64_t>(width, vec), panels = ceil_div<int64_t>(vecs, kRowThreads);
+  const int own = static_cast<int>(ceil_div(vecs, panels)), rows = kRowThreads / own;
   return {{.grid = {ceil_div<int64_t>(groups, rows), panels}, .block = rows * own},
           {rows, own, (65535u / static_cast<u32>(own)) + 1}};
 }
 
-// Elements from row to row. A single row has any stride in torch.
+// Row stride in elements. torch gives a single row any stride.
 inline i32 row_stride(const Tensor& x) { return x.size(0) > 1 ? static_cast<i32>(x.stride(0)) : 0; }
 
-// Rows near enough to each other for offsets of 32 bits; a copy of others, which can be few only.
+// Returns rows close enough for offsets of 32 bits. Rows too far apart are few, and are copied.
 inline Tensor near_rows(const Tensor& x, const char* name) {
   constexpr int64_t kFar = std::numeric_limits<int32_t>::max() / 8;
   const Tensor rows = unit_rows(x, name);

@@ -1,4 +1,4 @@
-// Launches that fold the parts of long segments (segment_fold.cuh), and the scratch that they fill.
+// Launches that fold the parts of long segments (segment_fold.cuh), and their scratch memory.
 #pragma once
 
 #include <optional>
@@ -8,7 +8,7 @@
 
 namespace blt {
 
-// A row for each of `parts` parts, uninitialised: written and read only where a patch is long. Null without parts.
+// One uninitialised row per part, written and read only where a patch is long. Null without parts.
 template <class T>
 struct Scratch {
   std::optional<Tensor> memory;
@@ -20,12 +20,13 @@ struct Scratch {
   }
 };
 
+// The folds that an op needs.
 struct Asked {
   bool max = false, min = false, sum = false;
   bool any() const { return max || min || sum; }
 };
 
-// The folds of the whole parts of rows x, by levels. Only what is asked for.
+// The folds of the whole parts of rows x, by levels.
 template <class T>
 class SegmentParts {
  public:
@@ -39,16 +40,16 @@ class SegmentParts {
   int64_t count() const { return count_; }
   PartLevels<T> levels() const { return {first_.folds(), second_.folds(), second_count_ > 0}; }
 
-  // All levels, from rows x.
-  template <int kPack>
+  // Folds all levels, from rows x.
+  template <int kVec>
   void fold(const Device& device, const T* x, const i32* ids, i32 stride) const {
-    launch<kPack>(device, x, ids, stride, count_);
-    fold_second<kPack>(device, ids);
+    launch<kVec>(device, x, ids, stride, count_);
+    fold_second<kVec>(device, ids);
   }
-  // Level 2, from level 1.
-  template <int kPack>
+  // Folds level 2 from level 1.
+  template <int kVec>
   void fold_second(const Device& device, const i32* ids) const {
-    launch<kPack>(device, nullptr, ids, 0, second_count_);
+    launch<kVec>(device, nullptr, ids, 0, second_count_);
   }
 
  private:
@@ -62,10 +63,10 @@ class SegmentParts {
     PartFolds<T> folds() const { return {max.data, min.data, sum.data}; }
   };
 
-  template <int kPack>
+  template <int kVec>
   void launch(const Device& device, const T* x, const i32* ids, i32 stride, int64_t parts) const {
-    const RowLaunch launch = row_launch(parts, width_, kPack);
-    device.launch<segment_parts_kernel<T, kPack>>(launch.config, x, ids, parts, width_, stride, launch.tile, levels());
+    const RowLaunch launch = row_launch(parts, width_, kVec);
+    device.launch<segment_parts_kernel<T, kVec>>(launch.config, x, ids, parts, width_, stride, launch.tile, levels());
   }
 
   int64_t count_, second_count_;

@@ -28,7 +28,7 @@ inline constexpr int kEntropyThreads = 256;
 __host__ __device__ constexpr int entropy_blocks(int size) { return size == 8 ? 2 : 4; }
 
 // Powers of what is cheapest: of 2 in fp32, where it is one instruction, of e in fp64. Logarithms are in their units.
-//   exp(d) = power(kPerNat<A> d)
+//   exp(d) = scaled_exp(kPerNat<A> d)
 template <class A>
 inline constexpr A kPerNat = 1;
 template <>
@@ -38,8 +38,8 @@ inline constexpr A kNats = 1;
 template <>
 inline constexpr float kNats<float> = 0.6931471805599453f;
 
-__device__ __forceinline__ double power(double x) { return exp(x); }
-__device__ __forceinline__ float power(float x) {
+__device__ __forceinline__ double scaled_exp(double x) { return exp(x); }
+__device__ __forceinline__ float scaled_exp(float x) {
 #ifdef __CUDACC__
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -49,17 +49,9 @@ __device__ __forceinline__ float power(float x) {
 #endif
 }
 
-__device__ __forceinline__ double natural_log(double x) { return log(x); }
-__device__ __forceinline__ float natural_log(float x) { return logf(x); }
-
-// Finite, and its power is 0: what takes the place of log 0 in 0 log 0.
+// Finite, and its scaled_exp is 0: what takes the place of log 0 in 0 log 0.
 template <class A>
 inline constexpr A kLogOfZero = -2000;
-
-template <class A>
-__device__ __forceinline__ A minus_infinity() {
-  return static_cast<A>(-__int_as_float(0x7f800000));
-}
 
 // log_sum, in [0, log A] or NaN otherwise, of a row that no document has.
 template <class A>
@@ -83,32 +75,32 @@ struct EntropySums {
 
   // From now on with respect to m, which is no smaller than max.
   __device__ __forceinline__ void rescale(A m) {
-    const A y = (max - finite_max(m)) * kPerNat<A>, e = power(y);
-    t = (t + s * most(y, kLogOfZero<A>)) * e;
+    const A y = (max - finite_max(m)) * kPerNat<A>, e = scaled_exp(y);
+    t = (t + s * blt::max(y, kLogOfZero<A>)) * e;
     s *= e;
     max = m;
   }
   __device__ __forceinline__ void add(A x) {
-    const A y = (x - finite_max(max)) * kPerNat<A>, e = power(y);
+    const A y = (x - finite_max(max)) * kPerNat<A>, e = scaled_exp(y);
     s += e;
-    t += e * most(y, kLogOfZero<A>);
+    t += e * blt::max(y, kLogOfZero<A>);
   }
-  __device__ __forceinline__ A log_sum() const { return natural_log(s); }
-  __device__ __forceinline__ A entropy() const { return natural_log(s) - t * kNats<A> / s; }
+  __device__ __forceinline__ A log_sum() const { return log(s); }
+  __device__ __forceinline__ A entropy() const { return log(s) - t * kNats<A> / s; }
 };
 
 // 16 bytes of numbers. They are held like this, since the compiler spreads 16-bit numbers over a register each.
-using Words = Pack<u32, 4>;
+using Words = AlignedVector<u32, 4>;
 
 template <class T>
-__device__ __forceinline__ Pack<T, 16 / sizeof(T)> numbers_of(const Words& words) {
-  return bits_as<Pack<T, 16 / sizeof(T)>>(words);
+__device__ __forceinline__ AlignedVector<T, 16 / sizeof(T)> numbers_of(const Words& words) {
+  return bits_as<AlignedVector<T, 16 / sizeof(T)>>(words);
 }
 
 // Number c of them. A bf16 is the upper half of an fp32.
 template <class T>
 __device__ __forceinline__ acc_t<T> number_at(const Words& words, int c) {
-  return widen(numbers_of<T>(words)[c]);
+  return to_float(numbers_of<T>(words)[c]);
 }
 template <>
 __device__ __forceinline__ float number_at<bf16>(const Words& words, int c) {
@@ -134,7 +126,7 @@ __device__ __forceinline__ __half2 both(fp16 a, fp16 b) { return __halves2half2(
 template <class T>
 struct PairMaximum {
   using Pair = decltype(both(T(), T()));
-  u32 best = bits_as<u32>(both(narrow<T>(minus_infinity<float>()), narrow<T>(minus_infinity<float>())));
+  u32 best = bits_as<u32>(both(from_float<T>(minus_infinity<float>()), from_float<T>(minus_infinity<float>())));
   __device__ __forceinline__ void add_pair(u32 pair) {
     best = bits_as<u32>(__hmax2(bits_as<Pair>(best), bits_as<Pair>(pair)));
   }
@@ -145,7 +137,7 @@ struct PairMaximum {
   }
   __device__ __forceinline__ float value() const {
     const Pair pair = bits_as<Pair>(best);
-    return most(widen(pair.x), widen(pair.y));
+    return max(to_float(pair.x), to_float(pair.y));
   }
 };
 template <>
@@ -161,7 +153,7 @@ struct EntropySlope {
       : max(max), shift(log_sum * kPerNat<A>), upstream(-grad_entropy * kNats<A>), h(entropy * kPerNat<A>) {}
   __device__ __forceinline__ A operator()(A x) const {
     const A log_p = (x - max) * kPerNat<A> - shift;
-    return upstream * power(log_p) * (most(log_p, kLogOfZero<A>) + h);
+    return upstream * scaled_exp(log_p) * (blt::max(log_p, kLogOfZero<A>) + h);
   }
 };
 
@@ -176,44 +168,44 @@ struct LogitRows {
 // How many lanes own a row of numbers of `size` bytes.
 __host__ __device__ constexpr int row_lanes(int size) { return size == 2 ? 8 : size == 4 ? 16 : 32; }
 
-// One lane's share of a row: every kLanes-th pack of the aligned part, and every kLanes-th of the edge elements around
+// One lane's share of a row: every kLanes-th vec of the aligned part, and every kLanes-th of the edge elements around
 // it.
 template <class T>
 struct RowLane {
-  static constexpr int kPack = 16 / sizeof(T), kLanes = row_lanes(sizeof(T)), kPacks = 5;
-  static constexpr int kEdges = ceil_div(2 * (kPack - 1), kLanes);
-  static constexpr i32 kTile = kLanes * kPacks;  // packs
+  static constexpr int kVec = 16 / sizeof(T), kLanes = row_lanes(sizeof(T)), kVecs = 5;
+  static constexpr int kEdges = ceil_div(2 * (kVec - 1), kLanes);
+  static constexpr i32 kTile = kLanes * kVecs;  // vecs
   const T* row;
   int lane;
-  i32 head, packs, edges;  // elements before the first pack, packs, elements in none
-  Words held[kPacks];
+  i32 head, vecs, edges;  // elements before the first vec, vecs, elements in none
+  Words held[kVecs];
   T held_edges[kEdges];
 
   // A row of no elements unless it is to be read.
   __device__ __forceinline__ RowLane(const LogitRows<T>& logits, i64 index, bool reads) {
     const i32 size = reads ? logits.alphabet : 0;
-    row = logits.data + least(index, logits.rows - 1) * logits.stride;
+    row = logits.data + min(index, logits.rows - 1) * logits.stride;
     lane = threadIdx.x % kLanes;
-    const i32 past = static_cast<i32>(reinterpret_cast<u64>(row) / sizeof(T) % kPack);
-    head = least(size, (kPack - past) % kPack);
-    packs = (size - head) / kPack;
-    edges = size - packs * kPack;
+    const i32 past = static_cast<i32>(reinterpret_cast<u64>(row) / sizeof(T) % kVec);
+    head = min(size, (kVec - past) % kVec);
+    vecs = (size - head) / kVec;
+    edges = size - vecs * kVec;
   }
   // The same for all lanes of a warp, whose rows may be aligned differently.
   static __device__ __forceinline__ i32 tiles(const LogitRows<T>& logits) {
-    return most(1, ceil_div<i32>(logits.alphabet / kPack, kTile));
+    return max(1, ceil_div<i32>(logits.alphabet / kVec, kTile));
   }
-  __device__ __forceinline__ i32 pack_index(i32 tile, int p) const { return tile * kTile + p * kLanes + lane; }
-  __device__ __forceinline__ i32 pack_column(i32 tile, int p) const { return head + pack_index(tile, p) * kPack; }
+  __device__ __forceinline__ i32 vec_index(i32 tile, int p) const { return tile * kTile + p * kLanes + lane; }
+  __device__ __forceinline__ i32 vec_column(i32 tile, int p) const { return head + vec_index(tile, p) * kVec; }
   __device__ __forceinline__ i32 edge_column(int e) const {
     const i32 edge = e * kLanes + lane;
-    return edge < head ? edge : edge + packs * kPack;
+    return edge < head ? edge : edge + vecs * kVec;
   }
-  __device__ __forceinline__ bool has_pack(i32 tile, int p) const { return pack_index(tile, p) < packs; }
+  __device__ __forceinline__ bool has_vec(i32 tile, int p) const { return vec_index(tile, p) < vecs; }
   // Edges belong to tile 0.
   __device__ __forceinline__ bool has_edge(i32 tile, int e) const { return tile == 0 && e * kLanes + lane < edges; }
 
-  // Before the packs: a load behind those of the packs would be issued when they have arrived.
+  // Before the vecs: a load behind those of the vecs would be issued when they have arrived.
   __device__ __forceinline__ void read_edges() {
 #pragma unroll
     for (int e = 0; e < kEdges; ++e)
@@ -221,39 +213,39 @@ struct RowLane {
   }
   __device__ __forceinline__ void read(i32 tile) {
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p)
-      if (has_pack(tile, p)) held[p] = load_once<4>(reinterpret_cast<const u32*>(row + pack_column(tile, p)));
+    for (int p = 0; p < kVecs; ++p)
+      if (has_vec(tile, p)) held[p] = load_once<4>(reinterpret_cast<const u32*>(row + vec_column(tile, p)));
   }
   // Zeros in the place of what was read.
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) held[p] = {};
+    for (int p = 0; p < kVecs; ++p) held[p] = {};
 #pragma unroll
-    for (int e = 0; e < kEdges; ++e) held_edges[e] = narrow<T>(0);
+    for (int e = 0; e < kEdges; ++e) held_edges[e] = from_float<T>(0);
   }
   template <class F>
   __device__ __forceinline__ void each(i32 tile, F f) const {
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p)
-      if (has_pack(tile, p)) {
+    for (int p = 0; p < kVecs; ++p)
+      if (has_vec(tile, p)) {
 #pragma unroll
-        for (int c = 0; c < kPack; ++c) f(number_at<T>(held[p], c));
+        for (int c = 0; c < kVec; ++c) f(number_at<T>(held[p], c));
       }
 #pragma unroll
     for (int e = 0; e < kEdges; ++e)
-      if (has_edge(tile, e)) f(widen(held_edges[e]));
+      if (has_edge(tile, e)) f(to_float(held_edges[e]));
   }
   // The maximum of the tile over the lanes of the row; NaN goes unnoticed.
   __device__ __forceinline__ acc_t<T> tile_max(i32 tile) const {
     Maximum<T> m;
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p)
-      if (has_pack(tile, p)) m.add(held[p]);
+    for (int p = 0; p < kVecs; ++p)
+      if (has_vec(tile, p)) m.add(held[p]);
 #pragma unroll
     for (int e = 0; e < kEdges; ++e)
       if (has_edge(tile, e)) m.add(held_edges[e]);
     using A = acc_t<T>;
-    return warp_fold<kLanes>(m.value(), [](A a, A b) { return most(a, b); });
+    return warp_fold<kLanes>(m.value(), [](A a, A b) { return max(a, b); });
   }
 };
 
@@ -264,14 +256,14 @@ __device__ __forceinline__ void entropy_of_rows(const LogitRows<T>& logits, i64 
   using A = acc_t<T>;
   constexpr int kLanes = RowLane<T>::kLanes;
   const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
-  const bool reads = index < least(logits.rows, end);
+  const bool reads = index < min(logits.rows, end);
   RowLane<T> row(logits, index, reads);
   const i32 tiles = RowLane<T>::tiles(logits);
   EntropySums<A> sums;
   row.read_edges();
   for (i32 tile = 0; tile < tiles; ++tile) {
     row.read(tile);
-    sums.rescale(most(sums.max, row.tile_max(tile)));
+    sums.rescale(max(sums.max, row.tile_max(tile)));
     row.each(tile, [&](A x) { sums.add(x); });
   }
   sums.s = warp_sum<kLanes>(sums.s);
@@ -289,14 +281,14 @@ __global__ void __launch_bounds__(kEntropyThreads, entropy_blocks(sizeof(T)))
 }
 
 // grad_logits has `grad_stride` elements from row to row. It may be the logits themselves: a lane writes only what it
-// alone reads, after the row's maximum is known. kAligned: its rows have the alignment of those of the logits, so packs
+// alone reads, after the row's maximum is known. kAligned: its rows have the alignment of those of the logits, so vecs
 // are stored whole.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     token_entropy_bwd_kernel(const acc_t<T>* grad_entropy, LogitRows<T> logits, const acc_t<T>* entropy,
                              const acc_t<T>* log_sum, T* grad_logits, i64 grad_stride) {
   using A = acc_t<T>;
-  constexpr int kLanes = RowLane<T>::kLanes, kPack = RowLane<T>::kPack;
+  constexpr int kLanes = RowLane<T>::kLanes, kVec = RowLane<T>::kVec;
   const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
   const bool there = index < logits.rows;
   RowLane<T> row(logits, index, there);
@@ -306,7 +298,7 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
   A m = minus_infinity<A>();
   for (i32 tile = 0; tile < tiles; ++tile) {
     row.read(tile);
-    m = most(m, row.tile_max(tile));
+    m = max(m, row.tile_max(tile));
   }
   // The row was read even if forward has not read it, and may hold anything: waiting for its log_sum would cost more.
   const bool unread = shift == unread_log_sum<A>();
@@ -317,22 +309,22 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     if (tiles > 1) row.read(tile);
     if (unread) row.clear();
 #pragma unroll
-    for (int p = 0; p < RowLane<T>::kPacks; ++p) {
-      if (!row.has_pack(tile, p)) continue;
-      Pack<T, kPack> grad;
+    for (int p = 0; p < RowLane<T>::kVecs; ++p) {
+      if (!row.has_vec(tile, p)) continue;
+      AlignedVector<T, kVec> grad;
 #pragma unroll
-      for (int c = 0; c < kPack; ++c) grad[c] = narrow<T>(slope(number_at<T>(row.held[p], c)));
-      T* const at = to + row.pack_column(tile, p);
+      for (int c = 0; c < kVec; ++c) grad[c] = from_float<T>(slope(number_at<T>(row.held[p], c)));
+      T* const at = to + row.vec_column(tile, p);
       if constexpr (kAligned) {
         store(at, grad);
       } else {
 #pragma unroll
-        for (int c = 0; c < kPack; ++c) at[c] = grad[c];
+        for (int c = 0; c < kVec; ++c) at[c] = grad[c];
       }
     }
 #pragma unroll
     for (int e = 0; e < RowLane<T>::kEdges; ++e)
-      if (row.has_edge(tile, e)) to[row.edge_column(e)] = narrow<T>(slope(widen(row.held_edges[e])));
+      if (row.has_edge(tile, e)) to[row.edge_column(e)] = from_float<T>(slope(to_float(row.held_edges[e])));
   }
 }
 

@@ -153,7 +153,7 @@ void launch(Kernel* kernel, int32_t device, const LaunchConfig& config, void** p
                  kernel->name + " was not launched");
 }
 
-// --- called from Python -----------------------------------------------------------------------------------------------
+// --- called from Python ----------------------------------------------------------------------------------------------
 
 extern "C" {
 __attribute__((visibility("default"))) void blt_kernels_jit_use(Compile function) { compile = function; }

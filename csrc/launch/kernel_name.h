@@ -1,12 +1,12 @@
-// The name of a kernel, for those who launch it by name.
+// The name of a kernel in C++, by which NVRTC compiles it.
 #pragma once
 
 #include <string_view>
 
-// Not in blt itself: GCC leaves out the namespace that a signature is in.
+// This is not in blt itself, since GCC omits the namespace of a signature.
 namespace blt::names {
 
-// "blt::name<types>" as C++ spells it, from the signature of this function.
+// Returns "blt::name<types>", from the signature of this function.
 template <auto kKernel>
 std::string_view kernel_name() {
   const std::string_view signature = __PRETTY_FUNCTION__;

@@ -89,7 +89,7 @@ inline Tensor device_output(const Tensor& like, torch::headeronly::IntHeaderOnly
   return out;
 }
 
-// As dispatch_float, with CUDA's types for bf16 and fp16.
+// Like dispatch_float, but with CUDA's types for bf16 and fp16.
 template <class F>
 decltype(auto) dispatch_device_float(ScalarType dtype, const char* name, F&& f) {
   switch (dtype) {
@@ -106,12 +106,6 @@ decltype(auto) dispatch_device_float(ScalarType dtype, const char* name, F&& f) 
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
-// Offsets have one entry more than there are patches or documents.
-inline int64_t count_of(const Tensor& offsets, const char* name) {
-  STD_TORCH_CHECK(offsets.size(0) >= 1, name, ": expected at least one entry");
-  return offsets.size(0) - 1;
-}
-
 // Row stride in bytes.
 inline int64_t row_bytes(const Tensor& x) { return x.stride(0) * static_cast<int64_t>(x.element_size()); }
 
@@ -122,10 +116,10 @@ int64_t bytes_of(int64_t elements) {
 
 inline int64_t address(const void* pointer) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)); }
 
-// f(Constant<n>), n elements of T to an access: 16 bytes of them if that divides all of `places`, which are addresses and
-// strides in bytes; else 1.
+// Calls f(Constant<n>) with n elements of T per access: 16 bytes of them if 16 divides all of `places`, which are
+// addresses and strides in bytes, else 1.
 template <class T, class F>
-decltype(auto) dispatch_pack(std::initializer_list<int64_t> places, F&& f) {
+decltype(auto) dispatch_vec(std::initializer_list<int64_t> places, F&& f) {
   int64_t bits = 0;
   for (const int64_t place : places) bits |= place;
   if (bits % 16 == 0) return f(Constant<static_cast<int>(16 / sizeof(T))>{});

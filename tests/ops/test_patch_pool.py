@@ -7,12 +7,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from backends import launches, traffic
+from backends import launches, traffic, use
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import random_normal
 
-from blt_kernels import PatchLayout, patch_pool
+from blt_kernels import PatchLayout, _extension, patch_pool
+from blt_kernels.ops.patch_pool import _REDUCTIONS
 from blt_kernels.reference.patch_pool import patch_pool_reference
 from blt_kernels.testing import assert_close, ragged_layout
 
@@ -375,3 +376,14 @@ def test_second_derivative_of_many_ties_in_fp16(device: str) -> None:
     (second,) = torch.autograd.grad(grad_x, grad_out, torch.full_like(grad_x, 100.0))
     assert second[0].item() == 100
     assert second[1].isnan()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "emulated"])
+def test_the_kernels_have_the_reductions_of_the_package(backend: str) -> None:
+    """The table in csrc/common/args/patch_pool.h lists the same names in the same order."""
+    if _extension.load_cpu().isa is None:
+        pytest.skip("no compiled module")
+    offsets, ids = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    names = ", ".join(_REDUCTIONS)
+    with use(backend), pytest.raises(RuntimeError, match=f"reduce: expected one of {names}, got median"):
+        torch.ops.blt_kernels.patch_pool_fwd(torch.ones(1, 1), offsets, ids, ["median"])

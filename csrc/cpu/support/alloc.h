@@ -1,7 +1,7 @@
-// Outputs of the CPU kernels.
+// Allocates the outputs of the CPU kernels.
 //
-// Large ones are fresh pages of the system each time they are allocated, and 4 KB page faults then cost more than most
-// kernels do: filling 134 MB takes 76 ms instead of 19. So they ask for huge pages, which brings that to 30 ms.
+// Large outputs are fresh pages at every allocation, and faults of 4 KB pages then cost more than most kernels: filling
+// 134 MB takes 76 ms instead of 19. With huge pages it takes 30 ms.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
@@ -20,9 +20,9 @@
 namespace blt {
 
 inline constexpr uintptr_t kSmallPage = 4096;
-inline constexpr uintptr_t kHugeWorth = 4 << 20;  // below, the allocator keeps pages from one call to the next
+inline constexpr uintptr_t kHugeWorth = 4 << 20;  // the allocator keeps smaller blocks between calls
 
-// An uninitialised contiguous tensor, of the dtype of `like` unless another is given.
+// Returns an uninitialised contiguous tensor, of the dtype of `like` unless another is given.
 inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
   // As torch::stable::new_empty for torch 2.9, which takes half the time: the one of later versions finds the operator by
@@ -41,7 +41,7 @@ inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   const uintptr_t data = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
   const uintptr_t begin = (data + kSmallPage - 1) / kSmallPage * kSmallPage;
   const uintptr_t end = (data + static_cast<uintptr_t>(out.numel() * out.element_size())) / kSmallPage * kSmallPage;
-  // Advice only: where it is refused, pages are small.
+  // The kernel may ignore this advice.
   if (end > begin && end - begin >= kHugeWorth) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return out;

@@ -1,4 +1,4 @@
-// Loops over torch's own threads. A loop of at most `grain` steps runs in place, without a parallel region.
+// Loops over torch's threads. A loop of at most `grain` steps runs in the calling thread.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -18,8 +18,8 @@ void parallel_for(int64_t size, int64_t grain, const F& f) {
   }
 }
 
-// Calls f(first, last) for runs of segments, segment s being [offsets[s], offsets[s+1]), with equal shares of the work for
-// the threads: a segment costs one step and its length.
+// Calls f(first, last) for runs of segments, where segment s is [offsets[s], offsets[s+1]). Threads get equal shares of
+// the work; a segment costs its length plus one step.
 template <class F>
 void parallel_segments(const int32_t* offsets, int64_t segments, int64_t grain, const F& f) {
   const auto before = [=](int64_t s) { return offsets[s] - offsets[0] + s; };

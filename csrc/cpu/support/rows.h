@@ -1,4 +1,4 @@
-// Work on rows of a [rows, columns] tensor, element by element, in fp32 (fp64 for fp64 rows).
+// Elementwise work on rows of a matrix, in fp32 (fp64 for fp64 rows).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,16 +12,16 @@
 
 namespace blt {
 
-// Rows that a thread must have to be worth waking, for rows of `width` elements.
+// Grain size: the fewest rows of `width` elements worth a thread.
 inline int64_t row_grain(int64_t width) {
   constexpr int64_t kElements = 32 * 1024;
   return std::max<int64_t>(1, kElements / std::max<int64_t>(1, width));
 }
 
-// out[c] = f(in[c]...) for c < width, with f called on vectors of A and, for the last columns, on A itself.
+// out[c] = f(in[c]...) for c < width. f is called on vectors of A, and on A itself for the last columns.
 //
-// An fp32 row that is written from bf16 rows holds each Pair in their order, even elements first. That never shows where
-// such a row is only used together with bf16 rows again.
+// An fp32 row written from bf16 rows has the element order of their Pairs, even elements first. So it may only be
+// combined with bf16 rows again.
 template <class A, class Out, class F, class... In>
 inline void map_row(Out* out, int64_t width, const F& f, const In*... in) {
   const auto on_pairs = [&f](auto... x) { return PairOf<A>{f(x.a...), f(x.b...)}; };
@@ -30,7 +30,6 @@ inline void map_row(Out* out, int64_t width, const F& f, const In*... in) {
   for (; c < width; ++c) out[c] = static_cast<Out>(f(static_cast<A>(in[c])...));
 }
 
-// Functions to map rows with.
 inline constexpr auto kSame = [](auto x) { return x; };
 inline constexpr auto kAdd = [](auto x, auto y) { return x + y; };
 
@@ -50,7 +49,7 @@ inline void sum_columns(Out* out, const Row& row, int64_t begin, int64_t end, in
   }
 }
 
-// The same for `width` columns from `column` on. Several rows are read side by side, so their misses overlap.
+// The same for `width` columns from `column` on. Several rows are read together, so their cache misses overlap.
 template <class A, class Out, class Row>
 inline void sum_few_rows(Out* out, const Row& row, int64_t begin, int64_t end, int64_t column, int64_t width,
                          bool add) {
@@ -66,7 +65,8 @@ inline void sum_few_rows(Out* out, const Row& row, int64_t begin, int64_t end, i
   }
 }
 
-// out[c] = sum over n < count of row(n)[c] for c < width. Long sums are sums of short ones, which keeps rounding errors low.
+// out[c] = sum over n < count of row(n)[c] for c < width. Long sums are sums of short ones, which keeps rounding errors
+// small.
 template <class T, class Row>
 inline void sum_rows(T* out, int64_t width, int64_t count, const Row& row) {
   using A = accumulator_t<T>;

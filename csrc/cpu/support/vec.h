@@ -1,9 +1,11 @@
-// Vectors of fp32 as wide as the instruction set that this file is compiled for: 4, 8 or 16 lanes. Half as many of fp64.
+// Vectors of fp32 as wide as the instruction set that this file is compiled for: 4, 8 or 16 lanes. Half as many of
+// fp64.
 //
-// Compiler vectors carry the arithmetic, so the code is the same for every instruction set; intrinsics appear only where
-// a conversion has an instruction of its own. The unit of loading and storing is a Pair: two vectors, 2 * kLanes
-// elements of fp32 and below, half as many of fp64. A Pair of bf16 holds the even elements in `a` and the odd ones in `b`, which takes one instruction a vector
-// instead of two; loops that treat all elements alike never notice, and `lane_index` tells those that must.
+// Compiler vectors carry the arithmetic, so the code is the same for every instruction set; intrinsics appear only
+// where a conversion has an instruction of its own. The unit of loading and storing is a Pair: two vectors, 2 * kLanes
+// elements of fp32 and below, half as many of fp64. A Pair of bf16 holds the even elements in `a` and the odd ones in
+// `b`, which takes one instruction a vector instead of two; loops that treat all elements alike never notice, and
+// `lane_index` tells those that must.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -228,9 +230,9 @@ inline void store_pair(Half* p, Pair x) {
 inline constexpr float kExpMin = -87.0f;  // exp(kExpMin) is 1e-38, the smallest result that is not subnormal
 inline constexpr float kLog2e = 0x1.715476p+0f;
 
-// 2^(factor x) for -126 <= factor x <= 127, relative error below 1.5e-7 where factor x is exact. factor x = n + f with n an
-// integer and |f| <= 1/2; 2^f is a minimax polynomial that is exact at 0, and n is added to the exponent bits. NaN gives
-// NaN.
+// 2^(factor x) for -126 <= factor x <= 127, relative error below 1.5e-7 where factor x is exact. factor x = n + f with
+// n an integer and |f| <= 1/2; 2^f is a minimax polynomial that is exact at 0, and n is added to the exponent bits. NaN
+// gives NaN.
 inline VecF exp2_of_product(VecF x, float factor) {
   constexpr float kRound = 0x1.8p+23f;  // adding it leaves round(factor x) in the low bits
   constexpr float kExp2[] = {1.0f,           0x1.62e430p-1f,  0x1.ebfbdcp-3f, 0x1.c6aee8p-5f,

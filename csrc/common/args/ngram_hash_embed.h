@@ -1,0 +1,140 @@
+// The checked arguments of ngram_hash and ngram_hash_embed, for the CPU and for CUDA.
+#pragma once
+
+#include <bit>
+#include <optional>
+#include <vector>
+
+#include "../check.h"
+#include "../hash_primes.h"
+
+namespace blt {
+
+// The constants of x mod divisor by multiplication with a reciprocal of 65 bits whose top bit is implied (Granlund and
+// Montgomery, 1994).
+struct Reciprocal {
+  uint64_t divisor, reciprocal, wrap;  // wrap is 2^64 mod divisor, or divisor itself
+  int bits;                            // ceil(log2(divisor))
+};
+
+inline Reciprocal reciprocal_of(int64_t vocab) {
+  STD_TORCH_CHECK(vocab >= 1, "vocab: expected a value >= 1, got ", vocab);
+  const uint64_t divisor = static_cast<uint64_t>(vocab);
+  const int bits = static_cast<int>(std::bit_width(divisor - 1));
+  const unsigned __int128 numerator = static_cast<unsigned __int128>((uint64_t{1} << bits) - divisor) << 64;
+  return {divisor, static_cast<uint64_t>(numerator / divisor + 1), ~uint64_t{0} % divisor + 1, bits};
+}
+
+// tokens [bytes] and cu_seqlens [documents + 1], contiguous; without cu_seqlens every document has `length` bytes.
+// There is a table per function and size, sizes innermost.
+struct HashArguments {
+  Tensor tokens;
+  std::optional<Tensor> cu_seqlens;
+  int64_t documents;
+  int32_t length;
+  std::vector<int64_t> sizes;
+  int64_t num_functions, vocab;
+
+  int64_t bytes() const { return tokens.size(0); }
+  int64_t tables() const { return num_functions * static_cast<int64_t>(sizes.size()); }
+};
+
+inline HashArguments check_hash(const Tensor& tokens, std::optional<Tensor> cu_seqlens, int64_t num_documents,
+                                const std::vector<int64_t>& sizes, int64_t num_functions, int64_t vocab) {
+  check_dim(tokens, "tokens", 1);
+  STD_TORCH_CHECK(tokens.size(0) <= INT32_MAX, "tokens: ", tokens.size(0), " do not fit into int32");
+  const int32_t length = cu_seqlens ? 0 : check_even_documents(num_documents, tokens.size(0));
+  const int64_t documents = cu_seqlens ? check_num_segments(*cu_seqlens, "cu_seqlens") : num_documents;
+  STD_TORCH_CHECK(!sizes.empty(), "ngram_sizes: expected at least one");
+  for (const int64_t size : sizes) STD_TORCH_CHECK(size >= 1, "ngram_sizes: expected values >= 1, got ", size);
+  STD_TORCH_CHECK(num_functions >= 1 && num_functions <= static_cast<int64_t>(kPrimes.size()),
+                  "num_functions: expected 1 to ", kPrimes.size(), ", got ", num_functions);
+  STD_TORCH_CHECK(vocab >= 1, "vocab: expected a value >= 1, got ", vocab);
+  return {as_contiguous(tokens), cu_seqlens, documents, length, sizes, num_functions, vocab};
+}
+
+// The rows [low, high) of every hashed table that this rank holds.
+struct TableShard {
+  int64_t low, high;
+  int64_t rows() const { return high - low; }
+  bool has(uint64_t row) const { return row - static_cast<uint64_t>(low) < static_cast<uint64_t>(rows()); }
+  bool has_byte_table() const { return low == 0; }  // only one shard adds it
+};
+
+inline TableShard check_shard(const std::optional<std::vector<int64_t>>& row_range, int64_t vocab) {
+  if (!row_range) return {0, vocab};
+  STD_TORCH_CHECK(row_range->size() == 2, "row_range: expected 2 entries, got ", row_range->size());
+  const int64_t low = row_range->front(), high = row_range->back();
+  STD_TORCH_CHECK(0 <= low && low < high && high <= vocab, "row_range: expected 0 <= lo < hi <= ", vocab, ", got ", low,
+                  " and ", high);
+  return {low, high};
+}
+
+// `tables` is one fused tensor or one tensor per table. All rows have unit stride.
+struct EmbedArguments {
+  HashArguments hash;
+  TableShard shard;
+  std::vector<Tensor> tables;
+  std::optional<Tensor> byte_table;
+
+  int64_t width() const { return tables[0].size(1); }
+  // The tensor of a table, and its first row there.
+  const Tensor& table(int64_t n) const { return tables[tables.size() == 1 ? 0 : n]; }
+  int64_t first_row(int64_t n) const { return tables.size() == 1 ? n * shard.rows() : 0; }
+};
+
+inline EmbedArguments check_embed(const Tensor& tokens, std::vector<Tensor> tables, std::optional<Tensor> byte_table,
+                                  const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                                  const std::vector<int64_t>& sizes, int64_t num_functions,
+                                  const std::optional<std::vector<int64_t>>& row_range, int64_t vocab) {
+  const HashArguments hash = check_hash(tokens, cu_seqlens, num_documents, sizes, num_functions, vocab);
+  const TableShard shard = check_shard(row_range, vocab);
+  const int64_t count = hash.tables();
+  const bool fused = tables.size() == 1;
+  STD_TORCH_CHECK(fused || static_cast<int64_t>(tables.size()) == count, "tables: expected 1 or ", count, ", got ",
+                  tables.size());
+  for (Tensor& table : tables) {
+    table = unit_rows(table, "tables");
+    check_dtype(table, "tables", tables[0].scalar_type());
+    check_size(table, "tables", 0, (fused ? count : 1) * shard.rows());
+    check_size(table, "tables", 1, tables[0].size(1));
+  }
+  if (byte_table) {
+    byte_table = unit_rows(*byte_table, "byte_table");
+    check_dtype(*byte_table, "byte_table", tables[0].scalar_type());
+    check_size(*byte_table, "byte_table", 1, tables[0].size(1));
+  }
+  return {hash, shard, tables, byte_table};
+}
+
+// The gradients of all tables: the hashed ones, then the byte table if it has `alphabet` rows. Each is one result, or
+// part of one: those of a fused tensor share a result.
+struct TableGradArguments {
+  Tensor grad_out;
+  HashArguments hash;
+  TableShard shard;
+  bool fused;
+  std::optional<int64_t> alphabet;
+
+  int64_t bytes() const { return hash.bytes(); }
+  int64_t width() const { return grad_out.size(1); }
+  int64_t tables() const { return hash.tables() + (alphabet ? 1 : 0); }
+  int64_t rows(int64_t table) const { return table < hash.tables() ? shard.rows() : *alphabet; }
+  int64_t result(int64_t table) const { return !fused ? table : table < hash.tables() ? 0 : 1; }
+  int64_t results() const { return result(tables() - 1) + 1; }
+  int64_t first_row(int64_t table) const { return fused && table < hash.tables() ? table * shard.rows() : 0; }
+};
+
+inline TableGradArguments check_table_grads(const Tensor& grad_out, const Tensor& tokens,
+                                            const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                                            const std::vector<int64_t>& sizes, int64_t num_functions,
+                                            const std::optional<std::vector<int64_t>>& row_range, int64_t vocab,
+                                            bool fused, std::optional<int64_t> alphabet) {
+  const Tensor rows = unit_rows(grad_out, "grad_out");
+  check_size(rows, "grad_out", 0, tokens.size(0));
+  STD_TORCH_CHECK(alphabet.value_or(0) >= 0, "alphabet: expected a value >= 0, got ", alphabet.value_or(0));
+  return {rows, check_hash(tokens, cu_seqlens, num_documents, sizes, num_functions, vocab),
+          check_shard(row_range, vocab), fused, alphabet};
+}
+
+}  // namespace blt

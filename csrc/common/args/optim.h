@@ -1,0 +1,34 @@
+// The checked arguments of the sparse optimizer steps, for the CPU and for CUDA.
+#pragma once
+
+#include "../check.h"
+
+namespace blt {
+
+// table [size, width] and the gradient of some of its rows: rows int64 [n], values [n, width]. Rows of values have unit
+// stride.
+struct StepArguments {
+  Tensor table, rows, values;
+};
+
+inline StepArguments check_step(const Tensor& table, const Tensor& rows, const Tensor& values) {
+  check_dim(table, "table", 2);
+  STD_TORCH_CHECK(table.stride(1) == 1 || table.size(1) == 1, "table: expected unit stride in a row, got ",
+                  table.stride(1));
+  check_dim(rows, "rows", 1);
+  check_dtype(rows, "rows", ScalarType::Long);
+  check_dtype(values, "values", table.scalar_type());
+  const StepArguments step = {table, as_contiguous(rows), unit_rows(values, "values")};
+  check_size(step.values, "values", 0, rows.size(0));
+  check_size(step.values, "values", 1, table.size(1));
+  return step;
+}
+
+// Adagrad's sum of squares of each row of the table.
+inline void check_sums(const Tensor& sums, const Tensor& table) {
+  check_dim(sums, "sums", 1);
+  check_size(sums, "sums", 0, table.size(0));
+  check_dtype(sums, "sums", accumulator(table));
+}
+
+}  // namespace blt
