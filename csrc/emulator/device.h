@@ -1,4 +1,4 @@
-// What CUDA has built in, for kernels that the host's compiler compiles: see emulator.h.
+// CUDA's built-in functions, for kernels that the host's compiler compiles (emulator.h).
 #pragma once
 
 #include <vector_types.h>
@@ -27,14 +27,14 @@
 #define __grid_constant__
 #define __constant__ static const
 #define __align__(n) alignas(n)
-// One for all blocks, which run one after the other. Its contents are taken for unwritten when a block begins.
+// Blocks run one after the other and share the static variable, whose bytes count as unwritten when a block begins.
 #define __shared__ static
 
 namespace blt::emulator {
 
 using Site = std::source_location;
 
-// Where the current thread is.
+// The indices of the current thread.
 uint3 thread_index();
 uint3 block_index();
 uint3 block_size();
@@ -47,15 +47,15 @@ void fault_if_misaligned(const void* pointer, size_t bytes);
 void copy_async(void* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_for_copies(int groups);
-// Blocks run one after the other: what a block waits for never comes.
+// Faults, since blocks run one after the other and the awaited block never runs meanwhile.
 [[noreturn]] void fault_of_wait();
 
-// What the lanes of a mask bring to a meeting, in a warp: all see it once all are there.
-enum class Meeting { kSync, kVote, kShuffle, kMatch, kReduce };
-struct Brought {
+// A warp collective gives every lane of a mask the values of all of them, once all have arrived.
+enum class Collective { kSync, kVote, kShuffle, kMatch, kReduce };
+struct LaneValues {
   uint64_t values[32];
 };
-Brought meet(Meeting kind, uint32_t mask, uint64_t value, const Site& site);
+LaneValues collective(Collective kind, uint32_t mask, uint64_t value, const Site& site);
 int lane();
 [[noreturn]] void fault_of_lane(int source, uint32_t mask, const Site& site);
 
@@ -64,19 +64,19 @@ T shuffle(uint32_t mask, T value, int source, const Site& site) {
   static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  const Brought brought = meet(Meeting::kShuffle, mask, bits, site);
+  const LaneValues lanes = collective(Collective::kShuffle, mask, bits, site);
   if ((mask >> source & 1) == 0) fault_of_lane(source, mask, site);
-  std::memcpy(&value, &brought.values[source], sizeof(T));
+  std::memcpy(&value, &lanes.values[source], sizeof(T));
   return value;
 }
 
 template <class T, class Fold>
 T reduce(uint32_t mask, T value, Fold fold, const Site& site) {
-  const Brought brought = meet(Meeting::kReduce, mask, static_cast<uint32_t>(value), site);
+  const LaneValues lanes = collective(Collective::kReduce, mask, static_cast<uint32_t>(value), site);
   bool first = true;
   for (int i = 0; i < 32; ++i)
     if (mask >> i & 1) {
-      const T other = static_cast<T>(static_cast<uint32_t>(brought.values[i]));
+      const T other = static_cast<T>(static_cast<uint32_t>(lanes.values[i]));
       value = first ? other : fold(value, other);
       first = false;
     }
@@ -90,19 +90,19 @@ T reduce(uint32_t mask, T value, Fold fold, const Site& site) {
 #define blockDim (::blt::emulator::block_size())
 #define gridDim (::blt::emulator::grid_size())
 
-// --- barriers, votes, shuffles ----------------------------------------------------------------------------------------
+// --- barriers, votes, shuffles ---------------------------------------------------------------------------------------
 
 inline void __syncthreads(const blt::emulator::Site site = blt::emulator::Site::current()) {
   blt::emulator::barrier(site);
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, const blt::emulator::Site site = blt::emulator::Site::current()) {
-  blt::emulator::meet(blt::emulator::Meeting::kSync, mask, 0, site);
+  blt::emulator::collective(blt::emulator::Collective::kSync, mask, 0, site);
 }
 inline unsigned __ballot_sync(unsigned mask, int vote,
                               const blt::emulator::Site site = blt::emulator::Site::current()) {
-  const auto brought = blt::emulator::meet(blt::emulator::Meeting::kVote, mask, vote != 0, site);
+  const auto lanes = blt::emulator::collective(blt::emulator::Collective::kVote, mask, vote != 0, site);
   unsigned votes = 0;
-  for (int i = 0; i < 32; ++i) votes |= (mask >> i & 1 ? static_cast<unsigned>(brought.values[i]) : 0) << i;
+  for (int i = 0; i < 32; ++i) votes |= (mask >> i & 1 ? static_cast<unsigned>(lanes.values[i]) : 0) << i;
   return votes;
 }
 inline int __any_sync(unsigned mask, int vote, const blt::emulator::Site site = blt::emulator::Site::current()) {
@@ -121,7 +121,7 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
                   const blt::emulator::Site site = blt::emulator::Site::current()) {
   const int lane = blt::emulator::lane(), source = lane ^ bits;
-  // Beyond the lane's own group: groups before it can be read, those behind cannot.
+  // A lane reads its own group and those before it, not those after it.
   return blt::emulator::shuffle(mask, value, source >= (lane & ~(width - 1)) + width ? lane : source, site);
 }
 template <class T>
@@ -140,9 +140,9 @@ template <class T>
 unsigned __match_any_sync(unsigned mask, T value, const blt::emulator::Site site = blt::emulator::Site::current()) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  const auto brought = blt::emulator::meet(blt::emulator::Meeting::kMatch, mask, bits, site);
+  const auto lanes = blt::emulator::collective(blt::emulator::Collective::kMatch, mask, bits, site);
   unsigned same = 0;
-  for (int i = 0; i < 32; ++i) same |= static_cast<unsigned>((mask >> i & 1) && brought.values[i] == bits) << i;
+  for (int i = 0; i < 32; ++i) same |= static_cast<unsigned>((mask >> i & 1) && lanes.values[i] == bits) << i;
   return same;
 }
 template <class T>
@@ -158,7 +158,7 @@ T __reduce_min_sync(unsigned mask, T value, const blt::emulator::Site site = blt
   return blt::emulator::reduce(mask, value, [](T a, T b) { return b < a ? b : a; }, site);
 }
 
-// --- memory -----------------------------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 template <class T>
 T __ldcs(const T* from) {
@@ -175,7 +175,7 @@ void __stcs(T* to, T value) {
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// Integers only: the order of floating point sums would be left to chance.
+// Atomics are for integers only: the order of floating-point sums would not be fixed.
 template <class T>
 T atomicAdd(T* to, std::type_identity_t<T> value) {
   static_assert(std::is_integral_v<T>, "sums of floating point numbers by atomics are not deterministic");
@@ -214,7 +214,7 @@ T atomicCAS(T* to, std::type_identity_t<T> expected, std::type_identity_t<T> val
   return old;
 }
 
-// --- arithmetic -------------------------------------------------------------------------------------------------------
+// --- arithmetic ------------------------------------------------------------------------------------------------------
 
 inline float __expf(float x) { return expf(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }

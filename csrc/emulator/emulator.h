@@ -1,10 +1,10 @@
-// Runs CUDA kernels on the CPU, for tests: the threads of a block are fibres, blocks run one after the other.
+// Runs CUDA kernels on the CPU, for tests: the threads of a block are fibres, and blocks run one after the other.
 //
-// What a GPU would hide is an error here, with kernel, block and thread: a barrier or a shuffle that not all of its threads
-// reach, a value taken from a lane outside the mask, shared memory read before it was written, an access outside the
-// tensors of the op, a write to one that it only reads, a vector access out of alignment. Kernels and launchers are compiled
-// with -fsanitize=thread, which calls __tsan_read4(address) and the like before every load and store; emulator.cpp has
-// these functions in place of the sanitizer's runtime.
+// Errors that a GPU would hide are reported with kernel, block and thread: a barrier or a warp collective that not all
+// of its threads reach, a value taken from a lane outside the mask, shared memory read before it was written, an access
+// outside the tensors of the op, a write to a tensor that the op only reads, a misaligned vector access. Kernels and
+// launchers are compiled with -fsanitize=thread, which calls __tsan_read4(address) and the like before every load and
+// store; memory.cpp defines these functions instead of the sanitizer's runtime.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 
 namespace blt::emulator {
 
-// --- kernels and launches ---------------------------------------------------------------------------------------------
+// --- kernels and launches --------------------------------------------------------------------------------------------
 
 // A kernel that some launcher can launch.
 struct Kernel {
@@ -30,9 +30,10 @@ struct Registered {
   static inline const Kernel* const kernel = add_kernel(names::kernel_name<kKernel>());
 };
 
-// What a launch did. Bytes are what would cross from L2: whole sectors of 32 bytes, each counted once a block unless it
-// left a cache of 256 KB meanwhile; and as the threads asked for them. `longest` is the critical path: the most loads and
-// stores, of tensors and of shared memory, that a single thread makes.
+// The record of a launch. `read` and `written` are bytes that would cross from L2: whole sectors of 32 bytes, each
+// counted once per block unless it left a cache of 256 KB meanwhile. `loaded` and `stored` are the bytes that threads
+// access. `longest` is the critical path: the most loads and stores, of tensors and of shared memory, of a single
+// thread.
 struct Launch {
   std::string kernel;
   LaunchConfig config;
@@ -40,10 +41,10 @@ struct Launch {
   int64_t longest = 0;
 };
 
-// Runs run(parameters) in every thread. Throws what the first fault says.
+// Runs run(parameters) in every thread. Throws a std::runtime_error with the first fault.
 void launch(const Kernel* kernel, const LaunchConfig& config, void (*run)(const void*), const void* parameters);
 
-// The tensors that kernels may access, until it goes.
+// The tensors that kernels may access while this lives.
 class Scope {
  public:
   Scope();
@@ -53,19 +54,19 @@ class Scope {
   void add(const void* data, int64_t bytes, bool writable);
 };
 
-// What Device::zero does; recorded as a launch of "memset".
+// Zeroes memory, recorded as a launch of "memset".
 void zero(void* data, int64_t bytes);
 
-// Fills new memory with bytes that are NaN as a floating point number, and far out of range as an id.
+// Fills new memory with bytes that are NaN as floating-point numbers and out of range as ids.
 void poison(void* data, int64_t bytes);
 
-// --- for the tests ----------------------------------------------------------------------------------------------------
+// --- for the tests ---------------------------------------------------------------------------------------------------
 
-// In what order blocks and threads run, where the kernel leaves that open.
+// The order of blocks and threads, where the kernel does not fix it.
 enum class Order { kForward, kBackward, kRandom };
 void set_order(Order order, uint64_t seed);
 
 std::vector<std::string> kernels();
-std::vector<Launch>& launches();  // since it was last cleared
+std::vector<Launch>& launches();
 
 }  // namespace blt::emulator

@@ -1,5 +1,5 @@
-// Kernels with one fault each, and some without, for the tests of the emulator: blt_emulated::planted(name, x) -> out.
-// x is float [n], out float [n]; blocks have 64 threads.
+// Kernels with one fault each, and some without, for the tests of the emulator: blt_emulated::inject_fault(name, x) ->
+// out. x is float [n], out float [n]; blocks have 64 threads.
 
 #include <algorithm>
 #include <string>
@@ -14,7 +14,7 @@ constexpr int kThreads = 64;
 
 __device__ i64 my_index() { return static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x; }
 
-// Sound: a sum over the block through shared memory, written by each thread of it.
+// No fault: a sum over the block through shared memory, which every thread writes.
 __global__ void block_sum_kernel(const float* x, i64 n, float* out) {
   __shared__ float partial[kThreads];
   const i64 i = my_index();
@@ -27,7 +27,7 @@ __global__ void block_sum_kernel(const float* x, i64 n, float* out) {
   if (i < n) out[i] = partial[0];
 }
 
-// Sound: the sums of halves of a warp, with masks of their own; threads behind the end leave early, a whole warp of them.
+// No fault: sums of half warps, with masks of their own. Whole warps beyond the end return early.
 __global__ void half_warp_kernel(const float* x, i64 n, float* out) {
   const i64 i = my_index();
   if (i / kWarp * kWarp >= n) return;
@@ -37,7 +37,7 @@ __global__ void half_warp_kernel(const float* x, i64 n, float* out) {
   if (i < n) out[i] = sum;
 }
 
-// Sound: dynamic shared memory, a vote, atomics on integers.
+// No fault: dynamic shared memory, a vote, atomics on integers.
 struct Counts {
   int votes, arrivals;
 };
@@ -53,7 +53,7 @@ __global__ void counts_kernel(const float* x, i64 n, float* out) {
   if (i < n) out[i] = static_cast<float>(counts.votes + 1000 * counts.arrivals);
 }
 
-// Sound: the last thread has all the work, a load for each number of x and a store.
+// No fault: the last thread does all the work, one load per number of x and a store.
 __global__ void one_thread_kernel(const float* x, i64 n, float* out) {
   const i64 i = my_index();
   if (i >= n) return;
@@ -62,13 +62,13 @@ __global__ void one_thread_kernel(const float* x, i64 n, float* out) {
   out[i] = sum;
 }
 
-// Sound: a load and a store of 16 bytes.
+// No fault: a load and a store of 16 bytes.
 __global__ void vectors_kernel(const float* x, i64 n, float* out) {
   const i64 i = 4 * my_index();
   if (i + 4 <= n) store(out + i, load<4>(x + i));
 }
 
-// Sound: numbers pass through shared memory by asynchronous copies, each in a group of its own.
+// No fault: numbers pass through shared memory by asynchronous copies, each in a group of its own.
 __global__ void copies_kernel(const float* x, i64 n, float* out) {
   __shared__ float values[2][kThreads];
   const i64 i = my_index();
@@ -83,7 +83,7 @@ __global__ void copies_kernel(const float* x, i64 n, float* out) {
   out[i] = first + values[1][threadIdx.x];
 }
 
-// A race: the neighbour's value before the barrier.
+// A race: a thread reads its neighbour's value without a barrier.
 __global__ void race_kernel(const float* x, i64 n, float* out) {
   __shared__ float values[kThreads];
   const i64 i = my_index();
@@ -123,7 +123,7 @@ __global__ void not_in_mask_kernel(const float* x, i64, float* out) {
   if (threadIdx.x < 16) out[0] = __shfl_sync(0xffu, x[0], 0);
 }
 
-__global__ void different_meetings_kernel(const float* x, i64, float* out) {
+__global__ void different_collectives_kernel(const float* x, i64, float* out) {
   if (threadIdx.x % 2 == 0)
     out[0] = __shfl_sync(kAllLanes, x[0], 0);
   else
@@ -144,7 +144,7 @@ __global__ void unwritten_dynamic_kernel(const float*, i64, float* out) {
   out[0] = static_cast<float>(counts.arrivals);
 }
 
-// Written by the block before, which is not this one.
+// Only another block has written the value.
 __global__ void other_blocks_shared_kernel(const float*, i64, float* out) {
   Counts& counts = shared_memory<Counts>();
   if (blockIdx.x == 0) counts.votes = 1;
@@ -179,54 +179,54 @@ __global__ void null_kernel(const float*, i64, float* out) {
 }
 __global__ void misaligned_kernel(const float* x, i64, float* out) { store(out, load<4>(x + 1)); }
 
-// The first block to run waits for another one, which does not run at the same time here.
+// The first block waits for another one, which does not run concurrently in the emulator.
 __global__ void waiting_block_kernel(const float*, i64, float* out) {
   const Published other = {};
   if (threadIdx.x == 0) out[0] = static_cast<float>(await(other).interior);
 }
 
-Tensor planted(std::string name, const Tensor& x) {
+Tensor inject_fault(std::string name, const Tensor& x) {
   const Device device(x);
   Tensor out = device_output(x, {x.size(0)});
   const i64 n = x.size(0);
   const LaunchConfig config = {
       .grid = {std::max<int64_t>(ceil_div<int64_t>(n, kThreads), 2)}, .block = kThreads, .smem_bytes = sizeof(Counts)};
-#define BLT_PLANTED(kernel) \
+#define BLT_FAULT(kernel) \
   if (name == #kernel) device.launch<kernel##_kernel>(config, device.read<float>(x), n, device.write<float>(out));
-  BLT_PLANTED(block_sum)
-  BLT_PLANTED(half_warp)
-  BLT_PLANTED(counts)
-  BLT_PLANTED(one_thread)
-  BLT_PLANTED(vectors)
-  BLT_PLANTED(copies)
-  BLT_PLANTED(race)
-  BLT_PLANTED(divergent_barrier)
-  BLT_PLANTED(two_barriers)
-  BLT_PLANTED(exited_lane)
-  BLT_PLANTED(missing_lane)
-  BLT_PLANTED(outside_mask)
-  BLT_PLANTED(not_in_mask)
-  BLT_PLANTED(different_meetings)
-  BLT_PLANTED(unwritten_static)
-  BLT_PLANTED(unwritten_dynamic)
-  BLT_PLANTED(other_blocks_shared)
-  BLT_PLANTED(too_little_shared)
-  BLT_PLANTED(early_copy)
-  BLT_PLANTED(read_behind)
-  BLT_PLANTED(read_before)
-  BLT_PLANTED(write_behind)
-  BLT_PLANTED(write_input)
-  BLT_PLANTED(null)
-  BLT_PLANTED(misaligned)
-  BLT_PLANTED(waiting_block)
-#undef BLT_PLANTED
+  BLT_FAULT(block_sum)
+  BLT_FAULT(half_warp)
+  BLT_FAULT(counts)
+  BLT_FAULT(one_thread)
+  BLT_FAULT(vectors)
+  BLT_FAULT(copies)
+  BLT_FAULT(race)
+  BLT_FAULT(divergent_barrier)
+  BLT_FAULT(two_barriers)
+  BLT_FAULT(exited_lane)
+  BLT_FAULT(missing_lane)
+  BLT_FAULT(outside_mask)
+  BLT_FAULT(not_in_mask)
+  BLT_FAULT(different_collectives)
+  BLT_FAULT(unwritten_static)
+  BLT_FAULT(unwritten_dynamic)
+  BLT_FAULT(other_blocks_shared)
+  BLT_FAULT(too_little_shared)
+  BLT_FAULT(early_copy)
+  BLT_FAULT(read_behind)
+  BLT_FAULT(read_before)
+  BLT_FAULT(write_behind)
+  BLT_FAULT(write_input)
+  BLT_FAULT(null)
+  BLT_FAULT(misaligned)
+  BLT_FAULT(waiting_block)
+#undef BLT_FAULT
   if (name == "zero") device.zero(out);
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(blt_emulated, m) { m.def("planted(str name, Tensor x) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(blt_emulated, CPU, m) { m.impl("planted", TORCH_BOX(&planted)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(blt_emulated, m) { m.def("inject_fault(str name, Tensor x) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(blt_emulated, CPU, m) { m.impl("inject_fault", TORCH_BOX(&inject_fault)); }
 
 }  // namespace blt

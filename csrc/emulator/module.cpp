@@ -1,4 +1,4 @@
-// blt_emulator: importing it registers the emulated kernels as blt_emulated::<op>; the functions are for tests.
+// blt_emulator: its import registers the emulated kernels as blt_emulated::<op>; its functions are for tests.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,7 +10,7 @@ using namespace blt::emulator;
 
 PYBIND11_MODULE(blt_emulator, module) {
   module.doc() = "CUDA kernels of blt_kernels on the CPU, for tests.";
-  py::class_<Launch>(module, "Launch", "What a launch did; read and written are bytes of whole sectors of 32.")
+  py::class_<Launch>(module, "Launch", "The record of a launch; read and written are bytes of whole sectors of 32.")
       .def_readonly("kernel", &Launch::kernel)
       .def_property_readonly("grid", [](const Launch& x) { return std::pair(x.config.grid.x, x.config.grid.y); })
       .def_property_readonly("block", [](const Launch& x) { return x.config.block; })
@@ -24,9 +24,7 @@ PYBIND11_MODULE(blt_emulator, module) {
       .value("FORWARD", Order::kForward)
       .value("BACKWARD", Order::kBackward)
       .value("RANDOM", Order::kRandom);
-  module.def("set_order", &set_order, py::arg("order"), py::arg("seed") = 0, "In what order blocks and threads run.");
-  module.def("kernels", &kernels, "Every kernel that a launcher may launch.");
-  module.def(
-      "take_launches", [] { return std::exchange(launches(), {}); },
-      "The launches since the last call, which it forgets.");
+  module.def("set_order", &set_order, py::arg("order"), py::arg("seed") = 0, "Set the order of blocks and threads.");
+  module.def("kernels", &kernels, "The names of all kernels that launchers can launch.");
+  module.def("take_launches", [] { return std::exchange(launches(), {}); }, "Return the launches since the last call.");
 }
