@@ -1,7 +1,7 @@
 """``make cuda-check``: compile every CUDA kernel for every GPU architecture, without a GPU, and look at the result.
 
 For each kernel it prints registers, static shared memory and the warps that may be on a multiprocessor at a time. It
-fails on a spill, a stack frame, or a kernel for 16-byte accesses (a pack of 16 bytes in its name) with no 128-bit load.
+fails on a spill, a stack frame, or a kernel of 16-byte vectors (one is in its name) without a 128-bit load.
 
 For sm_90a it also estimates how fast the ops are (cuda_model/), compares that with bench/results/model-sm90.csv, and
 fails where a time or a number of instructions moved by more than 10%. --update writes that file anew.
@@ -64,10 +64,10 @@ class Kernel:
         return found
 
     def moves_whole_vectors(self) -> bool:
-        """Is it for rows of 16-byte vectors? A pack of 16 bytes in the name says so; those of entropies always are."""
-        pack = re.search(r"<(?:blt::Split<)?(\w+), (?:int, |long long, )?(\d+)", self.name)
-        packed = pack is not None and SIZES.get(pack[1], 0) * int(pack[2]) == 16
-        return packed or self.name.startswith(("token_entropy", "entropy_patch"))
+        """True for kernels of 16-byte vectors: by the vector in their names, or for entropies."""
+        vector = re.search(r"<(?:blt::Split<)?(\w+), (?:int, |long long, )?(\d+)", self.name)
+        wide = vector is not None and SIZES.get(vector[1], 0) * int(vector[2]) == 16
+        return wide or self.name.startswith(("token_entropy", "entropy_patch"))
 
 
 def torch_headers() -> Path:
