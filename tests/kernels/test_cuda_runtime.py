@@ -14,6 +14,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
 TORCH_CUDA = """
 #include <cstdint>
 extern "C" int aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
@@ -99,7 +101,6 @@ EXPORT const char* zero(void* data, long bytes) {
 START = """
 import ctypes, sys, threading
 
-pytestmark = pytest.mark.slow
 folder = sys.argv[1]
 torch_cuda = ctypes.CDLL(folder + "/libtorch_cuda.so") if "torch" in sys.argv else None
 cuda = ctypes.CDLL(folder + "/libcuda.so.1")
