@@ -46,7 +46,7 @@ struct Arguments : CrossArguments {
   int width() const { return static_cast<int>(q.size(2)); }
   int vectors() const { return capacity == 0 ? 1 : static_cast<int>(queries_per_patch); }
   // Parts of bytes that may be units of their own.
-  int parts() const { return window > 1 || capacity == 0 ? 0 : static_cast<int>(num_bytes / kPart); }
+  int parts() const { return window > kMaxDivided || capacity == 0 ? 0 : static_cast<int>(num_bytes / kPart); }
   PatchReaders readers(const Device& device) const {
     return {device.read<i32>(offsets),
             device.read<i32>(cu_patches),
@@ -72,12 +72,12 @@ struct Arguments : CrossArguments {
   }
 };
 
-// Room for the sums of the units of divided patches: 2 slots for every part, for the rows of a patch and the heads of one
-// side.
+// Room for the sums of units: 2 slots for every part, for the vectors that meet it and the heads of one side.
 class PartMemory {
  public:
   PartMemory(const Arguments& arguments, bool needed, int heads)
-      : rows_(arguments.vectors()),
+      : patches_(static_cast<int>(arguments.window)),
+        vectors_(arguments.vectors()),
         heads_(heads),
         slots_(needed ? 2 * arguments.parts() : 0),
         width_(arguments.width()),
@@ -85,7 +85,7 @@ class PartMemory {
         softmax_(memory(arguments.q, 2)) {}
   template <class A>
   PartSums<A> sums(const Device& device) {
-    return {device.write<A>(softmax_), device.write<A>(sums_), rows_, heads_};
+    return {device.write<A>(softmax_), device.write<A>(sums_), patches_, vectors_, heads_};
   }
   // One block for 32 parts and a head.
   template <class T, bool kSoftmax>
@@ -99,9 +99,9 @@ class PartMemory {
 
  private:
   Tensor memory(const Tensor& like, int64_t width) const {
-    return device_output(like, {slots_ * rows_, heads_, width}, accumulator(like));
+    return device_output(like, {slots_ * patches_ * vectors_, heads_, width}, accumulator(like));
   }
-  int rows_, heads_;
+  int patches_, vectors_, heads_;
   int64_t slots_;
   int width_;
   Tensor sums_, softmax_;

@@ -62,14 +62,17 @@ struct CrossAttention {
   acc_t<T> scale;
 };
 
-// Sums of units of divided patches, by slot (patch_readers.cuh), row of the patch and head.
+// Sums of units by slot (patch_readers.cuh), vector of a patch and head.
 template <class A>
 struct PartSums {
-  A* softmax;  // m and l of a query, if there are any
-  A* sums;     // E numbers
-  int rows, heads;
-  __device__ __forceinline__ i64 at(int slot, u32 row, int head) const {
-    return (static_cast<i64>(slot) * rows + row) * heads + head;
+  A* softmax;                   // m and l of a query, or 1 / l and delta
+  A* sums;                      // E numbers
+  int patches, vectors, heads;  // patches of a slot, vectors of a patch
+  __device__ __forceinline__ i64 at(const PatchUnit& unit, u32 vector, int head) const {
+    return at(unit.slot, static_cast<int>(vector) - unit.origin * vectors, head);
+  }
+  __device__ __forceinline__ i64 at(int slot, int row, int head) const {
+    return (static_cast<i64>(slot) * (patches * vectors) + row) * heads + head;
   }
 };
 
@@ -150,19 +153,6 @@ struct NoNumber {
   __device__ __forceinline__ A operator()(u32, u32) const { return 0; }
 };
 
-// Calls f(held, front, back) for the rows that a unit holds and those that it streams past them. Vectors are held with
-// bytes in two pieces; bytes are held piece by piece, without those that read nothing, with all the vectors.
-template <class F>
-__device__ __forceinline__ void for_each_piece(bool holds_vectors, const Rows& vectors, const PatchUnit& unit, F&& f) {
-  const Rows front = reading(unit.front, unit.stop), back = reading(unit.back, unit.stop);
-#pragma unroll 1
-  for (int piece = 0; piece < (holds_vectors ? 1 : 2); ++piece)
-    f(holds_vectors ? vectors
-      : piece == 0  ? front
-                    : back,
-      holds_vectors ? front : vectors, holds_vectors ? back : Rows{0, 0});
-}
-
 // A slice of E numbers among sums.
 template <class S>
 __device__ __forceinline__ void store_sums(typename S::A* to, int room, const Slice<S>& slice) {
@@ -210,10 +200,11 @@ __device__ __forceinline__ void skip_bytes(const CrossAttention<typename S::T>& 
 }
 template <class S>
 __device__ __forceinline__ void skip_rest(const OutputColumn<S>& out, typename S::A* lse, int heads,
-                                          const PatchUnit& unit) {
-  const Rows front = waiting(unit.front, unit.stop), back = waiting(unit.back, unit.stop);
-  skip<S>(out, lse, heads, front.begin, front.end);
-  skip<S>(out, lse, heads, back.begin, back.end);
+                                          const PatchReaders& readers, const PatchUnit& unit) {
+  readers.for_each_range(unit, [&](const Range& range) {
+    const Rows rows = waiting(range, unit.stop);
+    skip<S>(out, lse, heads, rows.begin, rows.end);
+  });
 }
 
 // The softmax of the lane's query over the keys so far; the total is of the rows of tiles of the lane alone.
@@ -276,22 +267,23 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
       const int head = query_head(problem, task.head, r);
       const InputColumn<S> queries[1] = {column_of<S>(problem.q, head, problem.heads, problem.width)};
       const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
-      if (!readers.encode) skip_rest<S>(out, output.lse + head, problem.heads, unit);
-      for_each_piece(readers.encode, readers.vectors(unit), unit, [&](Rows held, Rows front, Rows back) {
+      if (!readers.encode) skip_rest<S>(out, output.lse + head, problem.heads, readers, unit);
+      readers.for_each_rows(unit, readers.encode, [&](const Rows& held) {
 #pragma unroll 1
         for (u32 row = held.begin; row < held.end; row += S::kHeld) {
           const int count = static_cast<int>(least<u32>(held.end - row, S::kHeld));
           const bool again = r + 1 < problem.heads_per_kv_head || row + count < held.end;
-          const u32 limit = again ? front.end : most(front.end, keys_end);
           Slice<S> q[1][S::kHeld];
           next.take(q, queries, row, count, most(held.end, queries_end), NoNumber<A>{});
           Running<S> running;
-          attend<S>(running, q[0], keys, front, limit, again && front.size() <= KeyRing<S>::kRows, problem.scale);
-          if (back.size() > 0) attend<S>(running, q[0], keys, back, back.end, false, problem.scale);
+          readers.for_each_rows(unit, !readers.encode, [&](const Rows& rows) {
+            const u32 limit = again ? rows.end : most(rows.end, keys_end);
+            attend<S>(running, q[0], keys, rows, limit, again && rows.size() <= KeyRing<S>::kRows, problem.scale);
+          });
           const A total = fold_tile<S>(running.total, Sum{});
           const bool writes = head < problem.heads && cell.held < count && cell.tile == 0 && first_of_cell<S>();
           if (readers.encode && unit.slot >= 0) {
-            const i64 at = output.parts.at(unit.slot, row - held.begin, head);
+            const i64 at = output.parts.at(unit, row, head);
             if (writes)
               store(output.parts.softmax + 2 * (at + cell.held * problem.heads), Pack<A, 2>{{running.top, total}});
 #pragma unroll
@@ -338,10 +330,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
     if (one_head) queries.start(byte, run.bytes_end);
   };
   for_each_unit<false, kRun>(readers, task.unit, task.unit + kRun, start, [&](const PatchUnit& unit, const Run& run) {
-    const Rows held = readers.vectors(unit), front = reading(unit.front, unit.stop),
-               back = reading(unit.back, unit.stop);
+    const Rows held = readers.vectors(unit);
     const int count = static_cast<int>(held.end - held.begin);
-    const u32 limit = one_head ? most(front.end, run.bytes_end) : front.end;
     Slice<S> x[2][S::kHeld];
     next.take(x, keys, held.begin, count, most(held.end, run.vectors_end), NoNumber<A>{});
     const auto& [k, v] = x;
@@ -350,11 +340,9 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
       const int head = query_head(problem, task.head, r);
       if (!one_head) set_head(head);
       const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
-      skip_rest<S>(out, output.lse + head, problem.heads, unit);
-#pragma unroll 1
-      for (int piece = 0; piece < 2; ++piece) {
-        const Rows rows = piece == 0 ? front : back;
-        const u32 end = piece == 0 ? limit : back.end;
+      skip_rest<S>(out, output.lse + head, problem.heads, readers, unit);
+      readers.for_each_rows(unit, false, [&](const Rows& rows) {
+        const u32 end = one_head ? most(rows.end, run.bytes_end) : rows.end;
         for_each_tile(queries, rows.begin, rows.end, end, false, [&](u32 row, const Slice<S>(&q)[1][S::kTile]) {
           A score = rounded_product(dots(k, q[0]), problem.scale);
           if (cell.held >= count) score = no_score<A>();
@@ -371,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
             if (row + a < rows.end) out.store(row + a, sum);
           }
         });
-      }
+      });
     }
   });
   skip_bytes<S>(problem, unowned, output, task);

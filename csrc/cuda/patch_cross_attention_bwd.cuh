@@ -91,13 +91,13 @@ __device__ __forceinline__ void add_tile(Slice<S> (&sums)[S::kHeld], typename S:
     for (int a = 0; a < S::kTile; ++a) add(sums[i], of_cell<S>(factor, i, a), x[a]);
 }
 
-// Gradients of held rows of a tensor, or their part of them.
+// Stores the gradients of held rows of a tensor; if divided, what the unit adds to them.
 template <class S>
-__device__ __forceinline__ void store_gradients(const OutputColumn<S>& rows, const PartSums<typename S::A>& parts,
-                                                int width, int slot, u32 row, u32 first, int head, int count,
-                                                const Slice<S> (&slices)[S::kHeld]) {
-  if (slot < 0) return store_rows<S>(rows, row, count, slices);
-  const i64 at = parts.at(slot, row - first, head);
+__device__ __forceinline__ void store_gradients(const OutputColumn<S>& rows, bool divided,
+                                                const PartSums<typename S::A>& parts, int width, const PatchUnit& unit,
+                                                u32 row, int head, int count, const Slice<S> (&slices)[S::kHeld]) {
+  if (!divided) return store_rows<S>(rows, row, count, slices);
+  const i64 at = parts.at(unit, row, head);
 #pragma unroll
   for (int i = 0; i < S::kHeld; ++i)
     if (i < count) store_sums<S>(parts.sums + (at + i * parts.heads) * width, rows.room, slices[i]);
@@ -110,10 +110,12 @@ __device__ __forceinline__ void clear_unowned(const OutputColumn<S>& rows, const
   clear_rows<S>(rows, unowned.beyond.begin + task.warp, unowned.beyond.end, task.warps);
 }
 template <class S>
-__device__ __forceinline__ void clear_waiting(const OutputColumn<S>& rows, const PatchUnit& unit) {
-  const Rows front = waiting(unit.front, unit.stop), back = waiting(unit.back, unit.stop);
-  clear_rows<S>(rows, front.begin, front.end);
-  clear_rows<S>(rows, back.begin, back.end);
+__device__ __forceinline__ void clear_waiting(const OutputColumn<S>& rows, const PatchReaders& readers,
+                                              const PatchUnit& unit) {
+  readers.for_each_range(unit, [&](const Range& range) {
+    const Rows own = waiting(range, unit.stop);
+    clear_rows<S>(rows, own.begin, own.end);
+  });
 }
 
 // held_i . row i of the lane's cell.
@@ -135,20 +137,20 @@ using BackwardKeyRing = RowRing<S, 2, false, 2 * kRingBytes>;
 template <class S>
 using BackwardQueryRing = RowRing<S, 2, true, kRingBytes>;
 
-// 1 / l and delta of queries, from the pass that holds queries to the one that holds keys. Units of a divided patch that
-// have the same queries each save them by slot. A block saves those of the patches behind its own, whose queries read its
+// 1 / l and delta of queries, from the pass that holds queries to the one that holds keys. Encoding, parts that have the
+// same queries each save them in their slots. A block saves those of the patches behind its own, whose queries read its
 // keys, behind those of all owners: nothing has two writers.
 template <class T>
 struct SavedSoftmax {
   acc_t<T>* softmax;  // [queries, heads, 2], once more where there are halos
   PartSums<acc_t<T>> parts;
   i64 queries;
-  int heads;
+  int heads, num_parts;
   bool encode;
   u32 halo_begin = ~0u;  // the first query of the halo
 
-  __device__ __forceinline__ acc_t<T>* at(const PatchUnit& unit, u32 first, u32 query, int head) const {
-    if (encode && unit.slot >= 0) return parts.softmax + 2 * parts.at(unit.slot, query - first, head);
+  __device__ __forceinline__ acc_t<T>* at(const PatchUnit& unit, u32 query, int head) const {
+    if (encode && unit.slot >= 0 && unit.slot < num_parts) return parts.softmax + 2 * parts.at(unit, query, head);
     return softmax + 2 * ((query + (query < halo_begin ? 0 : queries)) * heads + head);
   }
 };
@@ -194,29 +196,29 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
           return head < problem.heads && own < end ? grads.lse[static_cast<i64>(own) * problem.heads + head] : A(0);
         };
         const OutputColumn<S> grad_q = column_of<S>(grads.q, head, problem.heads, problem.width);
-        if (!readers.encode && !halo) clear_waiting<S>(grad_q, unit);
-        const int slot = readers.encode ? unit.slot : -1;
-        for_each_piece(readers.encode, readers.vectors(unit), unit, [&](Rows held, Rows front, Rows back) {
+        if (!readers.encode && !halo) clear_waiting<S>(grad_q, readers, unit);
+        const bool divided = readers.encode && unit.slot >= 0;
+        readers.for_each_rows(unit, readers.encode, [&](const Rows& held) {
 #pragma unroll 1
           for (u32 row = held.begin; row < held.end; row += S::kHeld) {
             const int count = static_cast<int>(least<u32>(held.end - row, S::kHeld));
             const bool again = r + 1 < problem.heads_per_kv_head || row + count < held.end;
-            const bool fits = front.size() <= Ring::kRows;
-            const u32 limit = again ? front.end : most(front.end, keys_end);
             Slice<S> x[2][S::kHeld], sums[S::kHeld];
             Softmax<A> softmax;
             softmax.lse = next.take(x, queries, row, count, most(held.end, queries_end), lse_of);
             const auto& [q, g] = x;
-            if (slot < 0) {
+            if (!divided) {
+              const Rows rows = readers.encode ? reading(unit.bytes, unit.stop) : readers.vectors(unit);
+              const bool fits = rows.size() <= Ring::kRows;
+              const u32 limit = again || !fits ? rows.end : most(rows.end, keys_end);
               A total = 0;
               CarefulSum<A> sum;
-              for_each_tile(keys, front.begin, front.end, fits ? limit : front.end, fits,
-                            [&](u32 key, const Slice<S>(&x)[2][S::kTile]) {
-                              const A score = dots(q, x[0]), slope = dots(g, x[1]);
-                              if (key + cell.tile >= front.end) return;
-                              const A weight = softmax.weight(score, problem.scale);
-                              total += weight, sum.add(weight * slope);
-                            });
+              for_each_tile(keys, rows.begin, rows.end, limit, fits, [&](u32 key, const Slice<S>(&x)[2][S::kTile]) {
+                const A score = dots(q, x[0]), slope = dots(g, x[1]);
+                if (key + cell.tile >= rows.end) return;
+                const A weight = softmax.weight(score, problem.scale);
+                total += weight, sum.add(weight * slope);
+              });
               total = fold_tile<S>(total, Sum{});
               softmax.inverse = total == 0 ? A(0) : reciprocal(total);
               softmax.delta = quotient(sum.template fold<S>(), total, softmax.inverse);
@@ -225,30 +227,28 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
               softmax.delta =
                   products_of_rows<S>(g, column_of<S>(grads.out, head, problem.heads, problem.width), row, count);
             }
-#pragma unroll 1
-            for (int piece = 0; piece < (halo ? 0 : slot < 0 ? 1 : 2); ++piece) {
-              const Rows rows = piece == 0 ? front : back;
-              const u32 end = piece == 0 ? limit : back.end;
-              for_each_tile(keys, rows.begin, rows.end, end, again && rows.size() <= Ring::kRows,
-                            [&](u32 key, const Slice<S>(&x)[2][S::kTile]) {
-                              const A score = dots(q, x[0]), slope = dots(g, x[1]);
-                              const bool there = cell.held < count && key + cell.tile < rows.end;
-                              const A p = there ? softmax.weight(score, problem.scale) * softmax.inverse : A(0);
-                              const A ds = there ? softmax.grad_score(p, slope, problem.scale) : A(0);
-                              add_tile<S>(sums, ds, x[0]);
-                              if constexpr (kWhole) {
-#pragma unroll
-                                for (int a = 0; a < S::kTile; ++a) {
-                                  const Slice<S> dk = sum_of_held<S>(ds, q, a), dv = sum_of_held<S>(p, g, a);
-                                  if (key + a < rows.end) grad_k.store(key + a, dk), grad_v.store(key + a, dv);
-                                }
-                              }
-                            });
-            }
             if (!halo)
-              store_gradients<S>(grad_q, grads.q_parts, problem.width, slot, row, held.begin, head, count, sums);
+              readers.for_each_rows(unit, !readers.encode, [&](const Rows& rows) {
+                const u32 end = again ? rows.end : most(rows.end, keys_end);
+                for_each_tile(keys, rows.begin, rows.end, end, again && rows.size() <= Ring::kRows,
+                              [&](u32 key, const Slice<S>(&x)[2][S::kTile]) {
+                                const A score = dots(q, x[0]), slope = dots(g, x[1]);
+                                const bool there = cell.held < count && key + cell.tile < rows.end;
+                                const A p = there ? softmax.weight(score, problem.scale) * softmax.inverse : A(0);
+                                const A ds = there ? softmax.grad_score(p, slope, problem.scale) : A(0);
+                                add_tile<S>(sums, ds, x[0]);
+                                if constexpr (kWhole) {
+#pragma unroll
+                                  for (int a = 0; a < S::kTile; ++a) {
+                                    const Slice<S> dk = sum_of_held<S>(ds, q, a), dv = sum_of_held<S>(p, g, a);
+                                    if (key + a < rows.end) grad_k.store(key + a, dk), grad_v.store(key + a, dv);
+                                  }
+                                }
+                              });
+              });
+            if (!halo) store_gradients<S>(grad_q, divided, grads.q_parts, problem.width, unit, row, head, count, sums);
             if (!kWhole && head < problem.heads && cell.held < count && cell.tile == 0 && first_of_cell<S>())
-              store(saved.at(unit, held.begin, row + cell.held, head), Pack<A, 2>{{softmax.inverse, softmax.delta}});
+              store(saved.at(unit, row + cell.held, head), Pack<A, 2>{{softmax.inverse, softmax.delta}});
           }
         });
       }
@@ -274,7 +274,6 @@ __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>
                                   column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)};
   const OutputColumn<S> grad_k = column_of<S>(grads.k, task.head, problem.kv_heads, problem.width);
   const OutputColumn<S> grad_v = column_of<S>(grads.v, task.head, problem.kv_heads, problem.width);
-  const Unowned unowned = readers.unowned();
   RowStream<Ring> queries(ring_of_warp<Ring>());
   const auto set_head = [&](int head) {
     queries.set({column_of<S>(problem.q, head, problem.heads, problem.width),
@@ -288,15 +287,14 @@ __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>
     if (one_head) queries.start(encode ? vector : byte, encode ? run.vectors_end : run.bytes_end);
   };
   for_each_unit<false, kRun>(readers, task.unit, task.unit + kRun, start, [&](const PatchUnit& unit, const Run& run) {
-    const int slot = encode ? -1 : unit.slot;
+    const bool divided = !encode && unit.slot >= 0;
     const u32 queries_end = one_head ? encode ? run.vectors_end : run.bytes_end : 0;
     const u32 keys_end = encode ? run.bytes_end : run.vectors_end;
-    for_each_piece(!encode, readers.vectors(unit), unit, [&](Rows held, Rows front, Rows back) {
+    readers.for_each_rows(unit, !encode, [&](const Rows& held) {
 #pragma unroll 1
       for (u32 row = held.begin; row < held.end; row += S::kHeld) {
         const int count = static_cast<int>(least<u32>(held.end - row, S::kHeld));
-        const bool again = one_head && row + count < held.end;
-        const u32 limit = again ? front.end : most(front.end, queries_end);
+        const bool again = !kWhole && one_head && row + count < held.end;
         Slice<S> x[2][S::kHeld], k_sums[S::kHeld], v_sums[S::kHeld];
         next.take(x, keys, row, count, most(held.end, keys_end), NoNumber<A>{});
         const auto& [k, v] = x;
@@ -305,18 +303,15 @@ __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>
           const int head = query_head(problem, task.head, r);
           if (!one_head) set_head(head);
           const OutputColumn<S> grad_q = column_of<S>(grads.q, head, problem.heads, problem.width);
-          if (kWhole) clear_waiting<S>(grad_q, unit);
-#pragma unroll 1
-          for (int piece = 0; piece < 2; ++piece) {
-            const Rows rows = piece == 0 ? front : back;
-            const u32 end = piece == 0 ? limit : back.end;
+          readers.for_each_rows(unit, encode, [&](const Rows& rows) {
+            const u32 end = again ? rows.end : most(rows.end, queries_end);
             const bool kept = again && rows.size() <= Ring::kRows;
             for_each_tile(queries, rows.begin, rows.end, end, kept, [&](u32 query, const Slice<S>(&x)[2][S::kTile]) {
               const u32 own = least(query + cell.tile, rows.end - 1);
               Softmax<A> softmax;
               if (head < problem.heads) softmax.lse = queries.number(own);
               if (!kWhole && head < problem.heads) {
-                const auto known = load<2>(saved.at(unit, front.begin, own, head));
+                const auto known = load<2>(saved.at(unit, own, head));
                 softmax.inverse = known[0], softmax.delta = known[1];
               }
               const A score = dots(k, x[0]), slope = dots(v, x[1]);
@@ -338,14 +333,16 @@ __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>
                 }
               }
             });
-          }
+          });
+          if (kWhole) clear_waiting<S>(grad_q, readers, unit);
         }
-        store_gradients<S>(grad_k, grads.k_parts, problem.width, slot, row, held.begin, task.head, count, k_sums);
-        store_gradients<S>(grad_v, grads.v_parts, problem.width, slot, row, held.begin, task.head, count, v_sums);
+        store_gradients<S>(grad_k, divided, grads.k_parts, problem.width, unit, row, task.head, count, k_sums);
+        store_gradients<S>(grad_v, divided, grads.v_parts, problem.width, unit, row, task.head, count, v_sums);
         if (kWhole) break;  // all of them were held
       }
     });
   });
+  const Unowned unowned = readers.unowned();
   if (encode) clear_unowned<S>(grad_k, unowned, task), clear_unowned<S>(grad_v, unowned, task);
   for (int r = 0; kWhole && r < problem.heads_per_kv_head; ++r)
     clear_unowned<S>(column_of<S>(grads.q, query_head(problem, task.head, r), problem.heads, problem.width), unowned,
@@ -381,11 +378,12 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<S> > 2 ? 2 : kBackwa
                                           CrossGradients<typename S::T> grads, Passes passes) {
   const Task task = task_of_lane<S>(problem.kv_heads);
   const int own_end = (task.warp / kWarps + 1) * kRun * kWarps, behind = least(own_end, readers.capacity);
-  SavedSoftmax<typename S::T> saved = {grads.softmax, grads.q_parts, readers.num_queries(), problem.heads,
-                                       readers.encode};
+  SavedSoftmax<typename S::T> saved = {grads.softmax, grads.q_parts, readers.num_queries(),
+                                       problem.heads, readers.parts, readers.encode};
   if (passes.halo > 0)
     saved.halo_begin = readers.encode ? static_cast<u32>(behind) * readers.queries_per_patch : readers.offset(behind);
-  if (passes.queries) pass_of_queries<S, false>(problem, readers, grads, task, {own_end, own_end + passes.halo}, saved);
+  const Pass pass = {own_end, most(own_end, least(own_end + passes.halo, readers.capacity))};
+  if (passes.queries) pass_of_queries<S, false>(problem, readers, grads, task, pass, saved);
   wait_for_copies<0>();
   __syncthreads();
   if (passes.keys) pass_of_keys<S, false>(problem, readers, grads, task, saved);

@@ -1,6 +1,7 @@
-// The sums of units of divided patches (patch_readers.cuh), added up in a fixed order: those of the patch's own unit, which
-// has both ends of its bytes, then those of its parts. A block looks at 32 parts in one head. For each that is the first of
-// a patch every warp adds up a share of the units, then the block the sums of its warps.
+// The sums of units by slot (patch_readers.cuh), added up in a fixed order: for the vectors of a patch those of its own unit,
+// then those of the parts of divided patches that its vectors meet, from the nearest one on. A block looks at 32 parts in
+// one head. For each that is the first of a patch it goes through the patches to which that one is the nearest. Every warp
+// adds up a share of the units, then the block the sums of its warps.
 //
 //   softmax   to = sum_u exp(m_u - m) sums_u / l,  lse = m + log l,  with m = max_u m_u and l = sum_u exp(m_u - m) l_u
 //   else      to = sum_u sums_u
@@ -12,7 +13,7 @@ namespace blt {
 
 template <class T>
 struct Summed {
-  T* to;          // [patches * rows, heads, width]
+  T* to;          // [patches * vectors, heads, width]
   acc_t<T>* lse;  // of a softmax
   int width;
 };
@@ -23,6 +24,26 @@ struct WarpSums {
   A totals[kWarps], sums[kWarps][kMaxWidth];
 };
 
+// Calls f(slot, patch of the slot) for every `step`-th unit from `first` on of those that have sums for the vectors of
+// patch p, to which patch `nearest` is the nearest divided one.
+template <class F>
+__device__ __forceinline__ void for_each_slot(const PatchReaders& readers, int p, int nearest, const Range& document,
+                                              int first, int step, F&& f) {
+  int skipped = first;  // units up to the next one
+  for (int n = -1; n < readers.window; ++n) {
+    const int other = n < 0 ? nearest : readers.encode ? nearest - n : nearest + n;
+    const int distance = readers.encode ? p - other : other - p;
+    if (other < document.begin || document.end <= other || distance >= readers.window) return;
+    const Parted own = readers.parted_patch(other);
+    const int begin = static_cast<int>(own.parts.begin) + (n < 0 ? readers.parts : 0);
+    const int count = n < 0 ? 1 : static_cast<int>(own.parts.end - own.parts.begin);
+    const int place = p - readers.origin_of(other);
+#pragma unroll 4
+    for (; skipped < count; skipped += step) f(begin + skipped, place);
+    skipped -= count;
+  }
+}
+
 template <class T, bool kSoftmax>
 __global__ void __launch_bounds__(kPartSumThreads, 1)
     patch_cross_attention_sum_kernel(PatchReaders readers, PartSums<acc_t<T>> parts, Summed<T> summed) {
@@ -30,28 +51,32 @@ __global__ void __launch_bounds__(kPartSumThreads, 1)
   constexpr int kWarps = WarpSums<A>::kWarps, kColumns = kMaxWidth / kWarp;
   auto& shared = shared_memory<WarpSums<A>>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, head = blockIdx.y;
-  const int first = blockIdx.x * kWarp, part = first + lane;
-  int patch = -1, end = 0;
+  const int part = blockIdx.x * kWarp + lane;
+  int divided = -1;
   if (part < readers.parts) {
-    const int p = readers.patch_of(part * kPart), begin = readers.offset(p);
-    const Parted bytes = readers.parts_of(begin, most(readers.offset(p + 1), begin));
-    if (part == bytes.parts.begin && part < bytes.parts.end) patch = p, end = static_cast<int>(bytes.parts.end);
+    const int p = readers.patch_of(part * kPart);
+    const Parted own = readers.parted_patch(p);
+    if (part == own.parts.begin && part < own.parts.end) divided = p;
   }
-  for (u32 firsts = __ballot_sync(kAllLanes, patch >= 0); firsts; firsts &= firsts - 1) {
-    const int source = __ffs(firsts) - 1, begin = first + source;
-    const i64 p = __shfl_sync(kAllLanes, patch, source);
-    const int count = 1 + __shfl_sync(kAllLanes, end, source) - begin;
-    const auto slot = [&](int n) { return n == 0 ? readers.parts + begin : begin + n - 1; };
-    for (int row = 0; row < parts.rows; ++row) {
+  for (u32 firsts = __ballot_sync(kAllLanes, divided >= 0); firsts; firsts &= firsts - 1) {
+    const int nearest = __shfl_sync(kAllLanes, divided, __ffs(firsts) - 1);
+    Range document = {nearest, nearest + 1};
+    if (readers.window > 1) readers.document_of(nearest, document.begin, document.end);
+    for (int n = 0; n < readers.window * parts.vectors; ++n) {
+      const int distance = n / parts.vectors, row = n % parts.vectors;
+      const int p = readers.encode ? nearest + distance : nearest - distance;
+      if (p < document.begin || document.end <= p) break;
+      if (distance > 0 && readers.is_divided(p)) break;
+      const auto at_slot = [&](int slot, int place) { return parts.at(slot, place * parts.vectors + row, head); };
       A top = no_score<A>(), total = 0, sums[kColumns] = {};
       if (kSoftmax) {
-        for (int n = lane; n < count; n += kWarp) top = most(top, parts.softmax[2 * parts.at(slot(n), row, head)]);
+        for_each_slot(readers, p, nearest, document, lane, kWarp,
+                      [&](int slot, int place) { top = most(top, parts.softmax[2 * at_slot(slot, place)]); });
         top = warp_fold(top, Most{});
       }
       const A shift = top == no_score<A>() ? A(0) : top;
-#pragma unroll 4
-      for (int n = warp; n < count; n += kWarps) {
-        const i64 at = parts.at(slot(n), row, head);
+      for_each_slot(readers, p, nearest, document, warp, kWarps, [&](int slot, int place) {
+        const i64 at = at_slot(slot, place);
         A weight = 1;
         if (kSoftmax) {
           const auto softmax = load<2>(parts.softmax + 2 * at);
@@ -61,12 +86,12 @@ __global__ void __launch_bounds__(kPartSumThreads, 1)
 #pragma unroll
         for (int c = 0; c < kColumns; ++c)
           if (c * kWarp + lane < summed.width) sums[c] += weight * parts.sums[at * summed.width + c * kWarp + lane];
-      }
+      });
       if (lane == 0) shared.totals[warp] = total;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) shared.sums[warp][c * kWarp + lane] = sums[c];
       __syncthreads();
-      const i64 at = (p * parts.rows + row) * parts.heads + head;
+      const i64 at = (static_cast<i64>(p) * parts.vectors + row) * parts.heads + head;
       A sum = 0, whole = 0;
       for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][threadIdx.x], whole += shared.totals[w];
       if (kSoftmax && threadIdx.x == 0) summed.lse[at] = shift + log_to_e(whole);

@@ -5,9 +5,11 @@
 // readers, in front, and behind those of the last patch of a document bytes that read nothing (id -1). Whatever offsets
 // and ids hold, rows are rows of the tensors, and what no patch owns may be left unwritten.
 //
-// A warp works on units. A patch is one, with all its bytes. But of a long one each whole part (patch_parts.cuh) is a unit,
-// and that of the patch has only the bytes before and behind its parts. So no unit has 2 kPart bytes, but for those of a
-// window, which are not divided.
+// A warp works on units. A patch is one, with all bytes that it meets. But of a long patch each whole part
+// (patch_parts.cuh) is a unit, with all vectors that meet it, and what lies before, between and behind parts is left to the
+// units of patches: so none has 2 kPart bytes of one patch. Sums over the bytes of a vector then come from several units:
+// each keeps its own in a slot, that of the part, or for a patch that of the first part of the nearest divided one.
+// Windows of more than kMaxDivided patches are not divided, since slots have room for all vectors that meet a part.
 #pragma once
 
 #include "patch_parts.cuh"
@@ -22,12 +24,16 @@ struct Range {
   int begin, end;
 };
 
+inline constexpr int kMaxDivided = 16;
+
 struct PatchUnit {
-  int patch;          // -1: nothing to do
-  Range patches;      // of the vectors
-  Range front, back;  // bytes
-  int stop;           // bytes from here on read nothing
-  int slot;           // of the unit's sums, where its patch has several units; else -1
+  int patch;      // -1: nothing to do
+  Range patches;  // of the vectors
+  Range bytes;
+  int hole;    // the first part among the bytes begins here; their end if there is none
+  int stop;    // bytes from here on read nothing
+  int slot;    // of the unit's sums, where others have sums of the same vectors; else -1
+  int origin;  // the patch whose vectors come first in the slot
 };
 inline constexpr int kNoUnit = -1;
 inline constexpr int kPatchUnitWords = sizeof(PatchUnit) / sizeof(int);
@@ -113,31 +119,92 @@ struct PatchReaders {
     return {{0, static_cast<u32>(begin)}, {static_cast<u32>(end), static_cast<u32>(num_bytes)}};
   }
 
+  // The whole parts of patch p that are units of their own.
+  __device__ __forceinline__ Parted parted_patch(int p) const {
+    const int begin = offset(p);
+    return parts_of(begin, most(offset(p + 1), begin));
+  }
+  __device__ __forceinline__ bool is_divided(int p) const {
+    const Parted own = parted_patch(p);
+    return own.parts.begin < own.parts.end;
+  }
+  // Where the first part among the bytes of patches from p to end begins; else where the bytes end.
+  __device__ __forceinline__ int first_hole(int p, int end, int bytes_end) const {
+    for (; parts > 0 && p < end && offset(p) < bytes_end; ++p) {
+      const Parted own = parted_patch(p);
+      if (own.parts.begin < own.parts.end) return least(static_cast<int>(own.before.end), bytes_end);
+    }
+    return bytes_end;
+  }
+  // The next bytes of a unit behind the part at `hole`. Every lane has the same ones; that the compiler sees it by the
+  // shuffles saves registers.
+  __device__ __forceinline__ Range behind_hole(const PatchUnit& unit, int hole) const {
+    const int p = patch_of(hole), end = static_cast<int>(parted_patch(p).behind.begin);
+    const int begin = least(most(end, hole + kPart), unit.bytes.end);
+    const int next_hole = most(begin, first_hole(p + 1, capacity, unit.bytes.end));
+    return {__shfl_sync(kAllLanes, begin, 0), __shfl_sync(kAllLanes, next_hole, 0)};
+  }
+
+  // Calls f(range) for the bytes of a unit before, between and behind parts.
+  template <class F>
+  __device__ __forceinline__ void for_each_range(const PatchUnit& unit, F&& f) const {
+#pragma unroll 1
+    for (Range range = {unit.bytes.begin, unit.hole};; range = behind_hole(unit, range.end)) {
+      f(range);
+      if (range.end >= unit.bytes.end) return;
+    }
+  }
+  // Calls f(rows) for the vectors of a unit, or for those of its bytes that read or are read.
+  template <class F>
+  __device__ __forceinline__ void for_each_rows(const PatchUnit& unit, bool of_vectors, F&& f) const {
+#pragma unroll 1
+    for (Range range = {unit.bytes.begin, unit.hole};; range = behind_hole(unit, range.end)) {
+      f(of_vectors ? vectors(unit) : reading(range, unit.stop));
+      if (of_vectors || range.end >= unit.bytes.end) return;
+    }
+  }
+
+  // The divided patch nearest to p among those that its vectors meet; -1 if there is none.
+  __device__ __forceinline__ int nearest_divided(int p, int first, int end) const {
+    for (int n = 0; parts > 0 && n < end - first; ++n) {
+      const int other = encode ? p - n : p + n;
+      if (is_divided(other)) return other;
+    }
+    return -1;
+  }
+  // The patch whose vectors come first in the slots of parts of patch p.
+  __device__ __forceinline__ int origin_of(int p) const { return encode ? p : p - window + 1; }
+
   // PatchUnit u but for its `stop`: patch u with all keys of its queries, or with all queries of its keys; or a part.
   template <bool kHoldsQueries>
   __device__ __forceinline__ PatchUnit unit_of(int u) const {
-    PatchUnit unit = {-1, {0, 0}, {0, 0}, {0, 0}, 0, -1};
+    PatchUnit unit = {-1, {0, 0}, {0, 0}, 0, 0, -1, 0};
     if (u == kNoUnit || u >= capacity + parts) return unit;
     const int part = u - capacity, p = part < 0 ? u : patch_of(part * kPart);
-    int first = p, end = p + 1, meets = p, meets_end = p + 1;
+    Range own = {p, p + 1}, met = own;  // vectors by bytes: of all patches that p meets, if it meets several, one side
     if (window > 1) {
-      document_of(p, first, end);
-      first = kHoldsQueries ? most(first, p - window + 1) : p;
-      end = kHoldsQueries ? p + 1 : static_cast<int>(least<i64>(end, static_cast<i64>(p) + window));
+      document_of(p, met.begin, met.end);
+      if (encode != (part < 0 && kHoldsQueries == encode))
+        met = {p, static_cast<int>(least<i64>(met.end, static_cast<i64>(p) + window))};
+      else
+        met = {most(met.begin, p - window + 1), p + 1};
     }
-    if (kHoldsQueries == encode) meets = first, meets_end = end, first = p, end = p + 1;
-    const int begin = offset(meets), behind = most(offset(meets_end), begin);
-    const Parted bytes = parts_of(begin, behind);
-    const bool divided = bytes.parts.begin < bytes.parts.end;
-    unit.patches.begin = first, unit.patches.end = end;
-    if (part < 0) {
-      unit.patch = p;
-      unit.front.begin = begin, unit.front.end = static_cast<int>(bytes.before.end);
-      unit.back.begin = static_cast<int>(bytes.behind.begin), unit.back.end = behind;
-      if (divided) unit.slot = parts + static_cast<int>(bytes.parts.begin);
-    } else if (bytes.parts.begin <= part && part < bytes.parts.end) {
-      unit.patch = p, unit.slot = part;
-      unit.front.begin = part * kPart, unit.front.end = unit.front.begin + kPart;
+    if (part >= 0) {
+      const Parted bytes = parted_patch(p);
+      if (part < bytes.parts.begin || bytes.parts.end <= part) return unit;
+      unit.patch = p, unit.patches = met, unit.slot = part, unit.origin = origin_of(p);
+      unit.bytes = {part * kPart, (part + 1) * kPart}, unit.hole = unit.bytes.end;
+      return unit;
+    }
+    const bool meets_bytes = kHoldsQueries == encode;
+    unit.patch = p, unit.patches = meets_bytes ? own : met;
+    const Range patches = meets_bytes ? met : own;
+    unit.bytes.begin = offset(patches.begin), unit.bytes.end = most(offset(patches.end), unit.bytes.begin);
+    unit.hole = first_hole(patches.begin, patches.end, unit.bytes.end);
+    if (unit.hole < unit.bytes.end) {
+      const int nearest = most(nearest_divided(p, patches.begin, patches.end), 0);
+      unit.slot = parts + least(static_cast<int>(parted_patch(nearest).parts.begin), parts - 1);
+      unit.origin = origin_of(nearest);
     }
     return unit;
   }
@@ -160,21 +227,20 @@ __device__ __forceinline__ void for_each_unit(const PatchReaders& readers, int f
   };
   Words mine = {readers.unit_of<kHoldsQueries>(first + place < end ? first + place : kNoUnit)};
   PatchUnit& unit = mine.unit;
-  const Range bytes = {unit.front.begin, unit.back.end};
   const auto follows = [&](const Range& own) {
     const int begin = __shfl_up_sync(kAllLanes, own.begin, 1), end = __shfl_up_sync(kAllLanes, own.end, 1);
     return place == 0 || (begin <= own.begin && own.begin <= end && end <= own.end);
   };
-  const bool one_piece = unit.patch >= 0 && unit.front.end == unit.back.begin;
-  const bool regular = __all_sync(kAllLanes, one_piece & follows(bytes) & follows(unit.patches));
+  const bool whole = unit.patch >= 0 && unit.hole == unit.bytes.end;
+  const bool regular = __all_sync(kAllLanes, whole & follows(unit.bytes) & follows(unit.patches));
   const Rows vectors = readers.vectors(unit);
   Run run = {0, 0};
   if (regular) {
     run = {__shfl_sync(kAllLanes, vectors.end, kRun - 1),
-           __shfl_sync(kAllLanes, static_cast<u32>(bytes.end), kRun - 1)};
-    start(__shfl_sync(kAllLanes, vectors.begin, 0), __shfl_sync(kAllLanes, static_cast<u32>(bytes.begin), 0), run);
+           __shfl_sync(kAllLanes, static_cast<u32>(unit.bytes.end), kRun - 1)};
+    start(__shfl_sync(kAllLanes, vectors.begin, 0), __shfl_sync(kAllLanes, static_cast<u32>(unit.bytes.begin), 0), run);
   }
-  unit.stop = readers.stop_of(unit.front.begin, most(unit.front.end, unit.back.end));
+  unit.stop = readers.stop_of(unit.bytes.begin, unit.bytes.end);
 #pragma unroll 1
   for (int i = 0; i < kRun; ++i) {
     Words next;

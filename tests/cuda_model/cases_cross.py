@@ -69,7 +69,7 @@ class Direction:
         """Sums of units of divided patches, of which there are none here."""
         rows = 2 * self.parts * QUERIES * HEADS if needed else 0
         memory = [Array("part sums", rows * n * 4, None, True) if needed else None for n in (2, HEAD)]
-        return [*memory, i32(QUERIES), i32(HEADS)]
+        return [*memory, i32(1), i32(QUERIES), i32(HEADS)]
 
     def launch(self, kernel: str, ring: int, results: list) -> Launch:
         """A block has 4 units for each of its warps, in four heads: 32 patches are a period. Blocks of parts leave."""

@@ -494,8 +494,8 @@ def test_traffic(
         (40, "decode", 1, None, 2, ["fwd_keys", "bwd_keys"]),
         (40, "decode", 2, None, 1, ["fwd_keys", "bwd_keys"]),
         (40, "decode", 3, None, 2, ["fwd_queries", "bwd_both"]),
-        (80, "encode", 2, 3, 2, ["fwd_queries", "bwd_both"]),
-        (80, "decode", 2, 3, 2, ["fwd_queries", "bwd_both"]),
+        (80, "encode", 2, 3, 2, ["fwd_queries", "sum", "bwd_both", "sum"]),
+        (80, "decode", 2, 16, 2, ["fwd_queries", "bwd_both", "sum", "sum"]),
         (80, "decode", 2, 17, 2, ["fwd_queries", "bwd_both"]),
         (80, "encode", 2, 18, 2, ["fwd_queries", "bwd_both", "bwd_both"]),
         (80, "encode", 2, None, 2, ["fwd_queries", "sum", "bwd_queries", "sum"]),
@@ -505,7 +505,7 @@ def test_traffic(
 def test_launches(
     num_bytes: int, direction: str, vectors: int, window: int | None, kv_heads: int, expected: list[str]
 ) -> None:
-    """From 64 bytes on a patch may be divided; a window is not. One of more than 17 patches has a launch a pass."""
+    """From 64 bytes on a patch may be divided, as with windows of up to 16. From 18 on each pass has a launch."""
     tensors, rest = arguments(ragged_layout(num_bytes, 2), direction, vectors, 2, 64, window, kv_heads)
     launches = backends.launches(lambda: run_raw([x.float() for x in tensors], rest))
     kernels = [launch.kernel.split("<")[0].removeprefix("blt::patch_cross_attention_") for launch in launches]
@@ -519,14 +519,15 @@ def one_patch(num_bytes: int) -> PatchLayout:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-def test_no_thread_walks_a_long_patch_alone(direction: str) -> None:
+@pytest.mark.parametrize("window", [None, 2])
+def test_no_thread_walks_a_long_patch_alone(direction: str, window: int | None) -> None:
     """The longest chain of accesses of a thread is as long for four times the bytes: that of kRun parts of 64.
 
     Only that of the sums of parts grows, by less than one access a part: to 1M bytes it is no longer than a few units.
     """
     units, sums = [], []
     for num_bytes in (2048, 8192):
-        tensors, rest = arguments(one_patch(num_bytes), direction, 2, 1, 64)
+        tensors, rest = arguments(one_patch(num_bytes), direction, 2, 1, 64, window)
         tensors = [x.bfloat16() for x in tensors]
         launches = backends.launches(lambda: run_raw(tensors, rest))  # noqa: B023
         units.append([launch.longest for launch in launches if "sum" not in launch.kernel])
@@ -539,10 +540,23 @@ def test_no_thread_walks_a_long_patch_alone(direction: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize(
-    ("dtype", "vectors", "heads", "kv_heads"), [(torch.bfloat16, 2, 2, 2), (torch.float32, 3, 4, 2)]
+    ("dtype", "vectors", "window", "heads", "kv_heads"),
+    [
+        (torch.bfloat16, 2, None, 2, 2),
+        (torch.float32, 3, None, 4, 2),
+        (torch.bfloat16, 2, 2, 2, 2),
+        (torch.float32, 3, 3, 4, 2),
+        (torch.float32, 1, 17, 2, 2),  # not divided on CUDA
+    ],
 )
 def test_divided_patches(
-    direction: str, dtype: torch.dtype, vectors: int, heads: int, kv_heads: int, device: str
+    direction: str,
+    dtype: torch.dtype,
+    vectors: int,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    device: str,
 ) -> None:
     """Long patches beside short ones, empty ones, documents whose first patch has no reader, and bytes beyond."""
     documents = [[1, 127, 1, 300], [], [400], [2, 63, 257, 65], [64, 64, 128, 3]]
@@ -552,7 +566,7 @@ def test_divided_patches(
     cu_seqlens = torch.tensor([0, *(sum(x) for x in documents)], dtype=torch.int32).cumsum(0).int()
     layout = PatchLayout.from_cuts(cuts.to(device), cu_seqlens.to(device), 16)
     assert layout.patch_offsets[1 : len(ends) + 1].tolist() == ends.tolist()
-    tensors, rest = arguments(layout, direction, vectors, heads, 64, None, kv_heads)
+    tensors, rest = arguments(layout, direction, vectors, heads, 64, window, kv_heads)
     check_raw([x.to(dtype) for x in tensors], rest)
 
 
