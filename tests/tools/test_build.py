@@ -20,6 +20,7 @@ import blt_kernels
 from blt_kernels import _extension
 from blt_kernels._version import __version__
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(blt_kernels.__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -30,7 +31,6 @@ RUN_OPS = """
 import sys, torch, blt_kernels as k
 from blt_kernels import _extension
 
-pytestmark = pytest.mark.slow
 torch.manual_seed(0)
 cu = torch.tensor([0, 1, 1, 40, 300])
 logits = torch.randn(300, 260) * 3
