@@ -43,7 +43,7 @@ struct Hashed {
   }
 };
 
-HeldRows held_rows(const TableShard& shard, std::optional<int64_t> alphabet) {
+ShardRows shard_rows(const TableShard& shard, std::optional<int64_t> alphabet) {
   return {static_cast<u64>(shard.low), static_cast<u64>(shard.rows()),
           shard.has_byte_table() ? alphabet.value_or(0) : 0};
 }
@@ -88,7 +88,7 @@ Tensor ngram_hash_embed_fwd_cuda(const Tensor& tokens, std::vector<Tensor> table
       check_embed(tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range, vocab);
   const Hashed hashed(arguments.hash);
   byte_table = arguments.byte_table;
-  const HeldRows shard = held_rows(arguments.shard, byte_table ? byte_table->size(0) : 0);
+  const ShardRows shard = shard_rows(arguments.shard, byte_table ? byte_table->size(0) : 0);
   const int64_t count = arguments.hash.tables(), bytes = arguments.hash.bytes(), width = arguments.width();
   check_width(width);
   const Device device(arguments.tables[0]);
@@ -124,10 +124,10 @@ Tensor ngram_hash_embed_fwd_cuda(const Tensor& tokens, std::vector<Tensor> table
 // The gradients of all tables, each with a list of readers: those of the hashed tables, then that of the byte table.
 struct TableGrads : TableGradArguments {
   Hashed hashed;
-  HeldRows held;
+  ShardRows held;
 
   explicit TableGrads(const TableGradArguments& arguments)
-      : TableGradArguments(arguments), hashed(hash), held(held_rows(shard, alphabet)) {
+      : TableGradArguments(arguments), hashed(hash), held(shard_rows(shard, alphabet)) {
     check_width(width());
     for (const int64_t list : {int64_t{0}, lists() - 1})
       STD_TORCH_CHECK(rows(list) < UINT32_MAX, "tables: ", rows(list), " rows are too many to sort");

@@ -44,7 +44,7 @@ inline constexpr int kChunk = 1 << kChunkBits;  // readers of a sum of level 1
 inline constexpr int kMaxOwned = 120;           // runs per block
 
 // The rows that this rank holds: [low, low + rows) of each hashed table, and `alphabet` rows of the byte table.
-struct HeldRows {
+struct ShardRows {
   u64 low, rows;
   i64 alphabet;
 };
@@ -58,7 +58,7 @@ struct TableRows {
 
 // The row of a list that byte t reads, relative to the shard's first, or -1. The last list is the byte table's.
 template <class Id>
-__device__ __forceinline__ i64 row_read(const Text<Id>& text, const Ngrams& ngrams, const HeldRows& shard, int list,
+__device__ __forceinline__ i64 row_read(const Text<Id>& text, const Ngrams& ngrams, const ShardRows& shard, int list,
                                         i64 t, i64 start) {
   if (start < 0) return -1;
   if (list == ngrams.tables) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ void store_sum(T* to, const acc_t<T> (&sum)[kVec]) {
 
 template <class T, class Id, int kVec>
 __global__ void __launch_bounds__(kEmbedThreads, 7)
-    ngram_hash_embed_fwd_kernel(Text<Id> text, __grid_constant__ const Ngrams ngrams, HeldRows shard,
+    ngram_hash_embed_fwd_kernel(Text<Id> text, __grid_constant__ const Ngrams ngrams, ShardRows shard,
                                 __grid_constant__ const TableRows<const T> tables, i64 width, T* out) {
   __shared__ i64 starts[kEmbedBytes];
   const T** const rows = &shared_memory<const T*>();  // [kEmbedBytes][lists]
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kEmbedThreads, 7)
 // The grid is that of radix_sort.cuh's tiles.
 template <class Id>
 __global__ void __launch_bounds__(kSortThreads, 6)
-    ngram_readers_kernel(Text<Id> text, __grid_constant__ const Ngrams ngrams, HeldRows shard, u32 none,
+    ngram_readers_kernel(Text<Id> text, __grid_constant__ const Ngrams ngrams, ShardRows shard, u32 none,
                          Reader* readers, u32* counts) {
   __shared__ DigitCounts<kSortBits> digits;
   const i64 first = static_cast<i64>(blockIdx.x) * kSortTile + threadIdx.x;
