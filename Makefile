@@ -62,6 +62,7 @@ lint: .venv/built  ## Check style and types: ruff, mypy, clang-format
 	ruff format --check .
 	mypy
 	clang-format --dry-run --Werror $(SOURCES)
+	! grep -nE '.{121,}' $(SOURCES)  # clang-format leaves comments as they are
 
 # REHEARSE=1 runs all of it without a GPU; CALL=2 or STAGES="smoke timings" picks what runs; OUT is where results go.
 GPU_PYTHON = $(if $(REHEARSE),$(BIN)/python,$(OWN_PYTHON))

@@ -31,7 +31,7 @@ struct Split {
   static_assert(kCellLanes >= 1, "a lane has at most one cell");
 };
 
-// --- slices -----------------------------------------------------------------------------------------------------------
+// --- slices ----------------------------------------------------------------------------------------------------------
 
 // A lane's slice of a row as it is in memory, and as it is computed with.
 template <class S>
@@ -132,7 +132,7 @@ __device__ __forceinline__ void add(Slice<S>& sum, typename S::A factor, const S
   for (int c = 0; c < S::kSize; ++c) sum[c] += factor * x[c];
 }
 
-// --- cells ------------------------------------------------------------------------------------------------------------
+// --- cells -----------------------------------------------------------------------------------------------------------
 // All lanes of the warp take part in each of these.
 
 // The cell of the lane: of held row `held` and row `tile` of the tile.
@@ -151,7 +151,8 @@ __device__ __forceinline__ bool first_of_cell() {
   return threadIdx.x % S::kCellLanes == 0;
 }
 
-// held_i . x_a of the lane's cell (i, a). Every sum folds the lanes by halves, so its bits depend on its own terms alone.
+// held_i . x_a of the lane's cell (i, a). Every sum folds the lanes by halves, so its bits depend on its own terms
+// alone.
 template <class S>
 __device__ __forceinline__ typename S::A dots(const Slice<S> (&held)[S::kHeld], const Slice<S> (&x)[S::kTile]) {
   typename S::A sums[S::kCells];

@@ -1,5 +1,5 @@
-// Launchers of patch_cross_attention.cuh. A warp for every kRun units and the heads that it has room for, at least one for
-// these heads, since it zeroes what no patch owns.
+// Launchers of patch_cross_attention.cuh. A warp for every kRun units and the heads that it has room for, at least one
+// for these heads, since it zeroes what no patch owns.
 
 #include "patch_cross_attention.cuh"
 
@@ -115,8 +115,8 @@ LaunchConfig config_of(const Arguments& arguments) {
           .smem_bytes = sizeof(Rings<Ring>)};
 }
 
-// f(Split) with the fewest lanes, from 8 on, that hold a row in vectors of 16 bytes, if all rows of the tensors begin at a
-// multiple of that; else number by number. fp64 is for checks, and always takes that way.
+// f(Split) with the fewest lanes, from 8 on, that hold a row in vectors of 16 bytes, if all rows of the tensors begin
+// at a multiple of that; else number by number. fp64 is for checks, and always takes that way.
 template <class T, class F>
 void dispatch_split(std::initializer_list<const Tensor*> tensors, F&& f) {
   if constexpr (sizeof(T) < 8) {

@@ -8,12 +8,12 @@
 // Query head h reads head h / (H / G) of the G heads of k and v.
 //
 // A group of 8 to 32 lanes owns a unit (patch_readers.cuh), K vectors by a handful of bytes, in one head of k and v: as
-// many lanes as a row has vectors of 16 bytes (head_slices.cuh). A warp has the groups of neighbouring heads of the same
-// unit, so all its lanes do the same and it never diverges. It goes through kRun units in a row. The group holds kHeld rows
-// of one side in registers and streams those of the other past them; more held rows are taken in chunks. The rows that it
-// streams come through shared memory, the next ones that it holds are under way in registers (row_stream.cuh): as units
-// follow on each other in memory, a warp waits for memory when it starts and never between units. No atomics: every row of
-// every result has one owner, which sums in the order of the rows.
+// many lanes as a row has vectors of 16 bytes (head_slices.cuh). A warp has the groups of neighbouring heads of the
+// same unit, so all its lanes do the same and it never diverges. It goes through kRun units in a row. The group holds
+// kHeld rows of one side in registers and streams those of the other past them; more held rows are taken in chunks. The
+// rows that it streams come through shared memory, the next ones that it holds are under way in registers
+// (row_stream.cuh): as units follow on each other in memory, a warp waits for memory when it starts and never between
+// units. No atomics: every row of every result has one owner, which sums in the order of the rows.
 //
 //   patch_cross_attention_fwd_queries  holds queries, streams keys with a running softmax
 //   patch_cross_attention_fwd_keys     decoding, where a unit's keys are held at once: streams queries
@@ -21,12 +21,13 @@
 // Units of a divided patch leave the sums of their softmax, m, l and sum_j exp(s_ij - m) v_j, to
 // patch_cross_attention_sum, which adds them up in the order of the parts.
 //
-// Bytes: forward q, k, v, out, lse once; backward q, k, v, grad_out, lse and the gradients once. Flops for a (query, key)
-// pair and head: 4 E forward, 10 to 14 E backward. With K = 2 in bf16 that is about 2 flops a byte, so memory is the
-// limit. Before its first row a warp waits for two loads that depend on each other, offsets and rows.
+// Bytes: forward q, k, v, out, lse once; backward q, k, v, grad_out, lse and the gradients once. Flops for a (query,
+// key) pair and head: 4 E forward, 10 to 14 E backward. With K = 2 in bf16 that is about 2 flops a byte, so memory is
+// the limit. Before its first row a warp waits for two loads that depend on each other, offsets and rows.
 //
-// Each warp has up to 8 KB of rows under way, 16 KB where keys pass twice. With 128 registers forward and 168 backward a
-// multiprocessor has room for 16 and 12 warps, and 23 KB under way cover the latency of memory. Heads are at most 256 wide.
+// Each warp has up to 8 KB of rows under way, 16 KB where keys pass twice. With 128 registers forward and 168 backward
+// a multiprocessor has room for 16 and 12 warps, and 23 KB under way cover the latency of memory. Heads are at most 256
+// wide.
 #pragma once
 
 #include "head_slices.cuh"
@@ -98,7 +99,7 @@ __device__ __forceinline__ Ring& ring_of_warp() {
   return shared_memory<Rings<Ring>>().of_warp[threadIdx.x / kWarp];
 }
 
-// --- numbers ----------------------------------------------------------------------------------------------------------
+// --- numbers ---------------------------------------------------------------------------------------------------------
 
 // That of a key that is not there, and lse where there is no key at all: minus infinity.
 template <class A>
@@ -127,7 +128,7 @@ struct Sum {
   }
 };
 
-// --- rows -------------------------------------------------------------------------------------------------------------
+// --- rows ------------------------------------------------------------------------------------------------------------
 
 // The head of a lane in a tensor of query heads: the r-th of those that read the lane's head of k and v.
 template <class T>
@@ -168,7 +169,7 @@ __device__ __forceinline__ void store_sums(typename S::A* to, int room, const Sl
     }
 }
 
-// --- forward ----------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct CrossOutput {

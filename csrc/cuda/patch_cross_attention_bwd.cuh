@@ -1,24 +1,24 @@
 // The backward of patch_cross_attention.cuh, which says what it computes and who owns what.
 //
-// Two passes, one for either side of a unit that is held. With a and b the held rows, q and grad_out or k and v, and x and
-// y the streamed ones of the other side, a . x and b . y are all the products there are, either way. Where all rows of the
-// patch are held at once, the gradients of the streamed rows are whole too and leave with them: then one pass does it all,
-// and every tensor passes once.
+// Two passes, one for either side of a unit that is held. With a and b the held rows, q and grad_out or k and v, and x
+// and y the streamed ones of the other side, a . x and b . y are all the products there are, either way. Where all rows
+// of the patch are held at once, the gradients of the streamed rows are whole too and leave with them: then one pass
+// does it all, and every tensor passes once.
 //
 //   queries held   dq adds up. Streams keys twice, first for the sums of the softmax, l and delta, then from the ring.
 //                  Encoding without a window, K <= kHeld and H = G, it does dk and dv as well.
-//   keys held      dk and dv add up. Decoding without a window and K <= kHeld, it does dq as well, since a query's softmax
-//                  is over the cells of its row. Else it takes l and delta from the other pass.
+//   keys held      dk and dv add up. Decoding without a window and K <= kHeld, it does dq as well, since a
+//                  query's softmax is over the cells of its row. Else it takes l and delta from the other pass.
 //
-// A block makes both passes over its units, so that the second one finds its rows in the caches. Of a window it also finds
-// l and delta of the patches behind its own whose queries read its keys: its halo. Windows with a halo larger than a block
-// have a launch for each pass, and their tensors pass twice.
+// A block makes both passes over its units, so that the second one finds its rows in the caches. Of a window it also
+// finds l and delta of the patches behind its own whose queries read its keys: its halo. Windows with a halo larger
+// than a block have a launch for each pass, and their tensors pass twice.
 //
-// lse is rounded, so the weights exp(s - lse) do not quite sum to 1 until they are divided by their sum. Only queries of
-// divided patches, whose sums no unit has, take them as they are, and delta as g . out.
+// lse is rounded, so the weights exp(s - lse) do not quite sum to 1 until they are divided by their sum. Only queries
+// of divided patches, whose sums no unit has, take them as they are, and delta as g . out.
 //
-// Why these and no other: both passes would do for all, but compute twice what the usual case needs; one that holds queries
-// for both directions would stream keys once for every two queries of a decoding patch, 2.3 times on average.
+// Why these and no other: both passes would do for all, but compute twice what the usual case needs; one that holds
+// queries for both directions would stream keys once for every two queries of a decoding patch, 2.3 times on average.
 #pragma once
 
 #include "patch_cross_attention.cuh"
@@ -52,8 +52,8 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 
-// Slopes cancel against delta, their average. So that is a quotient corrected by its remainder, of a sum that makes up for
-// the rounding errors it has left behind (Kahan). A sum that is not finite leaves none.
+// Slopes cancel against delta, their average. So that is a quotient corrected by its remainder, of a sum that makes up
+// for the rounding errors it has left behind (Kahan). A sum that is not finite leaves none.
 template <class A>
 __device__ __forceinline__ A quotient(A sum, A total, A inverse) {
   const A rounded = sum * inverse, nearer = fma(fma(-rounded, total, sum), inverse, rounded);
@@ -137,9 +137,9 @@ using BackwardKeyRing = RowRing<S, 2, false, 2 * kRingBytes>;
 template <class S>
 using BackwardQueryRing = RowRing<S, 2, true, kRingBytes>;
 
-// 1 / l and delta of queries, from the pass that holds queries to the one that holds keys. Encoding, parts that have the
-// same queries each save them in their slots. A block saves those of the patches behind its own, whose queries read its
-// keys, behind those of all owners: nothing has two writers.
+// 1 / l and delta of queries, from the pass that holds queries to the one that holds keys. Encoding, parts that have
+// the same queries each save them in their slots. A block saves those of the patches behind its own, whose queries read
+// its keys, behind those of all owners: nothing has two writers.
 template <class T>
 struct SavedSoftmax {
   acc_t<T>* softmax;  // [queries, heads, 2], once more where there are halos
@@ -161,7 +161,8 @@ struct Pass {
   int own_end, end;
 };
 
-// Holds the queries of units and computes dq. It also computes dk and dv, or else saves 1 / l and delta for pass_of_keys.
+// Holds the queries of units and computes dq. It also computes dk and dv, or else saves 1 / l and delta for
+// pass_of_keys.
 template <class S, bool kWhole>
 __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S::T>& problem,
                                                 const PatchReaders& readers, const CrossGradients<typename S::T>& grads,
@@ -260,8 +261,8 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
                      task);
 }
 
-// Holds the keys of units and computes dk and dv. It also computes 1 / l, delta and dq, or else reads what pass_of_queries
-// has saved.
+// Holds the keys of units and computes dk and dv. It also computes 1 / l, delta and dq, or else reads what
+// pass_of_queries has saved.
 template <class S, bool kWhole>
 __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>& problem, const PatchReaders& readers,
                                              const CrossGradients<typename S::T>& grads, const Task& task,

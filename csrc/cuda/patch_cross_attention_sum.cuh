@@ -1,7 +1,7 @@
-// The sums of units by slot (patch_readers.cuh), added up in a fixed order: for the vectors of a patch those of its own unit,
-// then those of the parts of divided patches that its vectors meet, from the nearest one on. A block looks at 32 parts in
-// one head. For each that is the first of a patch it goes through the patches to which that one is the nearest. Every warp
-// adds up a share of the units, then the block the sums of its warps.
+// The sums of units by slot (patch_readers.cuh), added up in a fixed order: for the vectors of a patch those of its own
+// unit, then those of the parts of divided patches that its vectors meet, from the nearest one on. A block looks at 32
+// parts in one head. For each that is the first of a patch it goes through the patches to which that one is the
+// nearest. Every warp adds up a share of the units, then the block the sums of its warps.
 //
 //   softmax   to = sum_u exp(m_u - m) sums_u / l,  lse = m + log l,  with m = max_u m_u and l = sum_u exp(m_u - m) l_u
 //   else      to = sum_u sums_u

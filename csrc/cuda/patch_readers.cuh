@@ -1,15 +1,16 @@
 // Who reads whom in patch_cross_attention: patches, of K vectors each, meet rows of bytes.
 //
 // Encoding, the K queries of patch p read the bytes of patches (p - window, p]. Decoding, the bytes with decode id d
-// read the K vectors of patches (d - window, d]. `offsets` tells which bytes meet a patch: its own encoding, decoding its
-// readers, in front, and behind those of the last patch of a document bytes that read nothing (id -1). Whatever offsets
-// and ids hold, rows are rows of the tensors, and what no patch owns may be left unwritten.
+// read the K vectors of patches (d - window, d]. `offsets` tells which bytes meet a patch: its own encoding, decoding
+// its readers, in front, and behind those of the last patch of a document bytes that read nothing (id -1). Whatever
+// offsets and ids hold, rows are rows of the tensors, and what no patch owns may be left unwritten.
 //
 // A warp works on units. A patch is one, with all bytes that it meets. But of a long patch each whole part
-// (patch_parts.cuh) is a unit, with all vectors that meet it, and what lies before, between and behind parts is left to the
-// units of patches: so none has 2 kPart bytes of one patch. Sums over the bytes of a vector then come from several units:
-// each keeps its own in a slot, that of the part, or for a patch that of the first part of the nearest divided one.
-// Windows of more than kMaxDivided patches are not divided, since slots have room for all vectors that meet a part.
+// (patch_parts.cuh) is a unit, with all vectors that meet it, and what lies before, between and behind parts is left to
+// the units of patches: so none has 2 kPart bytes of one patch. Sums over the bytes of a vector then come from several
+// units: each keeps its own in a slot, that of the part, or for a patch that of the first part of the nearest divided
+// one. Windows of more than kMaxDivided patches are not divided, since slots have room for all vectors that meet a
+// part.
 #pragma once
 
 #include "patch_parts.cuh"
@@ -215,9 +216,9 @@ struct Run {
   u32 vectors_end, bytes_end;
 };
 
-// Calls f(unit, run) for the kRun units of this warp from `first` on, before `end`. Its lanes look up one each. Where the
-// units follow on each other it first calls start(v, b, run) with their first vector and byte, before it waits for the
-// ids of bytes.
+// Calls f(unit, run) for the kRun units of this warp from `first` on, before `end`. Its lanes look up one each. Where
+// the units follow on each other it first calls start(v, b, run) with their first vector and byte, before it waits for
+// the ids of bytes.
 template <bool kHoldsQueries, int kRun, class Start, class F>
 __device__ __forceinline__ void for_each_unit(const PatchReaders& readers, int first, int end, Start&& start, F&& f) {
   const int place = static_cast<int>(threadIdx.x) % kRun;

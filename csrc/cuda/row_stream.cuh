@@ -1,10 +1,10 @@
-// A warp requests rows of tensors ahead of their use: streamed rows come through a ring in shared memory, the next rows to
-// hold come to registers.
+// A warp requests rows of tensors ahead of their use: streamed rows come through a ring in shared memory, the next rows
+// to hold come to registers.
 //
-// The ring of a warp has kRows slots and keeps row r in slot r % kRows. Every lane copies its own slices of a row and reads
-// no others, so lanes need not be synchronised. Each row is one group of asynchronous copies: it has arrived when only
-// rows that were requested after it are under way. A range that begins where the last one ended, or among the last kRows
-// rows, costs no new trip to memory.
+// The ring of a warp has kRows slots and keeps row r in slot r % kRows. Every lane copies its own slices of a row and
+// reads no others, so lanes need not be synchronised. Each row is one group of asynchronous copies: it has arrived when
+// only rows that were requested after it are under way. A range that begins where the last one ended, or among the last
+// kRows rows, costs no new trip to memory.
 #pragma once
 
 #include "head_slices.cuh"
@@ -115,9 +115,9 @@ class RowStream {
   u32 begin_ = 1, end_ = 0;  // of the rows that were requested since the last seek
 };
 
-// Calls f(row, x) for tiles of the rows from begin to end, x[tensor][row of the tile]; a tile that reaches beyond the end
-// repeats the last row. Requests rows up to `limit`. With `kept`, which needs end - begin <= kRows, all rows keep their
-// slots.
+// Calls f(row, x) for tiles of the rows from begin to end, x[tensor][row of the tile]; a tile that reaches beyond the
+// end repeats the last row. Requests rows up to `limit`. With `kept`, which needs end - begin <= kRows, all rows keep
+// their slots.
 template <class Stream, class F>
 __device__ __forceinline__ void for_each_tile(Stream& stream, u32 begin, u32 end, u32 limit, bool kept, F&& f) {
   using S = typename Stream::S;

@@ -25,8 +25,8 @@ inline constexpr uintptr_t kHugeWorth = 4 << 20;  // the allocator keeps smaller
 // Returns an uninitialised contiguous tensor, of the dtype of `like` unless another is given.
 inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
-  // As torch::stable::new_empty for torch 2.9, which takes half the time: the one of later versions finds the operator by
-  // its name, 0.8 us a call.
+  // As torch::stable::new_empty for torch 2.9, which takes half the time: the one of later versions finds the operator
+  // by its name, 0.8 us a call.
   int32_t type = 0, layout = 0, device = aoti_torch_device_type_cpu();
   if (dtype)
     type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
