@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from blt_kernels.ids import BYTE_OFFSET
 from blt_kernels.models import BLT, ByteLM, MegaByte, load_model
 from blt_kernels.models.base import ByteModel
+from blt_kernels.models.threshold import find_threshold
 from blt_kernels.nn import next_byte_targets, row_positions
 from blt_kernels.ops.token_entropy import token_entropy
 from blt_kernels.train import checks, data
@@ -148,9 +149,9 @@ def measure(
 def threshold_for_patch_size(
     model: ByteLM, sources: Sequence[data.Source], patch_size: float, batch_bytes: int, context: int
 ) -> float:
-    """Return the entropy in nats above which patches start for a mean of `patch_size` bytes on `sources`.
+    """Return the entropy in nats above which patches of `sources` start, for patches of `patch_size` bytes on average.
 
-    Every row has two starts whatever the entropies are. The threshold makes as many more as are missing.
+    Every row has two starts whatever the entropies are.
     """
     device = next(model.parameters()).device
     free, num_bytes, forced = [], 0, 0
@@ -161,6 +162,5 @@ def threshold_for_patch_size(
         decides = (row_positions(rows, len(tokens)) > 0) & (next_byte_targets(tokens, rows) >= 0)
         free.append(entropy[decides])
         num_bytes, forced = num_bytes + len(tokens), forced + 2 * (len(rows) - 1)
-    entropies = torch.cat(free).sort(descending=True).values
-    wanted = round(num_bytes / patch_size) - forced
-    return float(entropies[min(max(wanted, 0), len(entropies) - 1)])
+    entropies = torch.cat(free)
+    return find_threshold(lambda t: num_bytes / (forced + int((entropies > t).sum())), entropies, patch_size)

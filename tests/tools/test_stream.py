@@ -17,7 +17,7 @@ from torch import Tensor
 import blt_kernels as bk
 from blt_kernels.cli.patch import stream
 from blt_kernels.cli.patch.rules import Rules, Scheme, parse_byte
-from blt_kernels.cli.patch.stream import StreamCutter, cut, find_threshold
+from blt_kernels.cli.patch.stream import StreamCutter, cut, threshold_for_target
 from blt_kernels.models import ByteLM
 from blt_kernels.models.characters import patches_of_whole_characters
 from blt_kernels.models.config import ByteLMConfig
@@ -254,7 +254,7 @@ def test_found_threshold_is_the_nearest(values: list[float], target: float, rule
         starts = whole(replace(rules, threshold=threshold), data, entropy)
         return abs(len(values) / max(len(starts), 1) - target)
 
-    found = find_threshold(data, entropy, replace(rules, target_size=target))
+    found = threshold_for_target(data, entropy, replace(rules, target_size=target))
     rises = [b - a for a, b in itertools.pairwise(entropy.tolist())]
     assert miss(found) <= min(map(miss, [-6.0, 6.0, *entropy.tolist(), *rises])) + 1e-9
 

@@ -19,6 +19,7 @@ from blt_kernels.cli.patch.rules import AT_ONCE, Rules, Scheme, load_tokenizer
 from blt_kernels.ids import to_ids
 from blt_kernels.models import ByteLM
 from blt_kernels.models.characters import character_ends, patches_of_whole_characters
+from blt_kernels.models.threshold import find_threshold
 from blt_kernels.ops.token_entropy import token_entropy
 
 READ_SIZE = 1 << 20  # bytes read at once
@@ -141,30 +142,18 @@ def with_entropy(
         before = seen[max(len(seen) - context, 0) :]
 
 
-def find_threshold(data: bytes, entropy: Tensor, rules: Rules) -> float:
+def threshold_for_target(data: bytes, entropy: Tensor, rules: Rules) -> float:
     """Return the threshold at which the mean size of patches is nearest to ``rules.target_size``.
 
-    It is found by bisection on bytes with entropies ``[T]``: a higher threshold makes no more patches, whatever the
-    rule. Only with `max_patch_length` and `whole_characters` together may it make a few more; then another threshold
-    may be nearer.
+    It is found on bytes with entropies ``[T]``.
     """
-    target = rules.target_size
-    assert target is not None
+    assert rules.target_size is not None
 
-    def size(threshold: float) -> float:
+    def mean_size(threshold: float) -> float:
         piece = StreamCutter(replace(rules, threshold=threshold, target_size=None)).push(data, entropy)
         return len(data) / max(piece.starts.shape[0], 1)
 
-    finite = entropy[entropy.isfinite()]
-    top = float(finite.max()) + 1 if finite.numel() else 1.0
-    low, high = -top, top  # rises lie between the two, and so do entropies
-    for _ in range(40):
-        middle = (low + high) / 2
-        if size(middle) < target:
-            low = middle
-        else:
-            high = middle
-    return min((low, high), key=lambda threshold: abs(size(threshold) - target))
+    return find_threshold(mean_size, entropy, rules.target_size)
 
 
 def cut(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None = None) -> tuple[Rules, Iterator[Piece]]:
@@ -213,7 +202,7 @@ def cut(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None = None) -> t
                 break
         data = b"".join(block for block, _ in sample)
         entropies = torch.cat([entropy for _, entropy in sample] or [torch.empty(0)])
-        rules = replace(rules, threshold=find_threshold(data, entropies, rules), target_size=None)
+        rules = replace(rules, threshold=threshold_for_target(data, entropies, rules), target_size=None)
         stream = itertools.chain(sample, stream)
     elif rules.scheme is Scheme.entropy and rules.threshold is None:
         rules = replace(rules, threshold=model.config.threshold)
