@@ -18,9 +18,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blt_kernels import _checks
 from blt_kernels.models import BLT
 from blt_kernels.nn import embed_ids, known_ids
-from blt_kernels.ops import _common
 from blt_kernels.ops.ngram_hash_embed import ngram_hash_embed
 
 
@@ -102,9 +102,9 @@ def sharded_ngram_hash_embed(
     waits for the device on CUDA.
     """
     group, width = shards.mesh.get_group(), tables.shape[-1]
-    ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+    ids, rows = _checks.pack("tokens", tokens, cu_seqlens, trailing=0)
     if byte_table is not None:
-        _common.check_ids(ids, rows, byte_table.shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
+        _checks.check_ids(ids, rows, byte_table.shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
     everyones, everyones_rows, capacity = _gather_tokens(ids, rows.offsets, group)
     parts = ngram_hash_embed(
         everyones,

@@ -12,8 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from blt_kernels import bpe
-from blt_kernels.ops import _common
+from blt_kernels import _checks, bpe
 
 BOE, BOS, EOS, BPE = 0, 1, 2, 3
 BYTE_OFFSET = 4
@@ -133,7 +132,7 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
     >>> to_bytes([1, 76, 109])
     b'Hi'
     """
-    _common.check_choice("special", special, ("drop", "raise"))
+    _checks.check_choice("special", special, ("drop", "raise"))
     if not isinstance(ids, Tensor):
         ids = torch.as_tensor(ids) if len(ids) else torch.empty(0, dtype=torch.int64)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -141,7 +140,7 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
     if ids.dim() not in (1, 2):
         raise ValueError(f"ids: expected 1 or 2 dimensions, got shape {list(ids.shape)}")
     several = cu_seqlens is not None or ids.dim() == 2
-    packed, documents = _common.pack("ids", ids, cu_seqlens, trailing=0)
+    packed, documents = _checks.pack("ids", ids, cu_seqlens, trailing=0)
     offsets = documents.offsets.long().cpu()
     packed = packed[: int(offsets[-1])].long().cpu()
     wrong = packed >= ALPHABET if special == "drop" else (packed >= ALPHABET) | (packed < BYTE_OFFSET)
@@ -158,8 +157,8 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
 
 
 def ids_of(
-    tokens: Any, cu_seqlens: Tensor | _common.Documents | None, device: torch.device
-) -> tuple[Tensor, Tensor | _common.Documents | None]:
+    tokens: Any, cu_seqlens: Tensor | _checks.Documents | None, device: torch.device
+) -> tuple[Tensor, Tensor | _checks.Documents | None]:
     """Return `tokens` and `cu_seqlens` for a model: ids stay as they are, text becomes ids on `device`."""
     if isinstance(tokens, Tensor) and tokens.dtype != torch.uint8:
         return tokens, cu_seqlens
@@ -180,7 +179,7 @@ def _to_ids(
     device: torch.device | str | None,
     tokenizer: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if dtype not in _common.INTS:
+    if dtype not in _checks.INTS:
         raise TypeError(f"dtype: expected torch.int32 or torch.int64, got {dtype}")
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = bpe.load_tokenizer(tokenizer)

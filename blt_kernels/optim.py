@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blt_kernels.ops import _common
+from blt_kernels import _checks
 from blt_kernels.ops.optim import rowwise_adagrad_step, sgd_step
 
 
@@ -27,11 +27,11 @@ class _SparseOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name in self.defaults:
-            _common.check_number(name, group[name])
+            _checks.check_number(name, group[name])
             if group[name] < 0:
                 raise ValueError(f"{name}: expected a value >= 0, got {group[name]}")
         for table in group["params"]:
-            _common.check_tensor("params", table, 2, _common.FLOATS)
+            _checks.check_tensor("params", table, 2, _checks.FLOATS)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -12,10 +12,10 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from blt_kernels import _checks
+from blt_kernels._checks import Documents
 from blt_kernels.models.weights import check_tensors, open_safetensors, write_safetensors
 from blt_kernels.nn import next_byte_bits, next_byte_targets
-from blt_kernels.ops import _common
-from blt_kernels.ops._common import Documents
 
 Model = TypeVar("Model", bound="ByteModel")
 
@@ -33,11 +33,11 @@ class ByteModel(nn.Module):
 
     def pack(self, tokens: Tensor, cu_seqlens: Tensor | Documents | None) -> tuple[Tensor, Documents]:
         """Return packed ids and their rows, checked as far as that costs nothing: types, offsets and the alphabet."""
-        _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
-        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        _checks.check_tensor("tokens", tokens, (1, 2), _checks.INTS)
+        ids, rows = _checks.pack("tokens", tokens, cu_seqlens, trailing=0)
         alphabet = self.config.vocab_size
-        _common.check_ids(ids, rows, alphabet, "the alphabet of the model", padded=tokens.dim() == 2)
-        known = rows.end is not None and _common.readable(ids) and not rows.holds_ids_below(alphabet)
+        _checks.check_ids(ids, rows, alphabet, "the alphabet of the model", padded=tokens.dim() == 2)
+        known = rows.end is not None and _checks.readable(ids) and not rows.holds_ids_below(alphabet)
         return ids, rows._replace(alphabet=alphabet) if known else rows
 
     def loss(self, tokens: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
@@ -57,7 +57,7 @@ class ByteModel(nn.Module):
             EOS counts as a byte. 0 if nothing is predicted.
         """
         logits = self(tokens, cu_seqlens, **options)
-        ids, rows = _common.pack("tokens", tokens, cu_seqlens, trailing=0)
+        ids, rows = _checks.pack("tokens", tokens, cu_seqlens, trailing=0)
         targets = next_byte_targets(ids, rows.offsets, self.config.vocab_size)
         return next_byte_bits(logits.flatten(0, -2), targets)
 

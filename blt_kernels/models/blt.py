@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blt_kernels import _checks
+from blt_kernels._checks import Documents
 from blt_kernels.ids import BPE, ids_of
 from blt_kernels.layout import AttentionRanges, PatchLayout
 from blt_kernels.models.base import ByteModel
@@ -29,8 +31,6 @@ from blt_kernels.nn import (
     rotary_table,
     row_positions,
 )
-from blt_kernels.ops import _common
-from blt_kernels.ops._common import Documents
 
 
 class LocalEncoder(nn.Module):
@@ -250,7 +250,7 @@ class BLT(ByteModel):
             shape = f"{rows.total} bytes in {rows.offsets.shape[0] - 1} rows"
             raise ValueError(f"layout: expected {shape}, got {layout.num_bytes} in {layout.num_documents}")
         config, encoder, offsets = self.config, self.local_encoder, self.ops.offsets
-        patch_rows = _common.check_documents("layout.cu_patches", layout.cu_patches, layout.capacity, device=ids.device)
+        patch_rows = _checks.check_documents("layout.cu_patches", layout.cu_patches, layout.capacity, device=ids.device)
         byte_documents, patch_documents = self._documents(ids, rows, patch_rows, layout)
         documents = offsets(byte_documents)
 
@@ -333,7 +333,7 @@ class BLT(ByteModel):
                 layout = self.ops.patch_starts(
                     ends, offsets, threshold=0.5, max_patch_length=config.max_patch_length, max_patches=max_patches
                 )
-        if max_patches is None and _common.readable(layout.cu_patches):
+        if max_patches is None and _checks.readable(layout.cu_patches):
             layout = layout.compact()
         return layout
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blt_kernels._checks import Documents
 from blt_kernels.ids import BYTE_OFFSET, ids_of
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.base import ByteModel
@@ -29,7 +30,6 @@ from blt_kernels.nn import (
     rotary_table,
     row_positions,
 )
-from blt_kernels.ops._common import Documents
 
 NEWLINE = ord("\n") + BYTE_OFFSET
 BUNDLED = Path(__file__).parent.parent / "assets" / "entropy_model.safetensors"

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from blt_kernels import _checks
 from blt_kernels.ids import BYTE_OFFSET
 from blt_kernels.layout import PatchLayout
 from blt_kernels.nn import load_ops, row_positions
-from blt_kernels.ops import _common
 
 
 def character_ends(ids: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def whole_characters(
     boundaries = (boundaries & ends) | first
     if max_patch_length is None:
         return boundaries
-    _common.check_int("max_patch_length", max_patch_length, 1)
+    _checks.check_int("max_patch_length", max_patch_length, 1)
     after = torch.arange(1, total + 1, device=ids.device)
     start = torch.where(boundaries, after, 0).cummax(0).values  # of the patch
     end = torch.where(ends, after, 0).cummax(0).values  # of the last complete character

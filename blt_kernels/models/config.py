@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from blt_kernels import _checks
 from blt_kernels.ids import ALPHABET, EOS
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.ops import _common
 from blt_kernels.ops.ngram_hash_embed import check_sizes
 
 RELEASED_THRESHOLD = 1.335442066192627  # nats, of the released BLT models
@@ -16,7 +16,7 @@ SCHEMES = ("entropy", "space", "static", "byte", "bpe")
 
 def check_eos_id(eos_id: int, vocab_size: int) -> None:
     """Raise unless `eos_id`, the id that ends a document, is one of the vocabulary."""
-    _common.check_int("eos_id", eos_id, 0)
+    _checks.check_int("eos_id", eos_id, 0)
     if eos_id >= vocab_size:
         raise ValueError(f"eos_id: expected a value < vocab_size = {vocab_size}, got {eos_id}")
 
@@ -47,8 +47,8 @@ class ByteLMConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _common.check_int("vocab_size", self.vocab_size, 1)
-        _common.check_number("threshold", self.threshold)
+        _checks.check_int("vocab_size", self.vocab_size, 1)
+        _checks.check_number("threshold", self.threshold)
         check_eos_id(self.eos_id, self.vocab_size)
 
     @staticmethod
@@ -119,14 +119,14 @@ class BLTConfig:
     eos_id: int = EOS
 
     def __post_init__(self) -> None:
-        _common.check_choice("patching", self.patching, SCHEMES)
+        _checks.check_choice("patching", self.patching, SCHEMES)
         for name in ("vocab_size", "queries_per_patch", "ngram_vocab", "patch_size"):
-            _common.check_int(name, getattr(self, name), 1)
+            _checks.check_int(name, getattr(self, name), 1)
         for name in ("cross_attn_heads", "cross_attn_window_encoder", "cross_attn_window_decoder", "max_patch_length"):
             if getattr(self, name) is not None:
-                _common.check_int(name, getattr(self, name), 1)
+                _checks.check_int(name, getattr(self, name), 1)
         check_sizes(self.ngram_sizes, self.num_functions)
-        _common.check_number("threshold", self.threshold)
+        _checks.check_number("threshold", self.threshold)
         check_eos_id(self.eos_id, self.vocab_size)
         if self.encoder.dim != self.decoder.dim:
             raise ValueError(f"decoder.dim: expected encoder.dim = {self.encoder.dim}, got {self.decoder.dim}")
@@ -189,15 +189,15 @@ class MegaByteConfig:
     conv_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _common.check_int("patch_size", self.patch_size, 1)
+        _checks.check_int("patch_size", self.patch_size, 1)
         if self.global_transformer.dim % self.patch_size:
             expected = f"a multiple of patch_size = {self.patch_size}"
             raise ValueError(f"global_transformer.dim: expected {expected}, got {self.global_transformer.dim}")
-        _common.check_int("cross_patch", self.cross_patch, 0)
+        _checks.check_int("cross_patch", self.cross_patch, 0)
         if self.cross_patch > self.patch_size:
             raise ValueError(f"cross_patch: expected at most patch_size = {self.patch_size}, got {self.cross_patch}")
         for size in self.conv_sizes:
-            _common.check_int("conv_sizes", size, 1)
+            _checks.check_int("conv_sizes", size, 1)
 
     @staticmethod
     def small() -> MegaByteConfig:

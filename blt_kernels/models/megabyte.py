@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blt_kernels._checks import Documents
 from blt_kernels.layout import AttentionRanges, PatchLayout
 from blt_kernels.models.base import ByteModel
 from blt_kernels.models.config import MegaByteConfig
@@ -37,7 +38,6 @@ from blt_kernels.nn import (
     rotary_table,
     rotate,
 )
-from blt_kernels.ops._common import Documents
 
 
 class CausalConvolution(nn.Module):

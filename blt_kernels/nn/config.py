@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from blt_kernels.ops import _common
+from blt_kernels import _checks
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "num_heads"):
-            _common.check_int(name, getattr(self, name), 0 if name == "num_layers" else 1)
+            _checks.check_int(name, getattr(self, name), 0 if name == "num_layers" else 1)
         for name in ("num_kv_heads", "ffn_dim", "window"):
             if getattr(self, name) is not None:
-                _common.check_int(name, getattr(self, name), 1)
+                _checks.check_int(name, getattr(self, name), 1)
         for name in ("rope_theta", "norm_eps"):
-            _common.check_number(name, getattr(self, name))
+            _checks.check_number(name, getattr(self, name))
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta: expected a value > 0, got {self.rope_theta}")
         if self.dim % (2 * self.num_heads):

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from blt_kernels import _checks
+from blt_kernels._checks import Documents
 from blt_kernels._extension import OPERATORS
-from blt_kernels.ops import _common
-from blt_kernels.ops._common import Documents
 
 
 @cache
 def load_ops(kind: str) -> SimpleNamespace:
     """Return the functions that a model calls, by name: the public ops (``"fused"``) or their ``"reference"``."""
-    _common.check_choice("ops", kind, ("fused", "reference"))
+    _checks.check_choice("ops", kind, ("fused", "reference"))
     functions = {}
     for op in dict.fromkeys(OPERATORS.values()):
         public, reference = (import_module(f"blt_kernels.{package}.{op}") for package in ("ops", "reference"))

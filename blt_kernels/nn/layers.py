@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
+from blt_kernels import _checks
+from blt_kernels._checks import Documents
 from blt_kernels.layout import AttentionRanges, PatchLayout
 from blt_kernels.nn.config import TransformerConfig
 from blt_kernels.nn.functional import rms_norm, swiglu
 from blt_kernels.nn.positions import rotate
-from blt_kernels.ops import _common
-from blt_kernels.ops._common import Documents
 
 
 def init_normal(weight: Tensor, std: float) -> None:
@@ -46,7 +46,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
-        if not _common.readable(x):
+        if not _checks.readable(x):
             return super().forward(x)
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps  # the default of torch
         return rms_norm(x, self.weight, eps)
@@ -113,7 +113,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(swiglu(gate, up) if _common.readable(gate) else F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up) if _checks.readable(gate) else F.silu(gate) * up)
 
 
 class TransformerLayer(nn.Module):

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from blt_kernels import _checks
+from blt_kernels._checks import Documents
 from blt_kernels.layout import AttentionRanges
 from blt_kernels.nn.config import TransformerConfig
-from blt_kernels.ops import _common
-from blt_kernels.ops._common import Documents
 
 
 def row_positions(cu_seqlens: Tensor | Documents, total: int) -> Tensor:
@@ -54,7 +54,7 @@ def attention_documents(starts: Tensor, cu_seqlens: Tensor) -> Tensor:
     starts = (starts | (row_positions(cu_seqlens, total) == 0)) & (position < end)
     slot = torch.where(starts, starts.cumsum(0) - 1, total + 1)
     offsets = end.repeat(total + 2).scatter(0, slot, position)[: total + 1].int()
-    if _common.readable(starts):
+    if _checks.readable(starts):
         offsets = offsets[: int(starts.sum()) + 1]
     return offsets
 
@@ -77,7 +77,7 @@ def rotary_table(positions: Tensor, config: TransformerConfig, dtype: torch.dtyp
     """Return complex ``exp(i position theta^(-2j/E))``, ``[T, 1, E/2]``: of fp64 for fp64 models, else of fp32."""
     dtype = dtype if dtype == torch.float64 else torch.float32
     head_dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
-    if _common.readable(positions):
+    if _checks.readable(positions):
         period = _cpu_periods(head_dim, theta, scaling, dtype)
     else:
         period = _periods(head_dim, theta, scaling, dtype, positions.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from blt_kernels.ops import _common
+from blt_kernels import _checks
 from blt_kernels.triton.block_causal_attention import flash
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -45,7 +45,7 @@ def set_attention_backend(backend: str) -> None:
     'triton'
     """
     global _backend
-    _common.check_choice("backend", backend, ("triton", "flash"))
+    _checks.check_choice("backend", backend, ("triton", "flash"))
     if backend == "flash" and not HAS_TRITON:
         raise RuntimeError("backend: 'flash' needs Triton for the backward: pip install triton")
     if backend == "flash" and not any(flash.usable()):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blt_kernels import _checks
 from blt_kernels.layout import AttentionRanges
 from blt_kernels.ops import _attention_backend, _autograd, _common
 from blt_kernels.reference import block_causal_attention as reference
@@ -97,11 +98,11 @@ def block_causal_attention(
     >>> block_causal_attention(q, k, v, torch.tensor([0, 2, 3]))[:, 0, 0].tolist()
     [1.0, 2.0, 5.0]
     """
-    _common.check_tensor("q", q, (3, 4), _common.FLOATS)
+    _checks.check_tensor("q", q, (3, 4), _checks.FLOATS)
     dims, autocast = q.dim(), _common.autocast_enabled(q)
     for name, x in (("k", k), ("v", v)):
-        _common.check_tensor(name, x, dims, _common.FLOATS)
-        _common.check_same(name, x, "q", q, dtype=not autocast)
+        _checks.check_tensor(name, x, dims, _checks.FLOATS)
+        _checks.check_same(name, x, "q", q, dtype=not autocast)
     q_shape, k_shape = q.shape, k.shape
     heads, width, kv_heads = q_shape[-2], q_shape[-1], k_shape[-2]
     if k_shape[-1] != width:
@@ -113,11 +114,11 @@ def block_causal_attention(
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"k: expected a number of heads G that divides H = {heads}, got {kv_heads}")
     if window is not None:
-        _common.check_int("window", window, 1)
+        _checks.check_int("window", window, 1)
     if not isinstance(causal, bool):
         raise TypeError(f"causal: expected a bool, got {causal!r}")
     if scale is not None:
-        _common.check_number("scale", scale)
+        _checks.check_number("scale", scale)
 
     if dims == 4:
         for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -126,12 +127,12 @@ def block_causal_attention(
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k: expected None, since cu_seqlens_q is None")
     packed_k, packed_v = (k.flatten(0, 1), v.flatten(0, 1)) if dims == 4 else (k, v)
-    packed_q, offsets_q, documents = _common.documents_of("q", q, cu_seqlens_q, trailing=2, offsets_name="cu_seqlens_q")
+    packed_q, offsets_q, documents = _checks.documents_of("q", q, cu_seqlens_q, trailing=2, offsets_name="cu_seqlens_q")
     offsets_k = None
     if dims == 4:
         if k_shape[0] != documents:
             raise ValueError(f"k: expected the B = {documents} documents of q, got shape {list(k.shape)}")
-        _common.check_total("k", k_shape[0] * k_shape[1])
+        _checks.check_total("k", k_shape[0] * k_shape[1])
     elif offsets_q is not None and cu_seqlens_k is not None:
         offsets_k = _check_key_offsets(cu_seqlens_k, k_shape[0], offsets_q)
     elif k_shape[0] != q_shape[0]:
@@ -188,19 +189,19 @@ def attention_ranges(
     >>> ranges.intervals.view(4, 4)[:2].tolist()
     [[0, 0, 2, 2], [1, 2, 3, 4]]
     """
-    _common.check_int("num_queries", num_queries, 0)
+    _checks.check_int("num_queries", num_queries, 0)
     if num_keys is None:
         if cu_seqlens_k is not None:
             raise ValueError("num_keys: expected an int, since cu_seqlens_k is not None; got None")
         num_keys = num_queries
-    _common.check_int("num_keys", num_keys, 0)
+    _checks.check_int("num_keys", num_keys, 0)
     if window is not None:
-        _common.check_int("window", window, 1)
+        _checks.check_int("window", window, 1)
     if not isinstance(causal, bool):
         raise TypeError(f"causal: expected a bool, got {causal!r}")
-    _common.check_tensor("cu_seqlens_q", cu_seqlens_q, 1, _common.INTS)
+    _checks.check_tensor("cu_seqlens_q", cu_seqlens_q, 1, _checks.INTS)
     device = cu_seqlens_q.device
-    offsets_q = _common.check_offsets("cu_seqlens_q", cu_seqlens_q, num_queries, device=device)
+    offsets_q = _checks.check_offsets("cu_seqlens_q", cu_seqlens_q, num_queries, device=device)
     offsets_k = None
     if cu_seqlens_k is not None:
         offsets_k = _check_key_offsets(cu_seqlens_k, num_keys, offsets_q)
@@ -215,9 +216,9 @@ def attention_ranges(
     return AttentionRanges(intervals, num_queries, num_keys, window, causal)
 
 
-def _check_key_offsets(cu_seqlens_k: Tensor | _common.Documents, keys: int, offsets_q: Tensor) -> Tensor:
+def _check_key_offsets(cu_seqlens_k: Tensor | _checks.Documents, keys: int, offsets_q: Tensor) -> Tensor:
     """Check the offsets of keys and return them as int32."""
-    offsets_k = _common.check_offsets("cu_seqlens_k", cu_seqlens_k, keys, device=offsets_q.device)
+    offsets_k = _checks.check_offsets("cu_seqlens_k", cu_seqlens_k, keys, device=offsets_q.device)
     if offsets_k.shape != offsets_q.shape:
         expected = f"{offsets_q.shape[0]} entries, as cu_seqlens_q has"
         raise ValueError(f"cu_seqlens_k: expected {expected}, got {offsets_k.shape[0]}")
@@ -228,7 +229,7 @@ def _check_ranges(ranges: object, q: Tensor, k: Tensor, window: int | None, caus
     """Check that `ranges` were made for such a call, as far as the host knows, and return the intervals."""
     if not isinstance(ranges, AttentionRanges):
         raise TypeError(f"ranges: expected an AttentionRanges, got {type(ranges).__name__}")
-    _common.check_same("ranges", ranges.intervals, "q", q, dtype=False)
+    _checks.check_same("ranges", ranges.intervals, "q", q, dtype=False)
     if ranges.num_queries != q.shape[0] or ranges.num_keys != k.shape[0]:
         made = f"{ranges.num_queries} queries and {ranges.num_keys} keys"
         raise ValueError(f"ranges: expected those of {q.shape[0]} queries and {k.shape[0]} keys, got {made}")
@@ -243,16 +244,16 @@ def _check_seqused(seqused_k: Tensor, offsets_k: Tensor | None, documents: int, 
 
     Without `offsets_k` all documents have as many keys.
     """
-    _common.check_tensor("seqused_k", seqused_k, 1, _common.INTS)
-    _common.check_same("seqused_k", seqused_k, "the data", data, dtype=False)
+    _checks.check_tensor("seqused_k", seqused_k, 1, _checks.INTS)
+    _checks.check_same("seqused_k", seqused_k, "the data", data, dtype=False)
     if seqused_k.shape[0] != documents:
         raise ValueError(f"seqused_k: expected one entry for each of {documents} documents, got {seqused_k.shape[0]}")
-    if _common.readable(seqused_k) and (offsets_k is None or _common.readable(offsets_k)):
+    if _checks.readable(seqused_k) and (offsets_k is None or _checks.readable(offsets_k)):
         lengths = [data.shape[0] // max(documents, 1)] * documents if offsets_k is None else offsets_k.diff().tolist()
         for document, (n, length) in enumerate(zip(seqused_k.tolist(), lengths, strict=True)):
             if not 0 <= n <= length:
                 raise ValueError(f"seqused_k: expected 0 to {length} keys, the length of document {document}, got {n}")
-    return seqused_k.clamp(max=_common.INT32_MAX).to(torch.int32).contiguous()
+    return seqused_k.clamp(max=_checks.INT32_MAX).to(torch.int32).contiguous()
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blt_kernels import _checks
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _autograd, _common
 from blt_kernels.ops._patch_layout import DOCUMENTS, LAYOUT, define_scheme, empty_layout, layout_of
@@ -71,11 +72,11 @@ def entropy_patch(
     >>> layout.compact().patch_offsets.tolist()  # bytes 1 and 2 are one patch
     [0, 1, 3, 4]
     """
-    _common.check_tensor("logits", logits, (2, 3), _common.FLOATS)
+    _checks.check_tensor("logits", logits, (2, 3), _checks.FLOATS)
     check_alphabet("logits", logits.shape[-1])
     _check_rules(threshold, threshold_add, monotonic, max_patch_length)
-    packed, offsets, documents = _common.documents_of("logits", logits, cu_seqlens, trailing=1)
-    _common.check_capacity(max_patches, documents)
+    packed, offsets, documents = _checks.documents_of("logits", logits, cu_seqlens, trailing=1)
+    _checks.check_capacity(max_patches, documents)
     entropy, _log_sum, *layout = _autograd.call(
         torch.ops.blt_kernels.entropy_patch_fwd.default,
         packed,
@@ -139,10 +140,10 @@ def patch_starts(
     >>> patch_starts(entropy, threshold=1.0).compact().patch_offsets.tolist()  # entropy[0] is never read
     [0, 1, 3, 5, 6]
     """
-    _common.check_tensor("entropy", entropy, (1, 2), _common.FLOATS)
+    _checks.check_tensor("entropy", entropy, (1, 2), _checks.FLOATS)
     _check_rules(threshold, threshold_add, monotonic, max_patch_length)
-    packed, offsets, documents = _common.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
-    _common.check_capacity(max_patches, documents)
+    packed, offsets, documents = _checks.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
+    _checks.check_capacity(max_patches, documents)
     layout = torch.ops.blt_kernels.patch_starts_fwd.default(
         packed, offsets, documents, threshold, threshold_add, monotonic, max_patch_length, max_patches
     )
@@ -178,9 +179,9 @@ def space_patch(tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches
     >>> to_bytes(to_ids("a cat, a dog"), layout.patch_offsets)
     [b'a', b' ', b'cat,', b' a ', b'dog']
     """
-    _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
-    packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
-    _common.check_capacity(max_patches, documents)
+    _checks.check_tensor("tokens", tokens, (1, 2), _checks.INTS)
+    packed, offsets, documents = _checks.documents_of("tokens", tokens, cu_seqlens, trailing=0)
+    _checks.check_capacity(max_patches, documents)
     return layout_of(torch.ops.blt_kernels.space_patch_fwd.default(packed, offsets, documents, max_patches), offsets)
 
 
@@ -223,17 +224,17 @@ def static_patch(
     >>> static_patch(torch.tensor([0, 5, 9]), 3, first=3).compact().patch_lengths.tolist()
     [3, 2, 3, 1]
     """
-    _common.check_int("size", size, 1)
-    _common.check_int("first", first, 1)
-    _common.check_tensor("cu_seqlens", cu_seqlens, 1, _common.INTS)
+    _checks.check_int("size", size, 1)
+    _checks.check_int("first", first, 1)
+    _checks.check_tensor("cu_seqlens", cu_seqlens, 1, _checks.INTS)
     if num_bytes is None:
         if cu_seqlens.device.type != "cpu":
             raise ValueError("num_bytes: expected an int where cu_seqlens is not on the CPU, got None")
         num_bytes = int(cu_seqlens[-1]) if cu_seqlens.shape[0] else 0
-    _common.check_int("num_bytes", num_bytes, 0)
-    _common.check_total("num_bytes", num_bytes)
-    offsets = _common.check_offsets("cu_seqlens", cu_seqlens, num_bytes, device=cu_seqlens.device)
-    _common.check_capacity(max_patches, offsets.shape[0] - 1)
+    _checks.check_int("num_bytes", num_bytes, 0)
+    _checks.check_total("num_bytes", num_bytes)
+    offsets = _checks.check_offsets("cu_seqlens", cu_seqlens, num_bytes, device=cu_seqlens.device)
+    _checks.check_capacity(max_patches, offsets.shape[0] - 1)
     return layout_of(
         torch.ops.blt_kernels.static_patch_fwd.default(offsets, num_bytes, size, first, max_patches), offsets
     )
@@ -293,10 +294,10 @@ def delimiter_patch(
     >>> to_bytes(tokens, delimiter_patch(tokens, ord(",") + 4).compact().patch_offsets)
     [b'o', b'ne,', b'two']
     """
-    _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
-    _common.check_int("id", id, -_common.INT64_MAX - 1)
-    packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
-    _common.check_capacity(max_patches, documents)
+    _checks.check_tensor("tokens", tokens, (1, 2), _checks.INTS)
+    _checks.check_int("id", id, -_checks.INT64_MAX - 1)
+    packed, offsets, documents = _checks.documents_of("tokens", tokens, cu_seqlens, trailing=0)
+    _checks.check_capacity(max_patches, documents)
     return layout_of(
         torch.ops.blt_kernels.delimiter_patch_fwd.default(packed, offsets, documents, id, max_patches), offsets
     )
@@ -333,23 +334,23 @@ def topk_patch(
     >>> topk_patch(entropy, 2).compact().patch_offsets.tolist()
     [0, 1, 3, 5, 8]
     """
-    _common.check_tensor("entropy", entropy, (1, 2), _common.FLOATS)
-    _common.check_int("patch_size", patch_size, 1)
-    packed, offsets, documents = _common.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
-    _common.check_capacity(max_patches, documents)
+    _checks.check_tensor("entropy", entropy, (1, 2), _checks.FLOATS)
+    _checks.check_int("patch_size", patch_size, 1)
+    packed, offsets, documents = _checks.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
+    _checks.check_capacity(max_patches, documents)
     return layout_of(
         torch.ops.blt_kernels.topk_patch_fwd.default(packed, offsets, documents, patch_size, max_patches), offsets
     )
 
 
 def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool, max_patch_length: int | None) -> None:
-    _common.check_number("threshold", threshold)
+    _checks.check_number("threshold", threshold)
     if threshold_add is not None:
-        _common.check_number("threshold_add", threshold_add)
+        _checks.check_number("threshold_add", threshold_add)
     if not isinstance(monotonic, bool):
         raise TypeError(f"monotonic: expected a bool, got {monotonic!r}")
     if max_patch_length is not None:
-        _common.check_int("max_patch_length", max_patch_length, 1)
+        _checks.check_int("max_patch_length", max_patch_length, 1)
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blt_kernels import _checks
 from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import ngram_hash_embed as reference
 
@@ -79,24 +80,24 @@ def ngram_hash_embed(
     torch.Size([6, 4])
     """
     sizes = _check_hash(tokens, ngram_sizes, num_functions)
-    _common.check_choice("grad", grad, ("dense", "sparse"))
+    _checks.check_choice("grad", grad, ("dense", "sparse"))
     table_list, rows = _check_tables(tables, num_functions * len(sizes), tokens)
     width = table_list[0].shape[1]
     if row_range is not None:
         vocab = _check_row_range(row_range, vocab, rows)
     elif vocab is not None and vocab != rows:
         raise ValueError(f"vocab: expected None or the {rows} rows of a table, since row_range is None, got {vocab}")
-    packed, documents, count = _common.split_documents("tokens", tokens, cu_seqlens, trailing=0)
+    packed, documents, count = _checks.split_documents("tokens", tokens, cu_seqlens, trailing=0)
     if byte_table is not None:
-        _common.check_tensor("byte_table", byte_table, 2, _common.FLOATS)
-        _common.check_same("byte_table", byte_table, "tables", table_list[0])
+        _checks.check_tensor("byte_table", byte_table, 2, _checks.FLOATS)
+        _checks.check_same("byte_table", byte_table, "tables", table_list[0])
         if byte_table.shape[1] != width:
             raise ValueError(
                 f"byte_table: expected the width D = {width} of tables, got shape {list(byte_table.shape)}"
             )
         if byte_table.shape[0] < 1:
             raise ValueError(f"byte_table: expected at least one row, got {byte_table.shape[0]}")
-        _common.check_ids(packed, documents, byte_table.shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
+        _checks.check_ids(packed, documents, byte_table.shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
     out = _autograd.call(
         torch.ops.blt_kernels.ngram_hash_embed_fwd.default,
         packed,
@@ -156,14 +157,14 @@ def ngram_hash(
     (torch.Size([1, 6]), True)
     """
     sizes = _check_hash(tokens, ngram_sizes, num_functions)
-    _common.check_int("vocab", vocab, 1)
-    packed, offsets, documents = _common.documents_of("tokens", tokens, cu_seqlens, trailing=0)
+    _checks.check_int("vocab", vocab, 1)
+    packed, offsets, documents = _checks.documents_of("tokens", tokens, cu_seqlens, trailing=0)
     hashes = torch.ops.blt_kernels.ngram_hash_fwd.default(packed, offsets, documents, sizes, num_functions, vocab)
     return hashes if tokens.dim() == 1 else hashes.view(hashes.shape[0], *tokens.shape)
 
 
 def _check_hash(tokens: Tensor, ngram_sizes: Sequence[int], num_functions: int) -> list[int]:
-    _common.check_tensor("tokens", tokens, (1, 2), _common.INTS)
+    _checks.check_tensor("tokens", tokens, (1, 2), _checks.INTS)
     return check_sizes(ngram_sizes, num_functions)
 
 
@@ -172,8 +173,8 @@ def check_sizes(ngram_sizes: Sequence[int], num_functions: int) -> list[int]:
     if not isinstance(ngram_sizes, (list, tuple)) or not ngram_sizes:
         raise TypeError(f"ngram_sizes: expected a sequence of at least one int, got {ngram_sizes!r}")
     for size in ngram_sizes:
-        _common.check_int("ngram_sizes", size, 1)
-    _common.check_int("num_functions", num_functions, 1)
+        _checks.check_int("ngram_sizes", size, 1)
+    _checks.check_int("num_functions", num_functions, 1)
     if num_functions > len(reference.PRIMES):
         raise ValueError(f"num_functions: expected at most {len(reference.PRIMES)}, got {num_functions}")
     return list(ngram_sizes)
@@ -190,11 +191,11 @@ def _check_tables(tables: Tensor | Sequence[Tensor], count: int, tokens: Tensor)
         raise ValueError(f"tables: expected {meaning} = {count} tensors, got {len(table_list)}")
     for i, table in enumerate(table_list):
         name = "tables" if fused else f"tables[{i}]"
-        _common.check_tensor(name, table, 2, _common.FLOATS)
-        _common.check_same(name, table, "tokens", tokens, dtype=False)
+        _checks.check_tensor(name, table, 2, _checks.FLOATS)
+        _checks.check_same(name, table, "tokens", tokens, dtype=False)
         if i == 0:
             continue
-        _common.check_same(name, table, "tables[0]", table_list[0])
+        _checks.check_same(name, table, "tables[0]", table_list[0])
         if table.shape != table_list[0].shape:
             raise ValueError(
                 f"{name}: expected shape {list(table_list[0].shape)} of tables[0], got {list(table.shape)}"
@@ -213,10 +214,10 @@ def _check_row_range(row_range: tuple[int, int], vocab: int | None, rows: int) -
         raise TypeError(f"row_range: expected a pair of ints (lo, hi), got {row_range!r}")
     if vocab is None:
         raise ValueError("vocab: expected the number of rows of a whole table, since row_range is given, got None")
-    _common.check_int("vocab", vocab, 1)
+    _checks.check_int("vocab", vocab, 1)
     low, high = row_range
-    _common.check_int("row_range", low, 0)
-    _common.check_int("row_range", high, 1)
+    _checks.check_int("row_range", low, 0)
+    _checks.check_int("row_range", high, 1)
     if not low < high <= vocab:
         raise ValueError(f"row_range: expected 0 <= lo < hi <= vocab = {vocab}, got {tuple(row_range)}")
     if high - low != rows:

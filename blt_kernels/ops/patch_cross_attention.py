@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blt_kernels import _checks
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import patch_cross_attention as reference
@@ -82,15 +83,15 @@ def patch_cross_attention(
     >>> out[:, 0, 0].tolist()  # equal scores: the mean of the bytes of each patch
     [0.0, 1.5, 3.5]
     """
-    _common.check_choice("direction", direction, ("encode", "decode"))
-    _common.check_int("queries_per_patch", queries_per_patch, 1)
+    _checks.check_choice("direction", direction, ("encode", "decode"))
+    _checks.check_int("queries_per_patch", queries_per_patch, 1)
     encode = direction == "encode"
-    _common.check_tensor("q", q, 3 if encode else (3, 4), _common.FLOATS)
+    _checks.check_tensor("q", q, 3 if encode else (3, 4), _checks.FLOATS)
     autocast = _common.autocast_enabled(q)
     for name, x in (("k", k), ("v", v)):
-        _common.check_tensor(name, x, (3, 4) if encode else 3, _common.FLOATS)
-        _common.check_same(name, x, "q", q, dtype=not autocast)
-    _common.check_layout(layout, "q", q)
+        _checks.check_tensor(name, x, (3, 4) if encode else 3, _checks.FLOATS)
+        _checks.check_same(name, x, "q", q, dtype=not autocast)
+    _checks.check_layout(layout, "q", q)
     heads, width = q.shape[-2], q.shape[-1]
     if heads < 1 or width < 1:
         raise ValueError(f"q: expected at least one head, of a width of at least 1, got shape {list(q.shape)}")
@@ -113,9 +114,9 @@ def patch_cross_attention(
                 f" got {list(x.shape)}"
             )
     if window is not None:
-        _common.check_int("window", window, 1)
+        _checks.check_int("window", window, 1)
     if scale is not None:
-        _common.check_number("scale", scale)
+        _checks.check_number("scale", scale)
     offsets, ids = (layout.patch_offsets, layout.patch_ids) if encode else (layout.decode_offsets, layout.decode_ids)
     out, _lse = _autograd.call(
         torch.ops.blt_kernels.patch_cross_attention_fwd.default,

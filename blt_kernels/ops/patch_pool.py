@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blt_kernels import _checks
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import patch_pool as reference
@@ -54,13 +55,13 @@ def patch_pool(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "ma
     >>> patch_pool(x, layout.compact(), ["max", "mean"]).tolist()
     [[1.0, 1.0], [4.0, 3.0], [8.0, 7.0]]
     """
-    _common.check_tensor("x", x, (2, 3), _common.FLOATS)
-    _common.check_layout(layout, "x", x)
+    _checks.check_tensor("x", x, (2, 3), _checks.FLOATS)
+    _checks.check_layout(layout, "x", x)
     names = [reduce] if isinstance(reduce, str) else reduce
     if not isinstance(names, (list, tuple)) or not names:
         raise TypeError(f"reduce: expected a string or a sequence of at least one, got {reduce!r}")
     for name in names:
-        _common.check_choice("reduce", name, _REDUCTIONS)
+        _checks.check_choice("reduce", name, _REDUCTIONS)
     packed = x.flatten(0, 1) if x.dim() == 3 else x
     if packed.shape[0] != layout.num_bytes:
         raise ValueError(f"x: expected the {layout.num_bytes} bytes of layout, got shape {list(x.shape)}")

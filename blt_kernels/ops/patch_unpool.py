@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blt_kernels import _checks
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import patch_unpool as reference
@@ -45,9 +46,9 @@ def patch_unpool(y: Tensor, layout: PatchLayout, ids: str = "patch") -> Tensor:
     >>> patch_unpool(y, layout, ids="decode").flatten().tolist()  # byte i predicts byte i + 1
     [1.0, 1.0, 2.0, 2.0, 3.0]
     """
-    _common.check_tensor("y", y, 2, _common.FLOATS)
-    _common.check_layout(layout, "y", y)
-    _common.check_choice("ids", ids, ("patch", "decode"))
+    _checks.check_tensor("y", y, 2, _checks.FLOATS)
+    _checks.check_layout(layout, "y", y)
+    _checks.check_choice("ids", ids, ("patch", "decode"))
     if y.shape[0] != layout.capacity:
         raise ValueError(f"y: expected the capacity of layout, {layout.capacity} patches, got shape {list(y.shape)}")
     if ids == "patch":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blt_kernels import _checks
 from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import token_entropy as reference
 
@@ -40,7 +41,7 @@ def token_entropy(logits: Tensor) -> Tensor:
     >>> token_entropy(torch.zeros(2, 256)).exp().round().tolist()  # uniform over 256 bytes: ln 256 nats
     [256.0, 256.0]
     """
-    _common.check_tensor("logits", logits, _DIMS, _common.FLOATS)
+    _checks.check_tensor("logits", logits, _DIMS, _checks.FLOATS)
     check_alphabet("logits", logits.shape[-1])
     if logits.dim() == 2:
         return _autograd.call(torch.ops.blt_kernels.token_entropy_fwd.default, logits)[0]
@@ -79,16 +80,16 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
     >>> torch.allclose(linear_entropy(hidden, weight), token_entropy(hidden @ weight.T), atol=1e-5)
     True
     """
-    _common.check_tensor("hidden", hidden, _DIMS, _common.FLOATS)
-    _common.check_tensor("weight", weight, 2, _common.FLOATS)
+    _checks.check_tensor("hidden", hidden, _DIMS, _checks.FLOATS)
+    _checks.check_tensor("weight", weight, 2, _checks.FLOATS)
     autocast = _common.autocast_enabled(hidden)
-    _common.check_same("weight", weight, "hidden", hidden, dtype=not autocast)
-    _common.check_shape("weight", weight, (None, hidden.shape[-1]), "[A, D of hidden]")
+    _checks.check_same("weight", weight, "hidden", hidden, dtype=not autocast)
+    _checks.check_shape("weight", weight, (None, hidden.shape[-1]), "[A, D of hidden]")
     check_alphabet("weight", weight.shape[0])
     if bias is not None:
-        _common.check_tensor("bias", bias, 1, _common.FLOATS)
-        _common.check_same("bias", bias, "hidden", hidden, dtype=not autocast)
-        _common.check_shape("bias", bias, (weight.shape[0],), "[A of weight]")
+        _checks.check_tensor("bias", bias, 1, _checks.FLOATS)
+        _checks.check_same("bias", bias, "hidden", hidden, dtype=not autocast)
+        _checks.check_shape("bias", bias, (weight.shape[0],), "[A of weight]")
     rows = _rows(hidden)
     head: tuple[Tensor, ...] = (rows, weight) if bias is None else (rows, weight, bias)
     head = _common.autocast(*head) if autocast else head

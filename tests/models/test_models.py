@@ -15,6 +15,7 @@ from torch import Tensor
 
 import blt_kernels as bk
 from blt_kernels import PatchLayout
+from blt_kernels._checks import Documents
 from blt_kernels.ids import BOS, EOS
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, load_model
 from blt_kernels.models.byte_lm import BUNDLED
@@ -26,7 +27,6 @@ from blt_kernels.nn import (
     rotary_table,
     rotate,
 )
-from blt_kernels.ops._common import Documents
 from blt_kernels.testing import assert_close
 
 

@@ -1,0 +1,262 @@
+"""Checks of arguments, shared by ops, layers and models: errors name the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blt_kernels.layout import PatchLayout
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTS = (torch.int32, torch.int64)
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+
+
+def check_tensor(name: str, value: object, dims: int | Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
+    """Raise TypeError or ValueError unless `value` is a tensor of one of `dtypes` with one of `dims` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype in {_names(dtypes)}, got {value.dtype}")
+    allowed = (dims,) if isinstance(dims, int) else dims
+    if value.dim() not in allowed:
+        expected = " or ".join(str(d) for d in allowed)
+        raise ValueError(f"{name}: expected {expected} dimensions, got shape {list(value.shape)}")
+
+
+def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:
+    """Raise ValueError unless `value` has the `expected` shape (None is any size).
+
+    `meaning` names the dimensions. It holds no sizes: formatting a symbolic one would fix it for `torch.compile`.
+    """
+    fits = value.dim() == len(expected) and all(e in (None, s) for s, e in zip(value.shape, expected, strict=True))
+    if not fits:
+        sizes = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name}: expected shape {meaning} = [{sizes}], got {list(value.shape)}")
+
+
+def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    """Raise unless `value` is on the device of `other`, and of its dtype too unless `dtype` is False."""
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} of {other_name}, got {value.device}")
+    if dtype and value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected dtype {other.dtype} of {other_name}, got {value.dtype}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise unless `value` is an int or a float, and not NaN."""
+    if type(value) is float and value == value:
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if value != value:
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name}: expected a number that a float holds, got an int of {value.bit_length()} bits")
+
+
+def check_int(name: str, value: object, minimum: int) -> None:
+    """Raise unless `value` is an int (or a symbolic one) of at least `minimum` that an int64 holds."""
+    if type(value) is int and minimum <= value <= INT64_MAX:
+        return
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected a value >= {minimum}, got {value}")
+    if value > INT64_MAX:
+        raise ValueError(f"{name}: expected a value <= 2**63 - 1, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_layout(layout: object, name: str, value: Tensor) -> None:
+    """Raise unless `layout` is a PatchLayout on the device of `value`, whose two offsets are for as many patches."""
+    if not isinstance(layout, PatchLayout):
+        raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
+    patch_offsets, decode_offsets = layout.patch_offsets, layout.decode_offsets
+    check_same("layout", patch_offsets, name, value, dtype=False)
+    if torch.compiler.is_compiling():
+        return
+    check_same("layout.decode_offsets", decode_offsets, "layout.patch_offsets", patch_offsets)
+    if decode_offsets.shape != patch_offsets.shape:
+        raise ValueError(
+            f"layout.decode_offsets: expected shape {list(layout.patch_offsets.shape)} of layout.patch_offsets, "
+            f"got {list(layout.decode_offsets.shape)}"
+        )
+
+
+def readable(x: Tensor) -> bool:
+    """Return whether the host can read the values of `x` at no cost: on the CPU, in eager code, not in `torch.func`."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def check_total(name: str, total: int) -> None:
+    """Raise unless int32 offsets reach over the `total` positions of the data."""
+    if not torch.compiler.is_compiling() and total > INT32_MAX:
+        raise ValueError(f"{name}: expected at most 2**31 - 1 positions, which int32 offsets reach, got {total}")
+
+
+class Documents(NamedTuple):
+    """Checked offsets of packed data, and of ids what else was checked. Ops take them in the place of `cu_seqlens`.
+
+    Attributes
+    ----------
+    offsets : int32 ``[B+1]``
+    total : int
+        T, the number of positions of the data.
+    end : int or None
+        Where the last document ends, if the host knows.
+    alphabet : int or None
+        What all ids of the documents are known to be below.
+    """
+
+    offsets: Tensor
+    total: int
+    end: int | None
+    alphabet: int | None = None
+
+    def holds_ids_below(self, alphabet: int) -> bool:
+        """Whether the host knows that all ids of the documents are below `alphabet`."""
+        return self.alphabet is not None and self.alphabet <= alphabet
+
+    @property
+    def full(self) -> bool:
+        """Whether the host knows that every position is in a document."""
+        return self.end is not None and self.end == self.total
+
+
+def check_documents(name: str, offsets: Tensor | Documents, total: int, *, device: torch.device) -> Documents:
+    """Check the offsets of documents over `total` positions; what was checked before is not read again.
+
+    The values are checked where they are `readable`. Kernels bound every access by `total` themselves, whatever the
+    values are.
+    """
+    if isinstance(offsets, Documents):
+        if offsets.total != total or offsets.offsets.device != device:
+            expected = f"offsets of {total} positions on {device}"
+            got = f"those of {offsets.total} on {offsets.offsets.device}"
+            raise ValueError(f"{name}: expected {expected}, got {got}")
+        return offsets
+    check_tensor(name, offsets, 1, INTS)
+    check_total(name, total)
+    if offsets.shape[0] < 1:
+        raise ValueError(f"{name}: expected at least one entry, got an empty tensor")
+    if offsets.device != device:
+        raise ValueError(f"{name}: expected device {device} of the data, got {offsets.device}")
+    end = None
+    if readable(offsets):
+        values = offsets.tolist()
+        end = values[-1]
+        if values[0] != 0 or values != sorted(values) or end > total:
+            shown = values if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ending in {end}"
+            expected = f"offsets that start at 0, never fall and end at most at {total}"
+            raise ValueError(f"{name}: expected {expected}, got {shown}")
+    if offsets.dtype != torch.int32 or not offsets.is_contiguous():
+        offsets = offsets.to(torch.int32).contiguous()
+    return Documents(offsets, total, end)
+
+
+def check_offsets(name: str, offsets: Tensor | Documents, total: int, *, device: torch.device) -> Tensor:
+    """Check document offsets as `check_documents` does and return them as int32."""
+    return check_documents(name, offsets, total, device=device).offsets
+
+
+_FEW_IDS = 64
+
+
+def check_ids(
+    tokens: Tensor, documents: Documents | None, alphabet: int, meaning: str, *, padded: bool = False
+) -> None:
+    """Raise ValueError unless the packed ids of all documents are below `alphabet`, which `meaning` names.
+
+    The values are checked where they are `readable`. Beyond the last document there may be anything: without
+    `documents` there is no such place. `padded`: the caller was given ``[B, S]``.
+    """
+    if documents is not None and (documents.end is None or documents.holds_ids_below(alphabet)):
+        return
+    if not readable(tokens):
+        return
+    inside = tokens if documents is None or documents.full else tokens[: documents.end]
+    count = inside.numel()
+    if not count:
+        return
+    if count <= _FEW_IDS:  # where two calls of torch take longer
+        values = inside.tolist()
+        low, high = min(values), max(values)
+    else:
+        low, high = (int(x) for x in inside.aminmax())
+    if low >= 0 and high < alphabet:
+        return
+    got = low if low < 0 else high
+    hint = ". Every id of padded tokens is in a document: padding may only follow cu_seqlens[-1]" if padded else ""
+    raise ValueError(f"tokens: expected ids from 0 to {alphabet - 1}, {meaning}, got {got}{hint}")
+
+
+def documents_of(
+    name: str, data: Tensor, cu_seqlens: Tensor | Documents | None, trailing: int, offsets_name: str = "cu_seqlens"
+) -> tuple[Tensor, Tensor | None, int]:
+    """Return packed data ``[T, ...]``, the int32 offsets of its documents and their number B, as `split_documents`."""
+    packed, documents, count = split_documents(name, data, cu_seqlens, trailing, offsets_name)
+    return packed, None if documents is None else documents.offsets, count
+
+
+def split_documents(
+    name: str, data: Tensor, cu_seqlens: Tensor | Documents | None, trailing: int, offsets_name: str = "cu_seqlens"
+) -> tuple[Tensor, Documents | None, int]:
+    """Return packed data ``[T, ...]``, its documents and their number B.
+
+    The documents are None if all have one length: operators that take ``num_documents`` need no offsets. `data` is
+    ``[T, ...]`` or ``[B, S, ...]`` with `trailing` dimensions behind the bytes. Packed data without `cu_seqlens` is one
+    document.
+    """
+    if data.dim() == trailing + 2:
+        if cu_seqlens is not None:
+            raise ValueError(f"{offsets_name}: expected None, since {name} is padded with shape {list(data.shape)}")
+        rows, length = data.shape[:2]
+        check_total(name, rows * length)
+        return data.flatten(0, 1), None, rows
+    total = data.shape[0]
+    if cu_seqlens is None:
+        check_total(name, total)
+        return data, None, 1
+    documents = check_documents(offsets_name, cu_seqlens, total, device=data.device)
+    return data, documents, documents.offsets.shape[0] - 1
+
+
+def pack(name: str, data: Tensor, cu_seqlens: Tensor | Documents | None, trailing: int) -> tuple[Tensor, Documents]:
+    """Return packed data ``[T, ...]`` and its documents, as `split_documents`, with offsets in any case."""
+    packed, documents, count = split_documents(name, data, cu_seqlens, trailing)
+    if documents is None:
+        total = packed.shape[0]
+        length = data.shape[1] if data.dim() == trailing + 2 else total
+        if torch.compiler.is_compiling() or not length:  # a step of 0 is none
+            offsets = torch.arange(count + 1, dtype=torch.int32, device=data.device) * length
+        else:
+            offsets = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=data.device)
+        documents = Documents(offsets, total, total)
+    return packed, documents
+
+
+def check_capacity(max_patches: int | None, documents: int) -> None:
+    """Raise unless `max_patches` leaves at least one patch for every document."""
+    if max_patches is None:
+        return
+    check_int("max_patches", max_patches, 0)
+    if max_patches > INT32_MAX:
+        raise ValueError(f"max_patches: expected at most 2**31 - 1, as int32 ids count, got {max_patches}")
+    if max_patches < documents:
+        raise ValueError(f"max_patches: expected at least one patch a document ({documents}), got {max_patches}")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
