@@ -1,8 +1,8 @@
 """Byte-level models, composed from the ops.
 
-`cu_seqlens` delimits the rows of a batch, in models and ops alike. The docstrings of the ops call a row a document. Here
-a row of a training batch may hold several documents, each ended by EOS: with ``split_documents``, attention stops at
-those ends too, and a model gives its attention ops the offsets of the documents in place of those of the rows.
+`cu_seqlens` delimits the rows of a batch, in models and ops alike. The docstrings of the ops call a row a document.
+Here a row of a training batch may hold several documents, each ended by EOS: with ``split_documents``, attention stops
+at those ends too, and a model gives its attention ops the offsets of the documents in place of those of the rows.
 """
 
 from __future__ import annotations

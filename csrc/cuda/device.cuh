@@ -226,27 +226,6 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// --- names that the kernels of cross attention use -------------------------------------------------------------------
-
-template <class T, int kSize>
-using Pack = AlignedVector<T, kSize>;
-template <class T>
-__device__ __forceinline__ acc_t<T> widen(T x) {
-  return to_float(x);
-}
-template <class T>
-__device__ __forceinline__ T narrow(acc_t<T> x) {
-  return from_float<T>(x);
-}
-template <class T>
-__device__ __forceinline__ T least(T a, T b) {
-  return min(a, b);
-}
-template <class T>
-__device__ __forceinline__ T most(T a, T b) {
-  return max(a, b);
-}
-
 // --- warps and blocks ------------------------------------------------------------------------------------------------
 
 // fold(... fold(x_0, x_1) ..., x_n) over every kLanes neighbouring lanes, in a fixed order; all of these lanes get the

@@ -17,14 +17,14 @@ struct HeadRows {
   u32 row_bytes;
 };
 
-// Rows of up to kPacks * kPack * kLanes numbers in kPacks accesses of kPack numbers to a lane. A warp has kHeads
+// Rows of up to kVecs * kVec * kLanes numbers in kVecs accesses of kVec numbers to a lane. A warp has kHeads
 // groups.
-template <class T_, int kPack_, int kPacks_, int kLanes_>
+template <class T_, int kVec_, int kVecs_, int kLanes_>
 struct Split {
   using T = T_;
   using A = acc_t<T>;
-  static constexpr int kPack = kPack_, kPacks = kPacks_, kLanes = kLanes_;
-  static constexpr int kSize = kPack * kPacks, kHeads = kWarp / kLanes;
+  static constexpr int kVec = kVec_, kVecs = kVecs_, kLanes = kLanes_;
+  static constexpr int kSize = kVec * kVecs, kHeads = kWarp / kLanes;
   static constexpr int kHeld = sizeof(A) == 8 ? 1 : 2, kTile = kHeld;
   static constexpr int kCells = kHeld * kTile, kCellLanes = kLanes / kCells;
   static_assert(kLanes <= kWarp && (kLanes & (kLanes - 1)) == 0, "groups must fill a warp, and fold by halves");
@@ -36,7 +36,7 @@ struct Split {
 // A lane's slice of a row as it is in memory, and as it is computed with.
 template <class S>
 struct Raw {
-  Bits<typename S::T, S::kPack> packs[S::kPacks];
+  Bits<typename S::T, S::kVec> vecs[S::kVecs];
 };
 template <class S>
 struct Slice {
@@ -62,28 +62,28 @@ struct Column {
   int room;
 
   __device__ __forceinline__ T* at(u32 row) const { return data_at(data, static_cast<u64>(row) * row_bytes); }
-  // Is pack r in the row, and where?
-  __device__ __forceinline__ static constexpr int offset(int r) { return r * S::kLanes * S::kPack; }
+  // Is vec r in the row, and where?
+  __device__ __forceinline__ static constexpr int offset(int r) { return r * S::kLanes * S::kVec; }
   __device__ __forceinline__ bool has(int r) const { return offset(r) < room; }
   // Numbers beyond the row are 0.
   __device__ __forceinline__ Raw<S> load(u32 row) const {
     Raw<S> raw;
     const T* const from = at(row);
 #pragma unroll
-    for (int r = 0; r < S::kPacks; ++r) {
-      raw.packs[r] = {};
-      if (has(r)) raw.packs[r] = load_bits<S::kPack>(from + offset(r));
+    for (int r = 0; r < S::kVecs; ++r) {
+      raw.vecs[r] = {};
+      if (has(r)) raw.vecs[r] = load_bits<S::kVec>(from + offset(r));
     }
     return raw;
   }
   __device__ __forceinline__ void store(u32 row, const Slice<S>& slice) const {
     T* const to = at(row);
 #pragma unroll
-    for (int r = 0; r < S::kPacks; ++r) {
-      Pack<T, S::kPack> pack;
+    for (int r = 0; r < S::kVecs; ++r) {
+      AlignedVector<T, S::kVec> vec;
 #pragma unroll
-      for (int c = 0; c < S::kPack; ++c) pack[c] = narrow<T>(slice[r * S::kPack + c]);
-      if (has(r)) blt::store(to + offset(r), pack);
+      for (int c = 0; c < S::kVec; ++c) vec[c] = from_float<T>(slice[r * S::kVec + c]);
+      if (has(r)) blt::store(to + offset(r), vec);
     }
   }
 };
@@ -94,7 +94,7 @@ using OutputColumn = Column<S, typename S::T>;
 
 template <class S>
 __device__ __forceinline__ int lane_column() {
-  return static_cast<int>(threadIdx.x) % S::kLanes * S::kPack;
+  return static_cast<int>(threadIdx.x) % S::kLanes * S::kVec;
 }
 
 // Lanes without a head read and write nothing.
@@ -106,13 +106,13 @@ __device__ __forceinline__ Column<S, T> column_of(const HeadRows<T>& rows, int h
 }
 
 template <class S>
-__device__ __forceinline__ Slice<S> widen(const Raw<S>& raw) {
+__device__ __forceinline__ Slice<S> to_float(const Raw<S>& raw) {
   Slice<S> slice;
 #pragma unroll
-  for (int r = 0; r < S::kPacks; ++r) {
-    const auto pack = unpack<typename S::T, S::kPack>(raw.packs[r]);
+  for (int r = 0; r < S::kVecs; ++r) {
+    const auto vec = unpack<typename S::T, S::kVec>(raw.vecs[r]);
 #pragma unroll
-    for (int c = 0; c < S::kPack; ++c) slice[r * S::kPack + c] = widen(pack[c]);
+    for (int c = 0; c < S::kVec; ++c) slice[r * S::kVec + c] = to_float(vec[c]);
   }
   return slice;
 }

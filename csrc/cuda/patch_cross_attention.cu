@@ -120,14 +120,14 @@ LaunchConfig config_of(const Arguments& arguments) {
 template <class T, class F>
 void dispatch_split(std::initializer_list<const Tensor*> tensors, F&& f) {
   if constexpr (sizeof(T) < 8) {
-    constexpr int kPack = 16 / sizeof(T), kFew = 64 / kPack;  // lanes for a width of 64
+    constexpr int kVec = 16 / sizeof(T), kFew = 64 / kVec;  // lanes for a width of 64
     const int64_t width = (*tensors.begin())->size(2);
     int64_t bits = bytes_of<T>(width);
     for (const Tensor* x : tensors) bits |= address(x->const_data_ptr()) | row_bytes(*x) | bytes_of<T>(x->stride(1));
     if (bits % 16 == 0) {
-      if (width <= 64) return f(Split<T, kPack, 1, kFew>{});
-      if (width <= 128) return f(Split<T, kPack, 1, 2 * kFew>{});
-      return f(Split<T, kPack, kMaxWidth / kPack / kWarp, kWarp>{});
+      if (width <= 64) return f(Split<T, kVec, 1, kFew>{});
+      if (width <= 128) return f(Split<T, kVec, 1, 2 * kFew>{});
+      return f(Split<T, kVec, kMaxWidth / kVec / kWarp, kWarp>{});
     }
   }
   f(Split<T, 1, kMaxWidth / kWarp, kWarp>{});

@@ -48,7 +48,7 @@ inline constexpr bool kManyRegisters = true;
 inline constexpr bool kManyRegisters = false;
 #endif
 template <class S>
-inline constexpr bool kWide = kManyRegisters || S::kPacks > 1 || sizeof(typename S::A) == 8;
+inline constexpr bool kWide = kManyRegisters || S::kVecs > 1 || sizeof(typename S::A) == 8;
 template <class S>
 inline constexpr int kForwardBlocks = kWide<S> ? 2 : 4;
 template <class S>
@@ -101,24 +101,15 @@ __device__ __forceinline__ Ring& ring_of_warp() {
 
 // --- numbers ---------------------------------------------------------------------------------------------------------
 
-// That of a key that is not there, and lse where there is no key at all: minus infinity.
-template <class A>
-__device__ __forceinline__ A no_score() {
-  return static_cast<A>(-__int_as_float(0x7f800000));
-}
-__device__ __forceinline__ float power_of_e(float x) { return expf(x); }
-__device__ __forceinline__ double power_of_e(double x) { return exp(x); }
 // x * y, never fused with the subtraction that follows: in scale * s - lse the rounding of lse, millions for scores of
 // 1e13, would be left.
 __device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 __device__ __forceinline__ double rounded_product(double x, double y) { return __dmul_rn(x, y); }
-__device__ __forceinline__ float log_to_e(float x) { return logf(x); }
-__device__ __forceinline__ double log_to_e(double x) { return log(x); }
 
-struct Most {
+struct Max {
   template <class A>
   __device__ __forceinline__ A operator()(A a, A b) const {
-    return most(a, b);
+    return max(a, b);
   }
 };
 struct Sum {
@@ -157,15 +148,15 @@ struct NoNumber {
 // A slice of E numbers among sums.
 template <class S>
 __device__ __forceinline__ void store_sums(typename S::A* to, int room, const Slice<S>& slice) {
-  constexpr int kWords = S::kPack < 4 ? S::kPack : 4;
+  constexpr int kWords = S::kVec < 4 ? S::kVec : 4;
 #pragma unroll
-  for (int r = 0; r < S::kPacks; ++r)
+  for (int r = 0; r < S::kVecs; ++r)
 #pragma unroll
-    for (int c = 0; c < S::kPack; c += kWords) {
-      Pack<typename S::A, kWords> pack;
+    for (int c = 0; c < S::kVec; c += kWords) {
+      AlignedVector<typename S::A, kWords> vec;
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) pack[w] = slice[r * S::kPack + c + w];
-      if (r * S::kLanes * S::kPack < room) store(to + lane_column<S>() + r * S::kLanes * S::kPack + c, pack);
+      for (int w = 0; w < kWords; ++w) vec[w] = slice[r * S::kVec + c + w];
+      if (r * S::kLanes * S::kVec < room) store(to + lane_column<S>() + r * S::kLanes * S::kVec + c, vec);
     }
 }
 
@@ -184,7 +175,7 @@ __device__ __forceinline__ void skip(const OutputColumn<S>& out, typename S::A* 
                                      u32 step = 1) {
   clear_rows(out, begin, end, step);
   if (out.room <= 0 || lane_column<S>() > 0) return;
-  for (u32 row = begin; row < end; row += step) lse[static_cast<i64>(row) * heads] = no_score<typename S::A>();
+  for (u32 row = begin; row < end; row += step) lse[static_cast<i64>(row) * heads] = minus_infinity<typename S::A>();
 }
 
 // Bytes that no unit has, and that a unit has but that read nothing.
@@ -211,10 +202,10 @@ __device__ __forceinline__ void skip_rest(const OutputColumn<S>& out, typename S
 // The softmax of the lane's query over the keys so far; the total is of the rows of tiles of the lane alone.
 template <class S>
 struct Running {
-  typename S::A top = no_score<typename S::A>(), total = 0;
+  typename S::A top = minus_infinity<typename S::A>(), total = 0;
   Slice<S> sums[S::kHeld];
 
-  __device__ __forceinline__ typename S::A shift() const { return top == no_score<typename S::A>() ? 0 : top; }
+  __device__ __forceinline__ typename S::A shift() const { return top == minus_infinity<typename S::A>() ? 0 : top; }
 };
 
 template <class S>
@@ -229,10 +220,10 @@ __device__ __forceinline__ void attend(Running<S>& running, const Slice<S> (&q)[
   const Cell cell = cell_of_lane<S>();
   for_each_tile(keys, rows.begin, rows.end, limit, kept, [&](u32 row, const Slice<S>(&x)[2][S::kTile]) {
     A score = rounded_product(dots(q, x[0]), scale);
-    if (row + cell.tile >= rows.end) score = no_score<A>();
+    if (row + cell.tile >= rows.end) score = minus_infinity<A>();
     const A before = running.top;
-    running.top = most(before, fold_tile<S>(score, Most{}));
-    const A fade = power_of_e(before - running.shift()), weight = power_of_e(score - running.shift());
+    running.top = max(before, fold_tile<S>(score, Max{}));
+    const A fade = exp(before - running.shift()), weight = exp(score - running.shift());
     running.total = running.total * fade + weight;
 #pragma unroll
     for (int i = 0; i < S::kHeld; ++i) {
@@ -272,13 +263,13 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
       readers.for_each_rows(unit, readers.encode, [&](const Rows& held) {
 #pragma unroll 1
         for (u32 row = held.begin; row < held.end; row += S::kHeld) {
-          const int count = static_cast<int>(least<u32>(held.end - row, S::kHeld));
+          const int count = static_cast<int>(min<u32>(held.end - row, S::kHeld));
           const bool again = r + 1 < problem.heads_per_kv_head || row + count < held.end;
           Slice<S> q[1][S::kHeld];
-          next.take(q, queries, row, count, most(held.end, queries_end), NoNumber<A>{});
+          next.take(q, queries, row, count, max(held.end, queries_end), NoNumber<A>{});
           Running<S> running;
           readers.for_each_rows(unit, !readers.encode, [&](const Rows& rows) {
-            const u32 limit = again ? rows.end : most(rows.end, keys_end);
+            const u32 limit = again ? rows.end : max(rows.end, keys_end);
             attend<S>(running, q[0], keys, rows, limit, again && rows.size() <= KeyRing<S>::kRows, problem.scale);
           });
           const A total = fold_tile<S>(running.total, Sum{});
@@ -286,7 +277,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
           if (readers.encode && unit.slot >= 0) {
             const i64 at = output.parts.at(unit, row, head);
             if (writes)
-              store(output.parts.softmax + 2 * (at + cell.held * problem.heads), Pack<A, 2>{{running.top, total}});
+              store(output.parts.softmax + 2 * (at + cell.held * problem.heads),
+                    AlignedVector<A, 2>{{running.top, total}});
 #pragma unroll
             for (int i = 0; i < S::kHeld; ++i)
               if (i < count)
@@ -294,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
             continue;
           }
           if (writes)
-            output.lse[static_cast<i64>(row + cell.held) * problem.heads + head] = running.shift() + log_to_e(total);
+            output.lse[static_cast<i64>(row + cell.held) * problem.heads + head] = running.shift() + log(total);
           const A inverse = total == 0 ? A(0) : 1 / total;
 #pragma unroll
           for (int i = 0; i < S::kHeld; ++i) {
@@ -334,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
     const Rows held = readers.vectors(unit);
     const int count = static_cast<int>(held.end - held.begin);
     Slice<S> x[2][S::kHeld];
-    next.take(x, keys, held.begin, count, most(held.end, run.vectors_end), NoNumber<A>{});
+    next.take(x, keys, held.begin, count, max(held.end, run.vectors_end), NoNumber<A>{});
     const auto& [k, v] = x;
 #pragma unroll 1
     for (int r = 0; r < problem.heads_per_kv_head; ++r) {
@@ -343,15 +335,15 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
       const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
       skip_rest<S>(out, output.lse + head, problem.heads, readers, unit);
       readers.for_each_rows(unit, false, [&](const Rows& rows) {
-        const u32 end = one_head ? most(rows.end, run.bytes_end) : rows.end;
+        const u32 end = one_head ? max(rows.end, run.bytes_end) : rows.end;
         for_each_tile(queries, rows.begin, rows.end, end, false, [&](u32 row, const Slice<S>(&q)[1][S::kTile]) {
           A score = rounded_product(dots(k, q[0]), problem.scale);
-          if (cell.held >= count) score = no_score<A>();
-          const A top = fold_held<S>(score, Most{}), shift = top == no_score<A>() ? A(0) : top;
-          const A weight = power_of_e(score - shift), total = fold_held<S>(weight, Sum{});
+          if (cell.held >= count) score = minus_infinity<A>();
+          const A top = fold_held<S>(score, Max{}), shift = top == minus_infinity<A>() ? A(0) : top;
+          const A weight = exp(score - shift), total = fold_held<S>(weight, Sum{});
           const A share = total == 0 ? A(0) : weight * (1 / total);
           if (head < problem.heads && row + cell.tile < rows.end && cell.held == 0 && first_of_cell<S>())
-            output.lse[static_cast<i64>(row + cell.tile) * problem.heads + head] = shift + log_to_e(total);
+            output.lse[static_cast<i64>(row + cell.tile) * problem.heads + head] = shift + log(total);
 #pragma unroll
           for (int a = 0; a < S::kTile; ++a) {
             Slice<S> sum;

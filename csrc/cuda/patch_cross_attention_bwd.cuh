@@ -39,9 +39,7 @@ template <class A>
 struct Softmax {
   A lse = 0, inverse = 0, delta = 0;
 
-  __device__ __forceinline__ A weight(A score, A scale) const {
-    return power_of_e(rounded_product(score, scale) - lse);
-  }
+  __device__ __forceinline__ A weight(A score, A scale) const { return exp(rounded_product(score, scale) - lse); }
   __device__ __forceinline__ A grad_score(A p, A slope, A scale) const { return p * (slope - delta) * scale; }
 };
 
@@ -125,7 +123,7 @@ __device__ __forceinline__ typename S::A products_of_rows(const Slice<S> (&held)
   typename S::A own = 0;
 #pragma unroll
   for (int i = 0; i < S::kHeld; ++i) {
-    const auto sum = warp_sum<S::kLanes>(i < count ? dot(held[i], widen(rows.load(row + i))) : typename S::A(0));
+    const auto sum = warp_sum<S::kLanes>(i < count ? dot(held[i], to_float(rows.load(row + i))) : typename S::A(0));
     if (cell_of_lane<S>().held == i) own = sum;
   }
   return own;
@@ -202,16 +200,16 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
         readers.for_each_rows(unit, readers.encode, [&](const Rows& held) {
 #pragma unroll 1
           for (u32 row = held.begin; row < held.end; row += S::kHeld) {
-            const int count = static_cast<int>(least<u32>(held.end - row, S::kHeld));
+            const int count = static_cast<int>(min<u32>(held.end - row, S::kHeld));
             const bool again = r + 1 < problem.heads_per_kv_head || row + count < held.end;
             Slice<S> x[2][S::kHeld], sums[S::kHeld];
             Softmax<A> softmax;
-            softmax.lse = next.take(x, queries, row, count, most(held.end, queries_end), lse_of);
+            softmax.lse = next.take(x, queries, row, count, max(held.end, queries_end), lse_of);
             const auto& [q, g] = x;
             if (!divided) {
               const Rows rows = readers.encode ? reading(unit.bytes, unit.stop) : readers.vectors(unit);
               const bool fits = rows.size() <= Ring::kRows;
-              const u32 limit = again || !fits ? rows.end : most(rows.end, keys_end);
+              const u32 limit = again || !fits ? rows.end : max(rows.end, keys_end);
               A total = 0;
               CarefulSum<A> sum;
               for_each_tile(keys, rows.begin, rows.end, limit, fits, [&](u32 key, const Slice<S>(&x)[2][S::kTile]) {
@@ -230,7 +228,7 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
             }
             if (!halo)
               readers.for_each_rows(unit, !readers.encode, [&](const Rows& rows) {
-                const u32 end = again ? rows.end : most(rows.end, keys_end);
+                const u32 end = again ? rows.end : max(rows.end, keys_end);
                 for_each_tile(keys, rows.begin, rows.end, end, again && rows.size() <= Ring::kRows,
                               [&](u32 key, const Slice<S>(&x)[2][S::kTile]) {
                                 const A score = dots(q, x[0]), slope = dots(g, x[1]);
@@ -249,7 +247,7 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
               });
             if (!halo) store_gradients<S>(grad_q, divided, grads.q_parts, problem.width, unit, row, head, count, sums);
             if (!kWhole && head < problem.heads && cell.held < count && cell.tile == 0 && first_of_cell<S>())
-              store(saved.at(unit, row + cell.held, head), Pack<A, 2>{{softmax.inverse, softmax.delta}});
+              store(saved.at(unit, row + cell.held, head), AlignedVector<A, 2>{{softmax.inverse, softmax.delta}});
           }
         });
       }
@@ -294,10 +292,10 @@ __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>
     readers.for_each_rows(unit, !encode, [&](const Rows& held) {
 #pragma unroll 1
       for (u32 row = held.begin; row < held.end; row += S::kHeld) {
-        const int count = static_cast<int>(least<u32>(held.end - row, S::kHeld));
+        const int count = static_cast<int>(min<u32>(held.end - row, S::kHeld));
         const bool again = !kWhole && one_head && row + count < held.end;
         Slice<S> x[2][S::kHeld], k_sums[S::kHeld], v_sums[S::kHeld];
-        next.take(x, keys, row, count, most(held.end, keys_end), NoNumber<A>{});
+        next.take(x, keys, row, count, max(held.end, keys_end), NoNumber<A>{});
         const auto& [k, v] = x;
 #pragma unroll 1
         for (int r = 0; r < problem.heads_per_kv_head; ++r) {
@@ -305,10 +303,10 @@ __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>
           if (!one_head) set_head(head);
           const OutputColumn<S> grad_q = column_of<S>(grads.q, head, problem.heads, problem.width);
           readers.for_each_rows(unit, encode, [&](const Rows& rows) {
-            const u32 end = again ? rows.end : most(rows.end, queries_end);
+            const u32 end = again ? rows.end : max(rows.end, queries_end);
             const bool kept = again && rows.size() <= Ring::kRows;
             for_each_tile(queries, rows.begin, rows.end, end, kept, [&](u32 query, const Slice<S>(&x)[2][S::kTile]) {
-              const u32 own = least(query + cell.tile, rows.end - 1);
+              const u32 own = min(query + cell.tile, rows.end - 1);
               Softmax<A> softmax;
               if (head < problem.heads) softmax.lse = queries.number(own);
               if (!kWhole && head < problem.heads) {
@@ -378,12 +376,12 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<S> > 2 ? 2 : kBackwa
     patch_cross_attention_bwd_both_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,
                                           CrossGradients<typename S::T> grads, Passes passes) {
   const Task task = task_of_lane<S>(problem.kv_heads);
-  const int own_end = (task.warp / kWarps + 1) * kRun * kWarps, behind = least(own_end, readers.capacity);
+  const int own_end = (task.warp / kWarps + 1) * kRun * kWarps, behind = min(own_end, readers.capacity);
   SavedSoftmax<typename S::T> saved = {grads.softmax, grads.q_parts, readers.num_queries(),
                                        problem.heads, readers.parts, readers.encode};
   if (passes.halo > 0)
     saved.halo_begin = readers.encode ? static_cast<u32>(behind) * readers.queries_per_patch : readers.offset(behind);
-  const Pass pass = {own_end, most(own_end, least(own_end + passes.halo, readers.capacity))};
+  const Pass pass = {own_end, max(own_end, min(own_end + passes.halo, readers.capacity))};
   if (passes.queries) pass_of_queries<S, false>(problem, readers, grads, task, pass, saved);
   wait_for_copies<0>();
   __syncthreads();

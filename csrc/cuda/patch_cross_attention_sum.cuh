@@ -68,19 +68,19 @@ __global__ void __launch_bounds__(kPartSumThreads, 1)
       if (p < document.begin || document.end <= p) break;
       if (distance > 0 && readers.is_divided(p)) break;
       const auto at_slot = [&](int slot, int place) { return parts.at(slot, place * parts.vectors + row, head); };
-      A top = no_score<A>(), total = 0, sums[kColumns] = {};
+      A top = minus_infinity<A>(), total = 0, sums[kColumns] = {};
       if (kSoftmax) {
         for_each_slot(readers, p, nearest, document, lane, kWarp,
-                      [&](int slot, int place) { top = most(top, parts.softmax[2 * at_slot(slot, place)]); });
-        top = warp_fold(top, Most{});
+                      [&](int slot, int place) { top = max(top, parts.softmax[2 * at_slot(slot, place)]); });
+        top = warp_fold(top, Max{});
       }
-      const A shift = top == no_score<A>() ? A(0) : top;
+      const A shift = top == minus_infinity<A>() ? A(0) : top;
       for_each_slot(readers, p, nearest, document, warp, kWarps, [&](int slot, int place) {
         const i64 at = at_slot(slot, place);
         A weight = 1;
         if (kSoftmax) {
           const auto softmax = load<2>(parts.softmax + 2 * at);
-          weight = power_of_e(softmax[0] - shift);
+          weight = exp(softmax[0] - shift);
           total += weight * softmax[1];
         }
 #pragma unroll
@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(kPartSumThreads, 1)
       const i64 at = (static_cast<i64>(p) * parts.vectors + row) * parts.heads + head;
       A sum = 0, whole = 0;
       for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][threadIdx.x], whole += shared.totals[w];
-      if (kSoftmax && threadIdx.x == 0) summed.lse[at] = shift + log_to_e(whole);
+      if (kSoftmax && threadIdx.x == 0) summed.lse[at] = shift + log(whole);
       if (static_cast<int>(threadIdx.x) < summed.width)
-        summed.to[at * summed.width + threadIdx.x] = narrow<T>(!kSoftmax ? sum : whole == 0 ? A(0) : sum / whole);
+        summed.to[at * summed.width + threadIdx.x] = from_float<T>(!kSoftmax ? sum : whole == 0 ? A(0) : sum / whole);
       __syncthreads();
     }
   }

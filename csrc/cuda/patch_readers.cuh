@@ -46,10 +46,10 @@ struct Unowned {
 
 // Of some bytes of a unit those that read or are read, and those that read nothing.
 __device__ __forceinline__ Rows reading(const Range& bytes, int stop) {
-  return {static_cast<u32>(bytes.begin), static_cast<u32>(least(bytes.end, stop))};
+  return {static_cast<u32>(bytes.begin), static_cast<u32>(min(bytes.end, stop))};
 }
 __device__ __forceinline__ Rows waiting(const Range& bytes, int stop) {
-  return {static_cast<u32>(most(bytes.begin, stop)), static_cast<u32>(bytes.end)};
+  return {static_cast<u32>(max(bytes.begin, stop)), static_cast<u32>(bytes.end)};
 }
 
 struct PatchReaders {
@@ -59,7 +59,7 @@ struct PatchReaders {
   int capacity, documents, num_bytes, queries_per_patch, window, parts;
   bool encode;
 
-  __device__ __forceinline__ int offset(int p) const { return least(most(offsets[p], 0), num_bytes); }
+  __device__ __forceinline__ int offset(int p) const { return min(max(offsets[p], 0), num_bytes); }
   __device__ __forceinline__ i64 num_queries() const {
     return encode ? static_cast<i64>(capacity) * queries_per_patch : num_bytes;
   }
@@ -70,44 +70,23 @@ struct PatchReaders {
 
   // The first and the last patch of the document, which ends before `end`. A patch beyond the documents has its own.
   __device__ __forceinline__ void document_of(int p, int& first, int& end) const {
-    int low = 0, high = documents;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (cu_patches[middle + 1] <= p)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    first = low < documents ? least(most(cu_patches[low], 0), p) : p;
-    end = low < documents ? least(most(cu_patches[low + 1], p + 1), capacity) : p + 1;
+    const int b = partition_point(0, documents, [&](int i) { return cu_patches[i + 1] <= p; });
+    first = b < documents ? min(max(cu_patches[b], 0), p) : p;
+    end = b < documents ? min(max(cu_patches[b + 1], p + 1), capacity) : p + 1;
   }
 
   // Where the bytes from begin to end that read something stop.
   __device__ __forceinline__ int stop_of(int begin, int end) const {
     if (encode || begin >= end || ids[end - 1] >= 0) return end;
-    int low = begin, high = end - 1;
-    while (low < high) {
-      const int middle = low + (high - low) / 2;
-      if (ids[middle] >= 0)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
+    return partition_point(begin, end - 1, [&](int i) { return ids[i] >= 0; });
   }
 
   // The patch that may have the bytes of a part.
   __device__ __forceinline__ int patch_of(int byte) const {
-    if (ids[byte] >= 0) return least(ids[byte], capacity - 1);
-    int low = 0, high = capacity;  // the last one that begins here or before
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (offsets[middle + 1] <= byte)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return least(low, capacity - 1);
+    if (ids[byte] >= 0) return min(ids[byte], capacity - 1);
+    // The last patch that begins here or before.
+    const int patch = partition_point(0, capacity, [&](int p) { return offsets[p + 1] <= byte; });
+    return min(patch, capacity - 1);
   }
 
   // Bytes from begin to end, and the whole parts among them if such are units of their own.
@@ -116,14 +95,14 @@ struct PatchReaders {
   }
 
   __device__ __forceinline__ Unowned unowned() const {
-    const int begin = offset(0), end = most(begin, offset(capacity));
+    const int begin = offset(0), end = max(begin, offset(capacity));
     return {{0, static_cast<u32>(begin)}, {static_cast<u32>(end), static_cast<u32>(num_bytes)}};
   }
 
   // The whole parts of patch p that are units of their own.
   __device__ __forceinline__ Parted parted_patch(int p) const {
     const int begin = offset(p);
-    return parts_of(begin, most(offset(p + 1), begin));
+    return parts_of(begin, max(offset(p + 1), begin));
   }
   __device__ __forceinline__ bool is_divided(int p) const {
     const Parted own = parted_patch(p);
@@ -133,7 +112,7 @@ struct PatchReaders {
   __device__ __forceinline__ int first_hole(int p, int end, int bytes_end) const {
     for (; parts > 0 && p < end && offset(p) < bytes_end; ++p) {
       const Parted own = parted_patch(p);
-      if (own.parts.begin < own.parts.end) return least(static_cast<int>(own.before.end), bytes_end);
+      if (own.parts.begin < own.parts.end) return min(static_cast<int>(own.before.end), bytes_end);
     }
     return bytes_end;
   }
@@ -141,8 +120,8 @@ struct PatchReaders {
   // shuffles saves registers.
   __device__ __forceinline__ Range behind_hole(const PatchUnit& unit, int hole) const {
     const int p = patch_of(hole), end = static_cast<int>(parted_patch(p).behind.begin);
-    const int begin = least(most(end, hole + kPart), unit.bytes.end);
-    const int next_hole = most(begin, first_hole(p + 1, capacity, unit.bytes.end));
+    const int begin = min(max(end, hole + kPart), unit.bytes.end);
+    const int next_hole = max(begin, first_hole(p + 1, capacity, unit.bytes.end));
     return {__shfl_sync(kAllLanes, begin, 0), __shfl_sync(kAllLanes, next_hole, 0)};
   }
 
@@ -186,9 +165,9 @@ struct PatchReaders {
     if (window > 1) {
       document_of(p, met.begin, met.end);
       if (encode != (part < 0 && kHoldsQueries == encode))
-        met = {p, static_cast<int>(least<i64>(met.end, static_cast<i64>(p) + window))};
+        met = {p, static_cast<int>(min<i64>(met.end, static_cast<i64>(p) + window))};
       else
-        met = {most(met.begin, p - window + 1), p + 1};
+        met = {max(met.begin, p - window + 1), p + 1};
     }
     if (part >= 0) {
       const Parted bytes = parted_patch(p);
@@ -200,11 +179,11 @@ struct PatchReaders {
     const bool meets_bytes = kHoldsQueries == encode;
     unit.patch = p, unit.patches = meets_bytes ? own : met;
     const Range patches = meets_bytes ? met : own;
-    unit.bytes.begin = offset(patches.begin), unit.bytes.end = most(offset(patches.end), unit.bytes.begin);
+    unit.bytes.begin = offset(patches.begin), unit.bytes.end = max(offset(patches.end), unit.bytes.begin);
     unit.hole = first_hole(patches.begin, patches.end, unit.bytes.end);
     if (unit.hole < unit.bytes.end) {
-      const int nearest = most(nearest_divided(p, patches.begin, patches.end), 0);
-      unit.slot = parts + least(static_cast<int>(parted_patch(nearest).parts.begin), parts - 1);
+      const int nearest = max(nearest_divided(p, patches.begin, patches.end), 0);
+      unit.slot = parts + min(static_cast<int>(parted_patch(nearest).parts.begin), parts - 1);
       unit.origin = origin_of(nearest);
     }
     return unit;

@@ -19,7 +19,7 @@ struct RowRing {
   static constexpr bool kNumbers = kNumbers_;
   static constexpr int kRows = kBytes / (kTensors * kWarp * S::kSize * static_cast<int>(sizeof(typename S::T)));
   static_assert(kRows >= 2 * S::kTile && (kRows & (kRows - 1)) == 0, "two tiles at least, and slots by a mask");
-  Bits<typename S::T, S::kPack> packs[kRows][kTensors][S::kPacks][kWarp];
+  Bits<typename S::T, S::kVec> vecs[kRows][kTensors][S::kVecs][kWarp];
   typename S::A numbers[kNumbers ? kRows : 1][kWarp];
 };
 
@@ -57,9 +57,9 @@ class RowStream {
       columns_[t] = columns[t];
       // Copies write nothing beyond a row, which reads as 0.
 #pragma unroll
-      for (int r = 0; r < S::kPacks; ++r)
+      for (int r = 0; r < S::kVecs; ++r)
         if (!columns[t].has(r))
-          for (u32 slot = 0; slot < kRows; ++slot) ring_.packs[slot][t][r][lane_] = {};
+          for (u32 slot = 0; slot < kRows; ++slot) ring_.vecs[slot][t][r][lane_] = {};
     }
   }
 
@@ -78,7 +78,7 @@ class RowStream {
 
   // Requests rows up to `limit`, as many as there are slots for if rows from `kept` on keep theirs.
   __device__ __forceinline__ void request(u32 kept, u32 limit) {
-    const u32 stop = least(limit, kept + kRows);
+    const u32 stop = min(limit, kept + kRows);
 #pragma unroll 1
     for (; end_ < stop; ++end_) {
       const u32 slot = end_ % kRows;
@@ -86,8 +86,8 @@ class RowStream {
       for (int t = 0; t < Ring::kTensors; ++t) {
         const auto* const from = columns_[t].at(end_);
 #pragma unroll
-        for (int r = 0; r < S::kPacks; ++r)
-          if (columns_[t].has(r)) copy_async<S::kPack>(&ring_.packs[slot][t][r][lane_], from + columns_[t].offset(r));
+        for (int r = 0; r < S::kVecs; ++r)
+          if (columns_[t].has(r)) copy_async<S::kVec>(&ring_.vecs[slot][t][r][lane_], from + columns_[t].offset(r));
       }
       if constexpr (Ring::kNumbers)
         if (numbers_) copy_async<1>(&ring_.numbers[slot][lane_], numbers_ + static_cast<i64>(end_) * stride_);
@@ -101,8 +101,8 @@ class RowStream {
   __device__ __forceinline__ Slice<S> row(int tensor, u32 row) const {
     Raw<S> raw;
 #pragma unroll
-    for (int r = 0; r < S::kPacks; ++r) raw.packs[r] = ring_.packs[row % kRows][tensor][r][lane_];
-    return widen(raw);
+    for (int r = 0; r < S::kVecs; ++r) raw.vecs[r] = ring_.vecs[row % kRows][tensor][r][lane_];
+    return to_float(raw);
   }
   __device__ __forceinline__ A number(u32 row) const { return ring_.numbers[row % kRows][lane_]; }
 
@@ -126,12 +126,12 @@ __device__ __forceinline__ void for_each_tile(Stream& stream, u32 begin, u32 end
 #pragma unroll 1
   for (u32 row = begin; row < end; row += S::kTile) {
     stream.request(kept ? begin : row, limit);
-    stream.wait(least(row + S::kTile, end) - 1);
+    stream.wait(min(row + S::kTile, end) - 1);
     Slice<S> x[Stream::Ring::kTensors][S::kTile];
 #pragma unroll
     for (int t = 0; t < Stream::Ring::kTensors; ++t)
 #pragma unroll
-      for (int a = 0; a < S::kTile; ++a) x[t][a] = stream.row(t, least(row + a, end - 1));
+      for (int a = 0; a < S::kTile; ++a) x[t][a] = stream.row(t, min(row + a, end - 1));
     f(row, x);
   }
 }
@@ -163,7 +163,7 @@ struct HeldRows {
 #pragma unroll
     for (int t = 0; t < kTensors; ++t)
 #pragma unroll
-      for (int i = 0; i < S::kHeld; ++i) held[t][i] = i < count ? widen(raw[t][i]) : Slice<S>{};
+      for (int i = 0; i < S::kHeld; ++i) held[t][i] = i < count ? to_float(raw[t][i]) : Slice<S>{};
     const auto own = number;
     row = ~0u;
     if (first + count < end) request(columns, first + count, end, number_of);
