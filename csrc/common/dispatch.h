@@ -38,7 +38,7 @@ decltype(auto) dispatch_accumulator(torch::headeronly::ScalarType dtype, const c
   return dispatch_float(dtype, name, [&](auto tag) { return f(Tag<accumulator_t<typename decltype(tag)::type>>{}); });
 }
 
-// From an accumulator to the dtypes that are accumulated in it; the inverse of dispatch_accumulator.
+// Calls f with the dtype of storage that is accumulated in A; the inverse of dispatch_accumulator.
 template <class A, class F>
 decltype(auto) dispatch_storage(torch::headeronly::ScalarType dtype, F&& f) {
   if constexpr (std::is_same_v<A, double>) {

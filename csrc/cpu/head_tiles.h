@@ -45,7 +45,7 @@ struct HeadShape {
   int64_t heads, width;
 };
 
-// Where the numbers of a table lie: that of rows i and j is at i * i_step + j * j_step, in vectors.
+// Strides of a table in vectors: the number of rows i and j is at i * steps.i + j * steps.j.
 struct Steps {
   int64_t i, j;
 };

@@ -129,7 +129,7 @@ Tensor patch_pool_fwd_cpu(const Tensor& x, Tensor patch_offsets, const Tensor& p
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// What the bytes of a patch get, in a panel of columns: the gradients of all reductions with the same fold, added up.
+// Gradients that the bytes of a patch get in a panel of columns: those of reductions with the same fold are added up.
 template <class A>
 struct Shares {
   alignas(kVecBytes) A values[5][kPanel];

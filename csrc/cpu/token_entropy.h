@@ -27,8 +27,8 @@ inline constexpr int64_t kRowsAhead = 4;  // distance of the prefetch: the arith
 inline constexpr float kInf = std::numeric_limits<float>::infinity();
 inline constexpr float kUnread = kInf;  // log_sum, in [0, log A] or NaN otherwise, of a row that no document has
 
-// How a row divides into Pairs: `full` elements in whole ones, and a tail, of which `fresh` are the elements that no
-// whole Pair holds. The tail of a row shorter than a Pair is a copy of it.
+// A row divides into Pairs: `full` elements are in whole ones, and `fresh` elements of the tail are in no whole Pair.
+// The tail of a row shorter than a Pair is a copy of it.
 template <class T>
 struct RowShape {
   int64_t width, full;

@@ -117,7 +117,7 @@ __device__ __forceinline__ Slice<S> to_float(const Raw<S>& raw) {
   return slice;
 }
 
-// What the lane adds to x . y.
+// Returns the lane's share of x . y.
 template <class S>
 __device__ __forceinline__ typename S::A dot(const Slice<S>& x, const Slice<S>& y) {
   typename S::A sum = 0;
@@ -191,7 +191,7 @@ __device__ __forceinline__ A fold_held(A x, Fold fold) {
   return x;
 }
 
-// What cell (held, tile) of the lane's group has.
+// Returns the x of cell (held, tile) of the lane's group.
 template <class S, class A>
 __device__ __forceinline__ A of_cell(A x, int held, int tile) {
   return __shfl_sync(kAllLanes, x, (held * S::kTile + tile) * S::kCellLanes, S::kLanes);

@@ -34,7 +34,8 @@ struct CrossGradients {
   PartSums<acc_t<T>> q_parts, k_parts, v_parts;
 };
 
-// What p and ds of a query need beside its products.
+// The softmax of a query. A weight is exp(scale * score - lse) * inverse, and ds = p * (slope - delta) * scale, where
+// `slope` is grad_out . v.
 template <class A>
 struct Softmax {
   A lse = 0, inverse = 0, delta = 0;

@@ -15,7 +15,7 @@ namespace blt {
 
 inline constexpr int kPart = 64;
 
-// From this many bytes on, a second level of parts is worth its launch.
+// A second level of parts is worth its launch from this many bytes on.
 inline constexpr i64 kSecondLevelBytes = 4 * kPart * kPart;
 
 // The patch of all `size` bytes from `begin` on, or -1 if there is none. The ids ascend, except for -1.

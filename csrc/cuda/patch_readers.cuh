@@ -1,4 +1,4 @@
-// Who reads whom in patch_cross_attention: patches, of K vectors each, meet rows of bytes.
+// The pairs of patch_cross_attention: patches, of K vectors each, meet rows of bytes.
 //
 // Encoding, the K queries of patch p read the bytes of patches (p - window, p]. Decoding, the bytes with decode id d
 // read the K vectors of patches (d - window, d]. `offsets` tells which bytes meet a patch: its own encoding, decoding
@@ -44,7 +44,7 @@ struct Unowned {
   Rows before, beyond;
 };
 
-// Of some bytes of a unit those that read or are read, and those that read nothing.
+// These two functions split bytes of a unit into those that read or are read, and those that read nothing.
 __device__ __forceinline__ Rows reading(const Range& bytes, int stop) {
   return {static_cast<u32>(bytes.begin), static_cast<u32>(min(bytes.end, stop))};
 }
@@ -75,7 +75,7 @@ struct PatchReaders {
     end = b < documents ? min(max(cu_patches[b + 1], p + 1), capacity) : p + 1;
   }
 
-  // Where the bytes from begin to end that read something stop.
+  // Returns the end of the bytes in [begin, end) that read something.
   __device__ __forceinline__ int stop_of(int begin, int end) const {
     if (encode || begin >= end || ids[end - 1] >= 0) return end;
     return partition_point(begin, end - 1, [&](int i) { return ids[i] >= 0; });
@@ -108,7 +108,7 @@ struct PatchReaders {
     const Parted own = parted_patch(p);
     return own.parts.begin < own.parts.end;
   }
-  // Where the first part among the bytes of patches from p to end begins; else where the bytes end.
+  // Returns the beginning of the first part among the bytes of patches [p, end), or the end of these bytes.
   __device__ __forceinline__ int first_hole(int p, int end, int bytes_end) const {
     for (; parts > 0 && p < end && offset(p) < bytes_end; ++p) {
       const Parted own = parted_patch(p);

@@ -73,7 +73,7 @@ template <class A>
 struct EntropySums {
   A max = minus_infinity<A>(), s = 0, t = 0;
 
-  // From now on with respect to m, which is no smaller than max.
+  // Rescales the sums to the maximum m, which is no smaller than max.
   __device__ __forceinline__ void rescale(A m) {
     const A y = (max - finite_max(m)) * kPerNat<A>, e = scaled_exp(y);
     t = (t + s * blt::max(y, kLogOfZero<A>)) * e;
@@ -165,7 +165,7 @@ struct LogitRows {
   i32 alphabet;
 };
 
-// How many lanes own a row of numbers of `size` bytes.
+// Number of lanes that own a row of numbers of `size` bytes.
 __host__ __device__ constexpr int row_lanes(int size) { return size == 2 ? 8 : size == 4 ? 16 : 32; }
 
 // One lane's share of a row: every kLanes-th vec of the aligned part, and every kLanes-th of the edge elements around

@@ -10,7 +10,7 @@
 
 namespace blt {
 
-// What the keys of a segment add to dq, without the factor scale: [head][query][pitch].
+// The sum that the keys of a segment add to dq, without the factor scale: [head][query][pitch].
 template <class A>
 struct QuerySums {
   A* data;
@@ -21,7 +21,7 @@ struct QuerySums {
 // Blocks of a tile: keys in two layouts, values, dk and dv.
 inline constexpr int64_t kBackwardBlocks = 5;
 
-// With AMX, in amx_scratch: keys twice and values in bf16, dk and dv; gathered are queries twice and gradients twice.
+// amx_scratch holds keys twice and values in bf16, dk and dv; gathered are queries twice and gradients twice.
 inline constexpr int64_t kAmxBackwardBlocks = 4, kAmxBackwardGathered = 4;
 // Rows that QuerySums need after the last query: products in tile registers write 32 rows at a time.
 inline constexpr int64_t kAmxBackwardPadding = 32;

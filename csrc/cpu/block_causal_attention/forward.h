@@ -31,7 +31,7 @@ struct RowSoftmax {
   bool is_large(A lse) const { return std::abs(lse) >= large_lse && std::abs(lse) <= std::numeric_limits<A>::max(); }
 };
 
-// From here on the rounding of lse makes p wrong by more than 32 eps of the accumulators, or by 256 eps of them where
+// The smallest |lse| whose rounding makes p wrong by more than 32 eps of the accumulators, or by 256 eps of them where
 // gradients have 16 bits.
 template <class A>
 A large_lse(torch::headeronly::ScalarType dtype) {

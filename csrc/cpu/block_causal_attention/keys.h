@@ -1,4 +1,4 @@
-// What both backward passes of block_causal_attention need for a tile of keys.
+// The tile of keys that both backward passes of block_causal_attention use.
 #pragma once
 
 #include "backward.h"

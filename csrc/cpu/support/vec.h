@@ -135,7 +135,7 @@ inline constexpr int kPair = 2 * kLanes;
 template <class A>
 inline constexpr int pair_lanes = 2 * lanes<A>;
 
-// Which element of a Pair of T each lane holds.
+// Sets a and b to the index of the element of a Pair of T that each lane holds.
 template <class T>
 inline void lane_index(VecI& a, VecI& b) {
   for (int i = 0; i < kLanes; ++i) {
