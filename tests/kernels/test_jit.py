@@ -39,6 +39,7 @@ def test_the_launchers_are_those_of_the_emulator(names: list[str]) -> None:
     assert set(names) == {n for n in emulator().kernels() if "anonymous" not in n}
 
 
+@pytest.mark.slow
 @needs_cupy
 def test_every_kernel_compiles(names: list[str], cache: Path) -> None:
     symbols, cubin = _nvrtc.compile_kernels(names, ARCH)

@@ -273,6 +273,7 @@ def test_a_file_from_before_the_extensions_loads(tmp_path) -> None:
     assert loaded(tokens, rows).equal(model(tokens, rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "strided"), [("plain", False), ("cross_conv", True)])
 def test_compiles_whole_for_every_length(name: str, strided: bool) -> None:
     one = {"global_transformer": replace(GLOBAL, num_layers=1), "local_transformer": replace(LOCAL, num_layers=1)}

@@ -338,6 +338,7 @@ def test_ngram_hash_embed_says_that_padded_ids_are_in_documents() -> None:
         bk.ngram_hash_embed(tokens, torch.zeros(6 * 7, 4), torch.zeros(0, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["byte_lm", "megabyte_extended"])
 def test_compiled_models_read_no_table_at_an_unknown_id(name: str) -> None:
     """Where values are not looked at, such an id has no embedding and is not predicted; on a GPU it is the same."""

@@ -107,6 +107,7 @@ def test_scores_far_apart(slope: float, device: str) -> None:
         assert error <= 2 * max(others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_in_half_precision(dtype: torch.dtype, width: int, device: str) -> None:

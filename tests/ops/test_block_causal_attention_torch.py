@@ -90,6 +90,7 @@ class Encoder(nn.Module):
         return torch.cat([y.flatten() for y in self.encoder(x, table, cu_seqlens, layout)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "backend"), [(Layer, "inductor"), (Encoder, "aot_eager")])
 def test_layers_compile_once_for_all_lengths(module: type[nn.Module], backend: str) -> None:
     """Forward and backward, without a break in the graph; a second compilation is an error."""

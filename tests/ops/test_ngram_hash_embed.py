@@ -286,6 +286,7 @@ def test_any_gradient(device: str, lengths: list[int], rows: int, width: int, gr
         assert torch.equal(own, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", ["dense", "sparse"])
 @pytest.mark.parametrize(("num_functions", "width"), [(11, 40), (1, 1100)])
 def test_many_tables_long_sums_and_wide_rows(num_functions: int, width: int, grad: str, device: str) -> None:
@@ -505,6 +506,7 @@ def test_traffic_of_the_embedding(dtype: torch.dtype) -> None:
     assert_traffic(launches, 4096 * 8 * (1 + tables))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", EMULATED_BACKWARD)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [600, 40000])

@@ -124,6 +124,7 @@ def test_values_by_hand(device: str) -> None:
     assert out.flatten().tolist() == pytest.approx([14, 12, 15.2])
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_any_layout_against_a_mask(device: str, data: st.DataObject) -> None:
     num_bytes, seed = data.draw(st.integers(0, 80)), data.draw(st.integers(0, 1000))
@@ -609,6 +610,7 @@ def test_the_order_of_threads_does_not_matter(direction: str, vectors: int, wind
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("window", [None, 3])
 def test_offsets_and_ids_of_any_value_stay_inside(direction: str, window: int | None) -> None:

@@ -639,6 +639,7 @@ print(f"grown by {peak() - before} kB")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory in /proc")
 def test_memory_does_not_grow_with_the_file() -> None:
     some = real_text(1 << 18)
@@ -665,6 +666,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["doctor", "flops", "eval", "train"])
 def test_without_numpy_only_training_and_evaluation_stop(command: str) -> None:
     arguments = {"eval": ["model", "text"], "train": ["entropy", "text"]}.get(command, [])

@@ -129,6 +129,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "option", "kind"),
     [(command, option, kind) for command, options in OPTIONS.items() for option, kind in options.items()],

@@ -114,6 +114,7 @@ class Counter:
         return self.work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "size"),
     [

@@ -459,6 +459,7 @@ def save_slowly(corpus: Path, patcher: Path, folder: Path) -> None:
     store(corpus, folder, blt(patcher), processes=2, report=lambda ids: (print(ids, flush=True), time.sleep(0.05)))
 
 
+@pytest.mark.slow
 def test_killed_on_two_processes_and_finished_on_one(
     corpus: Path, patcher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

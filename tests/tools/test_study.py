@@ -44,6 +44,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_what_it_writes(finished: Path) -> None:
     rows = rows_of(finished / "out" / "runs.csv")
     assert [(row["model"], row["seed"]) for row in rows] == [(name, seed) for name in CHOSEN for seed in "01"]

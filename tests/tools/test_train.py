@@ -288,6 +288,7 @@ def kill_after(step: int, corpus: Path, out: Path) -> list[int]:
     return steps
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_bitwise_the_same_weights(corpus: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     assert run_here(corpus, tmp_path / "whole") == list(range(1, 31))
@@ -430,6 +431,7 @@ def test_recomputed_layers_give_bitwise_the_same(corpus: Path, tmp_path: Path, m
     assert len(calls) == 2 * 4 * 4  # twice, in 4 steps, 4 layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layers_take_any_length(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
