@@ -1,4 +1,4 @@
-"""What a call takes on one row, where dispatch and checks are all that counts, beside a comparable function of torch.
+"""The latency of a call on one row, where only dispatch and checks count, beside a comparable function of torch.
 
 The limit is the operator itself, without the checks of the public function; that of the model is reading its weights.
 """

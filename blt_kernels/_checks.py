@@ -126,12 +126,12 @@ class Documents(NamedTuple):
     alphabet: int | None = None
 
     def holds_ids_below(self, alphabet: int) -> bool:
-        """Whether the host knows that all ids of the documents are below `alphabet`."""
+        """Return whether the host knows that all ids of the documents are below `alphabet`."""
         return self.alphabet is not None and self.alphabet <= alphabet
 
     @property
     def full(self) -> bool:
-        """Whether the host knows that every position is in a document."""
+        """True if the host knows that every position is in a document."""
         return self.end is not None and self.end == self.total
 
 

@@ -97,7 +97,7 @@ def check(case: OpCase, batch: list[dict[str, Any]], function: Callable[..., Any
 
 
 def plain(case: OpCase, arguments: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """What the reference gives in the dtype of the arguments.
+    """Return the results of the reference in the dtype of the arguments.
 
     In fp64 that is the truth itself, whose error nobody knows. It is taken to be that of fp32 scaled down, four times
     over, because op and truth both err and one sample says little about the tails. fp64 is there for gradcheck.

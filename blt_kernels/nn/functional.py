@@ -37,7 +37,7 @@ def load_ops(kind: str) -> SimpleNamespace:
     return SimpleNamespace(**functions)
 
 
-# What the functions take as offsets: a model is pickled with them, so they are no lambdas.
+# A model is pickled with these functions, so they are no lambdas.
 def _checked(documents: Documents) -> Documents:
     return documents
 

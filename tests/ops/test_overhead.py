@@ -1,4 +1,4 @@
-"""What a call costs besides its kernel: counts of operators, which are the same on every machine."""
+"""Counts of the operators that a call runs besides its kernel: they are the same on every machine."""
 
 from __future__ import annotations
 

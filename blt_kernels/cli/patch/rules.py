@@ -96,7 +96,7 @@ class Rules:
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether the scheme reads entropies."""
+        """True if the scheme reads entropies."""
         return self.scheme in ENTROPY_SCHEMES
 
     def layout(self, tokens: Tensor, entropy: Tensor | None, offset: int = 0) -> PatchLayout:

@@ -18,7 +18,7 @@ namespace blt {
 
 #if BLT_AMX
 
-// Whether the processor has AMX with bf16 and the system lets this process use it.
+// Returns whether the processor has AMX with bf16 and the system lets this process use it.
 inline bool has_amx() {
   static const bool allowed = [] {
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
