@@ -5,6 +5,7 @@ It prints ratios of medians, interleaved in one process, on the CPU with two thr
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -61,8 +62,8 @@ def main() -> None:
     ops = [lambda x, layout=layout: bk.patch_pool(x, layout, ("max", "min", "mean")) for layout in both]
     report("patch_pool max, min, mean D = 64 torch.float32, 200000 bytes", ops, [(x,), (x,)])
     both = layouts(300_000)
-    for direction in ("encode", "decode"):
-        options = {"direction": direction, "queries_per_patch": VECTORS}
+    for direction, window in itertools.product(("encode", "decode"), (None, 2)):
+        options = {"direction": direction, "queries_per_patch": VECTORS, "window": window}
         inputs = []
         for layout in both:
             sides = [layout.capacity * VECTORS, layout.num_bytes]
@@ -72,7 +73,7 @@ def main() -> None:
             lambda q, k, v, layout=layout, options=options: bk.patch_cross_attention(q, k, v, layout, **options)
             for layout in both
         ]
-        report(f"patch_cross_attention {direction}, 300000 bytes", attend, inputs)
+        report(f"patch_cross_attention {direction}, window {window}, 300000 bytes", attend, inputs)
 
 
 if __name__ == "__main__":

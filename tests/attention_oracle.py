@@ -77,7 +77,7 @@ def check_attention(
     used: list[int] | None = None,
     grad: Tensor | None = None,
 ) -> None:
-    """Of q, k and v rounded to `dtype`, out, lse and, for a `grad` of out, their gradients are those of `oracle`.
+    """Check out, lse and, for a `grad` of out, the gradients of q, k and v rounded to `dtype` against `oracle`.
 
     In fp64 to rounding, else about as closely as those of the reference in `dtype`. `offsets` are of queries, and of
     keys if these have their own. Errors for the options in `batch` are judged together: those of few numbers are luck.

@@ -78,7 +78,7 @@ def test_every_pair_of_what_there_is(
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_long_window_is_none(run: Callable, causal: bool) -> None:
-    """Of more queries than keys, whose positions are negative, and with a cache."""
+    """Documents may have more queries than keys, whose positions are then negative, or a cache."""
     for queries, keys, options in (([5, 40], [30, 3], {}), ([2], [40], {"splits": 2})):
         q, k, v, grad = inputs(sum(queries), sum(keys), (2, 1), 16, torch.float32)
         cu = offsets_of(queries), offsets_of(keys)

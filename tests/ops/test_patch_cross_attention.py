@@ -506,7 +506,7 @@ def test_traffic(
 def test_launches(
     num_bytes: int, direction: str, vectors: int, window: int | None, kv_heads: int, expected: list[str]
 ) -> None:
-    """From 64 bytes on a patch may be divided, as with windows of up to 16. From 18 on each pass has a launch."""
+    """A patch of 64 bytes or more may be divided, with windows of up to 16 too; from 18 on each pass has a launch."""
     tensors, rest = arguments(ragged_layout(num_bytes, 2), direction, vectors, 2, 64, window, kv_heads)
     launches = backends.launches(lambda: run_raw([x.float() for x in tensors], rest))
     kernels = [launch.kernel.split("<")[0].removeprefix("blt::patch_cross_attention_") for launch in launches]

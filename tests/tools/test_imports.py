@@ -13,7 +13,8 @@ import blt_kernels
 
 PACKAGE = Path(blt_kernels.__file__).parent
 ROOT = "blt_kernels"
-# From the bottom up. A module imports modules of its own layer and of those below. "" is `blt_kernels/__init__.py`.
+# Layers are listed from the bottom up. A module imports modules of its own layer and of those below.
+# "" is `blt_kernels/__init__.py`.
 LAYERS = (
     ("_version", "_files", "layout", "testing"),
     ("reference", "_nvrtc", "bpe"),

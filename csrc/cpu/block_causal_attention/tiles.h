@@ -83,8 +83,8 @@ inline Range streamed_by(std::span<const Tile> tiles) {
 inline constexpr int64_t max_decode_queries(int64_t lanes) { return lanes / 4; }
 inline constexpr int64_t kMinDecodeKeys = 8;  // for each query of such a document
 
-// Whether the queries of document b take the decode path in a tile of their own. Keys of other documents would cost
-// them more than empty lanes do.
+// Returns whether the queries of document b take the decode path in a tile of their own. Keys of other documents would
+// cost them more than empty lanes do.
 inline bool is_decode(const KeyRanges& ranges, int64_t b, int64_t lanes) {
   const int64_t begin = ranges.cu_seqlens_q[b], end = ranges.cu_seqlens_q[b + 1];
   const int64_t keys = ranges.keys(end - 1, b).end - ranges.keys(begin, b).begin;
