@@ -21,18 +21,63 @@ Model = TypeVar("Model", bound="ByteModel")
 
 
 class ByteModel(nn.Module):
-    """A next-byte model: the loss, and one safetensors file with its configuration in the metadata."""
+    """The base of the models. It computes the loss, and keeps weights and configuration in one safetensors file.
+
+    A subclass sets `config_class`, stores its configuration as `config`, and defines `forward`, which returns logits.
+
+    Examples
+    --------
+    >>> model = ByteLM.from_values({"dim": 32, "num_layers": 1, "num_heads": 2})
+    >>> isinstance(model, ByteModel), model.config.dim
+    (True, 32)
+    """
 
     config_class: type
     config: Any
 
     @classmethod
     def from_values(cls: type[Model], values: dict[str, Any], ops: str = "fused") -> Model:
-        """Return a fresh model from its configuration as a dictionary (`asdict`, or JSON)."""
+        """Return a freshly initialized model.
+
+        Parameters
+        ----------
+        values : dict
+            Fields of the configuration, as `dataclasses.asdict` or JSON gives them. The others keep their defaults.
+        ops : "fused" or "reference"
+
+        Returns
+        -------
+        ByteModel
+            An instance of the class that this is called on.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A field is unknown, or has the wrong type or value; the message names it.
+        """
         return cls(config_from_dict(cls.config_class, values), ops)
 
     def pack(self, tokens: Tensor, cu_seqlens: Tensor | Documents | None) -> tuple[Tensor, Documents]:
-        """Return packed ids and their rows, checked as far as that costs nothing: types, offsets and the alphabet."""
+        """Check tokens and pack them.
+
+        Parameters
+        ----------
+        tokens : int32 or int64 ``[T]`` or ``[B, S]``
+        cu_seqlens : int32 or int64 ``[R+1]``, optional
+            Rows of packed tokens; one row if None.
+
+        Returns
+        -------
+        ids : as `tokens` ``[T]``
+        rows : Documents
+            The offsets of the rows, and what the host knows of them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has the wrong type, dtype, shape or value; the message names it. Values are checked in eager
+            code on the CPU only, where it costs nothing.
+        """
         _checks.check_tensor("tokens", tokens, (1, 2), _checks.INTS)
         ids, rows = _checks.pack("tokens", tokens, cu_seqlens, trailing=0)
         alphabet = self.config.vocab_size
@@ -55,6 +100,11 @@ class ByteModel(nn.Module):
         -------
         fp32 (fp64 for an fp64 model), a scalar
             EOS counts as a byte. 0 if nothing is predicted.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `forward`.
         """
         logits = self(tokens, cu_seqlens, **options)
         ids, rows = _checks.pack("tokens", tokens, cu_seqlens, trailing=0)
@@ -62,9 +112,15 @@ class ByteModel(nn.Module):
         return next_byte_bits(logits.flatten(0, -2), targets)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Write weights (as `dtype`, if given) and configuration to one ``.safetensors`` file, whole or not at all.
+        """Write weights and configuration to one ``.safetensors`` file, which replaces `path` only once it is complete.
 
         Tied weights are written under each of their names, so the model that `load` returns has copies.
+
+        Parameters
+        ----------
+        path : str or PathLike
+        dtype : torch.dtype, optional
+            The weights keep their dtypes if None.
 
         Raises
         ------
@@ -88,7 +144,20 @@ class ByteModel(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> Model:
-        """Read what `save` wrote, in the stored dtypes unless `dtype` is given.
+        """Read a file that `save` wrote.
+
+        Parameters
+        ----------
+        path : str or PathLike
+        ops : "fused" or "reference"
+        dtype : torch.dtype, optional
+            The stored dtypes if None.
+        device : torch.device or str
+
+        Returns
+        -------
+        ByteModel
+            An instance of the class that this is called on.
 
         Raises
         ------

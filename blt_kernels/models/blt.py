@@ -53,7 +53,7 @@ class LocalEncoder(nn.Module):
     def forward(
         self, x: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout, ranges: AttentionRanges | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return bytes ``[T, D]`` after the layers, and patches ``[C, K * D]``."""
+        """Return the bytes ``[T, D]`` after the layers, and the patches ``[C, K * D]``."""
         patches = None
         for i, layer in enumerate(self.layers):
             x = layer(x, table, documents, ranges)
@@ -69,7 +69,7 @@ class LocalEncoder(nn.Module):
 
 
 class GlobalTransformer(nn.Module):
-    """Layers over patches."""
+    """Runs layers over patches, after a projection to their width."""
 
     def __init__(self, config: BLTConfig, ops: SimpleNamespace) -> None:
         super().__init__()
@@ -126,6 +126,18 @@ class BLT(ByteModel):
     -----
     Parameters are named as in transformers' ``BltForCausalLM``, without its prefix ``model.``. The patcher is part of
     the model and of its files, and is not trained.
+
+    Raises
+    ------
+    ValueError
+        `ops` is neither.
+
+    Examples
+    --------
+    >>> model = BLT(BLTConfig.small())
+    >>> ids, cu_seqlens = to_ids(["a text", "and one more"])
+    >>> model(ids, cu_seqlens).shape, model.patch(ids, cu_seqlens).num_documents
+    (torch.Size([18, 260]), 2)
     """
 
     config_class = BLTConfig
@@ -171,6 +183,10 @@ class BLT(ByteModel):
         changes
             Fields of `BLTConfig` that shall differ from the file's, such as ``split_documents=True``.
 
+        Returns
+        -------
+        BLT
+
         Raises
         ------
         ImportError
@@ -198,6 +214,10 @@ class BLT(ByteModel):
 
         Tied weights are written under each of their names. transformers knows no documents: with `split_documents`,
         which only `from_pretrained` reads back, its logits differ in rows that hold an EOS before their end.
+
+        Parameters
+        ----------
+        path : str or PathLike
 
         Raises
         ------
@@ -278,7 +298,7 @@ class BLT(ByteModel):
     def patch(
         self, tokens: Any, cu_seqlens: Tensor | Documents | None = None, *, max_patches: int | None = None
     ) -> PatchLayout:
-        """Return patches of `tokens` by the scheme of the configuration.
+        """Return the patches of `tokens` by the scheme of the configuration.
 
         Parameters
         ----------
@@ -289,6 +309,10 @@ class BLT(ByteModel):
             As in `forward`.
         max_patches : int, optional
             Capacity of the layout. If None, it is T, and on the CPU as many as there are patches.
+
+        Returns
+        -------
+        PatchLayout
 
         Raises
         ------
@@ -316,7 +340,7 @@ class BLT(ByteModel):
                 reset_at_newlines=config.reset_at_newlines or None,
             )
         else:
-            # The scheme alone may make more or fewer patches than there are in the end.
+            # The later steps may add or drop patches, so the capacity is that of the last one.
             final = config.max_patch_length is None and not config.whole_characters
             capacity = max_patches if final else None
             if config.patching == "space":
@@ -340,7 +364,7 @@ class BLT(ByteModel):
     def _documents(
         self, ids: Tensor, rows: Documents, patch_rows: Documents, layout: PatchLayout
     ) -> tuple[Documents, Documents]:
-        """Return the documents that attention stays within: of bytes, and of patches."""
+        """Return the documents of bytes and those of patches that attention stays within."""
         if not self.config.split_documents:
             return rows, patch_rows
         ends = ids == self.config.eos_id

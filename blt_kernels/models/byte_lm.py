@@ -43,6 +43,17 @@ class ByteLM(ByteModel):
     config : ByteLMConfig
     ops : "fused" or "reference"
         The public ops, or their plain PyTorch specification.
+
+    Raises
+    ------
+    ValueError
+        `ops` is neither.
+
+    Examples
+    --------
+    >>> model = ByteLM.bundled()
+    >>> model(to_ids("for i in rang")).softmax(-1)[-1, to_ids("e")].item() > 0.9  # the e of "range"
+    True
     """
 
     config_class = ByteLMConfig
@@ -68,9 +79,24 @@ class ByteLM(ByteModel):
     ) -> ByteLM:
         """Read the entropy model of a checkpoint: `blt_kernels.models.checkpoint` says how.
 
-        It is a BLT of transformers with its patcher, that patcher alone (``BltPatcher``), or an entropy model of
-        facebookresearch/blt. Arguments and errors are those of `BLT.from_pretrained`; `changes` are fields of
-        `ByteLMConfig`.
+        The checkpoint is a BLT of transformers with its patcher, that patcher alone (``BltPatcher``), or an entropy
+        model of facebookresearch/blt.
+
+        Parameters
+        ----------
+        path, ops, dtype, device, revision
+            As in `BLT.from_pretrained`.
+        changes
+            Fields of `ByteLMConfig` that shall differ from the file's.
+
+        Returns
+        -------
+        ByteLM
+
+        Raises
+        ------
+        ImportError, OSError, ValueError
+            As in `BLT.from_pretrained`.
         """
         return cls.from_stored(open_byte_lm(path, revision), ops, dtype, device, **changes)
 
@@ -78,7 +104,23 @@ class ByteLM(ByteModel):
     def from_stored(
         cls, stored: Stored, ops: str, dtype: torch.dtype | None, device: torch.device | str, **changes: Any
     ) -> ByteLM:
-        """Read an entropy model that `blt_kernels.models.checkpoint.open_byte_lm` found."""
+        """Read an entropy model that `blt_kernels.models.checkpoint.open_byte_lm` found.
+
+        Parameters
+        ----------
+        stored : Stored
+        ops, dtype, device, changes
+            As in `from_pretrained`.
+
+        Returns
+        -------
+        ByteLM
+
+        Raises
+        ------
+        OSError, ValueError
+            As in `from_pretrained`.
+        """
         with torch.device("meta"):
             model = cls(replace(stored.config, **changes), ops)
         stored.fill(model, dtype, device)
@@ -88,6 +130,10 @@ class ByteLM(ByteModel):
         """Write a directory that transformers' ``BltPatcher.from_pretrained`` reads, and `from_pretrained` too.
 
         Tied weights are written under each of their names.
+
+        Parameters
+        ----------
+        path : str or PathLike
 
         Raises
         ------
@@ -157,11 +203,32 @@ class ByteLM(ByteModel):
         whole_characters: bool = False,
         reset_at_newlines: bool | None = None,
     ) -> tuple[Tensor, PatchLayout]:
-        """Return entropies and patches of `tokens`: `entropy_patch` of the logits, at the configured threshold if None.
+        """Return entropies and patches of `tokens`: `blt_kernels.entropy_patch` of the logits.
 
-        Arguments, results and errors are those of `forward` and of `blt_kernels.entropy_patch`. `tokens` may also be
-        whatever `blt_kernels.to_ids` takes: str, bytes, uint8 arrays and tensors, and lists of them, each a row.
-        With `whole_characters`, no patch but the first cuts a character: `blt_kernels.models.characters` has the rule.
+        Parameters
+        ----------
+        tokens : int32 or int64 ``[T]`` or ``[B, S]``, or text
+            Ids as in `forward`, or whatever `blt_kernels.to_ids` takes: str, bytes, uint8 arrays and tensors, and lists
+            of them, each a row.
+        cu_seqlens, reset_at_newlines
+            As in `forward`.
+        threshold : float, optional
+            In nats. That of the configuration if None.
+        threshold_add, monotonic, max_patch_length, max_patches
+            As in `blt_kernels.entropy_patch`.
+        whole_characters : bool
+            No patch but the first cuts a character: `blt_kernels.models.characters` has the rule.
+
+        Returns
+        -------
+        entropy : fp32 (fp64 for an fp64 model) ``tokens.shape``
+            In nats.
+        layout : PatchLayout
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has the wrong type, dtype, shape or value; the message names it.
         """
         tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
         ids, rows = self.pack(tokens, cu_seqlens)
@@ -180,5 +247,20 @@ class ByteLM(ByteModel):
 
     @classmethod
     def bundled(cls, ops: str = "fused", *, device: torch.device | str = "cpu") -> ByteLM:
-        """Return the entropy model that ships with the package, in fp32; ``assets/README.md`` is its card."""
+        """Return the entropy model that ships with the package, in fp32; ``assets/README.md`` is its card.
+
+        Parameters
+        ----------
+        ops : "fused" or "reference"
+        device : torch.device or str
+
+        Returns
+        -------
+        ByteLM
+
+        Raises
+        ------
+        ImportError
+            safetensors is not installed.
+        """
         return cls.load(BUNDLED, ops, dtype=torch.float32, device=device)

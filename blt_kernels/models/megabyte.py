@@ -6,9 +6,9 @@ local model. The embedding of byte ``kP + p - 1`` is added to part p (a learned 
 local model, which runs on every patch by itself, predicts bytes ``kP + p``. The extensions of the paper's section 2.3
 are options: convolutions before bytes are cut into patches, keys of the patch before, and two passes at inference.
 
-What is not the paper's: the blocks are Llama's, where those of the paper have ReLU; the output matrix is not the local
-embedding; and positions are rotary, of patches in their row and of bytes in their patch. The paper adds embeddings of
-positions to those of bytes, and has rotary ones where the patch before is read.
+Three things differ from the paper. The blocks are Llama's, where those of the paper have ReLU. The output matrix is not
+the local embedding. Positions are rotary, of patches in their row and of bytes in their patch: the paper adds embeddings
+of positions to those of bytes, and has rotary ones where the patch before is read.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from blt_kernels.nn import (
 
 
 class CausalConvolution(nn.Module):
-    """``x + silu(conv(norm(x)))`` along rows: byte t reads bytes ``t - size + 1`` to t, zeros before its row.
+    """Computes ``x + silu(conv(norm(x)))`` along rows: byte t reads bytes ``t - size + 1`` to t, zeros before its row.
 
-    The paper names filter sizes alone. Full width, no bias, and the norm and the residual of every other block here are
-    choices.
+    The paper gives filter sizes only. This filter mixes all channels and has no bias; norm and residual are those of
+    the other blocks.
     """
 
     def __init__(self, dim: int, size: int, norm_eps: float) -> None:
         super().__init__()
         self.norm = RMSNorm(dim, norm_eps)
-        self.weight = nn.Parameter(torch.empty(dim, dim, size))  # as of nn.Conv1d: the last tap reads the byte itself
+        self.weight = nn.Parameter(torch.empty(dim, dim, size))  # as in nn.Conv1d, the last tap reads the byte itself
         init_normal(self.weight, (dim * size) ** -0.5)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Packed rows ``[T, D]``; `positions` are those of the bytes in their rows, ``[T]``."""
+        """Return packed rows ``[T, D]`` from such; `positions` ``[T]`` are those of the bytes in their rows."""
         dim, _, size = self.weight.shape
         taps = F.linear(self.norm(x), self.weight.permute(2, 0, 1).flatten(0, 1)).unflatten(-1, (size, dim))
         out = taps[:, -1]
@@ -64,18 +64,31 @@ class CausalConvolution(nn.Module):
 
 
 class CrossPatch(NamedTuple):
-    """The patches, and the keys that each attends to: the last ones of the patch before, then its own."""
+    """Says which keys a patch attends to: the last ones of the patch before, then its own.
 
-    patch_offsets: Tensor | Documents  # int32 [C+1], of slots
-    key_offsets: Tensor | Documents  # int32 [C+1], of keys
-    key_slots: Tensor  # [Tk], the slot that each key is of
-    key_table: Tensor  # [Tk, 1, E/2], by places in the patch that attends to the key: negative in the patch before
+    Attributes
+    ----------
+    patch_offsets : int32 ``[C+1]``
+        Patch p is slots ``[patch_offsets[p], patch_offsets[p+1])``.
+    key_offsets : int32 ``[C+1]``
+        Patch p attends to keys ``[key_offsets[p], key_offsets[p+1])``.
+    key_slots : int64 ``[Tk]``
+        The slot that each key is computed from.
+    key_table : complex ``[Tk, 1, E/2]``
+        Rotary positions of the keys. They count from the start of the patch that attends, so they are negative for
+        keys of the patch before.
+    """
+
+    patch_offsets: Tensor | Documents
+    key_offsets: Tensor | Documents
+    key_slots: Tensor
+    key_table: Tensor
 
 
 class CrossPatchAttention(SelfAttention):
-    """Causal attention within patches that reaches back into the patch before."""
+    """Attends causally within patches, and to the last keys of the patch before."""
 
-    # A TransformerLayer passes its documents on as they are.
+    # A TransformerLayer passes its documents on unchanged, here as a CrossPatch.
     def forward(  # type: ignore[override]
         self, x: Tensor, table: Tensor, documents: CrossPatch, ranges: AttentionRanges | None = None
     ) -> Tensor:
@@ -99,6 +112,17 @@ class MegaByte(ByteModel):
     Notes
     -----
     `cross_patch` changes no parameter: a model can be trained with one value and run with another.
+
+    Raises
+    ------
+    ValueError
+        `ops` is neither.
+
+    Examples
+    --------
+    >>> model = MegaByte(MegaByteConfig.small())
+    >>> model(to_ids("a text")).shape
+    torch.Size([6, 260])
     """
 
     config_class = MegaByteConfig
@@ -107,7 +131,7 @@ class MegaByte(ByteModel):
         super().__init__()
         self.config, self.ops = config, load_ops(ops)
         wide, size = config.global_transformer, config.patch_size
-        # A local model attends no further than this; the window tells the attention so.
+        # A byte attends to no more keys than this: the window only bounds the work of the attention.
         narrow = self.local_config = replace(config.local_transformer, window=size + config.cross_patch)
         self.global_embed_tokens = embedding(config.vocab_size, wide.dim // size)
         self.global_embed_first = nn.Parameter(torch.randn(wide.dim) / 2)
@@ -182,10 +206,10 @@ class MegaByte(ByteModel):
         rows, size = byte_rows.offsets, self.config.patch_size
         total, count = ids.shape[0], rows.shape[0] - 1
         slot_rows = rows + torch.arange(count + 1, dtype=rows.dtype, device=rows.device)
-        # A row of n + 1 slots has n // size + 1 patches. At least one, which bytes in no row may read.
+        # A row of n + 1 slots has n // size + 1 patches. There is at least one, which bytes in no row may read.
         capacity = max(total // size + count, 1)
         layout = self.ops.static_patch(slot_rows, size=size, first=size, num_bytes=total + count, max_patches=capacity)
-        # One id more, so that there is one to read where there are no bytes.
+        # One id more is appended, so that there is one to read where there are no bytes.
         known = known_ids(ids, byte_rows, self.config.vocab_size)
         known = torch.ones_like(ids, dtype=torch.bool) if known is None else known
         padded, known = (F.pad(x, (0, 1)) for x in (ids, known))
@@ -193,13 +217,13 @@ class MegaByte(ByteModel):
 
         slot = torch.arange(total + count, device=ids.device)
         row = _row(slot_rows, slot)
-        place = (slot - slot_rows[row]) % size  # in its patch
+        place = (slot - slot_rows[row]) % size  # the position in the patch
         # Slot s of a row reads byte s - 1. There is one slot more than bytes in every row before.
         read = (slot - row - 1).clamp(min=0)
         previous = embed_ids(self.local_embed_tokens, padded[read], known[read])
         part = layout.patch_ids.long().clamp(min=0) * size + place
         x = torch.where((place == 0)[:, None], self.local_embed_first, previous) + patches[part]
-        x = x.where((slot < slot_rows[-1])[:, None], 0)  # and stays 0 in all layers, as in no row attention gives 0
+        x = x.where((slot < slot_rows[-1])[:, None], 0)  # stays 0 in all layers: attention gives 0 outside of rows
         table = rotary_table(place, self.local_config, x.dtype)
         window = self.local_config.window
         documents: Any = self.ops.offsets(Documents(layout.patch_offsets, total + count, None))
@@ -216,7 +240,7 @@ class MegaByte(ByteModel):
         return self.lm_head(self.norm(x[next_slot]))
 
     def _global(self, padded: Tensor, known: Tensor, rows: Tensor, layout: PatchLayout) -> Tensor:
-        """Return the global output for the slots of each patch, of the patches before: ``[C * size, D_L]``."""
+        """Return what the global model gives the slots of each patch, from the patches before: ``[C * size, D_L]``."""
         size = self.config.patch_size
         patch = torch.arange(layout.capacity, device=padded.device)
         row = _row(layout.cu_patches, patch)
