@@ -7,8 +7,8 @@ local model, which runs on every patch by itself, predicts bytes ``kP + p``. The
 are options: convolutions before bytes are cut into patches, keys of the patch before, and two passes at inference.
 
 Three things differ from the paper. The blocks are Llama's, where those of the paper have ReLU. The output matrix is not
-the local embedding. Positions are rotary, of patches in their row and of bytes in their patch: the paper adds embeddings
-of positions to those of bytes, and has rotary ones where the patch before is read.
+the local embedding. Positions are rotary, of patches in their row and of bytes in their patch, where the paper adds
+embeddings of positions to those of bytes, and has rotary ones where the patch before is read.
 """
 
 from __future__ import annotations
