@@ -45,6 +45,14 @@ class TableShards(nn.Module):
     ------
     ValueError
         A rank would have no row.
+
+    Examples
+    --------
+    >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    >>> shards = TableShards(torch.randn(6, 100, 8), torch.distributed.init_device_mesh("cpu", (1,)))
+    >>> torch.distributed.destroy_process_group()
+    >>> shards.row_range
+    (0, 100)
     """
 
     def __init__(self, tables: Tensor, mesh: Any) -> None:
@@ -54,7 +62,18 @@ class TableShards(nn.Module):
         self.weight = nn.Parameter(tables[:, low:high].to(mesh.device_type, copy=True).contiguous())
 
     def whole(self, value: Tensor) -> Tensor:
-        """Return a DTensor of the shape of the tables ``[N, V, D]`` that shares the memory of `value`."""
+        """Return the tables of all ranks.
+
+        Parameters
+        ----------
+        value : ``[N, hi - lo, D]``
+            What this rank has of them.
+
+        Returns
+        -------
+        DTensor ``[N, V, D]``
+            It shares the memory of `value`.
+        """
         from torch.distributed.tensor import DTensor, Shard
 
         _, rows, width = self.shape
@@ -63,7 +82,29 @@ class TableShards(nn.Module):
 
 
 def shard_hash_tables(model: BLT, mesh: Any) -> None:
-    """Put `TableShards` in a model, and `sharded_ngram_hash_embed` among the functions that it calls."""
+    """Put `TableShards` in a model, and `sharded_ngram_hash_embed` among the functions that it calls.
+
+    Parameters
+    ----------
+    model : BLT
+        The same on all ranks. It is changed in place.
+    mesh : DeviceMesh
+        Of one dimension.
+
+    Raises
+    ------
+    ValueError
+        A rank would have no row.
+
+    Examples
+    --------
+    >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    >>> model = BLT(BLTConfig.small())
+    >>> shard_hash_tables(model, torch.distributed.init_device_mesh("cpu", (1,)))
+    >>> model(to_ids("a text")).shape
+    torch.Size([6, 260])
+    >>> torch.distributed.destroy_process_group()
+    """
     tables = model.encoder_hash_tok_embedding.weight.detach().unflatten(0, (-1, model.config.ngram_vocab))
     shards = model.encoder_hash_tok_embedding = TableShards(tables, mesh)  # type: ignore[assignment]
     embed = partial(sharded_ngram_hash_embed, shards=shards)
@@ -96,10 +137,25 @@ def sharded_ngram_hash_embed(
     -------
     dtype of the tables ``[*tokens.shape, D]``
 
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type, dtype, shape or value; the message names it.
+
     Notes
     -----
     As in DDP and FSDP2, the gradient of a row is its mean over ranks. The ranks exchange their numbers of tokens, which
     waits for the device on CUDA.
+
+    Examples
+    --------
+    >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    >>> tables, ids = torch.randn(6, 100, 8), to_ids("a text")
+    >>> shards = TableShards(tables, torch.distributed.init_device_mesh("cpu", (1,)))
+    >>> out = sharded_ngram_hash_embed(ids, shards.weight, shards=shards)
+    >>> bool((out == ngram_hash_embed(ids, tables.flatten(0, 1))).all())
+    True
+    >>> torch.distributed.destroy_process_group()
     """
     group, width = shards.mesh.get_group(), tables.shape[-1]
     ids, rows = _checks.pack("tokens", tokens, cu_seqlens, trailing=0)
@@ -147,7 +203,7 @@ def _gather_tokens(ids: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, Tenso
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sums over ranks: each has ``[W, T, D]``, a part for every rank, and gets the sum of its parts, ``[T, D]``."""
+    """Sums over ranks: each has a part for every rank, ``[W, T, D]``, and gets the sum of its own, ``[T, D]``."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:

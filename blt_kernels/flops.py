@@ -2,48 +2,54 @@
 
 A multiply-add is two FLOPs. Only products of matrices are counted, those of attention included, and not norms, softmax,
 rotary positions, lookups and pooling. Attention counts the unmasked (query, key) pairs, and not the masked pairs of a
-tile. Unless they are said to be per byte, numbers are for a whole text; `Flops.per_byte` divides.
+tile. Numbers are for a whole text, and those of `paper_flops` for one byte.
 
-`paper_flops` is appendix B of the BLT paper (arXiv 2412.09871). Of a byte or a patch, with width h, r queries a key and
-a context of m, a layer costs
+`paper_flops` is appendix B of the BLT paper (arXiv 2412.09871). For a byte or a patch, with width h, r queries a key
+and a context of m, a layer costs
 
     attention 4 h (m + 1) / 2     projections (2 r + 2) 2 h^2     feed-forward 2 * 2 h * 4 h     output 2 h V, once
 
-with which a byte of BLT with patches of p bytes costs
+and a byte of BLT with patches of p bytes costs
 
     T(global, m = context / p) / p + T(encoder, m = window) + T(decoder, m = window, V = 256)
     + X(encoder, m = p, r = p / K) K / p + X(decoder, m = K, r = K / p)
 
-for T all of a layer and X attention and projections, and twice that backward. `count_flops` takes the widths of the
-model (feed-forwards rounded to 256, grouped heads, the projections between the widths, 260 ids), its rows, and the
-scores that the backward of the ops computes again, once (Triton's computes them twice). Importing this file teaches
-`torch.utils.flop_counter.FlopCounterMode` the ops, forward and backward, so that it counts what `count_flops` says.
+where T is a whole layer and X its attention and projections. Backward costs twice that. `count_flops` takes the widths
+of the model (feed-forwards rounded to 256, grouped heads, the projections between the widths, 260 ids) and its rows. It
+counts the scores that the backward of the ops computes again, once (Triton's computes them twice). Importing this file
+registers the ops, forward and backward, with `torch.utils.flop_counter.FlopCounterMode`, which then agrees with
+`count_flops`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
-
+from blt_kernels._flop_counter import PAIR_BACKWARD, PAIR_FORWARD
+from blt_kernels._flop_counter import counted_parts as counted_parts
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.config import BLTConfig, ByteLMConfig, MegaByteConfig
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.reference.block_causal_attention import AttentionMask
+
+__all__ = ["PAPER_SIZES", "PARTS", "Config", "Flops", "Part", "Rows", "count_flops", "counted_parts", "paper_flops"]
 
 Config = BLTConfig | ByteLMConfig | MegaByteConfig
-
-# Of a (query, key) pair and an element of its heads: two products, and five backward, where the scores are made anew.
-_FORWARD, _BACKWARD = 4, 10
 
 
 @dataclass(frozen=True)
 class Part:
-    """FLOPs of one part of a model."""
+    """Holds the FLOPs of one part of a model.
+
+    Attributes
+    ----------
+    forward, backward : float
+
+    Examples
+    --------
+    >>> Part(1.0, 2.0) + Part(1.0) * 3
+    Part(forward=4.0, backward=2.0)
+    """
 
     forward: float = 0.0
     backward: float = 0.0
@@ -60,11 +66,21 @@ PARTS = ("encoder", "encoder cross", "global", "decoder cross", "decoder", "proj
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs by part: `PARTS`, as far as the model has them.
+    """Holds the FLOPs of a model by part.
 
-    "encoder cross" and "decoder cross" are the cross attentions, "projections" what leads from one width to another
-    around the global transformer, "decoder" the layers of a model that has no others, or the local model of MegaByte.
-    `patcher` is what the entropy model of a BLT costs besides: forward only.
+    Attributes
+    ----------
+    parts : dict of str to Part
+        `PARTS`, as far as the model has them. "encoder cross" and "decoder cross" are the cross attentions,
+        "projections" the matrices between the widths around the global transformer. "decoder" is also the stack of a
+        ByteLM, and the local model of MegaByte.
+    patcher : float
+        FLOPs of the entropy model of a BLT, which runs forward only.
+
+    Examples
+    --------
+    >>> Flops({"decoder": Part(2.0, 4.0), "output": Part(1.0, 2.0)}).total
+    Part(forward=3.0, backward=6.0)
     """
 
     parts: dict[str, Part]
@@ -76,7 +92,16 @@ class Flops:
         return sum(self.parts.values(), Part())
 
     def per_byte(self, num_bytes: float) -> Flops:
-        """Divide by the number of bytes."""
+        """Divide by the number of bytes.
+
+        Parameters
+        ----------
+        num_bytes : float
+
+        Returns
+        -------
+        Flops
+        """
         return Flops({name: part * (1 / num_bytes) for name, part in self.parts.items()}, self.patcher / num_bytes)
 
 
@@ -84,16 +109,26 @@ class Flops:
 
 
 def paper_flops(config: Config, patch_size: float, context: float = 16384) -> Flops:
-    """Return FLOPs of a byte by the formula of the BLT paper.
+    """Return the FLOPs of one byte by the formula of the BLT paper.
 
     Parameters
     ----------
     config : BLTConfig, ByteLMConfig or MegaByteConfig
-        Of the MegaByte configuration, `patch_size` counts, not the argument.
+        A MegaByteConfig has its own `patch_size`, and the argument is ignored.
     patch_size : float
-        Bytes of a patch on average.
+        Mean number of bytes of a patch.
     context : float
         Bytes of a row, which attention without a window attends to.
+
+    Returns
+    -------
+    Flops
+
+    Examples
+    --------
+    >>> flops = paper_flops(BLTConfig(), patch_size=4.5)  # of BLT-1B
+    >>> f"{flops.total.forward / 1e9:.2f} GFLOPs a byte"
+    '0.97 GFLOPs a byte'
     """
     if isinstance(config, ByteLMConfig):
         return _by_paper({"decoder": _paper_layers(config, context), "output": 2 * config.dim * config.vocab_size})
@@ -122,8 +157,8 @@ def _by_paper(parts: dict[str, float], patcher: float = 0.0) -> Flops:
 
 
 def _paper_layers(config: TransformerConfig, context: float) -> float:
-    seen = context if config.window is None else min(config.window, context)
-    return config.num_layers * (_paper_cross(config.dim, seen, 1) + 16 * config.dim**2)
+    keys = context if config.window is None else min(config.window, context)
+    return config.num_layers * (_paper_cross(config.dim, keys, 1) + 16 * config.dim**2)
 
 
 def _paper_cross(dim: int, context: float, queries_per_key: float) -> float:
@@ -159,27 +194,72 @@ PAPER_SIZES: dict[str, BLTConfig] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """The bytes and the patches of every row that a model is run on. Averages need not be whole numbers."""
+    """Holds the sizes of the rows that a model runs on. Averages need not be whole numbers.
+
+    Attributes
+    ----------
+    num_bytes, num_patches : sequence of float
+        Those of every row.
+
+    Examples
+    --------
+    >>> Rows.even(8192, 4.5).num_bytes
+    [8192]
+    """
 
     num_bytes: Sequence[float]
     num_patches: Sequence[float]
 
     @staticmethod
     def even(context: float, patch_size: float) -> Rows:
-        """Return one row of `context` bytes in patches of `patch_size` bytes."""
+        """Return one row whose patches are equally long.
+
+        Parameters
+        ----------
+        context, patch_size : float
+            Bytes of the row and of a patch.
+
+        Returns
+        -------
+        Rows
+        """
         return Rows([context], [context / patch_size])
 
     @staticmethod
     def of(layout: PatchLayout) -> Rows:
-        """Return the rows of a layout, which waits for the device."""
+        """Return the rows of a layout. It waits for the device.
+
+        Parameters
+        ----------
+        layout : PatchLayout
+
+        Returns
+        -------
+        Rows
+        """
         return Rows(layout.cu_seqlens.diff().tolist(), layout.cu_patches.diff().tolist())
 
 
 def count_flops(config: Config, rows: Rows) -> Flops:
-    """Return FLOPs of this implementation for `rows`, if every row is a document and its patches are equally long.
+    """Return the FLOPs of this implementation, if every row is a document and its patches are equally long.
 
-    A model that is trained computes the gradient of everything but of the patcher. On the CPU, and with the layouts of
-    `PatchLayout.compact`, there are no empty patches.
+    Training computes the gradients of all parts but the patcher. Empty patches are not counted: on the CPU, and in a
+    layout of `PatchLayout.compact`, there are none.
+
+    Parameters
+    ----------
+    config : BLTConfig, ByteLMConfig or MegaByteConfig
+    rows : Rows
+
+    Returns
+    -------
+    Flops
+
+    Examples
+    --------
+    >>> flops = count_flops(ByteLMConfig.small(), Rows.even(1000, 4.5))
+    >>> flops.parts["output"].forward == 1000 * 2 * 256 * 260
+    True
     """
     total = sum(rows.num_bytes)
     if isinstance(config, ByteLMConfig):
@@ -194,7 +274,7 @@ def count_flops(config: Config, rows: Rows) -> Flops:
     every = config.cross_attn_all_layers_encoder and not config.pool_every_layer
     crossed_encoder = encoder.num_layers if every else 1
     crossed_decoder = decoder.num_layers if config.cross_attn_all_layers_decoder else 1
-    # Every byte meets the K vectors of the patches in its window: fewer at the start of a row are not counted.
+    # A byte is paired with the K vectors of every patch in its window. At the start of a row that is too many.
     read, written = config.cross_attn_window_encoder or 1, config.cross_attn_window_decoder or 1
     across = config.cross_attention(encoder), config.cross_attention(decoder)
     parts = {
@@ -211,7 +291,7 @@ def count_flops(config: Config, rows: Rows) -> Flops:
 
 
 def _count_megabyte(config: MegaByteConfig, rows: Rows) -> Flops:
-    """Count a MegaByte. A row has a slot more than bytes, for the byte after its last; patches have the most room."""
+    """Count a MegaByte. A row has one slot more than bytes, which predicts the byte after its last."""
     wide, local, size = config.global_transformer, config.local_transformer, config.patch_size
     total, width = sum(rows.num_bytes), wide.dim // size
     slots = [n + 1 for n in rows.num_bytes]
@@ -250,12 +330,12 @@ def _weights(config: TransformerConfig) -> int:
 
 
 def _matrices(vectors: float, weights: float) -> Part:
-    """Count `vectors` through matrices of so many weights, and backward the gradients of both."""
+    """Count the product of `vectors` with matrices of `weights` elements, and backward the gradients of both."""
     return Part(2 * vectors * weights, 4 * vectors * weights)
 
 
 def _attention(width: int, pairs: float) -> Part:
-    return Part(_FORWARD * width * pairs, _BACKWARD * width * pairs)
+    return Part(PAIR_FORWARD * width * pairs, PAIR_BACKWARD * width * pairs)
 
 
 def _pairs(length: float, window: int | None) -> float:
@@ -263,99 +343,3 @@ def _pairs(length: float, window: int | None) -> float:
     if window is None or length <= window:
         return length * (length + 1) / 2
     return window * (window + 1) / 2 + (length - window) * window
-
-
-# --- counted while running --------------------------------------------------------------------------------------------
-
-# Where the parts of a model are: of a module's name, the longest of these that it begins with.
-_PLACES = {
-    "BLT.local_encoder": "encoder",
-    "BLT.local_encoder.cross_attn_layers": "encoder cross",
-    "BLT.local_encoder.patch_embedding_projection": "projections",
-    "BLT.global_transformer": "global",
-    "BLT.global_transformer.token_embedding_projection": "projections",
-    "BLT.local_decoder": "decoder",
-    "BLT.local_decoder.cross_attn_layers": "decoder cross",
-    "BLT.local_decoder.patch_embedding_projection": "projections",
-    "BLT.lm_head": "output",
-    "BLT.patcher": "patcher",
-    "ByteLM.layers": "decoder",
-    "ByteLM.lm_head": "output",
-    "MegaByte.patch_convolutions": "encoder",
-    "MegaByte.global_layers": "global",
-    "MegaByte.global_to_local": "projections",
-    "MegaByte.local_layers": "decoder",
-    "MegaByte.lm_head": "output",
-}
-
-
-def counted_parts(counts: dict[str, dict[Any, int]]) -> dict[str, int]:
-    """Return the counts of `FlopCounterMode.get_flop_counts` of a forward pass by part: `PARTS`, and "patcher".
-
-    A backward pass cannot be divided so: the counter ascribes some of it to other modules.
-    """
-    total = {name: sum(ops.values()) for name, ops in counts.items() if name != "Global"}
-    parts: dict[str, int] = {}
-    for name, flops in total.items():
-        inside = sum(other for child, other in total.items() if _outer(child, total) == name)
-        place = name if name in _PLACES else _outer(name, _PLACES)
-        if flops > inside:
-            part = "unknown" if place is None else _PLACES[place]
-            parts[part] = parts.get(part, 0) + flops - inside
-    return parts
-
-
-def _outer(name: str, names: Mapping[str, object]) -> str | None:
-    """Return the innermost module of `names` that the module `name` is inside of."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        if name in names:
-            return name
-    return None
-
-
-_OPS = torch.ops.blt_kernels
-
-
-@register_flop_formula(_OPS.block_causal_attention_fwd, get_raw=True)
-def _(q: Tensor, k: Tensor, _v: Tensor, *rows: Any, **_out: Any) -> int:
-    return _FORWARD * q.shape[1] * q.shape[2] * _visited(q, k, *rows)
-
-
-@register_flop_formula(_OPS.block_causal_attention_bwd, get_raw=True)
-def _(_grad: Tensor, q: Tensor, k: Tensor, _v: Tensor, _out: Tensor, _lse: Tensor, *rows: Any, **_outs: Any) -> int:
-    return _BACKWARD * q.shape[1] * q.shape[2] * _visited(q, k, *rows)
-
-
-@register_flop_formula(_OPS.patch_cross_attention_fwd, get_raw=True)
-def _(q: Tensor, _k: Tensor, _v: Tensor, *patches: Any, **_out: Any) -> int:
-    return _FORWARD * q.shape[1] * q.shape[2] * _crossed(*patches)
-
-
-@register_flop_formula(_OPS.patch_cross_attention_bwd, get_raw=True)
-def _(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, _lse: Tensor, *patches: Any, **_outs: Any) -> int:
-    return _BACKWARD * q.shape[1] * q.shape[2] * _crossed(*patches)
-
-
-def _visited(q: Tensor, k: Tensor, *arguments: Any) -> int:
-    """Return the (query, key) pairs of block_causal_attention."""
-    mask, _ = AttentionMask.of_schema(*arguments)
-    first, last = mask.with_offsets(q, k).keys_of_queries(q.shape[0], k.shape[0])
-    return int((last - first).sum())
-
-
-def _crossed(
-    _offsets: Tensor,
-    cu_patches: Tensor,
-    ids: Tensor,
-    direction: str,
-    queries_per_patch: int,
-    window: int | None,
-    _scale: float | None,
-) -> int:
-    """Return the pairs of patch_cross_attention: a byte meets the K vectors of up to `window` patches of its row."""
-    patch = ids[ids >= 0].long()
-    row = torch.searchsorted(cu_patches[1:].long(), patch, right=True)
-    # Encoding, a byte is read by its patch and those behind; decoding, it reads its patch and those before.
-    there = cu_patches[row + 1] - patch if direction == "encode" else patch - cu_patches[row] + 1
-    return queries_per_patch * int(there.clamp(max=window or 1).sum())

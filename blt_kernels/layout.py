@@ -1,8 +1,8 @@
 """PatchLayout: which bytes belong to which patch, for ragged documents packed end to end.
 
-Everything is a tensor on the device of the data, so that no operation has to ask the device for a value. Shapes are
-fixed by what the host knows: `T` bytes, `B` documents and a capacity of `C >= P` patches, where `P`, the number of
-patches there really are, lives on the device alone.
+Everything is a tensor on the device of the data, so that no operation reads a value of the device. Shapes depend only
+on what the host knows: `T` bytes, `B` documents and a capacity of `C >= P` patches. `P`, the number of patches, is on
+the device only.
 """
 
 from __future__ import annotations
@@ -92,13 +92,24 @@ class PatchLayout:
         return self.patch_offsets.device
 
     def to(self, device: torch.device | str) -> PatchLayout:
-        """Return the layout with every tensor on `device`."""
+        """Move the layout.
+
+        Parameters
+        ----------
+        device : torch.device or str
+
+        Returns
+        -------
+        PatchLayout
+            Every tensor is on `device`.
+        """
         return PatchLayout(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     def compact(self) -> PatchLayout:
         """Trim the capacity to the number of patches: C becomes P.
 
-        The one explicit synchronisation of the library. On the CPU it costs nothing; on a GPU it waits for the layout.
+        This is the one explicit synchronisation of the library. On the CPU it costs nothing; on a GPU it waits for the
+        layout.
         """
         num_patches = int(self.cu_patches[-1])
         return PatchLayout(
@@ -161,7 +172,7 @@ class PatchLayout:
         return lengths
 
     def _next_byte_opens_patch(self) -> Tensor:
-        """bool ``[B]``: would the byte after each document start a patch of its own?"""
+        """Return whether the byte after each document would start a patch of its own, bool ``[B]``."""
         seqlens = self.cu_seqlens.diff()
         if self.num_bytes == 0:
             return torch.ones_like(seqlens, dtype=torch.bool)
@@ -177,7 +188,7 @@ class PatchLayout:
         lengths : integer ``[B, Pmax]``
             One row a document; zeros are ignored. Row ``b`` sums to the length of its document.
         seq_len
-            If given, every document has this many bytes and a row sums to `seq_len`, or to ``seq_len + 1`` where it
+            If given, every document has this many bytes, and a row sums to `seq_len`, or to ``seq_len + 1`` where it
             counts the byte to come. Then a last patch of length 1 is the decision that this byte starts a patch.
             Where a row does not say, the byte to come is taken to continue the last patch.
         padding
@@ -185,6 +196,10 @@ class PatchLayout:
             document, the -1 counted, and a patch of length 0 at its end is the decision that the byte to come starts a
             patch. 0 for the others. If None, it is -1 where `lengths` has one: a batch of transformers whose rows all
             have as many starts holds none.
+
+        Returns
+        -------
+        PatchLayout
 
         Raises
         ------
@@ -209,7 +224,7 @@ class PatchLayout:
             raise ValueError(f"lengths: expected {allowed} up to {_MAX_BYTES}, got {low if low < padding else high}")
         counted = lengths.clamp(min=0)
         starts = counted.cumsum(1) - counted
-        behind = (lengths < 0).long().cumsum(1) - (lengths < 0).long()  # of entries, -1s before them
+        behind = (lengths < 0).long().cumsum(1) - (lengths < 0).long()  # the number of -1s before each entry
         misplaced = ((behind > 0) & (lengths != 0)).nonzero()
         if misplaced.numel():
             row, column = (int(x) for x in misplaced[0])
@@ -232,8 +247,8 @@ class PatchLayout:
         num_bytes = int(cu_seqlens[-1])
         if num_bytes > _MAX_BYTES:
             raise ValueError(f"lengths: expected at most {_MAX_BYTES} bytes in all, got {num_bytes}")
-        # A start at local position s >= 1 is the decision after byte s - 1; one at s = seqlen is kept as `cuts` of the
-        # last byte, one beyond it does not exist.
+        # A start at local position s >= 1 is the decision after byte s - 1. A start at s = seqlen is kept as `cuts` of
+        # the last byte. A start beyond it does not exist.
         real = (lengths > 0) & (starts > 0) & (starts <= seqlens[:, None])
         if padding:
             real |= (lengths == 0) & (starts > 0) & (starts == seqlens[:, None])
@@ -253,6 +268,10 @@ class PatchLayout:
         max_patches
             The capacity C, at least B; T if None. If it is too small, starts are dropped from the end of the documents
             that do not fit, so that every later document that is not empty keeps at least one patch.
+
+        Returns
+        -------
+        PatchLayout
 
         Raises
         ------
@@ -316,9 +335,9 @@ class PatchLayout:
 
 
 def _allot(wanted: Tensor, occupied: Tensor, capacity: int) -> Tensor:
-    """Share `capacity` patches among documents: int64 ``[B+1]``, cumulative.
+    """Share `capacity` patches among documents. Return their cumulative numbers, int64 ``[B+1]``.
 
-    Document b may fill the patches up to ``capacity - (documents after it that are not empty)``: so
+    Document b may fill the patches up to ``capacity - (documents after it that are not empty)``. Hence
     ``cu[b+1] = min(cu[b] + wanted[b], limit[b])``, which unrolls to a running minimum.
     """
     limit = capacity - (occupied.sum() - occupied.cumsum(0))
@@ -337,7 +356,7 @@ def _unflatten(tensors: Iterable[Tensor], _context: None) -> PatchLayout:
 
 @dataclass(frozen=True, eq=False)
 class AttentionRanges:
-    """The range of keys that each query attends to, and of queries that attend to each key; made by `attention_ranges`.
+    """Holds which keys each query attends to, and which queries attend to each key; `attention_ranges` makes it.
 
     Attributes
     ----------
@@ -349,6 +368,12 @@ class AttentionRanges:
     window : int or None
     causal : bool
         Those that the intervals were made for.
+
+    Examples
+    --------
+    >>> ranges = attention_ranges(torch.tensor([0, 4]), num_queries=4)
+    >>> ranges.num_keys, ranges.causal
+    (4, True)
     """
 
     intervals: Tensor

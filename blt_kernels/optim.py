@@ -17,7 +17,7 @@ from blt_kernels.ops.optim import rowwise_adagrad_step, sgd_step
 
 
 class _SparseOptimizer(torch.optim.Optimizer):
-    """A rule that is applied to the rows of each table that have a gradient."""
+    """Applies the rule of a subclass to the rows of each table that have a gradient."""
 
     def __init__(self, params: Iterable[Any], **defaults: float) -> None:
         super().__init__(params, defaults)
@@ -44,7 +44,8 @@ class _SparseOptimizer(torch.optim.Optimizer):
 
         Returns
         -------
-        what `closure` returned, or None
+        object
+            What `closure` returned, None without one.
 
         Raises
         ------
@@ -86,6 +87,14 @@ class SGD(_SparseOptimizer):
     ------
     TypeError, ValueError
         An argument has the wrong type, dtype, shape or value; the message names it.
+
+    Examples
+    --------
+    >>> table = torch.nn.Parameter(torch.ones(3, 2))
+    >>> torch.nn.functional.embedding(torch.tensor([1]), table, sparse=True).sum().backward()
+    >>> SGD([table], lr=0.5).step()
+    >>> table.tolist()
+    [[1.0, 1.0], [0.5, 0.5], [1.0, 1.0]]
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:
@@ -121,6 +130,14 @@ class RowwiseAdagrad(_SparseOptimizer):
     -----
     The rule is FBGEMM's exact row-wise Adagrad (arXiv 2101.05615). State and arithmetic are fp32 (fp64 for fp64
     tables), and stay so when a state dict is loaded.
+
+    Examples
+    --------
+    >>> table = torch.nn.Parameter(torch.ones(3, 2))
+    >>> torch.nn.functional.embedding(torch.tensor([1]), table, sparse=True).mul(4).sum().backward()
+    >>> RowwiseAdagrad([table], lr=0.5, eps=0.0).step()  # the root of the mean of 4 ** 2 is 4
+    >>> table.tolist()
+    [[1.0, 1.0], [0.5, 0.5], [1.0, 1.0]]
     """
 
     def __init__(
@@ -133,7 +150,12 @@ class RowwiseAdagrad(_SparseOptimizer):
         super().__init__(params, lr=lr, eps=eps, initial_accumulator_value=initial_accumulator_value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; the sums keep their dtype, whatever that of the tables."""
+        """Load a state. The sums keep their dtype, whatever that of the tables.
+
+        Parameters
+        ----------
+        state_dict : dict
+        """
         super().load_state_dict(state_dict)
         numbers = (i for group in state_dict["param_groups"] for i in group["params"])
         tables = (table for group in self.param_groups for table in group["params"])

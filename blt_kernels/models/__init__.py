@@ -1,4 +1,4 @@
-"""Byte-level models, composed from the ops.
+"""The byte-level models are composed from the ops.
 
 `cu_seqlens` delimits the rows of a batch, in models and ops alike. The docstrings of the ops call a row a document.
 Here a row of a training batch may hold several documents, each ended by EOS: with ``split_documents``, attention stops
@@ -28,7 +28,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> ByteModel:
-    """Load a model of whichever class it is.
+    """Load a model of any class.
 
     Parameters
     ----------
@@ -37,10 +37,22 @@ def load_model(
     ops, dtype, device
         As in `ByteModel.load`.
 
+    Returns
+    -------
+    BLT, ByteLM or MegaByte
+
     Raises
     ------
     OSError, ImportError, ValueError
         As in `ByteModel.load` and `BLT.from_pretrained`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ByteLM.from_values({"dim": 8, "num_layers": 0, "num_heads": 1}).save(f"{folder}/model.safetensors")
+    ...     type(load_model(f"{folder}/model.safetensors")).__name__
+    'ByteLM'
     """
     if os.path.isdir(path):
         model: type[BLT | ByteLM] = BLT if holds_blt(path) else ByteLM

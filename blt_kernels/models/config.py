@@ -1,4 +1,4 @@
-"""Configurations of the models."""
+"""The configurations of the models are frozen dataclasses that check their fields."""
 
 from __future__ import annotations
 
@@ -25,13 +25,32 @@ def check_eos_id(eos_id: int, vocab_size: int) -> None:
 class ByteLMConfig(TransformerConfig):
     """The defaults are the entropy model of the BLT paper (arXiv 2412.09871, section 4.2).
 
-    `threshold` is the entropy in nats above which its patches start. With `split_documents`, attention also stops after
-    every `eos_id` inside a row, as in facebookresearch/blt; without it, as in transformers, rows are taken as they are.
+    Attributes
+    ----------
+    dim, num_layers, num_heads, num_kv_heads, ffn_dim, window, rope_theta, norm_eps, rope_scaling
+        As in `TransformerConfig`.
+    vocab_size : int
+    threshold : float
+        A patch starts after an entropy above it, in nats.
+    split_documents : bool
+        Attention also stops after every `eos_id` inside a row, as in facebookresearch/blt. Without it, as in
+        transformers, EOS is a byte like any other.
+    reset_at_newlines : bool
+        The context starts anew at every newline, 0x0A (the BLT paper, section 4.4): attention reaches back to the last
+        one and no further. The newline is the first byte of the new context, as BOS is of a document, so that the
+        entropy of the byte after it does not depend on the lines before. The paper does not say on which side it is,
+        and facebookresearch/blt has no such option.
+    eos_id : int
 
-    With `reset_at_newlines`, the context starts anew at every newline, 0x0A (the BLT paper, section 4.4): attention
-    reaches back to the last one and no further. The newline is the first byte of the new context, as BOS is of a
-    document, so that the entropy of the byte after it does not depend on the lines before. The paper does not say on
-    which side it is, and facebookresearch/blt has no such option.
+    Raises
+    ------
+    TypeError, ValueError
+        A field has the wrong type or value; the message names it.
+
+    Examples
+    --------
+    >>> ByteLMConfig().num_layers, ByteLMConfig.small().dim
+    (14, 256)
     """
 
     dim: int = 768
@@ -61,33 +80,67 @@ class ByteLMConfig(TransformerConfig):
 class BLTConfig:
     """The defaults are the released 1B model, whose hash tables hold 3.1B parameters more.
 
-    `encoder` and `decoder` work on bytes and share their width, `global_transformer` works on patches. A patch is
-    `queries_per_patch` vectors of the local width. `patching` is "entropy" (by `patcher`, with the rules of
-    `blt_kernels.patch_starts`), "space", "static" (every `patch_size` bytes), "byte" or "bpe" (after every id 3, as
-    facebookresearch/blt puts them between the tokens of a BPE tokenizer); `patcher` may be None where another scheme or
-    the caller's layouts are used. `max_patch_length` cuts the longer patches of every scheme, as in
-    facebookresearch/blt.
+    Attributes
+    ----------
+    encoder, decoder : TransformerConfig
+        Layers over bytes, of the same width.
+    global_transformer : TransformerConfig
+        Layers over patches.
+    patcher : ByteLMConfig, optional
+        The entropy model. Other schemes and layouts of the caller's need none.
+    vocab_size : int
+    queries_per_patch : int
+        K, the vectors of the local width that represent a patch.
+    ngram_sizes, ngram_vocab, num_functions
+        Sizes of the hashed n-grams, rows V of one table, and hash functions: see `blt_kernels.ngram_hash_embed`.
+    cross_attn_all_layers_encoder, cross_attn_all_layers_decoder : bool
+        Every local layer has a cross attention, or one does: the last of the encoder, the first of the decoder.
+    cross_attn_heads : int, optional
+        As many as the layers around if None.
+    cross_attn_window_encoder, cross_attn_window_decoder : int, optional
+        How many patches cross attention reads, back from a patch's or byte's own; one if None.
+    patching : str
+        "entropy" (by `patcher`, with the rules of `blt_kernels.patch_starts`), "space", "static" (every `patch_size`
+        bytes), "byte" or "bpe" (after every id 3, as facebookresearch/blt puts them between the tokens of a BPE
+        tokenizer).
+    patch_size : int
+        In bytes, for "static".
+    threshold, threshold_add, monotonic
+        The rules for "entropy".
+    max_patch_length : int, optional
+        Cuts the longer patches of every scheme, as in facebookresearch/blt.
+    split_documents : bool
+        Self-attention also stops after every `eos_id` inside a row, and the global one after the patch that holds it,
+        as in facebookresearch/blt. Without it, as in transformers, EOS is a byte like any other.
+    pool_every_layer : bool
+        It matters only where `cross_attn_all_layers_encoder` has several layers. With it, as in transformers, the
+        patches are pooled anew at every layer, so only the cross attention of the last layer has an effect, and only
+        that is computed here. Without it, as in facebookresearch/blt, they are pooled at the first layer, and each
+        cross attention adds to them.
+    cross_attn_grouped_heads : bool
+        Cross attention has as few key/value heads as the layers around it, as in transformers. Without it, as in
+        facebookresearch/blt, it has as many as query heads.
+    whole_characters : bool
+        A patch of any scheme starts only where a character of UTF-8 ends, aside from those that start at 0 and 1:
+        decisions inside of a character are dropped, and `max_patch_length` cuts after the character
+        (`blt_kernels.models.characters`).
+    reset_at_newlines : bool
+        The context of the entropy model starts anew at newlines (`ByteLMConfig`), even if its own configuration does
+        not say so.
+    global_across_documents : bool
+        With `split_documents`, only the layers over bytes stop at EOS, and the global transformer attends to its whole
+        row, as facebookresearch/blt does with the ``attn_bias_type`` "causal".
+    eos_id : int
 
-    With `whole_characters`, a patch of any scheme starts only where a character of UTF-8 ends, aside from those that
-    start at 0 and 1: decisions inside of a character are dropped, and `max_patch_length` cuts after the character
-    (`blt_kernels.models.characters`). With `reset_at_newlines`, the entropy model's context starts anew at newlines
-    (`ByteLMConfig`), even if its own configuration does not say so.
+    Raises
+    ------
+    TypeError, ValueError
+        A field has the wrong type or value; the message names it.
 
-    Cross attention has `cross_attn_heads` heads, or those of the layers around it. Encoding, it reads the bytes of the
-    last `cross_attn_window_encoder` patches, decoding the last `cross_attn_window_decoder` patches; one patch if None.
-
-    Where facebookresearch/blt and transformers differ:
-
-    - `split_documents`: self-attention also stops after every `eos_id` inside a row, and the global one after the patch
-      that holds it, as in facebookresearch/blt. Without it, as in transformers, rows are taken as they are.
-    - `global_across_documents`: with `split_documents`, only the layers over bytes stop there, and the global
-      transformer attends to its whole row, as facebookresearch/blt does with the ``attn_bias_type`` "causal".
-    - `pool_every_layer` matters only where `cross_attn_all_layers_encoder` has several layers: the patches are pooled
-      anew at every layer, as in transformers, so only the cross attention of the last layer has an effect, and only
-      that is computed here. Without it, as in facebookresearch/blt, they are pooled at the first layer, and each
-      cross attention adds to them.
-    - `cross_attn_grouped_heads`: cross attention has as few key/value heads as the layers around it, as in
-      transformers. Without it, as in facebookresearch/blt, it has as many as query heads.
+    Examples
+    --------
+    >>> BLTConfig().global_transformer.num_layers, BLTConfig(patching="space", patcher=None).patching
+    (25, 'space')
     """
 
     encoder: TransformerConfig = TransformerConfig(1024, 1, 16, window=512)
@@ -134,13 +187,24 @@ class BLTConfig:
         self.cross_attention(self.decoder)
 
     def cross_attention(self, around: TransformerConfig) -> TransformerConfig:
-        """Return width and heads of the cross attention between the layers of the encoder or of the decoder."""
+        """Return the configuration of the cross attention in the encoder or in the decoder.
+
+        Parameters
+        ----------
+        around : TransformerConfig
+            `encoder` or `decoder`.
+
+        Returns
+        -------
+        TransformerConfig
+            Only its width and heads matter.
+        """
         kv_heads = around.kv_heads if self.cross_attn_grouped_heads else None
         return replace(around, num_heads=self.cross_attn_heads or around.num_heads, num_kv_heads=kv_heads)
 
     @property
     def patch_rule(self) -> dict[str, Any]:
-        """The fields that its scheme reads decide, with the patcher, where `BLT.patch` starts patches."""
+        """The fields that decide, with the patcher, where `BLT.patch` starts patches."""
         own = {
             "entropy": ("threshold", "threshold_add", "monotonic", "reset_at_newlines"),
             "static": ("patch_size",),
@@ -169,9 +233,9 @@ class MegaByteConfig:
     patch_size : int
         P, in bytes.
     global_transformer : TransformerConfig
-        Over patches. Its width is that of P byte embeddings.
+        Layers over patches, as wide as P byte embeddings together.
     local_transformer : TransformerConfig
-        Over the bytes of a patch. It attends to no other bytes, apart from `cross_patch`: its window is not read.
+        Layers over the bytes of a patch. They attend to no other bytes, apart from `cross_patch`, and ignore `window`.
     vocab_size : int
     cross_patch : int
         The paper's r: in every local layer a patch also attends to the keys and values of the last r positions of the
@@ -179,6 +243,16 @@ class MegaByteConfig:
     conv_sizes : tuple of int
         Filter sizes of causal convolutions over the byte embeddings of the global model, in turn; the paper's are
         ``(3, 5, 7)``. It says no more about them: see `CausalConvolution`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A field has the wrong type or value; the message names it.
+
+    Examples
+    --------
+    >>> MegaByteConfig().global_transformer.dim, MegaByteConfig.small().patch_size
+    (2048, 4)
     """
 
     patch_size: int = 8

@@ -1,4 +1,4 @@
-"""Thin modules over the ops: what `ByteLM`, `BLT` and `MegaByte` are composed of."""
+"""Layers and functions over the ops. `ByteLM`, `BLT` and `MegaByte` are composed of them."""
 
 from blt_kernels.nn.config import (
     TransformerConfig,

@@ -12,10 +12,32 @@ from blt_kernels import _checks
 class TransformerConfig:
     """The sizes of a stack of layers.
 
-    `window` is in bytes (or patches) and counts the query itself; None is the whole document.
+    Attributes
+    ----------
+    dim : int
+        Width, a multiple of ``2 * num_heads``.
+    num_layers, num_heads : int
+    num_kv_heads : int, optional
+        A divisor of `num_heads`, which it is if None.
+    ffn_dim : int, optional
+        Width of the feed-forward. If None, 8/3 of `dim`, rounded up to a multiple of 256.
+    window : int, optional
+        In bytes (or patches), the query itself counted; the whole document if None.
+    rope_theta, norm_eps : float
+    rope_scaling : (float, float, float, float), optional
+        That of Llama 3.1: a factor, the turns below which a frequency is divided by it, the turns above which it is
+        not, and the length within which turns are counted.
 
-    `rope_scaling` is that of Llama 3.1: a factor, the turns below which a frequency is divided by it, the turns above
-    which it is not, and the length within which turns are counted.
+    Raises
+    ------
+    TypeError, ValueError
+        A field has the wrong type or value; the message names it.
+
+    Examples
+    --------
+    >>> config = TransformerConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> config.head_dim, config.hidden_dim
+    (16, 256)
     """
 
     dim: int
@@ -49,13 +71,15 @@ class TransformerConfig:
 
     @property
     def head_dim(self) -> int:
+        """E, the width of a head."""
         return self.dim // self.num_heads
 
     @property
     def kv_heads(self) -> int:
+        """G, the number of key/value heads."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def hidden_dim(self) -> int:
-        """The width of the feed-forward is 8/3 of `dim`, rounded up to a multiple of 256, unless it is given."""
+        """Width of the feed-forward."""
         return self.ffn_dim or 256 * math.ceil(8 * self.dim / 3 / 256)

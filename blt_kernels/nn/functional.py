@@ -1,7 +1,7 @@
-"""Functions without parameters: the ops of a model, embeddings of ids, the loss, and two derivatives.
+"""Functions without weights are here: the ops of a model, embeddings of ids, the loss, and two derivatives.
 
-`RMSNormFunction` and `SwiGLUFunction` are derivatives for the CPU. Those that torch composes take more passes over
-memory or save more tensors.
+`RMSNormFunction` and `SwiGLUFunction` are for the CPU. What torch composes takes more passes over memory or saves more
+tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,28 @@ from blt_kernels._extension import OPERATORS
 
 @cache
 def load_ops(kind: str) -> SimpleNamespace:
-    """Return the functions that a model calls, by name: the public ops (``"fused"``) or their ``"reference"``."""
+    """Return the functions that a model calls.
+
+    Parameters
+    ----------
+    kind : "fused" or "reference"
+        The public ops, or their plain PyTorch specification.
+
+    Returns
+    -------
+    namespace
+        Every op under its name, and `offsets`, which gives an op the documents in the form that it takes.
+
+    Raises
+    ------
+    ValueError
+        `kind` is neither.
+
+    Examples
+    --------
+    >>> load_ops("fused").patch_pool is patch_pool, load_ops("reference").patch_pool.__name__
+    (True, 'patch_pool_reference')
+    """
     _checks.check_choice("ops", kind, ("fused", "reference"))
     functions = {}
     for op in dict.fromkeys(OPERATORS.values()):
@@ -37,7 +58,7 @@ def load_ops(kind: str) -> SimpleNamespace:
     return SimpleNamespace(**functions)
 
 
-# A model is pickled with these functions, so they are no lambdas.
+# These are no lambdas, because a model is pickled with them.
 def _checked(documents: Documents) -> Documents:
     return documents
 
@@ -47,9 +68,26 @@ def _offsets(documents: Documents) -> Tensor:
 
 
 def known_ids(ids: Tensor, rows: Documents, alphabet: int) -> Tensor | None:
-    """Return which ids are in a row and in the alphabet, bool ``[T]``. The others may hold any value.
+    """Return which ids are in a row and in the alphabet. The others may hold any value.
 
-    The result is None if the host knows that all are.
+    Parameters
+    ----------
+    ids : int32 or int64 ``[T]``
+    rows : Documents
+        Of `ByteModel.pack`.
+    alphabet : int
+
+    Returns
+    -------
+    bool ``[T]``, or None
+        None if the host knows that all are.
+
+    Examples
+    --------
+    >>> model = ByteLM.from_values({"dim": 8, "num_layers": 0, "num_heads": 1})
+    >>> ids, rows = model.pack(torch.tensor([70, 71, -1]), torch.tensor([0, 2]))
+    >>> known_ids(ids, rows, 260).tolist()
+    [True, True, False]
     """
     if rows.full and rows.holds_ids_below(alphabet):
         return None
@@ -58,12 +96,49 @@ def known_ids(ids: Tensor, rows: Documents, alphabet: int) -> Tensor | None:
 
 
 def embed_ids(table: Callable[[Tensor], Tensor], ids: Tensor, known: Tensor | None) -> Tensor:
-    """Return the rows of `table`, ``[*ids.shape, D]``. Ids that are not `known` give 0 and send no gradient."""
+    """Return the rows of a table.
+
+    Parameters
+    ----------
+    table : callable
+        Returns rows of width D by ids, as `torch.nn.Embedding` does.
+    ids : int32 or int64
+    known : bool ``ids.shape``, optional
+        Of `known_ids`. Ids that are not known give 0 and send no gradient.
+
+    Returns
+    -------
+    dtype of the table ``[*ids.shape, D]``
+
+    Examples
+    --------
+    >>> table = torch.nn.Embedding.from_pretrained(torch.tensor([[1.0], [2.0]]))
+    >>> embed_ids(table, torch.tensor([1, -7]), torch.tensor([True, False])).tolist()
+    [[2.0], [0.0]]
+    """
     return table(ids) if known is None else table(ids.where(known, 0)).where(known[..., None], 0)
 
 
 def next_byte_targets(tokens: Tensor, cu_seqlens: Tensor, alphabet: int | None = None) -> Tensor:
-    """Return the id after each id in its row, int64 ``[T]``; -100 where there is none, or one outside the alphabet."""
+    """Return the id after each id in its row.
+
+    Parameters
+    ----------
+    tokens : int32 or int64 ``[T]``
+    cu_seqlens : int32 ``[R+1]``
+    alphabet : int, optional
+        Ids are below it, if given.
+
+    Returns
+    -------
+    int64 ``[T]``
+        -100 where no id follows, or one outside the alphabet.
+
+    Examples
+    --------
+    >>> next_byte_targets(torch.tensor([70, 71, 72]), torch.tensor([0, 2, 3])).tolist()
+    [71, -100, -100]
+    """
     position = torch.arange(tokens.shape[0], device=tokens.device)
     row = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
     end = F.pad(cu_seqlens[1:].long(), (0, 1))[row]
@@ -75,7 +150,25 @@ def next_byte_targets(tokens: Tensor, cu_seqlens: Tensor, alphabet: int | None =
 
 
 def next_byte_bits(logits: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
-    """Return the mean of ``-log2 p(target)`` over the targets that are not -100, or their sum divided by `count`."""
+    """Return bits per byte: the mean of ``-log2 p(target)``.
+
+    Parameters
+    ----------
+    logits : floating ``[T, A]``
+    targets : int64 ``[T]``
+        -100 is no target.
+    count : int, optional
+        Divide the sum by it; by the number of targets if None.
+
+    Returns
+    -------
+    fp32 (fp64 for fp64 logits), a scalar
+
+    Examples
+    --------
+    >>> next_byte_bits(torch.zeros(3, 256), torch.tensor([7, 9, -100]))  # uniform over 256 bytes
+    tensor(8.)
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nats = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return nats / ((targets >= 0).sum().clamp(min=1) * math.log(2) if count is None else count * math.log(2))
@@ -94,7 +187,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    """Return whether a function of these tensors is differentiated, in either mode."""
+    """Return whether a function of these tensors is differentiated, in forward or in reverse mode."""
     return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
@@ -106,7 +199,7 @@ def _scaled(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """``y = x r w`` with ``r = (mean(x^2) + eps)^(-1/2)`` over the last dimension; x, w and r are saved.
+    """Computes ``y = x r w`` with ``r = (mean(x^2) + eps)^(-1/2)`` over the last dimension; x, w and r are saved.
 
     With ``n = x r``: ``dw = sum_rows(dy n)`` and ``dx = r (dy w - n mean(dy w n))``. Forward and backward of fp32
     ``[8192, 256]`` take a third of the time of `F.rms_norm`.
@@ -122,7 +215,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is differentiated again, also through x in `scale`
+        if torch.is_grad_enabled():  # the gradient is differentiated again, through `scale` too
             return *torch.func.vjp(lambda x, w: F.rms_norm(x, w.shape, w, ctx.eps), x, weight)[1](grad), None
         normed = x * scale
         product = grad * normed
@@ -133,7 +226,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """``silu(gate) up``, of which only the arguments are saved: the gradient of `up` computes ``silu(gate)`` again."""
+    """Computes ``silu(gate) up`` and saves only the arguments: the gradient of `up` computes ``silu(gate)`` again."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

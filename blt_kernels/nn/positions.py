@@ -20,7 +20,24 @@ from blt_kernels.nn.config import TransformerConfig
 
 
 def row_positions(cu_seqlens: Tensor | Documents, total: int) -> Tensor:
-    """Return the index of each entry in its row, int64 ``[total]``; entries beyond the last row continue its count."""
+    """Return the index of each entry in its row.
+
+    Parameters
+    ----------
+    cu_seqlens : int32 ``[R+1]``
+    total : int
+        T, the number of entries.
+
+    Returns
+    -------
+    int64 ``[T]``
+        Entries beyond the last row count from its end.
+
+    Examples
+    --------
+    >>> row_positions(torch.tensor([0, 2, 5]), 5).tolist()
+    [0, 1, 0, 1, 2]
+    """
     rows, cu_seqlens = cu_seqlens, offsets_of(cu_seqlens)
     position = torch.arange(total, device=cu_seqlens.device)
     if isinstance(rows, Documents) and rows.full and cu_seqlens.shape[0] == 2:  # a single row
@@ -47,6 +64,11 @@ def attention_documents(starts: Tensor, cu_seqlens: Tensor) -> Tensor:
     -------
     int32 ``[D+1]``
         Compact on the CPU. Elsewhere D = T, padded with the last value, since compacting would wait for the device.
+
+    Examples
+    --------
+    >>> attention_documents(torch.tensor([False, False, True, False]), torch.tensor([0, 3, 4])).tolist()
+    [0, 2, 3, 4]
     """
     total = starts.shape[0]
     position = torch.arange(total, device=starts.device)
@@ -63,9 +85,31 @@ def layer_ranges(
     ops: SimpleNamespace, x: Tensor, documents: Tensor | Documents, window: int | None,
     key_documents: Tensor | Documents | None = None, num_keys: int | None = None,
 ) -> AttentionRanges | None:  # fmt: skip
-    """Return the ranges that the self-attention of all layers of a stack shares, from its input ``[T, D]``.
+    """Return the ranges that the self-attention of all layers of a stack shares.
 
-    It is None on the CPU, where the kernels do not read ranges.
+    Parameters
+    ----------
+    ops : namespace
+        The functions of `load_ops`.
+    x : ``[T, D]``
+        The input of the stack.
+    documents : int32 ``[B+1]``
+        Documents of the queries.
+    window : int or None
+    key_documents : int32 ``[B+1]``, optional
+        Documents of the keys; those of the queries if None.
+    num_keys : int, optional
+        T if None.
+
+    Returns
+    -------
+    AttentionRanges or None
+        None on the CPU, where the kernels do not read ranges.
+
+    Examples
+    --------
+    >>> layer_ranges(load_ops("fused"), torch.zeros(4, 8), torch.tensor([0, 4]), window=None) is None
+    True
     """
     if x.device.type == "cpu":
         return None
@@ -74,7 +118,26 @@ def layer_ranges(
 
 
 def rotary_table(positions: Tensor, config: TransformerConfig, dtype: torch.dtype) -> Tensor:
-    """Return complex ``exp(i position theta^(-2j/E))``, ``[T, 1, E/2]``: of fp64 for fp64 models, else of fp32."""
+    """Return the rotations ``exp(i position theta^(-2j/E))``.
+
+    Parameters
+    ----------
+    positions : integer ``[T]``
+    config : TransformerConfig
+        Gives E, theta and the scaling of the frequencies.
+    dtype : torch.dtype
+        That of the model.
+
+    Returns
+    -------
+    complex64 (complex128 for fp64) ``[T, 1, E/2]``
+
+    Examples
+    --------
+    >>> config = TransformerConfig(dim=8, num_layers=1, num_heads=2)
+    >>> rotary_table(torch.arange(3), config, torch.float32).shape
+    torch.Size([3, 1, 2])
+    """
     dtype = dtype if dtype == torch.float64 else torch.float32
     head_dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     if _checks.readable(positions):
@@ -97,7 +160,7 @@ def _periods(
     if scaling is None:
         return period
     factor, low, high, length = scaling
-    kept = ((length / (2 * math.pi * period) - low) / (high - low)).clamp(0, 1)  # of the frequency
+    kept = ((length / (2 * math.pi * period) - low) / (high - low)).clamp(0, 1)  # share that is not divided by factor
     return period / (kept + (1 - kept) / factor)
 
 
@@ -105,14 +168,30 @@ def _periods(
 def _cpu_periods(
     head_dim: int, theta: float, scaling: tuple[float, float, float, float] | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return `_periods` on the CPU, which are made once a process."""
+    """Return `_periods` on the CPU, computed once a process."""
     with torch.inference_mode(False):  # an inference tensor could not be saved for backward
         return _periods(head_dim, theta, scaling, dtype, "cpu")
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs ``(x[2j], x[2j+1])`` of each head ``[T, H, E]``, taken as complex numbers, by their angles."""
+    """Rotate the pairs ``(x[2j], x[2j+1])`` of each head, taken as complex numbers.
+
+    Parameters
+    ----------
+    x : floating ``[T, H, E]``
+    table : complex ``[T, 1, E/2]``
+        Of `rotary_table`.
+
+    Returns
+    -------
+    dtype of `x` ``[T, H, E]``
+
+    Examples
+    --------
+    >>> rotate(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[1j]]])).tolist()  # a quarter turn
+    [[[-2.0, 1.0]]]
+    """
     dtype = torch.float64 if table.dtype == torch.complex128 else torch.float32
     pairs = (x if x.dtype == dtype else x.to(dtype)).view(*x.shape[:-1], x.shape[-1] // 2, 2)
-    turned = torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2)
-    return turned if x.dtype == dtype else turned.to(x.dtype)
+    rotated = torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2)
+    return rotated if x.dtype == dtype else rotated.to(x.dtype)

@@ -23,7 +23,7 @@ LAYERS = (
     ("ids", "optim"),
     ("", "nn"),
     ("models",),
-    ("distributed", "flops"),
+    ("distributed", "flops", "_flop_counter"),
     ("integrations", "train"),
     ("cli", "__main__"),
 )

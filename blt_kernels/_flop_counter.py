@@ -1,0 +1,126 @@
+"""FLOPs are counted while a model runs: importing this file registers the ops with torch's `FlopCounterMode`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from blt_kernels.reference.block_causal_attention import AttentionMask
+
+# Each (query, key) pair takes two products for each element of a head, and five backward, which computes scores anew.
+PAIR_FORWARD, PAIR_BACKWARD = 4, 10
+
+# The part of a module is that of the longest of these names that its name begins with.
+_PLACES = {
+    "BLT.local_encoder": "encoder",
+    "BLT.local_encoder.cross_attn_layers": "encoder cross",
+    "BLT.local_encoder.patch_embedding_projection": "projections",
+    "BLT.global_transformer": "global",
+    "BLT.global_transformer.token_embedding_projection": "projections",
+    "BLT.local_decoder": "decoder",
+    "BLT.local_decoder.cross_attn_layers": "decoder cross",
+    "BLT.local_decoder.patch_embedding_projection": "projections",
+    "BLT.lm_head": "output",
+    "BLT.patcher": "patcher",
+    "ByteLM.layers": "decoder",
+    "ByteLM.lm_head": "output",
+    "MegaByte.patch_convolutions": "encoder",
+    "MegaByte.global_layers": "global",
+    "MegaByte.global_to_local": "projections",
+    "MegaByte.local_layers": "decoder",
+    "MegaByte.lm_head": "output",
+}
+
+
+def counted_parts(counts: dict[str, dict[Any, int]]) -> dict[str, int]:
+    """Sum the counts of a forward pass by part.
+
+    A backward pass cannot be divided like this: the counter ascribes some of it to other modules.
+
+    Parameters
+    ----------
+    counts : dict
+        Of `FlopCounterMode.get_flop_counts`.
+
+    Returns
+    -------
+    dict of str to int
+        FLOPs of `PARTS`, of "patcher", and of "unknown" modules.
+
+    Examples
+    --------
+    >>> from torch.utils.flop_counter import FlopCounterMode
+    >>> with FlopCounterMode(display=False) as counter:
+    ...     _ = ByteLM(ByteLMConfig.small())(torch.zeros(10, dtype=torch.int64))
+    >>> counted_parts(counter.get_flop_counts())["output"] == 10 * 2 * 256 * 260
+    True
+    """
+    total = {name: sum(ops.values()) for name, ops in counts.items() if name != "Global"}
+    parts: dict[str, int] = {}
+    for name, flops in total.items():
+        inside = sum(other for child, other in total.items() if _outer(child, total) == name)
+        place = name if name in _PLACES else _outer(name, _PLACES)
+        if flops > inside:
+            part = "unknown" if place is None else _PLACES[place]
+            parts[part] = parts.get(part, 0) + flops - inside
+    return parts
+
+
+def _outer(name: str, names: Mapping[str, object]) -> str | None:
+    """Return the innermost module of `names` that the module `name` is inside of."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in names:
+            return name
+    return None
+
+
+_OPS = torch.ops.blt_kernels
+
+
+@register_flop_formula(_OPS.block_causal_attention_fwd, get_raw=True)
+def _(q: Tensor, k: Tensor, _v: Tensor, *rows: Any, **_out: Any) -> int:
+    return PAIR_FORWARD * q.shape[1] * q.shape[2] * _visited(q, k, *rows)
+
+
+@register_flop_formula(_OPS.block_causal_attention_bwd, get_raw=True)
+def _(_grad: Tensor, q: Tensor, k: Tensor, _v: Tensor, _out: Tensor, _lse: Tensor, *rows: Any, **_outs: Any) -> int:
+    return PAIR_BACKWARD * q.shape[1] * q.shape[2] * _visited(q, k, *rows)
+
+
+@register_flop_formula(_OPS.patch_cross_attention_fwd, get_raw=True)
+def _(q: Tensor, _k: Tensor, _v: Tensor, *patches: Any, **_out: Any) -> int:
+    return PAIR_FORWARD * q.shape[1] * q.shape[2] * _crossed(*patches)
+
+
+@register_flop_formula(_OPS.patch_cross_attention_bwd, get_raw=True)
+def _(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, _lse: Tensor, *patches: Any, **_outs: Any) -> int:
+    return PAIR_BACKWARD * q.shape[1] * q.shape[2] * _crossed(*patches)
+
+
+def _visited(q: Tensor, k: Tensor, *arguments: Any) -> int:
+    """Return the (query, key) pairs of block_causal_attention."""
+    mask, _ = AttentionMask.of_schema(*arguments)
+    first, last = mask.with_offsets(q, k).keys_of_queries(q.shape[0], k.shape[0])
+    return int((last - first).sum())
+
+
+def _crossed(
+    _offsets: Tensor,
+    cu_patches: Tensor,
+    ids: Tensor,
+    direction: str,
+    queries_per_patch: int,
+    window: int | None,
+    _scale: float | None,
+) -> int:
+    """Return the (query, key) pairs of patch_cross_attention: a byte and K vectors of up to `window` patches."""
+    patch = ids[ids >= 0].long()
+    row = torch.searchsorted(cu_patches[1:].long(), patch, right=True)
+    # To encode, its own and later patches read a byte. To decode, a byte reads its own and earlier patches.
+    there = cu_patches[row + 1] - patch if direction == "encode" else patch - cu_patches[row] + 1
+    return queries_per_patch * int(there.clamp(max=window or 1).sum())
