@@ -860,11 +860,13 @@ class FakeHub(BaseHTTPRequestHandler):
     root: Path
     failure: str | None = None  # for files in entropy_model/ alone, if `late`
     late = False
+    asked: ClassVar[list[tuple[str, str]]]  # the revision and name of every file
     COMMIT = "0" * 40
     CODES: ClassVar = {"EntryNotFound": 404, "RepoNotFound": 401, "RevisionNotFound": 404, "GatedRepo": 403, "": 503}
 
     def do_GET(self) -> None:
-        name = unquote(self.path).split("/resolve/", 1)[1].split("/", 1)[1]
+        revision, name = unquote(self.path).split("/resolve/", 1)[1].split("/", 1)
+        self.asked.append((revision, name))
         file, failure = self.root / name, self.failure
         if failure is None or (self.late and not name.startswith("entropy_model/")):
             failure = None if file.is_file() else "EntryNotFound"
@@ -897,7 +899,7 @@ def fake_hub(theirs, tmp_path, monkeypatch) -> Iterator[type[FakeHub]]:
     hub = pytest.importorskip("huggingface_hub")
     root, _ = theirs
     (root / "entropy_model").rename(root / "blt" / "entropy_model")
-    handler = type("Handler", (FakeHub,), {"root": root / "blt"})
+    handler = type("Handler", (FakeHub,), {"root": root / "blt", "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -948,6 +950,15 @@ def test_the_cache_of_the_hub_serves_offline(fake_hub, theirs, monkeypatch) -> N
     assert torch.equal(BLT.from_pretrained("owner/blt")(batch()), expected(batch()))
     fake_hub.failure = ""
     assert torch.equal(BLT.from_pretrained("owner/blt")(batch()), expected(batch()))
+
+
+def test_all_files_are_of_one_commit(fake_hub) -> None:
+    """The configuration is looked up on the branch, and every other file in the commit that it came from."""
+    BLT.from_pretrained("owner/blt")
+    first = ("config.json", "params.json")
+    assert {revision for revision, name in fake_hub.asked if name in first} == {"main"}
+    assert {revision for revision, name in fake_hub.asked if name not in first} == {fake_hub.COMMIT}
+    assert any(name.startswith("entropy_model/") for _, name in fake_hub.asked)
 
 
 def test_paths_that_are_not_there_say_why(tmp_path, monkeypatch) -> None:

@@ -31,13 +31,17 @@ WEIGHTS = (
 
 
 class Folder:
-    """Finds files by name in a directory, or in a folder of a repository on the hub."""
+    """Finds files by name in a directory, or in a folder of a repository on the hub.
 
-    def __init__(self, path: str, repository: str | None, revision: str | None) -> None:
-        self.path, self.repository, self.revision = path, repository, revision
+    A branch may move between two downloads. So the first file that is found decides the commit of all others.
+    """
+
+    def __init__(self, path: str, repository: str | None, revision: str | None, commit: str | None = None) -> None:
+        self.path, self.repository, self.revision, self.commit = path, repository, revision, commit
 
     @staticmethod
     def open(path: str | os.PathLike[str], revision: str | None) -> Folder:
+        """Return the folder of a directory or of ``owner/name/folder``, FileNotFoundError if the path is neither."""
         path = os.fspath(path)
         if os.path.isdir(path):
             return Folder(path, None, None)
@@ -54,7 +58,8 @@ class Folder:
         parents = [self.path]
         if self.path or self.repository is None:
             parents.append(os.path.join(self.path, "..") if self.repository is None else os.path.dirname(self.path))
-        places = (Folder(os.path.join(p, "entropy_model"), self.repository, self.revision) for p in parents)
+        hub = (self.repository, self.revision, self.commit)
+        places = (Folder(os.path.join(p, "entropy_model"), *hub) for p in parents)
         return next((place for place in places if place.find(*CONFIGURATIONS)), None)
 
     def find(self, *names: str) -> Path | None:
@@ -63,12 +68,14 @@ class Folder:
         return next((file for file in files if file is not None), None)
 
     def get(self, *names: str) -> Path:
+        """Return the first of these files that exists, FileNotFoundError if none does."""
         file = self.find(*names)
         if file is None:
             raise FileNotFoundError(f"{self}: expected {' or '.join(names)}, found none")
         return file
 
     def json(self, *names: str) -> Values:
+        """Return the values in the first of these files that exists."""
         return Values.read(self.get(*names))
 
     def weights(self) -> dict[str, Tensor]:
@@ -99,11 +106,14 @@ class Folder:
             message = f"there is no directory {self}, and the hub needs huggingface_hub: pip install 'blt-kernels[hub]'"
             raise ImportError(message) from error
         assert self.repository is not None
-        file = str(PurePosixPath(self.path, name))
+        file, revision = str(PurePosixPath(self.path, name)), self.commit or self.revision
         try:
-            return Path(hub.hf_hub_download(self.repository, file, revision=self.revision))
+            found = Path(hub.hf_hub_download(self.repository, file, revision=revision))
+            snapshot = found.parents[len(PurePosixPath(file).parts) - 1].name  # .../snapshots/COMMIT/FILE
+            self.commit = snapshot if re.fullmatch("[0-9a-f]{40}", snapshot) else self.commit
+            return found
         except hub.errors.LocalEntryNotFoundError as error:  # it is not in the cache, and no answer came
-            if hub.try_to_load_from_cache(self.repository, file, revision=self.revision) is hub._CACHED_NO_EXIST:
+            if hub.try_to_load_from_cache(self.repository, file, revision=revision) is hub._CACHED_NO_EXIST:
                 return None
             reason = error if error.__cause__ is None else error.__cause__
             raise ConnectionError(f"{self}: the hub does not say whether there is {name}: {reason}") from error
@@ -167,6 +177,6 @@ def write(model: nn.Module, path: str | os.PathLike[str], values: Mapping[str, A
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {names(name)[0]: value for name, value in model.state_dict().items()}
     dtype = str(model.get_parameter("lm_head.weight").dtype).removeprefix("torch.")
-    with whole_file(folder / "config.json") as part:  # the file is put in place after the weights, if they are written
+    with whole_file(folder / "config.json") as part:  # it appears only once the weights are written
         part.write_text(json.dumps({**values, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
         write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
