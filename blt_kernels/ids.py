@@ -17,6 +17,7 @@ from blt_kernels import _checks, bpe
 BOE, BOS, EOS, BPE = 0, 1, 2, 3
 BYTE_OFFSET = 4
 ALPHABET = 256 + BYTE_OFFSET
+NEWLINE = ord("\n") + BYTE_OFFSET
 
 
 @overload

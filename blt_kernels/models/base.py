@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from blt_kernels import _checks
 from blt_kernels._checks import Documents
+from blt_kernels.models.state import ByteState
 from blt_kernels.models.weights import check_tensors, open_safetensors, write_safetensors
 from blt_kernels.nn import next_byte_bits, next_byte_targets
 
@@ -110,6 +111,60 @@ class ByteModel(nn.Module):
         ids, rows = _checks.pack("tokens", tokens, cu_seqlens, trailing=0)
         targets = next_byte_targets(ids, rows.offsets, self.config.vocab_size)
         return next_byte_bits(logits.flatten(0, -2), targets)
+
+    def new_state(self, rows: int = 1, *, undo: int = 64) -> ByteState:
+        """Return the state of empty rows, which `extend` appends ids to.
+
+        Parameters
+        ----------
+        rows : int
+        undo : int
+            How many bytes of a row `ByteState.truncate` takes back at no cost.
+
+        Returns
+        -------
+        ByteState
+            `blt_kernels.models.state` says what it keeps.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument is no such int; or the model is a `BLT` that patches by entropy and has no patcher.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, state: ByteState) -> Tensor:
+        """Append ids to the rows of a state; return the logits that one forward over the whole rows gives them.
+
+        Parameters
+        ----------
+        tokens : int32 or int64 ``[T]`` or ``[R, S]``
+            Ids: byte + 4. Any number for each row.
+        cu_seqlens : int32 or int64 ``[R+1]``, optional
+            Rows of packed tokens; one row if None.
+        state : ByteState
+            Of `new_state`. It is changed.
+
+        Returns
+        -------
+        ``[*tokens.shape, vocab_size]``
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has the wrong type, dtype, shape or value, or the state is of another model.
+        """
+        if not isinstance(state, ByteState) or state.model is not self:
+            got = type(state).__name__ if not isinstance(state, ByteState) else "the state of another model"
+            raise TypeError(f"state: expected what new_state of this model returned, got {got}")
+        ids, rows = self.pack(tokens, cu_seqlens)
+        counts = rows.offsets.diff().tolist()
+        if len(counts) != state.rows:
+            raise ValueError(f"tokens: expected {state.rows} rows as in state, got {len(counts)}")
+        if sum(counts) != ids.shape[0]:
+            raise ValueError(f"cu_seqlens: expected the last offset to be T = {ids.shape[0]}, got {sum(counts)}")
+        return state.extend(ids, counts).view(*tokens.shape, self.config.vocab_size)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write weights and configuration to one ``.safetensors`` file, which replaces `path` only once it is complete.

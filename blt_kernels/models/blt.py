@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blt_kernels import _checks
 from blt_kernels._checks import Documents
 from blt_kernels.ids import BPE, ids_of
-from blt_kernels.layout import AttentionRanges, PatchLayout
+from blt_kernels.layout import PatchLayout
 from blt_kernels.models.base import ByteModel
+from blt_kernels.models.blt_layers import GlobalTransformer, LocalDecoder, LocalEncoder
+from blt_kernels.models.blt_state import BLTState
 from blt_kernels.models.byte_lm import ByteLM
 from blt_kernels.models.characters import patches_of_whole_characters
 from blt_kernels.models.checkpoint import open_blt, open_byte_lm, write_blt
 from blt_kernels.models.config import BLTConfig
 from blt_kernels.nn import (
-    CrossAttention,
-    RMSNorm,
-    TransformerLayer,
     attention_documents,
     embedding,
     layer_ranges,
@@ -31,86 +29,6 @@ from blt_kernels.nn import (
     rotary_table,
     row_positions,
 )
-
-
-class LocalEncoder(nn.Module):
-    """Encodes bytes as patches: layers over bytes, max pooling, cross attention from the patches to their own bytes."""
-
-    def __init__(self, config: BLTConfig, ops: SimpleNamespace) -> None:
-        super().__init__()
-        layer, queries = config.encoder, config.queries_per_patch
-        self.patch_pool, self.queries_per_patch = ops.patch_pool, queries
-        self.all_layers, self.pool_every_layer = config.cross_attn_all_layers_encoder, config.pool_every_layer
-        self.embed_tokens = embedding(config.vocab_size, layer.dim)
-        self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
-        self.patch_embedding_projection = linear(layer.dim, queries * layer.dim)
-        count = layer.num_layers if self.all_layers else 1
-        cross, window = config.cross_attention(layer), config.cross_attn_window_encoder
-        self.cross_attn_layers = nn.ModuleList(
-            CrossAttention(cross, ops, "encode", queries, window) for _ in range(count)
-        )
-
-    def forward(
-        self, x: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout, ranges: AttentionRanges | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the bytes ``[T, D]`` after the layers, and the patches ``[C, K * D]``."""
-        patches = None
-        for i, layer in enumerate(self.layers):
-            x = layer(x, table, documents, ranges)
-            if (self.all_layers and not self.pool_every_layer) or i == len(self.layers) - 1:
-                if patches is None:
-                    pooled = self.patch_pool(x, layout, "max")
-                    patches = self.patch_embedding_projection(pooled).view(-1, x.shape[-1]).to(x.dtype)  # [C * K, D]
-                cross = self.cross_attn_layers[i if self.all_layers else 0]
-                # The residual is added twice: the released models were trained so.
-                patches = cross(patches, x, layout) + 2 * patches
-        assert patches is not None  # there is at least one layer
-        return x, patches.unflatten(0, (-1, self.queries_per_patch)).flatten(1)
-
-
-class GlobalTransformer(nn.Module):
-    """Runs layers over patches, after a projection to their width."""
-
-    def __init__(self, config: BLTConfig, ops: SimpleNamespace) -> None:
-        super().__init__()
-        layer, width = config.global_transformer, config.queries_per_patch * config.encoder.dim
-        self.token_embedding_projection = nn.Identity() if width == layer.dim else linear(width, layer.dim)
-        self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
-
-    def forward(
-        self, patches: Tensor, table: Tensor, documents: Tensor, ranges: AttentionRanges | None = None
-    ) -> Tensor:
-        x = self.token_embedding_projection(patches).to(patches.dtype)  # residuals keep their dtype under autocast
-        for layer in self.layers:
-            x = layer(x, table, documents, ranges)
-        return x
-
-
-class LocalDecoder(nn.Module):
-    """Decodes patches to bytes: before each layer, or the first, bytes read the last patch that closed before them."""
-
-    def __init__(self, config: BLTConfig, ops: SimpleNamespace) -> None:
-        super().__init__()
-        layer, queries = config.decoder, config.queries_per_patch
-        count = layer.num_layers if config.cross_attn_all_layers_decoder else 1
-        self.patch_embedding_projection = linear(config.global_transformer.dim, queries * layer.dim)
-        cross, window = config.cross_attention(layer), config.cross_attn_window_decoder
-        self.cross_attn_layers = nn.ModuleList(
-            CrossAttention(cross, ops, "decode", queries, window) for _ in range(count)
-        )
-        self.layers = nn.ModuleList(TransformerLayer(layer, ops) for _ in range(layer.num_layers))
-        self.norm = RMSNorm(layer.dim, layer.norm_eps)
-
-    def forward(
-        self, x: Tensor, patches: Tensor, table: Tensor, documents: Tensor, layout: PatchLayout,
-        ranges: AttentionRanges | None = None,
-    ) -> Tensor:  # fmt: skip
-        vectors = self.patch_embedding_projection(patches).view(-1, x.shape[-1])  # [C * K, D]
-        for i, layer in enumerate(self.layers):
-            if i < len(self.cross_attn_layers):
-                x = self.cross_attn_layers[i](x, vectors, layout) + 2 * x
-            x = layer(x, table, documents, ranges)
-        return self.norm(x)
 
 
 class BLT(ByteModel):
@@ -360,6 +278,9 @@ class BLT(ByteModel):
         if max_patches is None and _checks.readable(layout.cu_patches):
             layout = layout.compact()
         return layout
+
+    def new_state(self, rows: int = 1, *, undo: int = 64) -> BLTState:
+        return BLTState(self, rows, undo)
 
     def _documents(
         self, ids: Tensor, rows: Documents, patch_rows: Documents, layout: PatchLayout

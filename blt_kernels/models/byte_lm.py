@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from blt_kernels._checks import Documents
-from blt_kernels.ids import BYTE_OFFSET, ids_of
+from blt_kernels.ids import NEWLINE, ids_of
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.base import ByteModel
 from blt_kernels.models.characters import patches_of_whole_characters
 from blt_kernels.models.checkpoint import Stored, open_byte_lm, write_byte_lm
 from blt_kernels.models.config import ByteLMConfig
+from blt_kernels.models.state import ByteLMState
 from blt_kernels.nn import (
     RMSNorm,
     TransformerLayer,
@@ -31,7 +32,6 @@ from blt_kernels.nn import (
     row_positions,
 )
 
-NEWLINE = ord("\n") + BYTE_OFFSET
 BUNDLED = Path(__file__).parent.parent / "assets" / "entropy_model.safetensors"
 
 
@@ -189,6 +189,9 @@ class ByteLM(ByteModel):
             x = layer(x, table, offsets, ranges)
         logits = self.lm_head(self.norm(x))
         return logits if tokens.dim() == 1 else logits.view(*tokens.shape, self.config.vocab_size)
+
+    def new_state(self, rows: int = 1, *, undo: int = 64) -> ByteLMState:
+        return ByteLMState(self, rows, undo)
 
     def patch(
         self,

@@ -80,11 +80,38 @@ def whole_characters(
         return boundaries
     _checks.check_int("max_patch_length", max_patch_length, 1)
     after = torch.arange(1, total + 1, device=ids.device)
-    start = torch.where(boundaries, after, 0).cummax(0).values  # of the patch
-    end = torch.where(ends, after, 0).cummax(0).values  # of the last complete character
-    end_before = torch.where(first, 0, end.roll(1))  # the same, one byte ago
-    reached = (after - start) // max_patch_length > (end_before - start) // max_patch_length
-    return boundaries | (ends & reached)
+    return cut_long_patches(boundaries, ends, after, first, torch.zeros_like(after), max_patch_length)
+
+
+def cut_long_patches(
+    boundaries: Tensor, ends: Tensor, after: Tensor, first: Tensor, start: Tensor, max_patch_length: int,
+    end: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Add the cuts of patches that are longer than `max_patch_length`.
+
+    Parameters
+    ----------
+    boundaries, ends : bool ``[T]``
+        The boundary decisions, and where a patch may end.
+    after : int64 ``[T]``
+        The position of the byte after each one. Those of a row are above those of all rows before.
+    first : bool ``[T]``
+        The first entry of each row.
+    start : int64 ``[T]``
+        Where the patch of the first entry of the row starts.
+    max_patch_length : int
+    end : int64 ``[T]``, optional
+        The last place before the first entry of the row where a patch may end; `start` if None.
+
+    Returns
+    -------
+    bool ``[T]``
+    """
+    end = start if end is None else end
+    start = torch.where(boundaries, after, start).cummax(0).values
+    last = torch.where(ends, after, end).cummax(0).values
+    before = torch.where(first, end, last.roll(1))  # the last such place, one byte ago
+    return boundaries | (ends & ((after - start) // max_patch_length > (before - start) // max_patch_length))
 
 
 def patches_of_whole_characters(

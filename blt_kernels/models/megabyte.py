@@ -14,19 +14,20 @@ embeddings of positions to those of bytes, and has rotary ones where the patch b
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blt_kernels._checks import Documents
-from blt_kernels.layout import AttentionRanges, PatchLayout
+from blt_kernels.layout import PatchLayout
 from blt_kernels.models.base import ByteModel
 from blt_kernels.models.config import MegaByteConfig
+from blt_kernels.models.cross_patch import CrossPatch, CrossPatchAttention
+from blt_kernels.models.megabyte_state import MegaByteState
 from blt_kernels.nn import (
     RMSNorm,
-    SelfAttention,
     TransformerLayer,
     embed_ids,
     embedding,
@@ -36,7 +37,6 @@ from blt_kernels.nn import (
     linear,
     load_ops,
     rotary_table,
-    rotate,
 )
 
 
@@ -61,43 +61,6 @@ class CausalConvolution(nn.Module):
         for back in range(1, size):
             out = out + torch.where((positions >= back)[:, None], taps[:, -1 - back].roll(back, 0), 0)
         return x + F.silu(out)
-
-
-class CrossPatch(NamedTuple):
-    """Says which keys a patch attends to: the last ones of the patch before, then its own.
-
-    Attributes
-    ----------
-    patch_offsets : int32 ``[C+1]``
-        Patch p is slots ``[patch_offsets[p], patch_offsets[p+1])``.
-    key_offsets : int32 ``[C+1]``
-        Patch p attends to keys ``[key_offsets[p], key_offsets[p+1])``.
-    key_slots : int64 ``[Tk]``
-        The slot that each key is computed from.
-    key_table : complex ``[Tk, 1, E/2]``
-        Rotary positions of the keys. They count from the start of the patch that attends, so they are negative for
-        keys of the patch before.
-    """
-
-    patch_offsets: Tensor | Documents
-    key_offsets: Tensor | Documents
-    key_slots: Tensor
-    key_table: Tensor
-
-
-class CrossPatchAttention(SelfAttention):
-    """Attends causally within patches, and to the last keys of the patch before."""
-
-    # A TransformerLayer passes its documents on unchanged, here as a CrossPatch.
-    def forward(  # type: ignore[override]
-        self, x: Tensor, table: Tensor, documents: CrossPatch, ranges: AttentionRanges | None = None
-    ) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        k, v = (y.index_select(0, documents.key_slots) for y in (k, v))
-        q, k = rotate(q, table), rotate(k, documents.key_table)
-        offsets = (documents.patch_offsets, documents.key_offsets)
-        out = self.attention(q, k, v, *offsets, window=self.window, ranges=ranges)
-        return self.o_proj(out.flatten(-2))
 
 
 class MegaByte(ByteModel):
@@ -180,6 +143,9 @@ class MegaByte(ByteModel):
         if strided:
             logits = self._stride(logits, ids, rows)
         return logits.view(*tokens.shape, self.config.vocab_size)
+
+    def new_state(self, rows: int = 1, *, undo: int = 64) -> MegaByteState:
+        return MegaByteState(self, rows, undo)
 
     def _stride(self, logits: Tensor, ids: Tensor, documents: Documents) -> Tensor:
         """Return logits: a second pass replaces those of the later half of every patch but a row's first."""

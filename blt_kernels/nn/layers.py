@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from blt_kernels import _checks
 from blt_kernels._checks import Documents
 from blt_kernels.layout import AttentionRanges, PatchLayout
+from blt_kernels.nn.cache import CachedKeys
 from blt_kernels.nn.config import TransformerConfig
 from blt_kernels.nn.functional import rms_norm, swiglu
 from blt_kernels.nn.positions import rotate
@@ -116,6 +117,8 @@ class RMSNorm(nn.RMSNorm):
 class SelfAttention(nn.Module):
     """Attends causally within documents, with rotary positions.
 
+    With `CachedKeys` in the place of documents, queries attend to the keys of earlier calls as well.
+
     Parameters
     ----------
     config : TransformerConfig
@@ -139,7 +142,11 @@ class SelfAttention(nn.Module):
         self.o_proj = linear(config.dim, config.dim)
 
     def forward(
-        self, x: Tensor, table: Tensor, documents: Tensor | Documents, ranges: AttentionRanges | None = None
+        self,
+        x: Tensor,
+        table: Tensor,
+        documents: Tensor | Documents | CachedKeys,
+        ranges: AttentionRanges | None = None,
     ) -> Tensor:
         """Return the update of `x`, without its residual.
 
@@ -157,7 +164,11 @@ class SelfAttention(nn.Module):
         ``[T, D]``
         """
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = self.attention(rotate(q, table), rotate(k, table), v, documents, window=self.window, ranges=ranges)
+        q, k = rotate(q, table), rotate(k, table)
+        if isinstance(documents, CachedKeys):
+            out = self.attention(q, *documents.write(k, v), window=self.window, **documents.documents)
+        else:
+            out = self.attention(q, k, v, documents, window=self.window, ranges=ranges)
         return self.o_proj(out.flatten(-2))
 
 
@@ -202,27 +213,32 @@ class CrossAttention(nn.Module):
         self.v_proj = linear(config.dim, config.kv_heads * config.head_dim)
         self.o_proj = linear(config.dim, config.dim)
 
-    def forward(self, queries: Tensor, states: Tensor, layout: PatchLayout) -> Tensor:
+    def forward(self, queries: Tensor, states: Tensor | tuple[Tensor, Tensor], layout: PatchLayout) -> Tensor:
         """Return the update of the queries, without their residual.
 
         Parameters
         ----------
         queries : floating ``[C * K, D]`` to encode, ``[T, D]`` to decode
         states : floating ``[T, D]`` to encode, ``[C * K, D]`` to decode
-            Keys and values are computed from them.
+            Keys and values are computed from them. Or what `keys` returned for them.
         layout : PatchLayout
 
         Returns
         -------
         ``queries.shape``
         """
-        states = self.k_norm(states)
+        k, v = states if isinstance(states, tuple) else self.keys(states)
         q = self.q_proj(self.q_norm(queries)).unflatten(-1, (-1, self.head_dim))
-        k, v = (p(states).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
         out = self.attention(
             q, k, v, layout, direction=self.direction, queries_per_patch=self.queries_per_patch, window=self.window
         )
         return self.o_proj(out.flatten(-2))
+
+    def keys(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values ``[*, G, E]`` of what is read, ``[*, D]``."""
+        states = self.k_norm(states)
+        k, v = (p(states).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
+        return k, v
 
 
 class FeedForward(nn.Module):
@@ -291,7 +307,11 @@ class TransformerLayer(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x: Tensor, table: Tensor, documents: Tensor | Documents, ranges: AttentionRanges | None = None
+        self,
+        x: Tensor,
+        table: Tensor,
+        documents: Tensor | Documents | CachedKeys,
+        ranges: AttentionRanges | None = None,
     ) -> Tensor:
         """Return `x` with the updates of attention and feed-forward.
 
@@ -308,6 +328,8 @@ class TransformerLayer(nn.Module):
             return checkpoint(self._layer, x, table, documents, ranges, use_reentrant=False, preserve_rng_state=False)
         return self._layer(x, table, documents, ranges)
 
-    def _layer(self, x: Tensor, table: Tensor, documents: Tensor | Documents, ranges: AttentionRanges | None) -> Tensor:
+    def _layer(
+        self, x: Tensor, table: Tensor, documents: Tensor | Documents | CachedKeys, ranges: AttentionRanges | None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), table, documents, ranges)
         return x + self.mlp(self.post_attention_layernorm(x))

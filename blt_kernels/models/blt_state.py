@@ -1,0 +1,284 @@
+"""The state of a `BLT`: bytes pass patcher, encoder and decoder; a patch passes the global transformer when it closes.
+
+A patch closes with the byte after which the rule starts another one, and that byte already reads it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from blt_kernels.ids import BPE
+from blt_kernels.layout import PatchLayout
+from blt_kernels.models.characters import character_ends, cut_long_patches
+from blt_kernels.models.state import ByteLMState, ByteState, DocumentStarts
+from blt_kernels.nn import rotary_table
+from blt_kernels.nn.cache import KeyCache, RowBuffer, runs
+
+if TYPE_CHECKING:
+    from blt_kernels.models.blt import BLT
+
+_LOOKBACK = 8  # ids before a byte that boundary rules read: local indices, whole characters, rises of the entropy
+_ROW = 1 << 40  # more than the bytes of a row
+
+
+class BLTState(ByteState):
+    """What a `BLT` remembers of rows.
+
+    Attributes
+    ----------
+    patch_starts : list of list of int
+        Where the patches of each row start. The last one is open; it may have no byte yet.
+    """
+
+    def __init__(self, model: BLT, rows: int, undo: int) -> None:
+        super().__init__(model, rows, undo)
+        config, place = model.config, {"dtype": self.dtype, "device": self.device}
+        encoder, decoder, wide = config.encoder, config.decoder, config.global_transformer
+        self.patcher = None
+        if config.patching == "entropy":
+            if model.patcher is None:
+                raise ValueError("patcher: expected a ByteLM, since patching is 'entropy', got None")
+            reset = config.reset_at_newlines or None
+            self.patcher = ByteLMState(model.patcher, rows, undo, reset_at_newlines=reset)
+            exact = torch.float64 if self.patcher.dtype == torch.float64 else torch.float32
+            self.entropy = RowBuffer(rows, [()], undo + _LOOKBACK + 1, dtype=exact, device=self.device)
+        self.patch_starts: list[list[int]] = [[0] for _ in range(rows)]
+        self.rule_starts: list[list[int]] = [[0] for _ in range(rows)]  # those that are no cuts of long patches
+        self.starts = DocumentStarts(rows, config.eos_id if config.split_documents else None, None)
+        self.encoder_keys = KeyCache(rows, encoder, undo, **place)
+        # What cross attention reads: the bytes of the open patch, and of those that its window or `truncate` reach.
+        self.encoded = RowBuffer(rows, [(encoder.dim,)] * model.local_encoder.num_states, 0, **place)
+        self.global_keys = KeyCache(rows, wide, undo, **place)
+        cross = config.cross_attention(decoder)
+        shape = (config.queries_per_patch, cross.kv_heads, cross.head_dim)
+        self.window_encoder = config.cross_attn_window_encoder or 1
+        self.window_decoder = config.cross_attn_window_decoder or 1
+        count = len(model.local_decoder.cross_attn_layers)
+        self.patches = RowBuffer(rows, [shape] * (2 * count), undo + self.window_decoder, **place)
+        self.decoder_keys = KeyCache(rows, decoder, undo, **place)
+
+    def extend(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        model: BLT = self.model
+        config, ops = model.config, model.ops
+        old, positions = self._append(ids, counts)
+        rule, final = self._cuts(ids, old, counts)
+        decode_ids = self._close(rule, final, old, counts)
+
+        starts = self.starts.extend(ids, old, counts)
+        tail, documents, new = self._tail(old, max(config.ngram_sizes, default=1) - 1)
+        x = ops.ngram_hash_embed(
+            tail,
+            model.encoder_hash_tok_embedding.weight,
+            model.local_encoder.embed_tokens.weight,
+            ops.offsets(documents),
+            ngram_sizes=config.ngram_sizes,
+            num_functions=config.num_functions,
+        ).index_select(0, new)
+        table = rotary_table(positions, config.encoder, x.dtype)
+        states = model.local_encoder.states(x, table, self.encoder_keys.extend(ops, counts, starts))
+        self.encoded.write(self.encoded.append(counts), *states)
+        self._read_closed_patches()
+        x = self._decode(states[-1], positions, starts, counts, decode_ids)
+        self._trim()
+        return model.lm_head(x)
+
+    def _cuts(self, ids: Tensor, old: Sequence[int], counts: Sequence[int]) -> list[list[bool]]:
+        """Return whether a patch starts after each new id: by the rule itself, and with the cuts of long patches."""
+        config, ops = self.model.config, self.model.ops
+        if self.patcher is not None:
+            entropy = ops.token_entropy(self.patcher.extend(ids, counts))
+            self.entropy.write(self.entropy.append(counts), entropy)
+        tail, documents, new = self._tail(old, _LOOKBACK)
+        begin, offsets = [max(0, n - _LOOKBACK) for n in old], ops.offsets(documents)
+        lengths = [end - b for b, end in zip(begin, self.ids.end, strict=True)]
+        if config.patching in ("static", "byte"):
+            size = config.patch_size if config.patching == "static" else 1
+            cuts = runs(begin, lengths, self.device) % size == 0
+        else:
+            if config.patching == "entropy":
+                (entropy,) = self.entropy.read(begin, self.ids.end)
+                rules = {"threshold_add": config.threshold_add, "monotonic": config.monotonic}
+                layout = ops.patch_starts(entropy, offsets, threshold=config.threshold, **rules)
+            elif config.patching == "space":
+                layout = ops.space_patch(tail, offsets)
+            else:
+                layout = ops.delimiter_patch(tail, BPE, offsets)
+            cuts = layout.decode_ids == layout.patch_ids
+        if config.max_patch_length is None and not config.whole_characters:
+            return [cuts[new].tolist()] * 2
+
+        positions = runs(begin, lengths, self.device)
+        ends = torch.ones_like(cuts)
+        if config.whole_characters:
+            ends = character_ends(tail, documents.offsets) | (positions == 0)
+            cuts = (cuts & ends) | (positions == 0)
+        if config.max_patch_length is None:
+            return [cuts[new].tolist()] * 2
+        row = torch.repeat_interleave(torch.tensor(lengths, device=self.device))
+        start = torch.tensor([starts[-1] for starts in self.rule_starts], device=self.device)[row] + row * _ROW
+        first = torch.tensor(begin, device=self.device)[row] + row * _ROW
+        after = positions + row * _ROW + 1
+        known = torch.ones_like(cuts).index_fill_(0, new, False)
+        final = cut_long_patches(
+            cuts & ~known, ends, after, after == first + 1, start, config.max_patch_length, end=first
+        )
+        return [cuts[new].tolist(), final[new].tolist()]
+
+    def _close(
+        self, rule: Sequence[bool], final: Sequence[bool], old: Sequence[int], counts: Sequence[int]
+    ) -> list[int]:
+        """Note where patches start. Return the patch of its row that each new byte reads: the last one that closed."""
+        decode_ids, at = [], 0
+        for r, (before, count) in enumerate(zip(old, counts, strict=True)):
+            starts = self.patch_starts[r]
+            for i in range(at, at + count):
+                after = before + i - at + 1
+                if rule[i]:
+                    self.rule_starts[r].append(after)
+                if final[i]:
+                    starts.append(after)
+                decode_ids.append(len(starts) - 2)
+            at += count
+        return decode_ids
+
+    def _read_closed_patches(self) -> None:
+        """Pass the patches that have closed through the global transformer, and keep what the decoder reads of them."""
+        model: BLT = self.model
+        config, before = model.config, self.global_keys.end
+        after = [len(starts) - 1 for starts in self.patch_starts]
+        counts = [a - b for a, b in zip(after, before, strict=True)]
+        if not any(counts):
+            return
+        # Their windows reach back over patches that were closed before.
+        oldest = [b if a == b else max(0, b - self.window_encoder + 1) for a, b in zip(after, before, strict=True)]
+        bounds = [starts[p : a + 1] for starts, p, a in zip(self.patch_starts, oldest, after, strict=True)]
+        states = self.encoded.read([b[0] for b in bounds], [b[-1] for b in bounds])
+        cu_patches = [0, *accumulate(len(b) - 1 for b in bounds)]
+        layout = self._layout([y - x for b in bounds for x, y in pairwise(b)], cu_patches)
+        patches = model.local_encoder.pool(states, layout)
+        if self.window_encoder > 1:
+            new = [end - n for end, n in zip(cu_patches[1:], counts, strict=True)]
+            patches = patches.index_select(0, runs(new, counts, self.device))
+        table = rotary_table(runs(before, counts, self.device), config.global_transformer, patches.dtype)
+        keys = self.global_keys.extend(model.ops, counts, self._patch_documents(before, after))
+        patches = model.global_transformer(patches, table, keys)
+        read = [x for kv in model.local_decoder.keys(patches) for x in kv]
+        read = [x.unflatten(0, (-1, config.queries_per_patch)) for x in read]
+        self.patches.write(self.patches.append(counts), *read)
+
+    def _layout(self, lengths: Sequence[int], cu_patches: Sequence[int]) -> PatchLayout:
+        """Return the layout of patches that read bytes."""
+        sizes, ends = torch.tensor(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        ids = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), sizes)
+        rows, full = ends[list(cu_patches)], torch.zeros(1, dtype=torch.bool)
+        return PatchLayout(ends, torch.tensor(cu_patches, dtype=torch.int32), ids, ids, ends, rows, full).to(
+            self.device
+        )
+
+    def _patch_documents(self, before: Sequence[int], after: Sequence[int]) -> list[list[int]]:
+        """Return the patches that documents start with: that of the first new patch, and the later ones."""
+        config = self.model.config
+        if not config.split_documents or config.global_across_documents:
+            return [[0]] * self.rows
+        documents = []
+        for starts, found, old, new in zip(self.patch_starts, self.starts.found, before, after, strict=True):
+            patches = {0}
+            for eos, _ in reversed(found):
+                following = bisect_right(starts, eos)  # after the patch that holds the EOS
+                patches.add(following)
+                if following <= old:
+                    break
+            first = max(p for p in patches if p <= old)
+            documents.append(sorted(p for p in patches if first <= p < max(new, first + 1)))
+        return documents
+
+    def _decode(
+        self, x: Tensor, positions: Tensor, starts: list[list[int]], counts: Sequence[int], decode_ids: Sequence[int]
+    ) -> Tensor:
+        """Return the decoder's output for the new bytes."""
+        model: BLT = self.model
+        offsets, closed, window = [0, *accumulate(counts)], self.patches.end, self.window_decoder
+        oldest = [
+            max(0, decode_ids[at] - window + 1) if count else end
+            for at, count, end in zip(offsets, counts, closed, strict=False)
+        ]
+        cu_patches = [0, *accumulate(end - first for end, first in zip(closed, oldest, strict=True))]
+        shift = [p - first for p, first in zip(cu_patches, oldest, strict=False)]
+        ids = [d + s for s, at, n in zip(shift, offsets, counts, strict=False) for d in decode_ids[at : at + n]]
+        read = torch.tensor(ids, dtype=torch.int32)
+        reads = torch.searchsorted(read, torch.arange(cu_patches[-1] + 1, dtype=torch.int32), out_int32=True)
+        cu, rows = (torch.tensor(n, dtype=torch.int32) for n in (cu_patches, offsets))
+        # To decode, a layout is read by its decode ids alone.
+        layout = PatchLayout(reads, cu, read, read, reads, rows, torch.zeros(1, dtype=torch.bool)).to(self.device)
+        flat = [y.flatten(0, 1) for y in self.patches.read(oldest, closed)]
+        table = rotary_table(positions, model.config.decoder, x.dtype)
+        keys = self.decoder_keys.extend(model.ops, counts, starts)
+        return model.local_decoder(x, list(zip(flat[::2], flat[1::2], strict=True)), table, keys, layout)
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def _buffers(self) -> list[RowBuffer]:
+        own = [*super()._buffers(), self.encoder_keys, self.encoded, self.global_keys, self.patches, self.decoder_keys]
+        return own if self.patcher is None else [*own, self.entropy]
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (self.patcher.nbytes if self.patcher is not None else 0)
+
+    def _closed(self, lengths: Sequence[int]) -> list[int]:
+        """Return how many patches of each row close within its first ``lengths[r]`` bytes."""
+        return [bisect_right(starts, n) - 1 for starts, n in zip(self.patch_starts, lengths, strict=True)]
+
+    def _first_encoded(self, lengths: Sequence[int]) -> list[int]:
+        """Return the first byte that is read by patches that close after these lengths."""
+        closed = self._closed(lengths)
+        return [s[max(0, n - self.window_encoder + 1)] for s, n in zip(self.patch_starts, closed, strict=True)]
+
+    def _holds(self, lengths: Sequence[int]) -> list[bool]:
+        closed = self._closed(lengths)
+        holds = [
+            self.encoder_keys.holds_windows(lengths),
+            self.decoder_keys.holds_windows(lengths),
+            self.global_keys.holds_windows(closed),
+            self.encoded.holds(self._first_encoded(lengths)),
+            self.patches.holds([n - self.window_decoder for n in closed]),
+        ]
+        if self.patcher is not None:
+            holds += [self.patcher._holds(lengths), self.entropy.holds([n - _LOOKBACK for n in lengths])]
+        return [all(row) for row in zip(*holds, strict=True)]
+
+    def _trim(self) -> None:
+        """Let go of what is neither read again nor needed to take back `undo` bytes."""
+        self.encoded.needed = self._first_encoded([max(0, n - self.undo) for n in self.lengths])
+        for buffer in self._buffers():
+            buffer.trim()
+
+    def _truncate(self, lengths: Sequence[int]) -> None:
+        closed = self._closed(lengths)
+        super()._truncate(lengths)
+        for buffer in (self.encoder_keys, self.encoded, self.decoder_keys):
+            buffer.truncate(lengths)
+        for buffer in (self.global_keys, self.patches):
+            buffer.truncate(closed)
+        if self.patcher is not None:
+            self.patcher._truncate(lengths)
+            self.entropy.truncate(lengths)
+        self.starts.truncate(lengths)
+        for lists in (self.patch_starts, self.rule_starts):
+            for starts, length in zip(lists, lengths, strict=True):
+                del starts[bisect_right(starts, length) :]
+
+    def _select(self, rows: Sequence[int]) -> None:
+        super()._select(rows)
+        if self.patcher is not None:
+            self.patcher._select(rows)
+        self.starts.select(rows)
+        self.patch_starts, self.rule_starts = (
+            [[0] if r < 0 else list(old[r]) for r in rows] for old in (self.patch_starts, self.rule_starts)
+        )

@@ -1,0 +1,146 @@
+"""The state of a `MegaByte`: slots pass the local model; a patch passes the global one when its first slot appears.
+
+Slot s of a row predicts byte s and reads byte s - 1. A row of n bytes has slots 0 to n, and none if it has no byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels._checks import Documents
+from blt_kernels.models.cross_patch import CrossPatch
+from blt_kernels.models.state import ByteState
+from blt_kernels.nn import embed_ids, rotary_table
+from blt_kernels.nn.cache import KeyCache, RowBuffer, runs
+
+if TYPE_CHECKING:
+    from blt_kernels.models.megabyte import MegaByte
+
+
+class MegaByteState(ByteState):
+    """What a `MegaByte` remembers of rows."""
+
+    def __init__(self, model: MegaByte, rows: int, undo: int) -> None:
+        super().__init__(model, rows, undo)
+        config, place = model.config, {"dtype": self.dtype, "device": self.device}
+        size = config.patch_size
+        self.global_keys = KeyCache(rows, config.global_transformer, undo, **place)
+        # By slot: what the global output adds to it. The slots of the last patch are there before their bytes.
+        self.parts = RowBuffer(rows, [(config.local_transformer.dim,)], undo + 2 * size, **place)
+        self.local_keys = KeyCache(rows, model.local_config, undo, **place)
+
+    def extend(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        model: MegaByte = self.model
+        config = model.config
+        self._append(ids, counts)
+        first = self.local_keys.end  # of the new slots
+        stop = _slots(self.ids.end)
+        slots = [b - a for a, b in zip(first, stop, strict=True)]
+        self._read_patches(stop)
+        slot = runs(first, slots, self.device)
+        place = slot % config.patch_size
+        # Slot 0 reads a learned vector in the place of a byte, and predicts the first byte, which is there already.
+        begins = [a == 0 and n > 0 for a, n in zip(first, slots, strict=True)]
+        begin = [at + b for at, b in zip((0, *accumulate(slots)), begins, strict=False)]
+        of_bytes = runs(begin, counts, self.device)
+        previous = ids.new_zeros(sum(slots)).index_copy(0, of_bytes, ids) if any(begins) else ids
+        x = embed_ids(model.local_embed_tokens, previous, None)
+        x = torch.where((place == 0)[:, None], model.local_embed_first, x) + self.parts.read(first, stop)[0]
+        table = rotary_table(place, model.local_config, x.dtype)
+        for layer, keys in zip(model.local_layers, self._local_keys(first, slots, x.dtype), strict=True):
+            x = layer(x, table, keys)
+        for buffer in self._buffers():
+            buffer.trim()
+        return model.lm_head(model.norm(x.index_select(0, of_bytes) if any(begins) else x))
+
+    def _read_patches(self, stop: Sequence[int]) -> None:
+        """Pass the bytes of patches through the global model, for the patches behind them, until every slot has one."""
+        model: MegaByte = self.model
+        config, size, before = model.config, model.config.patch_size, self.global_keys.end
+        after = [-(-n // size) for n in stop]
+        counts = [b - a for a, b in zip(before, after, strict=True)]
+        if not any(counts):
+            return
+        # The bytes of the patches before, and those that convolutions reach back to.
+        lookback = sum(n - 1 for n in config.conv_sizes)
+        bounds = [max(0, size * (a - 1)) for a in before], [max(0, size * (b - 1)) for b in after]
+        begin = [max(0, a - lookback) for a in bounds[0]]
+        (ids,) = self.ids.read(begin, bounds[1])
+        x = embed_ids(model.global_embed_tokens, ids, None)
+        if config.conv_sizes:
+            lengths = [b - a for a, b in zip(begin, bounds[1], strict=True)]
+            positions = runs([0] * self.rows, lengths, self.device)
+            for convolution in model.patch_convolutions:
+                x = convolution(x, positions)
+            kept = [b - a for a, b in zip(*bounds, strict=True)]
+            ends = accumulate(lengths)
+            x = x.index_select(0, runs([e - n for e, n in zip(ends, kept, strict=True)], kept, self.device))
+        x = x.unflatten(0, (-1, size)).flatten(1)  # one a patch that is not the first of its row
+        patch = runs(before, counts, self.device)
+        later = patch > 0
+        x = model.global_embed_first.repeat(patch.shape[0], 1).index_copy(0, later.nonzero()[:, 0], x)
+        table = rotary_table(patch, config.global_transformer, x.dtype)
+        keys = self.global_keys.extend(model.ops, counts, [[0]] * self.rows)
+        for layer, own in zip(model.global_layers, keys, strict=True):
+            x = layer(x, table, own)
+        parts = model.global_to_local(model.global_norm(x).unflatten(-1, (size, -1)).flatten(0, 1))
+        self.parts.write(self.parts.append([size * n for n in counts]), parts)
+
+    def _local_keys(self, first: Sequence[int], slots: Sequence[int], dtype: torch.dtype) -> list[Any]:
+        """Return for every layer where the keys of the new slots go, and which keys each slot attends to."""
+        model: MegaByte = self.model
+        size, reach = model.config.patch_size, model.config.cross_patch
+        starts = [list(range(a // size * size, a + n, size)) or [0] for a, n in zip(first, slots, strict=True)]
+        keys = self.local_keys.extend(model.ops, slots, starts)
+        if not reach:
+            return keys
+        # Every patch attends to the last keys of the patch before, too: their ranges overlap, so they are copied.
+        queries, counts, begin, places = [], [], [], []
+        for r, (a, n) in enumerate(zip(first, slots, strict=True)):
+            base = r * self.local_keys.capacity - self.local_keys.first[r]
+            for start in starts[r] if n else ():
+                stop = min(start + size, a + n)
+                low = max(0, start - reach)
+                queries.append(stop - max(start, a))
+                counts.append(stop - low)
+                begin.append(base + low)
+                places.append(low - start)
+        table = rotary_table(runs(places, counts, self.device), model.local_config, dtype)
+        of_queries, of_keys = self._offsets(queries), self._offsets(counts)
+        slot = runs(begin, counts, self.device)
+        return [CrossPatch(of_queries, of_keys, slot, table, own) for own in keys]
+
+    def _offsets(self, counts: Sequence[int]) -> Any:
+        offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=self.device)
+        return self.model.ops.offsets(Documents(offsets, sum(counts), sum(counts)))
+
+    def _buffers(self) -> list[RowBuffer]:
+        return [*super()._buffers(), self.global_keys, self.parts, self.local_keys]
+
+    def _patches(self, lengths: Sequence[int]) -> list[int]:
+        return [-(-n // self.model.config.patch_size) for n in _slots(lengths)]
+
+    def _holds(self, lengths: Sequence[int]) -> list[bool]:
+        size, slots = self.model.config.patch_size, _slots(lengths)
+        holds = [
+            self.global_keys.holds_windows(self._patches(lengths)),
+            self.parts.holds([n // size * size for n in slots]),
+            self.local_keys.holds([n // size * size - self.model.config.cross_patch for n in slots]),
+        ]
+        return [all(row) for row in zip(*holds, strict=True)]
+
+    def _truncate(self, lengths: Sequence[int]) -> None:
+        super()._truncate(lengths)
+        patches = self._patches(lengths)
+        self.global_keys.truncate(patches)
+        self.parts.truncate([n * self.model.config.patch_size for n in patches])
+        self.local_keys.truncate(_slots(lengths))
+
+
+def _slots(lengths: Sequence[int]) -> list[int]:
+    return [n + 1 if n else 0 for n in lengths]

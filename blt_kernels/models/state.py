@@ -1,0 +1,224 @@
+"""States: what a model has to remember of rows to go on with them, byte by byte or many bytes at a time.
+
+A state belongs to a model. `ByteModel.extend` appends ids to its rows and returns their logits, which are those of one
+forward over the whole rows. Every layer keeps its keys and values within its window, and `undo` more, so that a few
+bytes can be taken back. The ids of the rows are kept whole: to take back more, a row is computed anew from its ids.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels import _checks
+from blt_kernels._checks import Documents
+from blt_kernels.ids import NEWLINE
+from blt_kernels.nn import embed_ids, rotary_table
+from blt_kernels.nn.cache import KeyCache, RowBuffer, runs
+
+if TYPE_CHECKING:
+    from blt_kernels.models.byte_lm import ByteLM
+
+
+class DocumentStarts:
+    """Where attention starts anew in each row: after `eos_id`, and at `newline`.
+
+    Parameters
+    ----------
+    rows : int
+    eos_id, newline : int, optional
+        Ids; None where such an id starts no document.
+    """
+
+    def __init__(self, rows: int, eos_id: int | None, newline: int | None) -> None:
+        self.ids = {eos_id: 1, newline: 0}  # by id: what lies between it and the start
+        self.ids.pop(None, None)
+        self.found: list[list[tuple[int, int]]] = [[] for _ in range(rows)]  # positions of an id and of its start
+
+    def extend(self, ids: Tensor, old: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+        """Return the starts in each row: of the document of the first new id, and the later ones."""
+        if not self.ids:
+            return [[0]] * len(old)
+        values, at, starts = ids.tolist(), 0, []
+        for found, before, count in zip(self.found, old, counts, strict=True):
+            known = [start for _, start in found[-1:]]
+            new = [
+                (before + i, before + i + self.ids[x]) for i, x in enumerate(values[at : at + count]) if x in self.ids
+            ]
+            found += new
+            at += count
+            starts.append(sorted({*(known or [0]), *(start for _, start in new)}))
+        return starts
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget what the ids from position ``lengths[r]`` on have started."""
+        for found, length in zip(self.found, lengths, strict=True):
+            del found[bisect_left(found, (length,)) :]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows; -1 is an empty one."""
+        self.found = [list(self.found[r]) if r >= 0 else [] for r in rows]
+
+
+class ByteState:
+    """What a model remembers of rows.
+
+    Attributes
+    ----------
+    model : ByteModel
+    lengths : list of int
+        The ids that each row has.
+    """
+
+    def __init__(self, model: Any, rows: int, undo: int) -> None:
+        _checks.check_int("rows", rows, 0)
+        _checks.check_int("undo", undo, 0)
+        weight = model.lm_head.weight
+        self.model, self.undo, self.dtype, self.device = model, undo, weight.dtype, weight.device
+        self.ids = RowBuffer(rows, [()], None, dtype=torch.int32, device=self.device)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.ids.end)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of ids in each row."""
+        return list(self.ids.end)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of all tensors."""
+        return sum(buffer.nbytes for buffer in self._buffers())
+
+    def row_ids(self, row: int) -> Tensor:
+        """Return the ids of a row, int64 ``[lengths[row]]``."""
+        return self.ids.tensors[0][row, : self.ids.end[row]].long()
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Shorten rows to their first ``lengths[r]`` ids, as if the others had never been there.
+
+        Up to `undo` ids of a row are taken back at no cost; for more, it is computed anew.
+
+        Parameters
+        ----------
+        lengths : sequence of int
+            One a row, from 0 to what it has.
+
+        Raises
+        ------
+        TypeError, ValueError
+            There are not as many lengths as rows, or one is no length of its row.
+        """
+        lengths = [int(n) for n in lengths]
+        if len(lengths) != self.rows:
+            raise ValueError(f"lengths: expected one for each of {self.rows} rows, got {len(lengths)}")
+        for r, (new, old) in enumerate(zip(lengths, self.ids.end, strict=True)):
+            if not 0 <= new <= old:
+                raise ValueError(f"lengths: expected 0 to {old} for row {r}, got {new}")
+        anew = [0 if held else n for n, held in zip(lengths, self._holds(lengths), strict=True)]
+        (ids,) = self.ids.read([0] * self.rows, anew) if any(anew) else (None,)
+        self._truncate([0 if n else length for n, length in zip(anew, lengths, strict=True)])
+        if ids is not None:
+            self.extend(ids.long(), anew)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the rows of these numbers, in this order.
+
+        Parameters
+        ----------
+        rows : sequence of int
+            A row may be there several times; -1 is a new, empty row.
+
+        Raises
+        ------
+        ValueError
+            There is no such row.
+        """
+        rows = [int(r) for r in rows]
+        wrong = [r for r in rows if not -1 <= r < self.rows]
+        if wrong:
+            raise ValueError(f"rows: expected -1 to {self.rows - 1}, got {wrong[0]}")
+        self._select(rows)
+
+    def extend(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        """Append ``counts[r]`` of the packed `ids` to every row; return their logits. Nothing is checked."""
+        raise NotImplementedError
+
+    def _buffers(self) -> list[RowBuffer]:
+        return [self.ids]
+
+    def _holds(self, lengths: Sequence[int]) -> list[bool]:
+        """Return for each row whether everything is still there to go on after its first ``lengths[r]`` ids."""
+        raise NotImplementedError
+
+    def _truncate(self, lengths: Sequence[int]) -> None:
+        self.ids.truncate(lengths)
+
+    def _select(self, rows: Sequence[int]) -> None:
+        for buffer in self._buffers():
+            buffer.select(rows)
+
+    def _append(self, ids: Tensor, counts: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Append ids; return the lengths before, and the positions of the new ids, int64 ``[T]``."""
+        old = self.lengths
+        self.ids.write(self.ids.append(counts), ids.int())
+        return old, runs(old, counts, self.device)
+
+    def _tail(self, old: Sequence[int], lookback: int) -> tuple[Tensor, Documents, Tensor]:
+        """Return the last `lookback` ids before the new ones and the new ones, their offsets, and where the new are."""
+        begin = [max(0, n - lookback) for n in old]
+        (ids,) = self.ids.read(begin, self.ids.end)
+        offsets = [0, *accumulate(end - b for b, end in zip(begin, self.ids.end, strict=True))]
+        total = offsets[-1]
+        documents = Documents(
+            torch.tensor(offsets, dtype=torch.int32, device=self.device), total, total, self.model.config.vocab_size
+        )
+        counts = [end - n for n, end in zip(old, self.ids.end, strict=True)]
+        new = runs([end - n for end, n in zip(offsets[1:], counts, strict=True)], counts, self.device)
+        return ids, documents, new
+
+
+class ByteLMState(ByteState):
+    """The state of a `ByteLM`: keys and values within the window."""
+
+    def __init__(self, model: ByteLM, rows: int, undo: int, *, reset_at_newlines: bool | None = None) -> None:
+        super().__init__(model, rows, undo)
+        config = model.config
+        reset = config.reset_at_newlines if reset_at_newlines is None else reset_at_newlines
+        self.cache = KeyCache(rows, config, undo, dtype=self.dtype, device=self.device)
+        self.starts = DocumentStarts(
+            rows, config.eos_id if config.split_documents else None, NEWLINE if reset else None
+        )
+
+    def extend(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        model: ByteLM = self.model
+        old, positions = self._append(ids, counts)
+        starts = self.starts.extend(ids, old, counts)
+        x = embed_ids(model.embed_tokens, ids, None)
+        table = rotary_table(positions, model.config, x.dtype)
+        for layer, keys in zip(model.layers, self.cache.extend(model.ops, counts, starts), strict=True):
+            x = layer(x, table, keys)
+        self.cache.trim()
+        return model.lm_head(model.norm(x))
+
+    def _buffers(self) -> list[RowBuffer]:
+        return [*super()._buffers(), self.cache]
+
+    def _holds(self, lengths: Sequence[int]) -> list[bool]:
+        return self.cache.holds_windows(lengths)
+
+    def _truncate(self, lengths: Sequence[int]) -> None:
+        super()._truncate(lengths)
+        self.cache.truncate(lengths)
+        self.starts.truncate(lengths)
+
+    def _select(self, rows: Sequence[int]) -> None:
+        super()._select(rows)
+        self.starts.select(rows)

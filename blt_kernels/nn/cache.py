@@ -1,0 +1,241 @@
+"""What rows keep from call to call: buffers that grow, and keys and values of self-attention in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels._checks import Documents
+from blt_kernels.nn.config import TransformerConfig
+
+_BLOCK = 64  # entries by which a buffer grows at least
+
+
+def runs(start: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return ``start[r], start[r] + 1, ...`` of ``counts[r]`` numbers for every r, end to end, int64."""
+    if all(n == 1 for n in counts):
+        return torch.tensor(start, dtype=torch.int64, device=device)
+    parts = [torch.arange(s, s + n, device=device) for s, n in zip(start, counts, strict=True)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class RowBuffer:
+    """The last entries of every row, in one or several tensors of the same positions.
+
+    Parameters
+    ----------
+    rows : int
+    shapes : sequence of tuple
+        Shape of an entry in each tensor.
+    keep : int, optional
+        How many of its last entries a row keeps at least; all of them if None.
+    dtype, device
+
+    Attributes
+    ----------
+    tensors : list of ``[rows, capacity, *shape]``
+        Entry ``[r, j]`` belongs to position ``first[r] + j`` of row r.
+    first, end : list of int
+        Row r holds positions ``[first[r], end[r])``.
+    needed : list of int, optional
+        The first position that row r has to keep; those of `keep` if None.
+    """
+
+    def __init__(
+        self, rows: int, shapes: Sequence[tuple[int, ...]], keep: int | None, *, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.tensors = [torch.zeros(rows, 0, *shape, dtype=dtype, device=device) for shape in shapes]
+        self.first, self.end, self.keep = [0] * rows, [0] * rows, keep
+        self.needed: list[int] | None = None
+
+    @property
+    def capacity(self) -> int:
+        """The entries that a row has room for."""
+        return self.tensors[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(x.nbytes for x in self.tensors)
+
+    def append(self, counts: Sequence[int]) -> Tensor:
+        """Make room for `counts` new entries a row. Return where they go in the flattened tensors, int64 ``[T]``."""
+        if max((e - f + n for e, f, n in zip(self.end, self.first, counts, strict=True)), default=0) > self.capacity:
+            self._resize(counts)
+        old = self.end
+        self.end = [e + n for e, n in zip(old, counts, strict=True)]
+        return self.index(old, self.end)
+
+    def index(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
+        """Return where positions ``[start[r], stop[r])`` of every row are in the flattened tensors, int64 ``[T]``."""
+        begin = [r * self.capacity + s - f for r, (s, f) in enumerate(zip(start, self.first, strict=True))]
+        return runs(begin, [b - a for a, b in zip(start, stop, strict=True)], self.tensors[0].device)
+
+    def write(self, index: Tensor, *values: Tensor) -> None:
+        """Write packed entries ``[T, *shape]`` of each tensor where `append` said."""
+        for flat, value in zip(self.flat(), values, strict=True):
+            flat.index_copy_(0, index, value)
+
+    def flat(self) -> list[Tensor]:
+        """Return the tensors as ``[rows * capacity, *shape]``."""
+        return [x.flatten(0, 1) for x in self.tensors]
+
+    def read(self, start: Sequence[int], stop: Sequence[int]) -> list[Tensor]:
+        """Return positions ``[start[r], stop[r])`` of every row, packed."""
+        index = self.index(start, stop)
+        return [x.index_select(0, index) for x in self.flat()]
+
+    def holds(self, position: Sequence[int]) -> list[bool]:
+        """Return for every row whether nothing is missing from ``position[r]`` on."""
+        return [f <= max(0, p) for f, p in zip(self.first, position, strict=True)]
+
+    def trim(self) -> None:
+        """Give back memory, if rows have room for many times what they have to keep."""
+        if self.capacity > 8 * _BLOCK:
+            kept = max((e - f for e, f in zip(self.end, self._first_needed(), strict=True)), default=0)
+            if self.capacity > 4 * (kept + _BLOCK):
+                self._resize([0] * len(self.end))
+
+    def truncate(self, end: Sequence[int]) -> None:
+        """Forget the entries from position ``end[r]`` on."""
+        self.end = [min(old, new) for old, new in zip(self.end, end, strict=True)]
+        self.first = [min(f, e) for f, e in zip(self.first, self.end, strict=True)]
+        self.needed = None if self.needed is None else [min(n, e) for n, e in zip(self.needed, self.end, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the rows of these numbers, in this order; a number may come several times, or be -1 for an empty row."""
+        index = torch.tensor([max(r, 0) for r in rows], dtype=torch.int64, device=self.tensors[0].device)
+        self.tensors = [
+            x.index_select(0, index) if len(x) else x.new_zeros(len(rows), *x.shape[1:]) for x in self.tensors
+        ]
+        self.first, self.end = ([0 if r < 0 else old[r] for r in rows] for old in (self.first, self.end))
+        self.needed = None if self.needed is None else [0 if r < 0 else self.needed[r] for r in rows]
+
+    def _first_needed(self) -> list[int]:
+        if self.needed is not None:
+            return [max(f, n) for f, n in zip(self.first, self.needed, strict=True)]
+        if self.keep is None:
+            return self.first
+        return [max(f, e - self.keep) for f, e in zip(self.first, self.end, strict=True)]
+
+    def _resize(self, counts: Sequence[int]) -> None:
+        """Drop the entries that need not be kept, and leave room for `counts` new ones and some more."""
+        first = self._first_needed()
+        width = max((e - f + n for e, f, n in zip(self.end, first, counts, strict=True)), default=0)
+        capacity = -(-(width + max(_BLOCK, width // 4)) // _BLOCK) * _BLOCK
+        source = self.index(first, self.end)
+        old, self.first = self.flat(), first
+        self.tensors = [x.new_zeros(x.shape[0], capacity, *x.shape[2:]) for x in self.tensors]
+        self.write(self.index(first, self.end), *(x.index_select(0, source) for x in old))
+
+
+def of_layers(documents: Any, num_layers: int) -> list[Any]:
+    """Return what each layer is given: its own `CachedKeys`, or the same documents as all others."""
+    return documents if isinstance(documents, list) else [documents] * num_layers
+
+
+@dataclass(frozen=True)
+class CachedKeys:
+    """The keys and values of one layer: `SelfAttention` takes them in the place of documents.
+
+    Attributes
+    ----------
+    keys, values : ``[rows * capacity, G, E]``
+    index : int64 ``[T]``
+        Where the new keys go.
+    documents : dict
+        ``cu_seqlens_q``, ``cu_seqlens_k`` and ``seqused_k`` of the attention op.
+    """
+
+    keys: Tensor
+    values: Tensor
+    index: Tensor
+    documents: dict[str, Any]
+
+    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values, and return those of all rows."""
+        self.keys.index_copy_(0, self.index, k)
+        self.values.index_copy_(0, self.index, v)
+        return self.keys, self.values
+
+
+class KeyCache(RowBuffer):
+    """Keys and values of every layer of a stack.
+
+    Parameters
+    ----------
+    rows : int
+    config : TransformerConfig
+    undo : int
+        How many entries `truncate` can take back without an entry missing in the window of those before.
+    dtype, device
+    """
+
+    def __init__(
+        self, rows: int, config: TransformerConfig, undo: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shapes = [(config.kv_heads, config.head_dim)] * (2 * config.num_layers)
+        self.window = config.window
+        keep = None if config.window is None else config.window - 1 + undo
+        super().__init__(rows, shapes, keep, dtype=dtype, device=device)
+
+    def holds_windows(self, lengths: Sequence[int]) -> list[bool]:
+        """Return for every row whether all keys that its entries from ``lengths[r]`` on attend to are still there."""
+        return self.holds([0 if self.window is None else n - self.window + 1 for n in lengths])
+
+    def extend(self, ops: SimpleNamespace, counts: Sequence[int], starts: Sequence[Sequence[int]]) -> list[CachedKeys]:
+        """Make room for new entries; return for every layer where they go and what they attend to.
+
+        Parameters
+        ----------
+        ops : namespace
+            Of `load_ops`.
+        counts : sequence of int
+            New entries of each row.
+        starts : sequence of sequence of int
+            Where documents start in each row, in rising order: the document of the first new entry, and those after it.
+        """
+        old = self.end
+        index = self.append(counts)
+        documents = self._documents(ops, old, counts, starts)
+        flat = self.flat()
+        return [CachedKeys(k, v, index, documents) for k, v in zip(flat[::2], flat[1::2], strict=True)]
+
+    def _documents(
+        self, ops: SimpleNamespace, old: Sequence[int], counts: Sequence[int], starts: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
+        """Return the offsets of documents of queries and keys, and how many of these keys count.
+
+        What lies between the documents with queries is a document without them.
+        """
+        queries, ends, used = [], [], []
+        for r, (before, count, first) in enumerate(zip(old, counts, self.first, strict=True)):
+            base, end = r * self.capacity - first, before + count
+            begin = max(starts[r][0], first)
+            if begin > first:
+                queries.append(0)
+                ends.append(base + begin)
+                used.append(0)
+            for start, stop in pairwise((begin, *(s for s in starts[r][1:] if s < end), end)):
+                queries.append(stop - max(start, before))
+                ends.append(base + stop)
+                used.append(stop - start)
+            ends[-1] = (r + 1) * self.capacity
+        device = self.tensors[0].device
+
+        def tensor(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        total, slots = sum(counts), len(counts) * self.capacity
+        return {
+            "cu_seqlens_q": ops.offsets(Documents(tensor([0, *accumulate(queries)]), total, total)),
+            "cu_seqlens_k": ops.offsets(Documents(tensor([0, *ends]), slots, slots)),
+            "seqused_k": tensor(used),
+        }
