@@ -235,7 +235,16 @@ class CrossAttention(nn.Module):
         return self.o_proj(out.flatten(-2))
 
     def keys(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values ``[*, G, E]`` of what is read, ``[*, D]``."""
+        """Return keys and values of what is read.
+
+        Parameters
+        ----------
+        states : floating ``[*, D]``
+
+        Returns
+        -------
+        k, v : ``[*, G, E]``
+        """
         states = self.k_norm(states)
         k, v = (p(states).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
         return k, v
