@@ -23,6 +23,12 @@ def check_finite(name: str, value: float, minimum: float, *, exclusive: bool = F
         raise ValueError(f"{name}: expected a finite number of {expected} {minimum:g}, got {value}")
 
 
+def check_fraction(name: str, value: float) -> None:
+    """Raise ValueError unless a number is a fraction."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a fraction from 0 to 1, got {value}")
+
+
 @contextmanager
 def reading(name: str) -> Iterator[None]:
     """Make errors of a file begin with the name of the field that the file is from."""

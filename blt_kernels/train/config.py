@@ -1,87 +1,94 @@
-"""The options of a training run."""
+"""The options of training and of evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from blt_kernels.train import checks, data
+from typing_extensions import Doc
+
+from blt_kernels.train import checks
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options that a run depends on.
+    """The options that a run depends on. Those of the command line are described beside the fields.
 
-    `model` is "entropy", "blt" or "megabyte". `preset` is "small", as for None, or "paper"; `overrides` replaces fields
-    of that configuration. `batch_bytes` ids make a step, in pieces of at most `context`. A share `heldout` of the files
-    is never trained on; at most `eval_bytes` of them are measured every `eval_every` steps, all of them at the end.
-    `patcher` is the entropy model of a BLT with entropy patching; if None, that of `init`, or the bundled one.
-    `out` is left out where it lies inside of `paths`. A checkpoint is written every `checkpoint_every` steps, and no
-    later than `checkpoint_seconds` after the last. `bf16` is autocast: faster on CPUs with AMX, and on GPUs.
-    `save_bf16` halves the size of the final model. An entropy model is saved with the threshold that makes patches of
-    `patch_size` bytes on held-out files, or on those of the training if none is held out.
+    `overrides` replaces fields of the configuration that `preset` names. `batch_bytes` ids make a step, in pieces of at
+    most `context`. `out` is left out where it lies inside of `paths`. `bf16` is autocast. An entropy model is saved
+    with the threshold that makes patches of `patch_size` bytes on held-out files, or on those of the training if none
+    is held out.
 
-    `accumulate` micro-batches of a rank make its share of a step. `checkpoint_activations` computes every layer twice
-    to keep only its input, with the same numbers. `compile` compiles the layers, once for all lengths. On several
-    ranks, `parallel` is "ddp" or "fsdp", and `shard_tables` shares out the rows of a BLT's hash tables with "ddp" too.
-
-    `init_global` is a Llama checkpoint, see `blt_kernels.models.checkpoint.llama`: the global transformer of a BLT gets
-    its shape, unless `overrides` has one, and begins with its weights. `global_learning_rate` is the `learning_rate` of
-    that transformer's layers, with the same course. `tensorboard` asks for events, or for none; None wants them if it
-    is installed.
-
-    `init` is a model of that kind, as `blt_kernels.models.load_model` reads it, that the run begins as: it has the
-    configuration and the weights, and a BLT its patcher, unless `patcher` is another one. `preset` and `overrides` may
-    then only repeat what the model has.
-
-    The learning rate rises for `warmup` steps and falls along a cosine until the last of `steps`. A run may go on with
-    more `steps`: from there on it has the learning rate that a run of that length has at the same step. `keep` is how
-    many checkpoints, the newest ones, stay.
+    `checkpoint_activations` and `compile` give the same numbers, up to rounding. `init_global` is read as
+    `blt_kernels.models.checkpoint.llama` says: the global transformer gets its shape, unless `overrides` has one.
+    `init` is read by `blt_kernels.models.load_model`: `preset` and `overrides` may then only repeat what it has.
 
     `patches` is a folder of stored patches (see `blt_kernels.train.stored_patches`): a BLT that patches as they were
     made reads them instead of running its entropy model, and on the CPU ends in bitwise the same weights.
     """
 
-    model: str
-    paths: Sequence[Path]
+    model: Annotated[str, Doc("entropy, blt or megabyte.")]
+    paths: Annotated[Sequence[Path], Doc("Files and directories to learn.")]
     out: Path
-    preset: str | None = None
+    preset: Annotated[str | None, Doc("Size of the model: small or paper; small if not given.")] = None
     overrides: dict[str, Any] = field(default_factory=dict)
-    patcher: Path | None = None
-    include: Sequence[str] = ("*",)
-    heldout: float = 0.05
-    seed: int = 0
-    steps: int = 3000
-    batch_bytes: int = 4096
-    context: int = 2048
-    learning_rate: float = 3e-3
-    final_learning_rate: float = 3e-5
-    warmup: int = 50
+    patcher: Annotated[Path | None, Doc("Entropy model of a BLT; if not given, that of --init or in the package.")] = (
+        None
+    )
+    include: Annotated[Sequence[str], Doc("Names to take from directories.")] = ("*",)
+    heldout: Annotated[
+        float, Doc("Fraction of the files to keep for measuring. Each file is drawn by itself; few may give none.")
+    ] = 0.05
+    seed: Annotated[int, Doc("Seed of the split, the order of the data and the first weights.")] = 0
+    steps: Annotated[
+        int, Doc("Steps in all. A run may go on with more, at the learning rates of a run of that length.")
+    ] = 3000
+    batch_bytes: Annotated[int, Doc("Bytes in a step.")] = 4096
+    context: Annotated[int, Doc("The most bytes of a file in one piece.")] = 2048
+    learning_rate: Annotated[float, Doc("Learning rate after the warm-up, from which it falls along a cosine.")] = 3e-3
+    final_learning_rate: Annotated[float, Doc("Learning rate at the last step.")] = 3e-5
+    warmup: Annotated[int, Doc("Steps in which the learning rate rises.")] = 50
     weight_decay: float = 0.1
     clip: float = 1.0
-    bf16: bool = False
-    save_bf16: bool = False
-    patch_size: float = 4.5
+    bf16: Annotated[bool, Doc("Train in bf16: faster on GPUs, and on CPUs with AMX.")] = False
+    save_bf16: Annotated[bool, Doc("Save in bf16: half the size.")] = False
+    patch_size: Annotated[
+        float, Doc("Mean bytes of a patch, for which the threshold of an entropy model is chosen.")
+    ] = 4.5
     ops: str = "fused"
-    device: str = "cpu"
-    eval_every: int = 500
-    eval_bytes: int = 1 << 18
-    checkpoint_every: int = 200
-    checkpoint_seconds: float = 60.0
+    accumulate: Annotated[int, Doc("Micro-batches in a rank's share of a step.")] = 1
+    checkpoint_activations: Annotated[
+        bool, Doc("Keep only the inputs of layers; backward computes the layers again.")
+    ] = False
+    compile: Annotated[bool, Doc("Compile the layers with torch.compile.")] = False
+    parallel: Annotated[str, Doc("How the ranks of torchrun share the work: ddp or fsdp.")] = "ddp"
+    shard_tables: Annotated[bool, Doc("Shard a BLT's hash tables by rows over the ranks; fsdp always does.")] = False
+    init: Annotated[
+        Path | None,
+        Doc(
+            "Model to begin as, with its configuration: a run, a safetensors file, or a directory of transformers or "
+            "facebookresearch/blt. Optimiser and learning rate begin anew."
+        ),
+    ] = None
+    init_global: Annotated[Path | None, Doc("Llama that the global transformer of a BLT begins as.")] = None
+    global_learning_rate: Annotated[
+        float | None, Doc("Learning rate of the global transformer's layers; that of the others if not given.")
+    ] = None
+    device: Annotated[str, Doc("cpu or cuda.")] = "cpu"
+    eval_every: Annotated[int, Doc("Steps between measurements on held-out files.")] = 500
+    eval_bytes: Annotated[int, Doc("The most bytes of a measurement; the last one takes all.")] = 1 << 18
+    checkpoint_every: Annotated[int, Doc("Steps between checkpoints.")] = 200
+    checkpoint_seconds: Annotated[float, Doc("The most seconds between checkpoints.")] = 60.0
     log_every: int = 10
-    accumulate: int = 1
-    checkpoint_activations: bool = False
-    compile: bool = False
-    parallel: str = "ddp"
-    shard_tables: bool = False
-    init_global: Path | None = None
-    global_learning_rate: float | None = None
-    tensorboard: bool | None = None
-    patches: Path | None = None
-    init: Path | None = None
-    keep: int = 1
+    patches: Annotated[Path | None, Doc("For a BLT: patches that patch --save stored, read in place of patching.")] = (
+        None
+    )
+    keep: Annotated[int, Doc("How many checkpoints to keep, the newest ones.")] = 1
+    tensorboard: Annotated[
+        bool | None, Doc("Write TensorBoard events; if not given, they are written where it is installed.")
+    ] = None
 
     def __post_init__(self) -> None:
         if self.model not in ("entropy", "blt", "megabyte"):
@@ -110,7 +117,39 @@ class TrainConfig:
             checks.check_finite("global_learning_rate", self.global_learning_rate, 0, exclusive=True)
         checks.check_finite("checkpoint_seconds", self.checkpoint_seconds, 0)
         checks.check_finite("patch_size", self.patch_size, 1)
-        data.check_heldout(self.heldout)
+        checks.check_fraction("heldout", self.heldout)
         checks.check_device(self.device)
         if self.shard_tables and self.model != "blt":
             raise ValueError(f"shard_tables: expected False, since model is {self.model!r}, got True")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """A model, the files to measure it on, and how.
+
+    `split` is "all", or one side of the split that training with the same `heldout`, `seed`, `include` and paths makes.
+    """
+
+    checkpoint: Annotated[Path, Doc("A run, the model.safetensors of one, or the directory of a checkpoint.")]
+    paths: Annotated[Sequence[Path], Doc("Files and directories to measure on.")]
+    include: Annotated[Sequence[str], Doc("Names to take from directories.")] = ("*",)
+    split: Annotated[str, Doc("all, or heldout or train: one side of what `train` makes of these paths.")] = "all"
+    heldout: Annotated[float, Doc("Fraction that was held out in training.")] = 0.05
+    seed: Annotated[int, Doc("Seed of the training.")] = 0
+    batch_bytes: Annotated[int, Doc("Bytes at a time.")] = 16384
+    context: Annotated[int, Doc("The most bytes of a file in one piece.")] = 2048
+    ngram: Annotated[bool, Doc("With --split heldout: an order-3 n-gram model of the other side too.")] = False
+    bf16: Annotated[bool, Doc("Measure in bf16.")] = False
+    strided: Annotated[bool, Doc("MegaByte's strided inference: two passes.")] = False
+    ops: str = "fused"
+    device: Annotated[str, Doc("cpu or cuda.")] = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.split not in ("all", "heldout", "train"):
+            raise ValueError(f"split: expected 'all', 'heldout' or 'train', got {self.split!r}")
+        if self.ngram and self.split != "heldout":
+            raise ValueError(f"ngram: expected split='heldout', since it trains on the other side, got {self.split!r}")
+        for name in ("batch_bytes", "context"):
+            checks.check_count(name, getattr(self, name), 2)
+        checks.check_fraction("heldout", self.heldout)
+        checks.check_device(self.device)

@@ -83,19 +83,13 @@ def split_sources(sources: Sequence[Source], heldout: float, seed: int) -> tuple
 
     The content alone decides, so that the split is the same wherever the files lie, and for a file in any set of files.
     """
-    check_heldout(heldout)
+    checks.check_fraction("heldout", heldout)
     train: list[Source] = []
     held: list[Source] = []
     for source in sources:
         key = hashlib.sha256(f"{seed}:{source.digest}".encode()).digest()
         (held if int.from_bytes(key[:8], "big") / 2**64 < heldout else train).append(source)
     return train, held
-
-
-def check_heldout(heldout: float) -> None:
-    """Raise ValueError unless it is a fraction."""
-    if not 0 <= heldout <= 1:
-        raise ValueError(f"heldout: expected a fraction from 0 to 1, got {heldout}")
 
 
 class PackedBatches:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,45 +22,12 @@ from blt_kernels.models.threshold import find_threshold
 from blt_kernels.nn import next_byte_targets, row_positions
 from blt_kernels.ops.token_entropy import token_entropy
 from blt_kernels.train import checks, data
+from blt_kernels.train.config import EvalConfig
 from blt_kernels.train.ngram import NgramModel
 from blt_kernels.train.parallel import Ranks
 from blt_kernels.train.row_patches import RowPatches
 
 Report = Callable[[int, int, float], None]  # bytes done, bytes in all, bits per byte so far
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """A checkpoint, the files to measure it on, and how.
-
-    `split` is "all", or one side of the split that training with the same `heldout`, `seed`, `include` and paths makes.
-    `ngram` also trains the order-3 n-gram model on the "train" side and scores it on the same bytes. `strided` is
-    MegaByte's inference in two passes.
-    """
-
-    checkpoint: Path
-    paths: Sequence[Path]
-    include: Sequence[str] = ("*",)
-    split: str = "all"
-    heldout: float = 0.05
-    seed: int = 0
-    batch_bytes: int = 16384
-    context: int = 2048
-    ngram: bool = False
-    bf16: bool = False
-    strided: bool = False
-    ops: str = "fused"
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.split not in ("all", "heldout", "train"):
-            raise ValueError(f"split: expected 'all', 'heldout' or 'train', got {self.split!r}")
-        if self.ngram and self.split != "heldout":
-            raise ValueError(f"ngram: expected split='heldout', since it trains on the other side, got {self.split!r}")
-        for name in ("batch_bytes", "context"):
-            checks.check_count(name, getattr(self, name), 2)
-        data.check_heldout(self.heldout)
-        checks.check_device(self.device)
 
 
 @dataclass(frozen=True)

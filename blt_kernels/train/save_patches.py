@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from blt_kernels._files import locked
 from blt_kernels.ids import BYTE_OFFSET
@@ -48,7 +48,8 @@ def save(
     context, bf16
         As the training has them.
     processes : int
-        They share the threads of this process. The folder does not depend on their number.
+        On the CPU there may be several, which share the threads of this process. The folder does not depend on their
+        number.
     report : callable, optional
         Called with the number of ids that have become done, those of earlier calls included.
 
@@ -57,17 +58,11 @@ def save(
     ValueError
         The folder holds patches of other files or made with something else, or another process is writing to it; the
         message names it. Or a file is no longer what its source says: patches are of the very bytes with that digest.
-        Or there are several processes and the model is not on the CPU.
 
     Notes
     -----
     The files are read once before anything is computed. What is stored is computed anew if it is damaged.
     """
-    device = next(model.parameters()).device.type
-    if processes != 1 and (processes < 1 or device != "cpu"):
-        raise ValueError(
-            f"processes: expected {'at least 1' if device == 'cpu' else '1 on ' + device}, got {processes}"
-        )
     files = [{"name": str(s.path), "size": s.size, "sha256": s.digest} for s in sources]
     index = {"format": FORMAT, "made_with": provenance(model, context, bf16), "files": files, "sha256": None}
     with locked(folder, "save"):
@@ -108,6 +103,10 @@ def _save(
             os.pwrite(done, b"\1", block)
             report(blocks.num_ids(block))
         os.fsync(bits)
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise ValueError("processes: one of them was killed: is there memory for as many?") from None
+        raise
     finally:
         os.close(bits)
         os.close(done)
@@ -200,66 +199,42 @@ def _compute(
     model: BLT, blocks: _Blocks, bf16: bool, todo: Sequence[int], processes: int
 ) -> Iterator[tuple[int, tuple[bytes, list[bytes]]]]:
     """Yield blocks and their `_Blocks.bits`, in the order in which they are done."""
-    processes = min(processes, len(todo))
-    if processes <= 1:
-        yield from ((block, blocks.bits(model, block, bf16)) for block in todo)
-        return
-    left = iter(todo)
-    with _workers(model, blocks, bf16, processes) as connections:
-        busy = {connection: next(left) for connection in connections}
-        for connection, block in busy.items():
-            connection.send(block)
-        while busy:
-            for ready in wait(list(busy)):
-                connection = cast(Connection, ready)
-                block = busy.pop(connection)
-                try:
-                    answer = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    raise ValueError("processes: one of them was killed: is there memory for as many?") from None
-                if isinstance(answer, Exception):
-                    raise answer
-                following = next(left, None)
-                if following is not None:
-                    busy[connection] = following
-                    connection.send(following)
-                yield block, answer
+    workers = min(processes, len(todo))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # `processes` is the user's choice
+        loader: Any = DataLoader(
+            _Bits(model, blocks, bf16),
+            batch_size=None,
+            sampler=todo,
+            num_workers=workers if workers > 1 else 0,
+            multiprocessing_context="spawn" if workers > 1 else None,  # threads of torch do not survive a fork
+            worker_init_fn=partial(_start, os.getpid(), max(1, torch.get_num_threads() // max(workers, 1))),
+            in_order=False,
+        )
+        for block, answer in loader:
+            if isinstance(answer, Exception):
+                raise answer
+            yield block, answer
 
 
-@contextmanager
-def _workers(model: BLT, blocks: _Blocks, bf16: bool, count: int) -> Iterator[list[Connection]]:
-    """Start processes that answer the number of a block with its bits, and end them with the block."""
-    context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    threads = max(1, torch.get_num_threads() // count)
-    connections, started = [], []
-    try:
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, model, blocks, bf16, threads), daemon=True)
-            process.start()
-            theirs.close()
-            connections.append(ours)
-            started.append(process)
-        yield connections
-    finally:
-        for connection in connections:
-            connection.close()
-        for process in started:
-            process.terminate()
-            process.join()
+class _Bits(Dataset):
+    """Computes the bits of blocks. An exception is an item too: `DataLoader` would give it another message."""
+
+    def __init__(self, model: BLT, blocks: _Blocks, bf16: bool) -> None:
+        self.model, self.blocks, self.bf16 = model, blocks, bf16
+
+    def __getitem__(self, block: int) -> tuple[int, Any]:
+        try:
+            return block, self.blocks.bits(self.model, block, self.bf16)
+        except Exception as error:
+            return block, error
 
 
-def _work(connection: Connection, model: BLT, blocks: _Blocks, bf16: bool, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which closes the connection
+def _start(parent: int, threads: int, _worker: int) -> None:
+    if os.getppid() != parent:  # it was killed before this worker began to watch it
+        raise SystemExit
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends its workers
     torch.set_num_threads(threads)
-    with suppress(EOFError, ConnectionError):
-        while True:
-            block = connection.recv()
-            try:
-                answer: tuple[bytes, list[bytes]] | Exception = blocks.bits(model, block, bf16)
-            except Exception as error:
-                answer = error
-            connection.send(answer)
 
 
 def _check_same(folder: Path, stored: dict[str, Any], index: dict[str, Any]) -> None:

@@ -32,8 +32,8 @@ from blt_kernels.train import data, loop
 from blt_kernels.train import log as train_log
 from blt_kernels.train import state as train_state
 from blt_kernels.train.build import build_model
-from blt_kernels.train.config import TrainConfig
-from blt_kernels.train.evaluate import EvalConfig, evaluate, measure
+from blt_kernels.train.config import EvalConfig, TrainConfig
+from blt_kernels.train.evaluate import evaluate, measure
 from blt_kernels.train.ngram import NgramModel
 from blt_kernels.train.parallel import Ranks, clip_gradients
 

@@ -8,10 +8,11 @@ import re
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import Doc
 
 from blt_kernels import bpe
 from blt_kernels.ids import BYTE_OFFSET, to_bytes
@@ -58,17 +59,21 @@ class Rules:
         An option is out of range, or is not for this scheme; the message names it as on the command line.
     """
 
-    scheme: Scheme = Scheme.entropy
-    threshold: float | None = None
-    target_size: float | None = None
-    threshold_add: float | None = None
-    monotonic: bool = False
-    max_patch_length: int | None = None
-    patch_size: int | None = None
+    scheme: Annotated[Scheme, Doc("How bytes are cut.")] = Scheme.entropy
+    threshold: Annotated[float | None, Doc("Nats above which a patch starts; the model's own if not given.")] = None
+    target_size: Annotated[
+        float | None, Doc("Find the threshold that makes patches of this many bytes on average.")
+    ] = None
+    monotonic: Annotated[bool, Doc("Compare the rise of the entropy.")] = False
+    threshold_add: Annotated[float | None, Doc("Nats that the entropy must rise by as well.")] = None
+    max_patch_length: Annotated[int | None, Doc("Cut longer patches, in bytes.")] = None
+    patch_size: Annotated[int | None, Doc("Bytes, for static and topk; 4 if not given.")] = None
     delimiter: int | None = None
-    whole_characters: bool = False
-    reset_at_newlines: bool = False
-    tokenizer: Path | None = None
+    whole_characters: Annotated[
+        bool, Doc("Start no patch inside of a UTF-8 character, but for the second byte of a file.")
+    ] = False
+    reset_at_newlines: Annotated[bool, Doc("Start the context of the entropy model anew at every newline.")] = False
+    tokenizer: Annotated[Path | None, Doc("For bpe: a tokenizer.json, or a directory with one.")] = None
 
     def __post_init__(self) -> None:
         for name, schemes in _OPTIONS.items():

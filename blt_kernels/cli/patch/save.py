@@ -7,32 +7,31 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typing_extensions import Doc
 
 from blt_kernels.cli.console import Color, console, progress
 from blt_kernels.cli.patch.model import load_entropy_model
 from blt_kernels.cli.patch.rules import Rules, Scheme
 from blt_kernels.models import BLT, BLTConfig, ByteLM
 from blt_kernels.nn import TransformerConfig
-from blt_kernels.train import checks, data, save_patches
+from blt_kernels.train import checks
 
 _SCHEMES = (Scheme.entropy, Scheme.space, Scheme.static, Scheme.byte)  # schemes of a BLT that is trained on files
 
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """The files to store patches of, and how.
-
-    `context`, `include` and `bf16` are those of the training that the patches are for.
-    """
+    """The files to store patches of, and how."""
 
     folder: Path
     paths: Sequence[Path]
-    include: Sequence[str] = ("*",)
-    context: int = 2048
-    bf16: bool = False
-    processes: int = 1
-    device: str = "cpu"
+    include: Annotated[Sequence[str], Doc("With --save: names to take from directories.")] = ("*",)
+    context: Annotated[int, Doc("With --save: that of the training.")] = 2048
+    bf16: Annotated[bool, Doc("With --save: for training with --bf16.")] = False
+    processes: Annotated[int, Doc("With --save: that share the work.")] = 1
+    device: Annotated[str, Doc("With --save: cpu or cuda.")] = "cpu"
 
     def __post_init__(self) -> None:
         checks.check_device(self.device)
@@ -40,8 +39,7 @@ class SaveConfig:
         for path in self.paths:
             if Path(os.path.realpath(path)) in (folder, *folder.parents):
                 raise ValueError(f"--save {self.folder}: expected a folder outside of {path}, whose patches it is for")
-        if self.context < 2:
-            raise ValueError(f"--context {self.context}: expected at least 2 ids")
+        checks.check_count("context", self.context, 2)
         if self.processes < 1 or (self.processes > 1 and self.device != "cpu"):
             expected = "at least 1" if self.device == "cpu" else f"1 with --device {self.device}"
             raise ValueError(f"--processes {self.processes}: expected {expected}")
@@ -57,6 +55,8 @@ def run(config: SaveConfig, rules: Rules, model: Path | None, color: Color) -> N
     ValueError
         An option cannot work, or the folder holds other patches; the message names it.
     """
+    from blt_kernels.train import data, save_patches  # needs numpy, of the extra `train`
+
     cutter = patching_model(rules, model).to(config.device)
     sources = data.find_sources(config.paths, config.include)
     size = sum(source.size for source in sources)

@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Annotated, Any, BinaryIO, TextIO
 
 import torch
 from torch import Tensor
+from typing_extensions import Doc
 
 from blt_kernels.cli.console import Color, console, progress
 from blt_kernels.cli.patch import page, plot, render
@@ -33,29 +34,18 @@ HTML_LENGTH = 20_000
 
 @dataclass(frozen=True)
 class Outputs:
-    """The outputs that are asked for.
+    """The outputs that are asked for."""
 
-    Parameters
-    ----------
-    start, length
-        The window of bytes that is drawn; without a length, each output has its own.
-    max_show
-        The most bytes to draw in the terminal.
-    plot, html
-        Files to write, or None.
-    as_json
-        Print JSON lines instead of drawing.
-    entropies
-        Compute entropies for schemes that do not need them, and put them into the JSON.
-    """
-
-    start: int = 0
-    length: int | None = None
-    max_show: int = 4000
-    plot: Path | None = None
-    html: Path | None = None
-    as_json: bool = False
-    entropies: bool = False
+    start: Annotated[int, Doc("First byte to draw.")] = 0
+    length: Annotated[
+        int | None,
+        Doc("Bytes to draw; if not given: all that --max-show allows, 200 in a plot, 20000 in a page."),
+    ] = None
+    max_show: Annotated[int, Doc("The most bytes to draw in the terminal.")] = 4000
+    plot: Annotated[Path | None, Doc("Draw entropies, threshold and boundaries: .png, .svg or .pdf.")] = None
+    html: Annotated[Path | None, Doc("Write a page that tells about bytes one points at.")] = None
+    json: Annotated[bool, Doc("Print JSON lines: the file, every patch, the statistics.")] = False
+    entropies: Annotated[bool, Doc("Put entropies into the JSON; compute them for any scheme.")] = False
 
     def check(self, files: list[str]) -> None:
         """Raise ValueError naming an option that cannot work, before any time is spent."""
@@ -86,12 +76,12 @@ class Outputs:
         """Raise ValueError naming an option that is set, and `beside`, which it does not go with."""
         for field_ in fields(self):
             if getattr(self, field_.name) != field_.default:
-                name = field_.name.removeprefix("as_").replace("_", "-")
+                name = field_.name.replace("_", "-")
                 raise ValueError(f"--{name}: expected none beside {beside}")
 
     def window(self) -> Window:
         """Return a window that is large enough for every output."""
-        lengths = [0 if self.as_json else self.max_show]
+        lengths = [0 if self.json else self.max_show]
         lengths += [PLOT_LENGTH] * (self.plot is not None) + [HTML_LENGTH] * (self.html is not None)
         return Window(self.start, max(lengths) if self.length is None else self.length)
 
@@ -159,9 +149,9 @@ def _show(name: str, source: BinaryIO, rules: Rules, outputs: Outputs, model: By
     source_name = "standard input" if name == STDIN else name
     title = render.printable(source_name)
     statistics, window = Statistics(), outputs.window()
-    lines = JsonLines(sys.stdout, outputs.entropies) if outputs.as_json else None
+    lines = JsonLines(sys.stdout, outputs.entropies) if outputs.json else None
     began = time.perf_counter()
-    with progress(title, _size(source), hidden=outputs.as_json and sys.stdout.isatty()) as advance:
+    with progress(title, _size(source), hidden=outputs.json and sys.stdout.isatty()) as advance:
         used, pieces = cut(_counted(read(source), advance), rules, model)
         if lines is not None:
             _print_record({"type": "file", "file": source_name, "rule": used.describe(), **used.record()})
