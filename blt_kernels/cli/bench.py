@@ -67,65 +67,13 @@ def bench(
         counts = [int(count) for count in threads.split(",")]
     except ValueError:
         raise typer.BadParameter(f"expected numbers with commas, got {threads!r}", param_hint="--threads") from None
-    run(
-        ops or [],
-        threads=counts,
-        rounds=rounds,
-        budget=budget,
-        small=small,
-        compile_peers=compile_peers,
-        device=device,
-        csv=csv,
-        save=save,
-        color=color,
-    )
-
-
-def run(
-    ops: list[str],
-    *,
-    threads: list[int],
-    rounds: int,
-    budget: float,
-    small: bool,
-    compile_peers: bool,
-    device: str,
-    csv: Path | None,
-    save: bool,
-    color: Color,
-) -> None:
-    """Measure, print a table for every comparison as it is done, and write the rows.
-
-    Parameters
-    ----------
-    ops
-        Which ``bench_<op>.py`` to run; all of them if empty.
-    threads
-        Numbers of CPU threads to measure with, one after the other.
-    rounds
-        Times that every implementation is measured.
-    budget
-        Seconds after which a slow implementation drops out; at least three rounds always run.
-    small, compile_peers, device
-        Passed to the benches: small inputs, peers through torch.compile as well, "cpu" or "cuda".
-    csv
-        File to add the rows to; ``bench/results/<date>-<device>.csv`` if None. Pictures go beside it.
-    save
-        Whether to write the rows and pictures.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        There are no benches, or none of that name; a value is out of range; something was not measured, because it
-        failed or because results disagree. Everything else was.
-    """
     folder = find_benches()
     known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
-    for op in ops:
+    for op in ops or ():
         if op not in known:
             raise ValueError(f"ops: expected some of {', '.join(known)}, got {op!r}")
     checks.check_count("rounds", rounds, 1)
-    for count in threads:
+    for count in counts:
         if not 1 <= count <= _MOST_THREADS:  # OpenMP ends the process for more
             raise ValueError(f"threads: expected 1 to {_MOST_THREADS}, got {count}")
     checks.check_finite("budget", budget, 0)
@@ -144,7 +92,7 @@ def run(
     timing.read_csv(path)  # it raises before anything is measured
     before = torch.get_num_threads()
     try:
-        for count in threads:
+        for count in counts:
             torch.set_num_threads(count)
             for op in ops or known:
                 module = importlib.import_module(f"bench_{op}")

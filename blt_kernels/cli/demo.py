@@ -6,7 +6,7 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,15 +110,7 @@ def run(file: Path | None, *, rounds: int, color: Color) -> None:
 
 def build_models(patcher: ByteLM) -> tuple[BLT, BLT]:
     """Return a small BLT with fused ops and the same with reference ops: random weights, patches by `patcher`."""
-    small = BLTConfig.small()
-    config = BLTConfig(
-        small.encoder,
-        small.global_transformer,
-        small.decoder,
-        patcher.config,
-        ngram_vocab=small.ngram_vocab,
-        threshold=patcher.config.threshold,
-    )
+    config = replace(BLTConfig.small(), patcher=patcher.config, threshold=patcher.config.threshold)
     torch.manual_seed(SEED)
     fused = BLT(config).eval()
     assert fused.patcher is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -61,14 +63,10 @@ class Statistics:
         """Median patch length; None without patches."""
         if not self.patches:
             return None
-        low, high, seen = (self.patches - 1) // 2, self.patches // 2, 0
-        middle: list[int] = []
-        for length in sorted(self.lengths):
-            seen += self.lengths[length]
-            middle += [length] * ((seen > low) + (seen > high) - len(middle))
-            if len(middle) == 2:
-                break
-        return sum(middle) / 2
+        lengths = sorted(self.lengths)
+        ranks = list(accumulate(self.lengths[length] for length in lengths))  # patches up to each length
+        low, high = (lengths[bisect_right(ranks, k)] for k in ((self.patches - 1) // 2, self.patches // 2))
+        return (low + high) / 2
 
     @property
     def entropy(self) -> float | None:
