@@ -16,8 +16,6 @@ from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import patch_pool as reference
 
-_REDUCTIONS = ("max", "min", "mean", "sum", "first", "last")
-
 
 def patch_pool(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "max") -> Tensor:
     """Reduce the bytes of each patch to one vector.
@@ -61,7 +59,7 @@ def patch_pool(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "ma
     if not isinstance(names, (list, tuple)) or not names:
         raise TypeError(f"reduce: expected a string or a sequence of at least one, got {reduce!r}")
     for name in names:
-        _checks.check_choice("reduce", name, _REDUCTIONS)
+        _checks.check_choice("reduce", name, reference.REDUCTIONS)
     packed = x.flatten(0, 1) if x.dim() == 3 else x
     if packed.shape[0] != layout.num_bytes:
         raise ValueError(f"x: expected the {layout.num_bytes} bytes of layout, got shape {list(x.shape)}")
@@ -124,9 +122,9 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    """The backward is linear in the gradient: it shares it among the bytes of a patch by weights, which pool here.
+    """Pool the cotangent with the weights by which the backward shares the gradient: it is linear in the gradient.
 
-    Those of a maximum or minimum are 1 / ties where a byte attains it, the others those of the reduction itself.
+    The weights of a maximum or minimum are 1 / ties where a byte attains it, the others those of the reduction itself.
     """
     x, out, patch_offsets, patch_ids = ctx.saved_tensors
     width, grads = cotangent.shape[1], []

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
 
+REDUCTIONS = ("max", "min", "mean", "sum", "first", "last")
+
 
 def patch_pool_reference(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "max") -> Tensor:
     """Reduce the bytes of each patch to one vector; see `ops.patch_pool`."""
@@ -50,7 +52,7 @@ def patch_pool_bwd_reference(
     patch_ids: Tensor,
     reduce: Sequence[str],
 ) -> Tensor:
-    """Every byte reads its patch's gradient: all of it (sum), 1/length (mean), 1/ties where it is a maximum, ..."""
+    """Return each byte's share of its patch's gradient: all (sum), 1/length (mean), 1/ties at a maximum or minimum."""
     grads = grad_out.to(_accumulator(grad_out)).chunk(len(reduce), -1)  # [C, D] each
     row = _row(patch_offsets, patch_ids)
     position = torch.arange(row.shape[0], device=row.device)
@@ -77,7 +79,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def _row(patch_offsets: Tensor, patch_ids: Tensor) -> Tensor:
-    """Patch of each byte, or C: int64 ``[T]``."""
+    """Return the patch of each byte, or C beyond the last document: int64 ``[T]``."""
     return patch_ids.long().where(patch_ids >= 0, patch_offsets.shape[0] - 1)
 
 
@@ -86,5 +88,5 @@ def _with_zero_row(y: Tensor) -> Tensor:
 
 
 def _read(y: Tensor, row: Tensor) -> Tensor:
-    """Row `row` of y ``[C, D]`` for each byte: ``[T, D]``."""
+    """Return row `row` of y ``[C, D]`` for each byte, ``[T, D]``."""
     return _with_zero_row(y).index_select(0, row)

@@ -8,15 +8,14 @@ import inputs
 from op_case import WIDE, OpCase
 
 import blt_kernels as bk
-from blt_kernels.reference.patch_pool import patch_pool_reference
+from blt_kernels.reference.patch_pool import REDUCTIONS, patch_pool_reference
 
 _pool = partial(OpCase, bk.patch_pool, patch_pool_reference, differentiable=("x",))
-_EVERY = ("max", "min", "mean", "sum", "first", "last")
 
 CASES = [
     _pool("max", inputs.make_patch_pool("max")),
-    _pool("all", inputs.make_patch_pool(_EVERY)),
-    _pool("tail", inputs.make_patch_pool(_EVERY, "tail"), trace=False),
+    _pool("all", inputs.make_patch_pool(REDUCTIONS)),
+    _pool("tail", inputs.make_patch_pool(REDUCTIONS, "tail"), trace=False),
     _pool("overflow", inputs.make_patch_pool(("mean", "max"), "overflow"), trace=False),
-    _pool("wide", inputs.make_patch_pool(_EVERY, width=WIDE), trace=False),
+    _pool("wide", inputs.make_patch_pool(REDUCTIONS, width=WIDE), trace=False),
 ]

@@ -13,29 +13,28 @@ from hypothesis import strategies as st
 from inputs import random_normal
 
 from blt_kernels import PatchLayout, _extension, patch_pool
-from blt_kernels.ops.patch_pool import _REDUCTIONS
+from blt_kernels.reference.patch_pool import REDUCTIONS as ALL
 from blt_kernels.reference.patch_pool import patch_pool_reference
 from blt_kernels.testing import assert_close, ragged_layout
 
-ALL = ("max", "min", "mean", "sum", "first", "last")
 NAN, INF = float("nan"), float("inf")
 
 
 def longer(layout: PatchLayout, more: int) -> PatchLayout:
-    """`layout` with bytes beyond its last document."""
+    """Return `layout` with bytes beyond its last document."""
     beyond = layout.patch_ids.new_full((more,), -1)
     ids = {name: torch.cat((getattr(layout, name), beyond)) for name in ("patch_ids", "decode_ids")}
     return dataclasses.replace(layout, **ids)
 
 
 def worked_layout(device: str = "cpu") -> PatchLayout:
-    """Documents of 4, 0 and 1 bytes and 2 bytes beyond them; patches 0 | 1 2 3 | 4, room for two more."""
+    """Return patches 0 | 1 2 3 | 4 of documents of 4, 0 and 1 bytes, room for two more, and 2 bytes beyond them."""
     cuts = torch.tensor([True, False, False, False, False, False, False], device=device)
     return PatchLayout.from_cuts(cuts, torch.tensor([0, 4, 4, 5], dtype=torch.int32, device=device), 5)
 
 
 def oracle(x: torch.Tensor, layout: PatchLayout, reduce: str) -> torch.Tensor:
-    """One patch at a time."""
+    """Reduce one patch at a time."""
     functions = {
         "max": lambda rows: rows.amax(0),
         "min": lambda rows: rows.amin(0),
@@ -384,6 +383,6 @@ def test_the_kernels_have_the_reductions_of_the_package(backend: str) -> None:
     if _extension.load_cpu().isa is None:
         pytest.skip("no compiled module")
     offsets, ids = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    names = ", ".join(_REDUCTIONS)
+    names = ", ".join(ALL)
     with use(backend), pytest.raises(RuntimeError, match=f"reduce: expected one of {names}, got median"):
         torch.ops.blt_kernels.patch_pool_fwd(torch.ones(1, 1), offsets, ids, ["median"])
