@@ -1,8 +1,8 @@
-"""blt_kernels: kernels for byte-latent language models (BLT, MegaByte), as torch ops.
+"""The package has kernels for byte-latent language models (BLT, MegaByte), as torch ops.
 
 Every name below is a function on tensors, apart from `PatchLayout`, the ragged layout that they share,
-`AttentionRanges`, which layers share, `to_ids` and `to_bytes`, which convert text, and `set_attention_backend` with
-`attention_backend`: who computes attention on CUDA.
+`AttentionRanges`, which layers share, `to_ids` and `to_bytes`, which convert text, and `set_attention_backend` and
+`attention_backend`, which choose the kernels of attention on CUDA.
 The models are in `blt_kernels.models`, the layers in `blt_kernels.nn`, optimizers for large tables in
 `blt_kernels.optim`, helpers for tests in `blt_kernels.testing`.
 """

@@ -1,4 +1,4 @@
-"""``python -m blt_kernels``: the command line, see `blt_kernels.cli`."""
+"""``python -m blt_kernels`` runs the command line: see `blt_kernels.cli`."""
 
 from blt_kernels.cli import main
 

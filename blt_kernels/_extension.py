@@ -33,7 +33,7 @@ _COMPILERS = ("nvcc", "nvrtc", "none")
 
 @dataclass(frozen=True)
 class Loaded:
-    """Result of `load_cpu`.
+    """Says what `load_cpu` loaded.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ def runnable() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LoadedCuda:
-    """Result of `load_cuda`.
+    """Says what `load_cuda` loaded.
 
     Attributes
     ----------

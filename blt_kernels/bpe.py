@@ -1,4 +1,4 @@
-"""Byte lengths of the tokens of a BPE tokenizer. Needs the package tokenizers, which transformers brings."""
+"""Finds the lengths in bytes of a BPE tokenizer's tokens. It needs tokenizers, a dependency of transformers."""
 
 from __future__ import annotations
 

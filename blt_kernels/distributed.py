@@ -1,4 +1,4 @@
-"""Hash tables sharded by rows over the ranks of a mesh.
+"""Shards hash tables by rows over the ranks of a mesh.
 
 Each byte reads a few rows of a hash table of gigabytes. FSDP2 would gather the whole table for that. Instead, rank r
 of W keeps the rows ``[r * V / W, (r + 1) * V / W)`` of every table and sums, for the bytes of all ranks, the rows that

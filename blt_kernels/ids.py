@@ -53,7 +53,7 @@ def to_ids(
     dtype: torch.dtype = torch.int64,
     device: torch.device | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Ids of bytes: byte + 4.
+    r"""Return ids of bytes: byte + 4.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def to_ids(
 
 
 def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop") -> bytes | list[bytes]:
-    r"""Bytes of ids: id - 4.
+    r"""Return bytes of ids: id - 4.
 
     Parameters
     ----------
@@ -190,7 +190,7 @@ def _to_ids(
         ids = values.to(device, dtype) + BYTE_OFFSET
         if tokenizer is not None:
             lengths = torch.tensor(bpe.token_lengths(tokenizer, _bytes(values), name), dtype=torch.int64)
-            token = torch.arange(lengths.shape[0]).repeat_interleave(lengths)  # of each byte
+            token = torch.arange(lengths.shape[0]).repeat_interleave(lengths)  # [T]
             places = (token + 1 + torch.arange(ids.shape[0])).to(ids.device)
             ids = ids.new_full((ids.shape[0] + lengths.shape[0],), BPE).scatter(0, places, ids)
         ends = [ids.new_full((*ids.shape[:-1], int(on)), id) for on, id in ((bos, BOS), (eos, EOS))]
@@ -205,7 +205,7 @@ def _to_ids(
 
 
 def _uint8(name: str, data: Any, dims: tuple[int, ...]) -> Tensor:
-    """The bytes of one argument, as a tensor of their shape."""
+    """Return the bytes of one argument, as a tensor of their shape."""
     if isinstance(data, str):
         try:
             data = data.encode()
@@ -235,7 +235,7 @@ def _uint8(name: str, data: Any, dims: tuple[int, ...]) -> Tensor:
 
 
 def _bytes(values: Tensor) -> bytes:
-    """The bytes of uint8 values ``[T]``."""
+    """Return uint8 values ``[T]`` as bytes."""
     buffer = bytearray(values.shape[0])
     if buffer:
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(values)

@@ -19,7 +19,7 @@ _MAX_BYTES = 2**31 - 1  # offsets are int32
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PatchLayout:
-    """Ragged patches over packed bytes.
+    """Holds ragged patches over packed bytes.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Optimizers for embedding tables of gigabytes: a step costs what its sparse gradient costs.
+"""These optimizers are for embedding tables of gigabytes: a step costs as much as its sparse gradient.
 
 They take the gradients of ``ngram_hash_embed(..., grad="sparse")`` or of ``nn.Embedding(sparse=True)``, and touch no
 row that has none. Other parameters of a model need an optimizer of their own.
@@ -74,7 +74,7 @@ class _SparseOptimizer(torch.optim.Optimizer):
 
 
 class SGD(_SparseOptimizer):
-    """Stochastic gradient descent: ``table[r] -= lr * g`` for the rows r with a gradient g.
+    """Applies stochastic gradient descent: ``table[r] -= lr * g`` for the rows r with a gradient g.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ class SGD(_SparseOptimizer):
 
 
 class RowwiseAdagrad(_SparseOptimizer):
-    """Adagrad with one number of state for each row, the sum of mean squared gradients.
+    """Applies Adagrad with one number of state for each row, the sum of mean squared gradients.
 
     For the rows r with a gradient g of D values: ``sum[r] += mean(g**2)``, then
     ``table[r] -= lr * g / (sqrt(sum[r]) + eps)``.

@@ -1,4 +1,4 @@
-"""The command line ``blt-kernels``. Each command is a module of its own, the package `patch` among them."""
+"""The command line is ``blt-kernels``. Each command is a module of its own; `patch` is a package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ except ModuleNotFoundError as missing:
 
 from blt_kernels.cli.base import app as app
 
-COMMANDS = ("doctor", "patch", "demo", "bench", "train", "eval", "flops")  # in the order of the help text
+COMMANDS = ("doctor", "patch", "demo", "bench", "train", "eval", "flops")  # the help text keeps this order
 
 for _name in COMMANDS:
     import_module(f"blt_kernels.cli.{_name}")  # adds its command to `app`

@@ -1,4 +1,4 @@
-"""``blt-kernels bench``: the measurements of ``bench/`` in one process, as a table and as CSV."""
+"""``blt-kernels bench`` runs the measurements of ``bench/`` in one process and writes a table and a CSV."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Consoles and progress bars of the commands."""
+"""The commands share these consoles and progress bars."""
 
 from __future__ import annotations
 

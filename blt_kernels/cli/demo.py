@@ -28,8 +28,8 @@ from blt_kernels.models.byte_lm import ByteLM
 from blt_kernels.models.config import BLTConfig
 from blt_kernels.nn import load_ops
 
-SHOWN = 700  # bytes drawn
-MOST = 4_096  # bytes that go through the BLT
+DRAWN_BYTES = 700
+MODEL_BYTES = 4_096
 SEED = 0
 
 
@@ -72,11 +72,11 @@ def run(file: Path | None, *, rounds: int, color: Color) -> None:
         raise ValueError(f"--rounds {rounds}: expected at least 1")
     file = file or default_file()
     with file.open("rb") as source:
-        data = source.read(MOST)
+        data = source.read(MODEL_BYTES)
     if not data:
         raise ValueError(f"FILE {file}: expected at least one byte, got an empty file")
     patcher = load_entropy_model()
-    show.run([str(file)], Rules(Scheme.entropy), show.Outputs(max_show=SHOWN), None, color)
+    show.run([str(file)], Rules(Scheme.entropy), show.Outputs(max_show=DRAWN_BYTES), None, color)
 
     out = console(color)
     tokens = to_ids(data)

@@ -75,7 +75,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Measurement:
-    """FLOPs that `FlopCounterMode` counted on `rows`, and `formula`, the `count_flops` of these rows.
+    """Holds what `FlopCounterMode` counted on `rows`, and `formula`, the `count_flops` of these rows.
 
     `forward` is by part, without the patcher; `backward` is all of the model.
     """
@@ -89,7 +89,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Result:
-    """FLOPs of a byte by the formula of the paper and of this implementation, and the measurement."""
+    """Holds the FLOPs of a byte, by the formula of the paper and of this implementation, and the measurement."""
 
     patch_size: float
     paper: Flops

@@ -31,11 +31,11 @@ def character_ends(ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     one_before, two_before = (torch.where(position >= k, byte.roll(k), -1) for k in (1, 2))
 
     def lead(first: Tensor, length: int) -> Tensor:
-        """Does a character of at least `length` bytes begin with this one?"""
+        """Return whether a character of at least `length` bytes begins with this byte."""
         return (first >= {2: 0xC2, 3: 0xE0, 4: 0xF0}[length]) & (first <= 0xF4)
 
     def second(first: Tensor, byte: Tensor) -> Tensor:
-        """May `byte` be the second of a character: no overlong form, no surrogate, nothing above U+10FFFF?"""
+        """Return whether `byte` may follow: it makes no overlong form, no surrogate and nothing above U+10FFFF."""
         low = torch.where(first == 0xE0, 0xA0, torch.where(first == 0xF0, 0x90, 0x80))
         high = torch.where(first == 0xED, 0x9F, torch.where(first == 0xF4, 0x8F, 0xBF))
         return (byte >= low) & (byte <= high)
@@ -110,7 +110,7 @@ def cut_long_patches(
     end = start if end is None else end
     start = torch.where(boundaries, after, start).cummax(0).values
     last = torch.where(ends, after, end).cummax(0).values
-    before = torch.where(first, end, last.roll(1))  # the last such place, one byte ago
+    before = torch.where(first, end, last.roll(1))  # its value at the entry before
     return boundaries | (ends & ((after - start) // max_patch_length > (before - start) // max_patch_length))
 
 

@@ -10,7 +10,7 @@ from blt_kernels.ids import ALPHABET, EOS
 from blt_kernels.nn import TransformerConfig
 from blt_kernels.ops.ngram_hash_embed import check_sizes
 
-RELEASED_THRESHOLD = 1.335442066192627  # nats, of the released BLT models
+RELEASED_THRESHOLD = 1.335442066192627  # nats; the released BLT models have it
 SCHEMES = ("entropy", "space", "static", "byte", "bpe")
 
 

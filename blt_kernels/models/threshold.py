@@ -1,4 +1,4 @@
-"""The search for the entropy threshold at which patches have a given mean size."""
+"""Searches the entropy threshold at which patches have a given mean size."""
 
 from __future__ import annotations
 

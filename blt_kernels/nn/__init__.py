@@ -1,4 +1,4 @@
-"""Layers and functions over the ops. `ByteLM`, `BLT` and `MegaByte` are composed of them."""
+"""`ByteLM`, `BLT` and `MegaByte` are composed of these layers and functions over the ops."""
 
 from blt_kernels.nn.config import (
     TransformerConfig,

@@ -1,4 +1,4 @@
-"""The configuration of a stack of transformer layers."""
+"""`TransformerConfig` configures a stack of transformer layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blt_kernels import _checks
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The sizes of a stack of layers.
+    """Holds the sizes of a stack of layers.
 
     Attributes
     ----------

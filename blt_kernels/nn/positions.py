@@ -1,4 +1,4 @@
-"""Rows, documents and positions of packed data, and rotary positions.
+"""Computes rows, documents and positions of packed data, and rotary positions.
 
 Data is packed: ``[T, ...]`` with ``cu_seqlens: int32[R+1]``, where the offsets delimit rows. Positions, patching and
 hashing run along a row. A row is one document, or several that each end in EOS: see `attention_documents`.

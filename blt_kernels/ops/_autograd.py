@@ -122,7 +122,7 @@ def register_vmap(operator: str) -> None:
 def second_derivative(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_out: Tensor, cotangents: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Derivatives of the gradients of `function`, by composing it of PyTorch's own functions.
+    """Differentiate the gradients of `function`, which is composed of PyTorch's own functions.
 
     Parameters
     ----------

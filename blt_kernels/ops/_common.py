@@ -1,4 +1,4 @@
-"""Registration of an operator, and autocast: shared by the ops."""
+"""The ops share the registration of an operator, and autocast."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def block_causal_attention(
     ranges: AttentionRanges | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scaled dot-product attention within documents, causal and with a sliding window.
+    """Compute scaled dot-product attention within documents, causal and with a sliding window.
 
     Parameters
     ----------

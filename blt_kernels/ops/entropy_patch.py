@@ -306,10 +306,10 @@ def delimiter_patch(
 def topk_patch(
     entropy: Tensor, patch_size: int, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None
 ) -> PatchLayout:
-    """Cut after the highest entropies, into patches of `patch_size` bytes on average. Not causal: for analysis only.
+    """Cut after the highest entropies, into patches of `patch_size` bytes on average.
 
-    A document of S bytes is cut after its ``S // patch_size - 2`` highest entropies, the first byte's aside; the
-    earlier of equal ones wins.
+    A document of S bytes is cut after its ``S // patch_size - 2`` highest entropies, that of the first byte excluded.
+    Of equal ones the earlier counts. The result is not causal, so it is for analysis only.
 
     Parameters
     ----------

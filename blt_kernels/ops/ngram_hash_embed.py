@@ -280,7 +280,7 @@ def _table_sizes(
     fused: bool,
     alphabet: int | None,
 ) -> list[int]:
-    """Rows of each gradient."""
+    """Return the number of rows of each gradient."""
     count = num_functions * len(ngram_sizes)
     rows = vocab if row_range is None else row_range[1] - row_range[0]
     return ([count * rows] if fused else [rows] * count) + ([] if alphabet is None else [alphabet])

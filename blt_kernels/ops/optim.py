@@ -1,4 +1,4 @@
-"""optim: steps of the optimizers `optim.SGD` and `optim.RowwiseAdagrad`, which update rows of a table in place.
+"""The optimizers `optim.SGD` and `optim.RowwiseAdagrad` take these steps, which update rows of a table in place.
 
 A step reads and writes the rows that have a gradient, and no others.
 """
@@ -13,7 +13,7 @@ from blt_kernels.reference import optim as reference
 
 
 def sgd_step(table: Tensor, rows: Tensor, values: Tensor, lr: float) -> None:
-    """Stochastic gradient descent, in place: ``table[rows] -= lr * values``.
+    """Apply stochastic gradient descent in place: ``table[rows] -= lr * values``.
 
     Parameters
     ----------
@@ -41,14 +41,14 @@ def sgd_step(table: Tensor, rows: Tensor, values: Tensor, lr: float) -> None:
 
 
 def rowwise_adagrad_step(table: Tensor, sums: Tensor, rows: Tensor, values: Tensor, lr: float, eps: float) -> None:
-    """Row-wise Adagrad, in place: see `blt_kernels.optim.RowwiseAdagrad`.
+    """Apply row-wise Adagrad in place: see `blt_kernels.optim.RowwiseAdagrad`.
 
     Parameters
     ----------
     table, rows, values, lr
         As in `sgd_step`.
     sums : fp32 (fp64 for an fp64 table) ``[V]``
-        Sums of mean squared gradients, updated too.
+        Sums of mean squared gradients. They are updated in place.
     eps : float
         Added to the root of the sum.
 

@@ -28,7 +28,7 @@ def patch_cross_attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention between the bytes and the patches of a layout.
+    """Compute scaled dot-product attention between the bytes and the patches of a layout.
 
     Parameters
     ----------

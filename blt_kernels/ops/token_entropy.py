@@ -1,4 +1,4 @@
-"""token_entropy: entropies of next-byte logits. linear_entropy: the same from the inputs of the output head."""
+"""token_entropy computes entropies of next-byte logits, linear_entropy those from the inputs of the output head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DIMS = range(1, 65)
 
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of ``softmax(logits)`` over the last dimension.
+    """Return the entropy in nats of ``softmax(logits)`` over the last dimension.
 
     ``H = logsumexp(x) - sum softmax(x) x``, computed around the row's maximum. Entries of -inf have probability 0 and
     add nothing; a row with NaN or +inf, or with nothing but -inf, gives NaN. The gradient is ``-p (log p + H)``.
@@ -49,7 +49,7 @@ def token_entropy(logits: Tensor) -> Tensor:
 
 
 def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Entropy in nats of ``softmax(hidden @ weight.T + bias)``, without storing all logits.
+    """Return the entropy in nats of ``softmax(hidden @ weight.T + bias)``, without storing all logits.
 
     Parameters
     ----------

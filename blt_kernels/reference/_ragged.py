@@ -1,4 +1,4 @@
-"""Helpers of the references for ragged data."""
+"""The references share these helpers for ragged data."""
 
 from __future__ import annotations
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from blt_kernels.layout import AttentionRanges
 from blt_kernels.reference._ragged import document_offsets
 
-_BLOCK = 128  # queries
+_QUERY_BLOCK = 128
 
-_Intervals = tuple[Tensor, Tensor]  # first and last of each query or key
+_Intervals = tuple[Tensor, Tensor]  # first, and one after the last, of each query or key
 
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """The mask of attention, given by the checked variable-length arguments of `ops.block_causal_attention`.
+    """Holds the checked variable-length arguments of `ops.block_causal_attention`, which give the mask.
 
     Without `cu_seqlens_q` there are `num_documents` documents of one length, of queries as of keys. `ranges` are the
     intervals that `ops.attention_ranges` found for the same arguments, which kernels on CUDA read.
@@ -65,7 +65,7 @@ class AttentionMask:
 
     @property
     def offsets(self) -> tuple[Tensor, Tensor]:
-        """Document offsets of the queries and of the keys."""
+        """The document offsets of the queries and of the keys."""
         if self.cu_seqlens_q is None:
             raise ValueError("cu_seqlens_q: expected offsets, as with_offsets makes them, got None")
         return self.cu_seqlens_q, self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
@@ -130,7 +130,7 @@ def block_causal_attention_reference(
     ranges: AttentionRanges | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention within documents; see `ops.block_causal_attention`. `ranges` saves kernels work and is not read."""
+    """Compute attention within documents; see `ops.block_causal_attention`. It does not read `ranges`."""
     num_documents = q.shape[0] if q.dim() == 4 else 1
     query, key, value = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
     out, lse = block_causal_attention_fwd_reference(
@@ -234,7 +234,7 @@ def attention_ranges_reference(
     causal: bool = True,
     seqused_k: Tensor | None = None,
 ) -> AttentionRanges:
-    """Intervals of queries and keys; see `ops.attention_ranges`."""
+    """Return the intervals of queries and keys; see `ops.attention_ranges`."""
     num_keys = num_queries if num_keys is None else num_keys
     intervals = block_causal_attention_ranges_fwd_reference(
         cu_seqlens_q, cu_seqlens_k, num_queries, num_keys, window, causal, seqused_k
@@ -251,7 +251,7 @@ def block_causal_attention_ranges_fwd_reference(
     causal: bool,
     seqused_k: Tensor | None,
 ) -> Tensor:
-    """First and last key of each query, first and last query of each key, each rounded up to a multiple of 4."""
+    """Return the keys of each query, then the queries of each key, for numbers rounded up to a multiple of 4."""
     mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1, window, causal, seqused_k)
     padded_queries, padded_keys = ((n + 3) // 4 * 4 for n in (num_queries, num_keys))
     of_queries = mask.keys_of_queries(padded_queries, num_keys)
@@ -265,7 +265,7 @@ def _zero_unless(attended: Tensor, x: Tensor) -> Tensor:
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Products in the dtype of their arguments, whatever autocast says; torch refuses to ask about "meta"."""
+    """Switch autocast off: products keep the dtype of their arguments. torch has no autocast for "meta"."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
@@ -275,8 +275,8 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 def _blocks(num_queries: int, num_keys: int, mask: AttentionMask, same_bytes: bool) -> Iterator[tuple[slice, slice]]:
     """Yield blocks of queries, at least one, each with a range of keys that holds all it attends to."""
-    for begin in range(0, max(num_queries, 1), _BLOCK):
-        end = min(begin + _BLOCK, num_queries)
+    for begin in range(0, max(num_queries, 1), _QUERY_BLOCK):
+        end = min(begin + _QUERY_BLOCK, num_queries)
         first, last = 0, num_keys
         if same_bytes and mask.window is not None:
             first, last = max(begin - mask.window + 1, 0), min(end + mask.window - 1, num_keys)
@@ -293,11 +293,11 @@ def _masked(keys: slice, first: Tensor, last: Tensor, heads_per_kv_head: int) ->
 
 
 def _by_kv_head(x: Tensor, num_kv_heads: int) -> Tensor:
-    """``[queries, H, E]`` to ``[G, H/G * queries, E]``: head h reads key head h // (H/G)."""
+    """Reshape ``[queries, H, E]`` to ``[G, H/G * queries, E]``: head h reads key head h // (H/G)."""
     return x.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
 def _by_query(x: Tensor, like: Tensor) -> Tensor:
-    """``[G, H/G * queries, E]`` back to ``[queries, H, E]``, the shape of `like` but for E."""
+    """Reshape ``[G, H/G * queries, E]`` back to ``[queries, H, E]``, the shape of `like` but for E."""
     queries, heads = like.shape[:2]
     return x.unflatten(1, (heads // x.shape[0], queries)).permute(2, 0, 1, 3).flatten(1, 2)

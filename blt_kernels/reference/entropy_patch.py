@@ -1,7 +1,8 @@
 """Entropy patching in plain PyTorch: the specification of `ops.entropy_patch`.
 
 Every patching rule is a vector of boundary decisions, ``cuts: bool[T]``: cuts[i] means that the byte after byte i
-starts a patch. `PatchLayout.from_cuts` turns decisions into a layout. Local index: 0 at the first byte of a document.
+starts a patch. `PatchLayout.from_cuts` turns decisions into a layout. A local index is 0 at the first byte of a
+document.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from blt_kernels.reference.token_entropy import token_entropy_fwd_reference
 
 
 def document_entropy_reference(logits: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy and log_sum of the rows ``[T, A]`` of documents. Rows beyond are never read: they get 0 and infinity."""
+    """Return entropy and log_sum of logits ``[T, A]``. Bytes beyond the documents are not read: 0 and infinity."""
     beyond = torch.arange(logits.shape[0], device=logits.device) >= cu_seqlens[-1]
     entropy, log_sum = token_entropy_fwd_reference(logits.masked_fill(beyond[:, None], 0))
     return entropy.masked_fill(beyond, 0), log_sum.masked_fill(beyond, torch.inf)
@@ -37,7 +38,7 @@ def patch_starts_reference(
     max_patch_length: int | None = None,
     max_patches: int | None = None,
 ) -> PatchLayout:
-    """Threshold entropies ``[T]`` into patches; all comparisons in fp32."""
+    """Cut patches by thresholds of entropies ``[T]``. All comparisons are in fp32."""
     h = entropy.float()
     local = _local_index(h.shape[0], cu_seqlens)
     rise = h - h.roll(1)
@@ -64,7 +65,7 @@ def entropy_patch_reference(
     max_patch_length: int | None = None,
     max_patches: int | None = None,
 ) -> tuple[Tensor, PatchLayout]:
-    """Entropy and patches of logits ``[T, A]``."""
+    """Return entropies and patches of logits ``[T, A]``."""
     entropy = document_entropy_reference(logits, cu_seqlens)[0]
     return entropy, patch_starts_reference(
         entropy.detach(), cu_seqlens, threshold, threshold_add, monotonic, max_patch_length, max_patches
@@ -196,14 +197,14 @@ def _tensors(layout: PatchLayout, given: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _local_index(num_bytes: int, cu_seqlens: Tensor) -> Tensor:
-    """Position of each byte in its document, int64 ``[T]``."""
+    """Return the position of each byte in its document, int64 ``[T]``."""
     position = torch.arange(num_bytes, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
     return position - cu_seqlens.long()[document]
 
 
 def _cut_long_patches(cuts: Tensor, max_patch_length: int) -> Tensor:
-    """Cut every patch into ``[m, m, ..., rest]``, the byte to come counted in. cuts[i] holds at every first byte."""
+    """Cut every patch into ``[m, m, ..., rest]``, the byte to come included. cuts[i] is true at every first byte."""
     after = torch.arange(1, cuts.shape[0] + 1, device=cuts.device)
-    start = torch.where(cuts, after, 0).cummax(0).values  # where the patch of the byte after i starts
+    start = torch.where(cuts, after, 0).cummax(0).values  # the start of the patch of byte i + 1
     return (after - start) % max_patch_length == 0

@@ -33,7 +33,7 @@ def ngram_hash_reference(
     num_functions: int = 1,
     vocab: int,
 ) -> Tensor:
-    """Row of every byte's n-grams in each table; see `ops.ngram_hash`."""
+    """Return the row of every byte's n-grams in each table; see `ops.ngram_hash`."""
     hashes = ngram_hash_fwd_reference(tokens.flatten(), cu_seqlens, _rows(tokens), ngram_sizes, num_functions, vocab)
     return hashes.view(hashes.shape[0], *tokens.shape)
 
@@ -46,9 +46,9 @@ def ngram_hash_fwd_reference(
     num_functions: int,
     vocab: int,
 ) -> Tensor:
-    """sum_j window[j] * prime**j mod vocab, with j = 0 the oldest byte of the window, in wrapping int64: ``[N, T]``."""
+    """Return ``sum_j window[j] * prime**j mod vocab``, in int64 that wraps: ``[N, T]``. j = 0 is the oldest byte."""
     local = _local_index(tokens.shape[0], document_offsets(tokens, cu_seqlens, num_documents))
-    # back[d]: the byte d places before, 0 before the start of its document.
+    # back[d] is the byte d places before, 0 before the start of its document.
     reach = min(max(ngram_sizes), tokens.shape[0])
     back = [F.pad(tokens.long(), (d, 0))[: local.shape[0]].where(local >= d, 0) for d in range(reach)]
     hashes = []
@@ -73,7 +73,7 @@ def ngram_hash_embed_reference(
     row_range: tuple[int, int] | None = None,
     vocab: int | None = None,
 ) -> Tensor:
-    """Byte embedding plus the rows of the byte's n-grams; see `ops.ngram_hash_embed`."""
+    """Return the byte embedding plus the rows of the byte's n-grams; see `ops.ngram_hash_embed`."""
     tables = [tables] if isinstance(tables, Tensor) else list(tables)
     if vocab is None:
         vocab = sum(table.shape[0] for table in tables) // (num_functions * len(ngram_sizes))
@@ -227,7 +227,7 @@ def _wrap(x: int) -> int:
 
 
 def _local_index(num_bytes: int, cu_seqlens: Tensor) -> Tensor:
-    """Position of each byte in its document, int64 ``[T]``; -1 beyond the last document."""
+    """Return the position of each byte in its document, int64 ``[T]``; -1 beyond the last document."""
     position = torch.arange(num_bytes, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
     local = position - cu_seqlens.long()[document]

@@ -27,7 +27,7 @@ def patch_cross_attention_reference(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention between patches and bytes; see `ops.patch_cross_attention`."""
+    """Compute attention between patches and bytes; see `ops.patch_cross_attention`."""
     encode = direction == "encode"
     offsets, ids = (layout.patch_offsets, layout.patch_ids) if encode else (layout.decode_offsets, layout.decode_ids)
     query, key, value = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
@@ -177,7 +177,7 @@ def _graph(
     queries_per_patch: int,
     window: int | None,
 ) -> list[_Edges]:
-    """All edges, by distance. Encoding, byte i is read by patches ids[i] + d; decoding, it reads patches ids[i] - d."""
+    """Return edges by distance d: encoding, patch ids[i] + d reads byte i; decoding, byte i reads patch ids[i] - d."""
     capacity = offsets.shape[0] - 1
     queries_per_patch = queries_per_patch if capacity else 1  # no patch may have any number of queries
     bounds = F.pad(cu_patches, (0, 1)).long()

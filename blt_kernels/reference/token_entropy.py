@@ -32,7 +32,7 @@ def token_entropy_bwd_reference(grad_entropy: Tensor, logits: Tensor, entropy: T
 
 
 def linear_entropy_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Entropy of the output head's distribution."""
+    """Return the entropy of the output head's distribution."""
     return token_entropy_reference(F.linear(hidden, weight, bias))
 
 

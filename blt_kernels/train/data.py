@@ -93,7 +93,7 @@ def split_sources(sources: Sequence[Source], heldout: float, seed: int) -> tuple
 
 
 class PackedBatches:
-    """Endless shuffled batches of the documents in `sources`.
+    """Yields shuffled batches of the documents in `sources` without end.
 
     Parameters
     ----------
@@ -160,9 +160,9 @@ class PackedBatches:
 def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """Divide rows into parts of about the same length: the longest first, each to the part that is shortest so far.
 
-    Returns the indices of each part's rows, in rising order; a part has none where there are too few.
+    Returns the indices of each part's rows, in rising order. Where there are too few rows, a part has none.
     """
-    totals = [(0, part) for part in range(parts)]  # a heap
+    totals = [(0, part) for part in range(parts)]  # is a heap
     shares: list[list[int]] = [[] for _ in range(parts)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         total, part = totals[0]

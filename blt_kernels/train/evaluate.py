@@ -27,12 +27,12 @@ from blt_kernels.train.ngram import NgramModel
 from blt_kernels.train.parallel import Ranks
 from blt_kernels.train.row_patches import RowPatches
 
-Report = Callable[[int, int, float], None]  # bytes done, bytes in all, bits per byte so far
+Report = Callable[[int, int, float], None]  # is called with bytes done, bytes in all, and bits per byte so far
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`bits_per_byte` over `num_bytes` of `num_files` files; `ngram_bits_per_byte` over the same, if asked for."""
+    """Holds what `evaluate` measured on `num_bytes` of `num_files` files."""
 
     bits_per_byte: float
     num_bytes: int

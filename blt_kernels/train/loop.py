@@ -1,4 +1,4 @@
-"""Trains on files. A run can be killed and resumed at any moment.
+"""Trains on files. A run may be killed and resumed at any moment.
 
 A run is a directory: ``checkpoint`` (see `blt_kernels.train.state`), ``log.jsonl``, ``tensorboard``,
 ``heldout.txt`` (the files that were held out), ``lock``, which keeps other processes from it, and at the end
@@ -38,19 +38,19 @@ from blt_kernels.train.log import Log, draw_curve
 from blt_kernels.train.row_patches import RowPatches
 from blt_kernels.train.stored_patches import StoredPatches, model_digest, provenance
 
-# These options decide how a run is watched, stored and computed. They change its results by rounding only.
+# A resumed run may change these options: they change its results by rounding only.
 _FREE = (
     *("paths", "out", "checkpoint_every", "checkpoint_seconds", "log_every", "tensorboard", "patch_size", "save_bf16"),
     *("device", "accumulate", "checkpoint_activations", "compile", "parallel", "shard_tables", "patches", "keep"),
 )
 _GLOBAL_LAYERS = ("global_transformer.layers.", "global_layers.")
-# The text for the threshold of an entropy model. Rows begin with two short patches, so they should be long.
+# The threshold of an entropy model is measured on so many bytes. Rows are long: each begins with two short patches.
 _THRESHOLD_BYTES, _THRESHOLD_CONTEXT = 1 << 20, 2048
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of a run after a step. `heldout_bits` is the last measurement, None before the first."""
+    """Holds the state of a run after a step. `heldout_bits` is the last measurement, None before the first."""
 
     step: int
     steps: int

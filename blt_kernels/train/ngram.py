@@ -21,12 +21,12 @@ from blt_kernels.ids import ALPHABET, BOS
 from blt_kernels.train.data import Source, read_ids
 
 ORDER = 3
-_BLOCK = 1 << 22  # bytes counted at a time
+_BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Sorted keys and, for each, one number."""
+    """Maps sorted keys to numbers."""
 
     keys: np.ndarray
     values: np.ndarray
@@ -39,7 +39,7 @@ class _Table:
 
 
 class NgramModel:
-    """Counts of contexts and of the bytes after them, for the orders 0 to 3."""
+    """Counts contexts and the bytes after them, for the orders 0 to 3."""
 
     def __init__(self, windows: _Table) -> None:
         self.followers, self.totals, self.distinct = [], [], []
@@ -57,7 +57,7 @@ class NgramModel:
         Tables of equally many blocks are merged, as the digits of a binary counter are: a count is copied
         ``log2(blocks)`` times, however many different windows there are.
         """
-        tables: list[tuple[int, _Table]] = []  # number of blocks, and their table
+        tables: list[tuple[int, _Table]] = []  # (number of blocks, their table)
         for windows in _blocks(sources):
             blocks, table = 1, _sum_by_key(windows, np.ones(len(windows), dtype=np.int64))
             while tables and tables[-1][0] == blocks:
@@ -79,7 +79,7 @@ class NgramModel:
         """Return bits per byte on files."""
         bits, size = 0.0, 0
         for source in sources:
-            for start in range(0, source.size, _BLOCK):
+            for start in range(0, source.size, _BLOCK_BYTES):
                 windows = _windows(source, start)
                 bits -= float(np.log2(self.probability(windows)).sum())
                 size += len(windows)
@@ -87,14 +87,14 @@ class NgramModel:
 
 
 def _blocks(sources: Sequence[Source]) -> Iterator[np.ndarray]:
-    """Yield the windows of all files, at least `_BLOCK` at a time apart from the last ones."""
+    """Yield the windows of all files, at least `_BLOCK_BYTES` at a time apart from the last ones."""
     waiting: list[np.ndarray] = []
     size = 0
     for source in sources:
-        for start in range(0, source.size, _BLOCK):
+        for start in range(0, source.size, _BLOCK_BYTES):
             waiting.append(_windows(source, start))
             size += len(waiting[-1])
-            if size >= _BLOCK:
+            if size >= _BLOCK_BYTES:
                 yield np.concatenate(waiting)
                 waiting, size = [], 0
     if waiting:
@@ -103,7 +103,7 @@ def _blocks(sources: Sequence[Source]) -> Iterator[np.ndarray]:
 
 def _windows(source: Source, start: int) -> np.ndarray:
     """Return every byte of a block with the three ids before it, oldest first, as a number in base 260: int64."""
-    stop = min(start + _BLOCK, source.size)
+    stop = min(start + _BLOCK_BYTES, source.size)
     count = stop - start
     first = max(start + 1 - ORDER, 0)  # byte i of the file is id i + 1 of the document
     ids = read_ids(source, first, stop + 1 - first).astype(np.int64)

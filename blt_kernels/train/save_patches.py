@@ -24,7 +24,7 @@ from blt_kernels.train.data import Row, Source
 from blt_kernels.train.row_patches import cut_pieces
 from blt_kernels.train.stored_patches import BITS, DONE, FORMAT, Places, provenance, read_index, write_index
 
-_BLOCK_IDS = 1 << 16  # ids of full pieces in a block: a few seconds of work on a CPU
+_BLOCK_IDS = 1 << 16  # a block of full pieces takes a CPU a few seconds
 
 
 def save(

@@ -33,7 +33,7 @@ from blt_kernels.models.base import ByteModel
 from blt_kernels.train.parallel import Ranks
 
 _TABLES = "encoder_hash_tok_embedding.weight"
-_OWN = re.compile(r"\.metadata(\.tmp)?|values\.json|__\d+_\d+\.distcp")  # the files of a checkpoint
+_OWN = re.compile(r"\.metadata(\.tmp)?|values\.json|__\d+_\d+\.distcp")  # matches the files of a checkpoint
 
 
 def latest(folder: Path) -> Path | None:
@@ -95,9 +95,8 @@ def save(
                 file.flush()
                 os.fsync(file.fileno())
         ranks.barrier()
-        weights = _weights(
-            model
-        )  # before the rest: it shards again what FSDP2 left whole after a forward without backward
+        # The weights are first: that shards again what FSDP2 left whole after a forward without backward.
+        weights = _weights(model)
         with _quiet():
             save_tensors({**weights, **_moments(model, optimizer)}, checkpoint_id=path, no_dist=ranks.world == 1)
     except BaseException as error:

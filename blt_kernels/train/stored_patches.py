@@ -61,12 +61,12 @@ class Places:
     """Locates the bits of each piece of files of `sizes` bytes."""
 
     def __init__(self, sizes: Sequence[int], context: int) -> None:
-        self.context, self.stride = context, -(-context // 8)  # bytes of a full piece
+        self.context, self.stride = context, -(-context // 8)  # a full piece has `stride` bytes
         array = np.array(sizes, dtype=np.int64)
         counts = data.num_pieces(array, context)
         last = array + 2 - (counts - 1) * (context - 1)
-        self.first = np.concatenate([[0], counts.cumsum()])  # piece of each file
-        self.begin = np.concatenate([[0], ((counts - 1) * self.stride - (-last // 8)).cumsum()])  # byte of each file
+        self.first = np.concatenate([[0], counts.cumsum()])  # the first piece of each file
+        self.begin = np.concatenate([[0], ((counts - 1) * self.stride - (-last // 8)).cumsum()])  # its first byte
 
     @property
     def num_bytes(self) -> int:
@@ -87,7 +87,7 @@ class Places:
 
 
 class StoredPatches:
-    """A complete folder of stored patches.
+    """Reads a complete folder of stored patches.
 
     Raises
     ------

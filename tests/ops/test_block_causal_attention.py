@@ -155,8 +155,8 @@ def test_blocks_of_the_reference(window: int | None, causal: bool, monkeypatch: 
     expected, expected_lse = oracle(*leaves, offsets, offsets, window, causal)
     grad = randn(500, 4, 6, seed=5)
     expected_grads = torch.autograd.grad(expected, leaves, grad)
-    for block in (reference._BLOCK, 7, 500, 5000):
-        monkeypatch.setattr(reference, "_BLOCK", block)
+    for block in (reference._QUERY_BLOCK, 7, 500, 5000):
+        monkeypatch.setattr(reference, "_QUERY_BLOCK", block)
         arguments = (offsets_of(lengths), None, window, causal, None, None)
         out, lse = reference.block_causal_attention_fwd_reference(*leaves, *arguments)
         torch.testing.assert_close((out, lse), (expected, expected_lse), rtol=1e-10, atol=1e-10)
@@ -175,7 +175,7 @@ def test_reference_makes_no_square_matrix() -> None:
         reference.block_causal_attention_bwd_reference(
             q, q, q, q, out, lse, torch.tensor([0, length]), None, window, True, None, None
         )
-    assert largest.numel <= max(length * heads * 8, heads * reference._BLOCK * (reference._BLOCK + window))
+    assert largest.numel <= max(length * heads * 8, heads * reference._QUERY_BLOCK * (reference._QUERY_BLOCK + window))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

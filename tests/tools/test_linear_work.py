@@ -223,7 +223,7 @@ def test_rows_are_shared_among_many_parts(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_ngrams_of_files_without_repetition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ngram, "_BLOCK", 64)
+    monkeypatch.setattr(ngram, "_BLOCK_BYTES", 64)
     generator, sums, merge = np.random.default_rng(0), [], ngram._sum_by_key
     (tmp_path / "a").write_bytes(generator.bytes(64 * 64))
     monkeypatch.setattr(ngram, "_sum_by_key", lambda keys, values: (sums.append(len(keys)), merge(keys, values))[1])

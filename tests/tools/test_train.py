@@ -194,7 +194,7 @@ def test_ngram_by_hand(tmp_path: Path) -> None:
 def test_ngram_blocks_do_not_show(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = data.find_sources([corpus])
     whole = NgramModel.train(sources[2:]).measure(sources[:2])
-    monkeypatch.setattr("blt_kernels.train.ngram._BLOCK", 7)
+    monkeypatch.setattr("blt_kernels.train.ngram._BLOCK_BYTES", 7)
     assert NgramModel.train(sources[2:]).measure(sources[:2]) == pytest.approx(whole, rel=1e-12)
     assert 0.5 < whole < 8
 

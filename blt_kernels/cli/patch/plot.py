@@ -13,7 +13,7 @@ from blt_kernels.cli.patch.rules import Rules
 from blt_kernels.cli.patch.statistics import Statistics
 from blt_kernels.cli.patch.window import Window
 
-ROW = 100  # bytes in a row of the picture, each labelled
+ROW = 100  # a row of the picture shows so many bytes, each labelled
 LABELLED = 1000  # a window of more bytes is one row without labels
 PATCH_COLORS = ("#dcebff", "#fff0d0")
 CURVE, LIMIT, EDGE = "#1f5fa8", "#c0392b", "#7a7a7a"
@@ -60,7 +60,7 @@ def write(path: Path, title: str, window: Window, statistics: Statistics, rules:
 
 def _draw_row(axis: Any, window: Window, curve: list[float], rules: Rules, begin: int, end: int) -> None:
     stop = window.start + len(window.data)
-    spans: tuple[list[tuple[float, float]], ...] = ([], [])  # first offset and length of each span, by colour
+    spans: tuple[list[tuple[float, float]], ...] = ([], [])  # [(offset, length), ...] of each colour
     edges = []
     for k, (first, last) in enumerate(pairwise(window.bounds)):
         low, high = max(first, begin), min(last, end, stop)

@@ -51,7 +51,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Rules:
-    """A scheme and its options. Thresholds are in nats, sizes in bytes; None is the default.
+    """Holds a scheme and its options. Thresholds are in nats, sizes in bytes; None is the default.
 
     Raises
     ------

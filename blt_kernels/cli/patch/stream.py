@@ -123,7 +123,7 @@ def regroup(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
 def with_entropy(
     pieces: Iterable[bytes], model: ByteLM, reset_at_newlines: bool | None = None
 ) -> Iterator[tuple[bytes, Tensor]]:
-    """Yield bytes and their entropies in nats, fp32. The context restarts at newlines if model or caller say so.
+    """Yield bytes and their entropies in nats, fp32. The context restarts at newlines if the model or the caller asks.
 
     A byte's entropy depends on the `context` bytes before it and on no others: every layer looks back ``window - 1``
     bytes. So blocks are computed on their own, each after the context in front of it. They lie on a fixed grid, because

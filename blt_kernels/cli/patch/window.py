@@ -27,7 +27,7 @@ class Window:
     @property
     def stop(self) -> int:
         """The offset after the last byte."""
-        return min(self.start + self.length, (1 << 63) - 1)  # the largest offset of an int64 tensor
+        return min(self.start + self.length, (1 << 63) - 1)  # int64 offsets end here
 
     def add(self, piece: Piece) -> None:
         """Keep the bytes of a piece that are in the window."""

@@ -13,7 +13,7 @@ BYTE_LATENT_TRANSFORMER_ARGS = Fields(
     "ByteLatentTransformerArgs",
     read={
         "vocab_size": (int, -1),
-        "pm_size": (int, 0),  # added to vocab_size
+        "pm_size": (int, 0),  # is added to vocab_size
         "dim_token": (int | None, None),
         "dim_global": (int, 512),
         "dim_local_encoder": (int, 512),

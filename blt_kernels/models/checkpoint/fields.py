@@ -83,7 +83,7 @@ def names(text: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of the configuration class `owner`.
+    """Lists the fields of the configuration class `owner`.
 
     `read` has type and default, `fixed` the default and the one value that is computed here.
     """
