@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from blt_kernels import _checks
 from blt_kernels._checks import Documents
+from blt_kernels.models.generate import Generated, Generation, stream
 from blt_kernels.models.state import ByteState
 from blt_kernels.models.weights import check_tensors, open_safetensors, write_safetensors
 from blt_kernels.nn import next_byte_bits, next_byte_targets
@@ -165,6 +167,71 @@ class ByteModel(nn.Module):
         if sum(counts) != ids.shape[0]:
             raise ValueError(f"cu_seqlens: expected the last offset to be T = {ids.shape[0]}, got {sum(counts)}")
         return state.extend(ids, counts).view(*tokens.shape, self.config.vocab_size)
+
+    def generate(self, prompts: Any, **options: Any) -> Generated:
+        """Write bytes behind prompts.
+
+        Parameters
+        ----------
+        prompts : str, bytes, ids, or a list of them
+            Text gets BOS in front. Ids are a tensor ``[S]`` or ``[R, S]``, or a list of int, and are taken as they are.
+            A prompt of nothing is BOS.
+        max_new_bytes : int
+            Ids that a row writes at most.
+        temperature, top_k, top_p, min_p : optional
+            As in `blt_kernels.models.sampling.Sampling`; greedy if the temperature is 0, its default.
+        seed : int
+            Of the random numbers: row r draws from a generator of its own, of ``(seed, r)``.
+        stop : sequence of bytes or str
+            A row ends when what it has written ends in one of these. It always ends after EOS.
+        draft : optional
+            Who writes drafts, so that several bytes are checked in one pass of the model: "decoder", the local decoder
+            on the patches that there are (BLT-S, arXiv 2605.08044; of a MegaByte the local model); "patcher", the
+            entropy model of a BLT, up to where its entropy is above the threshold; "prompt", the text itself, where its
+            last bytes have stood before; or a `ByteLM`. No drafts if None. They change neither greedy output nor, of
+            random output, the distribution.
+        draft_bytes : int
+            Bytes of a draft at most; every row adapts its own number to what was accepted.
+
+        Returns
+        -------
+        Generated
+            New ids, bytes and text of each row, and `Statistics`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has the wrong type or value; the message names it.
+        """
+        generation = Generation(self, prompts, **options)
+        for _ in generation:
+            pass
+        return generation.result
+
+    def stream(self, prompt: Any, *, text: bool = False, **options: Any) -> Iterator[Any]:
+        """Write bytes behind one prompt, and yield them as they come.
+
+        Parameters
+        ----------
+        prompt : str, bytes or ids
+        text : bool
+            Yield str, of whole characters of UTF-8 only.
+        options
+            As in `generate`.
+
+        Yields
+        ------
+        bytes or str
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `generate` does; or there is more than one prompt.
+        """
+        generation = Generation(self, prompt, **options)
+        if len(generation.prompts) != 1:
+            raise ValueError(f"prompt: expected one, got {len(generation.prompts)}")
+        return stream(generation, text)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write weights and configuration to one ``.safetensors`` file, which replaces `path` only once it is complete.

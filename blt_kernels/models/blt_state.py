@@ -46,6 +46,7 @@ class BLTState(ByteState):
                 raise ValueError("patcher: expected a ByteLM, since patching is 'entropy', got None")
             reset = config.reset_at_newlines or None
             self.patcher = ByteLMState(model.patcher, rows, undo, reset_at_newlines=reset)
+            self.patcher.part, self.patcher.passes = "patcher", self.passes
             exact = torch.float64 if self.patcher.dtype == torch.float64 else torch.float32
             self.entropy = RowBuffer(rows, [()], undo + _LOOKBACK + 1, dtype=exact, device=self.device)
         self.patch_starts: list[list[int]] = [[0] for _ in range(rows)]
@@ -63,12 +64,26 @@ class BLTState(ByteState):
         self.patches = RowBuffer(rows, [shape] * (2 * count), undo + self.window_decoder, **place)
         self.decoder_keys = KeyCache(rows, decoder, undo, **place)
 
+    @property
+    def num_patches(self) -> list[int]:
+        return list(self.global_keys.end)
+
     def extend(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        return self._extend(ids, counts, closing=True)
+
+    def draft(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        return self._extend(ids, counts, closing=False)
+
+    def _extend(self, ids: Tensor, counts: Sequence[int], closing: bool) -> Tensor:
         model: BLT = self.model
         config, ops = model.config, model.ops
         old, positions = self._append(ids, counts)
-        rule, final = self._cuts(ids, old, counts)
+        if closing:
+            rule, final = self._cuts(ids, old, counts)
+        else:
+            rule = final = [False] * sum(counts)
         decode_ids = self._close(rule, final, old, counts)
+        self.passes.update(("encoder", "decoder"))
 
         starts = self.starts.extend(ids, old, counts)
         tail, documents, new = self._tail(old, max(config.ngram_sizes, default=1) - 1)
@@ -83,17 +98,30 @@ class BLTState(ByteState):
         table = rotary_table(positions, config.encoder, x.dtype)
         states = model.local_encoder.states(x, table, self.encoder_keys.extend(ops, counts, starts))
         self.encoded.write(self.encoded.append(counts), *states)
-        self._read_closed_patches()
+        if closing:
+            self._read_closed_patches()
         x = self._decode(states[-1], positions, starts, counts, decode_ids)
         self._trim()
         return model.lm_head(x)
+
+    def extend_patcher(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        """Append ids to the rows of the patcher alone, which `extend` must be given next; return their logits."""
+        assert self.patcher is not None
+        logits = self.patcher.extend(ids, counts)
+        self.entropy.write(self.entropy.append(counts), self.model.ops.token_entropy(logits))
+        return logits
 
     def _cuts(self, ids: Tensor, old: Sequence[int], counts: Sequence[int]) -> list[list[bool]]:
         """Return whether a patch starts after each new id: by the rule itself, and with the cuts of long patches."""
         config, ops = self.model.config, self.model.ops
         if self.patcher is not None:
-            entropy = ops.token_entropy(self.patcher.extend(ids, counts))
-            self.entropy.write(self.entropy.append(counts), entropy)
+            ahead = [a - b for a, b in zip(self.patcher.lengths, old, strict=True)]
+            rest = [count - n for count, n in zip(counts, ahead, strict=True)]
+            if any(ahead):  # by `extend_patcher`
+                begin = [at + n for at, n in zip(accumulate(counts, initial=0), ahead, strict=False)]
+                ids = ids.index_select(0, runs(begin, rest, self.device))
+            if any(rest):
+                self.extend_patcher(ids, rest)
         tail, documents, new = self._tail(old, _LOOKBACK)
         begin, offsets = [max(0, n - _LOOKBACK) for n in old], ops.offsets(documents)
         lengths = [end - b for b, end in zip(begin, self.ids.end, strict=True)]
@@ -155,6 +183,7 @@ class BLTState(ByteState):
         counts = [a - b for a, b in zip(after, before, strict=True)]
         if not any(counts):
             return
+        self.passes["global"] += 1
         # Their windows reach back over patches that were closed before.
         oldest = [b if a == b else max(0, b - self.window_encoder + 1) for a, b in zip(after, before, strict=True)]
         bounds = [starts[p : a + 1] for starts, p, a in zip(self.patch_starts, oldest, after, strict=True)]

@@ -5,7 +5,7 @@ Slot s of a row predicts byte s and reads byte s - 1. A row of n bytes has slots
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +34,25 @@ class MegaByteState(ByteState):
         self.parts = RowBuffer(rows, [(config.local_transformer.dim,)], undo + 2 * size, **place)
         self.local_keys = KeyCache(rows, model.local_config, undo, **place)
 
+    @property
+    def num_patches(self) -> list[int]:
+        return list(self.global_keys.end)
+
     def extend(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        return self._extend(ids, counts, self._read_patches)
+
+    def draft(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        return self._extend(ids, counts, self._repeat_patches)
+
+    def _extend(self, ids: Tensor, counts: Sequence[int], add_patches: Callable[[Sequence[int]], None]) -> Tensor:
         model: MegaByte = self.model
         config = model.config
         self._append(ids, counts)
         first = self.local_keys.end  # of the new slots
         stop = _slots(self.ids.end)
         slots = [b - a for a, b in zip(first, stop, strict=True)]
-        self._read_patches(stop)
+        add_patches(stop)
+        self.passes["local"] += 1
         slot = runs(first, slots, self.device)
         place = slot % config.patch_size
         # Slot 0 reads a learned vector in the place of a byte, and predicts the first byte, which is there already.
@@ -66,6 +77,7 @@ class MegaByteState(ByteState):
         counts = [b - a for a, b in zip(before, after, strict=True)]
         if not any(counts):
             return
+        self.passes["global"] += 1
         # The bytes of the patches before, and those that convolutions reach back to.
         lookback = sum(n - 1 for n in config.conv_sizes)
         bounds = [max(0, size * (a - 1)) for a in before], [max(0, size * (b - 1)) for b in after]
@@ -90,6 +102,15 @@ class MegaByteState(ByteState):
             x = layer(x, table, own)
         parts = model.global_to_local(model.global_norm(x).unflatten(-1, (size, -1)).flatten(0, 1))
         self.parts.write(self.parts.append([size * n for n in counts]), parts)
+
+    def _repeat_patches(self, stop: Sequence[int]) -> None:
+        """Give slots that have no patch yet what the global model gave the last patch of their row."""
+        size = self.model.config.patch_size
+        while any(end < n for end, n in zip(self.parts.end, stop, strict=True)):
+            counts = [size if end < n else 0 for end, n in zip(self.parts.end, stop, strict=True)]
+            begin = [end - n for end, n in zip(self.parts.end, counts, strict=True)]
+            (parts,) = self.parts.read(begin, self.parts.end)
+            self.parts.write(self.parts.append(counts), parts)
 
     def _local_keys(self, first: Sequence[int], slots: Sequence[int], dtype: torch.dtype) -> list[Any]:
         """Return for every layer where the keys of the new slots go, and which keys each slot attends to."""

@@ -8,6 +8,7 @@ bytes can be taken back. The ids of the rows are kept whole: to take back more, 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,8 @@ class ByteState:
     model : ByteModel
     lengths : list of int
         The ids that each row has.
+    passes : Counter
+        How often each part of the model has run, by its name.
     """
 
     def __init__(self, model: Any, rows: int, undo: int) -> None:
@@ -81,6 +84,7 @@ class ByteState:
         weight = model.lm_head.weight
         self.model, self.undo, self.dtype, self.device = model, undo, weight.dtype, weight.device
         self.ids = RowBuffer(rows, [()], None, dtype=torch.int32, device=self.device)
+        self.passes: Counter[str] = Counter()
 
     @property
     def rows(self) -> int:
@@ -91,6 +95,11 @@ class ByteState:
     def lengths(self) -> list[int]:
         """The number of ids in each row."""
         return list(self.ids.end)
+
+    @property
+    def num_patches(self) -> list[int]:
+        """The patches of each row that have passed the global transformer; 0 for a model without any."""
+        return [0] * self.rows
 
     @property
     def nbytes(self) -> int:
@@ -151,6 +160,13 @@ class ByteState:
         """Append ``counts[r]`` of the packed `ids` to every row; return their logits. Nothing is checked."""
         raise NotImplementedError
 
+    def draft(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        """Do as `extend` does, but without the global transformer: bytes read the patches that are there.
+
+        The logits are a guess. Take the bytes back by `truncate` before the state goes on.
+        """
+        raise NotImplementedError
+
     def _buffers(self) -> list[RowBuffer]:
         return [self.ids]
 
@@ -188,6 +204,8 @@ class ByteState:
 class ByteLMState(ByteState):
     """The state of a `ByteLM`: keys and values within the window."""
 
+    part = "byte_lm"  # its name in `passes`
+
     def __init__(self, model: ByteLM, rows: int, undo: int, *, reset_at_newlines: bool | None = None) -> None:
         super().__init__(model, rows, undo)
         config = model.config
@@ -200,6 +218,7 @@ class ByteLMState(ByteState):
     def extend(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
         model: ByteLM = self.model
         old, positions = self._append(ids, counts)
+        self.passes[self.part] += 1
         starts = self.starts.extend(ids, old, counts)
         x = embed_ids(model.embed_tokens, ids, None)
         table = rotary_table(positions, model.config, x.dtype)

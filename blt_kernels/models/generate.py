@@ -1,0 +1,258 @@
+"""Generation: a model writes bytes behind its prompts, one at a time or several by a draft.
+
+A round extends all rows by the id chosen last and by a draft of the ids after it, keeps the draft as far as the model
+agrees (`Sampling.verify`), and takes the rest back. Every row has random numbers of its own, and drafts and stops by
+itself: what it writes does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blt_kernels import _checks
+from blt_kernels.ids import BOS, EOS, to_bytes, to_ids
+from blt_kernels.models.drafts import make_draft
+from blt_kernels.models.sampling import Sampling
+from blt_kernels.models.state import ByteState
+
+
+@dataclass
+class Statistics:
+    """What a generation has cost.
+
+    Attributes
+    ----------
+    prompt_bytes, bytes : int
+        Ids read, and ids written, of all rows.
+    patches : int
+        Patches of prompts and of what was written; 0 for a model without any.
+    passes : Counter
+        How often each part of the model has run after the prompts were read, for all rows at once.
+    drafted, accepted : int
+        Ids of drafts, and those of them that were kept.
+    rounds : Counter
+        How often a draft of so many ids had so many accepted: by ``(drafted, accepted)``.
+    prompt_seconds, seconds : float
+        Time for the prompts, and for the rest.
+    """
+
+    prompt_bytes: int = 0
+    bytes: int = 0
+    patches: int = 0
+    passes: Counter[str] = field(default_factory=Counter)
+    drafted: int = 0
+    accepted: int = 0
+    rounds: Counter[tuple[int, int]] = field(default_factory=Counter)
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model has written.
+
+    Attributes
+    ----------
+    ids : list of list of int
+        The new ids of each row. The EOS or the stop string that ended it are part of it.
+    reasons : list of str
+        Why each row ended: "length", "eos" or "stop".
+    statistics : Statistics
+    """
+
+    ids: list[list[int]]
+    reasons: list[str]
+    statistics: Statistics
+
+    @property
+    def bytes(self) -> list[bytes]:
+        """The new bytes of each row, without special ids."""
+        return [to_bytes(ids) for ids in self.ids]  # type: ignore[misc]
+
+    @property
+    def text(self) -> list[str]:
+        """The new text of each row; U+FFFD where bytes are no UTF-8."""
+        return [data.decode(errors="replace") for data in self.bytes]
+
+
+class Generation:
+    """An iterator over the rounds of a generation: it yields the new ids of each row, a list for every round.
+
+    Parameters are those of `ByteModel.generate`. `result` is complete when the iterator has ended.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Any,
+        *,
+        max_new_bytes: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        stop: Sequence[bytes | str] = (),
+        draft: Any = None,
+        draft_bytes: int = 8,
+    ) -> None:
+        _checks.check_int("max_new_bytes", max_new_bytes, 0)
+        _checks.check_int("draft_bytes", draft_bytes, 1)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"seed: expected an int, got {seed!r}")
+        self.model, self.max_new_bytes = model, max_new_bytes
+        self.sampling = Sampling(temperature, top_k, top_p, min_p)
+        self.prompts = prompt_ids(prompts, model.config)
+        self.stop = _stop_ids(stop)
+        self.eos_id = getattr(model.config, "eos_id", EOS)
+        count = len(self.prompts)
+        self.random = [Random(f"{seed}, {row}") for row in range(count)]
+        self.undo = draft_bytes + 64
+        self.draft = make_draft(draft, model, self.sampling, draft_bytes, count, self.undo)
+        self.statistics = Statistics(prompt_bytes=sum(map(len, self.prompts)))
+        self.result = Generated([[] for _ in range(count)], ["length"] * count, self.statistics)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        begin = time.perf_counter()
+        statistics, rows = self.statistics, list(range(len(self.prompts)))
+        if not rows or not self.max_new_bytes:
+            return
+        state = self.model.new_state(len(rows), undo=self.undo)
+        chosen = self._read_prompts(state)
+        statistics.prompt_seconds = time.perf_counter() - begin
+        while True:
+            # The last id that was chosen for a row is not in the state yet.
+            kept = {row: self._keep(row, ids) for row, ids in zip(rows, chosen, strict=True)}
+            statistics.seconds = time.perf_counter() - begin - statistics.prompt_seconds
+            yield [kept.get(row, []) for row in range(len(self.prompts))]
+            going = [i for i, row in enumerate(rows) if kept[row] == chosen[i] and self._goes_on(row)]
+            if len(going) < len(rows):
+                statistics.patches += sum(n for i, n in enumerate(state.num_patches) if i not in going)
+                if not going:
+                    return
+                state.select(going)
+                self.draft.select(going)
+                rows = [rows[i] for i in going]
+            chosen = self._round(state, rows)
+
+    def _read_prompts(self, state: ByteState) -> list[list[int]]:
+        counts = list(map(len, self.prompts))
+        ids = torch.tensor([x for prompt in self.prompts for x in prompt], device=state.device)
+        logits = state.extend(ids, counts)[[end - 1 for end in accumulate(counts)]]
+        self.draft.start(ids, counts)
+        state.passes.clear()
+        return [[x] for x in self.sampling.draw(self.sampling.probabilities(logits), self.random)]
+
+    def _round(self, state: ByteState, rows: list[int]) -> list[list[int]]:
+        """Extend the rows of the state by the ids chosen last and by drafts; return the ids that follow them."""
+        statistics, sampling, random = self.statistics, self.sampling, [self.random[row] for row in rows]
+        last = [self.result.ids[row][-1] for row in rows]
+        room = [self.max_new_bytes - len(self.result.ids[row]) - 1 for row in rows]
+        drafts = self.draft.propose(state, last, room, random)
+        lengths, counts = state.lengths, [1 + len(draft.ids) for draft in drafts]
+        ids = [x for first, draft in zip(last, drafts, strict=True) for x in (first, *draft.ids)]
+        p = sampling.probabilities(state.extend(torch.tensor(ids, device=state.device), counts))
+        statistics.passes = Counter(state.passes)
+        if len(ids) == len(rows):
+            self.draft.accept(drafts, [0] * len(rows), state.lengths)
+            return [[x] for x in sampling.draw(p, random)]
+        chosen, kept = [], []
+        for own, draft, numbers in zip(p.split(counts), drafts, random, strict=True):
+            accepted, following = sampling.verify(own, draft.ids, draft.probabilities, numbers)
+            kept.append(accepted)
+            chosen.append([*draft.ids[:accepted], following])
+            statistics.rounds[len(draft.ids), accepted] += 1
+        statistics.drafted += len(ids) - len(rows)
+        statistics.accepted += sum(kept)
+        lengths = [n + 1 + accepted for n, accepted in zip(lengths, kept, strict=True)]
+        state.truncate(lengths)
+        self.draft.accept(drafts, kept, lengths)
+        return chosen
+
+    def _keep(self, row: int, ids: list[int]) -> list[int]:
+        """Append chosen ids to what a row has written, up to where it ends; return those."""
+        written = self.result.ids[row]
+        for i, x in enumerate(ids):
+            written.append(x)
+            if x == self.eos_id:
+                self.result.reasons[row] = "eos"
+            elif any(written[-len(stop) :] == stop for stop in self.stop):
+                self.result.reasons[row] = "stop"
+            if not self._goes_on(row):
+                ids = ids[: i + 1]
+                break
+        self.statistics.bytes += len(ids)
+        return ids
+
+    def _goes_on(self, row: int) -> bool:
+        return self.result.reasons[row] == "length" and len(self.result.ids[row]) < self.max_new_bytes
+
+
+def stream(generation: Generation, text: bool) -> Iterator[Any]:
+    """Yield the bytes of the only row of a generation as they come; as str of whole characters, if `text`."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for (ids,) in generation:
+        data: Any = to_bytes(ids)
+        data = decoder.decode(data) if text else data
+        if data:
+            yield data
+    rest = decoder.decode(b"", final=True)
+    if rest:
+        yield rest
+
+
+def prompt_ids(prompts: Any, config: Any) -> list[list[int]]:
+    """Return the ids of every prompt: text with BOS in front, ids as they are; BOS alone where there is nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A prompt is neither text nor ids, or an id is outside of the alphabet.
+    """
+    if isinstance(prompts, Tensor) and prompts.dim() == 2:
+        prompts = list(prompts)
+    elif not isinstance(prompts, (list, tuple)) or (prompts and all(isinstance(x, int) for x in prompts)):
+        prompts = [prompts]
+    return [_ids_of_prompt(f"prompts[{i}]", prompt, config) for i, prompt in enumerate(prompts)]
+
+
+def _ids_of_prompt(name: str, prompt: Any, config: Any) -> list[int]:
+    if isinstance(prompt, (str, bytes, bytearray, memoryview)) or getattr(prompt, "dtype", None) == torch.uint8:
+        if getattr(config, "patching", None) == "bpe":
+            raise ValueError(f"{name}: expected ids of `to_ids(..., tokenizer=...)`, since patching is 'bpe', got text")
+        ids = to_ids(prompt, bos=True).tolist()
+    elif isinstance(prompt, Tensor):
+        _checks.check_tensor(name, prompt, 1, _checks.INTS)
+        ids = prompt.tolist()
+    elif isinstance(prompt, (list, tuple)) and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
+        ids = list(prompt)
+    else:
+        raise TypeError(f"{name}: expected str, bytes or ids, got {type(prompt).__name__}")
+    wrong = [x for x in ids if not 0 <= x < config.vocab_size]
+    if wrong:
+        raise ValueError(f"{name}: expected ids from 0 to {config.vocab_size - 1}, got {wrong[0]}")
+    return ids or [BOS]
+
+
+def _stop_ids(stop: Sequence[bytes | str]) -> list[list[int]]:
+    if isinstance(stop, (str, bytes)):
+        stop = (stop,)
+    ids = []
+    for i, x in enumerate(stop):
+        if not isinstance(x, (str, bytes)):
+            raise TypeError(f"stop[{i}]: expected bytes or str, got {type(x).__name__}")
+        if not x:
+            raise ValueError(f"stop[{i}]: expected at least one byte, got {x!r}")
+        ids.append(to_ids(x).tolist())
+    return ids
