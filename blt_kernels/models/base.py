@@ -219,9 +219,9 @@ class ByteModel(nn.Module):
         options
             As in `generate`.
 
-        Yields
-        ------
-        bytes or str
+        Returns
+        -------
+        iterator of bytes, or of str
 
         Raises
         ------
