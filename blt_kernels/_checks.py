@@ -47,6 +47,17 @@ def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtyp
         raise TypeError(f"{name}: expected dtype {other.dtype} of {other_name}, got {value.dtype}")
 
 
+def check_like(
+    name: str, value: object, dims: Sequence[int], other_name: str, other: Tensor, *, dtype: bool = True
+) -> None:
+    """Raise unless `value` is a floating tensor with one of `dims` dimensions, like `other` as in `check_same`."""
+    floating = isinstance(value, Tensor) and value.dtype == other.dtype
+    if floating and value.device == other.device and value.dim() in dims:  # type: ignore[attr-defined]
+        return
+    check_tensor(name, value, dims, FLOATS)
+    check_same(name, value, other_name, other, dtype=dtype)  # type: ignore[arg-type]
+
+
 def check_number(name: str, value: object) -> None:
     """Raise unless `value` is an int or a float, and not NaN."""
     if type(value) is float and value == value:
@@ -78,26 +89,31 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_layout(layout: object, name: str, value: Tensor) -> None:
-    """Raise unless `layout` is a PatchLayout on the device of `value`, whose two offsets are for as many patches."""
+    """Raise unless `layout` is a PatchLayout on the device of `value`."""
     if not isinstance(layout, PatchLayout):
         raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
+    check_same("layout", layout.patch_offsets, name, value, dtype=False)
+
+
+def check_readers(layout: PatchLayout) -> None:
+    """Raise unless the two offsets of `layout` are for as many patches, on one device."""
     patch_offsets, decode_offsets = layout.patch_offsets, layout.decode_offsets
-    check_same("layout", patch_offsets, name, value, dtype=False)
     if torch.compiler.is_compiling():
         return
     check_same("layout.decode_offsets", decode_offsets, "layout.patch_offsets", patch_offsets)
     if decode_offsets.shape != patch_offsets.shape:
-        raise ValueError(
-            f"layout.decode_offsets: expected shape {list(layout.patch_offsets.shape)} of layout.patch_offsets, "
-            f"got {list(layout.decode_offsets.shape)}"
-        )
+        expected = f"shape {list(patch_offsets.shape)} of layout.patch_offsets"
+        raise ValueError(f"layout.decode_offsets: expected {expected}, got {list(decode_offsets.shape)}")
 
 
 def readable(x: Tensor) -> bool:
     """Return whether the host can read the values of `x` at no cost: on the CPU, in eager code, not in `torch.func`."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def check_total(name: str, total: int) -> None:

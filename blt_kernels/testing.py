@@ -5,6 +5,7 @@ The helpers are public, so that users can test code built on blt_kernels with th
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blt_kernels._extension import load_cpu
 from blt_kernels.layout import PatchLayout
 
 SCRIPTS = {
@@ -157,8 +159,8 @@ def _coordinate(x: Tensor) -> tuple[int, ...]:
 def poisoned_empty() -> Iterator[None]:
     """Fill memory from `torch.empty` with NaN, or with the largest integer, inside the context.
 
-    Outputs that a kernel does not write show: every allocation through torch's dispatcher is filled, those of compiled
-    kernels too. It switches torch's deterministic mode on, and its errors to warnings.
+    Outputs that a kernel does not write show: every allocation through torch's dispatcher is filled, and those of the
+    compiled kernels. It switches torch's deterministic mode on, and its errors to warnings.
 
     Returns
     -------
@@ -178,9 +180,13 @@ def poisoned_empty() -> Iterator[None]:
     fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic.fill_uninitialized_memory = True
+    path = load_cpu().path
+    poison = ctypes.c_bool.in_dll(ctypes.CDLL(path), "blt_kernels_poison_outputs") if path else ctypes.c_bool()
+    poisoned, poison.value = poison.value, True
     try:
         yield
     finally:
+        poison.value = poisoned
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         deterministic.fill_uninitialized_memory = fill
 

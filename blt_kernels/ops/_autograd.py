@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _any_requires_grad, _are_functorch_transforms_active, _AutoDispatchBelowAutograd
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 Backward = Callable[..., Any]
@@ -49,11 +51,11 @@ def register_autograd(operator: str, backward: Backward, *, setup_context: Setup
         def forward(ctx: Any, call: _Call, *flat: Any) -> tuple[Tensor, ...]:
             ctx.lengths, arguments = call.lengths, _unflatten(flat, call.lengths)
             # Both modes are off here, but levels of torch.func below this one differentiate too.
-            nested = torch._C._are_functorch_transforms_active()
+            nested = _are_functorch_transforms_active()
             with (
                 torch.set_grad_enabled(nested),
                 forward_ad._set_fwd_grad_enabled(nested),
-                torch._C._AutoDispatchBelowAutograd(),
+                _AutoDispatchBelowAutograd(),
             ):
                 output = overload.redispatch(call.keyset, *arguments)
                 setup_context(ctx, arguments, output)
@@ -74,29 +76,38 @@ def register_autograd(operator: str, backward: Backward, *, setup_context: Setup
                 " (torch.func.grad, vjp, jacrev), or the reference in blt_kernels.reference"
             )
         keyset &= torch._C._after_autograd_keyset
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        if torch.is_grad_enabled() and _any_requires_grad(*arguments):
             call = _Call(keyset, _lengths(arguments))
             outputs = _unflatten(Function.apply(call, *_flatten(arguments, call.lengths)), call.output_lengths)
             return outputs if several else outputs[0]
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
             return overload.redispatch(keyset, *arguments)
 
     several = len(overload._schema.returns) > 1
     _LIBRARY.impl(operator, kernel, "Autograd", with_keyset=True)
 
 
-def call(overload: torch._ops.OpOverload, *arguments: Any) -> Any:
-    """Call an operator, below its Autograd kernel where nothing needs a gradient: that kernel takes 3 us."""
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()  # which excludes Autograd itself
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
-    ):
-        return overload(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return overload(*arguments)
+def caller(operator: str) -> Callable[..., Any]:
+    """Return a function that calls ``blt_kernels::operator``, below its Autograd kernel where nothing needs a gradient.
+
+    That kernel takes 3 us. The function takes what the overload takes, without keywords.
+    """
+    overload = getattr(torch.ops.blt_kernels, operator).default
+    bound = overload._op  # what the overload calls: a frame of Python less
+
+    def call(*arguments: Any) -> Any:
+        if (
+            is_compiling()
+            or torch.is_inference_mode_enabled()  # which excludes Autograd itself
+            or forward_ad._current_level >= 0
+            or _are_functorch_transforms_active()
+            or (torch.is_grad_enabled() and _any_requires_grad(*arguments))
+        ):
+            return overload(*arguments)
+        with _AutoDispatchBelowAutograd():
+            return bound(*arguments)
+
+    return call
 
 
 def register_vmap(operator: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +12,16 @@ from blt_kernels._extension import OPERATORS
 from blt_kernels.ops import _autograd
 
 
-def define(name: str, schema: str, reference: Callable) -> None:
-    """Define ``blt_kernels::name``. `reference` runs wherever no compiled or Triton kernel is registered."""
+def define(name: str, schema: str, reference: Callable) -> Callable[..., Any]:
+    """Define ``blt_kernels::name`` and return a function that calls it.
+
+    `reference` runs wherever no compiled or Triton kernel is registered.
+    """
     torch.library.define(f"blt_kernels::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"blt_kernels::{name}", "default", reference)
     _autograd.register_vmap(name)
     OPERATORS[name] = reference.__module__.rpartition(".")[2]
+    return _autograd.caller(name)
 
 
 def autocast_enabled(x: Tensor) -> bool:

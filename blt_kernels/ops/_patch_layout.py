@@ -6,6 +6,7 @@ empty otherwise: an output may not be an input.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,11 +43,12 @@ def empty_layout(
     )
 
 
-def define_scheme(name: str, values: str, arguments: str, scheme: Any) -> None:
-    """Register a patching scheme of bytes with `values`; `arguments` follow those of the documents."""
+def define_scheme(name: str, values: str, arguments: str, scheme: Any) -> Callable[..., Any]:
+    """Define a patching scheme of bytes with `values`, as `define`; `arguments` follow those of the documents."""
 
     def fake(x: Tensor, cu_seqlens: Tensor | None, num_documents: int, *rest: Any) -> tuple[Tensor, ...]:
         return empty_layout(x.shape[0], x, cu_seqlens, num_documents, rest[-1])
 
-    _common.define(name, f"(Tensor {values}, {DOCUMENTS}, {arguments}) -> ({LAYOUT})", scheme)
+    call = _common.define(name, f"(Tensor {values}, {DOCUMENTS}, {arguments}) -> ({LAYOUT})", scheme)
     torch.library.register_fake(f"blt_kernels::{name}", fake)
+    return call

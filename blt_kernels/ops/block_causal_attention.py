@@ -100,9 +100,8 @@ def block_causal_attention(
     """
     _checks.check_tensor("q", q, (3, 4), _checks.FLOATS)
     dims, autocast = q.dim(), _common.autocast_enabled(q)
-    for name, x in (("k", k), ("v", v)):
-        _checks.check_tensor(name, x, dims, _checks.FLOATS)
-        _checks.check_same(name, x, "q", q, dtype=not autocast)
+    _checks.check_like("k", k, (dims,), "q", q, dtype=not autocast)
+    _checks.check_like("v", v, (dims,), "q", q, dtype=not autocast)
     q_shape, k_shape = q.shape, k.shape
     heads, width, kv_heads = q_shape[-2], q_shape[-1], k_shape[-2]
     if k_shape[-1] != width:
@@ -143,8 +142,7 @@ def block_causal_attention(
     if autocast:
         packed_q, packed_k, packed_v = _common.autocast(packed_q, packed_k, packed_v)
     intervals = None if ranges is None else _check_ranges(ranges, packed_q, packed_k, window, causal)
-    out, lse = _autograd.call(
-        torch.ops.blt_kernels.block_causal_attention_fwd.default, packed_q, packed_k, packed_v, offsets_q, offsets_k,
+    out, lse = block_causal_attention_fwd(packed_q, packed_k, packed_v, offsets_q, offsets_k,
         window, causal, scale, seqused_k, intervals, documents,
     )  # fmt: skip
     if dims == 4:
@@ -210,7 +208,7 @@ def attention_ranges(
     if seqused_k is not None:
         keys = offsets_q if offsets_k is None else offsets_k
         seqused_k = _check_seqused(seqused_k, keys, offsets_q.shape[0] - 1, offsets_q)
-    intervals = torch.ops.blt_kernels.block_causal_attention_ranges_fwd(
+    intervals = block_causal_attention_ranges_fwd(
         offsets_q, offsets_k, num_queries, num_keys, window, causal, seqused_k
     )
     return AttentionRanges(intervals, num_queries, num_keys, window, causal)
@@ -264,18 +262,18 @@ _ARGUMENTS = (
     " Tensor? ranges, SymInt num_documents"
 )
 
-_common.define(
+block_causal_attention_fwd = _common.define(
     "block_causal_attention_fwd",
     f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor lse)",
     reference.block_causal_attention_fwd_reference,
 )
-_common.define(
+block_causal_attention_bwd = _common.define(
     "block_causal_attention_bwd",
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     reference.block_causal_attention_bwd_reference,
 )
-_common.define(
+block_causal_attention_ranges_fwd = _common.define(
     "block_causal_attention_ranges_fwd",
     "(Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt num_queries, SymInt num_keys, SymInt? window, bool causal,"
     " Tensor? seqused_k) -> Tensor",
@@ -313,7 +311,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tu
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_out is not None:
         *tensors, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges = ctx.saved_tensors
-        grads = torch.ops.blt_kernels.block_causal_attention_bwd(
+        grads = block_causal_attention_bwd(
             grad_out, *tensors, cu_seqlens_q, cu_seqlens_k, *ctx.options, seqused_k, ranges, ctx.num_documents
         )
     return *grads, *[None] * 8

@@ -77,8 +77,7 @@ def entropy_patch(
     _check_rules(threshold, threshold_add, monotonic, max_patch_length)
     packed, offsets, documents = _checks.documents_of("logits", logits, cu_seqlens, trailing=1)
     _checks.check_capacity(max_patches, documents)
-    entropy, _log_sum, *layout = _autograd.call(
-        torch.ops.blt_kernels.entropy_patch_fwd.default,
+    entropy, _log_sum, *layout = entropy_patch_fwd(
         packed,
         offsets,
         documents,
@@ -144,7 +143,7 @@ def patch_starts(
     _check_rules(threshold, threshold_add, monotonic, max_patch_length)
     packed, offsets, documents = _checks.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
     _checks.check_capacity(max_patches, documents)
-    layout = torch.ops.blt_kernels.patch_starts_fwd.default(
+    layout = patch_starts_fwd(
         packed, offsets, documents, threshold, threshold_add, monotonic, max_patch_length, max_patches
     )
     return layout_of(layout, offsets)
@@ -182,7 +181,7 @@ def space_patch(tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches
     _checks.check_tensor("tokens", tokens, (1, 2), _checks.INTS)
     packed, offsets, documents = _checks.documents_of("tokens", tokens, cu_seqlens, trailing=0)
     _checks.check_capacity(max_patches, documents)
-    return layout_of(torch.ops.blt_kernels.space_patch_fwd.default(packed, offsets, documents, max_patches), offsets)
+    return layout_of(space_patch_fwd(packed, offsets, documents, max_patches), offsets)
 
 
 def static_patch(
@@ -235,9 +234,7 @@ def static_patch(
     _checks.check_total("num_bytes", num_bytes)
     offsets = _checks.check_offsets("cu_seqlens", cu_seqlens, num_bytes, device=cu_seqlens.device)
     _checks.check_capacity(max_patches, offsets.shape[0] - 1)
-    return layout_of(
-        torch.ops.blt_kernels.static_patch_fwd.default(offsets, num_bytes, size, first, max_patches), offsets
-    )
+    return layout_of(static_patch_fwd(offsets, num_bytes, size, first, max_patches), offsets)
 
 
 def byte_patch(cu_seqlens: Tensor, *, num_bytes: int | None = None, max_patches: int | None = None) -> PatchLayout:
@@ -298,9 +295,7 @@ def delimiter_patch(
     _checks.check_int("id", id, -_checks.INT64_MAX - 1)
     packed, offsets, documents = _checks.documents_of("tokens", tokens, cu_seqlens, trailing=0)
     _checks.check_capacity(max_patches, documents)
-    return layout_of(
-        torch.ops.blt_kernels.delimiter_patch_fwd.default(packed, offsets, documents, id, max_patches), offsets
-    )
+    return layout_of(delimiter_patch_fwd(packed, offsets, documents, id, max_patches), offsets)
 
 
 def topk_patch(
@@ -338,9 +333,7 @@ def topk_patch(
     _checks.check_int("patch_size", patch_size, 1)
     packed, offsets, documents = _checks.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
     _checks.check_capacity(max_patches, documents)
-    return layout_of(
-        torch.ops.blt_kernels.topk_patch_fwd.default(packed, offsets, documents, patch_size, max_patches), offsets
-    )
+    return layout_of(topk_patch_fwd(packed, offsets, documents, patch_size, max_patches), offsets)
 
 
 def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool, max_patch_length: int | None) -> None:
@@ -356,11 +349,15 @@ def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool,
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 _RULES = "float threshold, float? threshold_add, bool monotonic, SymInt? max_patch_length, SymInt? max_patches"
 
-define_scheme("patch_starts_fwd", "entropy", _RULES, reference.patch_starts_fwd_reference)
-define_scheme("space_patch_fwd", "tokens", "SymInt? max_patches", reference.space_patch_fwd_reference)
-define_scheme("delimiter_patch_fwd", "tokens", "int id, SymInt? max_patches", reference.delimiter_patch_fwd_reference)
-define_scheme("topk_patch_fwd", "entropy", "SymInt patch_size, SymInt? max_patches", reference.topk_patch_fwd_reference)
-_common.define(
+patch_starts_fwd = define_scheme("patch_starts_fwd", "entropy", _RULES, reference.patch_starts_fwd_reference)
+space_patch_fwd = define_scheme("space_patch_fwd", "tokens", "SymInt? max_patches", reference.space_patch_fwd_reference)
+delimiter_patch_fwd = define_scheme(
+    "delimiter_patch_fwd", "tokens", "int id, SymInt? max_patches", reference.delimiter_patch_fwd_reference
+)
+topk_patch_fwd = define_scheme(
+    "topk_patch_fwd", "entropy", "SymInt patch_size, SymInt? max_patches", reference.topk_patch_fwd_reference
+)
+static_patch_fwd = _common.define(
     "static_patch_fwd",
     f"(Tensor cu_seqlens, SymInt num_bytes, SymInt size, SymInt first, SymInt? max_patches) -> ({LAYOUT})",
     reference.static_patch_fwd_reference,
@@ -372,7 +369,7 @@ def _(cu_seqlens: Tensor, num_bytes: int, _size: int, _first: int, max_patches: 
     return empty_layout(num_bytes, cu_seqlens, cu_seqlens, 0, max_patches)
 
 
-_common.define(
+entropy_patch_fwd = _common.define(
     "entropy_patch_fwd",
     f"(Tensor logits, {DOCUMENTS}, {_RULES}) -> (Tensor entropy, Tensor log_sum, {LAYOUT})",
     reference.entropy_patch_fwd_reference,

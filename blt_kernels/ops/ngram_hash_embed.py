@@ -89,8 +89,7 @@ def ngram_hash_embed(
         raise ValueError(f"vocab: expected None or the {rows} rows of a table, since row_range is None, got {vocab}")
     packed, documents, count = _checks.split_documents("tokens", tokens, cu_seqlens, trailing=0)
     if byte_table is not None:
-        _checks.check_tensor("byte_table", byte_table, 2, _checks.FLOATS)
-        _checks.check_same("byte_table", byte_table, "tables", table_list[0])
+        _checks.check_like("byte_table", byte_table, (2,), "tables", table_list[0])
         if byte_table.shape[1] != width:
             raise ValueError(
                 f"byte_table: expected the width D = {width} of tables, got shape {list(byte_table.shape)}"
@@ -98,8 +97,7 @@ def ngram_hash_embed(
         if byte_table.shape[0] < 1:
             raise ValueError(f"byte_table: expected at least one row, got {byte_table.shape[0]}")
         _checks.check_ids(packed, documents, byte_table.shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
-    out = _autograd.call(
-        torch.ops.blt_kernels.ngram_hash_embed_fwd.default,
+    out = ngram_hash_embed_fwd(
         packed,
         table_list,
         byte_table,
@@ -159,7 +157,7 @@ def ngram_hash(
     sizes = _check_hash(tokens, ngram_sizes, num_functions)
     _checks.check_int("vocab", vocab, 1)
     packed, offsets, documents = _checks.documents_of("tokens", tokens, cu_seqlens, trailing=0)
-    hashes = torch.ops.blt_kernels.ngram_hash_fwd.default(packed, offsets, documents, sizes, num_functions, vocab)
+    hashes = ngram_hash_fwd(packed, offsets, documents, sizes, num_functions, vocab)
     return hashes if tokens.dim() == 1 else hashes.view(hashes.shape[0], *tokens.shape)
 
 
@@ -236,19 +234,21 @@ _BACKWARD = (
     " int[]? row_range, SymInt vocab, bool fused, SymInt? alphabet"
 )
 
-_common.define(
+ngram_hash_fwd = _common.define(
     "ngram_hash_fwd",
     f"(Tensor tokens, Tensor? cu_seqlens, SymInt num_documents, {_HASH}, SymInt vocab) -> Tensor hashes",
     reference.ngram_hash_fwd_reference,
 )
-_common.define(
+ngram_hash_embed_fwd = _common.define(
     "ngram_hash_embed_fwd",
     f"(Tensor tokens, Tensor[] tables, Tensor? byte_table, Tensor? cu_seqlens, SymInt num_documents, {_HASH},"
     " str grad, int[]? row_range, SymInt vocab) -> Tensor out",
     reference.ngram_hash_embed_fwd_reference,
 )
-_common.define("ngram_hash_embed_bwd", f"({_BACKWARD}) -> Tensor[] grads", reference.ngram_hash_embed_bwd_reference)
-_common.define(
+ngram_hash_embed_bwd = _common.define(
+    "ngram_hash_embed_bwd", f"({_BACKWARD}) -> Tensor[] grads", reference.ngram_hash_embed_bwd_reference
+)
+ngram_hash_embed_sparse_bwd = _common.define(
     "ngram_hash_embed_sparse_bwd",
     f"({_BACKWARD}) -> (Tensor[] rows, Tensor[] values)",
     reference.ngram_hash_embed_sparse_bwd_reference,
@@ -322,9 +322,9 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     alphabet = ctx.byte_shape[0] if ctx.needs_input_grad[2] else None
     arguments = (grad_out, tokens, cu_seqlens, *ctx.hash, fused, alphabet)
     if ctx.grad == "dense":
-        grads = torch.ops.blt_kernels.ngram_hash_embed_bwd(*arguments)
+        grads = ngram_hash_embed_bwd(*arguments)
     else:
-        rows, values = torch.ops.blt_kernels.ngram_hash_embed_sparse_bwd(*arguments)
+        rows, values = ngram_hash_embed_sparse_bwd(*arguments)
         grads = [
             torch.sparse_coo_tensor(r[None], v, shape, is_coalesced=True, check_invariants=False)
             for r, v, shape in zip(rows, values, shapes, strict=True)
@@ -348,7 +348,7 @@ def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
     tables, byte_table = list(cotangents), None
     if ctx.has_byte_table:
         byte_table = tables.pop()
-    grad = torch.ops.blt_kernels.ngram_hash_embed_fwd(tokens, tables, byte_table, cu_seqlens, *ctx.hash)
+    grad = ngram_hash_embed_fwd(tokens, tables, byte_table, cu_seqlens, *ctx.hash)
     return grad, *[None] * 9
 
 

@@ -89,8 +89,7 @@ def patch_cross_attention(
     _checks.check_tensor("q", q, 3 if encode else (3, 4), _checks.FLOATS)
     autocast = _common.autocast_enabled(q)
     for name, x in (("k", k), ("v", v)):
-        _checks.check_tensor(name, x, (3, 4) if encode else 3, _checks.FLOATS)
-        _checks.check_same(name, x, "q", q, dtype=not autocast)
+        _checks.check_like(name, x, (3, 4) if encode else (3,), "q", q, dtype=not autocast)
     _checks.check_layout(layout, "q", q)
     heads, width = q.shape[-2], q.shape[-1]
     if heads < 1 or width < 1:
@@ -117,9 +116,11 @@ def patch_cross_attention(
         _checks.check_int("window", window, 1)
     if scale is not None:
         _checks.check_number("scale", scale)
-    offsets, ids = (layout.patch_offsets, layout.patch_ids) if encode else (layout.decode_offsets, layout.decode_ids)
-    out, _lse = _autograd.call(
-        torch.ops.blt_kernels.patch_cross_attention_fwd.default,
+    offsets, ids = layout.patch_offsets, layout.patch_ids
+    if not encode:
+        _checks.check_readers(layout)
+        offsets, ids = layout.decode_offsets, layout.decode_ids
+    out, _lse = patch_cross_attention_fwd(
         *(_common.autocast(*packed) if autocast else packed),
         offsets,
         layout.cu_patches,
@@ -142,12 +143,12 @@ _ARGUMENTS = (
     " str direction, SymInt queries_per_patch, SymInt? window, float? scale"
 )
 
-_common.define(
+patch_cross_attention_fwd = _common.define(
     "patch_cross_attention_fwd",
     f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor lse)",
     reference.patch_cross_attention_fwd_reference,
 )
-_common.define(
+patch_cross_attention_bwd = _common.define(
     "patch_cross_attention_bwd",
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
@@ -179,7 +180,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_out is not None:
-        grads = torch.ops.blt_kernels.patch_cross_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.rest)
+        grads = patch_cross_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.rest)
     return *grads, None, None, None, None, None, None, None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from blt_kernels import _checks
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _autograd, _common
+from blt_kernels.ops.patch_unpool import patch_unpool_fwd
 from blt_kernels.reference import patch_pool as reference
 
 
@@ -63,20 +64,18 @@ def patch_pool(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "ma
     packed = x.flatten(0, 1) if x.dim() == 3 else x
     if packed.shape[0] != layout.num_bytes:
         raise ValueError(f"x: expected the {layout.num_bytes} bytes of layout, got shape {list(x.shape)}")
-    return _autograd.call(
-        torch.ops.blt_kernels.patch_pool_fwd.default, packed, layout.patch_offsets, layout.patch_ids, list(names)
-    )
+    return patch_pool_fwd(packed, layout.patch_offsets, layout.patch_ids, list(names))
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 
-_common.define(
+patch_pool_fwd = _common.define(
     "patch_pool_fwd",
     "(Tensor x, Tensor patch_offsets, Tensor patch_ids, str[] reduce) -> Tensor out",
     reference.patch_pool_fwd_reference,
 )
 # x and out are given only if some reduction is max or min.
-_common.define(
+patch_pool_bwd = _common.define(
     "patch_pool_bwd",
     "(Tensor grad_out, Tensor? x, Tensor? out, Tensor patch_offsets, Tensor patch_ids, str[] reduce) -> Tensor grad_x",
     reference.patch_pool_bwd_reference,
@@ -112,7 +111,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.blt_kernels.patch_pool_bwd(grad_out, *ctx.saved_tensors, ctx.reduce), None, None, None
+    return patch_pool_bwd(grad_out, *ctx.saved_tensors, ctx.reduce), None, None, None
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -130,10 +129,10 @@ def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     width, grads = cotangent.shape[1], []
 
     def pool(y: Tensor, name: str) -> Tensor:
-        return torch.ops.blt_kernels.patch_pool_fwd(y, patch_offsets, patch_ids, [name])
+        return patch_pool_fwd(y, patch_offsets, patch_ids, [name])
 
     def unpool(y: Tensor) -> Tensor:
-        return torch.ops.blt_kernels.patch_unpool_fwd(y, patch_offsets, patch_ids)
+        return patch_unpool_fwd(y, patch_offsets, patch_ids)
 
     for i, name in enumerate(ctx.reduce):
         if name in ("max", "min"):

@@ -52,20 +52,21 @@ def patch_unpool(y: Tensor, layout: PatchLayout, ids: str = "patch") -> Tensor:
     if y.shape[0] != layout.capacity:
         raise ValueError(f"y: expected the capacity of layout, {layout.capacity} patches, got shape {list(y.shape)}")
     if ids == "patch":
-        return _autograd.call(torch.ops.blt_kernels.patch_unpool_fwd.default, y, layout.patch_offsets, layout.patch_ids)
-    return _autograd.call(torch.ops.blt_kernels.patch_unpool_fwd.default, y, layout.decode_offsets, layout.decode_ids)
+        return patch_unpool_fwd(y, layout.patch_offsets, layout.patch_ids)
+    _checks.check_readers(layout)
+    return patch_unpool_fwd(y, layout.decode_offsets, layout.decode_ids)
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 # The bytes whose id is p are the first ones of [offsets[p], offsets[p+1]); the others there have id -1, as have
 # bytes in no such segment. Offsets never fall. A segment is summed in a fixed order.
 
-_common.define(
+patch_unpool_fwd = _common.define(
     "patch_unpool_fwd",
     "(Tensor y, Tensor offsets, Tensor ids) -> Tensor out",
     reference.patch_unpool_fwd_reference,
 )
-_common.define(
+patch_unpool_bwd = _common.define(
     "patch_unpool_bwd",
     "(Tensor grad_out, Tensor offsets, Tensor ids) -> Tensor grad_y",
     reference.patch_unpool_bwd_reference,
@@ -91,12 +92,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.blt_kernels.patch_unpool_bwd(grad_out, *ctx.saved_tensors), None, None
+    return patch_unpool_bwd(grad_out, *ctx.saved_tensors), None, None
 
 
 # The backward is linear in the gradient, and the forward is its derivative.
 def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.blt_kernels.patch_unpool_fwd(cotangent, *ctx.saved_tensors), None, None
+    return patch_unpool_fwd(cotangent, *ctx.saved_tensors), None, None
 
 
 _autograd.register_autograd("patch_unpool_fwd", _backward, setup_context=_save)

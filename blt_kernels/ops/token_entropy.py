@@ -44,8 +44,8 @@ def token_entropy(logits: Tensor) -> Tensor:
     _checks.check_tensor("logits", logits, _DIMS, _checks.FLOATS)
     check_alphabet("logits", logits.shape[-1])
     if logits.dim() == 2:
-        return _autograd.call(torch.ops.blt_kernels.token_entropy_fwd.default, logits)[0]
-    return _autograd.call(torch.ops.blt_kernels.token_entropy_fwd.default, _rows(logits))[0].view(logits.shape[:-1])
+        return token_entropy_fwd(logits)[0]
+    return token_entropy_fwd(_rows(logits))[0].view(logits.shape[:-1])
 
 
 def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,21 +81,17 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
     True
     """
     _checks.check_tensor("hidden", hidden, _DIMS, _checks.FLOATS)
-    _checks.check_tensor("weight", weight, 2, _checks.FLOATS)
     autocast = _common.autocast_enabled(hidden)
-    _checks.check_same("weight", weight, "hidden", hidden, dtype=not autocast)
+    _checks.check_like("weight", weight, (2,), "hidden", hidden, dtype=not autocast)
     _checks.check_shape("weight", weight, (None, hidden.shape[-1]), "[A, D of hidden]")
     check_alphabet("weight", weight.shape[0])
     if bias is not None:
-        _checks.check_tensor("bias", bias, 1, _checks.FLOATS)
-        _checks.check_same("bias", bias, "hidden", hidden, dtype=not autocast)
+        _checks.check_like("bias", bias, (1,), "hidden", hidden, dtype=not autocast)
         _checks.check_shape("bias", bias, (weight.shape[0],), "[A of weight]")
     rows = _rows(hidden)
     head: tuple[Tensor, ...] = (rows, weight) if bias is None else (rows, weight, bias)
     head = _common.autocast(*head) if autocast else head
-    entropy, _log_sum = _autograd.call(
-        torch.ops.blt_kernels.linear_entropy_fwd.default, *head, *[None] * (3 - len(head))
-    )
+    entropy, _log_sum = linear_entropy_fwd(*head, *[None] * (3 - len(head)))
     return entropy if hidden.dim() == 2 else entropy.view(hidden.shape[:-1])
 
 
@@ -112,20 +108,20 @@ def check_alphabet(name: str, alphabet: int) -> None:
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 
-_common.define(
+token_entropy_fwd = _common.define(
     "token_entropy_fwd", "(Tensor logits) -> (Tensor entropy, Tensor log_sum)", reference.token_entropy_fwd_reference
 )
-_common.define(
+token_entropy_bwd = _common.define(
     "token_entropy_bwd",
     "(Tensor grad_entropy, Tensor logits, Tensor entropy, Tensor log_sum) -> Tensor",
     reference.token_entropy_bwd_reference,
 )
-_common.define(
+linear_entropy_fwd = _common.define(
     "linear_entropy_fwd",
     "(Tensor hidden, Tensor weight, Tensor? bias) -> (Tensor entropy, Tensor log_sum)",
     reference.linear_entropy_fwd_reference,
 )
-_common.define(
+linear_entropy_bwd = _common.define(
     "linear_entropy_bwd",
     "(Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor entropy, Tensor log_sum)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
@@ -177,7 +173,7 @@ def logits_grad(ctx: Any, grad_entropy: Tensor | None) -> Tensor | None:
     if grad_entropy is None or not ctx.needs_input_grad[0]:
         return None
     logits, entropy, log_sum = ctx.saved_tensors
-    return torch.ops.blt_kernels.token_entropy_bwd(grad_entropy, logits, entropy, log_sum)
+    return token_entropy_bwd(grad_entropy, logits, entropy, log_sum)
 
 
 def _token_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> Tensor | None:
@@ -194,9 +190,7 @@ def _linear_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> 
     if grad_entropy is None:
         return None, None, None
     hidden, weight, bias, entropy, log_sum = ctx.saved_tensors
-    grad_hidden, grad_weight, grad_bias = torch.ops.blt_kernels.linear_entropy_bwd(
-        grad_entropy, hidden, weight, bias, entropy, log_sum
-    )
+    grad_hidden, grad_weight, grad_bias = linear_entropy_bwd(grad_entropy, hidden, weight, bias, entropy, log_sum)
     return grad_hidden, grad_weight, None if bias is None else grad_bias
 
 

@@ -45,8 +45,6 @@ Heads heads_of(const Tensor& x) { return {x.const_data_ptr(), x.scalar_type(), x
 
 OutputHeads output_heads(Tensor& x) { return {x.mutable_data_ptr(), x.scalar_type(), x.stride(0), x.stride(1)}; }
 
-Tensor unit_stride(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : as_contiguous(x); }
-
 // --- checks ----------------------------------------------------------------------------------------------------------
 
 // The offsets of an op, which its KeyRanges points into. Without cu_seqlens_q there are `num_documents` documents of
@@ -191,7 +189,7 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(
   check_heads(q, k, v);
   Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k, num_documents};
   const KeyRanges key_ranges = check_ranges(q, q.size(0), k.size(0), offsets, window, causal);
-  q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
+  q = with_unit_stride(q), k = with_unit_stride(k), v = with_unit_stride(v);
   Tensor out = new_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = new_output(q, {q.size(0), q.size(1)}, accumulator(q));
   const Problem problem = problem_of(q, k, v, scale, key_ranges);
@@ -248,8 +246,8 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
   check_dim(lse, "lse", 2);
   check_dtype(lse, "lse", accumulator(q));
   for (int dim = 0; dim < 2; ++dim) check_size(lse, "lse", dim, q.size(dim));
-  q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
-  grad_out = unit_stride(grad_out), out = unit_stride(out), lse = as_contiguous(lse);
+  q = with_unit_stride(q), k = with_unit_stride(k), v = with_unit_stride(v);
+  grad_out = with_unit_stride(grad_out), out = with_unit_stride(out), lse = as_contiguous(lse);
   Tensor grad_q = new_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor grad_k = new_output(k, {k.size(0), k.size(1), k.size(2)});
   Tensor grad_v = new_output(k, {k.size(0), k.size(1), k.size(2)});

@@ -65,7 +65,7 @@ LayoutTensors patch_starts_fwd_cpu(const Tensor& entropy, const std::optional<Te
   // Entropies are compared in fp32, whatever their dtype. A copy costs less than a variant of each rule for each dtype.
   Tensor fp32 = values;
   if (values.scalar_type() != ScalarType::Float) {
-    fp32 = torch::stable::new_empty(values, {values.size(0)}, ScalarType::Float);
+    fp32 = new_output(values, {values.size(0)}, ScalarType::Float);
     dispatch_float(values.scalar_type(), "entropy", [&](auto tag) {
       using T = typename decltype(tag)::type;
       const T* const from = values.const_data_ptr<T>();

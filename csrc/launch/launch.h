@@ -19,6 +19,7 @@
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
+#include "../common/empty.h"
 #include "../cuda/device.cuh"
 #include "config.h"
 
@@ -84,7 +85,7 @@ class Device {
 // An uninitialised contiguous tensor on the device of `like`, of its dtype unless another is given.
 inline Tensor device_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                             std::optional<ScalarType> dtype = std::nullopt) {
-  Tensor out = torch::stable::new_empty(like, sizes, dtype);
+  Tensor out = empty(like, sizes, dtype);
   Runtime::poison(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   return out;
 }

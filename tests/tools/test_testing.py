@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
 from blt_kernels import token_entropy
+from blt_kernels._extension import load_cpu
 from blt_kernels.models.config import RELEASED_THRESHOLD
 from blt_kernels.testing import (
     assert_close,
@@ -96,6 +99,18 @@ def test_poison_shows_what_an_op_forgets():
         assert torch.ones(3).new_empty(5).isnan().all()
         assert torch.empty_strided((3, 2), (1, 3)).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(load_cpu().path is None, reason="needs the compiled module")
+def test_poison_reaches_the_compiled_kernels():
+    def poisons() -> bool:
+        return ctypes.c_bool.in_dll(ctypes.CDLL(load_cpu().path), "blt_kernels_poison_outputs").value
+
+    with poisoned_empty():
+        with poisoned_empty():
+            assert poisons()
+        assert poisons()
+    assert not poisons()
 
 
 def test_documents_are_ragged():

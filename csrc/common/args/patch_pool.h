@@ -38,15 +38,19 @@ inline int index_of(const Reduction& reduction) {
   return static_cast<int>(std::find_if(std::begin(kReductions), std::end(kReductions), same) - std::begin(kReductions));
 }
 
+inline std::string reduction_names() {
+  std::string names;
+  for (const Reduction& reduction : kReductions) names.append(names.empty() ? "" : ", ").append(reduction.name);
+  return names;
+}
+
 inline Reductions check_reduce(const std::vector<std::string>& names) {
   STD_TORCH_CHECK(!names.empty(), "reduce: expected at least one reduction");
   Reductions found;
   for (const std::string& name : names) {
     const auto same = [&](const Reduction& reduction) { return name == reduction.name; };
     const auto at = std::find_if(std::begin(kReductions), std::end(kReductions), same);
-    std::string known;
-    for (const Reduction& reduction : kReductions) known.append(known.empty() ? "" : ", ").append(reduction.name);
-    STD_TORCH_CHECK(at != std::end(kReductions), "reduce: expected one of ", known, ", got ", name);
+    STD_TORCH_CHECK(at != std::end(kReductions), "reduce: expected one of ", reduction_names(), ", got ", name);
     found.push_back(*at);
   }
   return found;

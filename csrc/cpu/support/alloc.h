@@ -4,39 +4,39 @@
 // 134 MB takes 76 ms instead of 19. With huge pages it takes 30 ms.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "../../common/check.h"
+#include "../../common/empty.h"
 
 namespace blt {
 
 inline constexpr uintptr_t kSmallPage = 4096;
 inline constexpr uintptr_t kHugeWorth = 4 << 20;  // the allocator keeps smaller blocks between calls
 
+// While this is true, every tensor of new_output is filled with NaN, or with large integers. blt_kernels.testing sets it.
+extern "C" {
+__attribute__((visibility("default"))) inline bool blt_kernels_poison_outputs = false;
+}
+
+inline void poison(Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  const bool integers = type == ScalarType::Int || type == ScalarType::Long;
+  const int byte = type == ScalarType::Bool ? 1 : integers ? 0x7f : 0xff;
+  std::memset(x.mutable_data_ptr(), byte, static_cast<size_t>(x.numel()) * x.element_size());
+}
+
 // Returns an uninitialised contiguous tensor, of the dtype of `like` unless another is given.
 inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
-  // As torch::stable::new_empty for torch 2.9, which takes half the time: the one of later versions finds the operator
-  // by its name, 0.8 us a call.
-  int32_t type = 0, layout = 0, device = aoti_torch_device_type_cpu();
-  if (dtype)
-    type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
-  else
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
-                                                          &type, &layout, &device, 0, nullptr, &handle));
-  Tensor out(handle);
+  Tensor out = empty(like, sizes, dtype);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t data = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
   const uintptr_t begin = (data + kSmallPage - 1) / kSmallPage * kSmallPage;
@@ -44,6 +44,7 @@ inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   // The kernel may ignore this advice.
   if (end > begin && end - begin >= kHugeWorth) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+  if (blt_kernels_poison_outputs) poison(out);
   return out;
 }
 
