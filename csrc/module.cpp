@@ -1,4 +1,4 @@
-// blt_kernels._C, _C_cuda and _C_jit: empty modules. An import loads the shared object, whose static initialisers
+// blt_kernels._C, _C_cuda and _C_jit are empty modules. An import loads the shared object, whose static initialisers
 // register its kernels with torch (STABLE_TORCH_LIBRARY_IMPL).
 
 #include <Python.h>

@@ -1,5 +1,5 @@
-// Argument checks of the compiled ops. The public functions in blt_kernels/ops/ explain bad arguments to users; these
-// checks keep direct calls of torch.ops from accessing memory out of bounds.
+// Checks the arguments of the compiled ops. The public functions in blt_kernels/ops/ explain bad arguments to users;
+// these checks keep direct calls of torch.ops from accessing memory out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -51,7 +51,7 @@ inline const int32_t* check_int32(Tensor& values, const char* name) {
   return values.const_data_ptr<int32_t>();
 }
 
-// The number of segments between `offsets`, which become contiguous.
+// Returns the number of segments between `offsets`, and makes the offsets contiguous.
 inline int64_t check_num_segments(Tensor& offsets, const char* name) {
   check_int32(offsets, name);
   STD_TORCH_CHECK(offsets.size(0) >= 1, name, ": expected at least one entry");
@@ -68,7 +68,7 @@ inline int32_t check_even_documents(int64_t num_documents, int64_t total) {
   return static_cast<int32_t>(total / divisor);
 }
 
-// The dtype to accumulate in, and to return statistics in: fp64 for fp64, else fp32.
+// Returns the dtype of sums and of statistics: fp64 for fp64, else fp32.
 inline ScalarType accumulator(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

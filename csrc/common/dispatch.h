@@ -1,4 +1,4 @@
-// Dispatch from a runtime dtype to a C++ type:
+// Dispatches from a runtime dtype to a C++ type:
 //   dispatch_float(dtype, "logits", [&](auto tag) { using T = typename decltype(tag)::type; })
 #pragma once
 
@@ -14,7 +14,7 @@ struct Tag {
   using type = T;
 };
 
-// fp32 for storage up to fp32, fp64 for fp64.
+// The accumulator is fp32, and fp64 for fp64.
 template <class T>
 using accumulator_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

@@ -1,4 +1,4 @@
-// The primes of the n-gram hashes, by hash function; those of facebookresearch/blt.
+// Hash function i of n-grams uses prime i. The primes are those of facebookresearch/blt.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// linear_entropy: entropies of an output head's logits, a panel of rows at a time, for the CPU and for CUDA.
+// linear_entropy computes entropies of an output head's logits, a panel of rows at a time, for the CPU and for CUDA.
 //
 //   x = hidden weight^T + bias
 //   entropy, log_sum = token_entropy_fwd(x)
@@ -8,7 +8,8 @@
 // torch computes the products, and rounds their results to the dtype of the inputs as F.linear does. All panels use one
 // buffer in turn, which the caller allocates with the rows of a panel, so that their logits stay in a cache: L2 of a
 // core or of a GPU. Sums over panels are in fp32 (fp64 for fp64), in the order of the panels.
-// Work for a row: 2 A D flops forward and 6 A D backward. Forward reads D numbers and writes 8 bytes; backward reads
+//
+// A row takes 2 A D flops forward and 6 A D backward. Forward reads D numbers and writes 8 bytes; backward reads
 // 2 D numbers (hidden twice) and 12 bytes, and writes D numbers. weight and logits come from the cache.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Products of a few rows with a few rows, in as many heads at once as a vector has lanes.
+// Multiplies a few rows with a few rows, in as many heads at once as a vector has lanes.
 //
 // A Table holds one number a head for each pair of rows (i, j): cell (i, j) is a vector across heads. So a softmax
 // over i or j is vertical, and there is nothing to shuffle in it. Rows are [heads, E]: all heads of a row lie side by
@@ -23,13 +23,14 @@
 
 namespace blt {
 
-inline constexpr int64_t kRows = 16;              // rows that a table has on either side, unless the other has fewer
-inline constexpr int64_t kCells = kRows * kRows;  // pairs of rows in a table
+inline constexpr int64_t kRows =
+    16;  // a table has up to so many rows on either side, or more where the other has fewer
+inline constexpr int64_t kCells = kRows * kRows;
 
 template <class A>
 using Table = A[kCells * lanes<A>];
 
-// A [rows, heads, E] tensor with unit stride in E.
+// Points to a [rows, heads, E] tensor with unit stride in E.
 template <class T>
 struct HeadRows {
   T* data;
@@ -40,7 +41,6 @@ struct HeadRows {
   T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
 };
 
-// The heads of a table, and the width of one.
 struct HeadShape {
   int64_t heads, width;
 };
@@ -104,8 +104,8 @@ void dots_block(A* table, int64_t n, HeadRows<const T> x, HeadRows<const T> y, H
     for (int j = 0; j < kJ; ++j) store(table + (i * n + j) * lanes<A>, factor * lane_sums<A>(sums[i][j]));
 }
 
-// table_ij = factor * x_i . y_j for rows i < m and j < n; j runs fastest. Lanes beyond the heads are 0. Asks for n rows
-// of `next` meanwhile: the strides from row to row are too long for the hardware to foresee.
+// Computes table_ij = factor * x_i . y_j for rows i < m and j < n; j runs fastest. Lanes beyond the heads are 0.
+// Meanwhile it prefetches n rows of `next`: row strides are too long for the hardware prefetcher.
 template <class T, class A = accumulator_t<T>>
 void dots(A* table, HeadRows<const T> x, int64_t m, HeadRows<const T> y, int64_t n, HeadRows<const T> next,
           HeadShape shape, A factor) {

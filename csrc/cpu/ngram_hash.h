@@ -1,8 +1,8 @@
-// Hashes of the n-grams that end at each byte.
+// Hashes the n-grams that end at each byte.
 //
 //   hash_n(t) = sum over d < n of token[t - d] * prime^(n - 1 - d) mod vocab, in wrapping int64
 //
-// with id 0 for the bytes before the document.
+// where the bytes before the document have id 0.
 //
 // The hash of an n-gram is the hash of the next shorter one times the prime, plus the oldest byte. So a byte takes as
 // many steps as its longest n-gram has bytes in the document, for any number of sizes, and no window is stored.
@@ -18,7 +18,7 @@
 
 namespace blt {
 
-// x mod divisor in [0, divisor) for signed x: the quotient is the high half of the product with the reciprocal.
+// Returns x mod divisor in [0, divisor) for signed x: the quotient is the high half of the product with the reciprocal.
 struct Modulus : Reciprocal {
   uint64_t operator()(uint64_t x) const {
     const uint64_t high = static_cast<uint64_t>((static_cast<unsigned __int128>(reciprocal) * x) >> 64);
@@ -29,7 +29,7 @@ struct Modulus : Reciprocal {
   }
 };
 
-// The hash of each table, functions outermost, and the documents that bound the n-grams.
+// Describes the hash of each table, functions outermost, and the documents that bound the n-grams.
 struct Ngrams {
   std::vector<uint64_t> primes;
   std::vector<int64_t> sizes;
@@ -39,7 +39,7 @@ struct Ngrams {
   Tensor offsets;  // owns cu_seqlens
 
   int64_t tables() const { return static_cast<int64_t>(primes.size() * sizes.size()); }
-  int64_t end() const { return cu_seqlens[documents]; }  // of the last document
+  int64_t end_of_documents() const { return cu_seqlens[documents]; }
   Ngrams only(int64_t table) const {
     const int64_t count = static_cast<int64_t>(sizes.size());
     return {{primes[table / count]}, {sizes[table % count]}, vocab, cu_seqlens, documents, offsets};
@@ -57,7 +57,7 @@ inline Ngrams ngrams_of(const HashArguments& arguments) {
           offsets};
 }
 
-// base^exponent in wrapping arithmetic.
+// Returns base^exponent in wrapping arithmetic.
 inline uint64_t power(uint64_t base, int64_t exponent) {
   uint64_t result = 1;
   for (; exponent > 0; exponent /= 2, base *= base)
@@ -69,8 +69,8 @@ inline uint64_t power(uint64_t base, int64_t exponent) {
 template <class Id, class F>
 void for_each_hash(const Ngrams& ngrams, const Id* tokens, int64_t begin, int64_t end, const F& f) {
   const int64_t longest = *std::max_element(ngrams.sizes.begin(), ngrams.sizes.end());
-  end = std::min(end, ngrams.end());
-  std::vector<uint64_t> by_size(std::min(longest, ngrams.end()) + 1), hashes(ngrams.tables());
+  end = std::min(end, ngrams.end_of_documents());
+  std::vector<uint64_t> by_size(std::min(longest, ngrams.end_of_documents()) + 1), hashes(ngrams.tables());
   const int32_t* const first = ngrams.cu_seqlens + 1;
   int64_t document = std::upper_bound(first, first + ngrams.documents, begin) - first;
   for (int64_t t = begin; t < end; ++t) {

@@ -27,7 +27,7 @@
 namespace blt {
 namespace {
 
-constexpr int64_t kHashGrain = 2048;  // fewest bytes to hash worth a thread
+constexpr int64_t kHashGrain = 2048;  // a thread is worth starting from so many bytes on
 
 Tensor ngram_hash_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                           const std::vector<int64_t>& ngram_sizes, int64_t num_functions, int64_t vocab) {
@@ -46,7 +46,8 @@ Tensor ngram_hash_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_
       });
     });
   });
-  for (int64_t n = 0; n < tables; ++n) std::fill(out + n * bytes + ngrams.end(), out + (n + 1) * bytes, int64_t{0});
+  for (int64_t n = 0; n < tables; ++n)
+    std::fill(out + n * bytes + ngrams.end_of_documents(), out + (n + 1) * bytes, int64_t{0});
   return hashes;
 }
 
@@ -91,7 +92,7 @@ Tensor ngram_hash_embed_fwd_cpu(const Tensor& tokens, std::vector<Tensor> tables
         });
       });
     });
-    std::fill(to + ngrams.end() * width, to + bytes * width, T(0));
+    std::fill(to + ngrams.end_of_documents() * width, to + bytes * width, T(0));
   });
   return out;
 }
@@ -125,7 +126,7 @@ struct TableReaders {
           if (shard.has(*hash)) f(t, static_cast<int64_t>(*hash) - shard.low);
         });
       } else if (shard.has_byte_table()) {
-        for (int64_t t = begin; t < std::min(end, ngrams.end()); ++t)
+        for (int64_t t = begin; t < std::min(end, ngrams.end_of_documents()); ++t)
           if (id[t] >= 0 && id[t] < *grads.alphabet) f(t, static_cast<int64_t>(id[t]));
       }
     });

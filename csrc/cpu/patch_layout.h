@@ -19,7 +19,7 @@
 
 namespace blt {
 
-// The documents of a text: as given, or `num_documents` of the same length.
+// Holds the documents of a text: as given, or `num_documents` of the same length.
 struct TextDocuments {
   Tensor cu_seqlens, made;  // `made` is empty if cu_seqlens was given
 

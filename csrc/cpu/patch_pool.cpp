@@ -32,11 +32,11 @@ namespace {
 
 constexpr int64_t kPanel = 1024;
 
-// Maximum and minimum, NaN if either operand is.
+// These are maximum and minimum, NaN if either operand is.
 constexpr auto kMax = [](auto best, auto x) { return ((x > best) | (x != x)) ? x : best; };
 constexpr auto kMin = [](auto best, auto x) { return ((x < best) | (x != x)) ? x : best; };
 
-// Rows of one patch, in a panel of columns.
+// Points to rows of one patch, in a panel of columns.
 template <class T>
 struct PatchPanel {
   const T* x;
@@ -44,7 +44,7 @@ struct PatchPanel {
   const T* row(int64_t i) const { return x + i * stride; }
 };
 
-// result[c] = step(... step(row_0[c], row_1[c]) ..., row_n[c])
+// Computes result[c] = step(... step(row_0[c], row_1[c]) ..., row_n[c]).
 template <class A, class T, class Step>
 void fold_rows(A* result, const PatchPanel<T>& rows, const Step& step) {
   map_row<A>(result, rows.width, kSame, rows.x);
@@ -60,7 +60,7 @@ void fold(A* result, const PatchPanel<T>& rows, FoldKind kind) {
   }
 }
 
-// out = the reduction of a patch. `folded` is its rows, or the folds of its units.
+// Writes the reduction of a patch to out. `folded` is its rows, or the folds of its units.
 template <class T, class In>
 void pool(T* out, const PatchPanel<T>& rows, const PatchPanel<In>& folded, const Reduction& reduction) {
   using A = accumulator_t<T>;
@@ -89,11 +89,11 @@ Tensor patch_pool_fwd_cpu(const Tensor& x, Tensor patch_offsets, const Tensor& p
     using A = accumulator_t<T>;
     const int64_t stride = rows.stride(0);
     const SegmentUnits units(offsets, patches);
-    std::vector<A> folds(static_cast<size_t>(units.numbered() * out_width));  // of units
+    std::vector<A> unit_folds(static_cast<size_t>(units.numbered() * out_width));
     const auto rows_of = [&](int64_t begin, int64_t end, int64_t c) {
       return PatchPanel<T>{data + begin * stride + c, stride, end - begin, std::min(kPanel, width - c)};
     };
-    // f(reduction, first column of a panel in a row of out, first column in a row of x)
+    // Calls f(reduction, first column of a panel in a row of out, first column in a row of x).
     const auto for_each_panel = [&](const auto& f) {
       for (int64_t c = 0; c < width; c += kPanel)
         for (size_t r = 0; r < reductions.size(); ++r) f(reductions[r], static_cast<int64_t>(r) * width + c, c);
@@ -109,7 +109,7 @@ Tensor patch_pool_fwd_cpu(const Tensor& x, Tensor patch_offsets, const Tensor& p
         if (unit.number < 0)
           pool(to + column, own, own, reduction);
         else if (!reduction.is_end())
-          fold(folds.data() + unit.number * out_width + column, own, reduction.fold);
+          fold(unit_folds.data() + unit.number * out_width + column, own, reduction.fold);
       });
     });
     parallel_for(static_cast<int64_t>(units.longs().size()), 1, [&](int64_t first, int64_t last) {
@@ -117,7 +117,7 @@ Tensor patch_pool_fwd_cpu(const Tensor& x, Tensor patch_offsets, const Tensor& p
         const LongSegment& patch = units.longs()[static_cast<size_t>(i)];
         for_each_panel([&](const Reduction& reduction, int64_t column, int64_t c) {
           const PatchPanel<T> all = rows_of(offsets[patch.segment], offsets[patch.segment + 1], c);
-          const A* const first_fold = folds.data() + patch.first * out_width + column;
+          const A* const first_fold = unit_folds.data() + patch.first * out_width + column;
           pool(pooled + patch.segment * out_width + column, all,
                PatchPanel<A>{first_fold, out_width, patch.last - patch.first, all.width}, reduction);
         });
@@ -129,19 +129,19 @@ Tensor patch_pool_fwd_cpu(const Tensor& x, Tensor patch_offsets, const Tensor& p
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// Gradients that the bytes of a patch get in a panel of columns: those of reductions with the same fold are added up.
+// Holds the gradients of the bytes of a patch in a panel of columns. Reductions with the same fold are added up.
 template <class A>
 struct Shares {
   alignas(kVecBytes) A values[5][kPanel];
   A* of(FoldKind fold) { return values[static_cast<int>(fold)]; }
 };
 
-// The share of a byte with value x in a patch with this extreme. Where the patch has a NaN, every byte gets NaN.
+// Returns the share of a byte with value x in a patch with this extreme. Where the patch has a NaN, it is NaN.
 constexpr auto kTieShare = [](auto x, auto extreme, auto share) {
   return x == extreme ? share : (extreme == extreme ? decltype(extreme){} : extreme);
 };
 
-// ties[c] = number of rows that equal extreme[c]
+// Counts in ties[c] the rows that equal extreme[c].
 template <class A, class T>
 void count_ties(A* ties, const T* extreme, const PatchPanel<T>& rows) {
   const auto count = [](auto n, auto x, auto b) { return x == b ? n + A(1) : n; };
@@ -149,8 +149,8 @@ void count_ties(A* ties, const T* extreme, const PatchPanel<T>& rows) {
   for (int64_t i = 0; i < rows.count; ++i) map_row<A>(ties, rows.width, count, ties, rows.row(i), extreme);
 }
 
-// The counts of ties of one extreme in a patch and in one of its units, in a panel of columns. Null where the rows are
-// the whole patch, whose ties are counted when they are needed.
+// Points to the counts of ties of one extreme in a patch and in one of its units, in a panel of columns. Both are null
+// where the rows are the whole patch, whose ties are counted when they are needed.
 template <class A>
 struct TieCounts {
   const A *patch = nullptr, *unit = nullptr;
@@ -164,7 +164,7 @@ struct TieCounts {
   }
 };
 
-// The patch of some rows: its length, whether the rows begin and end it, and its ties.
+// Describes the patch of some rows: its length, whether the rows begin and end it, and its ties.
 template <class A>
 struct PatchOfRows {
   int64_t length;
@@ -172,7 +172,7 @@ struct PatchOfRows {
   TieCounts<A> max_ties, min_ties;
 };
 
-// share[c] /= number of rows of the patch that equal extreme[c]
+// Divides share[c] by the number of rows of the patch that equal extreme[c].
 template <class A, class T>
 void share_among_ties(A* share, const T* extreme, const PatchPanel<T>& rows, const A* ties) {
   alignas(kVecBytes) A own[kPanel];
@@ -180,8 +180,8 @@ void share_among_ties(A* share, const T* extreme, const PatchPanel<T>& rows, con
   map_row<A>(share, rows.width, [](auto g, auto n) { return g / n; }, share, ties ? ties : own);
 }
 
-// The gradient of rows of one patch, in a panel of columns. `grad` and `out` point to the patch's row in the first
-// reduction; the other reductions follow `step` columns apart. rows.x is null unless there is a maximum or a minimum.
+// Writes the gradient of rows of one patch, in a panel of columns. `grad` and `out` point to the patch's row in the
+// first reduction; the other reductions follow `step` columns apart. rows.x is null without a maximum or minimum.
 template <class T>
 void pool_grad(T* grad_x, int64_t grad_stride, const T* grad, const T* out, int64_t step, const PatchPanel<T>& rows,
                const PatchOfRows<accumulator_t<T>>& patch, const Reductions& reductions) {
@@ -259,7 +259,7 @@ Tensor patch_pool_bwd_cpu(const Tensor& grad_out, const std::optional<Tensor>& x
       return PatchPanel<T>{data ? data + unit.begin * stride + c : nullptr, stride, unit.end - unit.begin,
                            std::min(kPanel, width - c)};
     };
-    // The ties of the maximum and of the minimum, in each unit of a long patch and in the whole patch.
+    // Count the ties of the maximum and of the minimum, in each unit of a long patch and in the whole patch.
     const SegmentUnits units(offsets, patches);
     std::vector<A> ties[2], totals[2];
     for (int k = 0; k < 2; ++k) {

@@ -12,14 +12,14 @@
 
 namespace blt {
 
-inline constexpr int64_t kUnitRows = 512;  // rows per unit; the last one of a segment has up to twice as many
+inline constexpr int64_t kUnitRows = 512;  // the last unit of a segment has up to twice as many
 
-// Rows [begin, end) of a segment: all of them, with number -1, or a numbered unit of a long segment.
+// A unit is rows [begin, end) of a segment. It is the whole segment if its number is -1.
 struct Unit {
   int64_t segment, begin, end, number;
 };
 
-// A long segment and its units, [first, last).
+// A long segment has the units [first, last).
 struct LongSegment {
   int64_t segment, first, last;
 };
@@ -51,7 +51,7 @@ class SegmentUnits {
 
   const std::vector<LongSegment>& longs() const { return longs_; }
   int64_t numbered() const { return numbered_; }
-  // The index of the long segment of a unit.
+  // Returns the index of the long segment of a unit.
   int64_t long_index(const Unit& unit) const { return long_of(unit.number) - longs_.begin(); }
 
   // Calls f(unit) for the units of long segments.

@@ -1,5 +1,5 @@
-// token_entropy: the entropy of each row of logits, and its gradient. linear_entropy: the same for the logits of an
-// output head.
+// token_entropy computes the entropy of each row of logits, and its gradient. linear_entropy does so for the logits of
+// an output head.
 //
 // Rows are spread over the threads; token_entropy.h has the arithmetic of one row. Bytes moved for [T, 260] fp32
 // logits: 1040 read and 8 written a row forward, 1052 read and 1040 written backward.
@@ -21,8 +21,8 @@
 namespace blt {
 namespace {
 
-constexpr int64_t kRowGrain = 64;     // the fewest rows of logits worth a thread
-constexpr int64_t kPanelRows = 1024;  // of linear_entropy: 1 MB of fp32 logits
+constexpr int64_t kRowGrain = 64;
+constexpr int64_t kPanelRows = 1024;  // a panel of linear_entropy is about 1 MB of fp32 logits
 
 // Writes entropy[i] and log_sum[i] of logits[i] for the first `count` rows. The outputs are contiguous, the logits have
 // unit stride in a row. The other rows are not read: their entropy is 0, their log_sum kUnread.

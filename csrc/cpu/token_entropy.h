@@ -1,4 +1,4 @@
-// Entropy of one row of logits, and its gradient. In fp32 arithmetic (fp64 for fp64 rows):
+// Computes the entropy of one row of logits, and its gradient, in fp32 arithmetic (fp64 for fp64 rows):
 //
 //   m = max x,  d = x - m,  s = sum exp(d),  log_sum = log s,  H = log_sum - (sum exp(d) d) / s
 //   dH/dx = -p (log p + H),  log p = d - log_sum

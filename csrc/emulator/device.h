@@ -1,4 +1,4 @@
-// CUDA's built-in functions, for kernels that the host's compiler compiles (emulator.h).
+// Declares CUDA's built-in functions for kernels that the host's compiler compiles (emulator.h).
 #pragma once
 
 #include <vector_types.h>
@@ -34,7 +34,7 @@ namespace blt::emulator {
 
 using Site = std::source_location;
 
-// The indices of the current thread.
+// These return the indices of the current thread.
 uint3 thread_index();
 uint3 block_index();
 uint3 block_size();
@@ -43,7 +43,7 @@ uint3 grid_size();
 void* dynamic_shared(size_t bytes);
 void barrier(const Site& site);
 void fault_if_misaligned(const void* pointer, size_t bytes);
-// cp.async: the bytes are read at once and written to shared memory when their group is waited for.
+// Like cp.async, except that the bytes are read at once and written to shared memory when their group is waited for.
 void copy_async(void* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_for_copies(int groups);

@@ -1,4 +1,4 @@
-// Launches kernels, and implements the functions that CUDA has built in. Compiled without instrumentation.
+// Launches kernels, and implements the functions that CUDA has built in. It is compiled without instrumentation.
 
 #include "emulator.h"
 

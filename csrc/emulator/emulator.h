@@ -30,7 +30,7 @@ struct Registered {
   static inline const Kernel* const kernel = add_kernel(names::kernel_name<kKernel>());
 };
 
-// The record of a launch. `read` and `written` are bytes that would cross from L2: whole sectors of 32 bytes, each
+// Records a launch. `read` and `written` are bytes that would cross from L2: whole sectors of 32 bytes, each
 // counted once per block unless it left a cache of 256 KB meanwhile. `loaded` and `stored` are the bytes that threads
 // access. `longest` is the critical path: the most loads and stores, of tensors and of shared memory, of a single
 // thread.
@@ -44,7 +44,7 @@ struct Launch {
 // Runs run(parameters) in every thread. Throws a std::runtime_error with the first fault.
 void launch(const Kernel* kernel, const LaunchConfig& config, void (*run)(const void*), const void* parameters);
 
-// The tensors that kernels may access while this lives.
+// Lists the tensors that kernels may access while this lives.
 class Scope {
  public:
   Scope();
@@ -54,7 +54,7 @@ class Scope {
   void add(const void* data, int64_t bytes, bool writable);
 };
 
-// Zeroes memory, recorded as a launch of "memset".
+// Zeroes memory, and records it as a launch of "memset".
 void zero(void* data, int64_t bytes);
 
 // Fills new memory with bytes that are NaN as floating-point numbers and out of range as ids.
@@ -62,7 +62,7 @@ void poison(void* data, int64_t bytes);
 
 // --- for the tests ---------------------------------------------------------------------------------------------------
 
-// The order of blocks and threads, where the kernel does not fix it.
+// Chooses the order of blocks and threads, where the kernel does not fix it.
 enum class Order { kForward, kBackward, kRandom };
 void set_order(Order order, uint64_t seed);
 

@@ -1,5 +1,5 @@
-// Kernels with one fault each, and some without, for the tests of the emulator: blt_emulated::inject_fault(name, x) ->
-// out. x is float [n], out float [n]; blocks have 64 threads.
+// Tests of the emulator run these kernels, which have one fault or none: blt_emulated::inject_fault(name, x) -> out. x
+// and out are float [n]; blocks have 64 threads.
 
 #include <algorithm>
 #include <string>
@@ -14,7 +14,7 @@ constexpr int kThreads = 64;
 
 __device__ i64 my_index() { return static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x; }
 
-// No fault: a sum over the block through shared memory, which every thread writes.
+// This kernel has no fault. It sums over a block through shared memory, which every thread writes.
 __global__ void block_sum_kernel(const float* x, i64 n, float* out) {
   __shared__ float partial[kThreads];
   const i64 i = my_index();
@@ -27,7 +27,7 @@ __global__ void block_sum_kernel(const float* x, i64 n, float* out) {
   if (i < n) out[i] = partial[0];
 }
 
-// No fault: sums of half warps, with masks of their own. Whole warps beyond the end return early.
+// This kernel has no fault. It sums over half warps, which have masks of their own. Warps beyond the end return early.
 __global__ void half_warp_kernel(const float* x, i64 n, float* out) {
   const i64 i = my_index();
   if (i / kWarp * kWarp >= n) return;
@@ -37,7 +37,7 @@ __global__ void half_warp_kernel(const float* x, i64 n, float* out) {
   if (i < n) out[i] = sum;
 }
 
-// No fault: dynamic shared memory, a vote, atomics on integers.
+// This kernel has no fault. It uses dynamic shared memory, a vote and atomics on integers.
 struct Counts {
   int votes, arrivals;
 };
@@ -53,7 +53,7 @@ __global__ void counts_kernel(const float* x, i64 n, float* out) {
   if (i < n) out[i] = static_cast<float>(counts.votes + 1000 * counts.arrivals);
 }
 
-// No fault: the last thread does all the work, one load per number of x and a store.
+// This kernel has no fault. Its last thread does all the work: one load per number of x, and a store.
 __global__ void one_thread_kernel(const float* x, i64 n, float* out) {
   const i64 i = my_index();
   if (i >= n) return;
@@ -62,13 +62,13 @@ __global__ void one_thread_kernel(const float* x, i64 n, float* out) {
   out[i] = sum;
 }
 
-// No fault: a load and a store of 16 bytes.
+// This kernel has no fault. It loads and stores 16 bytes.
 __global__ void vectors_kernel(const float* x, i64 n, float* out) {
   const i64 i = 4 * my_index();
   if (i + 4 <= n) store(out + i, load<4>(x + i));
 }
 
-// No fault: numbers pass through shared memory by asynchronous copies, each in a group of its own.
+// This kernel has no fault. Asynchronous copies, each in a group of its own, move numbers through shared memory.
 __global__ void copies_kernel(const float* x, i64 n, float* out) {
   __shared__ float values[2][kThreads];
   const i64 i = my_index();
@@ -83,7 +83,7 @@ __global__ void copies_kernel(const float* x, i64 n, float* out) {
   out[i] = first + values[1][threadIdx.x];
 }
 
-// A race: a thread reads its neighbour's value without a barrier.
+// A thread reads its neighbour's value without a barrier, which is a race.
 __global__ void race_kernel(const float* x, i64 n, float* out) {
   __shared__ float values[kThreads];
   const i64 i = my_index();
@@ -158,7 +158,7 @@ __global__ void too_little_shared_kernel(const float*, i64, float* out) {
   out[0] = large[threadIdx.x];
 }
 
-// Two groups of copies, of which only the first has been waited for.
+// The kernel waits only for the first of two groups of copies.
 __global__ void early_copy_kernel(const float* x, i64, float* out) {
   __shared__ float values[2][kThreads];
   for (int group = 0; group < 2; ++group) {

@@ -1,4 +1,4 @@
-// Switches between the fibres of a block. Compiled without instrumentation.
+// Switches between the fibres of a block. It is compiled without instrumentation.
 
 #include "machine.h"
 
@@ -76,7 +76,8 @@ std::string place(const Fibre& fibre) {
   return m.record->kernel + ", block " + coordinates(m.block) + ", thread " + coordinates(fibre.index);
 }
 
-// The fault of a block of which no fibre can run though some are not done: they miss lanes of a mask, or a barrier.
+// Returns the fault of a block whose fibres can no longer run though some are not done: lanes of a mask or threads at a
+// barrier are missing.
 std::string deadlock() {
   const Machine& m = machine();
   for (int thread = 0; thread < m.threads; ++thread) {
@@ -168,7 +169,7 @@ void run_block() {
     Fibre& fibre = m.fibres[thread];
     fibre = {};
     fibre.index = {static_cast<unsigned>(thread), 0, 0};
-    // The stack as a switch leaves it: six registers, the return address, and alignment as after a call.
+    // Lay the stack out as a switch leaves it: six registers, the return address, and alignment as after a call.
     auto* top = reinterpret_cast<void**>(m.stacks + (static_cast<size_t>(thread) + 1) * kStackBytes) - 8;
     std::memset(top, 0, 8 * sizeof(void*));
     top[6] = reinterpret_cast<void*>(&blt_emulator_enter);

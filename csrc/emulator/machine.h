@@ -1,4 +1,4 @@
-// The state of the emulator: the threads of a block as fibres, their warp collectives, and the memory they may access.
+// Declares the state of the emulator: threads of a block as fibres, warp collectives, and the memory they may access.
 //
 // A fibre runs until it waits at a barrier or for the lanes of a collective; then the next one that can run does. All
 // stacks are one mapping, so an address tells whether it is on a stack.
@@ -21,7 +21,7 @@ inline constexpr size_t kStackBytes = 64 << 10;
 inline constexpr int kMaxThreads = 1024;
 inline constexpr size_t kMaxSharedBytes = 227 << 10;
 
-// A collective of the lanes of a mask: open until all have arrived, erased when all have left.
+// A collective of the lanes of a mask is open until all have arrived, and erased when all have left.
 struct OpenCollective {
   Collective kind;
   uint32_t mask, arrived = 0, left = 0;
@@ -47,14 +47,14 @@ struct Fibre {
   bool done = false;
   const char* waits_for = nullptr;
   Site site;
-  int64_t accesses = 0;                       // of tensors and of shared memory
-  Range vector;                               // the vector access under way, which the compiler may split
-  size_t vector_left = 0;                     // bytes of it that are still to come
-  std::vector<Copy> open_copies;              // not committed yet
-  std::deque<std::vector<Copy>> copy_groups;  // oldest first
+  int64_t accesses = 0;                       // counts those of tensors and of shared memory
+  Range vector;                               // is the vector access under way, which the compiler may split
+  size_t vector_left = 0;                     // bytes of it are still to come
+  std::vector<Copy> open_copies;              // are not committed yet
+  std::deque<std::vector<Copy>> copy_groups;  // begins with the oldest
 };
 
-// The sectors in a cache of 256 KB: the last kWays of each of 1024 sets, newest first. Addresses differ from run to
+// Models a cache of 256 KB: the last kWays sectors of each of 1024 sets, newest first. Addresses differ from run to
 // run, but with so many sets the number of misses hardly does.
 struct Cache {
   static constexpr int kWays = 8;
@@ -64,7 +64,7 @@ struct Cache {
   int64_t touch(uintptr_t at, size_t bytes);
 };
 
-// Shared memory, and the bytes of it that the block has written.
+// Holds shared memory, and which of its bytes the block has written.
 struct SharedMemory {
   uintptr_t begin = 0;
   std::vector<bool> written;

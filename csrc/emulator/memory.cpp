@@ -1,4 +1,5 @@
-// Checks and counts every load and store of kernels, which -fsanitize=thread reports. Compiled without instrumentation.
+// Checks and counts every load and store of kernels, which -fsanitize=thread reports. This file itself is compiled
+// without instrumentation.
 
 #include <algorithm>
 #include <cstdio>

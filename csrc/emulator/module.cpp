@@ -1,4 +1,4 @@
-// blt_emulator: its import registers the emulated kernels as blt_emulated::<op>; its functions are for tests.
+// Importing blt_emulator registers the emulated kernels as blt_emulated::<op>. Its functions are for tests.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

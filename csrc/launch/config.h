@@ -1,4 +1,4 @@
-// The launch configuration of a kernel.
+// Defines the launch configuration of a kernel.
 #pragma once
 
 #include <cstdint>
@@ -6,14 +6,15 @@
 namespace blt {
 
 struct Grid {
-  int64_t x, y = 1;  // blocks
+  int64_t x, y = 1;
 };
 
-// A launch whose grid is empty does nothing.
+// A launch whose grid is empty does nothing. `grid` counts blocks, `block` threads, `smem_bytes` the dynamic shared
+// memory of a block.
 struct LaunchConfig {
   Grid grid;
-  int block;               // threads
-  int64_t smem_bytes = 0;  // dynamic shared memory of a block
+  int block;
+  int64_t smem_bytes = 0;
 };
 
 }  // namespace blt

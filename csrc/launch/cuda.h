@@ -19,7 +19,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace blt {
 
-// The device of a tensor, current while this lives, with its current stream.
+// Makes the device of a tensor current while this lives, and knows its current stream.
 class Runtime {
  public:
   explicit Runtime(const torch::stable::Tensor& x) : index_(x.get_device_index()), guard_(index_) {
@@ -39,7 +39,7 @@ class Runtime {
   void launch(const LaunchConfig& config, const P&... parameters) const {
     void* packed[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
     const void* const kernel = reinterpret_cast<const void*>(kKernel);
-    static std::atomic<uint64_t> loaded{0};  // one bit per device
+    static std::atomic<uint64_t> loaded{0};  // has one bit per device
     const uint64_t bit = uint64_t{1} << (index_ % 64);
     if ((loaded.load(std::memory_order_relaxed) & bit) == 0) {
       load(kernel);

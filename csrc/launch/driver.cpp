@@ -1,4 +1,4 @@
-// The driver's functions, looked up at their first use, and the functions that blt_kernels/_nvrtc.py calls.
+// Looks up the driver's functions at their first use, and defines the functions that blt_kernels/_nvrtc.py calls.
 
 #include "driver.h"
 
@@ -12,7 +12,7 @@
 namespace blt::driver {
 namespace {
 
-using Compile = void* (*)(const char* name, int32_t device);  // CUfunction, or null where Python raised
+using Compile = void* (*)(const char* name, int32_t device);  // returns a CUfunction, or null where Python raised
 
 Compile compile = nullptr;
 std::mutex mutex;
@@ -30,7 +30,7 @@ Function function_in(void* library, const char* name) {
   return reinterpret_cast<Function>(found);
 }
 
-// The functions of the driver that are used here, declared as in cuda.h.
+// Holds the functions of the driver that are used here, declared as in cuda.h.
 struct Driver {
   using Result = int;
   static constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

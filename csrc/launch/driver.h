@@ -1,4 +1,4 @@
-// The CUDA driver, for launchers whose kernels NVRTC compiles.
+// Calls the CUDA driver, for launchers whose kernels NVRTC compiles.
 //
 // Nothing of CUDA is needed to build this, and no GPU to load it: libcuda.so.1 is opened at the first launch.
 // blt_kernels/_nvrtc.py compiles a kernel by its name.
@@ -17,7 +17,7 @@ namespace blt::driver {
 // A kernel that some launcher can launch.
 struct Kernel {
   std::string name;
-  std::vector<void*> functions;  // one CUfunction per device, null until it is compiled
+  std::vector<void*> functions;  // has a CUfunction per device, null until it is compiled
 };
 Kernel* add_kernel(std::string_view name);
 

@@ -33,12 +33,12 @@
 
 namespace blt {
 
-// The device of a tensor, current while this lives.
+// Makes the device of a tensor current while this lives.
 class Device {
  public:
   explicit Device(const Tensor& x) : runtime_(x) {}
 
-  // The elements of a tensor that a kernel reads, or null without a tensor.
+  // Returns the elements of a tensor that a kernel reads, or null without a tensor.
   template <class T>
   const T* read(const Tensor& x) const {
     const void* const data = x.const_data_ptr();
@@ -49,7 +49,7 @@ class Device {
   const T* read(const std::optional<Tensor>& x) const {
     return x ? read<T>(*x) : nullptr;
   }
-  // The elements of a tensor that a kernel writes.
+  // Returns the elements of a tensor that a kernel writes.
   template <class T>
   T* write(Tensor& x) const {
     void* const data = x.mutable_data_ptr();
@@ -82,7 +82,7 @@ class Device {
   Runtime runtime_;
 };
 
-// An uninitialised contiguous tensor on the device of `like`, of its dtype unless another is given.
+// Returns an uninitialised contiguous tensor on the device of `like`, of its dtype unless another is given.
 inline Tensor device_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                             std::optional<ScalarType> dtype = std::nullopt) {
   Tensor out = empty(like, sizes, dtype);
@@ -90,7 +90,7 @@ inline Tensor device_output(const Tensor& like, torch::headeronly::IntHeaderOnly
   return out;
 }
 
-// Like dispatch_float, but with CUDA's types for bf16 and fp16.
+// Dispatches like dispatch_float, but with CUDA's types for bf16 and fp16.
 template <class F>
 decltype(auto) dispatch_device_float(ScalarType dtype, const char* name, F&& f) {
   switch (dtype) {
@@ -107,7 +107,7 @@ decltype(auto) dispatch_device_float(ScalarType dtype, const char* name, F&& f) 
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
-// Row stride in bytes.
+// Returns the row stride in bytes.
 inline int64_t row_bytes(const Tensor& x) { return x.stride(0) * static_cast<int64_t>(x.element_size()); }
 
 template <class T>

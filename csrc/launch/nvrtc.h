@@ -1,4 +1,4 @@
-// Launches kernels that NVRTC compiles when they are first launched, through the CUDA driver: in _C_jit.
+// Launches kernels that NVRTC compiles when they are first launched, through the CUDA driver. It is part of _C_jit.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -14,7 +14,7 @@
 
 namespace blt {
 
-// The device of a tensor, current while this lives, with its current stream.
+// Makes the device of a tensor current while this lives, and knows its current stream.
 class Runtime {
  public:
   explicit Runtime(const torch::stable::Tensor& x)

@@ -1,4 +1,4 @@
-// The checked arguments of the ops that build a PatchLayout, for the CPU and for CUDA.
+// Checks the arguments of the ops that build a PatchLayout, for the CPU and for CUDA.
 #pragma once
 
 #include <limits>

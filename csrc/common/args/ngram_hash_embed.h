@@ -1,4 +1,4 @@
-// The checked arguments of ngram_hash and ngram_hash_embed, for the CPU and for CUDA.
+// Checks the arguments of ngram_hash and ngram_hash_embed, for the CPU and for CUDA.
 #pragma once
 
 #include <bit>
@@ -10,11 +10,11 @@
 
 namespace blt {
 
-// The constants of x mod divisor by multiplication with a reciprocal of 65 bits whose top bit is implied (Granlund and
-// Montgomery, 1994).
+// Holds the constants of x mod divisor by multiplication with a reciprocal of 65 bits, whose top bit is implied
+// (Granlund and Montgomery, 1994).
 struct Reciprocal {
   uint64_t divisor, reciprocal, wrap;  // wrap is 2^64 mod divisor, or divisor itself
-  int bits;                            // ceil(log2(divisor))
+  int bits;                            // is ceil(log2(divisor))
 };
 
 inline Reciprocal reciprocal_of(int64_t vocab) {
@@ -78,7 +78,7 @@ struct EmbedArguments {
   std::optional<Tensor> byte_table;
 
   int64_t width() const { return tables[0].size(1); }
-  // The tensor of a table, and its first row there.
+  // Table n begins at row first_row(n) of this tensor.
   const Tensor& table(int64_t n) const { return tables[tables.size() == 1 ? 0 : n]; }
   int64_t first_row(int64_t n) const { return tables.size() == 1 ? n * shard.rows() : 0; }
 };

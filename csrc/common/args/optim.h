@@ -1,12 +1,11 @@
-// The checked arguments of the sparse optimizer steps, for the CPU and for CUDA.
+// Checks the arguments of the sparse optimizer steps, for the CPU and for CUDA.
 #pragma once
 
 #include "../check.h"
 
 namespace blt {
 
-// table [size, width] and the gradient of some of its rows: rows int64 [n], values [n, width]. Rows of values have unit
-// stride.
+// Row rows[i] of table [size, width] has the gradient values[i]. rows is int64 [n], values [n, width] with unit stride.
 struct StepArguments {
   Tensor table, rows, values;
 };

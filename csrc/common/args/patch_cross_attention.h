@@ -1,4 +1,4 @@
-// The checked arguments of patch_cross_attention, for the CPU and for CUDA.
+// Checks the arguments of patch_cross_attention, for the CPU and for CUDA.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,8 @@ inline void check_like(const Tensor& x, const char* name, const Tensor& like) {
   for (int dim = 0; dim < 3; ++dim) check_size(x, name, dim, like.size(dim));
 }
 
-// q [queries, heads, E], k and v [keys, kv_heads, E] with unit stride in E; contiguous offsets [capacity + 1],
-// cu_patches [documents + 1] and ids [num_bytes].
+// q [queries, heads, E], k and v [keys, kv_heads, E] have unit stride in E. offsets [capacity + 1], cu_patches
+// [documents + 1] and ids [num_bytes] are contiguous.
 struct CrossArguments {
   Tensor q, k, v, offsets, cu_patches, ids;
   bool encode;

@@ -1,4 +1,4 @@
-// The checked arguments of patch_pool, for the CPU and for CUDA.
+// Checks the arguments of patch_pool, for the CPU and for CUDA.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace blt {
 
 enum class FoldKind { kMax, kMin, kSum, kFirst, kLast };
 
-// A fold of the rows of a patch, divided by their number for a mean.
+// Folds the rows of a patch, and divides by their number for a mean.
 struct Reduction {
   std::string_view name;
   FoldKind fold;
@@ -32,7 +32,7 @@ inline constexpr Reduction kReductions[] = {
 
 using Reductions = std::vector<Reduction>;
 
-// The index of a reduction in kReductions.
+// Returns the index of a reduction in kReductions.
 inline int index_of(const Reduction& reduction) {
   const auto same = [&](const Reduction& other) { return other.name == reduction.name; };
   return static_cast<int>(std::find_if(std::begin(kReductions), std::end(kReductions), same) - std::begin(kReductions));
@@ -60,14 +60,14 @@ inline bool has_fold(const Reductions& reductions, FoldKind fold) {
   return std::any_of(reductions.begin(), reductions.end(), [=](const Reduction& r) { return r.fold == fold; });
 }
 
-// The first column of the first reduction with this fold in a row of `out`, or -1.
+// Returns the first column of the first reduction with this fold in a row of `out`, or -1.
 inline int64_t column_of(const Reductions& reductions, FoldKind fold, int64_t width) {
   for (size_t r = 0; r < reductions.size(); ++r)
     if (reductions[r].fold == fold) return static_cast<int64_t>(r) * width;
   return -1;
 }
 
-// x [bytes, width], patch_offsets [patches + 1], patch_ids [bytes].
+// The shapes are x [bytes, width], patch_offsets [patches + 1] and patch_ids [bytes].
 struct PoolArguments {
   Tensor x, patch_offsets, patch_ids;
   Reductions reductions;
@@ -85,7 +85,7 @@ inline PoolArguments check_pool(const Tensor& x, Tensor patch_offsets, Tensor pa
   return {rows, patch_offsets, patch_ids, check_reduce(reduce), rows.size(0), patches, rows.size(1)};
 }
 
-// grad_out [patches, reductions * width]. x and its pooled `out` are there if a reduction is a maximum or minimum.
+// grad_out is [patches, reductions * width]. x and its pooled `out` are given if a reduction is a maximum or minimum.
 struct PoolGradArguments {
   Tensor grad_out;
   std::optional<Tensor> x, out;

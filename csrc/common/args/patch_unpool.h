@@ -1,11 +1,11 @@
-// The checked arguments of patch_unpool, for the CPU and for CUDA.
+// Checks the arguments of patch_unpool, for the CPU and for CUDA.
 #pragma once
 
 #include "../check.h"
 
 namespace blt {
 
-// rows: y [patches, width] forward, grad_out [bytes, width] backward. offsets [patches + 1], ids [bytes].
+// rows is y [patches, width] forward and grad_out [bytes, width] backward; offsets is [patches + 1], ids [bytes].
 struct UnpoolArguments {
   Tensor rows, offsets, ids;
   int64_t bytes, patches, width;

@@ -1,4 +1,4 @@
-// The checked arguments of token_entropy and linear_entropy, for the CPU and for CUDA.
+// Checks the arguments of token_entropy and linear_entropy, for the CPU and for CUDA.
 #pragma once
 
 #include <optional>
@@ -25,7 +25,7 @@ inline Tensor check_row_values(const Tensor& values, const char* name, const Ten
   return as_contiguous(values);
 }
 
-// hidden [rows, width], weight [alphabet, width] and bias [alphabet], of any strides.
+// hidden [rows, width], weight [alphabet, width] and bias [alphabet] may have any strides.
 inline void check_head(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_dim(hidden, "hidden", 2);
   check_dim(weight, "weight", 2);

@@ -1,4 +1,4 @@
-// The documents of packed data on the CPU: as given, or all of the same length.
+// Finds the documents of packed data on the CPU: as given, or all of the same length.
 #pragma once
 
 #include <optional>
@@ -8,7 +8,7 @@
 
 namespace blt {
 
-// `given`, or the offsets of `num_documents` documents of the same length that fill `total` positions.
+// Returns `given`, or the offsets of `num_documents` documents of the same length that fill `total` positions.
 inline Tensor document_offsets(const std::optional<Tensor>& given, int64_t num_documents, const Tensor& like,
                                int64_t total) {
   if (given) return *given;

@@ -1,4 +1,4 @@
-// Loops over torch's threads. A loop of at most `grain` steps runs in the calling thread.
+// Runs loops on torch's threads. A loop of at most `grain` steps runs in the calling thread.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -24,7 +24,7 @@ template <class F>
 void parallel_segments(const int32_t* offsets, int64_t segments, int64_t grain, const F& f) {
   const auto before = [=](int64_t s) { return offsets[s] - offsets[0] + s; };
   const auto segment_at = [=](int64_t work) {
-    int64_t low = 0, high = segments;  // the first segment with before(s) >= work
+    int64_t low = 0, high = segments;  // finds the first segment with before(s) >= work
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
       before(middle) < work ? low = middle + 1 : high = middle;

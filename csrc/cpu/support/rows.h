@@ -1,4 +1,4 @@
-// Elementwise work on rows of a matrix, in fp32 (fp64 for fp64 rows).
+// Maps and sums rows of a matrix, in fp32 (fp64 for fp64 rows).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,13 +12,13 @@
 
 namespace blt {
 
-// Grain size: the fewest rows of `width` elements worth a thread.
+// Returns the grain size: the fewest rows of `width` elements worth a thread.
 inline int64_t row_grain(int64_t width) {
   constexpr int64_t kElements = 32 * 1024;
   return std::max<int64_t>(1, kElements / std::max<int64_t>(1, width));
 }
 
-// out[c] = f(in[c]...) for c < width. f is called on vectors of A, and on A itself for the last columns.
+// Computes out[c] = f(in[c]...) for c < width. f is called on vectors of A, and on A itself for the last columns.
 //
 // An fp32 row written from bf16 rows has the element order of their Pairs, even elements first. So it may only be
 // combined with bf16 rows again.
@@ -33,7 +33,7 @@ inline void map_row(Out* out, int64_t width, const F& f, const In*... in) {
 inline constexpr auto kSame = [](auto x) { return x; };
 inline constexpr auto kAdd = [](auto x, auto y) { return x + y; };
 
-// out[c] (+)= sum over begin <= n < end of row(n)[c], for the columns of kPairs pairs.
+// Computes out[c] (+)= sum over begin <= n < end of row(n)[c], for the columns of kPairs pairs.
 template <int kPairs, class A, class Out, class Row>
 inline void sum_columns(Out* out, const Row& row, int64_t begin, int64_t end, int64_t column, bool add) {
   PairOf<A> sums[kPairs] = {};
@@ -49,7 +49,7 @@ inline void sum_columns(Out* out, const Row& row, int64_t begin, int64_t end, in
   }
 }
 
-// The same for `width` columns from `column` on. Several rows are read together, so their cache misses overlap.
+// Does so for `width` columns from `column` on. Several rows are read together, so their cache misses overlap.
 template <class A, class Out, class Row>
 inline void sum_few_rows(Out* out, const Row& row, int64_t begin, int64_t end, int64_t column, int64_t width,
                          bool add) {

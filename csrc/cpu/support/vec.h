@@ -1,11 +1,11 @@
-// Vectors of fp32 as wide as the instruction set that this file is compiled for: 4, 8 or 16 lanes. Half as many of
+// Vectors are as wide as the instruction set that this file is compiled for: 4, 8 or 16 lanes of fp32, half as many of
 // fp64.
 //
-// Compiler vectors carry the arithmetic, so the code is the same for every instruction set; intrinsics appear only
-// where a conversion has an instruction of its own. The unit of loading and storing is a Pair: two vectors, 2 * kLanes
-// elements of fp32 and below, half as many of fp64. A Pair of bf16 holds the even elements in `a` and the odd ones in
-// `b`, which takes one instruction a vector instead of two; loops that treat all elements alike never notice, and
-// `lane_index` tells those that must.
+// Arithmetic uses compiler vectors, so the code is the same for every instruction set; intrinsics appear only where a
+// conversion has an instruction of its own. Loads and stores move a Pair: two vectors, 2 * kLanes elements of fp32 and
+// below, half as many of fp64. A Pair of bf16 holds the even elements in `a` and the odd ones in `b`, which takes one
+// instruction a vector instead of two. The order does not matter to loops that treat all elements alike; the others
+// find it with `lane_index`.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -97,7 +97,7 @@ inline float max(VecF v) {
   return fold(v, [](float a, float b) { return a > b ? a : b; });
 }
 
-// The lanes kIndex of x and y, those of y numbered after those of x.
+// Returns the lanes kIndex of x and y; the lanes of y are numbered after those of x.
 template <int... kIndex, class V>
 inline V shuffle(V x, V y, std::integer_sequence<int, kIndex...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -107,7 +107,7 @@ inline V shuffle(V x, V y, std::integer_sequence<int, kIndex...>) {
 #endif
 }
 
-// Lanes without bit kStep: x_i + x_(i + kStep); lanes with it: y_i + y_(i - kStep).
+// Lane i of the result is x_i + x_(i + kStep) where i lacks the bit kStep, else y_i + y_(i - kStep).
 template <int kStep, int... kLane, class V>
 inline V fold_two(V x, V y, std::integer_sequence<int, kLane...>) {
   constexpr int kCount = sizeof...(kLane);
@@ -116,7 +116,7 @@ inline V fold_two(V x, V y, std::integer_sequence<int, kLane...>) {
   return low + high;
 }
 
-// Lane i of the result is the sum of the lanes of v[i]. Overwrites v.
+// Lane i of the result is the sum of the lanes of v[i]. v is overwritten.
 template <class A, int kStep = lanes<A> / 2>
 inline Vec<A> lane_sums(Vec<A>* v) {
   for (int i = 0; i < kStep; ++i)
@@ -171,7 +171,7 @@ inline VecF load_half(const Half* p) {
   const VecU bits = __builtin_convertvector(half, VecU);
   // Move the exponent and mantissa into place and rebias by a multiplication, which is exact for subnormals too.
   const VecU scaled = bit_cast<VecU>(bit_cast<VecF>((bits & 0x7fffu) << 13) * 0x1p112f);
-  const VecU special = (VecU)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // inf and NaN
+  const VecU special = (VecU)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // keeps inf and NaN
   return bit_cast<VecF>(scaled | special | ((bits & 0x8000u) << 16));
 #endif
 }
@@ -239,16 +239,16 @@ inline VecF exp2_of_product(VecF x, float factor) {
                              0x1.3b2d4cp-7f, 0x1.5f3e54p-10f, 0x1.41fbbcp-13f};
   const VecF shifted = x * factor + kRound;
   const VecF n = shifted - kRound;
-  const VecF f = x * factor - n;  // a single rounding where there is a fused multiply-add
+  const VecF f = x * factor - n;  // rounds once where there is a fused multiply-add
   VecF p = broadcast(kExp2[6]);
   for (int i = 5; i >= 0; --i) p = p * f + kExp2[i];
   return bit_cast<VecF>(bit_cast<VecU>(p) + (bit_cast<VecU>(shifted) << 23));
 }
 
-// exp(x) for kExpMin <= x <= 88, relative error below 1.5e-7.
+// Computes exp(x) for kExpMin <= x <= 88 with a relative error below 1.5e-7.
 inline VecF exp(VecF x) { return exp2_of_product(x, kLog2e); }
 
-// fp64: for checks, not for speed.
+// fp64 serves checks and is not tuned.
 __attribute__((noinline)) inline Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
