@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -20,6 +20,7 @@ EXTRAS = {"matplotlib": "cli", "safetensors": "cli", "numpy": "train"}
 EXPECTED = (OSError, ValueError, ImportError, MemoryError)
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer has it from click and exports only subclasses
 _INT64 = range(-(1 << 63), 1 << 63)
+Number = TypeVar("Number", int, float)
 
 
 class Command(typer.core.TyperCommand):
@@ -148,3 +149,11 @@ def given(ctx: typer.Context, *names: str) -> str | None:
     """Return the first of these options that the command line has, None if it has none."""
     found = (name for name in names if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE")
     return next(("--" + name.replace("_", "-") for name in found), None)
+
+
+def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    """Return the numbers between the commas of an option's value."""
+    try:
+        return [kind(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers with commas, got {text!r}", param_hint=option) from None

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from blt_kernels.cli.base import ColorOption, Command, app
+from blt_kernels.cli.base import ColorOption, Command, app, numbers
 from blt_kernels.cli.console import Color, console
 from blt_kernels.train import checks
 
@@ -63,10 +63,7 @@ def bench(
     color: ColorOption = Color.auto,
 ) -> None:
     """Time the ops beside the best that one could run instead, and beside the limit of the machine."""
-    try:
-        counts = [int(count) for count in threads.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"expected numbers with commas, got {threads!r}", param_hint="--threads") from None
+    counts = numbers("--threads", threads, int)
     folder = find_benches()
     known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
     for op in ops or ():

@@ -16,13 +16,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import Doc
 
-from blt_kernels.cli.base import ColorOption, Command, JsonOption, app
+from blt_kernels import models
+from blt_kernels.cli.base import ColorOption, Command, JsonOption, app, numbers
 from blt_kernels.cli.console import Color, console
+from blt_kernels.cli.options import build, options_of
 from blt_kernels.flops import PAPER_SIZES, PARTS, Config, Flops, Part, Rows, count_flops, counted_parts, paper_flops
 from blt_kernels.layout import PatchLayout
-from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, checkpoint
-from blt_kernels.models.base import ByteModel, model_name, stored_config
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, ByteModel, MegaByteConfig
 from blt_kernels.train import checks
 
 if TYPE_CHECKING:
@@ -37,8 +39,7 @@ PRESETS: dict[str, Config] = {
     "megabyte": MegaByteConfig(),
     "megabyte-small": MegaByteConfig.small(),
 }
-_MODELS: dict[type, type[ByteModel]] = {BLTConfig: BLT, ByteLMConfig: ByteLM, MegaByteConfig: MegaByte}
-_CONFIGS: dict[str, type] = {model.__name__: config for config, model in _MODELS.items()}
+_MODELS: dict[type, Any] = {model.config_class: model for model in models.MODELS.values()}
 
 # A measurement takes at most so many ids, in rows no longer than this. The model must fit into memory with gradients.
 _PATCH_SIZES = (4.5, 6.0, 8.0)
@@ -47,16 +48,15 @@ _MEASURED_BYTES, _MEASURED_CONTEXT, _MOST_PARAMETERS = 8192, 2048, 1_000_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command: `patch_sizes`, which are 4.5, 6 and 8 if None, and `context` are in bytes.
-
-    `window` replaces the local windows; `text` are the files to measure on.
-    """
+    """The options of the command. `patch_sizes` are 4.5, 6 and 8 bytes if None."""
 
     patch_sizes: Sequence[float] | None = None
-    context: int = 16384
-    window: int | None = None
-    measure: bool = False
-    text: Sequence[Path] = ()
+    context: Annotated[int, Doc("Bytes of a row.")] = 16384
+    window: Annotated[
+        int | None, Doc("Bytes that layers over bytes attend to; the configuration's own if not given.")
+    ] = None
+    measure: Annotated[bool, Doc("Run the model on text, and count the FLOPs of its ops and matrices.")] = False
+    text: Annotated[Sequence[Path], Doc("Text to measure on; a part of Python's library if not given.")] = ()
 
     def __post_init__(self) -> None:
         checks.check_count("context", self.context, 2)
@@ -112,17 +112,11 @@ def read_config(name: str) -> Config:
     ValueError
         There is none of this name, it is damaged, or it is not of a model that this package has.
     """
-    path = Path(name)
     if name in PRESETS:
         return PRESETS[name]
-    if path.is_dir():
-        return checkpoint.read_config(path)
-    if path.is_file():
-        model = model_name(path)
-        if model not in _CONFIGS:
-            raise ValueError(f"{path}: expected a file of {', '.join(_CONFIGS)}, got {model!r}")
-        return stored_config(path, model, _CONFIGS[model])
-    raise ValueError(f"expected a file, a directory or one of {', '.join(PRESETS)}, got {name!r}")
+    if not Path(name).exists():
+        raise ValueError(f"expected a file, a directory or one of {', '.join(PRESETS)}, got {name!r}")
+    return models.read_config(name)
 
 
 def with_window(config: Config, window: int | None) -> Config:
@@ -193,33 +187,27 @@ def _model(config: Config) -> ByteModel:
 def _patches(
     model: BLT, tokens: Tensor, rows: Tensor, patch_size: float, sources: Sequence[Source], context: int
 ) -> PatchLayout:
-    config = model.config
     from blt_kernels.train import data, evaluate  # needs numpy, of the extra `train`
 
+    config = model.config
     data.check_patching("measure: config.patching", config.patching)
     if config.patching != "entropy":
         return model.patch(tokens, rows)
-    patcher = ByteLM.bundled()
-    threshold = evaluate.threshold_for_patch_size(patcher, sources, patch_size, _MEASURED_BYTES, context)
-    with torch.no_grad():
-        _, layout = patcher.patch(
-            tokens,
-            rows,
-            threshold=threshold,
-            threshold_add=config.threshold_add,
-            monotonic=config.monotonic,
-            max_patch_length=config.max_patch_length,
-            whole_characters=config.whole_characters,
-            reset_at_newlines=config.reset_at_newlines or None,
-        )
-    return layout.compact()
+    own, model.patcher = model.patcher, ByteLM.bundled()
+    threshold = evaluate.threshold_for_patch_size(model.patcher, sources, patch_size, _MEASURED_BYTES, context)
+    model.config = replace(config, threshold=threshold)
+    layout = model.patch(tokens, rows)
+    model.patcher = own
+    return layout
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
 @app.command(cls=Command)
+@options_of(Options)
 def flops(
+    options: dict[str, Any],
     configs: Annotated[
         list[str] | None,
         typer.Argument(
@@ -231,28 +219,12 @@ def flops(
     patch_sizes: Annotated[
         str | None, typer.Option(help="Bytes of a patch on average, with commas; 4.5,6,8 if not given.")
     ] = None,
-    context: Annotated[int, typer.Option(help="Bytes of a row.")] = 16384,
-    window: Annotated[
-        int | None, typer.Option(help="Bytes that layers over bytes attend to; the configuration's own if not given.")
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Run the model on text, and count the FLOPs of its ops and matrices.")
-    ] = False,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATH", help="Text to measure on; a part of Python's library if not given."),
-    ] = None,
     json: JsonOption = False,
     color: ColorOption = Color.auto,
 ) -> None:
     """Count the FLOPs of a byte by parts: by the BLT paper's formula, and of this implementation."""
-    try:
-        sizes = None if patch_sizes is None else [float(size) for size in patch_sizes.split(",")]
-    except ValueError:
-        message = f"expected numbers with commas, got {patch_sizes!r}"
-        raise typer.BadParameter(message, param_hint="--patch-sizes") from None
-    options = Options(sizes, context, window, measure, text or ())
-    run(configs or [], options, as_json=json, color=color)
+    sizes = None if patch_sizes is None else numbers("--patch-sizes", patch_sizes, float)
+    run(configs or [], build(Options, options, patch_sizes=sizes), as_json=json, color=color)
 
 
 def run(names: Sequence[str], options: Options, *, as_json: bool, color: Color = Color.auto) -> None:

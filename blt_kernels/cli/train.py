@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,7 +45,12 @@ def train(
     if options["heldout"] == 0 and (ignored := given(ctx, "eval_every", "eval_bytes", "patch_size")):
         raise ValueError(f"{ignored}: expected --heldout above 0 beside it")
     overrides = dict(_key_and_json(setting) for setting in set_ or [])
-    run(build(TrainConfig, options, out=out or Path("runs", model), overrides=overrides), color)
+    from blt_kernels.train.parallel import is_launched  # takes 0.7 s, which no other command should wait for
+
+    config = build(TrainConfig, options, out=out or Path("runs", model), overrides=overrides)
+    if (unused := given(ctx, "parallel", "shard_tables")) and not is_launched():
+        raise ValueError(f"{unused}: expected torchrun, which starts several processes")
+    run(config, color)
 
 
 def _key_and_json(setting: str) -> tuple[str, Any]:
@@ -62,10 +68,10 @@ def run(config: TrainConfig, color: Color = Color.auto) -> None:
 
     Only rank 0 prints.
     """
-    from blt_kernels.train.loop import train as train_model  # takes 0.7 s, which no other command should wait for
-    from blt_kernels.train.parallel import is_first
+    from blt_kernels.train.loop import train as train_model
+    from blt_kernels.train.parallel import is_launched
 
-    if not is_first():
+    if is_launched() and os.environ["RANK"] != "0":
         train_model(config)
         return
     shown = console(color, stderr=True)

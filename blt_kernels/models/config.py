@@ -12,6 +12,11 @@ from blt_kernels.ops.ngram_hash_embed import check_sizes
 
 RELEASED_THRESHOLD = 1.335442066192627  # nats; the released BLT models have it
 SCHEMES = ("entropy", "space", "static", "byte", "bpe")
+_OWN_FIELDS = {  # one scheme alone reads each of these
+    "entropy": ("threshold", "threshold_add", "monotonic", "reset_at_newlines"),
+    "static": ("patch_size",),
+}
+RULE_FIELDS = frozenset(name for names in _OWN_FIELDS.values() for name in names)
 
 
 def check_eos_id(eos_id: int, vocab_size: int) -> None:
@@ -205,11 +210,7 @@ class BLTConfig:
     @property
     def patch_rule(self) -> dict[str, Any]:
         """The fields that decide, with the patcher, where `BLT.patch` starts patches."""
-        own = {
-            "entropy": ("threshold", "threshold_add", "monotonic", "reset_at_newlines"),
-            "static": ("patch_size",),
-        }
-        names = ("patching", *own.get(self.patching, ()), "max_patch_length", "whole_characters")
+        names = ("patching", *_OWN_FIELDS.get(self.patching, ()), "max_patch_length", "whole_characters")
         return {name: getattr(self, name) for name in names}
 
     @staticmethod

@@ -58,8 +58,8 @@ class TransformerConfig:
                 _checks.check_int(name, getattr(self, name), 1)
         for name in ("rope_theta", "norm_eps"):
             _checks.check_number(name, getattr(self, name))
-        if not self.rope_theta > 0:
-            raise ValueError(f"rope_theta: expected a value > 0, got {self.rope_theta}")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta: expected a finite value > 0, got {self.rope_theta}")
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim: expected a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.dim}")
         if self.num_heads % self.kv_heads:

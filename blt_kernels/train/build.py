@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig, load_model
+from blt_kernels.models import BLT, BLTConfig, ByteLM, MegaByte, load_model, load_patcher
 from blt_kernels.models.base import ByteModel, config_from_dict
 from blt_kernels.models.checkpoint import llama
+from blt_kernels.models.config import RULE_FIELDS
 from blt_kernels.train import checks, data
 from blt_kernels.train.config import TrainConfig
 
@@ -28,6 +29,9 @@ def build_model(config: TrainConfig) -> ByteModel:
     if model.config_class is BLTConfig:
         patching = model.config.patching
         data.check_patching("--set patching", patching)
+        unread = sorted(config.overrides.keys() & RULE_FIELDS - model.config.patch_rule.keys())
+        if unread:
+            raise ValueError(f"overrides: {unread[0]}: expected none, since patching {patching!r} does not read it")
         if patching != "entropy" and config.patcher is not None:
             raise ValueError(f"patcher: expected None, since patching is {patching!r}, got {config.patcher}")
     return model
@@ -36,10 +40,11 @@ def build_model(config: TrainConfig) -> ByteModel:
 def _fresh_model(config: TrainConfig) -> ByteModel:
     """Return a fresh model. The patcher of a BLT is loaded, and with `init_global` its global transformer too."""
     values = {**_preset(config), **config.overrides}
-    if config.model == "entropy":
-        return ByteLM(_config(ByteLMConfig, values), config.ops)
-    if config.model == "megabyte":
-        return MegaByte(_config(MegaByteConfig, values), config.ops)
+    if config.model != "blt":
+        cls: Any = MODELS[config.model]
+        return cls(_config(cls.config_class, values), config.ops)
+    if "patcher" in config.overrides:
+        raise ValueError("overrides: patcher: expected the option patcher, which gives its configuration too")
     if config.init_global is not None and "global_transformer" not in config.overrides:
         with checks.reading("init_global"):
             values["global_transformer"] = asdict(llama.read_config(config.init_global))
@@ -98,15 +103,12 @@ def _initial_model(config: TrainConfig) -> ByteModel:
 
 def _preset(config: TrainConfig) -> dict[str, Any]:
     """Return the fields of the configuration that `preset` names."""
-    config_class: Any = {"entropy": ByteLMConfig, "blt": BLTConfig, "megabyte": MegaByteConfig}[config.model]
+    config_class: Any = MODELS[config.model].config_class
     return asdict(config_class() if config.preset == "paper" else config_class.small())
 
 
 def _patcher(config: TrainConfig) -> ByteLM:
-    path = config.patcher
-    if path is None:
+    if config.patcher is None:
         return ByteLM.bundled(config.ops)
     with checks.reading("patcher"):
-        if path.is_dir():
-            return ByteLM.from_pretrained(path, config.ops, dtype=torch.float32)
-        return ByteLM.load(path, config.ops, dtype=torch.float32)
+        return load_patcher(config.patcher, config.ops)

@@ -218,14 +218,10 @@ def piece_of(row: Row, context: int) -> Row:
 
 
 def read_rows(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Return rows of documents end to end, as `pack_rows` does."""
-    return pack_rows([read_ids(*row) for row in rows])
-
-
-def pack_rows(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Return rows of ids end to end, int32 ``[T]``, and their offsets, int32 ``[R+1]``."""
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    return torch.from_numpy(np.concatenate([np.empty(0, np.int32), *rows])), torch.from_numpy(offsets)
+    """Return rows of documents end to end: ids, int32 ``[T]``, and their offsets, int32 ``[R+1]``."""
+    ids = [np.empty(0, np.int32), *(read_ids(*row) for row in rows)]
+    offsets = np.cumsum([0, *(row.length for row in rows)], dtype=np.int32)
+    return torch.from_numpy(np.concatenate(ids)), torch.from_numpy(offsets)
 
 
 def read_ids(source: Source, start: int, length: int) -> np.ndarray:

@@ -52,24 +52,13 @@ class Ranks:
         self.sum(0.0)
 
 
-def is_first() -> bool:
-    """Return whether this is rank 0, the only rank that prints.
-
-    Raises
-    ------
-    ValueError
-        Some of the variables that torchrun sets are missing or no numbers.
-    """
-    return not _launched() or os.environ["RANK"] == "0"
-
-
 @contextmanager
 def start(device: str) -> Iterator[Ranks]:
     """Yield the ranks that torchrun started, or those of an existing process group, or this process alone.
 
     The CPU communicates by gloo, CUDA by nccl.
     """
-    own, begin = torch.device(device), not dist.is_initialized() and _launched()
+    own, begin = torch.device(device), not dist.is_initialized() and is_launched()
     cuda = own.type == "cuda"
     if begin:
         if cuda:
@@ -92,7 +81,14 @@ def start(device: str) -> Iterator[Ranks]:
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")  # that torchrun gives its processes
 
 
-def _launched() -> bool:
+def is_launched() -> bool:
+    """Return whether torchrun has started this process.
+
+    Raises
+    ------
+    ValueError
+        Some of the variables that torchrun sets are missing or no numbers.
+    """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         for name in ("WORLD_SIZE", "RANK"):
             if (

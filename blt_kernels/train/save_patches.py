@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from blt_kernels._files import locked
-from blt_kernels.ids import BYTE_OFFSET
 from blt_kernels.models import BLT
 from blt_kernels.train import data
 from blt_kernels.train.data import Row, Source
@@ -61,7 +60,7 @@ def save(
 
     Notes
     -----
-    The files are read once before anything is computed. What is stored is computed anew if it is damaged.
+    The files are read twice before anything is computed. What is stored is computed anew if it is damaged.
     """
     files = [{"name": str(s.path), "size": s.size, "sha256": s.digest} for s in sources]
     index = {"format": FORMAT, "made_with": provenance(model, context, bf16), "files": files, "sha256": None}
@@ -85,7 +84,10 @@ def _save(
         if whole:
             report(data.num_ids(blocks.sources, places.context))
             return
-    digests = blocks.digests()
+    digests = [blocks.digest(block) for block in range(blocks.count)]
+    for source in blocks.sources:
+        if data.file_digest(source.path) != (source.digest, source.size):
+            raise _changed(source)
     write_index(folder, index)
     bits = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     done = os.open(folder / DONE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -97,7 +99,9 @@ def _save(
         todo = [block for block in range(blocks.count) if not marks[block]]
         report(sum(blocks.num_ids(block) for block in range(blocks.count) if marks[block]))
         for block, (content, read) in _compute(model, blocks, index["made_with"]["bf16"], todo, processes):
-            blocks.check_read(block, read, digests[block])
+            if read != digests[block]:
+                files = [row.source for row in blocks.rows(block)]
+                raise _changed(next((s for s in files if data.file_digest(s.path)[0] != s.digest), files[0]))
             _write_all(bits, content, places.byte_of(blocks.pieces(block).start))
             os.fsync(bits)  # before its mark is written
             os.pwrite(done, b"\1", block)
@@ -135,69 +139,30 @@ class _Blocks:
     def num_ids(self, block: int) -> int:
         return sum(row.length for row in self.rows(block))
 
-    def bits(self, model: BLT, block: int, bf16: bool) -> tuple[bytes, list[bytes]]:
-        """Return the bytes of a block in ``patches.bits``, and the digests of what was read for it, as in `digests`."""
-        reader = _Reader()
-        cuts = cut_pieces(model, list(self.rows(block)), bf16, reader)
-        return b"".join(np.packbits(each).tobytes() for each in cuts), reader.digests
+    def bits(self, model: BLT, block: int, bf16: bool) -> tuple[bytes, str]:
+        """Return the bytes of a block in ``patches.bits``, and the `digest` of the ids that were read for it."""
+        digest = hashlib.sha256()
 
-    def digests(self) -> list[list[bytes]]:
-        """Return, for each block, a digest of its part of each of its files.
+        def read(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+            tokens, offsets = data.read_rows(rows)
+            digest.update(tokens.numpy().tobytes())
+            return tokens, offsets
 
-        Raises
-        ------
-        ValueError
-            A file is no longer what it was when it was found.
-        """
-        digests, whole = [], hashlib.sha256()
-        for block in range(self.count):
-            reader = _Reader()
-            for row in self.rows(block):
-                ids = reader([row])[0].numpy()
-                ends = row.start + row.length == row.source.size + 2
-                whole.update(
-                    (ids[1 : -1 if ends else None] - BYTE_OFFSET).astype(np.uint8).tobytes()
-                )  # the first one is known
-                if ends and whole.hexdigest() != row.source.digest:
-                    raise _changed(row.source)
-                whole = hashlib.sha256() if ends else whole
-            digests.append(reader.digests)
-        return digests
+        cuts = cut_pieces(model, list(self.rows(block)), bf16, read)
+        return b"".join(np.packbits(each).tobytes() for each in cuts), digest.hexdigest()
 
-    def check_read(self, block: int, read: list[bytes], expected: list[bytes]) -> None:
-        """Raise ValueError, naming a file, unless the text that was read for a block has the digests expected."""
-        sources = dict.fromkeys(row.source for row in self.rows(block))
-        for source, one, other in zip(sources, read, expected, strict=True):
-            if one != other:
-                raise _changed(source)
+    def digest(self, block: int) -> str:
+        """Return SHA-256 of the ids of a block."""
+        return hashlib.sha256(data.read_rows(list(self.rows(block)))[0].numpy().tobytes()).hexdigest()
 
 
 def _changed(source: Source) -> ValueError:
     return ValueError(f"{source.path}: the file has changed while patches were stored: bring it back or start anew")
 
 
-class _Reader:
-    """Reads rows, and computes a digest of what it read of each file."""
-
-    def __init__(self) -> None:
-        self.files: dict[Source, Any] = {}
-
-    def __call__(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Return the rows as `data.read_rows` does."""
-        parts = [data.read_ids(*row) for row in rows]
-        for row, ids in zip(rows, parts, strict=True):
-            # Ids modulo 256: different bytes stay different, and so do BOS and EOS from the bytes around them.
-            self.files.setdefault(row.source, hashlib.sha256()).update(ids.astype(np.uint8).tobytes())
-        return data.pack_rows(parts)
-
-    @property
-    def digests(self) -> list[bytes]:
-        return [digest.digest() for digest in self.files.values()]
-
-
 def _compute(
     model: BLT, blocks: _Blocks, bf16: bool, todo: Sequence[int], processes: int
-) -> Iterator[tuple[int, tuple[bytes, list[bytes]]]]:
+) -> Iterator[tuple[int, tuple[bytes, str]]]:
     """Yield blocks and their `_Blocks.bits`, in the order in which they are done."""
     workers = min(processes, len(todo))
     with warnings.catch_warnings():

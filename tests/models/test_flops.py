@@ -320,4 +320,4 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert "expected at most 1,000,000,000 parameters" in run("8B", "--measure").output
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, other)
-    assert "expected a file of BLT, ByteLM, MegaByte, got None" in run(other).output
+    assert "expected a file of ByteLM, BLT, MegaByte, got None" in run(other).output

@@ -250,7 +250,7 @@ def test_arguments_that_do_not_fit_say_why() -> None:
         BLTConfig(num_functions=12)
     with pytest.raises(ValueError, match="window: expected a value >= 1, got 0"):
         TransformerConfig(32, 1, 4, window=0)
-    with pytest.raises(ValueError, match="rope_theta: expected a value > 0, got 0"):
+    with pytest.raises(ValueError, match="rope_theta: expected a finite value > 0, got 0"):
         TransformerConfig(32, 1, 4, rope_theta=0)
     with pytest.raises(ValueError, match="expected a multiple of patch_size = 5"):
         MegaByteConfig(patch_size=5)

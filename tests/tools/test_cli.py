@@ -524,7 +524,7 @@ def test_plot_formats(text: str, suffix: str, magic: bytes) -> None:
         ("input.txt - --plot x.png", "--plot x.png: expected one FILE, got 2"),
         ("page.html --html ./page.html", "--html page.html: expected another file than the one to read"),
         ("input.txt --model no.safetensors", "--model no.safetensors: expected a file or a directory"),
-        ("input.txt --model input.txt", "--model input.txt: expected a ByteLM in safetensors"),
+        ("input.txt --model input.txt", "--model: input.txt: expected a whole safetensors file"),
         ("input.txt --scheme space --model m", "--model m: expected --scheme entropy or topk, or --entropies"),
     ],
 )

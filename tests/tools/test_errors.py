@@ -213,6 +213,7 @@ def test_numbers_and_devices(command: str, option: str, kind: str) -> None:
         (f"{ENTROPY} --set ffn_dim=-1", "--set: ffn_dim: .* got -1"),
         (f"{ENTROPY} --set window=0", "--set: window: .* got 0"),
         (f"{ENTROPY} --set rope_theta=0", "--set: rope_theta: .* got 0"),
+        (f"{ENTROPY} --set rope_theta=Infinity", "--set: rope_theta: expected a finite value > 0, got inf"),
         (f"{ENTROPY} --set rope_theta=NaN", "--set: rope_theta: .* got nan"),
         (f'{ENTROPY} --set norm_eps="a"', "--set: norm_eps: .* got 'a'"),
         (f'{ENTROPY} --set threshold="a"', "--set: threshold: .* got 'a'"),
@@ -220,6 +221,9 @@ def test_numbers_and_devices(command: str, option: str, kind: str) -> None:
         (f"{ENTROPY} --set rope_scaling=[1]", r"--set: rope_scaling: .* got \(1,\)"),
         (f"{ENTROPY} --set vocab_size=-1", "--set: vocab_size: .* got -1"),
         (f'{BLT_SPACE} --set patching="x"', "--set: patching: expected one of .* got 'x'"),
+        (f"{BLT_SPACE} --set threshold_add=1", "--set: threshold_add: expected none, since patching 'space' does not"),
+        (f"{BLT_SPACE} --set patcher=null", "--set: patcher: expected the option patcher"),
+        (f"{BLT_SPACE} --parallel fsdp", "--parallel: expected torchrun, which starts several processes"),
         (f"{BLT_SPACE} --set encoder=1", "--set: encoder: .* got 1"),
         (f"{BLT_SPACE} --set ngram_sizes=[0]", r"--set: ngram_sizes: .* got (\(0,\)|0)"),
         (f"{BLT_SPACE} --set ngram_vocab=0", "--set: ngram_vocab: .* got 0"),
@@ -285,6 +289,16 @@ def test_a_damaged_checkpoint(name: str, trained: Path) -> None:
         fails(ENTROPY.split(), "run/checkpoint/1")
     else:
         fails(ENTROPY.split(), "--out: run holds the log of a run but no checkpoint")
+
+
+def test_a_run_is_a_model(trained: Path) -> None:
+    """Commands take the directory of a run for its model."""
+    shutil.copytree(trained, "trained")
+    assert run("eval", "trained", "text").exit_code == 0
+    assert run("flops", "trained").exit_code == 0
+    assert run("patch", "text", "--model", "trained").exit_code == 0
+    result = run("train", "entropy", "text", "--out=run", "--init=trained", *QUICK)
+    assert result.exit_code == 0, result.output
 
 
 def test_a_damaged_log(trained: Path) -> None:

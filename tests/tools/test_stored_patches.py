@@ -509,7 +509,7 @@ def test_the_model_of_the_command_patches_as_the_trained_one(patcher: Path) -> N
     )
     blt(None, patching="space").save(patcher.parent / "space.safetensors")
     with pytest.raises(
-        ValueError, match=r"--model .*space.safetensors: expected a ByteLM in .*: the BLT in it has none"
+        ValueError, match=r"model: expected a BLT with a patcher, got one without in .*space.safetensor"
     ):
         patching_model(Rules(), patcher.parent / "space.safetensors")
     with pytest.raises(ValueError, match="--scheme topk: expected one of entropy, space, static, byte, since --save"):

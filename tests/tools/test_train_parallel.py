@@ -269,7 +269,7 @@ def test_nothing_holds_the_group_when_it_ends(tmp_path: Path, monkeypatch: pytes
     meeting = f"file://{tmp_path}/meeting"
     monkeypatch.setattr(dist, "init_process_group", lambda name: begin(name, init_method=meeting, rank=0, world_size=1))
     monkeypatch.setattr(dist, "destroy_process_group", end_group)
-    monkeypatch.setattr(train_parallel, "_launched", lambda: True)
+    monkeypatch.setattr(train_parallel, "is_launched", lambda: True)
     called: list[str] = []
 
     def distribute(model: torch.nn.Module, *_: Any) -> torch.nn.Module:
