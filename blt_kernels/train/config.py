@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from typing_extensions import Doc
 
+from blt_kernels._checks import check_choice
 from blt_kernels.train import checks
 
 
@@ -91,12 +92,9 @@ class TrainConfig:
     ] = None
 
     def __post_init__(self) -> None:
-        if self.model not in ("entropy", "blt", "megabyte"):
-            raise ValueError(f"model: expected 'entropy', 'blt' or 'megabyte', got {self.model!r}")
-        if self.preset not in (None, "small", "paper"):
-            raise ValueError(f"preset: expected 'small' or 'paper', got {self.preset!r}")
-        if self.parallel not in ("ddp", "fsdp"):
-            raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {self.parallel!r}")
+        check_choice("model", self.model, ("entropy", "blt", "megabyte"))
+        check_choice("preset", self.preset or "small", ("small", "paper"))
+        check_choice("parallel", self.parallel, ("ddp", "fsdp"))
         for name in ("init_global", "patches", "patcher"):
             if self.model != "blt" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: expected None, since model is {self.model!r}, got {getattr(self, name)}")
@@ -145,8 +143,7 @@ class EvalConfig:
     device: Annotated[str, Doc("cpu or cuda.")] = "cpu"
 
     def __post_init__(self) -> None:
-        if self.split not in ("all", "heldout", "train"):
-            raise ValueError(f"split: expected 'all', 'heldout' or 'train', got {self.split!r}")
+        check_choice("split", self.split, ("all", "heldout", "train"))
         if self.ngram and self.split != "heldout":
             raise ValueError(f"ngram: expected split='heldout', since it trains on the other side, got {self.split!r}")
         for name in ("batch_bytes", "context"):

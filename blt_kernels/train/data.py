@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -106,10 +106,6 @@ class PackedBatches:
     """
 
     def __init__(self, sources: Sequence[Source], batch_bytes: int, context: int, seed: int) -> None:
-        if not sources:
-            raise ValueError("sources: expected at least one file, got none")
-        checks.check_count("context", context, 2)
-        checks.check_count("batch_bytes", batch_bytes, 2)
         self.sources, self.seed = sources, seed
         sizes = np.array([source.size + 2 for source in sources], dtype=np.int64)
         counts = num_pieces(sizes - 2, context)
@@ -178,18 +174,22 @@ def heldout_batches(sources: Sequence[Source], batch_bytes: int, context: int) -
 
 def heldout_rows(sources: Sequence[Source], batch_bytes: int, context: int) -> Iterator[list[Row]]:
     """Yield the rows of `heldout_batches`."""
-    rows: list[Row] = []
-    total = 0
-    for source in sources:
-        for number in range(num_pieces(source.size, context)):
-            row = find_piece(source, number, context)
-            if rows and total + row.length > batch_bytes:
-                yield rows
-                rows, total = [], 0
-            rows.append(row)
-            total += row.length
-    if rows:
-        yield rows
+    pieces = (find_piece(source, i, context) for source in sources for i in range(num_pieces(source.size, context)))
+    return group_rows(pieces, batch_bytes)
+
+
+def group_rows(rows: Iterable[Row], limit: int) -> Iterator[list[Row]]:
+    """Yield rows in groups of at most `limit` ids, or of one row."""
+    group: list[Row] = []
+    size = 0
+    for row in rows:
+        if group and size + row.length > limit:
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += row.length
+    if group:
+        yield group
 
 
 def num_pieces(size: Any, context: int) -> Any:

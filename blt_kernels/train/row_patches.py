@@ -10,7 +10,7 @@ of a batch are computed together, so boundaries within rounding of the threshold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -86,24 +86,10 @@ def cut_pieces(
     """Return, for each id of each piece, whether the next id starts a patch: bool ``[length]``."""
     device = next(model.parameters()).device
     cuts = []
-    for group in _calls(pieces, 1 if device.type == "cpu" else _CALL_IDS):
+    for group in data.group_rows(pieces, 1 if device.type == "cpu" else _CALL_IDS):
         tokens, offsets = read(group)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             layout = model.patch(tokens.to(device), offsets.to(device))
         starts_after = (layout.decode_ids == layout.patch_ids).cpu().numpy()
         cuts += np.split(starts_after, offsets[1:-1].numpy())
     return cuts
-
-
-def _calls(pieces: Sequence[Row], limit: int) -> Iterator[list[Row]]:
-    """Yield groups of pieces of at most `limit` ids, or of one piece."""
-    group: list[Row] = []
-    size = 0
-    for piece in pieces:
-        if group and size + piece.length > limit:
-            yield group
-            group, size = [], 0
-        group.append(piece)
-        size += piece.length
-    if group:
-        yield group

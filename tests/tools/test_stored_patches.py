@@ -170,12 +170,12 @@ def test_a_batch_does_not_move_boundaries(corpus: Path, patcher: Path) -> None:
 def test_pieces_of_a_call(corpus: Path) -> None:
     """On the CPU each alone; elsewhere as many as fit."""
     (rows,) = data.heldout_rows(data.find_sources([corpus]), 1 << 20, CONTEXT)
-    assert list(row_patches._calls(rows, 1)) == [[row] for row in rows]
-    calls = list(row_patches._calls(rows, 120))
+    assert list(data.group_rows(rows, 1)) == [[row] for row in rows]
+    calls = list(data.group_rows(rows, 120))
     assert [row for call in calls for row in call] == rows
     sizes = [sum(row.length for row in call) for call in calls]
     assert max(sizes) <= 120 < min(a + b[0].length for a, b in zip(sizes, calls[1:], strict=False))
-    assert list(row_patches._calls([], 120)) == []
+    assert list(data.group_rows([], 120)) == []
 
 
 def test_a_piece_that_a_batch_cuts_is_computed_once(

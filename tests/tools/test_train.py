@@ -772,7 +772,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
         TrainConfig("entropy", [], tmp_path, steps=0)
     with pytest.raises(ValueError, match="accumulate: expected at least 1, got 0"):
         TrainConfig("entropy", [], tmp_path, accumulate=0)
-    with pytest.raises(ValueError, match="parallel: expected 'ddp' or 'fsdp', got 'dp'"):
+    with pytest.raises(ValueError, match="parallel: expected one of 'ddp', 'fsdp', got 'dp'"):
         TrainConfig("entropy", [], tmp_path, parallel="dp")
     with pytest.raises(ValueError, match="ngram: expected split='heldout'"):
         EvalConfig(tmp_path, [], ngram=True)

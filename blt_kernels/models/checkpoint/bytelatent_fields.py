@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blt_kernels.models.checkpoint.fields import Fields, names
+from blt_kernels.models.checkpoint.fields import Fields, alike, names
 from blt_kernels.models.config import RELEASED_THRESHOLD
 
 # These fields say how weights are drawn, and how long and in which arithmetic the tables of positions are made. They do
@@ -13,20 +13,11 @@ BYTE_LATENT_TRANSFORMER_ARGS = Fields(
     "ByteLatentTransformerArgs",
     read={
         "vocab_size": (int, -1),
-        "pm_size": (int, 0),  # is added to vocab_size
-        "dim_token": (int | None, None),
-        "dim_global": (int, 512),
-        "dim_local_encoder": (int, 512),
-        "dim_local_decoder": (int, 512),
-        "n_layers_global": (int, 8),
-        "n_layers_local_encoder": (int, 8),
-        "n_layers_local_decoder": (int, 8),
-        "n_heads_global": (int, 8),
-        "n_heads_local_encoder": (int, 8),
-        "n_heads_local_decoder": (int, 8),
-        "n_kv_heads": (int | None, None),
-        "n_kv_heads_global": (int | None, None),
-        "head_dim": (int | None, None),
+        "pm_size": (int, 0),  # added to vocab_size
+        **alike(int, 512, "dim_global dim_local_encoder dim_local_decoder"),
+        **alike(int, 8, "n_layers_global n_layers_local_encoder n_layers_local_decoder"),
+        **alike(int, 8, "n_heads_global n_heads_local_encoder n_heads_local_decoder"),
+        **alike(int | None, None, "dim_token n_kv_heads n_kv_heads_global head_dim local_attention_window_len"),
         "ffn_dim_multiplier": (float | None, 1.0),
         "multiple_of": (int, 256),
         "norm_eps": (float, 1e-5),
@@ -34,13 +25,8 @@ BYTE_LATENT_TRANSFORMER_ARGS = Fields(
         "attn_impl": (str | None, "sdpa"),
         "attn_bias_type": (str | None, "causal"),
         "eos_id": (int | None, 2),
-        "local_attention_window_len": (int | None, None),
-        "cross_attn_k": (int | None, None),
-        "cross_attn_nheads": (int | None, None),
-        "cross_attn_window_encoder": (int | None, None),
-        "cross_attn_window_decoder": (int | None, None),
-        "cross_attn_all_layers_encoder": (bool, False),
-        "cross_attn_all_layers_decoder": (bool, False),
+        **alike(int | None, None, "cross_attn_k cross_attn_nheads cross_attn_window_encoder cross_attn_window_decoder"),
+        **alike(bool, False, "cross_attn_all_layers_encoder cross_attn_all_layers_decoder"),
         "encoder_hash_byte_group_size": (list | str | None, None),
         "encoder_hash_byte_group_vocab": (int, 30000),
         "encoder_hash_byte_group_nb_functions": (int, 3),
@@ -50,8 +36,7 @@ BYTE_LATENT_TRANSFORMER_ARGS = Fields(
         "patch_size": (float | None, None),
         # These are the patching rule where there are no training arguments:
         "patching_mode": (str | None, None),
-        "patching_threshold": (float | None, None),
-        "patching_threshold_add": (float | None, None),
+        **alike(float | None, None, "patching_threshold patching_threshold_add"),
         "monotonicity": (bool, False),
         "max_patch_length": (int | None, None),
     },
@@ -91,9 +76,7 @@ LM_TRANSFORMER_ARGS = Fields(
         "vocab_size": (int, -1),
         "dim": (int, 512),
         "n_layers": (int, 8),
-        "n_heads": (int | None, None),
-        "n_kv_heads": (int | None, None),
-        "head_dim": (int | None, None),
+        **alike(int | None, None, "n_heads n_kv_heads head_dim sliding_window"),
         "ffn_dim_multiplier": (float | None, None),
         "multiple_of": (int, 256),
         "norm_eps": (float, 1e-5),
@@ -101,7 +84,6 @@ LM_TRANSFORMER_ARGS = Fields(
         "attn_impl": (str | None, "sdpa"),
         "attn_bias_type": (str | None, None),
         "eos_id": (int | None, 2),
-        "sliding_window": (int | None, None),
     },
     fixed={"weight_tying": (False, False)},
     ignored=_BASE,

@@ -81,6 +81,11 @@ def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+def alike(kind: Any, default: Any, text: str) -> dict[str, tuple[Any, Any]]:
+    """Return the entries of `Fields.read` for the words of a text, which have one type and one default."""
+    return dict.fromkeys(text.split(), (kind, default))
+
+
 @dataclass(frozen=True)
 class Fields:
     """Lists the fields of the configuration class `owner`.

@@ -10,6 +10,19 @@ from blt_kernels.models.checkpoint.fields import Values
 from blt_kernels.models.config import BLTConfig, ByteLMConfig
 from blt_kernels.nn import TransformerConfig
 
+# These fields of `BLTConfig` have the same values under other names in transformers.
+_BLT_FIELDS = {
+    "vocab_size": "vocab_size",
+    "queries_per_patch": "cross_attn_k",
+    "ngram_vocab": "encoder_hash_byte_group_vocab",
+    "num_functions": "encoder_hash_byte_group_nb_functions",
+    "threshold": "patching_threshold",
+    "max_patch_length": "max_patch_length",
+    "split_documents": "split_documents",
+    "global_across_documents": "global_across_documents",
+    "eos_id": "eos_id",
+}
+
 
 def names_of(name: str) -> list[str]:
     """Return the name of a parameter of a BLT, as a list of one."""
@@ -36,21 +49,13 @@ def read_blt(values: Values) -> BLTConfig:
         global_transformer=_layers(layers, None),
         decoder=_layers(decoder, window),
         patcher=read_patcher(values) if whole["patch_in_forward"] else None,
-        vocab_size=whole["vocab_size"],
-        queries_per_patch=whole["cross_attn_k"],
         ngram_sizes=tuple(whole["encoder_hash_byte_group_size"] or (3, 4, 5, 6, 7, 8)),
-        ngram_vocab=whole["encoder_hash_byte_group_vocab"],
-        num_functions=whole["encoder_hash_byte_group_nb_functions"],
         cross_attn_all_layers_encoder=bool(encoder["cross_attn_all_layers"]),
         cross_attn_all_layers_decoder=bool(decoder["cross_attn_all_layers"]),
         patching="entropy" if entropy else "byte",
-        threshold=whole["patching_threshold"],
-        max_patch_length=whole["max_patch_length"],
-        split_documents=whole["split_documents"],
-        global_across_documents=whole["global_across_documents"],
-        eos_id=whole["eos_id"],
         pool_every_layer=True,
         cross_attn_grouped_heads=True,
+        **{own: whole[theirs] for own, theirs in _BLT_FIELDS.items()},
     )
 
 
@@ -166,20 +171,12 @@ def write_blt(config: BLTConfig) -> dict[str, Any]:
     return {
         "architectures": ["BltForCausalLM"],
         "model_type": "blt",
-        "vocab_size": config.vocab_size,
-        "cross_attn_k": config.queries_per_patch,
         "encoder_hash_byte_group_size": list(config.ngram_sizes),
-        "encoder_hash_byte_group_vocab": config.ngram_vocab,
-        "encoder_hash_byte_group_nb_functions": config.num_functions,
         "local_attention_window_len": config.encoder.window,
         "patch_in_forward": config.patcher is not None,
         "patching_mode": config.patching,
-        "patching_threshold": config.threshold,
-        "max_patch_length": config.max_patch_length,
-        "split_documents": config.split_documents,
-        "global_across_documents": config.global_across_documents,
-        "eos_id": config.eos_id,
         "global_config": _layer_values(config.global_transformer),
+        **{theirs: getattr(config, own) for own, theirs in _BLT_FIELDS.items()},
         **nested,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from blt_kernels.models.checkpoint.fields import Fields, names
+from blt_kernels.models.checkpoint.fields import Fields, alike, names
 from blt_kernels.models.config import RELEASED_THRESHOLD
 
 # Every configuration has these fields. They say how it was saved, what a call returns, how text is generated, and which
@@ -35,14 +35,12 @@ def _stack(
         "hidden_size": (int, dim),
         "num_hidden_layers": (int, layers),
         "num_attention_heads": (int, heads),
-        "num_key_value_heads": (int | None, None),
-        "head_dim": (int | None, None),
+        **alike(int | None, None, "num_key_value_heads head_dim"),
         "intermediate_size": (int | None, ffn_dim),
         "hidden_act": (str, "silu"),
         "rms_norm_eps": (float, eps),
         "max_position_embeddings": (int, positions),  # only scaled positions read it
-        "rope_parameters": (dict | None, None),
-        "rope_scaling": (dict | None, None),
+        **alike(dict | None, None, "rope_parameters rope_scaling"),
         "rope_theta": (float, theta),
         "partial_rotary_factor": (float | None, None),
     }
@@ -62,10 +60,7 @@ BLT_CONFIG = Fields(
         "encoder_hash_byte_group_size": (list | None, None),
         "encoder_hash_byte_group_vocab": (int, 500002),
         "encoder_hash_byte_group_nb_functions": (int, 1),
-        "patcher_config": (dict | None, None),
-        "encoder_config": (dict | None, None),
-        "decoder_config": (dict | None, None),
-        "global_config": (dict | None, None),
+        **alike(dict | None, None, "patcher_config encoder_config decoder_config global_config"),
         # Only this package knows these:
         "split_documents": (bool, False),
         "global_across_documents": (bool, False),
@@ -131,14 +126,9 @@ LLAMA_CONFIG = Fields(
 ROPE_PARAMETERS = Fields(
     "the rotary positions 'default' and 'llama3'",
     read={
-        "rope_type": (str | None, None),
-        "type": (str | None, None),
-        "rope_theta": (float | None, None),
-        "factor": (float | None, None),
-        "low_freq_factor": (float | None, None),
-        "high_freq_factor": (float | None, None),
+        **alike(str | None, None, "rope_type type"),
+        **alike(float | None, None, "rope_theta factor low_freq_factor high_freq_factor partial_rotary_factor"),
         "original_max_position_embeddings": (int | float | None, None),
-        "partial_rotary_factor": (float | None, None),
     },
     ignored=names("attention_factor"),
 )
