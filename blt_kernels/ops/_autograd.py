@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _any_requires_grad, _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._C import (
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _dispatch_tls_is_dispatch_key_excluded,
+    _dispatch_tls_set_dispatch_key_excluded,
+)
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -23,6 +29,7 @@ from torch.utils import _pytree as pytree
 Backward = Callable[..., Any]
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # of every device
 _LIBRARY = torch.library.Library("blt_kernels", "IMPL")
 
 
@@ -98,14 +105,18 @@ def caller(operator: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         if (
             is_compiling()
-            or torch.is_inference_mode_enabled()  # which excludes Autograd itself
             or forward_ad._current_level >= 0
             or _are_functorch_transforms_active()
             or (torch.is_grad_enabled() and _any_requires_grad(*arguments))
         ):
             return overload(*arguments)
-        with _AutoDispatchBelowAutograd():
+        if _dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):  # as inference mode does
             return bound(*arguments)
+        _dispatch_tls_set_dispatch_key_excluded(_AUTOGRAD, True)  # 0.3 us less than _AutoDispatchBelowAutograd
+        try:
+            return bound(*arguments)
+        finally:
+            _dispatch_tls_set_dispatch_key_excluded(_AUTOGRAD, False)
 
     return call
 
