@@ -1,4 +1,4 @@
-"""Benches of block_causal_attention: the documents of BASELINES, against what torch itself offers."""
+"""Times block_causal_attention on the documents of BASELINES, beside what torch itself has."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ CASES = {  # with the passes that are measured: backward or not
         (Case([1, 2] * 50_000, dtype=torch.bfloat16), (False, True)),
     ),
 }
-TILE = (128, 128)  # queries and keys
-ROOM = 8192  # keys of a cache
+TILE = (128, 128)  # (queries, keys)
+ROOM = 8192  # a cache has room for so many keys
 USED = [ROOM * (n % 8 + 1) // 8 - n for n in range(64)]
 BLOCK = 512  # queries at a time in fp64
 MAX_BYTES_OF_A_MASK = 10_000

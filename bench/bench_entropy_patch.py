@@ -24,7 +24,7 @@ from blt_kernels.models.config import RELEASED_THRESHOLD
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
-    """All comparisons, of the sizes of BASELINES or of small ones."""
+    """Yield all comparisons, of the sizes of BASELINES or of small ones."""
     sizes = Sizes(2, 512) if small else Sizes()
     for dtype in (torch.float32, torch.bfloat16):
         yield partial(entropy_patch_comparison, sizes, device, dtype, compile_peers)

@@ -1,4 +1,4 @@
-"""Benches of whole models: BLT with weights of transformers, forward and training, against transformers' own."""
+"""Times whole models: BLT with weights of transformers, forward and training, beside transformers' own."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def hash_comparison(sizes: Sizes, device: str) -> Comparison:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tokens, the rows of the fused table that their n-grams hash to ``[T, N]``, and the tables."""
+    """Holds tokens, the rows of the fused table that their n-grams hash to ``[T, N]``, and the tables."""
 
     tokens: Tensor
     rows: Tensor
@@ -106,7 +106,7 @@ def inputs(sizes: Sizes, vocab: int, trained: bool, device: str) -> Inputs:
 
 
 def implementations(data: Inputs, grad: Tensor | None, sparse: bool) -> dict[str, Callable[[], Any]]:
-    """Ours and all peers, forward, or the gradients of the tables and the byte table."""
+    """Return our op and all peers: forward, or the gradients of the tables and the byte table."""
     tokens, fused, byte_table, tables = data.tokens, data.fused, data.byte_table, data.tables
     one = (fused, byte_table)
     kind = "sparse" if sparse else "dense"
@@ -162,7 +162,8 @@ def backward_comparison(sizes: Sizes, kind: str, device: str) -> Comparison:
         for i, truth in enumerate((tables, byte_table)):
             assert_agree({name: [s[i]] for name, s in sampled.items()}, [truth], "embedding_bag, ready ids")
 
-    # Forward as above. Backward reads the gradient for each table, and writes the rows that were read; all, if dense.
+    # Forward moves the same bytes as above. Backward reads the gradient for each table, and writes the rows that
+    # forward read, or all if dense.
     written = data.fused.shape[0] if kind == "dense" else data.rows.unique().numel()
     work = nbytes(data.tokens) * 2 + nbytes(grad) * (3 + 2 * len(NGRAMS)) + written * sizes.width * grad.element_size()
     return Comparison(
@@ -179,7 +180,7 @@ def backward_comparison(sizes: Sizes, kind: str, device: str) -> Comparison:
 
 
 def sample(grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Some columns of the gradients of all tables, one below the other, and of the byte table."""
+    """Return some columns of the gradients of all tables, one below the other, and of the byte table."""
     *tables, byte_table = (columns(grad) for grad in grads)
     return torch.cat(tables), byte_table
 

@@ -31,7 +31,7 @@ from torch import Tensor
 import blt_kernels as bk
 
 VECTORS, HEADS, WIDTH = 2, 16, 64
-CASES = {  # rows, direction, dtype
+CASES = {  # (rows, direction, dtype)
     "cpu": (
         (1, "encode", torch.float32),
         (1, "decode", torch.float32),

@@ -229,7 +229,7 @@ def assert_finite(results: dict[str, Any]) -> None:
 
 
 class Curve(NamedTuple):
-    """The measurements of one op along one sweep."""
+    """Holds the measurements of one op along one sweep."""
 
     op: str
     values: list[int]
@@ -251,7 +251,7 @@ def curves(rows: list[timing.Row], threads: int) -> dict[str, list[Curve]]:
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """Exponents in the bytes, and how much the other two matter."""
+    """Return the exponents in the bytes, and how much the other two sweeps matter."""
     found = []
     for threads in sorted({row.threads for row in rows}):
         for quantity, of_quantity in curves(rows, threads).items():

@@ -28,14 +28,14 @@ ALPHABET, HIDDEN = 260, 768
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the inputs."""
+    """Holds the sizes of the inputs."""
 
     rows: int = 8
     length: int = 8192
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:
-    """All comparisons, of the sizes of BASELINES or of small ones."""
+    """Yield all comparisons, of the sizes of BASELINES or of small ones."""
     sizes = Sizes(2, 512) if small else Sizes()
     for dtype in (torch.float32, torch.bfloat16):
         yield partial(token_entropy_comparison, sizes, device, dtype, compile_peers)

@@ -26,7 +26,7 @@ def nbytes(*tensors: Tensor) -> int:
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    """Normal numbers, drawn on the device."""
+    """Return normal numbers, drawn on the device."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.empty(shape, device=device).normal_(generator=generator).to(dtype)
 
@@ -64,7 +64,7 @@ def assert_agree(results: dict[str, Sequence[Tensor]], truth: Sequence[Tensor], 
 
 
 def layout_of(lengths: Sequence[int], *, mean: float = 4.5, device: str = "cpu", seed: int = 0) -> PatchLayout:
-    """Random patches of about `mean` bytes. As in BLT the first has one byte, so that every byte has one to decode."""
+    """Return random patches of about `mean` bytes. As in BLT the first has one byte, so every byte can decode one."""
     cu_seqlens = offsets_of(lengths)
     size = int(cu_seqlens[-1])
     cuts = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 1 / mean

@@ -1,4 +1,4 @@
-"""``pytest bench/bench_<op>.py``: every implementation of every comparison of the file through pytest-benchmark."""
+"""``pytest bench/bench_<op>.py`` runs every implementation of every comparison of a file through pytest-benchmark."""
 
 from __future__ import annotations
 

@@ -37,9 +37,9 @@ from gpu_stages.target import make_target
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 UNUSABLE = 77  # exit code of a stage's process that wrote the row of its last case, but cannot go on
-STARTUP_SECONDS = 90.0  # until the first case begins: torch is imported, a context made
-WORTH_SECONDS = 8.0  # a stage is not started anew for less
-LEFT_SECONDS = 4.0  # of the whole budget, for the summary
+STARTUP_SECONDS = 90.0  # the first case begins after importing torch and making a context
+WORTH_SECONDS = 8.0  # a stage is not restarted for less
+LEFT_SECONDS = 4.0  # the summary takes these of the whole budget
 
 
 @dataclass(frozen=True)

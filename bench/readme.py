@@ -44,7 +44,7 @@ def table_of_ops() -> str:
 
 
 def newest(folder: Path, kind: str) -> Path | None:
-    """The last results of a kind, "cpu" or "gpu", by their date."""
+    """Return the newest results of a kind, "cpu" or "gpu"."""
     dated = [path for path in folder.glob("*.csv") if re.match(r"\d{4}-\d\d-\d\d-", path.name)]
     return max((path for path in dated if kind_of(path) == kind), default=None)
 
@@ -54,11 +54,10 @@ def kind_of(path: Path) -> str:
 
 
 def table(path: Path) -> str:
-    """One line for every op and input, forward and backward side by side, with the most threads measured.
+    """Return one line for every op and input, forward and backward side by side, with the most threads measured.
 
-    What has no pass in its name stands under forward. Scaling and latencies are told elsewhere. Rows that were not
-    timed are left out, and so is what was measured with no limit beside it. Of two measurements of the same the later
-    one stands.
+    A measurement without a pass in its name is under forward. The table leaves out scaling and latencies, rows that
+    were not timed, and what was measured without a limit. Of two measurements of the same it shows the later one.
     """
     with path.open(newline="", encoding="utf-8") as file:
         rows = [
@@ -119,7 +118,7 @@ def cells_of(rows: list[Row]) -> tuple[str, str]:
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """README with new tables between the markers."""
+    """Return the README with new tables between the markers."""
     text = replaced(text, *OPS_MARKERS, table_of_ops())
     for kind, (begin, end) in MARKERS.items():
         path = newest(folder, kind)
@@ -128,7 +127,7 @@ def with_tables(text: str, folder: Path) -> str:
 
 
 def replaced(text: str, begin: str, end: str, content: str) -> str:
-    """The text with `content` between two markers."""
+    """Return the text with `content` between two markers."""
     before, rest = text.split(begin)
     lines = [begin, content, end] if content else [begin, end]
     return before + "\n".join(lines) + rest.split(end)[1]

@@ -39,7 +39,7 @@ MODULES: dict[str, ModuleType] = {
     "bwd_dq": backward,
     "decode": decode,
 }
-CANDIDATES = {  # block_m, block_n, num_warps, num_stages
+CANDIDATES = {  # (block_m, block_n, num_warps, num_stages)
     "fwd": [
         (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4), (64, 128, 4, 3),
         (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 2), (128, 64, 8, 2),
@@ -69,7 +69,7 @@ def candidates(kernel: str, width: int, dtype: torch.dtype) -> list[Launch]:
 
 def sizes(kernel: str, length: int) -> tuple[int, int, int, int, int]:
     """Return documents, query heads, key heads, queries and keys of the text that a kernel is timed on."""
-    if kernel == "decode":  # 32 caches, one query each, 8 heads a key head
+    if kernel == "decode":  # 32 caches have one query each, a key head has 8 heads
         return 32, 32, 4, 32, 32 * length // 2
     return 2, 16, 16, 2 * length, 2 * length
 

@@ -34,9 +34,9 @@ OK = "ok"
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 2e-3  # a shorter function is called in a loop, so that the clock does not matter
 SLOW_SECONDS = 0.2  # a longer function is warm after one call
-FEWEST_SAMPLES = 3  # whatever the budget
+MIN_SAMPLES = 3  # even beyond the budget
 BUDGET_SECONDS = 5.0
-FLUSH_BYTES = 256 << 20  # more than any GPU's L2
+FLUSH_BYTES = 256 << 20  # no GPU has a larger L2
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ Make = Callable[[], Comparison]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results: the columns of the CSV files.
+    """Holds one line of the results: the columns of the CSV files.
 
     Attributes
     ----------
@@ -111,7 +111,7 @@ def compare(comparison: Comparison, *, rounds: int, warmup: int = 3, budget: flo
     warmup
         Times that it is called before, after the call whose result is checked, which may compile; once if it is slow.
     budget
-        Seconds of measurement after which an implementation that has `FEWEST_SAMPLES` is left out of later rounds.
+        Seconds of measurement after which an implementation that has `MIN_SAMPLES` is left out of later rounds.
 
     Raises
     ------
@@ -132,7 +132,7 @@ def compare(comparison: Comparison, *, rounds: int, warmup: int = 3, budget: flo
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             spent = sum(samples[name]) * repeats[name]
-            if name not in failures and (len(samples[name]) < FEWEST_SAMPLES or spent < budget):
+            if name not in failures and (len(samples[name]) < MIN_SAMPLES or spent < budget):
                 with failing(name, failures):
                     samples[name].append(clock.sample(functions[name], repeats[name]))
     measured = {name: times for name, times in samples.items() if name not in failures}

@@ -36,7 +36,7 @@ def suite_cases(target: Target) -> list[Case]:
 
 
 def sanitize(target: Target, tool: str) -> Iterator[Row]:
-    """A row for each error, and one for how far it got."""
+    """Yield a row for each error, and one that says how far the tool got."""
     options = [option for name in NAMES for option in ("--kernel-name", f"kernel_substring={name}")]
     if tool == "memcheck":  # torch asks the driver for what some drivers refuse
         options += ["--report-api-errors", "no"]

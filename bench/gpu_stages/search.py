@@ -13,7 +13,7 @@ from gpu_stages import Case
 from gpu_stages.target import Target
 
 KERNELS = ("fwd", "bwd_dkdv", "bwd_dq", "decode")
-SECONDS = 11.0  # a kernel
+SECONDS_PER_KERNEL = 11.0
 
 
 def search_cases(target: Target) -> list[Case]:
@@ -27,7 +27,7 @@ def search(target: Target, kernel: str) -> Iterator[Row]:
         for launch in search_attention.candidates(kernel, 128, torch.bfloat16):
             yield failed_row(f"search {kernel}", str(launch), "bfloat16", OURS, "ok: not timed in a rehearsal")
         return
-    for found in search_attention.search(target, kernel, SECONDS):
+    for found in search_attention.search(target, kernel, SECONDS_PER_KERNEL):
         launch = "block_m {block_m} block_n {block_n} warps {num_warps} stages {num_stages}".format(**found)
         shape = f"{launch}, width {found['width']}, window {found['window']}"
         name, dtype = f"search {kernel}", str(found["dtype"]).removeprefix("torch.")

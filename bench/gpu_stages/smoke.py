@@ -20,12 +20,14 @@ from gpu_stages import Case
 from gpu_stages.target import Target
 
 SIZES = (0, 1, 19, 260, 5000)
-LARGE = 700  # bytes: several blocks
+LARGE = 700  # so many bytes take several blocks
 TINY = (0, 40)
 
 
 def smoke_cases(target: Target) -> list[Case]:
-    """The first case of every function, then the second ones: in fp32 and bf16, or with ids; in a rehearsal one an op.
+    """Return the first case of every function, then the second ones: in fp32 and bf16, or with ids.
+
+    A rehearsal has one case an op.
 
     Attention comes last, since Triton compiles its kernels meanwhile.
     """
@@ -68,7 +70,7 @@ def smoke(target: Target, case: OpCase, dtype: torch.dtype, name: str) -> Iterat
 
 
 def graph(target: Target, case: OpCase, dtype: torch.dtype, num_bytes: int) -> None:
-    """Replay a captured step on other values."""
+    """Compare a captured step, replayed on other values, with eager code."""
     first, second = (make(case, target.device, num_bytes, seed, dtype) for seed in (18, 19))
     second = {name: x if isinstance(x, Tensor) else first[name] for name, x in second.items()}
     if any(a.shape != b.shape for a, b in zip(tensors_of(first), tensors_of(second), strict=True)):

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
-CALLS = 20  # of a function in a graph
-PLANTED = "BLT_KERNELS_PLANTED"  # read by rehearsals only: "fail STAGE CASE; hang STAGE CASE; end STAGE CASE"
+CALLS = 20  # a graph calls a function so often
+FAULTS = "BLT_KERNELS_FAULTS"  # rehearsals read it: "fail STAGE CASE; hang STAGE CASE; end STAGE CASE"
 
 
 class Target:
-    """A GPU.
+    """Runs cases on a GPU.
 
     Attributes
     ----------
@@ -44,11 +44,11 @@ class Target:
         yield
 
     def wants(self, name: str) -> bool:
-        """Is the case of this name to run?"""
+        """Return whether the case of this name runs."""
         return not self.only or any(part in name for part in self.only)
 
     def disturb(self, stage: str, case: str) -> None:
-        """Called before each case."""
+        """Do nothing. A rehearsal injects faults here, before each case."""
 
     def usable(self) -> bool:
         """Return whether this process can still use the GPU: after an illegal access every call fails."""
@@ -128,12 +128,12 @@ class Rehearsal(Target):
 
     def disturb(self, stage: str, case: str) -> None:
         """Fail, hang or end the process where the environment says so."""
-        for planted in filter(None, os.environ.get(PLANTED, "").split(";")):
-            fault, of_stage, of_case = planted.split(maxsplit=2)
+        for injected in filter(None, os.environ.get(FAULTS, "").split(";")):
+            fault, of_stage, of_case = injected.split(maxsplit=2)
             if of_stage != stage or of_case not in case:
                 continue
             if fault == "fail":
-                raise RuntimeError("planted")
+                raise RuntimeError("injected fault")
             if fault == "end":
                 os._exit(139)
             time.sleep(3600)
@@ -173,7 +173,7 @@ class Rehearsal(Target):
 
 
 def make_target(rehearse: bool, only: Sequence[str] = (), warm: bool = False) -> Target:
-    """A GPU or its rehearsal."""
+    """Return a GPU, or its rehearsal."""
     return (Rehearsal if rehearse else Target)(only, warm)
 
 

@@ -1,4 +1,4 @@
-"""Times of every op at the shapes of BASELINES, beside its peers, by CUDA graphs: the comparisons of ``bench_<op>.py``.
+"""Times every op at the shapes of BASELINES, beside its peers, by CUDA graphs: the comparisons of ``bench_<op>.py``.
 
 A graph holds 20 calls, fewer of long ones, on several copies of the inputs where one copy would fit in the L2 cache.
 Graphs of all implementations and of the limit are replayed in turn, so that a ratio is one of neighbours.
@@ -21,7 +21,7 @@ from blt_kernels._extension import OPERATORS
 from gpu_stages import Case
 from gpu_stages.target import CALLS, Target
 
-# The most informative first. Attention has a stage of its own.
+# The most informative ops come first. Attention has a stage of its own.
 FIRST = ("patch_pool", "entropy_patch", "patch_cross_attention", "ngram_hash_embed", "patch_unpool", "token_entropy")
 BENCHED = {path.stem.removeprefix("bench_") for path in Path(timing.__file__).parent.glob("bench_*.py")}
 OTHERS = sorted(BENCHED & set(OPERATORS.values()) - {*FIRST, "block_causal_attention"})
@@ -29,11 +29,11 @@ ROUNDS = 5
 MAX_COPIES = 4
 SLOW_SECONDS = 0.05  # a peer that takes longer is timed call by call
 GRAPH_SECONDS = 0.03  # a graph of longer calls holds fewer of them
-WITH_FLEX = (0, 3)  # of the cases of bench_block_causal_attention, once more and last: compiling takes many seconds
+WITH_FLEX = (0, 3)  # these cases of bench_block_causal_attention run again last: compiling takes many seconds
 
 
 def timings_cases(target: Target) -> list[Case]:
-    """The first comparison of every op, then the second ones."""
+    """Return the first comparison of every op, then the second ones."""
     device = target.device
     found = []
     for op in (*FIRST, *OTHERS):
@@ -49,7 +49,7 @@ def timings_cases(target: Target) -> list[Case]:
 
 
 def attention_cases(target: Target) -> list[Case]:
-    """block_causal_attention beside cuDNN, varlen_attn and, for two shapes, flex_attention; decoding after four."""
+    """Return block_causal_attention beside cuDNN, varlen_attn and, for two shapes, flex_attention; decoding is 5th."""
     bench = importlib.import_module("bench_block_causal_attention")
     device = target.device
     if target.rehearsal:
@@ -76,7 +76,7 @@ def case_of(op: str, make: Make) -> Case:
 
 
 def measure(target: Target, make: Make) -> Iterator[Row]:
-    """The rows of a comparison, the failures of peers too."""
+    """Yield the rows of a comparison, and the failures of peers."""
     yield from timing.rows_of(make, lambda comparison: compare(target, comparison, make))
     target.free()
 

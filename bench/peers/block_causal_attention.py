@@ -95,7 +95,7 @@ def varlen_attention(
 
     keys = cu_seqlens if keys is None else keys
     longest = [int(offsets.diff().max()) for offsets in (cu_seqlens, keys)]
-    options = {"window_size": (-1 if window is None else window - 1, 0)}  # keys before the query's own, and behind it
+    options = {"window_size": (-1 if window is None else window - 1, 0)}  # (keys before the query's own, keys after it)
     if used is not None:
         options["seqused_k"] = used
     says_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does not ask

@@ -14,7 +14,7 @@ PRIME = 1000000007
 
 
 def blt_hash(tokens: Tensor, size: int, vocab: int) -> Tensor:
-    """facebookresearch/blt: every window of `size` ids, times powers of the prime, summed: int64 ``[B, S]``."""
+    """Hash as facebookresearch/blt: sum every window of `size` ids, times powers of the prime; int64 ``[B, S]``."""
     with torch.no_grad():
         windows = F.pad(tokens, (size - 1, 0)).unfold(1, size, 1)
         prime = torch.tensor(PRIME, device=tokens.device)
@@ -23,7 +23,7 @@ def blt_hash(tokens: Tensor, size: int, vocab: int) -> Tensor:
 
 
 def blt_hashes(tokens: Tensor, sizes: Sequence[int], vocab: int) -> Tensor:
-    """The rows of all tables: ``[N, B, S]``."""
+    """Return the rows of all tables, ``[N, B, S]``."""
     return torch.stack([blt_hash(tokens, size, vocab) for size in sizes])
 
 

@@ -1,4 +1,4 @@
-"""Peers of patch_pool and patch_unpool.
+"""patch_pool and patch_unpool are compared with these peers.
 
 Some want rows: x ``[B, S, D]``, ids ``[B, S]`` that count from 0 in every row, results padded to the most patches of a
 row. The others want packed bytes: x ``[T, D]``, patch offsets ``[C+1]`` and ids ``[T]``.
@@ -24,9 +24,9 @@ def scatter_reduce(x: Tensor, ids: Tensor, patches: int, reduce: Sequence[str]) 
 
 
 def segment_reduce(x: Tensor, offsets: Tensor, reduce: Sequence[str], ids: Tensor | None = None) -> Tensor:
-    """torch's reduction of contiguous segments, one call a reduction: ``[C, len(reduce) * D]``.
+    """Reduce contiguous segments as torch does, one call a reduction: ``[C, len(reduce) * D]``.
 
-    Given ids, means are made by torch's scattered addition instead, which is faster.
+    Given ids, torch's scattered addition computes means, which is faster.
     """
     pooled = []
     for name in reduce:

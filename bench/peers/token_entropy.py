@@ -1,4 +1,4 @@
-"""Peers of token_entropy and linear_entropy."""
+"""token_entropy and linear_entropy are compared with these peers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def eager_entropy(logits: Tensor) -> Tensor:
-    """The entropy of facebookresearch/blt, in the dtype of the logits."""
+    """Return the entropy as facebookresearch/blt does, in the dtype of the logits."""
     log_p = F.log_softmax(logits, dim=-1)
     return -(log_p * log_p.exp()).sum(-1)

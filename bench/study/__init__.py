@@ -1,1 +1,1 @@
-"""Byte-level models at equal training FLOPs: ``python bench/study``."""
+"""``python bench/study`` compares byte-level models at equal training FLOPs."""

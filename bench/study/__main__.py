@@ -1,4 +1,4 @@
-"""``python bench/study``: see `study.run`."""
+"""``python bench/study`` runs `study.run`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # processes that a run starts import this file too
-    sys.path[0] = str(Path(__file__).parents[1])  # the folder of this package and of `timing`
+    sys.path[0] = str(Path(__file__).parents[1])  # this package and `timing` are in it
 
     from study.run import main
 

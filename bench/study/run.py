@@ -44,14 +44,14 @@ from study import report
 from study.report import Outcome
 from study.text import CLEAN, CONDITIONS, HELDOUT, SPLIT_SEED, Corpus, prepare
 
-BATCH, CONTEXT = 2048, 1024  # bytes of a step, and the most of them in a row
-SAMPLE = 1 << 17  # bytes of training text in excerpts, for FLOPs and thresholds
-PATCHER_SHARE = 0.5  # of the training FLOPs of every other model
+BATCH, CONTEXT = 2048, 1024  # a step has so many bytes, a row at most so many of them
+SAMPLE = 1 << 17  # FLOPs and thresholds are measured on so many bytes of training text
+PATCHER_SHARE = 0.5  # the patcher trains for this share of the FLOPs of every other model
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the study. `patch_size` chooses the threshold of entropy patching."""
+    """Describes a model of the study. `patch_size` chooses the threshold of entropy patching."""
 
     name: str
     family: str

@@ -15,9 +15,9 @@ from pathlib import Path
 from blt_kernels.train import data
 
 PATTERNS = ("*.py", "*.txt", "*.html", "*.xml", "*.rst", "*.json", "*.csv")
-HELDOUT, SPLIT_SEED = 0.03, 0  # of the files; the same ones whatever the seed of a run
-EXCERPT = 2048  # bytes, from the middle of a file
-RATE = 0.1  # of the bytes are dropped, doubled, or swapped with the next
+HELDOUT, SPLIT_SEED = 0.03, 0  # so many files are held out, the same ones for every seed of a run
+EXCERPT = 2048  # excerpts are so many bytes from the middle of a file
+RATE = 0.1  # this share of the bytes is dropped, doubled, or swapped with the next
 
 
 def random_case(text: bytes, draw: random.Random) -> bytes:

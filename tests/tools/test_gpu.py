@@ -34,7 +34,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 def rehearse(folder: Path, *options: str, faults: str = "") -> tuple[list[dict[str, str]], str, int]:
     """The rows of a rehearsal, what it printed and its exit code."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "BLT_KERNELS_PLANTED": faults, "OUT": str(folder)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "BLT_KERNELS_FAULTS": faults, "OUT": str(folder)}
     command = [sys.executable, str(BENCH / "gpu.py"), "--rehearse", *options]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert "Traceback" not in done.stderr, done.stderr
@@ -91,7 +91,7 @@ def test_a_fault_costs_one_row(tmp_path: Path) -> None:
     status = {row["shape"]: row["status"] for row in rows}
     assert status["copy"] == "killed after 5 s"
     assert status["product torch.bfloat16"] == "ended its process with 139"
-    assert rows[0]["status"] == "RuntimeError: planted"
+    assert rows[0]["status"] == "RuntimeError: injected fault"
     assert "6 rows, 3 failed" in printed
 
 
