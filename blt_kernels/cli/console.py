@@ -39,17 +39,10 @@ def console(color: Color, *, stderr: bool = False) -> Console:
 @contextmanager
 def progress(title: str, total: int | None, hidden: bool = False) -> Iterator[Callable[[int], None]]:
     """Show a bar of bytes on a terminal's stderr; yield the function that advances it."""
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=hidden or not Console(stderr=True).is_terminal,
-    )
-    with bar:
+    shown = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    name, hidden = TextColumn("{task.description}", markup=False), hidden or not shown.is_terminal
+    with Progress(name, *columns, console=shown, transient=True, disable=hidden) as bar:
         task = bar.add_task(title, total=total)
         yield lambda size: bar.update(task, advance=size)
 

@@ -11,23 +11,27 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
+from typing_extensions import Doc
 
 import blt_kernels as bk
 from blt_kernels import _extension
 from blt_kernels.cli import app, doctor, main
+from blt_kernels.cli.options import build, options_of
 from blt_kernels.cli.patch.model import load_entropy_model
 from blt_kernels.cli.patch.render import glyphs, printable
 from blt_kernels.cli.patch.stream import with_entropy
@@ -571,6 +575,40 @@ def test_help_names_every_option() -> None:
         assert f"--{word}" in out
     for word in ("delimiter", "model", "start", "length", "max-show", "plot", "html", "json", "entropies", "color"):
         assert f"--{word}" in out
+
+
+@dataclass(frozen=True)
+class Settings:
+    file: Annotated[Path, Doc("What to read.")]
+    names: Annotated[Sequence[str], Doc("Names.")] = ("a",)
+    some_size: Annotated[int | None, Doc("Bytes.")] = None
+    fast: Annotated[bool, Doc("Be fast.")] = False
+    hidden: int = 3
+
+
+def test_options_are_the_documented_fields_of_dataclasses() -> None:
+    seen = []
+    small = typer.Typer()
+
+    @small.command()
+    @options_of(Settings, some_size="BYTES")
+    def command(options: dict[str, Any], loud: bool = False) -> None:
+        """Do something."""
+        seen.append((build(Settings, options, hidden=4), loud))
+
+    for args in (["x"], ["x", "--some-size=5", "--fast", "--names=b", "--names=c", "--loud"]):
+        assert CliRunner().invoke(small, args).exit_code == 0
+    assert seen == [
+        (Settings(Path("x"), hidden=4), False),
+        (Settings(Path("x"), ["b", "c"], 5, True, hidden=4), True),
+    ]
+    text = CliRunner().invoke(small, ["--help"]).output
+    assert "Do something." in text
+    for word in ("FILE", "What to read.", "--some-size", "BYTES", "--fast", "Be fast.", "--no-loud"):
+        assert word in text
+    assert "hidden" not in text
+    assert "--no-fast" not in text
+    assert CliRunner().invoke(small, []).exit_code == 2
 
 
 def test_version() -> None:

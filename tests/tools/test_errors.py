@@ -388,4 +388,4 @@ def test_a_full_disk() -> None:
     command = [sys.executable, "-m", "blt_kernels", "patch", "text", "--scheme=byte"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (1, "blt-kernels patch: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "blt-kernels patch: standard output: No space left on device\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -142,7 +143,12 @@ def run(files: list[str], rules: Rules, outputs: Outputs, model_path: Path | Non
         raise ValueError(f"--model {model_path}: expected --scheme entropy or topk, or --entropies, to use it")
     for name in files:
         with _opened(name) as source:
-            _show(name, source, rules, outputs, model, color)
+            try:
+                _show(name, source, rules, outputs, model, color)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:  # errors of the files to write are told by their options
+                    raise OSError(error.errno, error.strerror, "standard output") from error
+                raise
 
 
 def _show(name: str, source: BinaryIO, rules: Rules, outputs: Outputs, model: ByteLM | None, color: Color) -> None:
