@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from blt_kernels._files import write_text
-from blt_kernels.cli.patch.render import Glyph, glyphs
+from blt_kernels.cli.patch.render import Glyph, facts, glyphs
 from blt_kernels.cli.patch.rules import Rules
 from blt_kernels.cli.patch.statistics import Statistics
 from blt_kernels.cli.patch.window import Window
@@ -32,12 +32,6 @@ def build(title: str, window: Window, statistics: Statistics, rules: Rules) -> s
             f"Shown: bytes {window.start:,} to {window.start + size:,} of {total:,}. The numbers above are about the "
             "whole file; --start and --length choose another part."
         )
-    facts = [("scheme", f"{rules.scheme.value}: {rules.describe()}"), ("bytes", f"{total:,}")]
-    facts.append(("patches", f"{statistics.patches:,}"))
-    if statistics.mean is not None:
-        facts.append(("mean patch", f"{statistics.mean:.2f} bytes"))
-    if statistics.entropy is not None:
-        facts.append(("mean entropy", f"{statistics.entropy:.3f} nats"))
     data = {
         "start": window.start,
         "bytes": window.data.hex(),
@@ -47,7 +41,9 @@ def build(title: str, window: Window, statistics: Statistics, rules: Rules) -> s
     }
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts),
+        facts="".join(
+            f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts(statistics, rules)
+        ),
         shown=escape(shown),
         bars="Bars below the text are entropies. " if window.entropy is not None else "",
         text=_spans(window),

@@ -107,20 +107,27 @@ def draw(console: Console, title: str, window: Window, total: int) -> None:
     console.print()
 
 
+def facts(statistics: Statistics, rules: Rules) -> list[tuple[str, str]]:
+    """Return names and values of the numbers of a whole file."""
+    found = [("scheme", f"{rules.scheme.value}: {rules.describe()}")]
+    found += [("bytes", f"{statistics.bytes:,}"), ("patches", f"{statistics.patches:,}")]
+    if statistics.patches:
+        least, most = min(statistics.lengths), max(statistics.lengths)
+        middle = f"mean {statistics.mean:.2f}, median {statistics.median:g}"
+        found.append(("patch length", f"{middle}, min {least:,}, max {most:,} bytes"))
+    if statistics.entropy is not None:
+        found.append(("entropy", f"mean {statistics.entropy:.3f} nats ({statistics.entropy / math.log(2):.3f} bits)"))
+    return found
+
+
 def print_statistics(console: Console, statistics: Statistics, rules: Rules, notes: list[str]) -> None:
     """Print the numbers of a whole file and a histogram of patch lengths."""
-    record = statistics.record()
-    facts = [("scheme", f"{rules.scheme.value}: {rules.describe()}")]
-    facts += [("bytes", f"{statistics.bytes:,}"), ("patches", f"{statistics.patches:,}")]
-    if statistics.patches:
-        middle = f"mean {statistics.mean:.2f}, median {statistics.median:g}"
-        facts.append(("patch length", f"{middle}, min {record['min']:,}, max {record['max']:,} bytes"))
-    if statistics.entropy is not None:
-        facts.append(("entropy", f"mean {statistics.entropy:.3f} nats ({statistics.entropy / math.log(2):.3f} bits)"))
-    if record["bytes_per_second"]:
-        facts.append(("speed", f"{record['bytes_per_second']:,} bytes/second, {statistics.seconds:.2f} s"))
-    facts += [("note", note) for note in notes]
-    for name, value in facts:
+    lines = facts(statistics, rules)
+    if statistics.bytes and statistics.seconds:
+        speed = statistics.bytes / statistics.seconds
+        lines.append(("speed", f"{speed:,.0f} bytes/second, {statistics.seconds:.2f} s"))
+    lines += [("note", note) for note in notes]
+    for name, value in lines:
         console.print(Text.assemble((f"{name:<14}", "dim"), value), soft_wrap=True)
     console.print()
     bars = statistics.histogram()

@@ -181,18 +181,15 @@ def cut(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None = None) -> t
     """
     if rules.tokenizer is not None:
         load_tokenizer(rules.tokenizer)  # it raises before anything is read
-    if model is None:
-        if rules.needs_entropy:
-            raise ValueError(f"model: expected a ByteLM for --scheme {rules.scheme.value}, got None")
-        if rules.scheme in AT_ONCE:
-            return rules, _cut_at_once(pieces, rules, model)
-        cutter = StreamCutter(rules)
-        return rules, (cutter.push(piece) for piece in pieces)
-    if rules.needs_entropy and model.config.reset_at_newlines:
+    if rules.needs_entropy and model is None:
+        raise ValueError(f"model: expected a ByteLM for --scheme {rules.scheme.value}, got None")
+    if rules.needs_entropy and model is not None and model.config.reset_at_newlines:
         rules = replace(rules, reset_at_newlines=True)
     if rules.scheme in AT_ONCE:
         return rules, _cut_at_once(pieces, rules, model)
-    stream = with_entropy(pieces, model, rules.reset_at_newlines or None)
+    stream: Iterator[tuple[bytes, Tensor | None]] = ((piece, None) for piece in pieces)
+    if model is not None:
+        stream = with_entropy(pieces, model, rules.reset_at_newlines or None)
     if rules.target_size is not None:
         sample, size = [], 0
         for block, entropy in stream:
@@ -201,10 +198,10 @@ def cut(pieces: Iterable[bytes], rules: Rules, model: ByteLM | None = None) -> t
             if size >= SAMPLE_SIZE:
                 break
         data = b"".join(block for block, _ in sample)
-        entropies = torch.cat([entropy for _, entropy in sample] or [torch.empty(0)])
+        entropies = torch.cat([torch.empty(0), *(entropy for _, entropy in sample if entropy is not None)])
         rules = replace(rules, threshold=threshold_for_target(data, entropies, rules), target_size=None)
         stream = itertools.chain(sample, stream)
-    elif rules.scheme is Scheme.entropy and rules.threshold is None:
+    elif model is not None and rules.scheme is Scheme.entropy and rules.threshold is None:
         rules = replace(rules, threshold=model.config.threshold)
     cutter = StreamCutter(rules)
     return rules, (cutter.push(block, entropy) for block, entropy in stream)
