@@ -31,7 +31,7 @@ test: .venv/built $(EMULATOR) build/triton-3.6/triton  ## Run the tests, those o
 	$(say) 'pytest, two tests at a time'
 	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
 
-test-fast: .venv/built $(EMULATOR)  ## The tests that take no compiler and few seconds, for the loop of a developer
+test-fast: .venv/built $(EMULATOR)  ## Run the tests that take no compiler and few seconds
 	$(say) 'pytest without the slow tests, two at a time'
 	BLT_KERNELS_BACKENDS='cpu emulated' OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m 'not slow'
 
@@ -67,20 +67,20 @@ lint: .venv/built  ## Check style and types: ruff, mypy, clang-format
 # REHEARSE=1 runs all of it without a GPU; CALL=2 or STAGES="smoke timings" picks what runs; OUT is where results go.
 GPU_PYTHON = $(if $(REHEARSE),$(BIN)/python,$(OWN_PYTHON))
 GPU_OPTIONS = $(if $(STAGES),--stages $(STAGES),--call $(or $(CALL),1)) $(if $(REHEARSE),--rehearse)
-gpu: $(if $(REHEARSE),.venv/built $(EMULATOR))  ## On a machine with CUDA: checks and measurements with its own python3
+gpu: $(if $(REHEARSE),.venv/built $(EMULATOR))  ## Check and measure on a machine with CUDA, with its own python3
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) bench/gpu.py $(GPU_OPTIONS) $(if $(OUT),--out $(OUT))
 
 gpu-build: .venv/built  ## Compile the kernels for a lent Hopper GPU into build/gpu, which is carried there
 	$(say) 'nvcc, for minutes'
 	python bench/gpu_stages/build.py
 
-wheel-check: .venv/built  ## Only the tests of the wheel: from the sdist, contents, stable ABIs, loading
+wheel-check: .venv/built  ## Test the wheel only: its build from the sdist, contents, stable ABIs, loading
 	$(say) 'sdist, the wheel from it, and its audits'
 	pytest tests/tools/test_build.py
 
 OPS := $(patsubst blt_kernels/ops/%.py,%,$(filter-out blt_kernels/ops/_%,$(wildcard blt_kernels/ops/*.py)))
 OP_TESTS := $(foreach op,$(OPS),$(wildcard tests/ops/test_$(op)*.py))
-# second_table measures memory, of which AddressSanitizer takes its own.
+# second_table measures memory, and AddressSanitizer takes some of its own.
 sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(say) 'building with sanitizers'
 	cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DBLT_KERNELS_SANITIZE=ON \
@@ -96,7 +96,7 @@ sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedB
 	    pytest tests/ops/test_ops.py tests/ops/test_optim.py $(OP_TESTS) \
 	    -k "not compile and not inductor and not opcheck and not second_table"
 
-# Clang from a wheel, since not every machine has one, and as a driver for the C++ library and the linker of the system.
+# Clang comes from a wheel, since not every machine has one. It uses the C++ library and the linker of the system.
 CLANG ?= build/clang/clang++
 build/clang/clang++: .venv/installed
 	$(say) 'Clang (once)'

@@ -282,7 +282,7 @@ def describe(name: str, width: int, launch: Launch, binary: Any) -> list[str]:
     instructions = parse_function(code)
     registers, stack = (int(re.findall(rf"\b{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
     threads = int(re.findall(r"\.reqntid (\d+)", binary.asm["ptx"])[0])
-    warps = launch.num_warps if threads == launch.num_warps * 32 else threads // 32 - 4  # without the producer's four
+    warps = launch.num_warps if threads == launch.num_warps * 32 else threads // 32 - 4  # the producer has four more
     kernel = attention.TritonKernel(
         name, instructions, min(registers * threads // (warps * 32), 255), binary.metadata.shared, warps,
         launch.block_m, launch.block_n, launch.num_stages,
@@ -350,7 +350,7 @@ def main() -> None:
                 row(label, name, width, own, load)
             _, streamed = sizes_of(VARIANTS[name], own)
             for step in (streamed, streamed // 2)[: width // 64]:
-                launch = launch_of(VARIANTS[name], 128, step, 4, 2)  # 64 rows a consumer
+                launch = launch_of(VARIANTS[name], 128, step, 4, 2)  # a consumer has 64 rows
                 row("specialized", name, width, launch, 1, True)
         for launch in SHAPES if name == "bwd_dkdv" else ():
             row("as it is", name, 128, launch)

@@ -28,7 +28,7 @@ BACKENDS = os.environ.get("BLT_KERNELS_BACKENDS", "").split() or [*DEVICES, "ref
 
 
 def operators() -> list[str]:
-    """Every operator of the package, without the namespace."""
+    """Return every operator of the package, without the namespace."""
     names = torch._C._dispatch_get_all_op_names()
     return sorted(n.removeprefix("blt_kernels::") for n in names if n.startswith("blt_kernels::"))
 

@@ -26,7 +26,7 @@ from cuda_model.sass import functions_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("80", "90a", "100")
-REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # a multiprocessor has so many
 MODELED = "90a"
 ATTENTION = "block_causal_attention"
 SIZES = {"float": 4, "double": 8, "__nv_bfloat16": 2, "__half": 2}
@@ -71,7 +71,7 @@ class Kernel:
 
 
 def torch_headers() -> Path:
-    """The headers of the installed torch."""
+    """Return the headers of the installed torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         sys.exit("cuda-check: torch is not installed")
@@ -79,7 +79,7 @@ def torch_headers() -> Path:
 
 
 def cuobjdump() -> str:
-    """The disassembler: of the toolkit, or of Triton's package."""
+    """Return the disassembler of the toolkit, or that of Triton's package."""
     found = shutil.which("cuobjdump")
     spec = importlib.util.find_spec("triton")
     if found is None and spec is not None and spec.origin is not None:
@@ -122,7 +122,7 @@ def threads_of(ptx: str) -> dict[str, int]:
 
 
 def parameters_of(ptx: str) -> dict[str, tuple[int, ...]]:
-    """Symbol -> bytes of each parameter."""
+    """Return the bytes of each parameter by the symbol of the kernel."""
     entries = re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx)
     one = re.compile(r"\.param (?:\.align \d+ )?\.[bufs](\d+) \w+(?:\[(\d+)\])?")
     return {symbol: tuple(int(b) // 8 * int(n or 1) for b, n in one.findall(text)) for symbol, text in entries}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Return a graph of what `function` does, and its result. After a failure captures and allocations work as before.
+    """Return a graph of what `function` does, and its result. After a failure, captures and allocations work again.
 
     `torch.cuda.graph` leaves its stream current, and the allocator on the memory of the graph, when a capture ends in
     an error.

@@ -25,7 +25,7 @@ def random_normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0
 
 
 def documents(num_bytes: int, seed: int) -> Tensor:
-    """int32 offsets of ragged documents."""
+    """Return int32 offsets of ragged documents."""
     return offsets_of(document_lengths(num_bytes, seed))
 
 
@@ -33,7 +33,7 @@ def documents(num_bytes: int, seed: int) -> Tensor:
 
 
 def spread_logits(num_bytes: int, alphabet: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Logits with entropies from next to nothing to nearly log A."""
+    """Return logits with entropies from almost 0 to almost log A."""
     spread = torch.logspace(-1, 1.3, 17, base=10.0)[torch.arange(num_bytes) * 7 % 17]
     return (random_normal(num_bytes, alphabet, dtype=torch.float32, seed=seed) * spread[:, None]).to(dtype)
 
@@ -57,7 +57,7 @@ def robust_rule(entropy: Tensor, rule: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_entropy_patch(share: float | None = None, **rule: Any) -> Make:
-    """`share`: capacity as a part of the bytes, small enough to overflow."""
+    """Make arguments. `share` is the capacity as a part of the bytes, small enough to overflow."""
 
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         logits, cu_seqlens = spread_logits(num_bytes, 67, dtype, seed), documents(num_bytes, seed)
@@ -97,7 +97,7 @@ def make_linear_entropy(bias: bool) -> Make:
 def make_tokens(**options: Any) -> Make:
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         tokens = to_ids(real_text(num_bytes, seed), dtype=dtype)
-        tokens[::29] = torch.arange(tokens[::29].numel()) % 4  # special ids
+        tokens[::29] = torch.arange(tokens[::29].numel()) % 4  # are special ids
         return {"tokens": tokens, "cu_seqlens": documents(num_bytes, seed), **options}
 
     return make
@@ -125,18 +125,18 @@ def make_topk() -> Make:
 
 
 def make_layout(num_bytes: int, seed: int, kind: str = "") -> PatchLayout:
-    """Ragged patches; "overflow": with too little room; "tail": with bytes beyond the last document."""
+    """Return ragged patches: with too few slots ("overflow"), or with bytes beyond the last document ("tail")."""
     if kind == "tail":
         covered = documents(num_bytes * 2 // 3, seed)
         return PatchLayout.from_cuts(torch.arange(num_bytes) % 4 == seed % 4, covered)
-    room = num_bytes // 12 + 7 if kind == "overflow" else None  # 7: one for each document
+    room = num_bytes // 12 + 7 if kind == "overflow" else None  # 7 is one for each document
     return ragged_layout(num_bytes, seed, max_patches=room)
 
 
 def make_patch_pool(reduce: str | tuple[str, ...], kind: str = "", width: int = 21) -> Make:
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         x = random_normal(num_bytes, width, dtype=dtype, seed=seed)
-        if dtype != torch.float64:  # many ties, which gradcheck cannot differentiate
+        if dtype != torch.float64:  # makes many ties, which gradcheck cannot differentiate
             x = (x * 2).round() / 2
         return {"x": x, "layout": make_layout(num_bytes, seed, kind), "reduce": reduce}
 
@@ -195,7 +195,7 @@ def make_attention(*, keys: bool = False, groups: int = 4, width: int = 10, **op
 
 
 def make_attention_ranges(*, keys: bool = False, **options: Any) -> Make:
-    """The offsets of `make_attention`."""
+    """Make the arguments of `attention_ranges` for the offsets of `make_attention`."""
 
     def make(_dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         made = make_attention(keys=keys, **options)(torch.float32, num_bytes, seed)
@@ -207,7 +207,7 @@ def make_attention_ranges(*, keys: bool = False, **options: Any) -> Make:
 
 
 def make_decoding(*, groups: int = 2, width: int = 10, **options: Any) -> Make:
-    """A few queries a document and a cache of its keys, all but the last ones used."""
+    """Make a few queries a document, and a cache of its keys whose last ones are unused."""
 
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         lengths = document_lengths(num_bytes, seed)

@@ -1,4 +1,4 @@
-"""Small models of every kind, and documents for them."""
+"""Tests of models share small models of every kind, and documents for them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CONFIGS: dict[str, tuple[type[ByteModel], object]] = {
     "megabyte": (MegaByte, SMALL_MEGABYTE),
     "megabyte_extended": (MegaByte, dataclasses.replace(SMALL_MEGABYTE, cross_patch=3, conv_sizes=(3, 5, 7))),
 }
-# One byte, longer and shorter than the window, empty, and lengths around MegaByte's patches of 4.
+# These are one byte, longer and shorter than the window, empty, and lengths around MegaByte's patches of 4.
 LENGTHS = (1, 50, 0, 3, 9, 4, 8, 1)
 
 

@@ -40,7 +40,7 @@ def with_grad(case: OpCase, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def cotangents_of(case: OpCase, out: Any) -> list[Tensor]:
-    """The same powers of two and their negatives for every run: exact in every dtype. One for each gradient asked."""
+    """Return a cotangent for each gradient: powers of two of both signs, the same in every run, exact in any dtype."""
     generator = torch.Generator().manual_seed(0)
     return [
         (
@@ -67,7 +67,7 @@ def backward(case: OpCase, out: Any, leaves: list[Tensor], cotangents: list[Tens
 
 
 def run(case: OpCase, function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """Outputs of `function`, and the gradients of its differentiable arguments for fixed cotangents."""
+    """Return the outputs of `function`, and gradients of its differentiable arguments for fixed cotangents."""
     out, leaves = forward(case, function, arguments)
     out, grads = backward(case, out, leaves, cotangents_of(case, out))
     return out, [g.to_dense() if g.is_sparse else g for g in grads]

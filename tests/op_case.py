@@ -19,7 +19,7 @@ WIDE = 149  # columns: several vectors of every instruction set, side by side an
 
 @dataclass(frozen=True)
 class OpCase:
-    """One op with one setting of its options.
+    """Describes one op with one setting of its options.
 
     Attributes
     ----------
@@ -28,9 +28,9 @@ class OpCase:
     make : (dtype, num_bytes, seed) -> keyword arguments that both take, on the CPU; any `num_bytes` from 0
     differentiable : names of the arguments with gradients
     dtypes : dtypes to test; of ids where there are no floating arguments
-    autocast : does autocast cast the floating arguments?
-    sparse : are gradients sparse? gradcheck and tracing take dense ones only
-    trace : is the case put through opcheck and torch.compile? One of a function's cases is enough unless options differ
+    autocast : whether autocast casts the floating arguments
+    sparse : whether gradients are sparse; gradcheck and tracing take dense ones only
+    trace : whether opcheck and torch.compile run the case; one of a function's cases is enough unless options differ
     """
 
     function: Callable[..., Any]
@@ -45,7 +45,7 @@ class OpCase:
 
     @property
     def op(self) -> str:
-        """The op that the function is of: ``ops/<op>.py`` defines it."""
+        """The op of the function: ``ops/<op>.py`` defines it."""
         return self.function.__module__.rpartition(".")[2]
 
     @property

@@ -40,7 +40,7 @@ def norm(x: Tensor, state: State, name: str, eps: float) -> Tensor:
 
 
 def heads_of(x: Tensor, state: State, name: str, width: int) -> Tensor:
-    """``[heads, S, width]``."""
+    """Return the heads of a projection, ``[heads, S, width]``."""
     return (x @ state[f"{name}.weight"].T).unflatten(-1, (-1, width)).transpose(0, 1)
 
 
@@ -83,13 +83,13 @@ def cross(x: Tensor, states: Tensor, state: State, name: str, mask: Tensor, args
 
 
 def cross_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """By the patches of both: the same, or one of the last `window`."""
+    """Return whether the key's patch is the query's, or one of the last `window`."""
     q, k = queries[:, None], keys
     return q == k if window is None else (k <= q) & (q < k + window)
 
 
 def hashes(tokens: Sequence[int], size: int, prime: int, rows: int) -> Tensor:
-    """With 64-bit integers that wrap around, of both signs, and a remainder that is not negative."""
+    """Hash with signed 64-bit integers that wrap around, and a remainder that is not negative."""
     padded = [0] * (size - 1) + list(tokens)
     result = []
     for i in range(len(tokens)):
@@ -99,7 +99,7 @@ def hashes(tokens: Sequence[int], size: int, prime: int, rows: int) -> Tensor:
 
 
 def byte_lm_logits(state: State, args: dict[str, Any], tokens: Sequence[int]) -> Tensor:
-    """Logits of an entropy model, fp64 ``[S, V]``."""
+    """Return the logits of an entropy model, fp64 ``[S, V]``."""
     state = {name: value.double() for name, value in state.items() if not name.endswith("freqs_cis")}
     mask = self_attention_mask(tokens, args["attn_bias_type"], args["eos_id"], args["sliding_window"])
     x = state["tok_embeddings.weight"][torch.tensor(tokens)]

@@ -40,7 +40,7 @@ def compiled(
 
     kernel = kernel_of(name)
     constants = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK": launch.block_m, "BLOCK_D": width}
-    constants |= {"HEAD_DIM": width if even else width * 3 // 4}  # of padded heads: 24, 48, 96, 192
+    constants |= {"HEAD_DIM": width if even else width * 3 // 4}  # a padded head has width 24, 48, 96 or 192
     constants |= {"PRECISION": precision_of(torch.empty(0, width, dtype=dtype))}
     constants |= {"CAUSAL": True, "WINDOWED": True, "USED": True, "MAX_SPLITS": MAX_SPLITS}
     constants |= {"BLOCK_SPLITS": launch.block_n} | ({} if offsets else {"cu_q": None, "cu_k": None})

@@ -103,7 +103,7 @@ _watch: list[Watch] = []
 def start() -> None:
     assert "triton" not in sys.modules, "Triton was imported before the interpreter was chosen"
     os.environ["TRITON_INTERPRET"] = "1"
-    warnings.simplefilter("ignore", RuntimeWarning)  # infinities and NaN in the tests' data, from numpy
+    warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of infinities and NaN in the tests' data
     torch.set_num_threads(1)
     _watch.append(Watch())
 
@@ -158,7 +158,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def inputs(queries: int, keys: int, heads: tuple[int, int], width: int, dtype: torch.dtype) -> list[Tensor]:
-    """Random q, k, v and gradient."""
+    """Return random q, k, v and gradient."""
     sizes = ((queries, heads[0]), (keys, heads[1]), (keys, heads[1]), (queries, heads[0]))
     return [randn(*size, width, seed=seed, dtype=dtype) for seed, size in enumerate(sizes)]
 

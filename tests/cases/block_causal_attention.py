@@ -1,4 +1,4 @@
-"""Cases of `block_causal_attention` and `attention_ranges`."""
+"""`test_ops.py` runs these cases of `block_causal_attention` and `attention_ranges`."""
 
 from __future__ import annotations
 

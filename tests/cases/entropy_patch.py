@@ -1,4 +1,4 @@
-"""Cases of `entropy_patch`, `patch_starts` and the other patching schemes."""
+"""`test_ops.py` runs these cases of `entropy_patch`, `patch_starts` and the other patching schemes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases of `ngram_hash_embed` and `ngram_hash`."""
+"""`test_ops.py` runs these cases of `ngram_hash_embed` and `ngram_hash`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases of `patch_cross_attention`."""
+"""`test_ops.py` runs these cases of `patch_cross_attention`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases of `patch_pool`."""
+"""`test_ops.py` runs these cases of `patch_pool`."""
 
 from __future__ import annotations
 

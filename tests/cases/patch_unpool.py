@@ -1,4 +1,4 @@
-"""Cases of `patch_unpool`."""
+"""`test_ops.py` runs these cases of `patch_unpool`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases of `token_entropy` and `linear_entropy`."""
+"""`test_ops.py` runs these cases of `token_entropy` and `linear_entropy`."""
 
 from __future__ import annotations
 

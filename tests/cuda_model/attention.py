@@ -1,4 +1,4 @@
-"""The Triton kernels of block_causal_attention from their loops: products, everything else, and how they overlap.
+"""Models the Triton kernels of block_causal_attention from their loops: products, the rest, and how they overlap.
 
 A tile of a kernel is one iteration of its main loop, which is a loop with tensor core instructions whose loads are
 asynchronous (the other loops are for scores that overflow, and never run here). Instructions on every path through the
@@ -7,7 +7,7 @@ shortest loop is that of full tiles. Trip counts follow from documents, window a
 
 Assumptions
 - A product takes its flops at the measured rate of the tensor cores, or the time to read its operands from shared
-  memory, 128 bytes a cycle. A wait behind each product costs `DRAIN` cycles, in which its warpgroup does nothing.
+  memory, 128 bytes a cycle. A wait behind each product costs `DRAIN_CYCLES`, in which its warpgroup does nothing.
 - Of the shorter of products and everything else, `OVERLAP` is hidden: a quarter where two warpgroups share a program,
   whose barriers keep them together, half where programs share a multiprocessor. Triton's own attention, which is built
   alike, reaches some 450 to 500 TFLOP/s on an H100 so.
@@ -27,7 +27,7 @@ from cuda_model.gpus import Gpu, pipe_cycles, resident_blocks, together
 from cuda_model.run import ModelError
 from cuda_model.sass import Instruction, Loop, every_loop, loops, straight, unconditional
 
-DRAIN = 32  # cycles
+DRAIN_CYCLES = 32
 OVERLAP = {"warpgroups": 0.25, "programs": 0.5, "none": 0.0}
 TENSOR = ("HGMMA", "HMMA")
 HMMA_FLOPS = 2 * 16 * 8 * 16
@@ -54,18 +54,18 @@ class TritonKernel:
 
     @property
     def owned(self) -> int:
-        """Queries or keys that a program owns."""
+        """The number of queries or keys that a program owns."""
         return self.block_n if self.of_keys else self.block_m
 
     @property
     def streamed(self) -> int:
-        """Queries or keys of the other side in a tile."""
+        """The number of queries or keys of the other side in a tile."""
         return self.block_m if self.of_keys else self.block_n
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents of these lengths, with a window or none."""
+    """Describes documents by their lengths, and a window or none."""
 
     lengths: Sequence[int]
     window: int | None = None
@@ -76,11 +76,11 @@ class Documents:
 
     @property
     def pairs(self) -> int:
-        """(query, key) pairs."""
+        """The number of (query, key) pairs."""
         return sum(sum(min(i + 1, self.window or n) for i in range(n)) for n in self.lengths)
 
     def ranges(self, of_keys: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The rows [first, last) of the other side for every row."""
+        """Return the rows [first, last) of the other side for every row."""
         first, last, begin = [], [], 0
         for n in self.lengths:
             row, reach = np.arange(n), self.window or n
@@ -122,7 +122,7 @@ def main_loops(kernel: TritonKernel) -> list[Loop]:
 
 @dataclass
 class Body:
-    """The instructions of a warp in one iteration."""
+    """Counts the instructions of a warp in one iteration."""
 
     issued: Counter
     stalls: int
@@ -151,7 +151,7 @@ def _shape(i: Instruction) -> tuple[int, int, int]:
 
 
 def product_flops(i: Instruction) -> float:
-    """Flops of a product."""
+    """Return the flops of a product."""
     return 2 * math.prod(_shape(i)) if i.opcode == "HGMMA" else HMMA_FLOPS
 
 
@@ -173,7 +173,7 @@ def iteration(kernel: TritonKernel, body: Body, resident: int, gpu: Gpu) -> dict
     warps = resident * kernel.warps
     issued = Counter({opcode: n * warps for opcode, n in body.issued.items()})
     busy = {name: n for name, n in pipe_cycles(issued).items() if name != "none"}
-    serial = body.stalls + body.waits * DRAIN
+    serial = body.stalls + body.waits * DRAIN_CYCLES
     other = max(sum(issued.values()) / 4, serial, *busy.values())
     kind = "programs" if resident > 1 else "warpgroups" if groups > 1 else "none"
     return {
@@ -202,7 +202,7 @@ def estimate(
     edges = [Body.of([kernel.instructions[n] for n in sorted(loop.own())]) for loop in edge_loops]
 
     def mean_cycles(programs_beside: int) -> dict[str, float]:
-        """Of a tile, for so many programs on a multiprocessor."""
+        """Return the mean cycles of a tile, for so many programs on a multiprocessor."""
         of_full = iteration(kernel, full_body, programs_beside, gpu)
         of_edges = [iteration(kernel, body, programs_beside, gpu) for body in edges]
         edge = {name: sum(c[name] for c in of_edges) / len(of_edges) for name in of_full}

@@ -17,8 +17,8 @@ from cuda_model.sass import functions_of, parse_function
 from cuda_model.table import TABLE, WHOLE, Row, measured, measurements
 
 HEADS = 16
-FORWARD, BACKWARD = 4, 14  # flops for a pair of query and key, and a column of a head
-CASES = (  # shape, documents, head width, key heads, a bench's name of the shape
+FORWARD, BACKWARD = 4, 14  # a pair of query and key takes so many flops a column of a head
+CASES = (  # (shape, documents, head width, key heads, a bench's name of the shape)
     ("2 x 8192, d128", Documents((8192, 8192)), 128, 16, "[16384, 16, 128] in 2"),
     ("32768, d128, 16/4 heads", Documents((32768,)), 128, 4, "[32768, 16, 128] in 1"),
     ("2 x 16384, d64, window 512", Documents((16384, 16384), 512), 64, 16, "window 512"),
@@ -71,7 +71,7 @@ def _row(
 
 
 def attention_rows(kernel_of: Callable[[str, int], TritonKernel]) -> Iterator[Row]:
-    """Rows of forward and backward: each kernel, the small ones around them, and all together."""
+    """Yield rows of forward and backward: each kernel, the small ones around them, and all together."""
     for shape, documents, width, groups, bench in CASES:
         for gpu in gpus.GPUS:
             results = measurements(TABLE.parent, gpu.name)
@@ -104,7 +104,7 @@ def attention_rows(kernel_of: Callable[[str, int], TritonKernel]) -> Iterator[Ro
 
 
 def decode_rows(own: TritonKernel) -> Iterator[Row]:
-    """One new query a sequence, with caches of different lengths: bound by their bytes."""
+    """Yield rows for one new query a sequence, with caches of different lengths. Their bytes bound the speed."""
     from blt_kernels.triton.block_causal_attention.launch import decode_splits
 
     moved = 2 * sum(USED) * DECODE_GROUPS * DECODE_WIDTH * 2
@@ -134,5 +134,5 @@ def _with(row: Row, found: tuple[float | None, float | None]) -> Row:
 
 
 def cached(cuobjdump: str) -> Callable[[str, int], TritonKernel]:
-    """`compiled`, each kernel once."""
+    """Return `compiled`, which compiles each kernel once."""
     return cache(lambda name, width: compiled(name, width, cuobjdump))

@@ -25,9 +25,9 @@ from cuda_model.launches import (
     layout,
 )
 
-RUN, PART = 4, 64  # units of a warp, bytes of a part of a long patch
-THREADS, RING = 128, 8 << 10  # of a block; bytes of rows on their way to a warp
-NUMBERS = 32 * 4  # one for every lane, of a row
+RUN, PART = 4, 64  # a warp has RUN units, a part of a long patch PART bytes
+THREADS, RING = 128, 8 << 10  # a block has so many threads; so many bytes of rows are on their way to a warp
+NUMBERS = 32 * 4  # bytes of a row: one number a lane
 SPLIT = r"blt::Split<__nv_bfloat16, 8, 1, 8>"
 HEADS_A_WARP = 4
 
@@ -38,7 +38,7 @@ def head_rows(name: str, rows: int) -> list:
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction at the shape of BASELINES.md."""
+    """Describes one direction at the shape of BASELINES.md."""
 
     encode: bool
 

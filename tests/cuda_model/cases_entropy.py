@@ -60,11 +60,11 @@ def entropy_patch_launches(rows: int) -> list[Launch]:
     starts[own.offsets[1:-1] - 1] = 3.0
     chunks, fillers, blocks = rows // 2048 + 1, ceil_div(rows + 1, 2048), ceil_div(rows, 32)
     published = np.zeros((chunks + chunks // 32 + chunks // 1024 + 1, 8), np.uint32)
-    published[:, 5] = 1  # ready
-    ticket = data("ticket", np.array([chunks - 5], np.int32), True)  # of the sample's first block
+    published[:, 5] = 1  # they are ready
+    ticket = data("ticket", np.array([chunks - 5], np.int32), True)  # the sample's first block takes it
     scratch = [[data("published", published, True), ticket, i32(chunks)], None, i32(0)]
     count = len(own.cu_seqlens) - 1
-    documents = [None, i64(count), i32(rows), i32(DOCUMENT)]  # of one length
+    documents = [None, i64(count), i32(rows), i32(DOCUMENT)]  # they have one length
     entropies = [logit_rows(rows), documents, scratch, Array("entropy", rows * 4), Array("log_sum", rows * 4)]
     rule = [data("entropy", starts, True), f32(1.335), f32(0), i32(0)]
     outputs = [

@@ -24,10 +24,10 @@ from cuda_model.launches import (
 )
 
 SHAPE = f"[{BYTES}, {WIDTH}], 4.5 bytes a patch"
-PACKS = WIDTH // 8  # of a row: a thread owns 8 columns
+PACKS = WIDTH // 8  # a row has so many: a thread owns 8 columns
 PART = 64
 TILE = [i32(256 // PACKS), i32(PACKS), i32(65535 // PACKS + 1)]
-ROW_WARPS = (0, 4)  # of the four warps of a row, the first one
+ROW_WARPS = (0, 4)  # the first of the four warps of a row
 
 
 def patch_rows(offsets: np.ndarray, stride: int = WIDTH) -> list:
@@ -40,7 +40,7 @@ def row_blocks(groups: int) -> int:
 
 
 def part_levels(kind: str) -> list:
-    """Results of the parts of both levels, of one kind: "max", "sum" or none."""
+    """Return the results of the parts of both levels, of one kind: "max", "sum" or none."""
     sizes = {"max": 2, "sum": 4, "": 0}
     levels: list = []
     for count in (BYTES // PART, BYTES // PART**2):
@@ -83,7 +83,7 @@ def pool_forward(own: Layout, name: str, code: int, kinds: int) -> list[Launch]:
 
 
 def period_of_patches(blocks: int) -> list[tuple[int, int]]:
-    return blocks_at(blocks // 2 // 16 * 16, PATCHES_A_PERIOD // 2)  # two patches a block
+    return blocks_at(blocks // 2 // 16 * 16, PATCHES_A_PERIOD // 2)  # a block has two patches
 
 
 def pool_backward(own: Layout, name: str, code: int, kinds: int) -> list[Launch]:

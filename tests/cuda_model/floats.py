@@ -139,7 +139,7 @@ def _f2fp(i: Instruction) -> Action:
 
 
 def halves(operand: Operand, bf16: bool, second: Operand | None = None) -> Callable[[Warp], tuple[np.ndarray, ...]]:
-    """A getter of the low and the high half as fp32. Numbers come in pairs, the high one first."""
+    """Return a getter of the low and the high half as fp32. Numbers come in pairs, the high one first."""
     if operand.kind in ("number", "other"):
         numbers = tuple(np.full(LANES, _as_float(o), F32) for o in (second or operand, operand))
         return lambda w: numbers
@@ -195,7 +195,7 @@ def _extreme(smaller: np.ndarray, *values: np.ndarray) -> np.ndarray:
 
 
 def _half_set(i: Instruction) -> Action:
-    """HSET2: in each half 1 or 0 with BF, all ones or 0 without, for a comparison and a predicate."""
+    """Execute HSET2, which sets each half to 1 or 0 with BF, to all ones or 0 without, by comparison and predicate."""
     bf16, write = any(m.startswith("BF16") for m in i.modifiers), setter(i.operands[0])
     a, b = (halves(o, bf16) for o in i.operands[1:3])
     kind = next(m for m in i.modifiers if m.removesuffix("U") in COMPARE)

@@ -27,7 +27,7 @@ POWER = 4.0
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: bytes/s, flop/s, Hz, seconds."""
+    """Describes a GPU in bytes/s, flop/s, Hz and seconds."""
 
     name: str
     copy: float
@@ -42,7 +42,7 @@ class Gpu:
 
 GPUS = (Gpu("H100", copy=3.0e12, flops=798e12), Gpu("H200", copy=4.3e12, flops=790e12))
 
-# Warp instructions a cycle and multiprocessor. What no pipe names goes to the integer pipe.
+# A pipe issues so many warp instructions a cycle and multiprocessor. Unlisted opcodes go to the integer pipe.
 PIPES = {"fp32": 4.0, "multiply": 2.0, "integer": 2.0, "special": 0.5, "load/store": 1.0, "uniform": 4.0,
          "none": 1e9}  # fmt: skip
 _PIPE = (
@@ -58,7 +58,7 @@ _PIPE = (
 
 
 def pipe_of(opcode: str) -> str:
-    """The pipe that executes an opcode."""
+    """Return the pipe that executes an opcode."""
     uniform = (opcode.startswith("U") and opcode not in ("UNDEF",)) or opcode in ("S2UR", "R2UR")
     return _PIPE.get(opcode, "uniform" if uniform else "integer")
 

@@ -137,7 +137,7 @@ def _lop3(i: Instruction) -> Action:
 
 
 def truth_table(table: int, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Bitwise function of three: bit 4 a + 2 b + c of the table."""
+    """Apply a bitwise function of three: the result is bit 4 a + 2 b + c of the table."""
     known = {0xC0: lambda: a & b, 0xFC: lambda: a | b, 0x3C: lambda: a ^ b, 0x80: lambda: a & b & c}
     known |= {0xFE: lambda: a | b | c, 0x33: lambda: ~b, 0x0F: lambda: ~a, 0x30: lambda: a & ~b}
     if table in known:
@@ -260,7 +260,7 @@ def _one(function: Callable[[np.ndarray], np.ndarray]) -> Builder:
 
 
 def highest_bit(x: np.ndarray) -> np.ndarray:
-    """The position of the highest bit, all ones for 0."""
+    """Return the position of the highest bit, all ones for 0."""
     result = np.full(LANES, 0xFFFFFFFF, U32)
     some = x != 0
     result[some] = np.floor(np.log2(x[some].astype(np.float64))).astype(U32)
@@ -310,7 +310,7 @@ def _copy(i: Instruction) -> Action:
 
 def _load_constant(i: Instruction) -> Action:
     source = i.operands[1]
-    if source.kind != "const":  # indexed: LDC R2, c[0x0][R4+0x210]
+    if source.kind != "const":  # it is indexed, as in LDC R2, c[0x0][R4+0x210]
         match = re.fullmatch(r"c\[0x([0-9a-f]+)\]\[(U?R\w+)(?:\.\w+)?(?:\+(-?0x[0-9a-f]+))?\]", source.text)
         if match is None:
             raise UnknownInstructionError(f"{i.name} {source.text}")

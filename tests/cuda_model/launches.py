@@ -125,7 +125,7 @@ class Case:
 
 
 def data(name: str, values: np.ndarray, resident: bool = False) -> Array:
-    """An array with contents."""
+    """Return an array with contents."""
     raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
     return Array(name, raw.size, raw, resident)
 
@@ -168,7 +168,7 @@ class Layout:
 
 @cache
 def layout(num_bytes: int = BYTES) -> Layout:
-    """Ragged patches over documents."""
+    """Return ragged patches over documents."""
     documents = num_bytes // DOCUMENT
     own: list[int] = []
     while sum(own) < DOCUMENT:

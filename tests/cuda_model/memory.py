@@ -38,7 +38,7 @@ class Array:
 
 @dataclass
 class Memory:
-    """Arrays at addresses."""
+    """Holds arrays at addresses."""
 
     arrays: list[Array] = field(default_factory=list)
     bases: list[int] = field(default_factory=list)
@@ -70,7 +70,7 @@ def access_bytes(i: Instruction) -> int:
 
 
 def address_getter(text: str) -> Callable[[Warp], np.ndarray]:
-    """A getter of each lane's address, from ``desc[UR4][R2.64+0x8]`` or ``[R3+UR4+0x400]``."""
+    """Return a getter of each lane's address, from ``desc[UR4][R2.64+0x8]`` or ``[R3+UR4+0x400]``."""
     inside = text[text.rindex("[") + 1 : text.rindex("]")]
     offset, rows = 0, []
     for term in inside.replace("+-", "+~").split("+"):

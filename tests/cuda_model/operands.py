@@ -21,15 +21,15 @@ U32, U64, I32, I64, F32 = np.uint32, np.uint64, np.int32, np.int64, np.float32
 MASK32 = np.uint64(0xFFFFFFFF)
 Getter = Callable[["Warp"], np.ndarray]
 Setter = Callable[["Warp", np.ndarray, np.ndarray], None]
-Action = Callable[["Warp", np.ndarray], None]  # of a warp and of the lanes that execute it
+Action = Callable[["Warp", np.ndarray], None]  # takes a warp and the lanes that execute it
 
 
 class UnknownInstructionError(Exception):
-    """An instruction that the model has no meaning for."""
+    """Raised for an instruction that the model does not know."""
 
 
 def full(value: int) -> np.ndarray:
-    """32 lanes of a number."""
+    """Return 32 lanes of a number."""
     return np.full(LANES, value & 0xFFFFFFFF, U32)
 
 
@@ -86,7 +86,7 @@ def pair(operand: Operand) -> Getter:
 
 
 def floats(operand: Operand) -> Getter:
-    """A getter of an operand as fp32."""
+    """Return a getter of an operand as fp32."""
     plain = Operand(operand.text, operand.kind, operand.index, operand.offset)
     if operand.kind == "number":  # an integer that stands for a float: 1, -2000
         value = np.full(LANES, operand.offset, F32)
@@ -104,7 +104,7 @@ def floats(operand: Operand) -> Getter:
 
 
 def predicate(operand: Operand) -> Getter:
-    """A getter of a predicate as 32 truth values."""
+    """Return a getter of a predicate as 32 truth values."""
     row = operand.index + (8 if operand.kind == "upred" else 0)
     if operand.inverted:
         return lambda w: ~w.preds[row]
@@ -127,7 +127,7 @@ def setter(operand: Operand) -> Setter:
 
 
 def set_predicate(operand: Operand) -> Setter:
-    """The same for a predicate."""
+    """Return a setter of a predicate."""
     row = operand.index + (8 if operand.kind == "upred" else 0)
     if operand.index == 7:
         return lambda w, m, value: None
@@ -142,7 +142,7 @@ def set_predicate(operand: Operand) -> Setter:
 
 
 def set_pair(operand: Operand) -> Setter:
-    """The same for 64 bits."""
+    """Return a setter of a pair of registers, 64 bits."""
     if operand.index == (63 if operand.kind == "ureg" else 255):
         return lambda w, m, value: None
     row = row_of(operand)

@@ -42,7 +42,7 @@ def find(kernels: list[Compiled], launch: launches.Launch) -> Compiled:
 
 
 def arrays_of(arguments: list) -> list[Array]:
-    """All arrays among arguments, each once."""
+    """Return all arrays among arguments, each once."""
     found: dict[int, Array] = {}
     for argument in arguments:
         inside = arrays_of(argument) if isinstance(argument, list) else [argument]
@@ -112,7 +112,7 @@ def modeled(kernels_of: Callable[[str], list[Compiled]], launch: launches.Launch
 
 
 def rows_of_case(case: launches.Case, kernels_of: Callable[[str], list[Compiled]], compiler: str) -> list[Row]:
-    """A row for each kernel of a case and GPU, then one for all of them."""
+    """Return a row for each kernel of a case and GPU, then one for all of them."""
     found = [modeled(kernels_of, launch) for launch in case.launches]
     rows = []
     for n, gpu in enumerate(gpus.GPUS):

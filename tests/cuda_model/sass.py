@@ -18,21 +18,21 @@ _GUARD = re.compile(r"^@(!?)(UP|P)(\w+)\s+")
 
 @dataclass(frozen=True)
 class Operand:
-    """One operand: a register, a predicate, a constant, memory, or a number as it is printed."""
+    """Describes an operand: a register, a predicate, a constant, memory, or a number as it is printed."""
 
     text: str
-    kind: str  # reg, ureg, pred, upred, const, mem, number, other
+    kind: str  # is reg, ureg, pred, upred, const, mem, number or other
     index: int = 0
     offset: int = 0
     negative: bool = False
-    inverted: bool = False  # ~ of a register, ! of a predicate
+    inverted: bool = False  # is ~ of a register, ! of a predicate
     absolute: bool = False
-    half: int | None = None  # H0_H0, H1_H1
+    half: int | None = None  # is 0 for H0_H0, 1 for H1_H1
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. `modifiers` are what follows the opcode, as in LDG.E.128."""
+    """Describes an instruction. `modifiers` follow the opcode, as in LDG.E.128."""
 
     address: int
     opcode: str
@@ -45,12 +45,12 @@ class Instruction:
     waits: tuple[int, ...] = ()
 
     def has(self, modifier: str) -> bool:
-        """Whether a modifier is there."""
+        """Return whether the instruction has a modifier."""
         return modifier in self.modifiers
 
     @property
     def name(self) -> str:
-        """Opcode and modifiers."""
+        """The opcode and its modifiers."""
         return ".".join((self.opcode, *self.modifiers))
 
     @property
@@ -101,7 +101,7 @@ def parse_operand(text: str) -> Operand:
 
 
 def parse_control(word: int) -> dict[str, object]:
-    """Scheduling control from the second word of an instruction."""
+    """Return the scheduling control in the second word of an instruction."""
     bits = word >> 41
     waits = tuple(n for n in range(6) if bits >> 11 >> n & 1)
     return {"stall": bits & 15, "sets": bits >> 5 & 7, "reads": bits >> 8 & 7, "waits": waits}
@@ -117,7 +117,7 @@ def parse_instruction(text: str, address: int = 0, word: int | None = None) -> I
     name, _, rest = text.partition(" ")
     opcode, *modifiers = name.split(".")
     pieces = [p.strip() for p in re.split(r",\s*(?![^\[]*\])", rest) if p.strip()]
-    if opcode in ("RET", "BAR", "BSSY", "BRA") and pieces:  # RET.REL.NODEC R2 0x0
+    if opcode in ("RET", "BAR", "BSSY", "BRA") and pieces:  # as in RET.REL.NODEC R2 0x0
         pieces = [word for piece in pieces for word in piece.split()]
     control = {} if word is None else parse_control(word)
     return Instruction(address, opcode, tuple(modifiers), tuple(parse_operand(p) for p in pieces), guard, **control)
@@ -146,14 +146,14 @@ def functions_of(sass: str) -> dict[str, str]:
 
 @dataclass
 class Loop:
-    """A natural loop: the addresses of its blocks' instructions, and the loops inside it."""
+    """Describes a natural loop: the instructions of its blocks, and the loops inside it."""
 
     head: int
-    body: set[int]  # indices of instructions
+    body: set[int]  # holds indices of instructions
     inner: list[Loop] = field(default_factory=list)
 
     def own(self) -> set[int]:
-        """Instructions of no inner loop."""
+        """Return the instructions that are in no inner loop."""
         return self.body.difference(*(loop.body for loop in self.inner)) if self.inner else self.body
 
 
@@ -212,23 +212,23 @@ def _insert(among: list[Loop], loop: Loop) -> None:
 
 
 def every_loop(roots: Iterable[Loop]) -> Iterator[Loop]:
-    """All loops, an outer one before those inside it."""
+    """Yield all loops, an outer one before those inside it."""
     for loop in roots:
         yield loop
         yield from every_loop(loop.inner)
 
 
 def count(instructions: list[Instruction], where: Iterable[int], opcode: str) -> int:
-    """How many of the instructions have an opcode, or begin with opcode and modifiers: "HGMMA", "LDG.E.128"."""
+    """Return how many instructions have an opcode, or begin with opcode and modifiers: "HGMMA", "LDG.E.128"."""
     wanted = opcode.split(".")
     names = ([i.opcode, *i.modifiers] for i in (instructions[n] for n in where))
     return sum(all(part in name for part in wanted) for name in names)
 
 
 def unconditional(instructions: list[Instruction], loop: Loop) -> set[int]:
-    """The instructions of a loop, but not of those inside it, that every iteration executes.
+    """Return the instructions of a loop that every iteration executes, without those of loops inside it.
 
-    Those are the ones without which its head cannot reach itself again.
+    Without such an instruction the head cannot reach itself again.
     """
     return _on_every_path(_successors(instructions), loop.body, loop.head) & loop.own()
 

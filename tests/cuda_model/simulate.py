@@ -30,10 +30,10 @@ from cuda_model.sass import NO_SCOREBOARD, Instruction
 from cuda_model.semantics import compile_instruction
 
 PARAMETERS = 0x210  # where parameters begin in constant bank 0, for sm_90
-ADDRESSES = 4  # the bank of the addresses of what a module has in memory: constants that the compiler put there
+ADDRESSES = 4  # the compiler puts addresses of a module's variables into this constant bank
 SECTOR = 32
-LONGEST = 1_000_000  # instructions of a block
-SHARED_BASE = 0x400  # of it the first KB is the system's
+MAX_INSTRUCTIONS = 1_000_000  # a block may execute so many
+SHARED_BASE = 0x400  # the system has the first KB of shared memory
 
 # Cycles until a result can be read. From microbenchmarks of Hopper (Luo et al., arXiv 2402.13499, table 3): L1 and
 # shared memory about 30; L2 about 270 cycles and device memory about 700 ns are gpus.py's. The rest is read off what
@@ -46,21 +46,21 @@ L1_CYCLES, BARRIER_CYCLES, READ_CYCLES, BRANCH_CYCLES = 35, 20, 12, 8
 
 @dataclass
 class Counts:
-    """What some blocks did."""
+    """Counts what some blocks did."""
 
     blocks: float = 0
     warps: float = 0
-    issued: Counter = field(default_factory=Counter)  # warp instructions by opcode
-    wavefronts: float = 0  # passes of the load/store unit, of 128 bytes
+    issued: Counter = field(default_factory=Counter)  # counts warp instructions by opcode
+    wavefronts: float = 0  # are passes of the load/store unit, of 128 bytes
     l2_bytes: float = 0
-    loaded: Counter = field(default_factory=Counter)  # bytes of sectors seen for the first time, by array
+    loaded: Counter = field(default_factory=Counter)  # counts bytes of sectors at their first access, by array
     stored: Counter = field(default_factory=Counter)
-    block_cycles: float = 0  # summed over blocks
-    trips: float = 0  # times that a warp waited for memory beyond L1
+    block_cycles: float = 0  # is a sum over blocks
+    trips: float = 0  # is how often a warp waited for memory beyond L1
 
     @property
     def instructions(self) -> float:
-        """All warp instructions."""
+        """The number of warp instructions."""
         return sum(self.issued.values())
 
     def add(self, other: Counts, share: float, weight: float) -> None:
@@ -82,7 +82,7 @@ class Step:
     """An instruction, what kind it is of, and how its guard and its address are read."""
 
     instruction: Instruction
-    kind: str  # control, memory, nothing, action
+    kind: str  # is control, memory, nothing or action
     guard: Callable[[Warp], np.ndarray] | None
     address: Callable[[Warp], np.ndarray] | None
     shared: Callable[[Warp], np.ndarray] | None = None  # where LDGSTS copies to
@@ -112,7 +112,7 @@ class Kernel:
 
 
 class Warp:
-    """The state of a warp."""
+    """Holds the state of a warp."""
 
     def __init__(self, block: Block, number_: int) -> None:
         self.block, self.number = block, number_
@@ -123,7 +123,7 @@ class Warp:
         self.alive = thread < block.threads
         self.pc = np.zeros(LANES, int)
         self.waiting = np.zeros(LANES, bool)
-        self.joins: dict[int, np.ndarray] = {}  # barrier -> lanes by lane
+        self.joins: dict[int, np.ndarray] = {}  # maps a barrier to lanes, by lane
         self.time = 0.0
         self.scoreboards = [0.0] * 6
         self.from_memory = [False] * 6
@@ -131,7 +131,7 @@ class Warp:
         self.thread = thread
 
     def constant(self, bank: int, offset: int) -> int:
-        """Four bytes of a constant bank."""
+        """Return four bytes of a constant bank."""
         return self.block.constant(bank, offset)
 
     def special(self, name: str) -> np.ndarray:
@@ -203,7 +203,7 @@ class Run:
         total = Counts()
         with np.errstate(all="ignore"):
             for (x, y), share in zip(which, shares or [1.0] * len(which), strict=True):
-                block, self.steps_left = Block(self, x, y), LONGEST
+                block, self.steps_left = Block(self, x, y), MAX_INSTRUCTIONS
                 self.counts = Counts()
                 self.counts.block_cycles, self.counts.warps = block.execute(), len(block.warps)
                 total.add(self.counts, share, block.weight)
@@ -311,7 +311,7 @@ class Run:
         warp.time += i.stall or 1
         self.steps_left -= 1
         if self.steps_left < 0:
-            raise RuntimeError(f"the sample does not end within {LONGEST} instructions a block")
+            raise RuntimeError(f"the sample does not end within {MAX_INSTRUCTIONS} instructions a block")
         if i.reads != NO_SCOREBOARD:
             self._set(warp, i.reads, warp.time + READ_CYCLES, False)
 

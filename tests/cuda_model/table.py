@@ -13,12 +13,12 @@ from pathlib import Path
 
 TABLE = Path(__file__).resolve().parents[2] / "bench" / "results" / "model-sm90.csv"
 ALLOWED = 0.10
-WHOLE = "all"  # the kernel of a row for a whole op
+WHOLE = "all"  # a row for a whole op has this kernel
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line.
+    """Holds one line of the table.
 
     Attributes
     ----------
