@@ -16,7 +16,7 @@ except ModuleNotFoundError as missing:
 
 from blt_kernels.cli.base import app as app
 
-COMMANDS = ("doctor", "patch", "demo", "bench", "train", "eval", "flops")  # the help text keeps this order
+COMMANDS = ("doctor", "patch", "demo", "train", "eval", "generate", "bench", "flops")  # the help text keeps this order
 
 for _name in COMMANDS:
     import_module(f"blt_kernels.cli.{_name}")  # adds its command to `app`

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -31,6 +32,7 @@ from blt_kernels.nn import load_ops
 DRAWN_BYTES = 700
 MODEL_BYTES = 4_096
 SEED = 0
+PROMPT_BYTES, NEW_BYTES = 512, 96
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def demo(
     rounds: Annotated[int, typer.Option(help="Rounds: every op is timed once a round.")] = 5,
     color: ColorOption = Color.auto,
 ) -> None:
-    """Cut a real file into patches, then run it through BLT: fused ops against their plain PyTorch references."""
+    """Cut a real file into patches, run it through BLT, fused ops against PyTorch, and generate bytes."""
     run(file, rounds=rounds, color=color)
 
 
@@ -105,7 +107,19 @@ def run(file: Path | None, *, rounds: int, color: Color) -> None:
     worst = max(row.error for row in rows)
     verdict = "the same to rounding" if worst < 1e-3 and abs(bits[0] - bits[1]) < 1e-4 else "NOT the same"
     out.print(f"Fused and reference ops: {verdict}. Ops without a kernel yet run their reference twice: see doctor.")
+    generate(patcher, data[:PROMPT_BYTES], out)
     out.print("Next: blt-kernels patch YOURFILE --html patches.html; blt-kernels train blt YOURFILES")
+
+
+def generate(model: ByteLM, prompt: bytes, out: Console) -> None:
+    """Print what the entropy model writes behind a prompt, byte by byte and with drafts from the text itself."""
+    plain, drafted = (model.generate(prompt, max_new_bytes=NEW_BYTES, draft=draft) for draft in (None, "prompt"))
+    out.print(f"\nThe entropy model writes behind the first {len(prompt)} bytes:\n")
+    out.print(f"{escape(plain.text[0])}\n", style="bold")
+    times = [1e3 * g.statistics.seconds / max(g.statistics.bytes - 1, 1) for g in (plain, drafted)]
+    accepted = f"{drafted.statistics.accepted} of {drafted.statistics.drafted} drafted bytes accepted"
+    verdict = "the same bytes" if plain.ids == drafted.ids else "NOT the same bytes"
+    out.print(f"{times[0]:.2f} ms a byte; with drafts from the text {times[1]:.2f}, {accepted}: {verdict}.")
 
 
 def build_models(patcher: ByteLM) -> tuple[BLT, BLT]:
