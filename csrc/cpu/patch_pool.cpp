@@ -70,7 +70,7 @@ void pool(T* out, const PatchPanel<T>& rows, const PatchPanel<In>& folded, const
   }
   alignas(kVecBytes) A result[kPanel];
   fold(result, folded, reduction.fold);
-  const A divisor = reduction.is_mean ? static_cast<A>(rows.count) : 1;
+  const A divisor = reduction.divisor<A>(rows.count);
   map_row<A>(out, rows.width, [divisor](auto x) { return x / divisor; }, result);
 }
 
@@ -193,7 +193,7 @@ void pool_grad(T* grad_x, int64_t grad_stride, const T* grad, const T* out, int6
   std::fill_n(shares.of(FoldKind::kSum), width, A(0));
   for (const Reduction& reduction : reductions) std::fill_n(shares.of(reduction.fold), width, A(0));
   for (size_t r = 0; r < reductions.size(); ++r) {
-    const A divisor = reductions[r].is_mean ? static_cast<A>(patch.length) : 1;
+    const A divisor = reductions[r].template divisor<A>(patch.length);
     A* const share = shares.of(reductions[r].fold);
     map_row<A>(
         share, width, [divisor](auto sum, auto g) { return sum + g / divisor; }, share,

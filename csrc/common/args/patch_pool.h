@@ -21,6 +21,11 @@ struct Reduction {
   bool is_mean = false;
 
   bool is_extreme() const { return fold == FoldKind::kMax || fold == FoldKind::kMin; }
+  // Returns what the fold of `length` rows is divided by.
+  template <class A>
+  A divisor(int64_t length) const {
+    return is_mean ? static_cast<A>(length) : A(1);
+  }
   bool is_end() const { return fold == FoldKind::kFirst || fold == FoldKind::kLast; }
 };
 
