@@ -30,6 +30,7 @@
 #include "block_causal_attention/backward.h"
 #include "block_causal_attention/decode.h"
 #include "block_causal_attention/forward.h"
+#include "block_causal_attention/items.h"
 #include "support/alloc.h"
 #include "support/check_values.h"
 #include "support/documents.h"
@@ -38,8 +39,7 @@
 namespace blt {
 namespace {
 
-constexpr int64_t kRowGrain = 1024;         // the fewest dot products worth a thread
-constexpr int64_t kSerialWork = 16 * 1024;  // the fewest (lane, streamed row) pairs worth a second thread
+constexpr int64_t kRowGrain = 1024;  // the fewest dot products worth a thread
 
 Heads heads_of(const Tensor& x) { return {x.const_data_ptr(), x.scalar_type(), x.stride(0), x.stride(1)}; }
 
@@ -107,27 +107,6 @@ Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, std::optio
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// Calls f(head, item, scratch) for all heads and items, with equal shares of the work for the threads. A streamed row
-// costs as much as `cost` (lane, row) pairs; f gets `size` elements of scratch.
-template <class A, class Item, class F>
-void for_each_item(const Tensor& like, int64_t heads, const std::vector<Item>& items, int64_t cost, int64_t size, F f) {
-  if (items.empty()) return;
-  std::vector<int64_t> before = {0};  // work before each item
-  for (const Item& item : items) before.push_back(before.back() + work_of(item));
-  const int64_t total = heads * before.back();
-  const int64_t threads = total * cost <= kSerialWork ? 1 : torch::stable::get_num_threads();
-  Tensor memory = new_output(like, {threads * size}, accumulator(like));
-  A* const scratch = memory.mutable_data_ptr<A>();
-  parallel_for(threads, 1, [&](int64_t first, int64_t last) {
-    const int64_t begin = total * first / threads, end = total * last / threads;
-    for (int64_t head = 0; head < heads; ++head)
-      for (size_t i = 0; i < items.size(); ++i) {
-        const int64_t start = head * before.back() + before[i];
-        if (begin <= start && start < end) f(head, items[i], Scratch<A>{scratch + first * size});
-      }
-  });
-}
-
 // Fills the elements of a contiguous tensor from row `begin` on: queries beyond the last document.
 template <class A>
 void fill_rows(Tensor& x, int64_t begin, A value) {
@@ -166,22 +145,6 @@ void attend_tiles(const Tensor& like, const Problem& problem, const Results& res
   });
 }
 
-template <class A>
-void decode_tiles(const Tensor& like, const Problem& problem, const OutputHeads& out, A* lse,
-                  const std::vector<Tile>& tiles) {
-  int64_t max_queries = 0;
-  for (const Tile& tile : tiles) max_queries = std::max(max_queries, tile.lanes.size());
-  // Key/value heads are divided only as far as there are threads for them.
-  const int64_t parts = std::min<int64_t>(problem.num_kv_heads, torch::stable::get_num_threads());
-  const int64_t kv_heads = (problem.num_kv_heads + parts - 1) / parts;  // of a part
-  const int64_t size = decode_scratch<A>(kv_heads, problem.heads_per_kv_head() * max_queries, problem.head_dim);
-  for_each_item<A>(like, parts, runs_of(tiles, 1), problem.num_heads / parts * kDecodeCost, size,
-                   [&](int64_t part, Run tiles, Scratch<A> scratch) {
-                     const Range own = {problem.num_kv_heads * part / parts, problem.num_kv_heads * (part + 1) / parts};
-                     decode<A>(problem, out, lse, own, tiles[0], scratch);
-                   });
-}
-
 std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(
     Tensor q, Tensor k, Tensor v, const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
     std::optional<int64_t> window, bool causal, std::optional<double> scale, const std::optional<Tensor>& seqused_k,
@@ -198,16 +161,14 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(
   dispatch_accumulator(q.scalar_type(), "q", [&](auto tag) {
     using A = typename decltype(tag)::type;
     fill_rows(lse, queries, kMaskedScore<A>);
-    std::vector<Tile> tiles = query_tiles(key_ranges, kWidth<A>), decoded;
+    std::vector<Tile> tiles = query_tiles(key_ranges, kWidth<A>, kMaxDecodeQueries), few;
     std::erase_if(tiles, [&](const Tile& tile) {
-      const int64_t size = tile.lanes.size();
-      const bool few = size <= max_decode_queries(kWidth<A>) && problem.num_heads * size <= kMaxLanes;
-      if (few) decoded.push_back(tile);
-      return few;
+      if (tile.few) few.push_back(tile);
+      return tile.few;
     });
     const Output<A> results = {output_heads(out), lse.mutable_data_ptr<A>()};
     attend_tiles<A>(q, problem, results, tiles, [](int64_t, Run) { return true; });
-    decode_tiles<A>(q, problem, results.out, results.lse, decoded);
+    decode<A>(q, problem, results.out, results.lse, few);
   });
   return {out, lse};
 }
@@ -265,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
     parallel_for(num_queries * heads, kRowGrain, [&](int64_t begin, int64_t end) {
       dot_rows<A>(saved.delta, grads, heads_of(out), begin, end, heads, head_dim);
     });
-    const std::vector<Tile> queries = query_tiles(key_ranges, kWidth<A>);
+    const std::vector<Tile> queries = query_tiles(key_ranges, kWidth<A>, 0);
     const std::optional<Tensor> softmax = sum_softmax(q, problem, saved, queries, num_queries);
     int64_t blocks = kBackwardBlocks, size = tile_scratch<A>(blocks, head_dim), padding = 0;
     auto run = propagate<A>;

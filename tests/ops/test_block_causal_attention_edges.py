@@ -64,6 +64,40 @@ def test_few_queries_with_a_cache(queries: int, width: int, dtype: torch.dtype, 
     check_attention(batch, (q, k, v), dtype, [cu_q, cu_k], used=used)
 
 
+@pytest.mark.parametrize(("width", "dtype"), [*itertools.product((20, 64), DTYPES)])
+@pytest.mark.parametrize("queries", [1, 3, 16])
+def test_few_queries_with_many_keys(queries: int, width: int, dtype: torch.dtype, device: str) -> None:
+    """A cache in parts that are combined: a window leaves parts without a key, and the cache ends where a part does."""
+    room, used = 800, [770, 257, 256, 0, 513]
+    cu_q, cu_k = offsets_of([queries] * 5).tolist(), offsets_of([room] * 5).tolist()
+    q = randn(cu_q[-1], 4, width, device=device)
+    k, v = (randn(cu_k[-1], 2, width, seed=i, device=device) for i in (1, 2))
+    for document, n in enumerate(used):
+        for x in (k, v):
+            x[cu_k[document] + n : cu_k[document + 1]] = NAN
+    batch = [{}, {"window": 300}, {"causal": False}]
+    check_attention(batch, (q, k, v), dtype, [cu_q, cu_k], used=used)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 5, 16])
+def test_a_document_alone_gives_the_same_bits(queries: int, dtype: torch.dtype) -> None:
+    """Neither the other documents of a batch nor their numbers of queries change a step of decoding."""
+    counts, used, room = [queries, 0, 1, 40, queries], [700, 90, 3, 300, 129], 720
+    offsets, keys = offsets_of(counts), offsets_of([room] * 5)
+    q, k, v = (
+        randn(n, heads, 64, seed=n, dtype=dtype) for n, heads in ((sum(counts), 8), (5 * room, 4), (5 * room, 4))
+    )
+    together = block_causal_attention(q, k, v, offsets, keys, seqused_k=torch.tensor(used), return_lse=True)
+    for document in (0, 2, 4):
+        own, cache = slice(*offsets[document : document + 2]), slice(*keys[document : document + 2])
+        alone = block_causal_attention(
+            q[own][None], k[cache][None], v[cache][None], seqused_k=torch.tensor([used[document]]), return_lse=True
+        )
+        for one, batch in zip(alone, together, strict=True):
+            assert torch.equal(one[0], batch[own])
+
+
 @EVERY_DTYPE
 @pytest.mark.parametrize("lengths", [[64, 63, 65], [511, 1, 513], [129, 0, 700]])
 @pytest.mark.parametrize("window", [None, 1, 64, 100])

@@ -40,12 +40,12 @@ void gather_chunk(A* block, const Heads& x, int64_t head, const Range& rows, int
 }
 
 template <class A>
-A* transpose_in(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, A factor) {
+A* transpose_in(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, A factor, int64_t width) {
   dispatch_storage<A>(x.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const int64_t begin = rows.begin, count = rows.size();
     const int64_t whole = head_dim / lanes<A> * lanes<A>;
-    for (int64_t lane = 0; lane < kWidth<A>; lane += lanes<A>) {
+    for (int64_t lane = 0; lane < width; lane += lanes<A>) {
       for (int64_t e = 0; e < whole; e += lanes<A>) {
         Vec<A> square[lanes<A>];
 #pragma GCC unroll 16
@@ -53,11 +53,11 @@ A* transpose_in(A* block, const Heads& x, int64_t head, const Range& rows, int64
           square[i] = lane + i < count ? factor * load_as<A>(x.row<T>(begin + lane + i, head) + e) : Vec<A>{};
         transpose<A>(square);
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes<A>; ++i) store(block + (e + i) * kWidth<A> + lane, square[i]);
+        for (int i = 0; i < lanes<A>; ++i) store(block + (e + i) * width + lane, square[i]);
       }
       for (int64_t i = lane; i < lane + lanes<A>; ++i)
         for (int64_t e = whole; e < head_dim; ++e)
-          block[e * kWidth<A> + i] = i < count ? factor * static_cast<A>(x.row<T>(begin + i, head)[e]) : A(0);
+          block[e * width + i] = i < count ? factor * static_cast<A>(x.row<T>(begin + i, head)[e]) : A(0);
     }
   });
   return block;
@@ -115,7 +115,7 @@ void dot_rows(A* out, const Heads& x, const Heads& y, int64_t begin, int64_t end
 #define BLT_FOR_ACCUMULATOR(A)                                                                         \
   template void gather_rows(A*, const Heads&, int64_t, const Range&, int64_t, int64_t);                \
   template void gather_chunk(A*, const Heads&, int64_t, const Range&, int64_t, int64_t);               \
-  template A* transpose_in(A*, const Heads&, int64_t, const Range&, int64_t, A);                       \
+  template A* transpose_in(A*, const Heads&, int64_t, const Range&, int64_t, A, int64_t);              \
   template void transpose_out(const OutputHeads&, int64_t, const Range&, int64_t, const A*, const A*); \
   template void store_row(const OutputHeads&, int64_t, int64_t, int64_t, const A*);                    \
   template void dot_rows(A*, const Heads&, const Heads&, int64_t, int64_t, int64_t, int64_t);

@@ -147,9 +147,11 @@ void gather_rows(A* block, const Heads& x, int64_t head, const Range& rows, int6
 template <class A>
 void gather_chunk(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, int64_t chunk);
 
-// block[e][lane] = factor * x[rows.begin + lane][e]; lanes beyond the rows are 0. Returns the block.
+// block[e][lane] = factor * x[rows.begin + lane][e] for lanes < width, whole vectors; lanes beyond the rows are 0.
+// Returns the block.
 template <class A>
-A* transpose_in(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, A factor);
+A* transpose_in(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, A factor,
+                int64_t width = kWidth<A>);
 
 // x[rows.begin + lane][e] = factor[lane] * block[e][lane].
 template <class A>

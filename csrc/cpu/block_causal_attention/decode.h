@@ -1,25 +1,24 @@
-// The forward pass of block_causal_attention for a tile of few queries, as in decoding with a cache.
+// The forward pass of block_causal_attention for tiles of few queries: decoding with a cache, and short documents.
 //
-// Such a tile would leave most lanes empty with queries across them. So here E lies across the lanes, padded with zeros
-// to chunks of kWidth, and keys lie across them in the softmax. All query heads of a key/value head share what is read
-// of its keys and values: the rows of a matrix are (query head, query) pairs.
+// Such a tile would leave most lanes empty with queries across them. So here E lies across the lanes, and keys lie
+// across them in the softmax. Keys and values are not packed: products read the rows of the tensors, a block of keys
+// at a time for all heads, because a row holds the heads side by side. The query heads that share a key/value head are
+// rows of one matrix, up to four of which share what is loaded.
+//
+// Tiling. A tile's keys are divided into parts of kPartKeys. Threads take equal shares of the parts, and of the heads
+// where there are few parts. The results of several parts are combined in the order of the keys, so they are the same
+// for any number of threads. Bytes: those of K and V. Flops: 4 E for each (query, key) pair.
 #pragma once
+
+#include <torch/csrc/stable/tensor.h>
 
 #include "blocks.h"
 
 namespace blt {
 
-// The cost of a streamed key for a row, in (lane, key) pairs: a single row cannot keep the multiply-adds busy.
-inline constexpr int64_t kDecodeCost = 8;
-
-// Elements of scratch for a tile of `rows` rows in each of `num_kv_heads` key/value heads.
+// Computes out and lse [Tq, H] of the queries of these tiles; `like` is a tensor that scratch is allocated for.
 template <class A>
-int64_t decode_scratch(int64_t num_kv_heads, int64_t rows, int64_t head_dim);
-
-// Computes out and lse [Tq, H] of the queries of a tile, for the key/value heads of a range. A row of keys holds all of
-// these side by side, so keys are read a step at a time for all of them.
-template <class A>
-void decode(const Problem& problem, const OutputHeads& out, A* lse, const Range& kv_heads, const Tile& tile,
-            Scratch<A> scratch);
+void decode(const torch::stable::Tensor& like, const Problem& problem, const OutputHeads& out, A* lse,
+            const std::vector<Tile>& tiles);
 
 }  // namespace blt

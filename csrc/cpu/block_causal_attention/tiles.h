@@ -71,6 +71,7 @@ struct KeyRanges {
 // The rows that lie across the vector lanes, and the rows that are streamed past them.
 struct Tile {
   Range lanes, streamed;
+  bool few = false;  // of queries: the tile takes the decode path (decode.h)
   int64_t work() const { return streamed.size(); }
 };
 
@@ -79,38 +80,30 @@ inline Range streamed_by(std::span<const Tile> tiles) {
   return {tiles.front().streamed.begin, tiles.back().streamed.end};
 }
 
-// A tile of at most this many queries takes the decode path (decode.h).
-inline constexpr int64_t max_decode_queries(int64_t lanes) { return lanes / 4; }
-inline constexpr int64_t kMinDecodeKeys = 8;  // for each query of such a document
+// The most queries of a document that take the decode path together.
+inline constexpr int64_t kMaxDecodeQueries = 16;
 
-// Returns whether the queries of document b take the decode path in a tile of their own. Keys of other documents would
-// cost them more than empty lanes do.
-inline bool is_decode(const KeyRanges& ranges, int64_t b, int64_t lanes) {
-  const int64_t begin = ranges.cu_seqlens_q[b], end = ranges.cu_seqlens_q[b + 1];
-  const int64_t keys = ranges.keys(end - 1, b).end - ranges.keys(begin, b).begin;
-  return end - begin <= max_decode_queries(lanes) && keys >= kMinDecodeKeys * (end - begin);
-}
-
-// Tiles of up to `lanes` queries and the keys that they attend to. Queries beyond the last document are in no tile.
-inline std::vector<Tile> query_tiles(const KeyRanges& ranges, int64_t lanes) {
+// Tiles of up to `lanes` queries and the keys that they attend to. Queries beyond the last document are in no tile. A
+// document of at most `alone` queries is a tile of few queries, and so is what is left of a longer one.
+inline std::vector<Tile> query_tiles(const KeyRanges& ranges, int64_t lanes, int64_t alone) {
   std::vector<Tile> tiles;
   const int64_t queries = ranges.cu_seqlens_q[ranges.documents];
+  const auto size_of = [&](int64_t b) { return ranges.cu_seqlens_q[b + 1] - ranges.cu_seqlens_q[b]; };
   for (int64_t begin = 0, b = 0; begin < queries;) {
     while (ranges.cu_seqlens_q[b + 1] <= begin) ++b;
     int64_t end = std::min(queries, begin + lanes);
+    if (size_of(b) <= alone) end = ranges.cu_seqlens_q[b + 1];
     Range keys = ranges.keys(begin, b);
     for (int64_t query = begin + 1, c = b; query < end; ++query) {
       while (ranges.cu_seqlens_q[c + 1] <= query) ++c;
       const Range more = ranges.keys(query, c);
-      const bool alone = query == ranges.cu_seqlens_q[c] &&
-                         (is_decode(ranges, c, lanes) || is_decode(ranges, ranges.document_of(query - 1), lanes));
       const bool gap = more.size() > 0 && keys.size() > 0 && more.begin > keys.end;
-      if (alone || gap)
+      if (gap || (c > b && size_of(c) <= alone))
         end = query;
       else if (more.size() > 0)
         keys = keys.size() == 0 ? more : Range{keys.begin, std::max(keys.end, more.end)};
     }
-    tiles.push_back({{begin, end}, keys});
+    tiles.push_back({{begin, end}, keys, end - begin <= std::min(alone, size_of(b) <= alone ? alone : lanes / 4)});
     begin = end;
   }
   return tiles;
