@@ -17,7 +17,6 @@ struct KeyRows {
   const T* data;
   int64_t stride;
   const T* row(int64_t i) const { return data + i * stride; }
-  KeyRows from(int64_t i) const { return {row(i), stride}; }
 };
 
 // scores[r][key] = queries[r] . keys[key] for kRows rows and lanes<A> / kRows keys from `first` on. Keys from `count`
