@@ -51,7 +51,7 @@ def load_ops(kind: str) -> SimpleNamespace:
     functions = {}
     for op in dict.fromkeys(OPERATORS.values()):
         public, reference = (import_module(f"blt_kernels.{package}.{op}") for package in ("ops", "reference"))
-        names = [name for name in vars(public) if hasattr(reference, f"{name}_reference")]
+        names = [name for name in vars(public) if name not in OPERATORS and hasattr(reference, f"{name}_reference")]
         for name in names:
             functions[name] = getattr(public, name) if kind == "fused" else getattr(reference, f"{name}_reference")
     functions["offsets"] = _checked if kind == "fused" else _offsets

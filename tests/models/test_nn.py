@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blt_kernels.nn import FeedForward, RMSNorm, TransformerConfig
+from blt_kernels.nn import FeedForward, RMSNorm, TransformerConfig, load_ops
 from blt_kernels.nn.functional import RMSNormFunction, SwiGLUFunction
 from blt_kernels.testing import assert_close
 
@@ -86,3 +87,11 @@ def test_feed_forward_keeps_little_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
     assert sum(shape == (7, 40) for shape in kept.values()) == 3
+
+
+@pytest.mark.parametrize("kind", ["fused", "reference"])
+def test_functions_of_models_are_pickled(kind: str) -> None:
+    """Processes that share work are given models."""
+    functions = vars(load_ops(kind))
+    assert vars(pickle.loads(pickle.dumps(load_ops(kind)))) == functions
+    assert "patch_pool" in functions
