@@ -48,7 +48,7 @@ _MEASURED_BYTES, _MEASURED_CONTEXT, _MOST_PARAMETERS = 8192, 2048, 1_000_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command. `patch_sizes` are 4.5, 6 and 8 bytes if None."""
+    """Holds the options of the command. `patch_sizes` are 4.5, 6 and 8 bytes if None."""
 
     patch_sizes: Sequence[float] | None = None
     context: Annotated[int, Doc("Bytes of a row.")] = 16384

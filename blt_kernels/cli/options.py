@@ -65,7 +65,7 @@ def _parameter(field: Field[Any], hint: Any, metavar: str | None) -> inspect.Par
     if required:
         info: Any = typer.Argument(metavar=metavar or field.name.upper(), help=_help(hint))
     else:
-        flag = [f"--{field.name.replace('_', '-')}"] if kind is bool else []  # alone, without --no-...
+        flag = [f"--{field.name.replace('_', '-')}"] if kind is bool else []  # has no --no-...
         info = typer.Option(*flag, metavar=metavar, help=_help(hint))
     kind = kind | None if default is None else kind
     return inspect.Parameter(

@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound="ByteModel")
 
 
 class ByteModel(nn.Module):
-    """The base of the models. It computes the loss, and keeps weights and configuration in one safetensors file.
+    """Is the base of the models. It computes the loss, and keeps weights and configuration in one safetensors file.
 
     A subclass sets `config_class`, stores its configuration as `config`, and defines `forward`, which returns logits.
 

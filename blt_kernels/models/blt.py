@@ -1,4 +1,4 @@
-"""BLT, the byte latent transformer (arXiv 2412.09871): bytes to patches, a transformer over patches, bytes again."""
+"""BLT is the byte latent transformer (arXiv 2412.09871): bytes to patches, a transformer over patches, bytes again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from blt_kernels.nn import (
 
 
 class BLT(ByteModel):
-    """Byte latent transformer.
+    """Computes the byte latent transformer.
 
     Parameters
     ----------

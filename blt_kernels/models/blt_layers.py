@@ -1,4 +1,4 @@
-"""The three parts of a BLT: encoder, global transformer and decoder.
+"""A BLT has three parts: encoder, global transformer and decoder.
 
 Each takes packed data and its documents, or a list of the `CachedKeys` of its layers in their place.
 """

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from blt_kernels.models.blt import BLT
 
 _LOOKBACK = 8  # ids before a byte that boundary rules read: local indices, whole characters, rises of the entropy
-_ROW = 1 << 40  # more than the bytes of a row
+_ROW = 1 << 40  # no row has so many bytes
 
 
 class BLTState(ByteState):
-    """What a `BLT` remembers of rows.
+    """Holds what a `BLT` remembers of rows.
 
     Attributes
     ----------
@@ -117,7 +117,7 @@ class BLTState(ByteState):
         if self.patcher is not None:
             ahead = [a - b for a, b in zip(self.patcher.lengths, old, strict=True)]
             rest = [count - n for count, n in zip(counts, ahead, strict=True)]
-            if any(ahead):  # by `extend_patcher`
+            if any(ahead):  # `extend_patcher` has run
                 begin = [at + n for at, n in zip(accumulate(counts, initial=0), ahead, strict=False)]
                 ids = ids.index_select(0, runs(begin, rest, self.device))
             if any(rest):

@@ -1,4 +1,4 @@
-"""ByteLM: a small causal transformer over bytes. Its next-byte entropies decide where BLT's patches start."""
+"""ByteLM is a small causal transformer over bytes. Its next-byte entropies decide where BLT's patches start."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BUNDLED = Path(__file__).parent.parent / "assets" / "entropy_model.safetensors"
 
 
 class ByteLM(ByteModel):
-    """The entropy model: embedding, transformer layers with a sliding window, output head.
+    """Computes the entropy model: embedding, transformer layers with a sliding window, output head.
 
     Parameters
     ----------

@@ -65,12 +65,13 @@ class AdaptiveDrafts(Drafts):
 
 
 class PromptDrafts(AdaptiveDrafts):
-    """What followed the last bytes of a row when they stood in it before."""
+    """Drafts what followed the last bytes of a row when the row had them before."""
 
     def __init__(self, rows: int, draft_bytes: int) -> None:
         super().__init__(rows, draft_bytes)
         self.ids: list[list[int]] = [[] for _ in range(rows)]
-        self.seen: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]  # n-grams: where what follows stands
+        # Maps an n-gram of each row to the index of the id after it.
+        self.seen: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
 
     def start(self, ids: Tensor, counts: Sequence[int]) -> None:
         for r, row in enumerate(ids.split(list(counts))):

@@ -64,7 +64,7 @@ class CausalConvolution(nn.Module):
 
 
 class MegaByte(ByteModel):
-    """MegaByte with Llama's blocks.
+    """Computes MegaByte with Llama's blocks.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ class MegaByte(ByteModel):
             Documents(later, ids.shape[0], None),
         )
         row = _row(rows, byte)
-        target = byte - rows[row] + 1  # the byte that this one predicts, in its row
+        target = byte - rows[row] + 1  # the position in its row of the byte that this one predicts
         use = (target >= size) & (target % size >= shift)
         index = (later[row] + target - 1 - shift).clamp(min=0, max=ids.shape[0] - 1)
         return torch.where(use[:, None], second[index], logits)

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class MegaByteState(ByteState):
-    """What a `MegaByte` remembers of rows."""
+    """Holds what a `MegaByte` remembers of rows."""
 
     def __init__(self, model: MegaByte, rows: int, undo: int) -> None:
         super().__init__(model, rows, undo)
         config, place = model.config, {"dtype": self.dtype, "device": self.device}
         size = config.patch_size
         self.global_keys = KeyCache(rows, config.global_transformer, undo, **place)
-        # By slot: what the global output adds to it. The slots of the last patch are there before their bytes.
+        # Each slot has what the global output adds to it. The slots of the last patch exist before their bytes.
         self.parts = RowBuffer(rows, [(config.local_transformer.dim,)], undo + 2 * size, **place)
         self.local_keys = KeyCache(rows, model.local_config, undo, **place)
 
@@ -48,7 +48,7 @@ class MegaByteState(ByteState):
         model: MegaByte = self.model
         config = model.config
         self._append(ids, counts)
-        first = self.local_keys.end  # of the new slots
+        first = self.local_keys.end  # the new slots begin there
         stop = _slots(self.ids.end)
         slots = [b - a for a, b in zip(first, stop, strict=True)]
         add_patches(stop)
@@ -78,7 +78,7 @@ class MegaByteState(ByteState):
         if not any(counts):
             return
         self.passes["global"] += 1
-        # The bytes of the patches before, and those that convolutions reach back to.
+        # The new patches read the bytes of the patches before, and convolutions reach further back.
         lookback = sum(n - 1 for n in config.conv_sizes)
         bounds = [max(0, size * (a - 1)) for a in before], [max(0, size * (b - 1)) for b in after]
         begin = [max(0, a - lookback) for a in bounds[0]]

@@ -20,18 +20,18 @@ from blt_kernels import _checks
 
 @dataclass(frozen=True)
 class Sampling:
-    """The distribution of the next byte, from logits.
+    """Describes how the next byte is drawn from logits.
 
     Attributes
     ----------
     temperature : float
         Logits are divided by it; 0 is greedy choice.
     top_k : int, optional
-        Only the k most probable ids.
+        Only the k most probable ids are drawn.
     top_p : float, optional
-        Of the rest only the most probable ids that have at least this probability together.
+        Of these only the fewest most probable ids are drawn that have at least this probability together.
     min_p : float, optional
-        Of the rest only ids with at least this fraction of the probability of the most probable one.
+        Of these only ids with at least this fraction of the probability of the most probable one are drawn.
     """
 
     temperature: float = 0.0

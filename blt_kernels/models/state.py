@@ -67,7 +67,7 @@ class DocumentStarts:
 
 
 class ByteState:
-    """What a model remembers of rows.
+    """Holds what a model remembers of rows.
 
     Attributes
     ----------
@@ -202,7 +202,7 @@ class ByteState:
 
 
 class ByteLMState(ByteState):
-    """The state of a `ByteLM`: keys and values within the window."""
+    """Holds the state of a `ByteLM`: keys and values within the window."""
 
     part = "byte_lm"  # its name in `passes`
 

@@ -26,7 +26,7 @@ def runs(start: Sequence[int], counts: Sequence[int], device: torch.device) -> T
 
 
 class RowBuffer:
-    """The last entries of every row, in one or several tensors of the same positions.
+    """Holds the last entries of every row, in one or several tensors of the same positions.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ class CachedKeys:
 
 
 class KeyCache(RowBuffer):
-    """Keys and values of every layer of a stack.
+    """Holds the keys and values of every layer of a stack.
 
     Parameters
     ----------

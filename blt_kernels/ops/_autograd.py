@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 Backward = Callable[..., Any]
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 
-_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # of every device
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # stands for every device
 _LIBRARY = torch.library.Library("blt_kernels", "IMPL")
 
 
@@ -112,7 +112,7 @@ def caller(operator: str) -> Callable[..., Any]:
             return overload(*arguments)
         if _dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):  # as inference mode does
             return bound(*arguments)
-        _dispatch_tls_set_dispatch_key_excluded(_AUTOGRAD, True)  # 0.3 us less than _AutoDispatchBelowAutograd
+        _dispatch_tls_set_dispatch_key_excluded(_AUTOGRAD, True)  # takes 0.3 us less than _AutoDispatchBelowAutograd
         try:
             return bound(*arguments)
         finally:

@@ -1,4 +1,4 @@
-"""The options of training and of evaluation."""
+"""Defines the options of training and of evaluation."""
 
 from __future__ import annotations
 

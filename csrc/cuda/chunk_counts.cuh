@@ -19,11 +19,11 @@ inline constexpr int kChunkBytes = 2048;
 inline constexpr int kGroupBytes = kWarp * kChunkBytes, kSectionBytes = kWarp * kGroupBytes;
 inline constexpr i32 kNoLimit = 0x7fffffff;
 
-// The counts of neighbouring chunks. A boundary is a byte after which the rule starts a patch. An interior start is the
-// start of a patch that is not the first of its document, counted by the byte before it. The number of interior starts
-// in the head depends on the last boundary before the chunks: one follows every `limit` bytes.
+// Counts of neighbouring chunks are combined. A boundary is a byte after which the rule starts a patch. An interior
+// start is the start of a patch that is not the first of its document, counted by the byte before it. The number of
+// interior starts in the head depends on the last boundary before the chunks: one follows every `limit` bytes.
 struct Counts {
-  i32 last_boundary;   // position, or -1
+  i32 last_boundary;   // is -1 if there is none
   i32 head;            // bytes before the first boundary that an interior start can follow
   i32 interior;        // interior starts after the head
   i32 since_document;  // interior starts since the last document that begins in the chunks
@@ -79,7 +79,7 @@ inline void store_release(u32* to, u32 value) { *to = value; }
 inline void wait_for_block() { emulator::fault_of_wait(); }
 #endif
 
-// By one thread.
+// One thread calls this.
 __device__ __forceinline__ void publish(Published& to, const Counts& counts) {
   to.counts = counts;
   store_release(&to.ready, 1);
@@ -104,7 +104,7 @@ struct ChunkCounts {
   }
   __device__ __forceinline__ Published& total() const { return published[slots(chunks) - 1]; }
 
-  // Returns the counts of all text before a chunk, in lane 0, given those of the chunk in lane 0. By one warp.
+  // Returns the counts of all text before a chunk, in lane 0, given those of the chunk in lane 0. One warp calls it.
   __device__ __forceinline__ Counts before(i32 chunk, const Counts& own, i32 limit) const {
     const int lane = threadIdx.x % kWarp;
     const i32 group = chunk / kWarp, section = group / kWarp;

@@ -1,8 +1,8 @@
-// Hashes of the n-grams that end at each byte.
+// Hashes the n-grams that end at each byte.
 //
 //   hash_n(t) = sum over d < n of token[t - d] * prime^(n - 1 - d) mod vocab, in wrapping int64
 //
-// with id 0 for the bytes before the document.
+// where the bytes before the document have id 0.
 //
 // A thread computes a hash from the newest token to the oldest, with one multiplication per token, and by squaring for
 // the ids before the document. Tokens come from L1, since n-grams of neighbours overlap. The remainder takes three
@@ -21,7 +21,8 @@ inline constexpr int kMaxFunctions = 11;
 inline constexpr int kMaxTables = 128;
 inline constexpr int kHashThreads = 256;
 
-// x mod divisor in [0, divisor) for signed x. reciprocal_of in common/args/ngram_hash_embed.h computes the constants.
+// Returns x mod divisor in [0, divisor) for signed x. reciprocal_of in common/args/ngram_hash_embed.h computes the
+// constants.
 struct Modulus {
   u64 divisor, reciprocal, wrap;
   int bits;
@@ -35,7 +36,7 @@ struct Modulus {
   }
 };
 
-// Packed documents.
+// Points to packed documents.
 template <class Id>
 struct Text {
   const Id* tokens;
@@ -44,7 +45,7 @@ struct Text {
   i32 length;
 };
 
-// The hash of each table, functions outermost.
+// Describes the hash of each table, functions outermost.
 struct Ngrams {
   u64 primes[kMaxFunctions];
   i64 sizes[kMaxTables];
@@ -52,7 +53,7 @@ struct Ngrams {
   Modulus vocab;
 };
 
-// The first byte of the document of byte t, or -1 if t is in no document. It lies in [0, t] for any offsets.
+// Returns the first byte of the document of byte t, or -1 if t is in no document. It lies in [0, t] for any offsets.
 template <class Id>
 __device__ __forceinline__ i64 document_start(const Text<Id>& text, i64 t) {
   if (text.cu_seqlens == nullptr) return t - static_cast<i32>(t) % text.length;
@@ -60,7 +61,7 @@ __device__ __forceinline__ i64 document_start(const Text<Id>& text, i64 t) {
   return document == text.documents ? -1 : min(max<i64>(text.cu_seqlens[document], 0), t);
 }
 
-// The hash, for a table, of the n-gram that ends at byte t of a document that begins at `start`.
+// Returns the hash, for a table, of the n-gram that ends at byte t of a document that begins at `start`.
 template <class Id>
 __device__ __forceinline__ u64 ngram_hash(const Text<Id>& text, const Ngrams& ngrams, int table, i64 t, i64 start) {
   const u64 prime = ngrams.primes[table / ngrams.num_sizes];
@@ -76,7 +77,7 @@ __device__ __forceinline__ u64 ngram_hash(const Text<Id>& text, const Ngrams& ng
   return ngrams.vocab(hash);
 }
 
-// hashes[tables][bytes], 0 for bytes of no document.
+// Writes hashes[tables][bytes], 0 for bytes of no document.
 template <class Id>
 __global__ void __launch_bounds__(kHashThreads, 6)
     ngram_hash_fwd_kernel(Text<Id> text, __grid_constant__ const Ngrams ngrams, i64* hashes) {

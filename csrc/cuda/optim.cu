@@ -8,7 +8,7 @@
 namespace blt {
 namespace {
 
-// f(Tag<T>, Constant<vec>, config, step)
+// Calls f(Tag<T>, Constant<vec>, config, step).
 template <class F>
 void dispatch_step(const Device& device, StepArguments& tensors, F&& f) {
   dispatch_device_float(tensors.table.scalar_type(), "table", [&](auto tag) {

@@ -1,9 +1,9 @@
-// Optimizer steps over sparse gradients: only the rows that have a gradient are read and written.
+// Takes optimizer steps over sparse gradients: only the rows that have a gradient are read and written.
 //
 //   sgd_step:              table[r] -= lr g
 //   rowwise_adagrad_step:  sums[r] += mean of g^2;  table[r] -= lr g / (sqrt(sums[r]) + eps)
 //
-// for row r = rows[i] with gradient g = values[i], in fp32 (fp64 for fp64 tables), rounded once.
+// where row r = rows[i] has the gradient g = values[i]. Arithmetic is fp32 (fp64 for fp64 tables), rounded once.
 //
 // A warp owns a row; its lanes own neighbouring aligned vectors of 16 bytes. Adagrad keeps the first kKept vectors of a
 // lane in registers between the sum of squares and their use; later ones are read again from L1 or L2. Rows are
@@ -19,9 +19,9 @@
 namespace blt {
 
 inline constexpr int kStepThreads = 256;
-inline constexpr int kStepRows = kStepThreads / kWarp;  // per block
+inline constexpr int kStepRows = kStepThreads / kWarp;  // a block owns so many
 
-// table[size][width], and the gradient of some of its rows: rows[count], values[count][width].
+// Row rows[i] of table[size][width] has the gradient values[i], for i < count.
 template <class T>
 struct SparseStep {
   T* table;
@@ -30,7 +30,7 @@ struct SparseStep {
   i64 count, size, width, table_stride, value_stride;
 };
 
-// The row of the gradient and of the table that a warp owns; `row` is -1 for none.
+// A warp owns a row of the gradient and of the table; `row` is -1 for none.
 struct OwnedRow {
   i64 value, row;
 };
@@ -42,7 +42,7 @@ __device__ __forceinline__ OwnedRow owned_row(const SparseStep<T>& step) {
   return {value, row >= 0 && row < step.size ? row : -1};
 }
 
-// to = weights - rate grad
+// Computes to = weights - rate grad.
 template <class T, int kVec>
 __device__ __forceinline__ void move_weights(T* to, const Bits<T, kVec>& from, const Bits<T, kVec>& by, acc_t<T> rate) {
   const AlignedVector<T, kVec> weights = unpack<T, kVec>(from), grad = unpack<T, kVec>(by);

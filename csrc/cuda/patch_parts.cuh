@@ -18,13 +18,13 @@ inline constexpr int kPart = 64;
 // A second level of parts is worth its launch from this many bytes on.
 inline constexpr i64 kSecondLevelBytes = 4 * kPart * kPart;
 
-// The patch of all `size` bytes from `begin` on, or -1 if there is none. The ids ascend, except for -1.
+// Returns the patch of all `size` bytes from `begin` on, or -1 if there is none. The ids ascend, except for -1.
 __device__ __forceinline__ i64 patch_of_part(const i32* ids, i64 begin, i64 size) {
   const i32 first = ids[begin], last = ids[begin + size - 1];
   return first == last ? first : -1;
 }
 
-// A range of rows or parts, divided into the whole parts of the next level and the entries before and after them.
+// Divides a range of rows or parts into the whole parts of the next level and the entries before and after them.
 // Without whole parts, the whole range is `before`.
 template <class I>
 struct PartedOf {

@@ -21,7 +21,7 @@ inline RowLaunch row_launch(int64_t groups, int64_t width, int vec) {
           {rows, own, (65535u / static_cast<u32>(own)) + 1}};
 }
 
-// Row stride in elements. torch gives a single row any stride.
+// Returns the row stride in elements. torch gives a single row any stride.
 inline i32 row_stride(const Tensor& x) { return x.size(0) > 1 ? static_cast<i32>(x.stride(0)) : 0; }
 
 // Returns rows close enough for offsets of 32 bits. Rows too far apart are few, and are copied.

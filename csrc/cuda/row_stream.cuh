@@ -112,12 +112,12 @@ class RowStream {
   InputColumn<S> columns_[Ring::kTensors];
   const A* numbers_ = nullptr;
   int stride_ = 0;
-  u32 begin_ = 1, end_ = 0;  // of the rows that were requested since the last seek
+  u32 begin_ = 1, end_ = 0;  // the range of rows requested since the last seek
 };
 
 // Calls f(row, x) for tiles of the rows from begin to end, x[tensor][row of the tile]; a tile that reaches beyond the
-// end repeats the last row. Requests rows up to `limit`. With `kept`, which needs end - begin <= kRows, all rows keep
-// their slots.
+// end repeats the last row. It requests rows up to `limit`. With `kept`, which needs end - begin <= kRows, all rows
+// keep their slots.
 template <class Stream, class F>
 __device__ __forceinline__ void for_each_tile(Stream& stream, u32 begin, u32 end, u32 limit, bool kept, F&& f) {
   using S = typename Stream::S;

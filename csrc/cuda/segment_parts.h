@@ -8,7 +8,7 @@
 
 namespace blt {
 
-// One uninitialised row per part, written and read only where a patch is long. Null without parts.
+// Has an uninitialised row per part, written and read only where a patch is long. It is null without parts.
 template <class T>
 struct Scratch {
   std::optional<Tensor> memory;
@@ -20,13 +20,13 @@ struct Scratch {
   }
 };
 
-// The folds that an op needs.
+// Says which folds an op needs.
 struct Asked {
   bool max = false, min = false, sum = false;
   bool any() const { return max || min || sum; }
 };
 
-// The folds of the whole parts of rows x, by levels.
+// Holds the folds of the whole parts of rows x, by levels.
 template <class T>
 class SegmentParts {
  public:

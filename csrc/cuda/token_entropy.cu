@@ -1,4 +1,4 @@
-// Launchers of token_entropy.cuh: token_entropy, and linear_entropy by panels of logits (linear_entropy.h).
+// Launches the kernels of token_entropy.cuh: token_entropy, and linear_entropy by panels of logits (linear_entropy.h).
 
 #include <algorithm>
 #include <optional>
@@ -68,7 +68,7 @@ Tensor token_entropy_bwd_cuda(const Tensor& grad_entropy, const Tensor& logits, 
 // A panel has whole tiles of rows and is small beside an L2 of 40 MB and more, through which `hidden` streams too.
 constexpr int64_t kPanelBytes = 8 << 20, kPanelTile = 128;
 
-// The logits of a panel. Their rows start at multiples of 16 bytes, which products on tensor cores need to be fast.
+// Returns the logits of a panel. Their rows start at multiples of 16 bytes, which fast products on tensor cores need.
 Tensor panel_of(const Tensor& hidden, const Tensor& weight) {
   const int64_t alphabet = weight.size(0), element = static_cast<int64_t>(hidden.element_size());
   const int64_t stride = ceil_div<int64_t>(alphabet * element, 16) * 16;

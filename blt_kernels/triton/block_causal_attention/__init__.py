@@ -1,1 +1,1 @@
-"""Kernels of block_causal_attention on CUDA. Triton is imported when the op runs there for the first time."""
+"""These kernels compute block_causal_attention on CUDA. Triton is imported when the op first runs there."""

@@ -1,4 +1,4 @@
-"""Backward of block_causal_attention on CUDA, without atomics.
+"""Computes the backward of block_causal_attention on CUDA, without atomics.
 
     p_ij = exp(s_ij - lse_i),  ds_ij = p_ij (g_i . v_j - delta_i),  delta_i = g_i . out_i
     dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij g_i
@@ -48,9 +48,9 @@ from blt_kernels.triton.block_causal_attention.tiles import (
     unmasked,
 )
 
-_SUMS_BLOCK = 64  # queries
+_SUMS_BLOCK = 64  # a program of the first kernel has so many queries
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_MAX = tl.constexpr(3.4e38)  # of fp32
+_MAX = tl.constexpr(3.4e38)  # is about the largest fp32
 _SMALL_SCALE = 2.0**-64  # products of larger ones overflow only where scores are beyond 1e19
 
 
@@ -126,7 +126,7 @@ def dkdv_range(
     The queries ``[first_j, last_j)`` attend to key j, and ``[all_first, all_last)`` to every key. The heads are in the
     same loop, so that loads of the next one start before this one is done.
     """
-    # One element for each of 256 threads. In fp32 most launches have one stage, which does not use shared memory.
+    # Copies give each of 256 threads an element. In fp32 most launches have one stage, which uses no shared memory.
     COPIES: tl.constexpr = 1 if k.dtype == tl.float32 else max(256 // BLOCK_M, 1)
     offs_m = tl.arange(0, BLOCK_M)
     head = (begin * 0).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Decoding: few queries a document with long caches. Queries and heads share the keys, which are split over programs.
+"""Decodes few queries a document with long caches. Queries and heads share the keys, which are split over programs.
 
     s_ij = scale q_i . k_j,  out_i = sum_j exp(s_ij - lse_i) v_j,  lse_i = log sum_j exp s_ij
 

@@ -23,17 +23,17 @@ from torch import Tensor
 from blt_kernels.reference.block_causal_attention import AttentionMask, attended_keys
 from blt_kernels.triton.block_causal_attention.launch import architecture
 
-MAX_DOCUMENTS = 65535  # a dimension of the grid of torch's kernel
+MAX_DOCUMENTS = 65535  # torch's kernel has a dimension of its grid for them
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package with variable-length flash attention.
+    """Describes a package with variable-length flash attention.
 
     Attributes
     ----------
     name, module, function
-        What it is called, and the function that is imported.
+        The name of the package, and the module and name of the function.
     majors
         Major numbers of the compute capabilities whose GPUs it is used on.
     max_head_dim

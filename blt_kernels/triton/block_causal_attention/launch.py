@@ -35,7 +35,8 @@ class Launch:
     num_stages: int
 
 
-_Table = dict[tuple[str, int], tuple[Launch, ...]]  # (kernel, bytes of an element): one for each of HEAD_DIMS
+# Maps (kernel, bytes of an element) to a launch for each of HEAD_DIMS.
+_Table = dict[tuple[str, int], tuple[Launch, ...]]
 
 # No launch has been measured: all are starting points, chosen by registers, shared memory and instruction counts of the
 # compiled kernels. `bench/search_attention.py` searches; a line that it has confirmed says 'measured' and on what.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from blt_kernels.reference.block_causal_attention import AttentionMask
 
-_BLOCK = 128  # queries or keys of a program
+_BLOCK = 128  # a program has so many queries or keys
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def attended_keys(query, end_q, first, end, num_keys, window, CAUSAL: tl.constex
 
     They are within ``[0, num_keys)`` whatever the offsets are.
     """
-    aligned = query + end - end_q  # the key at the query's own position
+    aligned = query + end - end_q  # is the key at the query's own position
     last = end
     if WINDOWED:
         first = tl.maximum(first, aligned - window + 1)
@@ -101,7 +101,7 @@ def queries_of_key(
     """
     document = document_of(key, cu_k, documents, length_k, top_bit)
     first, end_q, _, end_k = document_bounds(document, cu_q, cu_k, used, documents, length_q, length_k, USED)
-    aligned = key - end_k + end_q  # the query at the key's own position
+    aligned = key - end_k + end_q  # is the query at the key's own position
     last = end_q
     if CAUSAL:
         first = tl.maximum(first, aligned)

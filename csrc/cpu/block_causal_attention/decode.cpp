@@ -114,8 +114,8 @@ struct Decoder {
     return {copy, pitch};
   }
 
-  // Whether keys are packed, so that scores are summed along E in a lane. A document of few keys may be one of training,
-  // whose backward pass needs scores that are rounded like those that it computes itself.
+  // Returns whether keys are packed, so that scores are summed along E in a lane. Documents of few keys occur in
+  // training, and its backward pass needs scores rounded like those that it computes itself.
   static bool is_packed(const Tile& tile) { return tile.work() < kUnpackedKeys * tile.lanes.size(); }
 
   // Loads the queries of a head: in the order of the elements where keys are packed, else in that of Pairs.

@@ -21,7 +21,7 @@ namespace blt {
 inline constexpr uintptr_t kSmallPage = 4096;
 inline constexpr uintptr_t kHugeWorth = 4 << 20;  // the allocator keeps smaller blocks between calls
 
-// While this is true, every tensor of new_output is filled with NaN, or with large integers. blt_kernels.testing sets it.
+// While this is true, new_output fills every tensor with NaN, or with large integers. blt_kernels.testing sets it.
 extern "C" {
 __attribute__((visibility("default"))) inline bool blt_kernels_poison_outputs = false;
 }
