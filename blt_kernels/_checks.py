@@ -157,21 +157,33 @@ def check_documents(name: str, offsets: Tensor | Documents, total: int, *, devic
     The values are checked where they are `readable`. Kernels bound every access by `total` themselves, whatever the
     values are.
     """
+    if not isinstance(offsets, Documents):
+        return Documents(*_check_offsets(name, offsets, total, device))
+    if offsets.total != total or offsets.offsets.device != device:
+        expected = f"offsets of {total} positions on {device}"
+        got = f"those of {offsets.total} on {offsets.offsets.device}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+    return offsets
+
+
+def check_offsets(name: str, offsets: Tensor | Documents, total: int, *, device: torch.device) -> Tensor:
+    """Check document offsets as `check_documents` does and return them as int32."""
     if isinstance(offsets, Documents):
-        if offsets.total != total or offsets.offsets.device != device:
-            expected = f"offsets of {total} positions on {device}"
-            got = f"those of {offsets.total} on {offsets.offsets.device}"
-            raise ValueError(f"{name}: expected {expected}, got {got}")
-        return offsets
+        return check_documents(name, offsets, total, device=device).offsets
+    return _check_offsets(name, offsets, total, device)[0]
+
+
+def _check_offsets(name: str, offsets: Tensor, total: int, device: torch.device) -> tuple[Tensor, int, int | None]:
+    """Return the fields of `Documents`."""
     check_tensor(name, offsets, 1, INTS)
     check_total(name, total)
-    if offsets.shape[0] < 1:
-        raise ValueError(f"{name}: expected at least one entry, got an empty tensor")
     if offsets.device != device:
         raise ValueError(f"{name}: expected device {device} of the data, got {offsets.device}")
+    values = offsets.tolist() if readable(offsets) else None
+    if not (offsets.shape[0] if values is None else values):
+        raise ValueError(f"{name}: expected at least one entry, got an empty tensor")
     end = None
-    if readable(offsets):
-        values = offsets.tolist()
+    if values is not None:
         end = values[-1]
         if values[0] != 0 or values != sorted(values) or end > total:
             shown = values if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ending in {end}"
@@ -179,12 +191,7 @@ def check_documents(name: str, offsets: Tensor | Documents, total: int, *, devic
             raise ValueError(f"{name}: expected {expected}, got {shown}")
     if offsets.dtype != torch.int32 or not offsets.is_contiguous():
         offsets = offsets.to(torch.int32).contiguous()
-    return Documents(offsets, total, end)
-
-
-def check_offsets(name: str, offsets: Tensor | Documents, total: int, *, device: torch.device) -> Tensor:
-    """Check document offsets as `check_documents` does and return them as int32."""
-    return check_documents(name, offsets, total, device=device).offsets
+    return offsets, total, end
 
 
 _FEW_IDS = 64
@@ -222,8 +229,11 @@ def documents_of(
     name: str, data: Tensor, cu_seqlens: Tensor | Documents | None, trailing: int, offsets_name: str = "cu_seqlens"
 ) -> tuple[Tensor, Tensor | None, int]:
     """Return packed data ``[T, ...]``, the int32 offsets of its documents and their number B, as `split_documents`."""
-    packed, documents, count = split_documents(name, data, cu_seqlens, trailing, offsets_name)
-    return packed, None if documents is None else documents.offsets, count
+    if cu_seqlens is not None and data.dim() == trailing + 1:
+        offsets = check_offsets(offsets_name, cu_seqlens, data.shape[0], device=data.device)
+        return data, offsets, offsets.shape[0] - 1
+    packed, _, count = split_documents(name, data, cu_seqlens, trailing, offsets_name)
+    return packed, None, count
 
 
 def split_documents(
