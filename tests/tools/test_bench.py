@@ -139,7 +139,7 @@ def test_slow_implementations_drop_out(timing: ModuleType, monkeypatch: pytest.M
     assert {row.implementation: row.rounds for row in rows} == {
         timing.OURS: 20,
         "slow": 4,
-        "slower": timing.FEWEST_SAMPLES,
+        "slower": timing.MIN_SAMPLES,
         "limit: copy": 20,
     }
     # A call whose result is checked, and the calls that warm up, of which the last tells how long one takes.
