@@ -94,16 +94,16 @@ class Documents:
         return np.concatenate(first), np.concatenate(last)
 
 
-def tiles(documents: Documents, of_keys: bool, rows: int, step: int) -> tuple[list[int], int]:
-    """Tiles of each program, and how many of all are full: every row attends to all of the tile."""
+def tiles(documents: Documents, of_keys: bool, block_m: int, block_n: int) -> tuple[list[int], int]:
+    """Return the tiles of BLOCK_N rows that each program of BLOCK_M rows streams, and how many have no masked pair."""
     first, last = documents.ranges(of_keys)
     counts, full = [], 0
-    for start in range(0, len(first), rows):
-        low, high = first[start : start + rows], last[start : start + rows]
-        begin, count = int(low.min()), math.ceil((int(high.max()) - int(low.min())) / step)
+    for start in range(0, len(first), block_m):
+        low, high = first[start : start + block_m], last[start : start + block_m]
+        begin, count = int(low.min()), math.ceil((int(high.max()) - int(low.min())) / block_n)
         counts.append(count)
-        at = begin + np.arange(count) * step
-        full += int(((at >= low.max()) & (at + step <= high.min())).sum())
+        at = begin + np.arange(count) * block_n
+        full += int(((at >= low.max()) & (at + block_n <= high.min())).sum())
     return counts, full
 
 
