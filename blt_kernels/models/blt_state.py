@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from blt_kernels.models.characters import character_ends, cut_long_patches
 from blt_kernels.models.state import ByteLMState, ByteState, DocumentStarts
 from blt_kernels.nn import rotary_table
 from blt_kernels.nn.cache import KeyCache, RowBuffer, runs
-
-if TYPE_CHECKING:
-    from blt_kernels.models.blt import BLT
 
 _LOOKBACK = 8  # ids before a byte that boundary rules read: local indices, whole characters, rises of the entropy
 _ROW = 1 << 40  # no row has so many bytes
@@ -36,7 +33,7 @@ class BLTState(ByteState):
         Where the patches of each row start. The last one is open; it may have no byte yet.
     """
 
-    def __init__(self, model: BLT, rows: int, undo: int) -> None:
+    def __init__(self, model: Any, rows: int, undo: int) -> None:
         super().__init__(model, rows, undo)
         config, place = model.config, {"dtype": self.dtype, "device": self.device}
         encoder, decoder, wide = config.encoder, config.decoder, config.global_transformer
@@ -75,7 +72,7 @@ class BLTState(ByteState):
         return self._extend(ids, counts, closing=False)
 
     def _extend(self, ids: Tensor, counts: Sequence[int], closing: bool) -> Tensor:
-        model: BLT = self.model
+        model = self.model
         config, ops = model.config, model.ops
         old, positions = self._append(ids, counts)
         if closing:
@@ -177,7 +174,7 @@ class BLTState(ByteState):
 
     def _read_closed_patches(self) -> None:
         """Pass the patches that have closed through the global transformer, and keep what the decoder reads of them."""
-        model: BLT = self.model
+        model = self.model
         config, before = model.config, self.global_keys.end
         after = [len(starts) - 1 for starts in self.patch_starts]
         counts = [a - b for a, b in zip(after, before, strict=True)]
@@ -231,7 +228,7 @@ class BLTState(ByteState):
         self, x: Tensor, positions: Tensor, starts: list[list[int]], counts: Sequence[int], decode_ids: Sequence[int]
     ) -> Tensor:
         """Return the decoder's output for the new bytes."""
-        model: BLT = self.model
+        model = self.model
         offsets, closed, window = [0, *accumulate(counts)], self.patches.end, self.window_decoder
         oldest = [
             max(0, decode_ids[at] - window + 1) if count else end

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +18,11 @@ from blt_kernels.models.state import ByteState
 from blt_kernels.nn import embed_ids, rotary_table
 from blt_kernels.nn.cache import KeyCache, RowBuffer, runs
 
-if TYPE_CHECKING:
-    from blt_kernels.models.megabyte import MegaByte
-
 
 class MegaByteState(ByteState):
     """Holds what a `MegaByte` remembers of rows."""
 
-    def __init__(self, model: MegaByte, rows: int, undo: int) -> None:
+    def __init__(self, model: Any, rows: int, undo: int) -> None:
         super().__init__(model, rows, undo)
         config, place = model.config, {"dtype": self.dtype, "device": self.device}
         size = config.patch_size
@@ -45,7 +42,7 @@ class MegaByteState(ByteState):
         return self._extend(ids, counts, self._repeat_patches)
 
     def _extend(self, ids: Tensor, counts: Sequence[int], add_patches: Callable[[Sequence[int]], None]) -> Tensor:
-        model: MegaByte = self.model
+        model = self.model
         config = model.config
         self._append(ids, counts)
         first = self.local_keys.end  # the new slots begin there
@@ -71,7 +68,7 @@ class MegaByteState(ByteState):
 
     def _read_patches(self, stop: Sequence[int]) -> None:
         """Pass the bytes of patches through the global model, for the patches behind them, until every slot has one."""
-        model: MegaByte = self.model
+        model = self.model
         config, size, before = model.config, model.config.patch_size, self.global_keys.end
         after = [-(-n // size) for n in stop]
         counts = [b - a for a, b in zip(before, after, strict=True)]
@@ -114,7 +111,7 @@ class MegaByteState(ByteState):
 
     def _local_keys(self, first: Sequence[int], slots: Sequence[int], dtype: torch.dtype) -> list[Any]:
         """Return for every layer where the keys of the new slots go, and which keys each slot attends to."""
-        model: MegaByte = self.model
+        model = self.model
         size, reach = model.config.patch_size, model.config.cross_patch
         starts = [list(range(a // size * size, a + n, size)) or [0] for a, n in zip(first, slots, strict=True)]
         keys = self.local_keys.extend(model.ops, slots, starts)

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from blt_kernels._checks import Documents
 from blt_kernels.ids import NEWLINE
 from blt_kernels.nn import embed_ids, rotary_table
 from blt_kernels.nn.cache import KeyCache, RowBuffer, runs
-
-if TYPE_CHECKING:
-    from blt_kernels.models.byte_lm import ByteLM
 
 
 class DocumentStarts:
@@ -206,7 +203,7 @@ class ByteLMState(ByteState):
 
     part = "byte_lm"  # its name in `passes`
 
-    def __init__(self, model: ByteLM, rows: int, undo: int, *, reset_at_newlines: bool | None = None) -> None:
+    def __init__(self, model: Any, rows: int, undo: int, *, reset_at_newlines: bool | None = None) -> None:
         super().__init__(model, rows, undo)
         config = model.config
         reset = config.reset_at_newlines if reset_at_newlines is None else reset_at_newlines
@@ -216,7 +213,7 @@ class ByteLMState(ByteState):
         )
 
     def extend(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
-        model: ByteLM = self.model
+        model = self.model
         old, positions = self._append(ids, counts)
         self.passes[self.part] += 1
         starts = self.starts.extend(ids, old, counts)
