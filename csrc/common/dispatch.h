@@ -18,13 +18,14 @@ struct Tag {
 template <class T>
 using accumulator_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <class F>
+// Bf16 and Fp16 are the types for bf16 and fp16.
+template <class Bf16 = torch::headeronly::BFloat16, class Fp16 = torch::headeronly::Half, class F>
 decltype(auto) dispatch_float(torch::headeronly::ScalarType dtype, const char* name, F&& f) {
   using torch::headeronly::ScalarType;
   switch (dtype) {
     case ScalarType::Float: return f(Tag<float>{});
-    case ScalarType::BFloat16: return f(Tag<torch::headeronly::BFloat16>{});
-    case ScalarType::Half: return f(Tag<torch::headeronly::Half>{});
+    case ScalarType::BFloat16: return f(Tag<Bf16>{});
+    case ScalarType::Half: return f(Tag<Fp16>{});
     case ScalarType::Double: return f(Tag<double>{});
     default:
       STD_TORCH_CHECK(false, name, ": expected dtype float32, bfloat16, float16 or float64, got ",
@@ -53,12 +54,13 @@ decltype(auto) dispatch_storage(torch::headeronly::ScalarType dtype, F&& f) {
   }
 }
 
-template <class F>
+// Long is the type for int64.
+template <class Long = int64_t, class F>
 decltype(auto) dispatch_int(torch::headeronly::ScalarType dtype, const char* name, F&& f) {
   using torch::headeronly::ScalarType;
   switch (dtype) {
     case ScalarType::Int: return f(Tag<int32_t>{});
-    case ScalarType::Long: return f(Tag<int64_t>{});
+    case ScalarType::Long: return f(Tag<Long>{});
     default: STD_TORCH_CHECK(false, name, ": expected dtype int32 or int64, got ", torch::headeronly::toString(dtype));
   }
 }

@@ -100,29 +100,6 @@ __device__ __forceinline__ I partition_point(I low, I high, const Holds& holds) 
 
 // --- aligned vectors -------------------------------------------------------------------------------------------------
 
-template <int kBytes>
-struct Word;
-template <>
-struct Word<1> {
-  using type = u8;
-};
-template <>
-struct Word<2> {
-  using type = u16;
-};
-template <>
-struct Word<4> {
-  using type = u32;
-};
-template <>
-struct Word<8> {
-  using type = uint2;
-};
-template <>
-struct Word<16> {
-  using type = uint4;
-};
-
 // kSize numbers that one access moves, of 1 to 16 bytes.
 template <class T, int kSize>
 struct alignas(sizeof(T) * kSize) AlignedVector {
@@ -131,9 +108,18 @@ struct alignas(sizeof(T) * kSize) AlignedVector {
   __device__ __forceinline__ const T& operator[](int i) const { return values[i]; }
 };
 
+template <int kBytes>
+__device__ constexpr auto zero_word() {
+  if constexpr (kBytes == 1) return u8{};
+  if constexpr (kBytes == 2) return u16{};
+  if constexpr (kBytes == 4) return u32{};
+  if constexpr (kBytes == 8) return uint2{};
+  if constexpr (kBytes == 16) return uint4{};
+}
+
 // The bits of an aligned vector. Vectors of 2-byte numbers that wait for others take half the registers as bits.
 template <class T, int kSize>
-using Bits = typename Word<sizeof(T) * kSize>::type;
+using Bits = decltype(zero_word<sizeof(T) * kSize>());
 
 // The same bits, as another type.
 template <class To, class From>
@@ -148,11 +134,7 @@ __device__ __forceinline__ To bits_as(const From& from) {
 
 template <class T, int kSize>
 __device__ __forceinline__ AlignedVector<T, kSize> unpack(const Bits<T, kSize>& bits) {
-  union {
-    Bits<T, kSize> bits;
-    AlignedVector<T, kSize> vector;
-  } both = {bits};
-  return both.vector;
+  return bits_as<AlignedVector<T, kSize>>(bits);
 }
 
 // Loads the vector at `from`, which has its alignment.
@@ -182,11 +164,39 @@ __device__ __forceinline__ AlignedVector<T, kSize> load_once(const T* from) {
 template <int kSize, class T>
 __device__ __forceinline__ void store(T* to, const AlignedVector<T, kSize>& vector) {
   check_aligned(to, sizeof(T) * kSize);
-  union {
-    AlignedVector<T, kSize> vector;
-    Bits<T, kSize> bits;
-  } both = {vector};
-  *reinterpret_cast<Bits<T, kSize>*>(to) = both.bits;
+  *reinterpret_cast<Bits<T, kSize>*>(to) = bits_as<Bits<T, kSize>>(vector);
+}
+
+// Converts the bits of kSize numbers to accumulators, and accumulators to numbers.
+template <class T, int kSize, class From>
+__device__ __forceinline__ void to_floats(acc_t<T> (&to)[kSize], const From& from) {
+  const auto numbers = bits_as<AlignedVector<T, kSize>>(from);
+#pragma unroll
+  for (int c = 0; c < kSize; ++c) to[c] = to_float(numbers[c]);
+}
+template <class T, int kSize>
+__device__ __forceinline__ AlignedVector<T, kSize> from_floats(const acc_t<T> (&from)[kSize]) {
+  AlignedVector<T, kSize> to;
+#pragma unroll
+  for (int c = 0; c < kSize; ++c) to[c] = from_float<T>(from[c]);
+  return to;
+}
+
+// The number of numbers of type A that one access moves, of kSize.
+template <class A, int kSize>
+inline constexpr int kAccess = kSize * sizeof(A) <= 16 ? kSize : 16 / sizeof(A);
+
+// Stores kSize numbers in accesses of up to 16 bytes.
+template <class A, int kSize>
+__device__ __forceinline__ void store_numbers(A* to, const A (&numbers)[kSize]) {
+  constexpr int kOne = kAccess<A, kSize>;
+#pragma unroll
+  for (int c = 0; c < kSize; c += kOne) {
+    AlignedVector<A, kOne> some;
+#pragma unroll
+    for (int i = 0; i < kOne; ++i) some[i] = numbers[c + i];
+    store(to + c, some);
+  }
 }
 
 // --- asynchronous copies ---------------------------------------------------------------------------------------------

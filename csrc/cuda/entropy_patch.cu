@@ -137,23 +137,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return std::tuple_cat(EntropyTensors{entropy, log_sum}, std::move(layout));
 }
 
-// f(Tag<integer>) for ids of type int32 or int64.
+// Builds a layout by the rule that rule_of(ids) returns.
 template <class F>
-LayoutTensors dispatch_ids(const Tensor& tokens, F&& f) {
-  if (tokens.scalar_type() == ScalarType::Int) return f(Tag<i32>{});
-  check_dtype(tokens, "tokens", ScalarType::Long);
-  return f(Tag<i64>{});
+LayoutTensors layout_of_tokens(const Tensor& tokens, std::optional<Tensor>& cu_seqlens, int64_t num_documents,
+                               std::optional<int64_t> max_patches, F&& rule_of) {
+  const Tensor ids = check_values(tokens, "tokens");
+  const Device device(ids);
+  const Documents documents = check_documents(device, cu_seqlens, num_documents, ids.size(0));
+  return dispatch_tokens(ids, [&](auto tag) {
+    const auto rule = rule_of(device.read<typename decltype(tag)::type>(ids));
+    return build_layout(device, rule, documents, ids, std::nullopt, max_patches);
+  });
 }
 
 LayoutTensors space_patch_fwd_cuda(const Tensor& tokens, std::optional<Tensor> cu_seqlens, int64_t num_documents,
                                    std::optional<int64_t> max_patches) {
-  const Tensor ids = check_values(tokens, "tokens");
-  const Device device(ids);
-  const Documents documents = check_documents(device, cu_seqlens, num_documents, ids.size(0));
-  return dispatch_ids(ids, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    return build_layout(device, SpaceRule<T>{device.read<T>(ids)}, documents, ids, std::nullopt, max_patches);
-  });
+  return layout_of_tokens(tokens, cu_seqlens, num_documents, max_patches,
+                          []<class T>(const T* ids) { return SpaceRule<T>{ids}; });
 }
 
 LayoutTensors static_patch_fwd_cuda(Tensor cu_seqlens, int64_t num_bytes, int64_t size, int64_t first,
@@ -169,13 +169,8 @@ LayoutTensors static_patch_fwd_cuda(Tensor cu_seqlens, int64_t num_bytes, int64_
 
 LayoutTensors delimiter_patch_fwd_cuda(const Tensor& tokens, std::optional<Tensor> cu_seqlens, int64_t num_documents,
                                        int64_t id, std::optional<int64_t> max_patches) {
-  const Tensor ids = check_values(tokens, "tokens");
-  const Device device(ids);
-  const Documents documents = check_documents(device, cu_seqlens, num_documents, ids.size(0));
-  return dispatch_ids(ids, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    return build_layout(device, DelimiterRule<T>{device.read<T>(ids), id}, documents, ids, std::nullopt, max_patches);
-  });
+  return layout_of_tokens(tokens, cu_seqlens, num_documents, max_patches,
+                          [=]<class T>(const T* ids) { return DelimiterRule<T>{ids, id}; });
 }
 
 LayoutTensors topk_patch_fwd_cuda(const Tensor& entropy, std::optional<Tensor> cu_seqlens, int64_t num_documents,

@@ -11,7 +11,7 @@ namespace blt {
 
 // A [rows, heads, E] tensor with unit stride in E, of fewer than 2^31 rows.
 template <class T>
-struct HeadRows {
+struct HeadTensor {
   T* data;
   i64 head_stride;
   u32 row_bytes;
@@ -99,7 +99,7 @@ __device__ __forceinline__ int lane_column() {
 
 // Lanes without a head read and write nothing.
 template <class S, class T>
-__device__ __forceinline__ Column<S, T> column_of(const HeadRows<T>& rows, int head, int heads, int width) {
+__device__ __forceinline__ Column<S, T> column_of(const HeadTensor<T>& rows, int head, int heads, int width) {
   const int column = lane_column<S>();
   const bool here = head < heads;
   return {rows.data + (here ? head * rows.head_stride + column : 0), rows.row_bytes, here ? width - column : 0};

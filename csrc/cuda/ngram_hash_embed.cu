@@ -52,16 +52,6 @@ void check_width(int64_t width) {
   STD_TORCH_CHECK(width <= INT32_MAX, "tables: rows of ", width, " do not fit into int32");
 }
 
-template <class F>
-void dispatch_ids(const Tensor& tokens, F&& f) {
-  dispatch_int(tokens.scalar_type(), "tokens", [&](auto tag) {
-    if constexpr (sizeof(typename decltype(tag)::type) == sizeof(i32))
-      f(Tag<i32>{});
-    else
-      f(Tag<i64>{});
-  });
-}
-
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 Tensor ngram_hash_fwd_cuda(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
@@ -70,7 +60,7 @@ Tensor ngram_hash_fwd_cuda(const Tensor& tokens, const std::optional<Tensor>& cu
   const Hashed hashed(arguments);
   const Device device(arguments.tokens);
   Tensor hashes = device_output(arguments.tokens, {arguments.tables(), arguments.bytes()}, ScalarType::Long);
-  dispatch_ids(arguments.tokens, [&](auto tag) {
+  dispatch_tokens(arguments.tokens, [&](auto tag) {
     using Id = typename decltype(tag)::type;
     device.launch<ngram_hash_fwd_kernel<Id>>(
         {.grid = {ceil_div<int64_t>(arguments.bytes(), kHashThreads)}, .block = kHashThreads}, hashed.text<Id>(device),
@@ -105,7 +95,7 @@ Tensor ngram_hash_embed_fwd_cuda(const Tensor& tokens, std::vector<Tensor> table
     };
     for (int64_t n = 0; n < count; ++n) add(n, arguments.table(n), arguments.first_row(n));
     if (byte_table) add(count, *byte_table, 0);
-    dispatch_ids(arguments.hash.tokens, [&](auto id_tag) {
+    dispatch_tokens(arguments.hash.tokens, [&](auto id_tag) {
       using Id = typename decltype(id_tag)::type;
       dispatch_vec<T>({places}, [&](auto vec) {
         device.launch<ngram_hash_embed_fwd_kernel<T, Id, vec()>>(
@@ -160,7 +150,7 @@ Tensor sort_readers(const Device& device, const TableGrads& grads) {
   const LaunchConfig grid = {.grid = {tiles, lists}, .block = kSortThreads};
   u32* const places = device.write<u32>(counts);
   u32* const segments = device.write<u32>(sums);
-  dispatch_ids(grads.hash.tokens, [&](auto tag) {
+  dispatch_tokens(grads.hash.tokens, [&](auto tag) {
     using Id = typename decltype(tag)::type;
     device.launch<ngram_readers_kernel<Id>>(grid, grads.hashed.text<Id>(device), grads.hashed.ngrams, grads.held,
                                             grads.none(), device.write<Reader>(from), places);

@@ -105,18 +105,6 @@ __device__ __forceinline__ void add_rows(acc_t<T> (&sum)[kVec], u32 begin, u32 e
   }
 }
 
-// The number of sums that one access moves, of kVec.
-template <class A, int kVec>
-inline constexpr int kParts = kVec * sizeof(A) <= 16 ? kVec : 16 / sizeof(A);
-
-template <class T, int kVec>
-__device__ __forceinline__ void store_sum(T* to, const acc_t<T> (&sum)[kVec]) {
-  AlignedVector<T, kVec> result;
-#pragma unroll
-  for (int c = 0; c < kVec; ++c) result[c] = from_float<T>(sum[c]);
-  store(to, result);
-}
-
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 template <class T, class Id, int kVec>
@@ -141,7 +129,7 @@ __global__ void __launch_bounds__(kEmbedThreads, 7)
     const int column = at.vec * kVec;
     acc_t<T> sum[kVec] = {};
     add_rows<T, kPrefetch>(sum, 0, lists, [=](u32 i) { return own[i] == nullptr ? nullptr : own[i] + column; });
-    store_sum<T>(out + (first + at.row) * width + column, sum);
+    store(out + (first + at.row) * width + column, from_floats<T>(sum));
   }
 }
 
@@ -198,7 +186,7 @@ __device__ __forceinline__ void add_level(acc_t<T> (&sum)[kVec], const SortedRea
     return add_rows<T, kPrefetch>(sum, begin, end, [=](u32 i) { return grad + readers[i].byte * from.stride; });
   }
   const A* const sums = from.sums_at(level, list) + column;
-  constexpr int kPart = kParts<A, kVec>;
+  constexpr int kPart = kAccess<A, kVec>;
 #pragma unroll
   for (int c = 0; c < kVec; c += kPart) {
     A part[kPart];
@@ -243,14 +231,7 @@ __global__ void __launch_bounds__(kEmbedThreads, 7)
     const int column = at.vec * kVec;
     A sum[kVec] = {};
     add_level<kPrefetch>(sum, from, level - 1, list, blockIdx.x * kChunk, (blockIdx.x + 1) * kChunk, column);
-    constexpr int kPart = kParts<A, kVec>;
-#pragma unroll
-    for (int c = 0; c < kVec; c += kPart) {
-      AlignedVector<A, kPart> part;
-#pragma unroll
-      for (int i = 0; i < kPart; ++i) part[i] = sum[c + i];
-      store(to + column + c, part);
-    }
+    store_numbers(to + column, sum);
   }
 }
 
@@ -280,7 +261,7 @@ __device__ __forceinline__ void write_runs(const SortedReaders<T>& from, const R
     const int column = at.vec * kVec;
     acc_t<T> sum[kVec] = {};
     add_run(sum, from, list, begins[at.row], begins[at.row + 1], column);
-    store_sum<T>(row_of(first + at.row, rows[at.row], at.vec == 0) + column, sum);
+    store(row_of(first + at.row, rows[at.row], at.vec == 0) + column, from_floats<T>(sum));
   }
 }
 

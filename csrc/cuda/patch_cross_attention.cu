@@ -24,12 +24,12 @@ Tensor near_rows(const Tensor& x) {
 }
 
 template <class T>
-HeadRows<const T> rows_of(const Device& device, const Tensor& x) {
+HeadTensor<const T> rows_of(const Device& device, const Tensor& x) {
   return {device.read<T>(x), x.stride(1), static_cast<u32>(row_bytes(x))};
 }
 
 template <class T>
-HeadRows<T> output_rows(const Device& device, Tensor& x) {
+HeadTensor<T> output_rows(const Device& device, Tensor& x) {
   return {device.write<T>(x), x.stride(1), static_cast<u32>(row_bytes(x))};
 }
 

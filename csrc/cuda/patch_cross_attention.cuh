@@ -58,7 +58,7 @@ inline constexpr int kBackwardBlocks = sizeof(typename S::A) == 8 ? 1
 
 template <class T>
 struct CrossAttention {
-  HeadRows<const T> q, k, v;
+  HeadTensor<const T> q, k, v;
   int heads, kv_heads, heads_per_kv_head, width;
   acc_t<T> scale;
 };
@@ -134,10 +134,45 @@ __device__ __forceinline__ void store_rows(const OutputColumn<S>& rows, u32 row,
   for (int i = 0; i < S::kHeld; ++i)
     if (i < count) rows.store(row + i, slices[i]);
 }
-template <class S>
-__device__ __forceinline__ void clear_rows(const OutputColumn<S>& rows, u32 begin, u32 end, u32 step = 1) {
-  for (u32 row = begin; row < end; row += step) rows.store(row, Slice<S>{});
+
+// Columns of a lane: in a tensor of query heads, and in one of the heads of k and v.
+template <class S, class T>
+__device__ __forceinline__ Column<S, T> query_column(const CrossAttention<typename S::T>& problem,
+                                                     const HeadTensor<T>& x, int head) {
+  return column_of<S>(x, head, problem.heads, problem.width);
 }
+template <class S, class T>
+__device__ __forceinline__ Column<S, T> kv_column(const CrossAttention<typename S::T>& problem, const HeadTensor<T>& x,
+                                                  int head) {
+  return column_of<S>(x, head, problem.kv_heads, problem.width);
+}
+
+// A result whose rows are 0 for bytes that read nothing and are not read. If it is `out`, their lse is -infinity.
+template <class S>
+struct UnreadRows {
+  OutputColumn<S> rows;
+  typename S::A* lse = nullptr;
+  int heads = 0;
+
+  // Writes every `step`-th row from begin to end.
+  __device__ __forceinline__ void write(u32 begin, u32 end, u32 step = 1) const {
+    for (u32 row = begin; row < end; row += step) rows.store(row, Slice<S>{});
+    if (!lse || rows.room <= 0 || lane_column<S>() > 0) return;
+    for (u32 row = begin; row < end; row += step) lse[static_cast<i64>(row) * heads] = minus_infinity<typename S::A>();
+  }
+  // Writes those of bytes that no unit has.
+  __device__ __forceinline__ void write_unowned(const Unowned& unowned, const Task& task) const {
+    write(unowned.before.begin + task.warp, unowned.before.end, task.warps);
+    write(unowned.beyond.begin + task.warp, unowned.beyond.end, task.warps);
+  }
+  // Writes those of bytes that a unit has, but that read nothing.
+  __device__ __forceinline__ void write_waiting(const PatchReaders& readers, const PatchUnit& unit) const {
+    readers.for_each_range(unit, [&](const Range& range) {
+      const Rows own = waiting(range, unit.stop);
+      write(own.begin, own.end);
+    });
+  }
+};
 
 // HeldRows takes this where rows have no number.
 template <class A>
@@ -164,39 +199,23 @@ __device__ __forceinline__ void store_sums(typename S::A* to, int room, const Sl
 
 template <class T>
 struct CrossOutput {
-  HeadRows<T> out;
+  HeadTensor<T> out;
   acc_t<T>* lse;  // [queries, heads]
   PartSums<acc_t<T>> parts;
 };
 
-// Queries that read no key: every `step`-th from begin to end.
+// `out` of a query head.
 template <class S>
-__device__ __forceinline__ void skip(const OutputColumn<S>& out, typename S::A* lse, int heads, u32 begin, u32 end,
-                                     u32 step = 1) {
-  clear_rows(out, begin, end, step);
-  if (out.room <= 0 || lane_column<S>() > 0) return;
-  for (u32 row = begin; row < end; row += step) lse[static_cast<i64>(row) * heads] = minus_infinity<typename S::A>();
+__device__ __forceinline__ UnreadRows<S> unread(const CrossAttention<typename S::T>& problem,
+                                                const CrossOutput<typename S::T>& output, int head) {
+  return {query_column<S>(problem, output.out, head), output.lse + head, problem.heads};
 }
-
-// Bytes that no unit has, and that a unit has but that read nothing.
 template <class S>
-__device__ __forceinline__ void skip_bytes(const CrossAttention<typename S::T>& problem, const Unowned& unowned,
-                                           const CrossOutput<typename S::T>& output, const Task& task) {
+__device__ __forceinline__ void write_unowned(const CrossAttention<typename S::T>& problem, const Unowned& unowned,
+                                              const CrossOutput<typename S::T>& output, const Task& task) {
 #pragma unroll 1
-  for (int r = 0; r < problem.heads_per_kv_head; ++r) {
-    const int head = query_head(problem, task.head, r);
-    const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
-    for (const Rows& rows : {unowned.before, unowned.beyond})
-      skip<S>(out, output.lse + head, problem.heads, rows.begin + task.warp, rows.end, task.warps);
-  }
-}
-template <class S>
-__device__ __forceinline__ void skip_rest(const OutputColumn<S>& out, typename S::A* lse, int heads,
-                                          const PatchReaders& readers, const PatchUnit& unit) {
-  readers.for_each_range(unit, [&](const Range& range) {
-    const Rows rows = waiting(range, unit.stop);
-    skip<S>(out, lse, heads, rows.begin, rows.end);
-  });
+  for (int r = 0; r < problem.heads_per_kv_head; ++r)
+    unread<S>(problem, output, query_head(problem, task.head, r)).write_unowned(unowned, task);
 }
 
 // The softmax of the lane's query over the keys so far; the total is of the rows of tiles of the lane alone.
@@ -245,8 +264,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
   const Cell cell = cell_of_lane<S>();
   const Unowned unowned = readers.unowned();
   RowStream<KeyRing<S>> keys(ring_of_warp<KeyRing<S>>());
-  keys.set({column_of<S>(problem.k, task.head, problem.kv_heads, problem.width),
-            column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)});
+  keys.set({kv_column<S>(problem, problem.k, task.head), kv_column<S>(problem, problem.v, task.head)});
   HeldRows<S, 1> next;
   const auto start = [&](u32 vector, u32 byte, const Run& run) {
     keys.start(readers.encode ? byte : vector, readers.encode ? run.bytes_end : run.vectors_end);
@@ -257,9 +275,9 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
 #pragma unroll 1
     for (int r = 0; r < problem.heads_per_kv_head; ++r) {
       const int head = query_head(problem, task.head, r);
-      const InputColumn<S> queries[1] = {column_of<S>(problem.q, head, problem.heads, problem.width)};
-      const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
-      if (!readers.encode) skip_rest<S>(out, output.lse + head, problem.heads, readers, unit);
+      const InputColumn<S> queries[1] = {query_column<S>(problem, problem.q, head)};
+      const OutputColumn<S> out = query_column<S>(problem, output.out, head);
+      if (!readers.encode) unread<S>(problem, output, head).write_waiting(readers, unit);
       readers.for_each_rows(unit, readers.encode, [&](const Rows& held) {
 #pragma unroll 1
         for (u32 row = held.begin; row < held.end; row += S::kHeld) {
@@ -299,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
       });
     }
   });
-  if (!readers.encode) skip_bytes<S>(problem, unowned, output, task);
+  if (!readers.encode) write_unowned<S>(problem, unowned, output, task);
 }
 
 // Decoding, for at most kHeld keys: the softmax of a query is over the cells of its row.
@@ -312,10 +330,10 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
   const Cell cell = cell_of_lane<S>();
   const Unowned unowned = readers.unowned();
   const bool one_head = problem.heads_per_kv_head == 1;
-  const InputColumn<S> keys[2] = {column_of<S>(problem.k, task.head, problem.kv_heads, problem.width),
-                                  column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)};
+  const InputColumn<S> keys[2] = {kv_column<S>(problem, problem.k, task.head),
+                                  kv_column<S>(problem, problem.v, task.head)};
   RowStream<QueryRing<S>> queries(ring_of_warp<QueryRing<S>>());
-  const auto set_head = [&](int head) { queries.set({column_of<S>(problem.q, head, problem.heads, problem.width)}); };
+  const auto set_head = [&](int head) { queries.set({query_column<S>(problem, problem.q, head)}); };
   set_head(query_head(problem, task.head, 0));
   HeldRows<S, 2> next;
   const auto start = [&](u32 vector, u32 byte, const Run& run) {
@@ -332,8 +350,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
     for (int r = 0; r < problem.heads_per_kv_head; ++r) {
       const int head = query_head(problem, task.head, r);
       if (!one_head) set_head(head);
-      const OutputColumn<S> out = column_of<S>(output.out, head, problem.heads, problem.width);
-      skip_rest<S>(out, output.lse + head, problem.heads, readers, unit);
+      const OutputColumn<S> out = query_column<S>(problem, output.out, head);
+      unread<S>(problem, output, head).write_waiting(readers, unit);
       readers.for_each_rows(unit, false, [&](const Rows& rows) {
         const u32 end = one_head ? max(rows.end, run.bytes_end) : rows.end;
         for_each_tile(queries, rows.begin, rows.end, end, false, [&](u32 row, const Slice<S>(&q)[1][S::kTile]) {
@@ -355,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
       });
     }
   });
-  skip_bytes<S>(problem, unowned, output, task);
+  write_unowned<S>(problem, unowned, output, task);
 }
 
 }  // namespace blt

@@ -27,10 +27,10 @@ namespace blt {
 
 template <class T>
 struct CrossGradients {
-  HeadRows<const T> grad_out, out;
+  HeadTensor<const T> grad_out, out;
   const acc_t<T>* lse;  // [queries, heads]
   acc_t<T>* softmax;    // 1 / l and delta, between two passes
-  HeadRows<T> q, k, v;
+  HeadTensor<T> q, k, v;
   PartSums<acc_t<T>> q_parts, k_parts, v_parts;
 };
 
@@ -102,21 +102,6 @@ __device__ __forceinline__ void store_gradients(const OutputColumn<S>& rows, boo
     if (i < count) store_sums<S>(parts.sums + (at + i * parts.heads) * width, rows.room, slices[i]);
 }
 
-// Rows of the gradient of bytes that no unit has, and that a unit has but that read nothing.
-template <class S>
-__device__ __forceinline__ void clear_unowned(const OutputColumn<S>& rows, const Unowned& unowned, const Task& task) {
-  clear_rows<S>(rows, unowned.before.begin + task.warp, unowned.before.end, task.warps);
-  clear_rows<S>(rows, unowned.beyond.begin + task.warp, unowned.beyond.end, task.warps);
-}
-template <class S>
-__device__ __forceinline__ void clear_waiting(const OutputColumn<S>& rows, const PatchReaders& readers,
-                                              const PatchUnit& unit) {
-  readers.for_each_range(unit, [&](const Range& range) {
-    const Rows own = waiting(range, unit.stop);
-    clear_rows<S>(rows, own.begin, own.end);
-  });
-}
-
 // held_i . row i of the lane's cell.
 template <class S>
 __device__ __forceinline__ typename S::A products_of_rows(const Slice<S> (&held)[S::kHeld], const InputColumn<S>& rows,
@@ -171,10 +156,9 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
   using Ring = BackwardKeyRing<S>;
   const Cell cell = cell_of_lane<S>();
   RowStream<Ring> keys(ring_of_warp<Ring>());
-  keys.set({column_of<S>(problem.k, task.head, problem.kv_heads, problem.width),
-            column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)});
-  const OutputColumn<S> grad_k = column_of<S>(grads.k, task.head, problem.kv_heads, problem.width);
-  const OutputColumn<S> grad_v = column_of<S>(grads.v, task.head, problem.kv_heads, problem.width);
+  keys.set({kv_column<S>(problem, problem.k, task.head), kv_column<S>(problem, problem.v, task.head)});
+  const OutputColumn<S> grad_k = kv_column<S>(problem, grads.k, task.head);
+  const OutputColumn<S> grad_v = kv_column<S>(problem, grads.v, task.head);
   const Unowned unowned = readers.unowned();
   HeldRows<S, 2> next;
   const auto start = [&](u32 vector, u32 byte, const Run& run) {
@@ -189,14 +173,14 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
 #pragma unroll 1
       for (int r = 0; r < problem.heads_per_kv_head; ++r) {
         const int head = query_head(problem, task.head, r);
-        const InputColumn<S> queries[2] = {column_of<S>(problem.q, head, problem.heads, problem.width),
-                                           column_of<S>(grads.grad_out, head, problem.heads, problem.width)};
+        const InputColumn<S> queries[2] = {query_column<S>(problem, problem.q, head),
+                                           query_column<S>(problem, grads.grad_out, head)};
         const auto lse_of = [&](u32 first, u32 end) {
           const u32 own = first + cell.held;
           return head < problem.heads && own < end ? grads.lse[static_cast<i64>(own) * problem.heads + head] : A(0);
         };
-        const OutputColumn<S> grad_q = column_of<S>(grads.q, head, problem.heads, problem.width);
-        if (!readers.encode && !halo) clear_waiting<S>(grad_q, readers, unit);
+        const OutputColumn<S> grad_q = query_column<S>(problem, grads.q, head);
+        if (!readers.encode && !halo) UnreadRows<S>{grad_q}.write_waiting(readers, unit);
         const bool divided = readers.encode && unit.slot >= 0;
         readers.for_each_rows(unit, readers.encode, [&](const Rows& held) {
 #pragma unroll 1
@@ -224,8 +208,7 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
               softmax.delta = quotient(sum.template fold<S>(), total, softmax.inverse);
             } else {
               softmax.inverse = 1;
-              softmax.delta =
-                  products_of_rows<S>(g, column_of<S>(grads.out, head, problem.heads, problem.width), row, count);
+              softmax.delta = products_of_rows<S>(g, query_column<S>(problem, grads.out, head), row, count);
             }
             if (!halo)
               readers.for_each_rows(unit, !readers.encode, [&](const Rows& rows) {
@@ -254,10 +237,9 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
       }
     });
   }
-  if (kWhole) clear_unowned<S>(grad_k, unowned, task), clear_unowned<S>(grad_v, unowned, task);
+  if (kWhole) UnreadRows<S>{grad_k}.write_unowned(unowned, task), UnreadRows<S>{grad_v}.write_unowned(unowned, task);
   for (int r = 0; !readers.encode && r < problem.heads_per_kv_head; ++r)
-    clear_unowned<S>(column_of<S>(grads.q, query_head(problem, task.head, r), problem.heads, problem.width), unowned,
-                     task);
+    UnreadRows<S>{query_column<S>(problem, grads.q, query_head(problem, task.head, r))}.write_unowned(unowned, task);
 }
 
 // Holds the keys of units and computes dk and dv. It also computes 1 / l, delta and dq, or else reads what
@@ -270,14 +252,13 @@ __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>
   using Ring = BackwardQueryRing<S>;
   const Cell cell = cell_of_lane<S>();
   const bool encode = !kWhole && readers.encode, one_head = problem.heads_per_kv_head == 1;
-  const InputColumn<S> keys[2] = {column_of<S>(problem.k, task.head, problem.kv_heads, problem.width),
-                                  column_of<S>(problem.v, task.head, problem.kv_heads, problem.width)};
-  const OutputColumn<S> grad_k = column_of<S>(grads.k, task.head, problem.kv_heads, problem.width);
-  const OutputColumn<S> grad_v = column_of<S>(grads.v, task.head, problem.kv_heads, problem.width);
+  const InputColumn<S> keys[2] = {kv_column<S>(problem, problem.k, task.head),
+                                  kv_column<S>(problem, problem.v, task.head)};
+  const OutputColumn<S> grad_k = kv_column<S>(problem, grads.k, task.head);
+  const OutputColumn<S> grad_v = kv_column<S>(problem, grads.v, task.head);
   RowStream<Ring> queries(ring_of_warp<Ring>());
   const auto set_head = [&](int head) {
-    queries.set({column_of<S>(problem.q, head, problem.heads, problem.width),
-                 column_of<S>(grads.grad_out, head, problem.heads, problem.width)},
+    queries.set({query_column<S>(problem, problem.q, head), query_column<S>(problem, grads.grad_out, head)},
                 head < problem.heads ? grads.lse + head : nullptr, problem.heads);
   };
   set_head(query_head(problem, task.head, 0));
@@ -302,7 +283,7 @@ __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>
         for (int r = 0; r < problem.heads_per_kv_head; ++r) {
           const int head = query_head(problem, task.head, r);
           if (!one_head) set_head(head);
-          const OutputColumn<S> grad_q = column_of<S>(grads.q, head, problem.heads, problem.width);
+          const OutputColumn<S> grad_q = query_column<S>(problem, grads.q, head);
           readers.for_each_rows(unit, encode, [&](const Rows& rows) {
             const u32 end = again ? rows.end : max(rows.end, queries_end);
             const bool kept = again && rows.size() <= Ring::kRows;
@@ -334,7 +315,7 @@ __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>
               }
             });
           });
-          if (kWhole) clear_waiting<S>(grad_q, readers, unit);
+          if (kWhole) UnreadRows<S>{grad_q}.write_waiting(readers, unit);
         }
         store_gradients<S>(grad_k, divided, grads.k_parts, problem.width, unit, row, task.head, count, k_sums);
         store_gradients<S>(grad_v, divided, grads.v_parts, problem.width, unit, row, task.head, count, v_sums);
@@ -343,10 +324,9 @@ __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>
     });
   });
   const Unowned unowned = readers.unowned();
-  if (encode) clear_unowned<S>(grad_k, unowned, task), clear_unowned<S>(grad_v, unowned, task);
+  if (encode) UnreadRows<S>{grad_k}.write_unowned(unowned, task), UnreadRows<S>{grad_v}.write_unowned(unowned, task);
   for (int r = 0; kWhole && r < problem.heads_per_kv_head; ++r)
-    clear_unowned<S>(column_of<S>(grads.q, query_head(problem, task.head, r), problem.heads, problem.width), unowned,
-                     task);
+    UnreadRows<S>{query_column<S>(problem, grads.q, query_head(problem, task.head, r))}.write_unowned(unowned, task);
 }
 
 template <class S>

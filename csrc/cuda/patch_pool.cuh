@@ -93,21 +93,6 @@ __device__ __forceinline__ void count_ties(Operands<T, kVec>& counts, const Oper
   for (int c = 0; c < static_cast<int>(sizeof(row) / sizeof(row[0])); ++c) count_tie(counts[c], row[c], extreme[c]);
 }
 
-template <class T, int kVec>
-__device__ __forceinline__ void to_floats(acc_t<T> (&to)[kVec], const Operands<T, kVec>& from) {
-  const auto numbers = bits_as<AlignedVector<T, kVec>>(from);
-#pragma unroll
-  for (int c = 0; c < kVec; ++c) to[c] = to_float(numbers[c]);
-}
-
-template <class T, int kVec>
-__device__ __forceinline__ Operands<T, kVec> from_floats(const acc_t<T> (&from)[kVec]) {
-  AlignedVector<T, kVec> to;
-#pragma unroll
-  for (int c = 0; c < kVec; ++c) to[c] = from_float<T>(from[c]);
-  return bits_as<Operands<T, kVec>>(to);
-}
-
 // The rows of a patch that one of its parts owns: the first and last part include the rows before and after the parts.
 __device__ __forceinline__ ByteRange rows_of_part(const ByteRange& patch, i32 part) {
   const ByteRange own = {part * kPart, (part + 1) * kPart};
@@ -131,8 +116,8 @@ __global__ void __launch_bounds__(kRowThreads)
       x + static_cast<i64>(own.begin) * rows.stride + column, rows.stride, own.end - own.begin,
       [&](i32, const Operands<T, kVec>& row) { count_ties<T, kVec>(counts, row, extreme); });
   acc_t<T> sums[kVec];
-  to_floats<T, kVec>(sums, counts);
-  store_sums<T, kVec>(ties + part * rows.width + column, sums);
+  to_floats<T>(sums, counts);
+  store_numbers(ties + part * rows.width + column, sums);
 }
 
 // The ties of one extreme in the parts of long patches, by levels; `asked` if the tuple has it.
@@ -183,8 +168,8 @@ struct PoolGrad {
             width};
   }
   __device__ __forceinline__ const T* row(i32 t) const { return x + static_cast<i64>(t) * stride; }
-  template <int kVec>
-  __device__ __forceinline__ void send(i32 t, const Operands<T, kVec>& grad) const {
+  template <int kVec, class Grad>
+  __device__ __forceinline__ void send(i32 t, const Grad& grad) const {
     store(grad_x + static_cast<i64>(t) * width, bits_as<AlignedVector<T, kVec>>(grad));
   }
 };
@@ -207,12 +192,12 @@ __device__ __forceinline__ void send_extreme(const PoolGrad<T>& tensors, const B
   stream_rows<T, kVec, 2>(from, tensors.stride, count - kKeptRows,
                           [&](i32, const Operands<T, kVec>& row) { count_ties<T, kVec>(ties, row, extreme); });
   acc_t<T> share[kVec], divisor[kVec];
-  to_floats<T, kVec>(share, grad);
-  to_floats<T, kVec>(divisor, ties);
+  to_floats<T>(share, grad);
+  to_floats<T>(divisor, ties);
 #pragma unroll
   for (int c = 0; c < kVec; ++c) share[c] = quotient<T>(share[c], divisor[c]);
 
-  const auto tie = from_floats<T, kVec>(share);
+  const auto tie = bits_as<Operands<T, kVec>>(from_floats<T>(share));
   const auto send = [&](i32 i, const Operands<T, kVec>& row) {
     Operands<T, kVec> result;
 #pragma unroll
@@ -245,8 +230,8 @@ struct ExtremeGrad {
   }
   __device__ __forceinline__ void add_to(acc_t<T> (&sum)[kVec], const Operands<T, kVec>& row) const {
     acc_t<T> x[kVec], best[kVec];
-    to_floats<T, kVec>(x, row);
-    to_floats<T, kVec>(best, extreme);
+    to_floats<T>(x, row);
+    to_floats<T>(best, extreme);
 #pragma unroll
     for (int c = 0; c < kVec; ++c) sum[c] += pick(x[c], best[c], share[c], nan_or_zero(best[c]));
   }
@@ -294,9 +279,9 @@ __device__ __forceinline__ void send_all(const PoolGrad<T>& tensors, const ByteR
                                           count_ties<T, kVec>(min_counts, row, min.extreme);
                                         });
     A ties[kVec];
-    to_floats<T, kVec>(ties, max_counts);
+    to_floats<T>(ties, max_counts);
     max.divide(ties);
-    to_floats<T, kVec>(ties, min_counts);
+    to_floats<T>(ties, min_counts);
     min.divide(ties);
   }
   if (kHasExtremes && kOfPart && max_ties.asked) max.divide(max_ties, patch, column, tensors.width);
@@ -313,7 +298,7 @@ __device__ __forceinline__ void send_all(const PoolGrad<T>& tensors, const ByteR
     }
     if (kHasExtremes && max_ties.asked) max.add_to(sum, row);
     if (kHasExtremes && min_ties.asked) min.add_to(sum, row);
-    tensors.template send<kVec>(t, from_floats<T, kVec>(sum));
+    tensors.template send<kVec>(t, from_floats<T>(sum));
   };
   if (kHasExtremes && tensors.x)
     stream_rows<T, kVec, kPartPrefetch>(tensors.row(own.begin), tensors.stride, count, send);

@@ -19,7 +19,6 @@ template <class I>
 struct RangeOf {
   I begin, end;
 };
-using RowRange = RangeOf<i64>;
 using ByteRange = RangeOf<i32>;
 
 // The bytes of patch p, which lie inside x for any offsets.

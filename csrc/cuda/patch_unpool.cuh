@@ -64,10 +64,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   const ByteRange readers = readers_of(ids, patch_range(rows, patch), patch);
   Fold<T, kVec, Kinds::kSum> fold;
   fold.add_segment(grad_out + column, rows.stride, readers, levels, column, rows.width);
-  AlignedVector<T, kVec> result;
-#pragma unroll
-  for (int c = 0; c < kVec; ++c) result[c] = from_float<T>(fold.sum[c]);
-  store(grad_y + patch * rows.width + column, result);
+  store(grad_y + patch * rows.width + column, from_floats<T>(fold.sum));
 }
 
 }  // namespace blt

@@ -116,32 +116,6 @@ struct PartLevels {
   bool has_second;
 };
 
-// The number of sums that one access moves, of kVec.
-template <class A, int kVec>
-inline constexpr int kSumVec = kVec * sizeof(A) <= 16 ? kVec : 16 / sizeof(A);
-
-template <class T, int kVec>
-__device__ __forceinline__ void store_sums(acc_t<T>* to, const acc_t<T> (&sums)[kVec]) {
-  constexpr int kOne = kSumVec<acc_t<T>, kVec>;
-#pragma unroll
-  for (int c = 0; c < kVec; c += kOne) {
-    AlignedVector<acc_t<T>, kOne> some;
-#pragma unroll
-    for (int i = 0; i < kOne; ++i) some[i] = sums[c + i];
-    store(to + c, some);
-  }
-}
-template <class T, int kVec>
-__device__ __forceinline__ void load_sums(acc_t<T> (&sums)[kVec], const acc_t<T>* from) {
-  constexpr int kOne = kSumVec<acc_t<T>, kVec>;
-#pragma unroll
-  for (int c = 0; c < kVec; c += kOne) {
-    const auto some = load<kOne>(from + c);
-#pragma unroll
-    for (int i = 0; i < kOne; ++i) sums[c + i] = some[i];
-  }
-}
-
 // a / b; for 16-bit numbers by a reciprocal, with an error in the last bits of fp32.
 template <class T>
 __device__ __forceinline__ acc_t<T> quotient(acc_t<T> a, acc_t<T> b) {
@@ -195,7 +169,7 @@ struct Fold {
     if (kHasMin && parts.min)
       stream_rows<T, kVec, kPartPrefetch>(parts.min + at, width, count,
                                           [&](i32, const Operands<T, kVec>& part) { add_min(part); });
-    constexpr int kOne = kSumVec<A, kVec>;
+    constexpr int kOne = kAccess<A, kVec>;
     if (!kHasSum || !parts.sum) return;
 #pragma unroll
     for (int c = 0; c < kVec; c += kOne)
@@ -241,7 +215,7 @@ struct Fold {
     const i64 at = part * width + column;
     if (kHasMax && parts.max) store(parts.max + at, bits_as<AlignedVector<T, kVec>>(max));
     if (kHasMin && parts.min) store(parts.min + at, bits_as<AlignedVector<T, kVec>>(min));
-    if (kHasSum && parts.sum) store_sums<T, kVec>(parts.sum + at, sum);
+    if (kHasSum && parts.sum) store_numbers(parts.sum + at, sum);
   }
 };
 

@@ -51,7 +51,7 @@ void wait_for_copies(int groups);
 [[noreturn]] void fault_of_wait();
 
 // A warp collective gives every lane of a mask the values of all of them, once all have arrived.
-enum class Collective { kSync, kVote, kShuffle, kMatch, kReduce };
+enum class Collective { kSync, kVote, kShuffle, kMatch };
 struct LaneValues {
   uint64_t values[32];
 };
@@ -67,19 +67,6 @@ T shuffle(uint32_t mask, T value, int source, const Site& site) {
   const LaneValues lanes = collective(Collective::kShuffle, mask, bits, site);
   if ((mask >> source & 1) == 0) fault_of_lane(source, mask, site);
   std::memcpy(&value, &lanes.values[source], sizeof(T));
-  return value;
-}
-
-template <class T, class Fold>
-T reduce(uint32_t mask, T value, Fold fold, const Site& site) {
-  const LaneValues lanes = collective(Collective::kReduce, mask, static_cast<uint32_t>(value), site);
-  bool first = true;
-  for (int i = 0; i < 32; ++i)
-    if (mask >> i & 1) {
-      const T other = static_cast<T>(static_cast<uint32_t>(lanes.values[i]));
-      value = first ? other : fold(value, other);
-      first = false;
-    }
   return value;
 }
 
@@ -104,9 +91,6 @@ inline unsigned __ballot_sync(unsigned mask, int vote,
   unsigned votes = 0;
   for (int i = 0; i < 32; ++i) votes |= (mask >> i & 1 ? static_cast<unsigned>(lanes.values[i]) : 0) << i;
   return votes;
-}
-inline int __any_sync(unsigned mask, int vote, const blt::emulator::Site site = blt::emulator::Site::current()) {
-  return __ballot_sync(mask, vote, site) != 0;
 }
 inline int __all_sync(unsigned mask, int vote, const blt::emulator::Site site = blt::emulator::Site::current()) {
   return __ballot_sync(mask, vote, site) == mask;
@@ -145,18 +129,6 @@ unsigned __match_any_sync(unsigned mask, T value, const blt::emulator::Site site
   for (int i = 0; i < 32; ++i) same |= static_cast<unsigned>((mask >> i & 1) && lanes.values[i] == bits) << i;
   return same;
 }
-template <class T>
-T __reduce_add_sync(unsigned mask, T value, const blt::emulator::Site site = blt::emulator::Site::current()) {
-  return blt::emulator::reduce(mask, value, [](T a, T b) { return static_cast<T>(a + b); }, site);
-}
-template <class T>
-T __reduce_max_sync(unsigned mask, T value, const blt::emulator::Site site = blt::emulator::Site::current()) {
-  return blt::emulator::reduce(mask, value, [](T a, T b) { return a < b ? b : a; }, site);
-}
-template <class T>
-T __reduce_min_sync(unsigned mask, T value, const blt::emulator::Site site = blt::emulator::Site::current()) {
-  return blt::emulator::reduce(mask, value, [](T a, T b) { return b < a ? b : a; }, site);
-}
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
@@ -168,12 +140,6 @@ template <class T>
 T __ldg(const T* from) {
   return *from;
 }
-template <class T>
-void __stcs(T* to, T value) {
-  *to = value;
-}
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 // Atomics are for integers only: the order of floating-point sums would not be fixed.
 template <class T>
@@ -184,54 +150,23 @@ T atomicAdd(T* to, std::type_identity_t<T> value) {
   return old;
 }
 template <class T>
-T atomicMax(T* to, std::type_identity_t<T> value) {
-  const T old = *to;
-  *to = old < value ? value : old;
-  return old;
-}
-template <class T>
-T atomicMin(T* to, std::type_identity_t<T> value) {
-  const T old = *to;
-  *to = value < old ? value : old;
-  return old;
-}
-template <class T>
 T atomicOr(T* to, std::type_identity_t<T> value) {
   const T old = *to;
   *to = old | value;
   return old;
 }
-template <class T>
-T atomicExch(T* to, std::type_identity_t<T> value) {
-  const T old = *to;
-  *to = value;
-  return old;
-}
-template <class T>
-T atomicCAS(T* to, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  const T old = *to;
-  if (old == expected) *to = value;
-  return old;
-}
 
 // --- arithmetic ------------------------------------------------------------------------------------------------------
 
-inline float __expf(float x) { return expf(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline double __dmul_rn(double x, double y) { return x * y; }
-inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float x) { return 1 / x; }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
-inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }

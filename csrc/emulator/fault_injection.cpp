@@ -185,41 +185,31 @@ __global__ void waiting_block_kernel(const float*, i64, float* out) {
   if (threadIdx.x == 0) out[0] = static_cast<float>(await(other).interior);
 }
 
+// Launches <name>_kernel if it is one of these.
+template <auto... kKernels>
+void launch_named(const Device& device, const LaunchConfig& config, const std::string& name, const Tensor& x,
+                  Tensor& out) {
+  const std::string ending = "::" + name + "_kernel";
+  const auto launch_if = [&](bool named, auto launch) {
+    if (named) launch();
+  };
+  (launch_if(names::kernel_name<kKernels>().ends_with(ending),
+             [&] { device.launch<kKernels>(config, device.read<float>(x), x.size(0), device.write<float>(out)); }),
+   ...);
+}
+
 Tensor inject_fault(std::string name, const Tensor& x) {
   const Device device(x);
   Tensor out = device_output(x, {x.size(0)});
-  const i64 n = x.size(0);
-  const LaunchConfig config = {
-      .grid = {std::max<int64_t>(ceil_div<int64_t>(n, kThreads), 2)}, .block = kThreads, .smem_bytes = sizeof(Counts)};
-#define BLT_FAULT(kernel) \
-  if (name == #kernel) device.launch<kernel##_kernel>(config, device.read<float>(x), n, device.write<float>(out));
-  BLT_FAULT(block_sum)
-  BLT_FAULT(half_warp)
-  BLT_FAULT(counts)
-  BLT_FAULT(one_thread)
-  BLT_FAULT(vectors)
-  BLT_FAULT(copies)
-  BLT_FAULT(race)
-  BLT_FAULT(divergent_barrier)
-  BLT_FAULT(two_barriers)
-  BLT_FAULT(exited_lane)
-  BLT_FAULT(missing_lane)
-  BLT_FAULT(outside_mask)
-  BLT_FAULT(not_in_mask)
-  BLT_FAULT(different_collectives)
-  BLT_FAULT(unwritten_static)
-  BLT_FAULT(unwritten_dynamic)
-  BLT_FAULT(other_blocks_shared)
-  BLT_FAULT(too_little_shared)
-  BLT_FAULT(early_copy)
-  BLT_FAULT(read_behind)
-  BLT_FAULT(read_before)
-  BLT_FAULT(write_behind)
-  BLT_FAULT(write_input)
-  BLT_FAULT(null)
-  BLT_FAULT(misaligned)
-  BLT_FAULT(waiting_block)
-#undef BLT_FAULT
+  const LaunchConfig config = {.grid = {std::max<int64_t>(ceil_div<int64_t>(x.size(0), kThreads), 2)},
+                               .block = kThreads,
+                               .smem_bytes = sizeof(Counts)};
+  launch_named<block_sum_kernel, half_warp_kernel, counts_kernel, one_thread_kernel, vectors_kernel, copies_kernel,
+               race_kernel, divergent_barrier_kernel, two_barriers_kernel, exited_lane_kernel, missing_lane_kernel,
+               outside_mask_kernel, not_in_mask_kernel, different_collectives_kernel, unwritten_static_kernel,
+               unwritten_dynamic_kernel, other_blocks_shared_kernel, too_little_shared_kernel, early_copy_kernel,
+               read_behind_kernel, read_before_kernel, write_behind_kernel, write_input_kernel, null_kernel,
+               misaligned_kernel, waiting_block_kernel>(device, config, name, x, out);
   if (name == "zero") device.zero(out);
   return out;
 }

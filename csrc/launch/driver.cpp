@@ -7,7 +7,6 @@
 #include <deque>
 #include <mutex>
 #include <stdexcept>
-#include <type_traits>
 
 namespace blt::driver {
 namespace {
@@ -22,12 +21,26 @@ std::deque<Kernel>& kernels() {
   return all;
 }
 
+// The address of a function, which converts to a pointer of any type.
+struct Symbol {
+  void* address;
+  template <class Function>
+  operator Function*() const {
+    return reinterpret_cast<Function*>(address);
+  }
+};
+
 // Looks a function up in one library. dlsym(RTLD_DEFAULT) does not find those of libraries loaded RTLD_LOCAL.
-template <class Function>
-Function function_in(void* library, const char* name) {
+Symbol function_in(void* library, const char* name) {
   void* const found = dlsym(library, name);
   if (found == nullptr) throw std::runtime_error(std::string("blt_kernels: there is no ") + name + " to call");
-  return reinterpret_cast<Function>(found);
+  return {found};
+}
+
+Symbol find(const char* name) {
+  void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
+  if (library == nullptr) throw std::runtime_error("blt_kernels: libcuda.so.1 does not load; is there a driver?");
+  return function_in(library, name);
 }
 
 // Holds the functions of the driver that are used here, declared as in cuda.h.
@@ -38,36 +51,18 @@ struct Driver {
   static constexpr int kSharedBytesOptin = 97;      // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 
   Result (*launch)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                   unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** arguments, void** extra);
-  Result (*memset)(uintptr_t data, unsigned char value, size_t bytes, void* stream);
-  Result (*is_capturing)(void* stream, int* status);
-  Result (*function_attribute)(int* value, int attribute, void* function);
-  Result (*set_function_attribute)(void* function, int attribute, int value);
-  Result (*device_attribute)(int* value, int attribute, int device);
-  Result (*device)(int* device, int ordinal);
-  Result (*current_context)(void** context);
-  Result (*primary_context)(void** context, int device);
-  Result (*use_context)(void* context);
-  Result (*error_text)(Result error, const char** text);
-
-  Driver() {
-    void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
-    if (library == nullptr) throw std::runtime_error("blt_kernels: libcuda.so.1 does not load; is there a driver?");
-    const auto find = [library](auto& function, const char* name) {
-      function = function_in<std::remove_reference_t<decltype(function)>>(library, name);
-    };
-    find(launch, "cuLaunchKernel");
-    find(memset, "cuMemsetD8Async");
-    find(is_capturing, "cuStreamIsCapturing");
-    find(function_attribute, "cuFuncGetAttribute");
-    find(set_function_attribute, "cuFuncSetAttribute");
-    find(device_attribute, "cuDeviceGetAttribute");
-    find(device, "cuDeviceGet");
-    find(current_context, "cuCtxGetCurrent");
-    find(primary_context, "cuDevicePrimaryCtxRetain");
-    find(use_context, "cuCtxSetCurrent");
-    find(error_text, "cuGetErrorString");
-  }
+                   unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** arguments,
+                   void** extra) = find("cuLaunchKernel");
+  Result (*memset)(uintptr_t data, unsigned char value, size_t bytes, void* stream) = find("cuMemsetD8Async");
+  Result (*is_capturing)(void* stream, int* status) = find("cuStreamIsCapturing");
+  Result (*function_attribute)(int* value, int attribute, void* function) = find("cuFuncGetAttribute");
+  Result (*set_function_attribute)(void* function, int attribute, int value) = find("cuFuncSetAttribute");
+  Result (*device_attribute)(int* value, int attribute, int device) = find("cuDeviceGetAttribute");
+  Result (*device)(int* device, int ordinal) = find("cuDeviceGet");
+  Result (*current_context)(void** context) = find("cuCtxGetCurrent");
+  Result (*primary_context)(void** context, int device) = find("cuDevicePrimaryCtxRetain");
+  Result (*use_context)(void* context) = find("cuCtxSetCurrent");
+  Result (*error_text)(Result error, const char** text) = find("cuGetErrorString");
 
   void check(Result error, const std::string& what) const {
     if (error == 0) return;
@@ -127,11 +122,11 @@ void* function_of(Kernel& kernel, int32_t device, void* stream) {
 Kernel* add_kernel(std::string_view name) { return &kernels().emplace_back(Kernel{std::string(name), {}}); }
 
 void* current_stream(int32_t device) {
-  using Current = int (*)(int32_t device, void** stream);
-  static const auto current = [] {
+  using Current = int(int32_t device, void** stream);
+  static Current* const current = [] {
     void* const library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
     if (library == nullptr) throw std::runtime_error("blt_kernels: torch has not loaded libtorch_cuda.so");
-    return function_in<Current>(library, "aoti_torch_get_current_cuda_stream");
+    return function_in(library, "aoti_torch_get_current_cuda_stream");
   }();
   void* stream = nullptr;
   if (current(device, &stream) != 0) throw std::runtime_error("blt_kernels: no current CUDA stream");

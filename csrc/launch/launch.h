@@ -93,15 +93,13 @@ inline Tensor device_output(const Tensor& like, torch::headeronly::IntHeaderOnly
 // Dispatches like dispatch_float, but with CUDA's types for bf16 and fp16.
 template <class F>
 decltype(auto) dispatch_device_float(ScalarType dtype, const char* name, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(Tag<float>{});
-    case ScalarType::BFloat16: return f(Tag<bf16>{});
-    case ScalarType::Half: return f(Tag<fp16>{});
-    case ScalarType::Double: return f(Tag<double>{});
-    default:
-      STD_TORCH_CHECK(false, name, ": expected dtype float32, bfloat16, float16 or float64, got ",
-                      torch::headeronly::toString(dtype));
-  }
+  return dispatch_float<bf16, fp16>(dtype, name, f);
+}
+
+// Calls f(Tag<i32>) or f(Tag<i64>), for tokens of type int32 or int64.
+template <class F>
+decltype(auto) dispatch_tokens(const Tensor& tokens, F&& f) {
+  return dispatch_int<i64>(tokens.scalar_type(), "tokens", f);
 }
 
 template <int kValue>
