@@ -72,6 +72,19 @@ template <class T>
 __device__ __forceinline__ T max(T a, T b) {
   return a < b ? b : a;
 }
+struct Max {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return blt::max(a, b);
+  }
+};
+struct Sum {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
 __device__ __forceinline__ float exp(float x) { return expf(x); }
 __device__ __forceinline__ double exp(double x) { return ::exp(x); }
 __device__ __forceinline__ float log(float x) { return logf(x); }
@@ -249,17 +262,17 @@ __device__ __forceinline__ T warp_fold(T x, Fold fold) {
 
 template <int kLanes = kWarp, class T>
 __device__ __forceinline__ T warp_sum(T x) {
-  return warp_fold<kLanes>(x, [](T a, T b) { return a + b; });
+  return warp_fold<kLanes>(x, Sum{});
 }
 
-// The sum of x over this lane and those before it.
-template <class T>
-__device__ __forceinline__ T warp_prefix_sum(T x) {
+// fold(... fold(x_0, x_1) ..., x) over the lanes up to this one.
+template <class T, class Fold>
+__device__ __forceinline__ T warp_prefix_fold(T x, Fold fold) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
     const T before = __shfl_up_sync(kAllLanes, x, distance);
-    if (lane >= distance) x += before;
+    if (lane >= distance) x = fold(before, x);
   }
   return x;
 }
@@ -274,7 +287,7 @@ __device__ __forceinline__ BlockSums<T> block_sums(T x) {
   constexpr int kWarps = kThreads / kWarp;
   __shared__ T of_warps[kWarps];
   const int warp = threadIdx.x / kWarp;
-  const T sum = warp_prefix_sum(x);
+  const T sum = warp_prefix_fold(x, Sum{});
   if (threadIdx.x % kWarp == kWarp - 1) of_warps[warp] = sum;
   __syncthreads();
   BlockSums<T> sums = {sum - x, 0};

@@ -132,11 +132,11 @@ struct TableGrads : TableGradArguments {
 void place_digits(const Device& device, int64_t lists, int64_t tiles, u32* counts, u32* segments) {
   const int64_t parts = ceil_div<int64_t>(tiles, kScanTiles);
   const LaunchConfig scan = {.grid = {lists}, .block = kSortThreads};
-  if (parts == 1) return device.launch<radix_scan_kernel<kSortBits>>(scan, counts, tiles);
+  if (parts == 1) return device.launch<radix_scan_kernel>(scan, counts, tiles);
   const LaunchConfig grid = {.grid = {parts, lists}, .block = kSortThreads};
-  device.launch<radix_sum_kernel<kSortBits>>(grid, counts, tiles, segments);
-  device.launch<radix_scan_kernel<kSortBits>>(scan, segments, parts);
-  device.launch<radix_spread_kernel<kSortBits>>(grid, counts, tiles, segments);
+  device.launch<radix_sum_kernel>(grid, counts, tiles, segments);
+  device.launch<radix_scan_kernel>(scan, segments, parts);
+  device.launch<radix_spread_kernel>(grid, counts, tiles, segments);
 }
 
 // Returns readers[lists][bytes], sorted by moving them between two tensors, one pass per digit of the rows.
@@ -157,10 +157,10 @@ Tensor sort_readers(const Device& device, const TableGrads& grads) {
   });
   device.write<Reader>(to);
   for (int shift = 0; shift < static_cast<int>(std::bit_width(grads.none())); shift += kSortBits) {
-    if (shift > 0) device.launch<radix_count_kernel<kSortBits>>(grid, device.read<Reader>(from), bytes, shift, places);
+    if (shift > 0) device.launch<radix_count_kernel>(grid, device.read<Reader>(from), bytes, shift, places);
     place_digits(device, lists, tiles, places, segments);
-    device.launch<radix_scatter_kernel<kSortBits>>(grid, device.read<Reader>(from), bytes, shift, places,
-                                                   device.write<Reader>(to));
+    device.launch<radix_scatter_kernel>(grid, device.read<Reader>(from), bytes, shift, places,
+                                        device.write<Reader>(to));
     std::swap(from, to);
   }
   return from;
@@ -183,10 +183,10 @@ RunTensors find_runs(const Device& device, const TableGrads& grads, const Tensor
   const LaunchConfig grid = {.grid = {tiles, lists}, .block = kSortThreads};
   const Reader* const readers = device.read<Reader>(sorted);
   u32* const found = device.write<u32>(counts);
-  device.launch<run_count_kernel<kSortItems>>(grid, readers, bytes, found);
-  device.launch<run_scan_kernel<kSortItems>>({.grid = {lists}, .block = kSortThreads}, found, tiles);
-  device.launch<run_starts_kernel<kSortItems>>(grid, readers, bytes, grads.none(), found,
-                                               device.write<u32>(runs.starts), device.write<i32>(runs.totals));
+  device.launch<run_count_kernel>(grid, readers, bytes, found);
+  device.launch<run_scan_kernel>({.grid = {lists}, .block = kSortThreads}, found, tiles);
+  device.launch<run_starts_kernel>(grid, readers, bytes, grads.none(), found, device.write<u32>(runs.starts),
+                                   device.write<i32>(runs.totals));
   return runs;
 }
 

@@ -141,7 +141,7 @@ template <class Id>
 __global__ void __launch_bounds__(kSortThreads, 6)
     ngram_readers_kernel(Text<Id> text, __grid_constant__ const Ngrams ngrams, ShardRows shard, u32 none,
                          Reader* readers, u32* counts) {
-  __shared__ DigitCounts<kSortBits> digits;
+  __shared__ DigitCounts digits;
   const i64 first = static_cast<i64>(blockIdx.x) * kSortTile + threadIdx.x;
   digits.clear();
   for (int r = 0; r < kSortItems; ++r) {

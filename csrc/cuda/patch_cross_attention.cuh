@@ -106,19 +106,6 @@ __device__ __forceinline__ Ring& ring_of_warp() {
 __device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 __device__ __forceinline__ double rounded_product(double x, double y) { return __dmul_rn(x, y); }
 
-struct Max {
-  template <class A>
-  __device__ __forceinline__ A operator()(A a, A b) const {
-    return max(a, b);
-  }
-};
-struct Sum {
-  template <class A>
-  __device__ __forceinline__ A operator()(A a, A b) const {
-    return a + b;
-  }
-};
-
 // --- rows ------------------------------------------------------------------------------------------------------------
 
 // The head of a lane in a tensor of query heads: the r-th of those that read the lane's head of k and v.

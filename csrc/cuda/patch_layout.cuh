@@ -86,35 +86,30 @@ struct ChunkBits {
   }
 };
 
+// before[w] = fold of `none` and the value(i) of all words i before w. By one warp.
+template <class Value, class Fold>
+__device__ __forceinline__ void scan_words(i32 none, i32* before, const Value& value, const Fold& fold) {
+  const int lane = threadIdx.x % kWarp, w = 2 * lane;
+  const i32 first_word = value(w), until = warp_prefix_fold(fold(first_word, value(w + 1)), fold);
+  const i32 others = __shfl_up_sync(kAllLanes, until, 1), earlier = lane == 0 ? none : fold(none, others);
+  before[w] = earlier;
+  before[w + 1] = fold(earlier, first_word);
+  if (lane == kWarp - 1) before[kChunkWords] = fold(none, until);
+}
+
 // before[w] = position of the last set bit before word w, or `none`. By one warp.
 __device__ __forceinline__ void scan_last(const u32* words, i32 start, i32 none, i32* before) {
-  const int lane = threadIdx.x % kWarp, w = 2 * lane;
   const auto last = [=](int i) { return words[i] != 0 ? start + i * 32 + highest_bit(words[i]) : -1; };
-  const i32 first_word = last(w);
-  i32 until = max(first_word, last(w + 1));
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const i32 other = __shfl_up_sync(kAllLanes, until, distance);
-    if (lane >= distance) until = max(until, other);
-  }
-  i32 earlier = __shfl_up_sync(kAllLanes, until, 1);
-  earlier = max(none, lane == 0 ? -1 : earlier);
-  before[w] = earlier;
-  before[w + 1] = max(earlier, first_word);
-  if (lane == kWarp - 1) before[kChunkWords] = max(none, until);
+  scan_words(none, before, last, Max{});
 }
 
 // before[w] = number of bits set before word w, up to byte `size` of the chunk. By one warp.
 __device__ __forceinline__ void scan_count(const u32* words, i32 size, i32* before) {
-  const int lane = threadIdx.x % kWarp, w = 2 * lane;
   const auto count = [=](int i) {
     const i32 bits = size - i * 32;
     return bits <= 0 ? 0 : __popc(bits >= 32 ? words[i] : words[i] & bits_before(bits));
   };
-  const i32 first_word = count(w), both = first_word + count(w + 1), until = warp_prefix_sum(both);
-  before[w] = until - both;
-  before[w + 1] = until - both + first_word;
-  if (lane == kWarp - 1) before[kChunkWords] = until;
+  scan_words(0, before, count, Sum{});
 }
 
 struct ChunkPlace {

@@ -75,15 +75,12 @@ __global__ void __launch_bounds__(kRowThreads, kKinds == Kinds::kAll   ? 2
 // --- backward --------------------------------------------------------------------------------------------------------
 
 // count += 1 where x equals the extreme of its patch. In 16 bits counts are exact up to 256.
-__device__ __forceinline__ void count_tie(__nv_bfloat162& count, __nv_bfloat162 x, __nv_bfloat162 extreme) {
-  count = __hadd2(count, __heq2(x, extreme));
-}
-__device__ __forceinline__ void count_tie(__half2& count, __half2 x, __half2 extreme) {
-  count = __hadd2(count, __heq2(x, extreme));
-}
 template <class T>
 __device__ __forceinline__ void count_tie(T& count, T x, T extreme) {
-  count = from_float<T>(to_float(count) + (to_float(x) == to_float(extreme) ? 1 : 0));
+  if constexpr (kIsPair<T>)
+    count = __hadd2(count, __heq2(x, extreme));
+  else
+    count = from_float<T>(to_float(count) + (to_float(x) == to_float(extreme) ? 1 : 0));
 }
 
 template <class T, int kVec>
@@ -131,24 +128,17 @@ struct Ties {
 // has one.
 template <class T>
 __device__ __forceinline__ T pick(T x, T extreme, T share, T other) {
-  return to_float(x) == to_float(extreme) ? share : other;
-}
-__device__ __forceinline__ __nv_bfloat162 pick(__nv_bfloat162 x, __nv_bfloat162 extreme, __nv_bfloat162 share,
-                                               __nv_bfloat162 other) {
-  return bits_as<__nv_bfloat162>((__heq2_mask(x, extreme) & bits_as<u32>(share)) | bits_as<u32>(other));
-}
-__device__ __forceinline__ __half2 pick(__half2 x, __half2 extreme, __half2 share, __half2 other) {
-  return bits_as<__half2>((__heq2_mask(x, extreme) & bits_as<u32>(share)) | bits_as<u32>(other));
+  if constexpr (kIsPair<T>)
+    return bits_as<T>((__heq2_mask(x, extreme) & bits_as<u32>(share)) | bits_as<u32>(other));
+  else
+    return to_float(x) == to_float(extreme) ? share : other;
 }
 template <class T>
 __device__ __forceinline__ T nan_or_zero(T extreme) {
-  return to_float(extreme) == to_float(extreme) ? T{} : extreme;
-}
-__device__ __forceinline__ __nv_bfloat162 nan_or_zero(__nv_bfloat162 extreme) {
-  return bits_as<__nv_bfloat162>(bits_as<u32>(extreme) & ~__heq2_mask(extreme, extreme));
-}
-__device__ __forceinline__ __half2 nan_or_zero(__half2 extreme) {
-  return bits_as<__half2>(bits_as<u32>(extreme) & ~__heq2_mask(extreme, extreme));
+  if constexpr (kIsPair<T>)
+    return bits_as<T>(bits_as<u32>(extreme) & ~__heq2_mask(extreme, extreme));
+  else
+    return to_float(extreme) == to_float(extreme) ? T{} : extreme;
 }
 
 // The tensors of the backward. x and out are null without an extreme. After at(), grad_out and out point to a patch,

@@ -17,13 +17,8 @@
 
 namespace blt {
 
-struct Rows {
-  u32 begin, end;
-  __device__ __forceinline__ u32 size() const { return begin < end ? end - begin : 0; }
-};
-struct Range {
-  int begin, end;
-};
+using Rows = RangeOf<u32>;
+using Range = RangeOf<int>;
 
 inline constexpr int kMaxDivided = 16;
 

@@ -18,6 +18,7 @@ struct PatchRows {
 template <class I>
 struct RangeOf {
   I begin, end;
+  __device__ __forceinline__ I size() const { return begin < end ? end - begin : 0; }
 };
 using ByteRange = RangeOf<i32>;
 

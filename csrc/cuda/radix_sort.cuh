@@ -1,6 +1,6 @@
 // Sorts lists of readers by row, several lists of the same length at once, and finds the run of each row.
 //
-// The sort is least significant digit first, stable, with kBits per pass: tiles count their digits (radix_count_kernel,
+// The sort is least significant digit first, stable, 8 bits a pass: tiles count their digits (radix_count_kernel,
 // or the kernel that writes the readers), counts become places, and every tile moves its readers to their places
 // (radix_scatter_kernel). The grid has a row per list. Ranks within a tile follow the order of its warps: a warp
 // matches 32 neighbouring readers at a time, so equal digits keep their order without atomics. Counts use atomic
@@ -24,9 +24,9 @@
 
 namespace blt {
 
-inline constexpr int kSortBits = 8;
-inline constexpr int kSortThreads = 256;
-inline constexpr int kSortItems = 8;  // readers per thread
+inline constexpr int kSortBits = 8, kDigits = 1 << kSortBits;
+inline constexpr int kSortThreads = kDigits;  // a thread owns a digit
+inline constexpr int kSortItems = 8;          // readers per thread
 inline constexpr int kSortTile = kSortThreads * kSortItems;
 inline constexpr int kScanTiles = 64;  // tiles per block that makes places
 
@@ -36,28 +36,25 @@ struct alignas(8) Reader {
 };
 
 // The number of times that each digit occurs in a tile, in the shared memory of its block.
-template <int kBits>
 struct DigitCounts {
-  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
-  u32 counts[1 << kBits];
+  u32 counts[kDigits];
 
   __device__ __forceinline__ void clear() {
     counts[threadIdx.x] = 0;
     __syncthreads();
   }
-  __device__ __forceinline__ void add(u32 row, int shift) { atomicAdd(&counts[row >> shift & ((1 << kBits) - 1)], 1u); }
+  __device__ __forceinline__ void add(u32 row, int shift) { atomicAdd(&counts[row >> shift & (kDigits - 1)], 1u); }
   // Stores to [lists][tiles][digits].
   __device__ __forceinline__ void store(u32* to) const {
     __syncthreads();
     const i64 tile = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
-    to[(tile << kBits) + threadIdx.x] = counts[threadIdx.x];
+    to[(tile << kSortBits) + threadIdx.x] = counts[threadIdx.x];
   }
 };
 
-template <int kBits>
-__global__ void __launch_bounds__(kSortThreads, 6)
+static __global__ void __launch_bounds__(kSortThreads, 6)
     radix_count_kernel(const Reader* readers, i64 count, int shift, u32* counts) {
-  __shared__ DigitCounts<kBits> digits;
+  __shared__ DigitCounts digits;
   const Reader* const list = readers + blockIdx.y * count;
   const i64 first = static_cast<i64>(blockIdx.x) * kSortTile + threadIdx.x;
   digits.clear();
@@ -70,62 +67,53 @@ __global__ void __launch_bounds__(kSortThreads, 6)
 }
 
 // A thread owns a digit in rows of counts. sum_counts sums them; place_counts replaces them by places from `place` on.
-template <int kBits>
 __device__ __forceinline__ u32 sum_counts(const u32* own, i64 rows) {
   u32 sum = 0;
 #pragma unroll 8
-  for (i64 row = 0; row < rows; ++row) sum += own[row << kBits];
+  for (i64 row = 0; row < rows; ++row) sum += own[row << kSortBits];
   return sum;
 }
-template <int kBits>
 __device__ __forceinline__ void place_counts(u32* own, i64 rows, u32 place) {
   constexpr int kPrefetch = 8;
   for (i64 row = 0; row < rows; row += kPrefetch) {
     u32 ahead[kPrefetch] = {};
 #pragma unroll
     for (int i = 0; i < kPrefetch; ++i)
-      if (row + i < rows) ahead[i] = own[(row + i) << kBits];
+      if (row + i < rows) ahead[i] = own[(row + i) << kSortBits];
 #pragma unroll
     for (int i = 0; i < kPrefetch; ++i) {
       if (row + i >= rows) break;
-      own[(row + i) << kBits] = place;
+      own[(row + i) << kSortBits] = place;
       place += ahead[i];
     }
   }
 }
 
 // sums[list][segment][digit] of counts[list][tile][digit], kScanTiles tiles per segment. One block per segment.
-template <int kBits>
-__global__ void __launch_bounds__(kSortThreads, 6) radix_sum_kernel(const u32* counts, i64 tiles, u32* sums) {
-  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
+static __global__ void __launch_bounds__(kSortThreads, 6) radix_sum_kernel(const u32* counts, i64 tiles, u32* sums) {
   const i64 first = static_cast<i64>(blockIdx.x) * kScanTiles, segment = blockIdx.y * gridDim.x + blockIdx.x;
-  const u32* const own = counts + ((blockIdx.y * tiles + first) << kBits) + threadIdx.x;
-  sums[(segment << kBits) + threadIdx.x] = sum_counts<kBits>(own, min<i64>(kScanTiles, tiles - first));
+  const u32* const own = counts + ((blockIdx.y * tiles + first) << kSortBits) + threadIdx.x;
+  sums[(segment << kSortBits) + threadIdx.x] = sum_counts(own, min<i64>(kScanTiles, tiles - first));
 }
 
 // counts[list][row][digit] becomes the place of the first reader with that digit of a tile, or of a segment. One block
 // per list.
-template <int kBits>
-__global__ void __launch_bounds__(kSortThreads, 6) radix_scan_kernel(u32* counts, i64 rows) {
-  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
-  u32* const own = counts + (blockIdx.x * rows << kBits) + threadIdx.x;
-  place_counts<kBits>(own, rows, block_sums<kSortThreads>(sum_counts<kBits>(own, rows)).before);
+static __global__ void __launch_bounds__(kSortThreads, 6) radix_scan_kernel(u32* counts, i64 rows) {
+  u32* const own = counts + (blockIdx.x * rows << kSortBits) + threadIdx.x;
+  place_counts(own, rows, block_sums<kSortThreads>(sum_counts(own, rows)).before);
 }
 
 // counts[list][tile][digit] becomes places, starting from those of the segments. One block per segment.
-template <int kBits>
-__global__ void __launch_bounds__(kSortThreads, 6) radix_spread_kernel(u32* counts, i64 tiles, const u32* segments) {
-  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
+static __global__ void __launch_bounds__(kSortThreads, 6)
+    radix_spread_kernel(u32* counts, i64 tiles, const u32* segments) {
   const i64 first = static_cast<i64>(blockIdx.x) * kScanTiles, segment = blockIdx.y * gridDim.x + blockIdx.x;
-  u32* const own = counts + ((blockIdx.y * tiles + first) << kBits) + threadIdx.x;
-  place_counts<kBits>(own, min<i64>(kScanTiles, tiles - first), segments[(segment << kBits) + threadIdx.x]);
+  u32* const own = counts + ((blockIdx.y * tiles + first) << kSortBits) + threadIdx.x;
+  place_counts(own, min<i64>(kScanTiles, tiles - first), segments[(segment << kSortBits) + threadIdx.x]);
 }
 
-template <int kBits>
-__global__ void __launch_bounds__(kSortThreads, 5)
+static __global__ void __launch_bounds__(kSortThreads, 5)
     radix_scatter_kernel(const Reader* from, i64 count, int shift, const u32* places, Reader* to) {
-  static_assert(1 << kBits == kSortThreads, "a thread owns a digit");
-  constexpr int kWarps = kSortThreads / kWarp, kDigits = 1 << kBits;
+  constexpr int kWarps = kSortThreads / kWarp;
   __shared__ u32 next[kWarps][kDigits + 1];  // the last entry is for missing readers
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const i64 first = static_cast<i64>(blockIdx.x) * kSortTile + warp * (kWarp * kSortItems) + lane;
@@ -150,7 +138,7 @@ __global__ void __launch_bounds__(kSortThreads, 5)
   }
   __syncthreads();
   const i64 tile = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
-  u32 place = places[(tile << kBits) + threadIdx.x];
+  u32 place = places[(tile << kSortBits) + threadIdx.x];
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     const u32 here = next[w][threadIdx.x];
@@ -166,12 +154,11 @@ __global__ void __launch_bounds__(kSortThreads, 5)
 
 // --- runs ------------------------------------------------------------------------------------------------------------
 
-// Bit r is set if a run begins at the r-th of a thread's kItems neighbouring readers.
-template <int kItems>
+// Bit r is set if a run begins at the r-th of a thread's kSortItems neighbouring readers.
 __device__ __forceinline__ u32 run_begins(const Reader* list, i64 count, i64 first) {
   u32 begins = 0, before = first > 0 && first < count ? list[first - 1].row : 0;
 #pragma unroll
-  for (int r = 0; r < kItems; ++r) {
+  for (int r = 0; r < kSortItems; ++r) {
     if (first + r >= count) break;
     const u32 row = list[first + r].row;
     if (first + r == 0 || row != before) begins |= 1u << r;
@@ -180,31 +167,29 @@ __device__ __forceinline__ u32 run_begins(const Reader* list, i64 count, i64 fir
   return begins;
 }
 
-template <int kItems>
-__global__ void __launch_bounds__(kSortThreads, 6) run_count_kernel(const Reader* readers, i64 count, u32* counts) {
-  const i64 first = (static_cast<i64>(blockIdx.x) * kSortThreads + threadIdx.x) * kItems;
-  const u32 total =
-      block_sums<kSortThreads, u32>(__popc(run_begins<kItems>(readers + blockIdx.y * count, count, first))).total;
+static __global__ void __launch_bounds__(kSortThreads, 6)
+    run_count_kernel(const Reader* readers, i64 count, u32* counts) {
+  const i64 first = (static_cast<i64>(blockIdx.x) * kSortThreads + threadIdx.x) * kSortItems;
+  const u32 total = block_sums<kSortThreads, u32>(__popc(run_begins(readers + blockIdx.y * count, count, first))).total;
   if (threadIdx.x == 0) counts[static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x] = total;
 }
 
 // counts[list][tile] becomes the number of runs that begin before the tile. One block per list.
-template <int kItems>
-__global__ void __launch_bounds__(kSortThreads, 6) run_scan_kernel(u32* counts, i64 tiles) {
+static __global__ void __launch_bounds__(kSortThreads, 6) run_scan_kernel(u32* counts, i64 tiles) {
   u32* const own = counts + blockIdx.x * tiles;
   u32 before = 0;
-  for (i64 step = 0; step < tiles; step += kSortThreads * kItems) {
-    const i64 first = step + static_cast<i64>(threadIdx.x) * kItems;
-    u32 here[kItems] = {}, sum = 0;
+  for (i64 step = 0; step < tiles; step += kSortThreads * kSortItems) {
+    const i64 first = step + static_cast<i64>(threadIdx.x) * kSortItems;
+    u32 here[kSortItems] = {}, sum = 0;
 #pragma unroll
-    for (int r = 0; r < kItems; ++r) {
+    for (int r = 0; r < kSortItems; ++r) {
       if (first + r < tiles) here[r] = own[first + r];
       sum += here[r];
     }
     const BlockSums<u32> placed = block_sums<kSortThreads>(sum);
     u32 runs = before + placed.before;
 #pragma unroll
-    for (int r = 0; r < kItems; ++r) {
+    for (int r = 0; r < kSortItems; ++r) {
       if (first + r < tiles) own[first + r] = runs;
       runs += here[r];
     }
@@ -214,18 +199,17 @@ __global__ void __launch_bounds__(kSortThreads, 6) run_scan_kernel(u32* counts, 
 
 // starts[list][count + 1] becomes the start of each run, then the end of the last. befores[list][tile] is the number of
 // runs that begin before the tile. totals[list] becomes the number of runs whose row is not `none`, which sorts last.
-template <int kItems>
-__global__ void __launch_bounds__(kSortThreads, 6)
+static __global__ void __launch_bounds__(kSortThreads, 6)
     run_starts_kernel(const Reader* readers, i64 count, u32 none, const u32* befores, u32* starts, i32* totals) {
   const Reader* const list = readers + blockIdx.y * count;
-  const i64 first = (static_cast<i64>(blockIdx.x) * kSortThreads + threadIdx.x) * kItems;
+  const i64 first = (static_cast<i64>(blockIdx.x) * kSortThreads + threadIdx.x) * kSortItems;
   const u32 before = befores[static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x];
-  const u32 begins = run_begins<kItems>(list, count, first);
+  const u32 begins = run_begins(list, count, first);
   const BlockSums<u32> placed = block_sums<kSortThreads, u32>(__popc(begins));
   u32* const to = starts + blockIdx.y * (count + 1);
   u32 run = before + placed.before;
 #pragma unroll
-  for (int r = 0; r < kItems; ++r)
+  for (int r = 0; r < kSortItems; ++r)
     if (begins >> r & 1) to[run++] = static_cast<u32>(first + r);
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
     const u32 all = before + placed.total;

@@ -17,6 +17,13 @@ enum class Kinds : int { kMax, kMin, kSum, kAll };
 
 // --- operands: two numbers if they have 16 bits ----------------------------------------------------------------------
 
+template <class T>
+inline constexpr bool kIsPair = false;
+template <>
+inline constexpr bool kIsPair<__nv_bfloat162> = true;
+template <>
+inline constexpr bool kIsPair<__half2> = true;
+
 template <class T, bool kPaired>
 struct Operand {
   using type = T;
@@ -64,19 +71,12 @@ inline float max_nan(float a, float b) { return b > a || b != b ? b : a; }
 inline float min_nan(float a, float b) { return b < a || b != b ? b : a; }
 #endif
 
-__device__ __forceinline__ void set_infinity(float& x, u32 sign) { x = __uint_as_float(sign << 31 | 0x7f800000u); }
-__device__ __forceinline__ void set_infinity(double& x, u32 sign) { x = __uint_as_float(sign << 31 | 0x7f800000u); }
-__device__ __forceinline__ void set_infinity(bf16& x, u32 sign) {
-  x = bits_as<bf16>(static_cast<u16>(sign << 15 | 0x7f80u));
-}
-__device__ __forceinline__ void set_infinity(fp16& x, u32 sign) {
-  x = bits_as<fp16>(static_cast<u16>(sign << 15 | 0x7c00u));
-}
-__device__ __forceinline__ void set_infinity(__nv_bfloat162& x, u32 sign) {
-  x = bits_as<__nv_bfloat162>((sign << 15 | 0x7f80u) * 0x10001u);
-}
-__device__ __forceinline__ void set_infinity(__half2& x, u32 sign) {
-  x = bits_as<__half2>((sign << 15 | 0x7c00u) * 0x10001u);
+template <class T, int kVec>
+__device__ __forceinline__ Operands<T, kVec> operands_of(T x) {
+  AlignedVector<T, kVec> all;
+#pragma unroll
+  for (int c = 0; c < kVec; ++c) all[c] = x;
+  return bits_as<Operands<T, kVec>>(all);
 }
 
 // --- folds -----------------------------------------------------------------------------------------------------------
@@ -133,13 +133,9 @@ struct Fold {
   static constexpr bool kHasSum = kKinds == Kinds::kSum || kKinds == Kinds::kAll;
   static constexpr int kOperands = kVec * sizeof(T) / sizeof(operand_t<T, kVec>);
 
-  Operands<T, kVec> max, min;
+  Operands<T, kVec> max = operands_of<T, kVec>(from_float<T>(minus_infinity<A>()));
+  Operands<T, kVec> min = operands_of<T, kVec>(from_float<T>(-minus_infinity<A>()));
   A sum[kVec] = {};
-
-  __device__ __forceinline__ Fold() {
-#pragma unroll
-    for (int c = 0; c < kOperands; ++c) set_infinity(max[c], 1), set_infinity(min[c], 0);
-  }
 
   __device__ __forceinline__ void add_max(const Operands<T, kVec>& row) {
 #pragma unroll

@@ -244,8 +244,7 @@ struct RowLane {
 #pragma unroll
     for (int e = 0; e < kEdges; ++e)
       if (has_edge(tile, e)) m.add(held_edges[e]);
-    using A = acc_t<T>;
-    return warp_fold<kLanes>(m.value(), [](A a, A b) { return max(a, b); });
+    return warp_fold<kLanes>(static_cast<acc_t<T>>(to_float(m.value())), Max{});
   }
 };
 

@@ -95,9 +95,9 @@ def sort_launches() -> list[Launch]:
         Launch(stem, r"ngram_readers_kernel<long long>", grid,
                [text(), ngrams(), shard(), i32(VOCAB), Array("readers", LISTS * BYTES * 8, resident=True), counts],
                sample),
-        Launch(stem, r"radix_count_kernel<8>", grid, [source, i64(BYTES), i32(8), counts], sample, times=2),
-        Launch(stem, r"radix_scan_kernel<8>", (LISTS, 1), [counts, i64(tiles)], [(2, 0)], times=3),
-        Launch(stem, r"radix_scatter_kernel<8>", grid, [source, i64(BYTES), i32(8), places, to], sample, times=3),
+        Launch(stem, r"radix_count_kernel", grid, [source, i64(BYTES), i32(8), counts], sample, times=2),
+        Launch(stem, r"radix_scan_kernel", (LISTS, 1), [counts, i64(tiles)], [(2, 0)], times=3),
+        Launch(stem, r"radix_scatter_kernel", grid, [source, i64(BYTES), i32(8), places, to], sample, times=3),
     ]  # fmt: skip
 
 
@@ -134,9 +134,9 @@ def run_launches() -> list[Launch]:
         for level in range(1, LEVELS + 1)
     ]  # fmt: skip
     return [
-        Launch(stem, r"run_count_kernel<8>", grid, [readers_array(), i64(BYTES), counts], sample),
-        Launch(stem, r"run_scan_kernel<8>", (LISTS, 1), [counts, i64(tiles)], [(2, 0)]),
-        Launch(stem, r"run_starts_kernel<8>", grid,
+        Launch(stem, r"run_count_kernel", grid, [readers_array(), i64(BYTES), counts], sample),
+        Launch(stem, r"run_scan_kernel", (LISTS, 1), [counts, i64(tiles)], [(2, 0)]),
+        Launch(stem, r"run_starts_kernel", grid,
                [readers_array(), i64(BYTES), i32(VOCAB), counts, starts, totals], sample),
         *sums,
     ]  # fmt: skip
