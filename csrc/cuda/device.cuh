@@ -195,7 +195,7 @@ __device__ __forceinline__ AlignedVector<T, kSize> from_floats(const acc_t<T> (&
   return to;
 }
 
-// The number of numbers of type A that one access moves, of kSize.
+// One access moves this many of kSize numbers of type A.
 template <class A, int kSize>
 inline constexpr int kAccess = kSize * sizeof(A) <= 16 ? kSize : 16 / sizeof(A);
 

@@ -122,7 +122,7 @@ __device__ __forceinline__ void store_rows(const OutputColumn<S>& rows, u32 row,
     if (i < count) rows.store(row + i, slices[i]);
 }
 
-// Columns of a lane: in a tensor of query heads, and in one of the heads of k and v.
+// These two return the columns of a lane in a tensor of query heads, or of the heads of k and v.
 template <class S, class T>
 __device__ __forceinline__ Column<S, T> query_column(const CrossAttention<typename S::T>& problem,
                                                      const HeadTensor<T>& x, int head) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ Column<S, T> kv_column(const CrossAttention<typename 
   return column_of<S>(x, head, problem.kv_heads, problem.width);
 }
 
-// A result whose rows are 0 for bytes that read nothing and are not read. If it is `out`, their lse is -infinity.
+// Bytes that read nothing, or are not read, get rows of 0 in a result. If it is `out`, their lse becomes -infinity.
 template <class S>
 struct UnreadRows {
   OutputColumn<S> rows;
@@ -191,7 +191,7 @@ struct CrossOutput {
   PartSums<acc_t<T>> parts;
 };
 
-// `out` of a query head.
+// Returns the unread rows of `out` in a query head.
 template <class S>
 __device__ __forceinline__ UnreadRows<S> unread(const CrossAttention<typename S::T>& problem,
                                                 const CrossOutput<typename S::T>& output, int head) {

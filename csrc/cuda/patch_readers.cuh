@@ -9,8 +9,9 @@
 // (patch_parts.cuh) is a unit, with all vectors that meet it, and what lies before, between and behind parts is left to
 // the units of patches: so none has 2 kPart bytes of one patch. Sums over the bytes of a vector then come from several
 // units: each keeps its own in a slot, that of the part, or for a patch that of the first part of the nearest divided
-// one. Windows of more than kMaxDivided patches are not divided, since slots have room for all vectors that meet a
-// part.
+// one. Slots have room for all vectors that meet a part, so their memory grows with the window. With windows of more
+// than kMaxDivided patches no patch is divided: a warp then walks a long patch alone, in time proportional to its bytes
+// (bench/notes/cross_windows.md).
 #pragma once
 
 #include "patch_parts.cuh"

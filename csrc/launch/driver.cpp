@@ -21,7 +21,7 @@ std::deque<Kernel>& kernels() {
   return all;
 }
 
-// The address of a function, which converts to a pointer of any type.
+// A symbol has the address of a function, and converts to a pointer of any type.
 struct Symbol {
   void* address;
   template <class Function>
