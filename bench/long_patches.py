@@ -43,9 +43,13 @@ def report(name: str, ops: list[Callable[..., Any]], inputs: list[tuple[torch.Te
     print(f"{name}: forward {forward:.2f}, backward {backward:.2f}", flush=True)
 
 
-def layouts(num_bytes: int) -> list[PatchLayout]:
-    """Return one long patch behind a first byte, and ragged patches."""
-    long = PatchLayout.from_lengths(torch.tensor([[1, num_bytes - 1]]))
+def layouts(num_bytes: int, window: int = 1) -> list[PatchLayout]:
+    """Return one long patch between `window` patches of one byte on either side, and ragged patches.
+
+    So both have about as many pairs of a byte and a patch.
+    """
+    ones = [1] * window
+    long = PatchLayout.from_lengths(torch.tensor([[*ones, num_bytes - 2 * window, *ones]]))
     return [long.compact(), layout_of([num_bytes]).compact()]
 
 
@@ -61,8 +65,9 @@ def main() -> None:
     x = torch.randn(200_000, 64).requires_grad_()
     ops = [lambda x, layout=layout: bk.patch_pool(x, layout, ("max", "min", "mean")) for layout in both]
     report("patch_pool max, min, mean D = 64 torch.float32, 200000 bytes", ops, [(x,), (x,)])
-    both = layouts(300_000)
-    for direction, window in itertools.product(("encode", "decode"), (None, 2)):
+    sizes = {1: 200_000, 2: 100_000, 3: 70_000, 8: 25_000, 64: 8_000}  # bytes by window, for about as many pairs
+    for direction, (window, num_bytes) in itertools.product(("encode", "decode"), sizes.items()):
+        both = layouts(num_bytes, window)
         options = {"direction": direction, "queries_per_patch": VECTORS, "window": window}
         inputs = []
         for layout in both:
@@ -73,7 +78,7 @@ def main() -> None:
             lambda q, k, v, layout=layout, options=options: bk.patch_cross_attention(q, k, v, layout, **options)
             for layout in both
         ]
-        report(f"patch_cross_attention {direction}, window {window}, 300000 bytes", attend, inputs)
+        report(f"patch_cross_attention {direction}, window {window}, {num_bytes} bytes", attend, inputs)
 
 
 if __name__ == "__main__":

@@ -23,19 +23,19 @@
 
 namespace blt {
 
-inline constexpr int64_t kRows =
-    16;  // a table has up to so many rows on either side, or more where the other has fewer
-inline constexpr int64_t kCells = kRows * kRows;
+// A table has up to so many rows on either side, or more where the other has fewer.
+inline constexpr int64_t kTileSide = 16;
+inline constexpr int64_t kCells = kTileSide * kTileSide;
 
 template <class A>
 using Table = A[kCells * lanes<A>];
 
 // Points to a [rows, heads, E] tensor with unit stride in E.
 template <class T>
-struct HeadRows {
+struct HeadView {
   T* data;
   int64_t row_stride, head_stride;
-  HeadRows from(int64_t row, int64_t head) const {
+  HeadView from(int64_t row, int64_t head) const {
     return {data + row * row_stride + head * head_stride, row_stride, head_stride};
   }
   T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
@@ -70,7 +70,7 @@ void store_part(T* p, PairOf<accumulator_t<T>> x, int64_t count) {
 // --- products --------------------------------------------------------------------------------------------------------
 
 template <int kI, int kJ, class T, class A = accumulator_t<T>>
-void dots_block(A* table, int64_t n, HeadRows<const T> x, HeadRows<const T> y, HeadRows<const T> next, HeadShape shape,
+void dots_block(A* table, int64_t n, HeadView<const T> x, HeadView<const T> y, HeadView<const T> next, HeadShape shape,
                 A factor) {
   Vec<A> sums[kI][kJ][lanes<A>];
   for (int64_t head = 0; head < lanes<A>; ++head) {
@@ -107,13 +107,13 @@ void dots_block(A* table, int64_t n, HeadRows<const T> x, HeadRows<const T> y, H
 // Computes table_ij = factor * x_i . y_j for rows i < m and j < n; j runs fastest. Lanes beyond the heads are 0.
 // Meanwhile it prefetches n rows of `next`: row strides are too long for the hardware prefetcher.
 template <class T, class A = accumulator_t<T>>
-void dots(A* table, HeadRows<const T> x, int64_t m, HeadRows<const T> y, int64_t n, HeadRows<const T> next,
+void dots(A* table, HeadView<const T> x, int64_t m, HeadView<const T> y, int64_t n, HeadView<const T> next,
           HeadShape shape, A factor) {
   for (int64_t i = 0; i < m; i += 2)
     for (int64_t j = 0; j < n; j += 2) {
       const auto run = [&]<int kI, int kJ>(std::integer_sequence<int, kI, kJ>) {
         dots_block<kI, kJ>(table + (i * n + j) * lanes<A>, n, x.from(i, 0), y.from(j, 0),
-                           i == 0 && next.data ? next.from(j, 0) : HeadRows<const T>{}, shape, factor);
+                           i == 0 && next.data ? next.from(j, 0) : HeadView<const T>{}, shape, factor);
       };
       if (i + 1 < m && j + 1 < n)
         run(std::integer_sequence<int, 2, 2>{});
@@ -132,16 +132,15 @@ int64_t padded_width(int64_t width) {
   return (width + pair_lanes<A> - 1) / pair_lanes<A> * pair_lanes<A>;
 }
 
-// Sums that more than one table adds to, kRows rows of lanes<A> heads: allocated when the first of them is met, or
-// given.
+// Sums that more than one table adds to, kTileSide rows of lanes<A> heads: allocated at first use, or given.
 template <class A>
 class Partial {
  public:
   Partial(const Tensor& like, int64_t width) : like_(&like), padded_(padded_width<A>(width)) {}
-  explicit Partial(HeadRows<A> given) : given_(given) {}
-  HeadRows<A> rows() {
+  explicit Partial(HeadView<A> given) : given_(given) {}
+  HeadView<A> view() {
     if (!given_.data) {
-      memory_ = new_output(*like_, {kRows * lanes<A> * padded_}, accumulator(*like_));
+      memory_ = new_output(*like_, {kTileSide * lanes<A> * padded_}, accumulator(*like_));
       given_ = {memory_->template mutable_data_ptr<A>(), lanes<A> * padded_, padded_};
     }
     return given_;
@@ -151,8 +150,15 @@ class Partial {
   const Tensor* like_ = nullptr;
   int64_t padded_ = 0;
   std::optional<Tensor> memory_;
-  HeadRows<A> given_ = {};
+  HeadView<A> given_ = {};
 };
+
+// Multiplies the heads of a row of partial sums by `factors`.
+template <class A>
+void multiply_heads(HeadView<A> row, Vec<A> factors, HeadShape shape) {
+  for (int64_t head = 0; head < shape.heads; ++head)
+    for (int64_t e = 0; e < padded_width<A>(shape.width); ++e) row.at(0, head)[e] *= factors[head];
+}
 
 // Does a sum start with these rows, and is it finished with them?
 struct Stage {
@@ -162,7 +168,7 @@ struct Stage {
 
 // Everything by value: stores may alias what a reference leads to, and then nothing stays in registers.
 template <int kJ, class T, class A = accumulator_t<T>>
-void weighted_sums_block(HeadRows<T> out, HeadRows<A> partial, HeadRows<const T> x, int64_t count, const A* table,
+void weighted_sums_block(HeadView<T> out, HeadView<A> partial, HeadView<const T> x, int64_t count, const A* table,
                          Steps steps, HeadShape shape, Stage stage) {
   for (int64_t head = 0; head < shape.heads; ++head) {
     const auto sum = [&](int64_t e, const auto& load, const auto& save) {
@@ -199,13 +205,13 @@ void weighted_sums_block(HeadRows<T> out, HeadRows<A> partial, HeadRows<const T>
 // out_j = sum over i of table_ij x_i, for i < count and j < rows; sums that go on from or into other tables are
 // partial.
 template <class T, class A = accumulator_t<T>>
-void weighted_sums(HeadRows<T> out, Partial<A>& partial, int64_t rows, HeadRows<const T> x, int64_t count,
+void weighted_sums(HeadView<T> out, Partial<A>& partial, int64_t rows, HeadView<const T> x, int64_t count,
                    const A* table, Steps steps, HeadShape shape, Stage stage) {
   for (int64_t j = 0; j < rows; j += 4)
-    for (int64_t i = 0; i < count; i += kRows) {
-      const int64_t size = std::min(kRows, count - i);
+    for (int64_t i = 0; i < count; i += kTileSide) {
+      const int64_t size = std::min(kTileSide, count - i);
       const Stage here = {stage.first && i == 0, stage.last && i + size == count};
-      const HeadRows<A> running = here.whole() ? HeadRows<A>{} : partial.rows().from(j, 0);
+      const HeadView<A> running = here.whole() ? HeadView<A>{} : partial.view().from(j, 0);
       const A* const cell = table + (i * steps.i + j * steps.j) * lanes<A>;
       const auto run = [&]<int kJ>(std::integral_constant<int, kJ>) {
         weighted_sums_block<kJ, T>(out.from(j, 0), running, x.from(i, 0), size, cell, steps, shape, here);

@@ -15,7 +15,7 @@ namespace {
 // following.
 template <class T>
 struct Problem {
-  HeadRows<const T> q, k, v;
+  HeadView<const T> q, k, v;
   int64_t heads, repeats, width;
   accumulator_t<T> scale;
 
@@ -24,20 +24,20 @@ struct Problem {
 
 // The r-th query head of every head of k and v.
 template <class T>
-HeadRows<T> repeat(const HeadRows<T>& rows, int64_t repeats, int64_t r) {
-  return {rows.data + r * rows.head_stride, rows.row_stride, rows.head_stride * repeats};
+HeadView<T> repeat(const HeadView<T>& view, int64_t repeats, int64_t r) {
+  return {view.data + r * view.head_stride, view.row_stride, view.head_stride * repeats};
 }
 
-// The sums of pieces of long patches: E numbers per slot, row of the patch and head, and m and l of a softmax.
+// Sums of parts by slot, vector of the patch and head: E numbers, and m and l of a softmax.
 template <class A>
-struct Sums {
+struct PartSums {
   A* data;
   A* softmax;
-  int64_t rows, heads, padded;
+  int64_t vectors, heads, padded;
 
-  int64_t at(int64_t slot, int64_t row, int64_t head) const { return (slot * rows + row) * heads + head; }
-  HeadRows<A> of(int64_t slot, int64_t row, int64_t head, int64_t step) const {
-    return {data + at(slot, row, head) * padded, heads * padded, step * padded};
+  int64_t at(int64_t slot, int64_t vector, int64_t head) const { return (slot * vectors + vector) * heads + head; }
+  HeadView<A> of(int64_t slot, int64_t vector, int64_t head, int64_t step) const {
+    return {data + at(slot, vector, head) * padded, heads * padded, step * padded};
   }
 };
 
@@ -55,7 +55,7 @@ void for_each_group(int64_t heads, int64_t width, const F& f) {
 }
 
 template <class T>
-void clear(const HeadRows<T>& x, Rows rows, int64_t heads, int64_t width) {
+void clear(const HeadView<T>& x, Range rows, int64_t heads, int64_t width) {
   for (int64_t i = rows.begin; i < rows.end; ++i) std::fill_n(x.at(i, 0), heads * width, T(0));
 }
 
@@ -63,10 +63,10 @@ void clear(const HeadRows<T>& x, Rows rows, int64_t heads, int64_t width) {
 
 template <class T>
 struct Gradients {
-  HeadRows<const T> grad_out, out;
+  HeadView<const T> grad_out, out;
   const accumulator_t<T>* lse;
-  HeadRows<T> q, k, v;
-  Sums<accumulator_t<T>> q_sums, k_sums, v_sums;  // sums of pieces, for the patch's vectors
+  HeadView<T> q, k, v;
+  PartSums<accumulator_t<T>> sums[2];  // for q, or for k and v
 };
 
 template <class A>
@@ -74,21 +74,15 @@ struct Partials {
   Partial<A> q, k, v;
 };
 
-// The gradients that a tile computes.
-struct Wanted {
-  bool queries, keys;
-};
-
 template <class T>
-void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const QueryKeys& tile, int64_t head, int64_t r,
-               HeadShape shape, Wanted wanted, Stage query_stage, Stage key_stage,
-               Partials<accumulator_t<T>>& partials) {
+void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const Task& tile, int64_t head, int64_t r,
+               HeadShape shape, Stage query_stage, Stage key_stage, Partials<accumulator_t<T>>& partials) {
   using A = accumulator_t<T>;
   alignas(kVecBytes) Table<A> weights;
   alignas(kVecBytes) Table<A> slopes;
   const int64_t m = tile.queries.size(), n = tile.keys.size(), repeats = problem.repeats;
   // If a tile has all keys of its queries, g_i . out_i is a sum over them, and out is not read.
-  const bool all_keys = wanted.queries && query_stage.whole();
+  const bool all_keys = tile.for_queries && query_stage.whole();
   const auto q = repeat(problem.q, repeats, r).from(tile.queries.begin, head);
   const auto g = repeat(grads.grad_out, repeats, r).from(tile.queries.begin, head);
   const auto out = repeat(grads.out, repeats, r).from(tile.queries.begin, head);
@@ -119,55 +113,62 @@ void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const Query
       store(ds + j, weight * (load(ds + j) - sum / total) * problem.scale);
     }
   }
-  if (wanted.queries)
+  if (tile.for_queries)
     weighted_sums<T>(repeat(grads.q, repeats, r).from(tile.queries.begin, head), partials.q, m, k, n, slopes, {1, n},
                      shape, query_stage);
-  if (wanted.keys) {
+  if (tile.for_keys) {
     weighted_sums<T>(grads.k.from(tile.keys.begin, head), partials.k, n, q, m, slopes, {n, 1}, shape, key_stage);
     weighted_sums<T>(grads.v.from(tile.keys.begin, head), partials.v, n, g, m, weights, {n, 1}, shape, key_stage);
   }
 }
 
-// With a slot, the sums for the vectors of the patch (queries or keys) are kept, to be added up later.
+// With a slot, the sums for the vectors of the patch (queries to encode, else keys) are kept, to be added up later.
 template <class T>
-void grad_block(const Problem<T>& problem, const Gradients<T>& grads, const QueryKeys& block, int64_t slot, bool encode,
-                Wanted wanted, Partials<accumulator_t<T>>& partials) {
+void grad_task(const Problem<T>& problem, const Gradients<T>& grads, const Task& task, bool encode,
+               Partials<accumulator_t<T>>& partials) {
   using A = accumulator_t<T>;
-  const auto [queries, keys] = block;
+  const auto [queries, keys, for_queries, for_keys, slot] = task;
   const int64_t repeats = problem.repeats;
-  if (slot < 0 && (queries.size() == 0 || keys.size() == 0)) {
-    if (wanted.queries) clear(grads.q, queries, problem.query_heads(), problem.width);
-    if (wanted.keys) clear(grads.k, keys, problem.heads, problem.width);
-    if (wanted.keys) clear(grads.v, keys, problem.heads, problem.width);
+  if (queries.size() == 0 || keys.size() == 0) {
+    if (for_queries) clear(grads.q, queries, problem.query_heads(), problem.width);
+    if (for_keys) clear(grads.k, keys, problem.heads, problem.width);
+    if (for_keys) clear(grads.v, keys, problem.heads, problem.width);
     return;
   }
-  const int64_t query_step = std::clamp<int64_t>(queries.size(), 1, kRows);
-  const bool partial_keys = queries.size() > kRows || (wanted.keys && repeats > 1);
-  const int64_t key_step = partial_keys ? kRows : kCells / query_step;
-  // Partial sums have kRows rows of one repeat. So both sides are summed together only if one of them fits into a
+  const int64_t query_step = std::min(queries.size(), kTileSide);
+  const bool partial_keys = queries.size() > kTileSide || (for_keys && repeats > 1);
+  const int64_t key_step = partial_keys ? kTileSide : kCells / query_step;
+  // Partial sums have kTileSide rows of one repeat. So both sides are summed together only if one of them fits into a
   // single tile, the keys if there are several repeats.
-  const bool one_by_one = keys.size() > key_step && (repeats > 1 || (queries.size() > kRows && keys.size() > kRows));
-  if (wanted.queries && wanted.keys && one_by_one) {
-    grad_block(problem, grads, block, slot, encode, {true, false}, partials);
-    grad_block(problem, grads, block, slot, encode, {false, true}, partials);
+  const bool one_by_one =
+      keys.size() > key_step && (repeats > 1 || (queries.size() > kTileSide && keys.size() > kTileSide));
+  if (for_queries && for_keys && one_by_one) {
+    grad_task(problem, grads, {queries, keys, true, false, encode ? slot : -1}, encode, partials);
+    grad_task(problem, grads, {queries, keys, false, true, encode ? -1 : slot}, encode, partials);
     return;
   }
   const bool keeps_queries = slot >= 0 && encode, keeps_keys = slot >= 0 && !encode;
   for_each_group<A>(problem.heads, problem.width, [&](int64_t head, HeadShape shape) {
     const auto run = [&](int64_t i, int64_t j, int64_t r) {
-      const QueryKeys tile = {{i, std::min(i + query_step, queries.end)}, {j, std::min(j + key_step, keys.end)}};
+      const Task tile = {{i, std::min(i + query_step, queries.end)},
+                         {j, std::min(j + key_step, keys.end)},
+                         for_queries,
+                         for_keys,
+                         slot};
       const Stage query_stage = {j == keys.begin, !keeps_queries && tile.keys.end == keys.end};
       const Stage key_stage = {i == queries.begin && r == 0,
                                !keeps_keys && tile.queries.end == queries.end && r + 1 == repeats};
-      if (slot < 0) return grad_tile(problem, grads, tile, head, r, shape, wanted, query_stage, key_stage, partials);
-      const int64_t query = i - queries.begin, key = j - keys.begin;
-      Partials<A> kept = {
-          Partial<A>(keeps_queries ? grads.q_sums.of(slot, query, head * repeats + r, repeats) : partials.q.rows()),
-          Partial<A>(keeps_keys ? grads.k_sums.of(slot, key, head, 1) : partials.k.rows()),
-          Partial<A>(keeps_keys ? grads.v_sums.of(slot, key, head, 1) : partials.v.rows())};
-      grad_tile(problem, grads, tile, head, r, shape, wanted, query_stage, key_stage, kept);
+      if (slot < 0) return grad_tile(problem, grads, tile, head, r, shape, query_stage, key_stage, partials);
+      const auto kept = [&](int n) {
+        return Partial<A>(keeps_queries ? grads.sums[n].of(slot, i - queries.begin, head * repeats + r, repeats)
+                                        : grads.sums[n].of(slot, j - keys.begin, head, 1));
+      };
+      Partials<A> own = {keeps_queries ? kept(0) : Partial<A>(partials.q.view()),
+                         keeps_keys ? kept(0) : Partial<A>(partials.k.view()),
+                         keeps_keys ? kept(1) : Partial<A>(partials.v.view())};
+      grad_tile(problem, grads, tile, head, r, shape, query_stage, key_stage, own);
     };
-    if (wanted.keys) {
+    if (for_keys) {
       for (int64_t j = keys.begin; j < keys.end; j += key_step)
         for (int64_t r = 0; r < repeats; ++r)
           for (int64_t i = queries.begin; i < queries.end; i += query_step) run(i, j, r);

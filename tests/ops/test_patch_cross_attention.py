@@ -379,6 +379,30 @@ def test_bitwise_the_same_with_more_threads(direction: str, window: int | None, 
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "vectors", "kv_heads"), [(1, 2, 1), (2, 2, 2), (3, 17, 2), (8, 1, 1), (64, 2, 2)])
+def test_long_patches_in_windows(direction: str, dtype: torch.dtype, window: int, vectors: int, kv_heads: int) -> None:
+    """Parts of long patches, with empty patches and unread bytes between them, are the same on 1, 2 and 3 threads."""
+    documents = [[1, 0, 300, 0, 0, 2], [], [700], [0, 5, 1500, 1, 0, 260], [3, 0]]
+    lengths = torch.tensor([length for document in documents for length in document] + [0])
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).int()
+    cu_patches = torch.tensor([0, *map(len, documents)]).cumsum(0).int()
+    ids = F.pad(torch.arange(len(lengths)).repeat_interleave(lengths), (0, 9), value=-1).int()
+    if direction == "decode":
+        ids[offsets[6] - 2 : offsets[6]] = ids[offsets[7] - 500 : offsets[7]] = -1
+    sides = [len(lengths) * vectors, len(ids)]
+    queries, keys = sides if direction == "encode" else sides[::-1]
+    shapes = [(queries, 2, 8), (keys, kv_heads, 8), (keys, kv_heads, 8), (queries, 2, 8)]
+    tensors = [randn(*shape, seed=i + 4, dtype=dtype) for i, shape in enumerate(shapes)]
+    rest = [offsets, cu_patches, ids, direction, vectors, window, None]
+    check_raw(tensors, rest)
+    alone = run_raw(tensors, rest)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(*pair) for pair in zip(alone, run_raw(tensors, rest), strict=True))
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize(
     ("position", "bad", "message"),
     [

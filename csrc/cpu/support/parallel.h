@@ -20,8 +20,8 @@ void parallel_for(int64_t size, int64_t grain, const F& f) {
 
 // Calls f(first, last) for runs of segments, where segment s is [offsets[s], offsets[s+1]). Threads get equal shares of
 // the work; a segment costs its length plus one step.
-template <class F>
-void parallel_segments(const int32_t* offsets, int64_t segments, int64_t grain, const F& f) {
+template <class Offset, class F>
+void parallel_segments(const Offset* offsets, int64_t segments, int64_t grain, const F& f) {
   const auto before = [=](int64_t s) { return offsets[s] - offsets[0] + s; };
   const auto segment_at = [=](int64_t work) {
     int64_t low = 0, high = segments;  // finds the first segment with before(s) >= work
