@@ -54,7 +54,8 @@ def times(rows: list[Row]) -> Iterable[str]:
         peers = [row for row in group if row is not ours and not row["implementation"].startswith(LIMIT)]
         best = min(peers, key=lambda row: float(row["median_ms"]), default=None)
         against = f", {ours['ratio_to_best_peer']}x {best['implementation']}" if best else ""
-        time = f"{float(ours['median_ms']):.4g} ms, {float(ours['share_of_limit']):.0%}{against}"
+        share = f", {float(ours['share_of_limit']):.0%}" if ours["share_of_limit"] else ""
+        time = f"{float(ours['median_ms']):.4g} ms{share}{against}"
         yield f"{op} {shape[:50]} {dtype}: {time}"
 
 
