@@ -160,6 +160,10 @@ class ByteModel(nn.Module):
         if not isinstance(state, ByteState) or state.model is not self:
             got = type(state).__name__ if not isinstance(state, ByteState) else "the state of another model"
             raise TypeError(f"state: expected what new_state of this model returned, got {got}")
+        weight = self.lm_head.weight
+        if (state.dtype, state.device) != (weight.dtype, weight.device):
+            expected, got = f"{weight.dtype} on {weight.device}", f"{state.dtype} on {state.device}"
+            raise ValueError(f"state: expected one made since the model is in {expected}, got one in {got}")
         ids, rows = self.pack(tokens, cu_seqlens)
         counts = rows.offsets.diff().tolist()
         if len(counts) != state.rows:

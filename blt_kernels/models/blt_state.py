@@ -145,9 +145,11 @@ class BLTState(ByteState):
             cuts = (cuts & ends) | (positions == 0)
         if config.max_patch_length is None:
             return [cuts[new].tolist()] * 2
-        row = torch.repeat_interleave(torch.tensor(lengths, device=self.device))
-        start = torch.tensor([starts[-1] for starts in self.rule_starts], device=self.device)[row] + row * _ROW
-        first = torch.tensor(begin, device=self.device)[row] + row * _ROW
+        row = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=self.device))
+        start, first = (
+            torch.tensor(numbers, dtype=torch.int64, device=self.device)[row] + row * _ROW
+            for numbers in ([starts[-1] for starts in self.rule_starts], begin)
+        )
         after = positions + row * _ROW + 1
         known = torch.ones_like(cuts).index_fill_(0, new, False)
         final = cut_long_patches(
@@ -279,9 +281,13 @@ class BLTState(ByteState):
             holds += [self.patcher._holds(lengths), self.entropy.holds([n - _LOOKBACK for n in lengths])]
         return [all(row) for row in zip(*holds, strict=True)]
 
+    def _note_needed(self) -> None:
+        """Tell the buffer of the encoder's output what patches will read, also after `undo` bytes were taken back."""
+        self.encoded.needed = self._first_encoded([max(0, n - self.undo) for n in self.lengths])
+
     def _trim(self) -> None:
         """Let go of what is neither read again nor needed to take back `undo` bytes."""
-        self.encoded.needed = self._first_encoded([max(0, n - self.undo) for n in self.lengths])
+        self._note_needed()
         for buffer in self._buffers():
             buffer.trim()
 
@@ -299,6 +305,7 @@ class BLTState(ByteState):
         for lists in (self.patch_starts, self.rule_starts):
             for starts, length in zip(lists, lengths, strict=True):
                 del starts[bisect_right(starts, length) :]
+        self._note_needed()
 
     def _select(self, rows: Sequence[int]) -> None:
         super()._select(rows)

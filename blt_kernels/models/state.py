@@ -7,9 +7,11 @@ bytes can be taken back. The ids of the rows are kept whole: to take back more, 
 
 from __future__ import annotations
 
+import copy
+import operator
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -107,6 +109,7 @@ class ByteState:
         """Return the ids of a row, int64 ``[lengths[row]]``."""
         return self.ids.tensors[0][row, : self.ids.end[row]].long()
 
+    @torch.no_grad()
     def truncate(self, lengths: Sequence[int]) -> None:
         """Shorten rows to their first ``lengths[r]`` ids, as if the others had never been there.
 
@@ -122,7 +125,7 @@ class ByteState:
         TypeError, ValueError
             There are not as many lengths as rows, or one is no length of its row.
         """
-        lengths = [int(n) for n in lengths]
+        lengths = _ints("lengths", lengths)
         if len(lengths) != self.rows:
             raise ValueError(f"lengths: expected one for each of {self.rows} rows, got {len(lengths)}")
         for r, (new, old) in enumerate(zip(lengths, self.ids.end, strict=True)):
@@ -144,10 +147,10 @@ class ByteState:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             There is no such row.
         """
-        rows = [int(r) for r in rows]
+        rows = _ints("rows", rows)
         wrong = [r for r in rows if not -1 <= r < self.rows]
         if wrong:
             raise ValueError(f"rows: expected -1 to {self.rows - 1}, got {wrong[0]}")
@@ -163,6 +166,13 @@ class ByteState:
         The logits are a guess. Take the bytes back by `truncate` before the state goes on.
         """
         raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ByteState:
+        """Return a copy of the rows, for the same model."""
+        memo.setdefault(id(self.model), self.model)
+        other = memo[id(self)] = object.__new__(type(self))
+        other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return other
 
     def _buffers(self) -> list[RowBuffer]:
         return [self.ids]
@@ -196,6 +206,13 @@ class ByteState:
         counts = [end - n for n, end in zip(old, self.ids.end, strict=True)]
         new = runs([end - n for end, n in zip(offsets[1:], counts, strict=True)], counts, self.device)
         return ids, documents, new
+
+
+def _ints(name: str, values: Iterable[Any]) -> list[int]:
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise TypeError(f"{name}: expected a sequence of ints, got {values!r}") from None
 
 
 class ByteLMState(ByteState):

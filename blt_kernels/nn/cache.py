@@ -44,14 +44,15 @@ class RowBuffer:
     first, end : list of int
         Row r holds positions ``[first[r], end[r])``.
     needed : list of int, optional
-        The first position that row r has to keep; those of `keep` if None.
+        The first position that row r has to keep; those of `keep` if None. The owner of the buffer sets it.
     """
 
     def __init__(
         self, rows: int, shapes: Sequence[tuple[int, ...]], keep: int | None, *, dtype: torch.dtype,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self.tensors = [torch.zeros(rows, 0, *shape, dtype=dtype, device=device) for shape in shapes]
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
+            self.tensors = [torch.zeros(rows, 0, *shape, dtype=dtype, device=device) for shape in shapes]
         self.first, self.end, self.keep = [0] * rows, [0] * rows, keep
         self.needed: list[int] | None = None
 
@@ -81,7 +82,7 @@ class RowBuffer:
     def write(self, index: Tensor, *values: Tensor) -> None:
         """Write packed entries ``[T, *shape]`` of each tensor where `append` said."""
         for flat, value in zip(self.flat(), values, strict=True):
-            flat.index_copy_(0, index, value)
+            flat.index_copy_(0, index, value.to(flat.dtype))
 
     def flat(self) -> list[Tensor]:
         """Return the tensors as ``[rows * capacity, *shape]``."""
@@ -107,8 +108,8 @@ class RowBuffer:
         """Forget the entries from position ``end[r]`` on."""
         self.end = [min(old, new) for old, new in zip(self.end, end, strict=True)]
         self.first = [min(f, e) for f, e in zip(self.first, self.end, strict=True)]
-        self.needed = None if self.needed is None else [min(n, e) for n, e in zip(self.needed, self.end, strict=True)]
 
+    @torch.inference_mode(False)
     def select(self, rows: Sequence[int]) -> None:
         """Keep the rows of these numbers, in this order; a number may come several times, or be -1 for an empty row."""
         index = torch.tensor([max(r, 0) for r in rows], dtype=torch.int64, device=self.tensors[0].device)
@@ -125,6 +126,7 @@ class RowBuffer:
             return self.first
         return [max(f, e - self.keep) for f, e in zip(self.first, self.end, strict=True)]
 
+    @torch.inference_mode(False)
     def _resize(self, counts: Sequence[int]) -> None:
         """Drop the entries that need not be kept, and leave room for `counts` new ones and some more."""
         first = self._first_needed()
@@ -161,8 +163,8 @@ class CachedKeys:
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values, and return those of all rows."""
-        self.keys.index_copy_(0, self.index, k)
-        self.values.index_copy_(0, self.index, v)
+        self.keys.index_copy_(0, self.index, k.to(self.keys.dtype))  # autocast computes keys in another dtype
+        self.values.index_copy_(0, self.index, v.to(self.values.dtype))
         return self.keys, self.values
 
 
