@@ -163,7 +163,8 @@ class ByteState:
     def draft(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
         """Do as `extend` does, but without the global transformer: bytes read the patches that are there.
 
-        The logits are a guess. Take the bytes back by `truncate` before the state goes on.
+        Every row with new bytes has read some before. The logits are a guess. Take the bytes back by `truncate` before
+        the state goes on.
         """
         raise NotImplementedError
 

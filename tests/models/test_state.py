@@ -21,6 +21,7 @@ from torch import Tensor
 
 from blt_kernels.models import BLT
 from blt_kernels.models.base import ByteModel
+from blt_kernels.models.blt_state import BLTState
 from blt_kernels.models.state import ByteState
 from blt_kernels.nn import cache
 from blt_kernels.nn.cache import RowBuffer
@@ -452,3 +453,28 @@ def test_a_model_that_patches_by_entropy_needs_its_patcher() -> None:
     model = BLT(dataclasses.replace(SMALL_BLT, patcher=None))
     with pytest.raises(ValueError, match=r"^patcher: expected a ByteLM"):
         model.new_state()
+
+
+# --- drafts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in FEW if not case.startswith("byte_lm")])
+def test_a_draft_leaves_no_trace(case: str, block: int) -> None:
+    """`draft` and `extend_patcher` go ahead of the rows; after `truncate` the state is what it was."""
+    new = pieces(4)
+    checked = Checked(model_of(case), 3, undo=30)
+    checked.extend([text("a")] * 3)
+    for turn in range(6):
+        checked.extend([next(new) for _ in range(3)])
+        state, guess = checked.state, [next(new) for _ in range(3)]
+        lengths, counts = state.lengths, [len(ids) for ids in guess]
+        if isinstance(state, BLTState) and state.patcher is not None and turn % 2:
+            with torch.no_grad():
+                state.extend_patcher(torch.cat(guess), counts)
+            state.patcher._truncate([n + count // 2 for n, count in zip(lengths, counts, strict=True)])
+            state.entropy.truncate([n + count // 2 for n, count in zip(lengths, counts, strict=True)])
+            checked.extend([ids[: len(ids) // 2 + 1] for ids in guess])
+        else:
+            with torch.no_grad():
+                assert state.draft(torch.cat(guess), counts).shape == (sum(counts), 260)
+            checked.truncate(lengths)
