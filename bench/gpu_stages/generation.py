@@ -12,8 +12,8 @@ from timing import OURS, Row, failed_row
 from torch import Tensor
 
 from blt_kernels.ids import to_ids
-from blt_kernels.models import BLT, BLTConfig, ByteLM, MegaByte, MegaByteConfig
-from blt_kernels.models.base import ByteModel
+from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteModel, MegaByte, MegaByteConfig
+from blt_kernels.nn import TransformerConfig
 from gpu_stages import Case
 from gpu_stages.target import Target
 
@@ -23,25 +23,36 @@ NAN = float("nan")
 
 def generation_cases(target: Target) -> list[Case]:
     """Return each model with one row and with eight."""
-    sizes = (1, 2) if target.rehearsal else (1, 8)
-    names = ("ByteLM", "BLT", "MegaByte")
-    found = [Case(f"{n} rows {r}", partial(generate, name=n, rows=r)) for r in sizes for n in names]
+    models = tiny_models() if target.rehearsal else small_models()
+    sizes = (2,) if target.rehearsal else (1, 8)
+    found = [Case(f"{n} rows {r}", partial(generate, name=n, make=m, rows=r)) for r in sizes for n, m in models.items()]
     return [case for case in found if target.wants(case.name)]
 
 
-def build(name: str, device: str) -> ByteModel:
-    """Return the model of the package, or a small one with random weights."""
-    torch.manual_seed(0)
-    if name == "ByteLM":
-        return ByteLM.bundled(device=device).eval()
-    model: ByteModel = BLT(BLTConfig.small()) if name == "BLT" else MegaByte(MegaByteConfig.small())
-    return model.eval().to(device)
+Models = dict[str, Callable[[], ByteModel]]
 
 
-def generate(target: Target, name: str, rows: int) -> Iterator[Row]:
+def small_models() -> Models:
+    return {
+        "ByteLM": ByteLM.bundled,
+        "BLT": lambda: BLT(BLTConfig.small()),
+        "MegaByte": lambda: MegaByte(MegaByteConfig.small()),
+    }
+
+
+def tiny_models() -> Models:
+    layers = TransformerConfig(16, 1, 1, ffn_dim=16, window=8)
+    return {
+        "BLT": lambda: BLT(BLTConfig(layers, layers, layers, None, patching="space", ngram_vocab=16)),
+        "MegaByte": lambda: MegaByte(MegaByteConfig(2, layers, layers)),
+    }
+
+
+def generate(target: Target, name: str, make: Callable[[], ByteModel], rows: int) -> Iterator[Row]:
     """Compare the logits of steps with those of one forward, then time steps and count what they wait for."""
-    model, steps = build(name, target.device), 4 if target.rehearsal else 32
-    prompt = to_ids(TEXT * (1 if target.rehearsal else 8), device=target.device)
+    torch.manual_seed(0)
+    model, steps = make().eval().to(target.device), 2 if target.rehearsal else 32
+    prompt = to_ids(TEXT[:12] if target.rehearsal else TEXT * 8, device=target.device)
     state = model.new_state(rows)
     prompts = prompt.repeat(rows, 1)
     logits = [model.extend(prompts, state=state)[:, -1]]

@@ -49,7 +49,18 @@ def of_stage(rows: list[dict[str, str]], name: str) -> list[tuple[str, str, str]
 
 def test_every_stage_runs(tmp_path: Path) -> None:
     emulator()
-    every = ["ceilings", "smoke", "timings", "attention", "search", "generation", "counters", "memcheck", "racecheck", "suite"]
+    every = [
+        "ceilings",
+        "smoke",
+        "timings",
+        "attention",
+        "search",
+        "generation",
+        "counters",
+        "memcheck",
+        "racecheck",
+        "suite",
+    ]
     rows, printed, code = rehearse(tmp_path, "--stages", *every)
     failed = [row for row in rows if not row["status"].startswith("ok")]
     assert code == 0, failed
