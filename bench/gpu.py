@@ -4,7 +4,7 @@ Every stage is a process of its own with a budget in seconds. What it measures i
 in $OUT, or else in bench/results. A case that raises, hangs or ends its process costs one row; the stage starts anew
 behind it. The most informative comes first, and a summary of one screen last.
 
-    PYTHONPATH=. python bench/gpu.py --call 1               ceilings, smoke, timings, attention, launches, generation, counters
+    PYTHONPATH=. python bench/gpu.py --call 1               ceilings, smoke, timings, attention, search, ...
     PYTHONPATH=. python bench/gpu.py --call 2               smoke, memcheck, racecheck, test suite, timings
     PYTHONPATH=. python bench/gpu.py --stages smoke timings --only patch_pool
     PYTHONPATH=. python bench/gpu.py --call 1 --rehearse    all of it without a GPU, on tiny inputs
