@@ -19,7 +19,6 @@ from torch import Tensor
 
 from blt_kernels.flops import Rows, count_flops
 from blt_kernels.ids import to_ids
-from blt_kernels.models import BLT
 
 PATCH_SIZE = 4.5
 
@@ -36,11 +35,7 @@ def comparison(rows: int, length: int, device: str, backward: bool, small: bool)
     theirs = peers.transformers_blt(tokens, PATCH_SIZE, small=small)
     if theirs is None:
         raise ImportError("the benches of models compare with transformers: pip install transformers")
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = BLT.from_pretrained(folder, device=device)
-        # Copies, since what was read is mapped from a file that is about to go.
-        ours.load_state_dict({name: x.clone() for name, x in ours.state_dict().items()}, assign=True)
+    ours = peers.with_weights_of(theirs, device)
     parameters = sum(x.numel() for x in ours.parameters())
     trained = {name: x for name, x in ours.named_parameters() if not name.startswith("patcher.")}
     named = {name.removeprefix("model."): x for name, x in theirs.named_parameters()}

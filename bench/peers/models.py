@@ -1,11 +1,15 @@
-"""Peers of the models: transformers' BLT, where it is installed."""
+"""Peers of the models: transformers' BLT and MEGABYTE-pytorch, where they are installed."""
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from blt_kernels.models import BLT
+from blt_kernels.nn import TransformerConfig
 
 
 def transformers_blt(tokens: Tensor, patch_size: float, *, small: bool = False) -> Any | None:
@@ -42,3 +46,36 @@ def transformers_blt(tokens: Tensor, patch_size: float, *, small: bool = False) 
     widest = int(around.diff().argmax())
     model.config.patching_threshold = around[widest : widest + 2].mean().item()
     return model
+
+
+def with_weights_of(theirs: Any, device: str) -> BLT:
+    """Return our BLT with the configuration and the weights of transformers'."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = BLT.from_pretrained(folder, device=device)
+        # Copies, since what was read is mapped from a file that is about to go.
+        ours.load_state_dict({name: x.clone() for name, x in ours.state_dict().items()}, assign=True)
+    return ours
+
+
+def megabyte_pytorch(tokens: Tensor, wide: TransformerConfig, narrow: TransformerConfig, size: int) -> Any | None:
+    """A model of MEGABYTE-pytorch with random weights, rotary positions and room for `tokens`.
+
+    It has the widths and the numbers of layers of ours. None where the package is not installed.
+    """
+    try:
+        from MEGABYTE_pytorch import MEGABYTE
+    except ImportError:
+        return None
+    torch.manual_seed(0)
+    model = MEGABYTE(
+        num_tokens=260,
+        dim=(wide.dim, narrow.dim),
+        depth=(wide.num_layers, narrow.num_layers),
+        max_seq_len=(-(-tokens.shape[1] // size), size),
+        dim_head=wide.head_dim,
+        heads=wide.num_heads,
+        rel_pos=True,
+        flash_attn=True,
+    )
+    return model.to(tokens.device).eval()
