@@ -21,7 +21,7 @@ OPS_MARKERS = ("<!-- ops:begin -->", "<!-- ops:end -->")
 MARKERS = {"cpu": ("<!-- bench:begin -->", "<!-- bench:end -->"), "gpu": ("<!-- gpu:begin -->", "<!-- gpu:end -->")}
 GPUS = "nvidia"
 OURS, LIMIT = "blt_kernels", "limit: "
-TOLD_ELSEWHERE = ("scaling", "latency")
+TOLD_ELSEWHERE = ("scaling", "latency", "decode")
 FORWARD, BACKWARD = " fwd", " fwd+bwd"
 
 Row = dict[str, str]

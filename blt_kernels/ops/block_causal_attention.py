@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -247,10 +248,15 @@ def _check_seqused(seqused_k: Tensor, offsets_k: Tensor | None, documents: int, 
     if seqused_k.shape[0] != documents:
         raise ValueError(f"seqused_k: expected one entry for each of {documents} documents, got {seqused_k.shape[0]}")
     if _checks.readable(seqused_k) and (offsets_k is None or _checks.readable(offsets_k)):
-        lengths = [data.shape[0] // max(documents, 1)] * documents if offsets_k is None else offsets_k.diff().tolist()
+        if offsets_k is None:
+            lengths = [data.shape[0] // max(documents, 1)] * documents
+        else:
+            lengths = [end - begin for begin, end in pairwise(offsets_k.tolist())]
         for document, (n, length) in enumerate(zip(seqused_k.tolist(), lengths, strict=True)):
             if not 0 <= n <= length:
                 raise ValueError(f"seqused_k: expected 0 to {length} keys, the length of document {document}, got {n}")
+        if seqused_k.dtype == torch.int32 and seqused_k.is_contiguous():
+            return seqused_k
     return seqused_k.clamp(max=_checks.INT32_MAX).to(torch.int32).contiguous()
 
 
