@@ -22,8 +22,19 @@ from blt_kernels.models.checkpoint import read_config as checkpoint_config
 from blt_kernels.models.checkpoint.files import CONFIGURATIONS
 from blt_kernels.models.config import BLTConfig, ByteLMConfig, MegaByteConfig
 from blt_kernels.models.megabyte import MegaByte
+from blt_kernels.models.state import ByteState
 
-__all__ = ["BLT", "BLTConfig", "ByteLM", "ByteLMConfig", "ByteModel", "MegaByte", "MegaByteConfig", "load_model"]
+__all__ = [
+    "BLT",
+    "BLTConfig",
+    "ByteLM",
+    "ByteLMConfig",
+    "ByteModel",
+    "ByteState",
+    "MegaByte",
+    "MegaByteConfig",
+    "load_model",
+]
 
 MODELS: dict[str | None, type[ByteModel]] = {cls.__name__: cls for cls in (ByteLM, BLT, MegaByte)}
 

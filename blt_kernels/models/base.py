@@ -121,17 +121,24 @@ class ByteModel(nn.Module):
         ----------
         rows : int
         undo : int
-            How many bytes of a row `ByteState.truncate` takes back at no cost.
+            How many bytes of a row `ByteState.truncate` takes back at no cost. Every layer with a window keeps as many
+            more.
 
         Returns
         -------
         ByteState
-            `blt_kernels.models.state` says what it keeps.
+            In the dtype and on the device that the model has now.
 
         Raises
         ------
         TypeError, ValueError
             An argument is no such int; or the model is a `BLT` that patches by entropy and has no patcher.
+
+        Examples
+        --------
+        >>> state = BLT(BLTConfig.small()).new_state(rows=2)
+        >>> state.lengths, state.patch_starts
+        ([0, 0], [[0], [0]])
         """
         raise NotImplementedError
 
@@ -151,11 +158,21 @@ class ByteModel(nn.Module):
         Returns
         -------
         ``[*tokens.shape, vocab_size]``
+            Without gradients.
 
         Raises
         ------
         TypeError, ValueError
-            An argument has the wrong type, dtype, shape or value, or the state is of another model.
+            An argument has the wrong type, dtype, shape or value, or the state is of another model, or of another
+            dtype or device than the model. The message names the argument, and the state is as it was.
+
+        Examples
+        --------
+        >>> model = MegaByte(MegaByteConfig.small())
+        >>> state, ids = model.new_state(), to_ids("The quick brown fox")
+        >>> logits = torch.cat([model.extend(part, state=state) for part in ids.split([12, 1, 1, 5])])
+        >>> torch.allclose(logits, model(ids), atol=1e-4)
+        True
         """
         if not isinstance(state, ByteState) or state.model is not self:
             got = type(state).__name__ if not isinstance(state, ByteState) else "the state of another model"

@@ -66,7 +66,15 @@ class DocumentStarts:
 
 
 class ByteState:
-    """Holds what a model remembers of rows.
+    """What a model remembers of rows. `ByteModel.new_state` makes it, `ByteModel.extend` appends ids to the rows.
+
+    A deep copy goes on by itself, with the same model.
+
+    Parameters
+    ----------
+    model : ByteModel
+    rows, undo : int
+        As in `ByteModel.new_state`.
 
     Attributes
     ----------
@@ -75,6 +83,26 @@ class ByteState:
         The ids that each row has.
     passes : Counter
         How often each part of the model has run, by its name.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `rows` or `undo` is no such int.
+
+    Examples
+    --------
+    >>> model = ByteLM.bundled()
+    >>> state = model.new_state()
+    >>> model.extend(to_ids("The quick brown fix"), state=state).shape
+    torch.Size([19, 260])
+    >>> state.truncate([17])  # without "ix"
+    >>> logits = model.extend(to_ids("ox"), state=state)
+    >>> torch.allclose(logits[-1], model(to_ids("The quick brown fox"))[-1], atol=1e-3)
+    True
+    >>> state.select([0, 0, -1])  # the row goes on in two ways, and a new one joins
+    >>> logits = model.extend(*to_ids([" jumps", "", "A"]), state=state)
+    >>> state.lengths, to_bytes(state.row_ids(1))
+    ([25, 19, 1], b'The quick brown fox')
     """
 
     def __init__(self, model: Any, rows: int, undo: int) -> None:
@@ -102,11 +130,24 @@ class ByteState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory of all tensors."""
+        """Bytes of memory of all tensors.
+
+        Layers with a window keep it and `undo` more of each row, the others everything. A row has as much memory as
+        the longest one.
+        """
         return sum(buffer.nbytes for buffer in self._buffers())
 
     def row_ids(self, row: int) -> Tensor:
-        """Return the ids of a row, int64 ``[lengths[row]]``."""
+        """Return the ids of a row.
+
+        Parameters
+        ----------
+        row : int
+
+        Returns
+        -------
+        int64 ``[lengths[row]]``
+        """
         return self.ids.tensors[0][row, : self.ids.end[row]].long()
 
     @torch.no_grad()
@@ -157,14 +198,47 @@ class ByteState:
         self._select(rows)
 
     def extend(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
-        """Append ``counts[r]`` of the packed `ids` to every row; return their logits. Nothing is checked."""
+        """Append ids to the rows. `ByteModel.extend` checks its arguments, and calls this.
+
+        Parameters
+        ----------
+        ids : int32 or int64 ``[T]``
+            Packed.
+        counts : sequence of int
+            How many of them each row gets.
+
+        Returns
+        -------
+        ``[T, vocab_size]``
+            Their logits.
+
+        Raises
+        ------
+        NotImplementedError
+            The class is that of no model.
+        """
         raise NotImplementedError
 
     def draft(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
         """Do as `extend` does, but without the global transformer: bytes read the patches that are there.
 
-        Every row with new bytes has read some before. The logits are a guess. Take the bytes back by `truncate` before
-        the state goes on.
+        The logits are a guess. Take the bytes back by `truncate` before the state goes on.
+
+        Parameters
+        ----------
+        ids : int32 or int64 ``[T]``
+            Packed.
+        counts : sequence of int
+            How many of them each row gets. One that gets any has read some bytes before.
+
+        Returns
+        -------
+        ``[T, vocab_size]``
+
+        Raises
+        ------
+        NotImplementedError
+            The model has no global transformer.
         """
         raise NotImplementedError
 
