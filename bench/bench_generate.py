@@ -10,6 +10,7 @@ patch closes, the rows of tables, and the keys and values that attention reads. 
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -250,7 +251,7 @@ def remarks(rows: list[timing.Row]) -> list[str]:
     for ours in rows:
         if ours.op not in (BLT_OP, MEGABYTE_OP) or ours.implementation != OURS:
             continue
-        new, batch = (int(ours.shape.split(word)[1].split(",")[0].split()[0]) for word in ("parameters, ", "batch "))
+        new, batch = (int(re.search(pattern, ours.shape)[1]) for pattern in (r"(\d+) bytes behind", r"batch (\d+)"))
         same = [row for row in rows if (row.op, row.shape, row.threads) == (ours.op, ours.shape, ours.threads)]
         times = ", ".join(
             f"{row.implementation} {row.median_ms / ours.median_ms:.3g} times"

@@ -1,8 +1,9 @@
-"""Write the tables of README.md, of the ops and of the newest results: ``python bench/readme.py``.
+"""Write the tables of README.md, of ops, of the newest results and of generation: ``python bench/readme.py``.
 
 The table of ops follows from the package and the names of its source files. Results are files
 ``bench/results/<date>-<device>.csv``. A file with the name of a GPU gives the table of GPUs, another file that of CPUs.
-Where there is no file of a kind, nothing is between its markers.
+Rows of bench_generate.py are in files ``generation-<date>-<device>.csv``. Where there is no file of a kind, nothing is
+between its markers.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from blt_kernels._files import write_text
 ROOT = Path(__file__).resolve().parent.parent
 OPS_MARKERS = ("<!-- ops:begin -->", "<!-- ops:end -->")
 MARKERS = {"cpu": ("<!-- bench:begin -->", "<!-- bench:end -->"), "gpu": ("<!-- gpu:begin -->", "<!-- gpu:end -->")}
+GENERATION_MARKERS = ("<!-- generation:begin -->", "<!-- generation:end -->")
+GENERATION_SHAPE = re.compile(r"(.*), (\d+) bytes behind (\d+), batch (\d+), (.*) of state")  # as bench_generate has it
 GPUS = "nvidia"
 OURS, LIMIT = "blt_kernels", "limit: "
-TOLD_ELSEWHERE = ("scaling", "latency", "decode")
+TOLD_ELSEWHERE = re.compile(r"scaling|latency|generation|^decode ")
 FORWARD, BACKWARD = " fwd", " fwd+bwd"
 
 Row = dict[str, str]
@@ -69,7 +72,7 @@ def table(path: Path) -> str:
     threads = max((row["threads"] for row in rows), key=int)
     groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
-        if row["threads"] == threads and not any(word in row["op"] for word in TOLD_ELSEWHERE):
+        if row["threads"] == threads and not TOLD_ELSEWHERE.search(row["op"]):
             backward = row["op"].endswith(BACKWARD)
             op = row["op"].removesuffix(BACKWARD if backward else FORWARD)
             key = f"`{op}`", f"{row['shape']} {row['dtype']}"
@@ -117,13 +120,48 @@ def cells_of(rows: list[Row]) -> tuple[str, str]:
     return time, f"{best}: {float(ours['ratio_to_best_peer']):.2g}" if best else ""
 
 
+def table_of_generation(path: Path) -> str:
+    """Return one line for every model, prompt and batch, with the most threads measured."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["median_ms"] and "generation" in row["op"]]
+    threads = max((row["threads"] for row in rows), key=int)
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["threads"] == threads:
+            groups.setdefault((row["op"], row["shape"]), []).append(row)
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    lines = [
+        f"`{shown}`, {threads} threads: milliseconds to append a byte to every row of a batch, medians of interleaved"
+        " rounds; the limit is reading the weights, keys and values; then how many times as long others take.",
+        "",
+        "| model | behind bytes | batch | ms | limit | state | others |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for (op, shape), group in groups.items():
+        found, by_name = GENERATION_SHAPE.fullmatch(shape), {row["implementation"]: row for row in group}
+        if found is None or OURS not in by_name:
+            continue
+        parameters, new, length, batch, state = found.groups()
+        ours = float(by_name[OURS]["median_ms"]) / int(new)
+        limit = ours * float(by_name[OURS]["share_of_limit"])
+        others = [
+            f"{name} {float(row['median_ms']) / int(new) / ours:.2g}"
+            for name, row in by_name.items()
+            if name != OURS and not name.startswith(LIMIT)
+        ]
+        model = f"{op.removesuffix(' generation')}, {parameters}"
+        lines.append(f"| {model} | {length} | {batch} | {ours:.3g} | {limit:.2g} | {state} | {', '.join(others)} |")
+    return "\n".join(lines)
+
+
 def with_tables(text: str, folder: Path) -> str:
     """Return the README with new tables between the markers."""
     text = replaced(text, *OPS_MARKERS, table_of_ops())
     for kind, (begin, end) in MARKERS.items():
         path = newest(folder, kind)
         text = replaced(text, begin, end, table(path) if path else "")
-    return text
+    generation = max(folder.glob("generation-*.csv"), default=None)
+    return replaced(text, *GENERATION_MARKERS, table_of_generation(generation) if generation else "")
 
 
 def replaced(text: str, begin: str, end: str, content: str) -> str:

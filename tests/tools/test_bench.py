@@ -191,6 +191,7 @@ def test_readme_has_a_line_for_every_input(timing: ModuleType, tmp_path: Path) -
 
     measured = [*rows("pool fwd", "int", 1.5), *rows("pool fwd+bwd", "int", 2.5), *rows("pool fwd+bwd", "half", 3.5)]
     measured += [*rows("layout", "int", 0.25, peer=False), *rows("pool fwd, scaling with bytes", "int", 1.0)]
+    measured += [*rows("decode pool", "int", 1.0), *rows("pool decode fwd", "int", 4.5)]
     timing.write_csv([*measured, replace(measured[0], threads=1, median_ms=77.0)], tmp_path / "rows.csv")
     table = importlib.import_module("readme").table(tmp_path / "rows.csv").splitlines()
     assert "2 threads" in table[0]
@@ -198,6 +199,7 @@ def test_readme_has_a_line_for_every_input(timing: ModuleType, tmp_path: Path) -
         "| `pool` | [8] int | 1.5 (50%) | fast: 4 | 2.5 (50%) | fast: 4 |",
         "| `pool` | [8] half |  |  | 3.5 (50%) | fast: 4 |",
         "| `layout` | [8] int | 0.25 (50%) |  |  |  |",
+        "| `pool decode` | [8] int | 4.5 (50%) | fast: 4 |  |  |",
     ]
 
 
@@ -206,10 +208,22 @@ def test_readme_has_the_table_of_ops(timing: ModuleType) -> None:
     assert readme.table_of_ops() in (tool.SOURCE.parent / "README.md").read_text(), "run `python bench/readme.py`"
 
 
+def test_readme_has_a_line_for_every_generation(timing: ModuleType, tmp_path: Path) -> None:
+    """In ms a step: 8 steps of ours took 4 ms, and 40% of that is the limit."""
+    shape = "9M parameters, 8 bytes behind 64, batch 2, 3 MB of state"
+    row = timing.Row("BLT generation", shape, "float32", 2, timing.OURS, 4.0, 1, 1.0, 0.4, 2.0, None, 3)
+    peers = [replace(row, implementation=name, median_ms=ms) for name, ms in (("slow", 80.0), ("limit: copy", 1.0))]
+    failed = timing.failed_row(row.op, shape, row.dtype, "absent", "not installed")
+    timing.write_csv([row, *peers, failed, replace(row, op="pool"), replace(row, threads=1)], tmp_path / "rows.csv")
+    table = importlib.import_module("readme").table_of_generation(tmp_path / "rows.csv").splitlines()
+    assert "2 threads" in table[0]
+    assert table[4:] == ["| BLT, 9M parameters | 64 | 2 | 0.5 | 0.2 | 3 MB | slow 20 |"]
+
+
 def test_readme_shows_results_of_gpus(timing: ModuleType, tmp_path: Path) -> None:
     """By the name of the file; rows that failed or stand alone are not in the table; later ones replace others."""
     readme = importlib.import_module("readme")
-    markers = {"ops": readme.OPS_MARKERS, **readme.MARKERS}
+    markers = {"ops": readme.OPS_MARKERS, "generation": readme.GENERATION_MARKERS, **readme.MARKERS}
     text = "".join(f"{kind}\n{begin}\nold\n{end}\n" for kind, (begin, end) in markers.items())
     row = timing.Row("pool fwd", "[8]", "bf16", 16, timing.OURS, 9.0, 1, 1.0, 0.5, 1.0, None, 3, "ok, by graphs")
     limit = replace(row, implementation="limit: copy", median_ms=0.1)
