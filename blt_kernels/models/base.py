@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blt_kernels import _checks
 from blt_kernels._checks import Documents
-from blt_kernels.models.generate import Generated, Generation, stream
+from blt_kernels.models.generate import Generated, Generation, Stream
 from blt_kernels.models.state import ByteState
 from blt_kernels.models.weights import check_tensors, open_safetensors, write_safetensors
 from blt_kernels.nn import next_byte_bits, next_byte_targets
@@ -189,30 +189,43 @@ class ByteModel(nn.Module):
             raise ValueError(f"cu_seqlens: expected the last offset to be T = {ids.shape[0]}, got {sum(counts)}")
         return state.extend(ids, counts).view(*tokens.shape, self.config.vocab_size)
 
-    def generate(self, prompts: Any, **options: Any) -> Generated:
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        max_new_bytes: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        stop: Sequence[bytes | str] = (),
+        draft: Any = None,
+        draft_bytes: int = 8,
+    ) -> Generated:
         """Write bytes behind prompts.
 
         Parameters
         ----------
         prompts : str, bytes, ids, or a list of them
-            Text gets BOS in front. Ids are a tensor ``[S]`` or ``[R, S]``, or a list of int, and are taken as they are.
-            A prompt of nothing is BOS.
+            Text (a uint8 tensor, too) gets BOS in front. Ids are a tensor ``[S]`` or ``[R, S]``, or a list of int, and
+            are taken as they are. A prompt of nothing is BOS.
         max_new_bytes : int
-            Ids that a row writes at most.
+            The most ids that a row writes.
         temperature, top_k, top_p, min_p : optional
-            As in `blt_kernels.models.sampling.Sampling`; greedy if the temperature is 0, its default.
+            As in `blt_kernels.models.sampling.Sampling`; greedy if the temperature is 0.
         seed : int
-            Of the random numbers: row r draws from a generator of its own, of ``(seed, r)``.
+            Row r draws from a random generator of its own, of ``(seed, r)``.
         stop : sequence of bytes or str
-            A row ends when what it has written ends in one of these. It always ends after EOS.
+            A row ends when what it has written ends in one of these, and always after EOS. Both are part of the result.
         draft : optional
             Who writes drafts, so that several bytes are checked in one pass of the model: "decoder", the local decoder
             on the patches that there are (BLT-S, arXiv 2605.08044; of a MegaByte the local model); "patcher", the
             entropy model of a BLT, up to where its entropy is above the threshold; "prompt", the text itself, where its
-            last bytes have stood before; or a `ByteLM`. No drafts if None. They change neither greedy output nor, of
-            random output, the distribution.
+            last bytes have stood before; or another model of the same alphabet, such as a `ByteLM`. No drafts if None.
+            Drafts change neither greedy output, but for rounding, nor the distribution of random output.
         draft_bytes : int
-            Bytes of a draft at most; every row adapts its own number to what was accepted.
+            The most bytes of a draft. Every row adapts its own number to what was accepted.
 
         Returns
         -------
@@ -222,14 +235,33 @@ class ByteModel(nn.Module):
         Raises
         ------
         TypeError, ValueError
-            An argument has the wrong type or value; the message names it.
+            An argument has the wrong type or value; the message names it. Or a logit is NaN.
+
+        Examples
+        --------
+        >>> model = ByteLM.from_values({"dim": 32, "num_layers": 1, "num_heads": 2})
+        >>> out = model.generate(["one", b"two"], max_new_bytes=20, temperature=0.8, top_p=0.95, draft="prompt")
+        >>> len(out.text), out.statistics.bytes <= 40
+        (2, True)
         """
-        generation = Generation(self, prompts, **options)
+        generation = Generation(
+            self,
+            prompts,
+            max_new_bytes=max_new_bytes,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            draft=draft,
+            draft_bytes=draft_bytes,
+        )
         for _ in generation:
             pass
         return generation.result
 
-    def stream(self, prompt: Any, *, text: bool = False, **options: Any) -> Iterator[Any]:
+    def stream(self, prompt: Any, *, text: bool = False, **options: Any) -> Stream:
         """Write bytes behind one prompt, and yield them as they come.
 
         Parameters
@@ -238,21 +270,29 @@ class ByteModel(nn.Module):
         text : bool
             Yield str, of whole characters of UTF-8 only.
         options
-            As in `generate`.
+            As in `generate`; `max_new_bytes` is required.
 
         Returns
         -------
-        iterator of bytes, or of str
+        Stream
+            An iterator of bytes, or of str. Its `result` is what `generate` returns.
 
         Raises
         ------
         TypeError, ValueError
             As `generate` does; or there is more than one prompt.
+
+        Examples
+        --------
+        >>> model = ByteLM.from_values({"dim": 32, "num_layers": 1, "num_heads": 2})
+        >>> pieces = model.stream("one", max_new_bytes=3)
+        >>> b"".join(pieces) == pieces.result.bytes[0]
+        True
         """
         generation = Generation(self, prompt, **options)
         if len(generation.prompts) != 1:
             raise ValueError(f"prompt: expected one, got {len(generation.prompts)}")
-        return stream(generation, text)
+        return Stream(generation, text)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write weights and configuration to one ``.safetensors`` file, which replaces `path` only once it is complete.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels import _checks
+from blt_kernels.ids import EOS
 from blt_kernels.models.sampling import Sampling
 from blt_kernels.models.state import ByteState
 
@@ -27,7 +29,16 @@ class Draft:
 
 
 class Drafts:
-    """No drafts, and what drafts of all kinds have in common."""
+    """No drafts, and what drafts of all kinds have in common.
+
+    Attributes
+    ----------
+    passes : Counter
+        How often a model that only drafts has run, as "draft".
+    """
+
+    def __init__(self) -> None:
+        self.passes: Counter[str] = Counter()
 
     def start(self, ids: Tensor, counts: Sequence[int]) -> None:
         """Read the prompts, packed."""
@@ -52,6 +63,7 @@ class AdaptiveDrafts(Drafts):
     """Drafts whose lengths follow what was accepted: twice as long after a whole one, else one more than accepted."""
 
     def __init__(self, rows: int, draft_bytes: int) -> None:
+        super().__init__()
         self.most, self.length = draft_bytes, [min(4, draft_bytes)] * rows
 
     def accept(self, drafts: Sequence[Draft], kept: Sequence[int], lengths: Sequence[int]) -> None:
@@ -115,16 +127,21 @@ class ModelDrafts(AdaptiveDrafts):
         "decoder" is `ByteState.draft`, "patcher" the entropy model within the state of a BLT, up to where its entropy
         is above the threshold of the BLT. A ByteLM has a state of its own.
     sampling : Sampling
+    rows, draft_bytes, undo : int
+    eos_id : int
+        A draft ends with it.
     """
 
-    def __init__(self, kind: Any, sampling: Sampling, rows: int, draft_bytes: int, undo: int) -> None:
+    def __init__(
+        self, kind: Any, sampling: Sampling, rows: int, draft_bytes: int, undo: int, eos_id: int
+    ) -> None:  # fmt: skip
         super().__init__(rows, draft_bytes)
-        self.kind, self.sampling = kind, sampling
+        self.kind, self.sampling, self.eos_id = kind, sampling, eos_id
         self.own = None if isinstance(kind, str) else kind.new_state(rows, undo=undo)
 
     def start(self, ids: Tensor, counts: Sequence[int]) -> None:
         if self.own is not None:
-            self.own.extend(ids, counts)
+            self.own.extend(ids.to(self.own.device), counts)
 
     def propose(
         self, state: ByteState, last: Sequence[int], room: Sequence[int], random: Sequence[Random]
@@ -150,6 +167,8 @@ class ModelDrafts(AdaptiveDrafts):
                 written[row].append(x)
                 drawn_from[row].append(own)
                 new[row] = [x]
+                if x == self.eos_id:
+                    most[row] = 0
         if self.kind == "decoder":
             state.truncate(lengths)
         return [Draft(ids, torch.stack(p) if p else None) for ids, p in zip(written, drawn_from, strict=True)]
@@ -174,7 +193,8 @@ class ModelDrafts(AdaptiveDrafts):
 
     def _step(self, state: ByteState, ids: Tensor, counts: Sequence[int]) -> Tensor:
         if self.own is not None:
-            return self.own.extend(ids, counts)
+            self.passes["draft"] += 1
+            return self.own.extend(ids.to(self.own.device), counts)
         return state.draft(ids, counts) if self.kind == "decoder" else state.extend_patcher(ids, counts)  # type: ignore[attr-defined]
 
     def _is_certain(self, state: Any, rows: Sequence[int]) -> list[bool]:
@@ -191,8 +211,8 @@ def make_draft(draft: Any, model: Any, sampling: Sampling, draft_bytes: int, row
 
     Raises
     ------
-    ValueError
-        The model has no such part, or a ByteLM has another alphabet.
+    TypeError, ValueError
+        There is no such draft, the model has no such part, or the model that drafts has another alphabet.
     """
     if draft is None:
         return Drafts()
@@ -205,10 +225,9 @@ def make_draft(draft: Any, model: Any, sampling: Sampling, draft_bytes: int, row
         kinds.append("patcher")
     if isinstance(draft, str):
         _checks.check_choice("draft", draft, kinds)
-        return ModelDrafts(draft, sampling, rows, draft_bytes, undo)
-    alphabet = getattr(getattr(draft, "config", None), "vocab_size", None)
-    if not hasattr(draft, "new_state"):
-        raise ValueError(f"draft: expected None, one of {', '.join(map(repr, kinds))} or a model, got {draft!r}")
-    if alphabet != model.config.vocab_size:
-        raise ValueError(f"draft: expected a model of {model.config.vocab_size} ids, got one of {alphabet}")
-    return ModelDrafts(draft, sampling, rows, draft_bytes, undo)
+    elif not hasattr(draft, "new_state"):
+        raise TypeError(f"draft: expected None, one of {', '.join(map(repr, kinds))} or a model, got {draft!r}")
+    elif draft.config.vocab_size != model.config.vocab_size:
+        alphabet = f"a model of {model.config.vocab_size} ids"
+        raise ValueError(f"draft: expected {alphabet}, got one of {draft.config.vocab_size}")
+    return ModelDrafts(draft, sampling, rows, draft_bytes, undo, getattr(model.config, "eos_id", EOS))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels import _checks
-from blt_kernels.ids import BOS, EOS, to_bytes, to_ids
+from blt_kernels.ids import ALPHABET, BOS, BYTE_OFFSET, EOS, to_ids
 from blt_kernels.models.drafts import make_draft
 from blt_kernels.models.sampling import Sampling
 from blt_kernels.models.state import ByteState
@@ -37,13 +37,14 @@ class Statistics:
     patches : int
         Patches of prompts and of what was written; 0 for a model without any.
     passes : Counter
-        How often each part of the model has run after the prompts were read, for all rows at once.
+        How often each part of the model has run after the prompts were read, for all rows at once; "draft" is a model
+        that only drafts.
     drafted, accepted : int
-        Ids of drafts, and those of them that were kept.
+        Ids of drafts, and those of them that were written.
     rounds : Counter
         How often a draft of so many ids had so many accepted: by ``(drafted, accepted)``.
     prompt_seconds, seconds : float
-        Time for the prompts, and for the rest.
+        Time for the prompts, and for the rest, without what a reader of the stream takes.
     """
 
     prompt_bytes: int = 0
@@ -77,7 +78,7 @@ class Generated:
     @property
     def bytes(self) -> list[bytes]:
         """The new bytes of each row, without special ids."""
-        return [to_bytes(ids) for ids in self.ids]  # type: ignore[misc]
+        return [_bytes(ids) for ids in self.ids]
 
     @property
     def text(self) -> list[str]:
@@ -124,19 +125,19 @@ class Generation:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[list[list[int]]]:
-        begin = time.perf_counter()
         statistics, rows = self.statistics, list(range(len(self.prompts)))
         if not rows or not self.max_new_bytes:
             return
+        begin = time.perf_counter()
         state = self.model.new_state(len(rows), undo=self.undo)
-        chosen = self._read_prompts(state)
+        new = self._read_prompts(state)
         statistics.prompt_seconds = time.perf_counter() - begin
         while True:
-            # The last id that was chosen for a row is not in the state yet.
-            kept = {row: self._keep(row, ids) for row, ids in zip(rows, chosen, strict=True)}
-            statistics.seconds = time.perf_counter() - begin - statistics.prompt_seconds
-            yield [kept.get(row, []) for row in range(len(self.prompts))]
-            going = [i for i, row in enumerate(rows) if kept[row] == chosen[i] and self._goes_on(row)]
+            # The last id of every row is not in the state yet.
+            of_row = dict(zip(rows, new, strict=True))
+            yield [of_row.get(row, []) for row in range(len(self.prompts))]
+            begin = time.perf_counter()
+            going = [i for i, row in enumerate(rows) if self._goes_on(row)]
             if len(going) < len(rows):
                 statistics.patches += sum(n for i, n in enumerate(state.num_patches) if i not in going)
                 if not going:
@@ -144,7 +145,8 @@ class Generation:
                 state.select(going)
                 self.draft.select(going)
                 rows = [rows[i] for i in going]
-            chosen = self._round(state, rows)
+            new = self._round(state, rows)
+            statistics.seconds += time.perf_counter() - begin
 
     def _read_prompts(self, state: ByteState) -> list[list[int]]:
         counts = list(map(len, self.prompts))
@@ -152,10 +154,11 @@ class Generation:
         logits = state.extend(ids, counts)[[end - 1 for end in accumulate(counts)]]
         self.draft.start(ids, counts)
         state.passes.clear()
-        return [[x] for x in self.sampling.draw(self.sampling.probabilities(logits), self.random)]
+        first = self.sampling.draw(self.sampling.probabilities(logits), self.random)
+        return [self._keep(row, [x]) for row, x in enumerate(first)]
 
     def _round(self, state: ByteState, rows: list[int]) -> list[list[int]]:
-        """Extend the rows of the state by the ids chosen last and by drafts; return the ids that follow them."""
+        """Extend the rows of the state by the ids chosen last and by drafts; return the ids that they write."""
         statistics, sampling, random = self.statistics, self.sampling, [self.random[row] for row in rows]
         last = [self.result.ids[row][-1] for row in rows]
         room = [self.max_new_bytes - len(self.result.ids[row]) - 1 for row in rows]
@@ -163,22 +166,22 @@ class Generation:
         lengths, counts = state.lengths, [1 + len(draft.ids) for draft in drafts]
         ids = [x for first, draft in zip(last, drafts, strict=True) for x in (first, *draft.ids)]
         p = sampling.probabilities(state.extend(torch.tensor(ids, device=state.device), counts))
-        statistics.passes = Counter(state.passes)
+        statistics.passes = state.passes + self.draft.passes
         if len(ids) == len(rows):
-            self.draft.accept(drafts, [0] * len(rows), state.lengths)
-            return [[x] for x in sampling.draw(p, random)]
-        chosen, kept = [], []
-        for own, draft, numbers in zip(p.split(counts), drafts, random, strict=True):
+            return [self._keep(row, [x]) for row, x in zip(rows, sampling.draw(p, random), strict=True)]
+        new, kept = [], []
+        for row, own, draft, numbers in zip(rows, p.split(counts), drafts, random, strict=True):
             accepted, following = sampling.verify(own, draft.ids, draft.probabilities, numbers)
-            kept.append(accepted)
-            chosen.append([*draft.ids[:accepted], following])
-            statistics.rounds[len(draft.ids), accepted] += 1
+            new.append(self._keep(row, [*draft.ids[:accepted], following]))
+            kept.append(min(accepted, len(new[-1])))
+            if draft.ids:
+                statistics.rounds[len(draft.ids), kept[-1]] += 1
         statistics.drafted += len(ids) - len(rows)
         statistics.accepted += sum(kept)
-        lengths = [n + 1 + accepted for n, accepted in zip(lengths, kept, strict=True)]
+        lengths = [before + len(written) for before, written in zip(lengths, new, strict=True)]
         state.truncate(lengths)
         self.draft.accept(drafts, kept, lengths)
-        return chosen
+        return new
 
     def _keep(self, row: int, ids: list[int]) -> list[int]:
         """Append chosen ids to what a row has written, up to where it ends; return those."""
@@ -199,11 +202,27 @@ class Generation:
         return self.result.reasons[row] == "length" and len(self.result.ids[row]) < self.max_new_bytes
 
 
-def stream(generation: Generation, text: bool) -> Iterator[Any]:
-    """Yield the bytes of the only row of a generation as they come; as str of whole characters, if `text`."""
+class Stream(Iterator[Any]):
+    """The bytes of the only row of a generation as they come; as str of whole characters, if `text`.
+
+    Attributes
+    ----------
+    result : Generated
+        What was written so far. It is complete, with its statistics, when the iterator has ended.
+    """
+
+    def __init__(self, generation: Generation, text: bool) -> None:
+        self.result = generation.result
+        self._pieces = _pieces(generation, text)
+
+    def __next__(self) -> Any:
+        return next(self._pieces)
+
+
+def _pieces(generation: Generation, text: bool) -> Iterator[Any]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for (ids,) in generation:
-        data: Any = to_bytes(ids)
+        data: Any = _bytes(ids)
         data = decoder.decode(data) if text else data
         if data:
             yield data
@@ -228,26 +247,29 @@ def prompt_ids(prompts: Any, config: Any) -> list[list[int]]:
 
 
 def _ids_of_prompt(name: str, prompt: Any, config: Any) -> list[int]:
-    if isinstance(prompt, (str, bytes, bytearray, memoryview)) or getattr(prompt, "dtype", None) == torch.uint8:
+    if isinstance(prompt, (list, tuple)) and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
+        ids = list(prompt)
+    elif isinstance(prompt, Tensor) and prompt.dtype != torch.uint8:
+        _checks.check_tensor(name, prompt, 1, _checks.INTS)
+        ids = prompt.tolist()
+    elif isinstance(prompt, (str, bytes, bytearray, memoryview, Tensor)):
         if getattr(config, "patching", None) == "bpe":
             raise ValueError(f"{name}: expected ids of `to_ids(..., tokenizer=...)`, since patching is 'bpe', got text")
         ids = to_ids(prompt, bos=True).tolist()
-    elif isinstance(prompt, Tensor):
-        _checks.check_tensor(name, prompt, 1, _checks.INTS)
-        ids = prompt.tolist()
-    elif isinstance(prompt, (list, tuple)) and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
-        ids = list(prompt)
     else:
         raise TypeError(f"{name}: expected str, bytes or ids, got {type(prompt).__name__}")
+    ids = ids or [BOS]
     wrong = [x for x in ids if not 0 <= x < config.vocab_size]
     if wrong:
         raise ValueError(f"{name}: expected ids from 0 to {config.vocab_size - 1}, got {wrong[0]}")
-    return ids or [BOS]
+    return ids
 
 
 def _stop_ids(stop: Sequence[bytes | str]) -> list[list[int]]:
     if isinstance(stop, (str, bytes)):
         stop = (stop,)
+    if not isinstance(stop, (list, tuple)):
+        raise TypeError(f"stop: expected a sequence of bytes or str, got {type(stop).__name__}")
     ids = []
     for i, x in enumerate(stop):
         if not isinstance(x, (str, bytes)):
@@ -256,3 +278,8 @@ def _stop_ids(stop: Sequence[bytes | str]) -> list[list[int]]:
             raise ValueError(f"stop[{i}]: expected at least one byte, got {x!r}")
         ids.append(to_ids(x).tolist())
     return ids
+
+
+def _bytes(ids: Sequence[int]) -> bytes:
+    """Return the bytes of ids; an alphabet may have special ids on both sides of theirs."""
+    return bytes(x - BYTE_OFFSET for x in ids if BYTE_OFFSET <= x < ALPHABET)

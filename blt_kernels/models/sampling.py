@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels import _checks
@@ -58,16 +57,28 @@ class Sampling:
         return self.temperature == 0
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the probabilities of ids ``[n, A]``, fp64 on the CPU."""
+        """Return the probabilities of ids ``[n, A]``, fp64 on the CPU.
+
+        Of equal logits, lower ids come first: greedily, and where `top_k` and `top_p` leave some out.
+
+        Raises
+        ------
+        ValueError
+            A logit is NaN or positive infinity, or all of a row are negative infinity.
+        """
+        logits = logits.double().cpu()
+        top, first = logits.max(-1, keepdim=True)
+        if not top.isfinite().all():
+            raise ValueError(f"logits: expected numbers, got {float(top[~top.isfinite()][0])}; the model has overflown")
         if self.greedy:
-            return F.one_hot(logits.argmax(-1), logits.shape[-1]).double().cpu()
-        p = (logits.double().cpu() / self.temperature).softmax(-1)
+            return torch.zeros_like(logits).scatter(-1, first, 1)
+        p = ((logits - top) / self.temperature).softmax(-1)
         if self.top_k is None and self.top_p is None and self.min_p is None:
             return p
         p, order = p.sort(dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             p[..., self.top_k :] = 0
-        if self.top_p is not None:
+        if self.top_p is not None and self.top_p < 1:
             before = p.cumsum(-1) - p
             p = p.where(before < self.top_p * p.sum(-1, keepdim=True), 0)
         if self.min_p is not None:
@@ -99,7 +110,8 @@ class Sampling:
         """
         for i, drafted in enumerate(draft):
             own, other = float(p[i, drafted]), 1.0 if q is None else float(q[i, drafted])
-            if own >= other or random.random() * other < own:
+            # Every id takes a number: p and q may be equal but for rounding, which must not move the numbers after it.
+            if random.random() * other < own:
                 continue
             rest = p[i].clone()
             if q is None:
