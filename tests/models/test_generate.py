@@ -205,11 +205,11 @@ def test_a_temperature_of_almost_nothing_is_greedy() -> None:
 
 ALPHABET, ROWS, NEW = 6, 1500, 4
 TINY = TransformerConfig(16, 1, 2, ffn_dim=32, window=4)
-TINY_LM = ByteLMConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=32, window=4, vocab_size=ALPHABET, threshold=0.9)
+TINY_LM = ByteLMConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=32, window=4, vocab_size=ALPHABET, threshold=1.05)
 TINY_MODELS: dict[str, tuple[type[ByteModel], Any]] = {
     "byte_lm": (ByteLM, TINY_LM),
     "blt": (BLT, BLTConfig(TINY, replace(TINY, window=None), TINY, TINY_LM, vocab_size=ALPHABET, ngram_vocab=97,
-                           threshold=0.9)),
+                           threshold=1.05)),
     "megabyte": (MegaByte, MegaByteConfig(2, TINY, replace(TINY, window=None), vocab_size=ALPHABET)),
 }  # fmt: skip
 TINY_PROMPT = [BOS, 3, 4, 5, 0, 3, 4, 5, 1, 3, 4, 5, 3, 3, 4, 5, 4, 3, 4, 5]
@@ -275,7 +275,7 @@ def test_random_output_has_the_distribution_of_the_model(name: str, draft: str |
     assert p_value(out.ids, expected) > 1e-4
     if draft is not None:
         found = out.statistics
-        assert ROWS / 10 < found.accepted < found.drafted
+        assert ROWS / 30 < found.accepted < found.drafted
     other = distribution(model, Sampling(1.0))
     assert p_value(out.ids, other) < 1e-6  # the test can tell
 
