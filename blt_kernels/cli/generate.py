@@ -18,7 +18,7 @@ from blt_kernels.cli.console import Color, console
 from blt_kernels.cli.options import build, options_of
 from blt_kernels.models import ByteLM, load_model
 from blt_kernels.models.base import ByteModel
-from blt_kernels.models.generate import Generated, Generation, stream
+from blt_kernels.models.generate import Generated, Generation, Stream
 from blt_kernels.train import checks
 
 KINDS = ("decoder", "patcher", "prompt")
@@ -109,7 +109,7 @@ def _read(prompt: str) -> bytes:
 def _print_as_it_comes(generation: Generation) -> None:
     """Write raw bytes, but only whole characters to a terminal."""
     text, out = sys.stdout.isatty(), sys.stdout.buffer
-    for part in stream(generation, text):
+    for part in Stream(generation, text):
         out.write(part.encode() if text else part)
         out.flush()
     if text:
