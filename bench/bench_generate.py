@@ -25,6 +25,7 @@ from peers import models as peers
 from timing import OURS, Comparison, Make
 from torch import Tensor
 
+from blt_kernels._files import whole_file
 from blt_kernels.ids import to_ids
 from blt_kernels.models import ByteLM, ByteLMConfig, ByteModel, MegaByte, MegaByteConfig
 from blt_kernels.models.state import ByteState
@@ -251,7 +252,7 @@ def remarks(rows: list[timing.Row]) -> list[str]:
     for ours in rows:
         if ours.op not in (BLT_OP, MEGABYTE_OP) or ours.implementation != OURS:
             continue
-        new, batch = (int(re.search(pattern, ours.shape)[1]) for pattern in (r"(\d+) bytes behind", r"batch (\d+)"))
+        new, _, batch = numbers_in(ours.shape)
         same = [row for row in rows if (row.op, row.shape, row.threads) == (ours.op, ours.shape, ours.threads)]
         times = ", ".join(
             f"{row.implementation} {row.median_ms / ours.median_ms:.3g} times"
@@ -264,6 +265,52 @@ def remarks(rows: list[timing.Row]) -> list[str]:
             f" limit {limit:.3g} ms{'; ' + times if times else ''}"
         )
     return lines
+
+
+def plot(rows: list[timing.Row], path: Path) -> None:
+    """Draw the time of a step over the length of the prompt, of batch 1 and the largest number of threads.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    threads = max(row.threads for row in rows)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, op in zip(figure.subplots(1, 2), (BLT_OP, MEGABYTE_OP), strict=True):
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            if row.op != op or row.threads != threads or row.implementation.startswith("limit: "):
+                continue
+            new, length, batch = numbers_in(row.shape)
+            if batch == 1:
+                curves.setdefault(row.implementation, []).append((length, row.median_ms / new))
+                if row.implementation == OURS:
+                    limit = row.median_ms * row.share_of_limit / new
+                    curves.setdefault("limit of ours", []).append((length, limit))
+        for name, points in curves.items():
+            style = "--" if name.startswith("limit") else "-"
+            axis.plot(*zip(*sorted(points), strict=True), style, marker=".", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="bytes of the prompt", ylabel="ms a byte", title=op)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if curves:
+            axis.legend(fontsize=8)
+    figure.suptitle(f"batch 1, {threads} threads")
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110, format="png")
+
+
+def numbers_in(shape: str) -> tuple[int, int, int]:
+    """Return the new bytes, those of the prompt and the rows, of the shape of a comparison."""
+    found = re.search(r"(\d+) bytes behind (\d+), batch (\d+)", shape)
+    assert found is not None, shape
+    new, length, batch = map(int, found.groups())
+    return new, length, batch
 
 
 def test_generate(run_benchmark: Callable[[], None]) -> None:

@@ -91,6 +91,19 @@ def test_what_a_step_of_generation_reads(timing: ModuleType) -> None:
     assert steps.work() == 4 * (4 * local + 2 * wide + sum(keys[0]) + sum(keys[1]))
 
 
+def test_generation_is_drawn_and_told(timing: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bench, rows = importlib.import_module("bench_generate"), []
+    for length, ms in ((64, 8.0), (512, 9.0)):
+        shape = f"9M parameters, 8 bytes behind {length}, batch 1, 3 MB of state"
+        row = timing.Row(bench.BLT_OP, shape, "float32", 2, timing.OURS, ms, 1, 1.0, 0.5, 2.0, None, 3)
+        rows += [row, replace(row, implementation="peer", median_ms=40.0), replace(row, implementation="limit: copy")]
+    line, _ = bench.remarks(rows)
+    assert line.endswith("2 threads: 1 ms a step, 1000 bytes/s; limit 0.5 ms; peer 5 times")
+    bench.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_wrong_result_is_not_timed(timing: ModuleType) -> None:
     def agree(results: dict[str, int]) -> None:
         assert results[timing.OURS] == results["peer"]
