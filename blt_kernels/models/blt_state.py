@@ -5,7 +5,7 @@ A patch closes with the byte after which the rule starts another one, and that b
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blt_kernels._checks import Documents
 from blt_kernels.ids import BPE
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.characters import character_ends, cut_long_patches
@@ -37,6 +38,7 @@ class BLTState(ByteState):
         super().__init__(model, rows, undo)
         config, place = model.config, {"dtype": self.dtype, "device": self.device}
         encoder, decoder, wide = config.encoder, config.decoder, config.global_transformer
+        self.lookback = max(_LOOKBACK, *(n - 1 for n in config.ngram_sizes))
         self.patcher = None
         if config.patching == "entropy":
             if model.patcher is None:
@@ -45,7 +47,7 @@ class BLTState(ByteState):
             self.patcher = ByteLMState(model.patcher, rows, undo, reset_at_newlines=reset)
             self.patcher.part, self.patcher.passes = "patcher", self.passes
             exact = torch.float64 if self.patcher.dtype == torch.float64 else torch.float32
-            self.entropy = RowBuffer(rows, [()], undo + _LOOKBACK + 1, dtype=exact, device=self.device)
+            self.entropy = RowBuffer(rows, [()], undo + self.lookback + 1, dtype=exact, device=self.device)
         self.patch_starts: list[list[int]] = [[0] for _ in range(rows)]
         self.rule_starts: list[list[int]] = [[0] for _ in range(rows)]  # those that are no cuts of long patches
         self.starts = DocumentStarts(rows, config.eos_id if config.split_documents else None, None)
@@ -75,15 +77,17 @@ class BLTState(ByteState):
         model = self.model
         config, ops = model.config, model.ops
         old, positions = self._append(ids, counts)
+        begin = [max(0, n - self.lookback) for n in old]
+        tail, documents, new = self._tail(old, begin)
         if closing:
-            rule, final = self._cuts(ids, old, counts)
+            self._read_patcher(ids, old, counts)
+            rule, final = self._cuts(tail, documents, begin, new)
         else:
             rule = final = [False] * sum(counts)
         decode_ids = self._close(rule, final, old, counts)
         self.passes.update(("encoder", "decoder"))
 
         starts = self.starts.extend(ids, old, counts)
-        tail, documents, new = self._tail(old, max(config.ngram_sizes, default=1) - 1)
         x = ops.ngram_hash_embed(
             tail,
             model.encoder_hash_tok_embedding.weight,
@@ -108,19 +112,25 @@ class BLTState(ByteState):
         self.entropy.write(self.entropy.append(counts), self.model.ops.token_entropy(logits))
         return logits
 
-    def _cuts(self, ids: Tensor, old: Sequence[int], counts: Sequence[int]) -> list[list[bool]]:
-        """Return whether a patch starts after each new id: by the rule itself, and with the cuts of long patches."""
+    def _read_patcher(self, ids: Tensor, old: Sequence[int], counts: Sequence[int]) -> None:
+        """Pass new ids through the patcher, but for those that `extend_patcher` was given."""
+        if self.patcher is None:
+            return
+        ahead = [a - b for a, b in zip(self.patcher.lengths, old, strict=True)]
+        rest = [count - n for count, n in zip(counts, ahead, strict=True)]
+        if any(ahead):
+            begin = [at + n for at, n in zip(accumulate(counts, initial=0), ahead, strict=False)]
+            ids = ids.index_select(0, runs(begin, rest, self.device))
+        if any(rest):
+            self.extend_patcher(ids, rest)
+
+    def _cuts(self, tail: Tensor, documents: Documents, begin: Sequence[int], new: Tensor) -> list[list[bool]]:
+        """Return whether a patch starts after each new id: by the rule itself, and with the cuts of long patches.
+
+        `tail` has the ids of each row from position ``begin[r]`` on; those at `new` are the new ones.
+        """
         config, ops = self.model.config, self.model.ops
-        if self.patcher is not None:
-            ahead = [a - b for a, b in zip(self.patcher.lengths, old, strict=True)]
-            rest = [count - n for count, n in zip(counts, ahead, strict=True)]
-            if any(ahead):  # `extend_patcher` has run
-                begin = [at + n for at, n in zip(accumulate(counts, initial=0), ahead, strict=False)]
-                ids = ids.index_select(0, runs(begin, rest, self.device))
-            if any(rest):
-                self.extend_patcher(ids, rest)
-        tail, documents, new = self._tail(old, _LOOKBACK)
-        begin, offsets = [max(0, n - _LOOKBACK) for n in old], ops.offsets(documents)
+        offsets = ops.offsets(documents)
         lengths = [end - b for b, end in zip(begin, self.ids.end, strict=True)]
         if config.patching in ("static", "byte"):
             size = config.patch_size if config.patching == "static" else 1
@@ -239,11 +249,14 @@ class BLTState(ByteState):
         cu_patches = [0, *accumulate(end - first for end, first in zip(closed, oldest, strict=True))]
         shift = [p - first for p, first in zip(cu_patches, oldest, strict=False)]
         ids = [d + s for s, at, n in zip(shift, offsets, counts, strict=False) for d in decode_ids[at : at + n]]
-        read = torch.tensor(ids, dtype=torch.int32)
-        reads = torch.searchsorted(read, torch.arange(cu_patches[-1] + 1, dtype=torch.int32), out_int32=True)
-        cu, rows = (torch.tensor(n, dtype=torch.int32) for n in (cu_patches, offsets))
+        bounds = [bisect_left(ids, patch) for patch in range(cu_patches[-1] + 1)]
+        read, reads, cu, rows = (
+            torch.tensor(numbers, dtype=torch.int32, device=self.device)
+            for numbers in (ids, bounds, cu_patches, offsets)
+        )
         # To decode, a layout is read by its decode ids alone.
-        layout = PatchLayout(reads, cu, read, read, reads, rows, torch.zeros(1, dtype=torch.bool)).to(self.device)
+        full = torch.zeros(1, dtype=torch.bool, device=self.device)
+        layout = PatchLayout(reads, cu, read, read, reads, rows, full)
         flat = [y.flatten(0, 1) for y in self.patches.read(oldest, closed)]
         table = rotary_table(positions, model.config.decoder, x.dtype)
         keys = self.decoder_keys.extend(model.ops, counts, starts)
@@ -278,7 +291,7 @@ class BLTState(ByteState):
             self.patches.holds([n - self.window_decoder for n in closed]),
         ]
         if self.patcher is not None:
-            holds += [self.patcher._holds(lengths), self.entropy.holds([n - _LOOKBACK for n in lengths])]
+            holds += [self.patcher._holds(lengths), self.entropy.holds([n - self.lookback for n in lengths])]
         return [all(row) for row in zip(*holds, strict=True)]
 
     def _note_needed(self) -> None:

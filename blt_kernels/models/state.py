@@ -148,7 +148,7 @@ class ByteState:
         -------
         int64 ``[lengths[row]]``
         """
-        return self.ids.tensors[0][row, : self.ids.end[row]].long()
+        return self.ids.flat[0].view(self.rows, self.ids.capacity)[row, : self.ids.end[row]].long()
 
     @torch.no_grad()
     def truncate(self, lengths: Sequence[int]) -> None:
@@ -269,9 +269,8 @@ class ByteState:
         self.ids.write(self.ids.append(counts), ids.int())
         return old, runs(old, counts, self.device)
 
-    def _tail(self, old: Sequence[int], lookback: int) -> tuple[Tensor, Documents, Tensor]:
-        """Return the last `lookback` ids before the new ones and the new ones, their offsets, and where the new are."""
-        begin = [max(0, n - lookback) for n in old]
+    def _tail(self, old: Sequence[int], begin: Sequence[int]) -> tuple[Tensor, Documents, Tensor]:
+        """Return the ids of each row from position ``begin[r]`` on, their offsets, and where the new ones are."""
         (ids,) = self.ids.read(begin, self.ids.end)
         offsets = [0, *accumulate(end - b for b, end in zip(begin, self.ids.end, strict=True))]
         total = offsets[-1]

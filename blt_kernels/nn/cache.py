@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +15,14 @@ from blt_kernels._checks import Documents
 from blt_kernels.nn.config import TransformerConfig
 
 _BLOCK = 64  # entries by which a buffer grows at least
+_FEW = 256  # numbers that are faster to list in Python than to make by a call of torch for each row
 
 
 def runs(start: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
     """Return ``start[r], start[r] + 1, ...`` of ``counts[r]`` numbers for every r, end to end, int64."""
-    if all(n == 1 for n in counts):
-        return torch.tensor(start, dtype=torch.int64, device=device)
+    if sum(counts) <= _FEW:
+        numbers = [x for s, n in zip(start, counts, strict=True) for x in range(s, s + n)]
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
     parts = [torch.arange(s, s + n, device=device) for s, n in zip(start, counts, strict=True)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -39,8 +41,10 @@ class RowBuffer:
 
     Attributes
     ----------
-    tensors : list of ``[rows, capacity, *shape]``
-        Entry ``[r, j]`` belongs to position ``first[r] + j`` of row r.
+    flat : list of ``[rows * capacity, *shape]``
+        Entry ``r * capacity + j`` belongs to position ``first[r] + j`` of row r.
+    capacity : int
+        The entries that a row has room for.
     first, end : list of int
         Row r holds positions ``[first[r], end[r])``.
     needed : list of int, optional
@@ -52,19 +56,15 @@ class RowBuffer:
         device: torch.device,
     ) -> None:  # fmt: skip
         with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
-            self.tensors = [torch.zeros(rows, 0, *shape, dtype=dtype, device=device) for shape in shapes]
+            self.flat = [torch.zeros(0, *shape, dtype=dtype, device=device) for shape in shapes]
+        self.capacity = 0
         self.first, self.end, self.keep = [0] * rows, [0] * rows, keep
         self.needed: list[int] | None = None
 
     @property
-    def capacity(self) -> int:
-        """The entries that a row has room for."""
-        return self.tensors[0].shape[1]
-
-    @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return sum(x.nbytes for x in self.tensors)
+        return sum(x.nbytes for x in self.flat)
 
     def append(self, counts: Sequence[int]) -> Tensor:
         """Make room for `counts` new entries a row. Return where they go in the flattened tensors, int64 ``[T]``."""
@@ -77,21 +77,17 @@ class RowBuffer:
     def index(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
         """Return where positions ``[start[r], stop[r])`` of every row are in the flattened tensors, int64 ``[T]``."""
         begin = [r * self.capacity + s - f for r, (s, f) in enumerate(zip(start, self.first, strict=True))]
-        return runs(begin, [b - a for a, b in zip(start, stop, strict=True)], self.tensors[0].device)
+        return runs(begin, [b - a for a, b in zip(start, stop, strict=True)], self.flat[0].device)
 
     def write(self, index: Tensor, *values: Tensor) -> None:
         """Write packed entries ``[T, *shape]`` of each tensor where `append` said."""
-        for flat, value in zip(self.flat(), values, strict=True):
+        for flat, value in zip(self.flat, values, strict=True):
             flat.index_copy_(0, index, value.to(flat.dtype))
-
-    def flat(self) -> list[Tensor]:
-        """Return the tensors as ``[rows * capacity, *shape]``."""
-        return [x.flatten(0, 1) for x in self.tensors]
 
     def read(self, start: Sequence[int], stop: Sequence[int]) -> list[Tensor]:
         """Return positions ``[start[r], stop[r])`` of every row, packed."""
         index = self.index(start, stop)
-        return [x.index_select(0, index) for x in self.flat()]
+        return [x.index_select(0, index) for x in self.flat]
 
     def holds(self, position: Sequence[int]) -> list[bool]:
         """Return for every row whether nothing is missing from ``position[r]`` on."""
@@ -112,11 +108,15 @@ class RowBuffer:
     @torch.inference_mode(False)
     def select(self, rows: Sequence[int]) -> None:
         """Keep the rows of these numbers, in this order; a number may come several times, or be -1 for an empty row."""
-        index = torch.tensor([max(r, 0) for r in rows], dtype=torch.int64, device=self.tensors[0].device)
-        self.tensors = [
-            x.index_select(0, index) if len(x) else x.new_zeros(len(rows), *x.shape[1:]) for x in self.tensors
+        index = torch.tensor([max(r, 0) for r in rows], dtype=torch.int64, device=self.flat[0].device)
+        old, count = len(self.end), len(rows) * self.capacity
+        self.flat = [
+            x.view(old, self.capacity, *x.shape[1:]).index_select(0, index).flatten(0, 1)
+            if old
+            else x.new_zeros(count, *x.shape[1:])
+            for x in self.flat
         ]
-        self.first, self.end = ([0 if r < 0 else old[r] for r in rows] for old in (self.first, self.end))
+        self.first, self.end = ([0 if r < 0 else n[r] for r in rows] for n in (self.first, self.end))
         self.needed = None if self.needed is None else [0 if r < 0 else self.needed[r] for r in rows]
 
     def _first_needed(self) -> list[int]:
@@ -131,10 +131,9 @@ class RowBuffer:
         """Drop the entries that need not be kept, and leave room for `counts` new ones and some more."""
         first = self._first_needed()
         width = max((e - f + n for e, f, n in zip(self.end, first, counts, strict=True)), default=0)
-        capacity = -(-(width + max(_BLOCK, width // 4)) // _BLOCK) * _BLOCK
-        source = self.index(first, self.end)
-        old, self.first = self.flat(), first
-        self.tensors = [x.new_zeros(x.shape[0], capacity, *x.shape[2:]) for x in self.tensors]
+        source, old = self.index(first, self.end), self.flat
+        self.first, self.capacity = first, -(-(width + max(_BLOCK, width // 4)) // _BLOCK) * _BLOCK
+        self.flat = [x.new_zeros(len(first) * self.capacity, *x.shape[1:]) for x in old]
         self.write(self.index(first, self.end), *(x.index_select(0, source) for x in old))
 
 
@@ -153,7 +152,7 @@ class CachedKeys:
     index : int64 ``[T]``
         Where the new keys go.
     documents : dict
-        ``cu_seqlens_q``, ``cu_seqlens_k`` and ``seqused_k`` of the attention op.
+        ``cu_seqlens_q`` and ``cu_seqlens_k`` of the attention op.
     """
 
     keys: Tensor
@@ -207,37 +206,31 @@ class KeyCache(RowBuffer):
         old = self.end
         index = self.append(counts)
         documents = self._documents(ops, old, counts, starts)
-        flat = self.flat()
-        return [CachedKeys(k, v, index, documents) for k, v in zip(flat[::2], flat[1::2], strict=True)]
+        return [CachedKeys(k, v, index, documents) for k, v in zip(self.flat[::2], self.flat[1::2], strict=True)]
 
     def _documents(
         self, ops: SimpleNamespace, old: Sequence[int], counts: Sequence[int], starts: Sequence[Sequence[int]]
     ) -> dict[str, Any]:
-        """Return the offsets of documents of queries and keys, and how many of these keys count.
+        """Return the offsets of documents of queries and keys.
 
         What lies between the documents with queries is a document without them.
         """
-        queries, ends, used = [], [], []
+        queries, ends = [0], [0]  # as offsets
         for r, (before, count, first) in enumerate(zip(old, counts, self.first, strict=True)):
+            if not count:
+                continue
             base, end = r * self.capacity - first, before + count
             begin = max(starts[r][0], first)
-            if begin > first:
-                queries.append(0)
+            if base + begin > ends[-1]:
+                queries.append(queries[-1])
                 ends.append(base + begin)
-                used.append(0)
             for start, stop in pairwise((begin, *(s for s in starts[r][1:] if s < end), end)):
-                queries.append(stop - max(start, before))
+                queries.append(queries[-1] + stop - max(start, before))
                 ends.append(base + stop)
-                used.append(stop - start)
-            ends[-1] = (r + 1) * self.capacity
-        device = self.tensors[0].device
 
-        def tensor(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+        def documents(offsets: list[int], total: int) -> Tensor:
+            values = torch.tensor(offsets, dtype=torch.int32, device=self.flat[0].device)
+            return ops.offsets(Documents(values, total, offsets[-1]))
 
-        total, slots = sum(counts), len(counts) * self.capacity
-        return {
-            "cu_seqlens_q": ops.offsets(Documents(tensor([0, *accumulate(queries)]), total, total)),
-            "cu_seqlens_k": ops.offsets(Documents(tensor([0, *ends]), slots, slots)),
-            "seqused_k": tensor(used),
-        }
+        slots = len(counts) * self.capacity
+        return {"cu_seqlens_q": documents(queries, sum(counts)), "cu_seqlens_k": documents(ends, slots)}

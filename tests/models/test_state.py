@@ -281,7 +281,7 @@ def test_memory_of_local_layers_does_not_grow(step: int, total: int) -> None:
         for part in ids.split(step):
             model.extend(part, state=state)
             assert max(buffer.capacity for buffer in bounded) < 640
-        assert state.nbytes == sum(x.nbytes for buffer in buffers(state) for x in buffer.tensors)
+        assert state.nbytes == sum(x.nbytes for buffer in buffers(state) for x in buffer.flat)
 
 
 LOCAL_BUFFERS = ("cache", "encoder_keys", "decoder_keys", "encoded", "patches", "entropy", "parts", "local_keys")
@@ -304,7 +304,7 @@ def test_memory_is_given_back() -> None:
     model = model_of("byte_lm")
     state = model.new_state(undo=8)
     model.extend(text(real_text(20000)), state=state)
-    assert state.nbytes < 4 * 20000 * 1.5 + 200 * sum(x[0, 0].nbytes for x in state.cache.tensors)
+    assert state.nbytes < 4 * 20000 * 1.5 + 200 * sum(x[0].nbytes for x in state.cache.flat)
 
 
 # --- places and modes -------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_no_graph_is_kept(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not logits.requires_grad
     checked.truncate([90, 31])
     checked.select([1, 0])
-    assert not any(x.requires_grad for buffer in buffers(checked.state) for x in buffer.tensors)
+    assert not any(x.requires_grad for buffer in buffers(checked.state) for x in buffer.flat)
 
 
 @pytest.mark.parametrize("case", FEW)
