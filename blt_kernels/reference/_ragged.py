@@ -6,6 +6,24 @@ import torch
 from torch import Tensor
 
 
+def accumulator(x: Tensor) -> torch.dtype:
+    """Return the dtype that values of `x` are summed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """Return the factor of the scores of attention."""
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def local_index(num_bytes: int, cu_seqlens: Tensor) -> Tensor:
+    """Return the position of each byte in its document, int64 ``[T]``; -1 beyond the last document."""
+    position = torch.arange(num_bytes, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    local = position - cu_seqlens.long()[document]
+    return local.where(document < cu_seqlens.shape[0] - 1, -1)
+
+
 def document_offsets(x: Tensor, cu_seqlens: Tensor | None, num_documents: int) -> Tensor:
     """Return `cu_seqlens` if given, else the int32 offsets of `num_documents` documents of one length in packed `x`."""
     if cu_seqlens is not None:

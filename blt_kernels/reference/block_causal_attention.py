@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import AttentionRanges
-from blt_kernels.reference._ragged import document_offsets
+from blt_kernels.reference._ragged import accumulator, document_offsets, scale_of
 
 _QUERY_BLOCK = 128
 
@@ -159,7 +159,7 @@ def block_causal_attention_fwd_reference(
     mask, same_bytes = mask.with_offsets(q, k), mask.same_bytes(q.shape[0], k.shape[0])
     first, last = mask.keys_of_queries(q.shape[0], k.shape[0])
     attended = attended_keys(first, last, k.shape[0])
-    query = _zero_unless(first < last, q) * _scale(q, scale)
+    query = _zero_unless(first < last, q) * scale_of(q, scale)
     key, value = _zero_unless(attended, k), _zero_unless(attended, v)
     if not key.shape[0]:  # a masked key, so that there is a maximum
         key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (key, value))
@@ -205,7 +205,7 @@ def block_causal_attention_bwd_reference(
     mask, same_bytes = mask.with_offsets(q, k), mask.same_bytes(q.shape[0], k.shape[0])
     first, last = mask.keys_of_queries(q.shape[0], k.shape[0])
     attended = attended_keys(first, last, k.shape[0])
-    query = _zero_unless(first < last, q) * _scale(q, scale)
+    query = _zero_unless(first < last, q) * scale_of(q, scale)
     key, value = _zero_unless(attended, k), _zero_unless(attended, v)
     grad = _zero_unless(first < last, grad_out)
     grad_q, grad_k, grad_v = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -220,7 +220,7 @@ def block_causal_attention_bwd_reference(
             grad_q[rows] = _by_query(torch.bmm(ds, key[keys].transpose(0, 1)), query[rows])
             grad_k[keys] += torch.bmm(ds.mT, queries).transpose(0, 1)  # sums over the query heads of a key head
             grad_v[keys] += torch.bmm(p.mT, grads).transpose(0, 1)
-    grad_q *= _scale(q, scale)
+    grad_q *= scale_of(q, scale)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
@@ -260,17 +260,12 @@ def block_causal_attention_ranges_fwd_reference(
 
 def _zero_unless(attended: Tensor, x: Tensor) -> Tensor:
     """Return `x` in the accumulator's dtype, with zeros where it takes no part and may hold anything."""
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return x.masked_fill(~attended[:, None, None], 0)
+    return x.to(accumulator(x)).masked_fill(~attended[:, None, None], 0)
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off: products keep the dtype of their arguments. torch has no autocast for "meta"."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _blocks(num_queries: int, num_keys: int, mask: AttentionMask, same_bytes: bool) -> Iterator[tuple[slice, slice]]:

@@ -8,14 +8,17 @@ document.
 from __future__ import annotations
 
 import ctypes
+import inspect
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
-from blt_kernels.reference._ragged import document_offsets
+from blt_kernels.reference._ragged import document_offsets, local_index
 from blt_kernels.reference.token_entropy import token_entropy_fwd_reference
 
 
@@ -40,7 +43,7 @@ def patch_starts_reference(
 ) -> PatchLayout:
     """Cut patches by thresholds of entropies ``[T]``. All comparisons are in fp32."""
     h = entropy.float()
-    local = _local_index(h.shape[0], cu_seqlens)
+    local = local_index(h.shape[0], cu_seqlens)
     rise = h - h.roll(1)
     limit = torch.full((), _fp32(threshold), dtype=torch.float32, device=h.device)
     if monotonic:
@@ -79,7 +82,7 @@ def space_patch_reference(tokens: Tensor, cu_seqlens: Tensor, max_patches: int |
     letter = ((byte >= ord("A")) & (byte <= ord("Z"))) | ((byte >= ord("a")) & (byte <= ord("z")))
     continuation = (byte >= 0x80) & (byte < 0xC0)
     space_like = ~(digit | letter | continuation)
-    local = _local_index(tokens.shape[0], cu_seqlens)
+    local = local_index(tokens.shape[0], cu_seqlens)
     cuts = (space_like & ~space_like.roll(1)) | (tokens < 4) | (local == 0)
     return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
 
@@ -88,7 +91,7 @@ def static_patch_reference(
     cu_seqlens: Tensor, num_bytes: int, size: int, first: int = 1, max_patches: int | None = None
 ) -> PatchLayout:
     """A first patch of `first` bytes, then patches of `size`."""
-    after = _local_index(num_bytes, cu_seqlens) + 1
+    after = local_index(num_bytes, cu_seqlens) + 1
     return PatchLayout.from_cuts((after >= first) & ((after - first) % size == 0), cu_seqlens, max_patches)
 
 
@@ -96,7 +99,7 @@ def delimiter_patch_reference(
     tokens: Tensor, cu_seqlens: Tensor, id: int, max_patches: int | None = None
 ) -> PatchLayout:
     """Patches end at the delimiter; the first byte is a patch of its own."""
-    cuts = (tokens.long() == id) | (_local_index(tokens.shape[0], cu_seqlens) == 0)
+    cuts = (tokens.long() == id) | (local_index(tokens.shape[0], cu_seqlens) == 0)
     return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
 
 
@@ -105,7 +108,7 @@ def topk_patch_reference(
 ) -> PatchLayout:
     """Patches end at the S // patch_size - 2 highest entropies after the first byte; the earlier wins ties."""
     num_bytes = entropy.shape[0]
-    local = _local_index(num_bytes, cu_seqlens)
+    local = local_index(num_bytes, cu_seqlens)
     document = torch.searchsorted(
         cu_seqlens[1:].contiguous(), torch.arange(num_bytes, device=entropy.device), right=True
     )
@@ -125,19 +128,28 @@ def topk_patch_reference(
 # out, and last the offsets that were made; none where they were given.
 
 
-def patch_starts_fwd_reference(
-    entropy: Tensor,
-    cu_seqlens: Tensor | None,
-    num_documents: int,
-    threshold: float,
-    threshold_add: float | None,
-    monotonic: bool,
-    max_patch_length: int | None,
-    max_patches: int | None,
+def _operator(scheme: Callable[..., PatchLayout]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the operator of a scheme: its arguments, with `num_documents` behind the offsets."""
+    x, offsets, *rest = inspect.signature(scheme).parameters.values()
+
+    def operator(x: Tensor, cu_seqlens: Tensor | None, num_documents: int, *arguments: Any) -> tuple[Tensor, ...]:
+        return _tensors(scheme(x, document_offsets(x, cu_seqlens, num_documents), *arguments), cu_seqlens)
+
+    names = [x, offsets, offsets.replace(name="num_documents"), *rest]
+    operator.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    return operator
+
+
+patch_starts_fwd_reference = _operator(patch_starts_reference)
+space_patch_fwd_reference = _operator(space_patch_reference)
+delimiter_patch_fwd_reference = _operator(delimiter_patch_reference)
+topk_patch_fwd_reference = _operator(topk_patch_reference)
+
+
+def static_patch_fwd_reference(
+    cu_seqlens: Tensor, num_bytes: int, size: int, first: int, max_patches: int | None
 ) -> tuple[Tensor, ...]:
-    offsets = document_offsets(entropy, cu_seqlens, num_documents)
-    rules = threshold, threshold_add, monotonic, max_patch_length
-    return _tensors(patch_starts_reference(entropy, offsets, *rules, max_patches), cu_seqlens)
+    return _tensors(static_patch_reference(cu_seqlens, num_bytes, size, first, max_patches), cu_seqlens)
 
 
 def entropy_patch_fwd_reference(
@@ -156,33 +168,6 @@ def entropy_patch_fwd_reference(
     return entropy, log_sum, *layout
 
 
-def space_patch_fwd_reference(
-    tokens: Tensor, cu_seqlens: Tensor | None, num_documents: int, max_patches: int | None
-) -> tuple[Tensor, ...]:
-    offsets = document_offsets(tokens, cu_seqlens, num_documents)
-    return _tensors(space_patch_reference(tokens, offsets, max_patches), cu_seqlens)
-
-
-def static_patch_fwd_reference(
-    cu_seqlens: Tensor, num_bytes: int, size: int, first: int, max_patches: int | None
-) -> tuple[Tensor, ...]:
-    return _tensors(static_patch_reference(cu_seqlens, num_bytes, size, first, max_patches), cu_seqlens)
-
-
-def delimiter_patch_fwd_reference(
-    tokens: Tensor, cu_seqlens: Tensor | None, num_documents: int, id: int, max_patches: int | None
-) -> tuple[Tensor, ...]:
-    offsets = document_offsets(tokens, cu_seqlens, num_documents)
-    return _tensors(delimiter_patch_reference(tokens, offsets, id, max_patches), cu_seqlens)
-
-
-def topk_patch_fwd_reference(
-    entropy: Tensor, cu_seqlens: Tensor | None, num_documents: int, patch_size: int, max_patches: int | None
-) -> tuple[Tensor, ...]:
-    offsets = document_offsets(entropy, cu_seqlens, num_documents)
-    return _tensors(topk_patch_reference(entropy, offsets, patch_size, max_patches), cu_seqlens)
-
-
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
@@ -194,13 +179,6 @@ def _fp32(x: float) -> float:
 def _tensors(layout: PatchLayout, given: Tensor | None) -> tuple[Tensor, ...]:
     made = layout.cu_seqlens if given is None else layout.cu_seqlens.new_empty(0)
     return (*(getattr(layout, field.name) for field in fields(layout) if field.name != "cu_seqlens"), made)
-
-
-def _local_index(num_bytes: int, cu_seqlens: Tensor) -> Tensor:
-    """Return the position of each byte in its document, int64 ``[T]``."""
-    position = torch.arange(num_bytes, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
-    return position - cu_seqlens.long()[document]
 
 
 def _cut_long_patches(cuts: Tensor, max_patch_length: int) -> Tensor:

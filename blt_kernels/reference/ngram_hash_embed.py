@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blt_kernels.reference._ragged import document_offsets
+from blt_kernels.reference._ragged import accumulator, document_offsets, local_index
 
 PRIMES = (
     1000000007,
@@ -47,7 +47,7 @@ def ngram_hash_fwd_reference(
     vocab: int,
 ) -> Tensor:
     """Return ``sum_j window[j] * prime**j mod vocab``, in int64 that wraps: ``[N, T]``. j = 0 is the oldest byte."""
-    local = _local_index(tokens.shape[0], document_offsets(tokens, cu_seqlens, num_documents))
+    local = local_index(tokens.shape[0], document_offsets(tokens, cu_seqlens, num_documents))
     # back[d] is the byte d places before, 0 before the start of its document.
     reach = min(max(ngram_sizes), tokens.shape[0])
     back = [F.pad(tokens.long(), (d, 0))[: local.shape[0]].where(local >= d, 0) for d in range(reach)]
@@ -105,16 +105,15 @@ def ngram_hash_embed_fwd_reference(
     vocab: int,
 ) -> Tensor:
     """out[i] = byte_table[tokens[i]] + sum over tables of table[hash[i]], added up in fp32 and rounded once."""
-    cu_seqlens = document_offsets(tokens, cu_seqlens, num_documents)
-    rows, hit = _table_rows(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, len(tables) == 1)
-    dtype = tables[0].dtype
-    out = torch.zeros(tokens.shape[0], tables[0].shape[1], dtype=_accumulator(tables[0]), device=tokens.device)
-    lookups = [(row, hit[i], tables[i % len(tables)]) for i, row in enumerate(rows.unbind())]
-    if byte_table is not None:
-        lookups.insert(0, (*_byte_rows(tokens, cu_seqlens, row_range, byte_table.shape[0]), byte_table))
-    for row, found, table in lookups:
-        out = out + F.embedding(row, table, sparse=grad == "sparse").where(found[:, None], 0)
-    return out.to(dtype)
+    alphabet, fused = None if byte_table is None else byte_table.shape[0], len(tables) == 1
+    lookups = _lookups(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range, vocab, fused, alphabet)
+    every = [*tables] if byte_table is None else [*tables, byte_table]
+    out = torch.zeros(tokens.shape[0], every[0].shape[1], dtype=accumulator(every[0]), device=tokens.device)
+    pairs = list(zip(lookups, every, strict=True))
+    for (_, rows, hits), table in pairs[len(tables) :] + pairs[: len(tables)]:  # the byte table is first
+        for row, hit in zip(rows, hits, strict=True):
+            out = out + F.embedding(row, table, sparse=grad == "sparse").where(hit[:, None], 0)
+    return out.to(every[0].dtype)
 
 
 def ngram_hash_embed_bwd_reference(
@@ -130,9 +129,10 @@ def ngram_hash_embed_bwd_reference(
     alphabet: int | None,
 ) -> list[Tensor]:
     """Dense gradients of the tables and, given `alphabet`, of the byte table: every row sums the bytes that read it."""
-    cu_seqlens, grads = document_offsets(tokens, cu_seqlens, num_documents), []
-    for size, rows, hits in _lookups(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused, alphabet):
-        grad = grad_out.new_zeros(size, grad_out.shape[1], dtype=_accumulator(grad_out))
+    grads = []
+    lookups = _lookups(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range, vocab, fused, alphabet)
+    for size, rows, hits in lookups:
+        grad = grad_out.new_zeros(size, grad_out.shape[1], dtype=accumulator(grad_out))
         for row, hit in zip(rows, hits, strict=True):
             grad.index_add_(0, row, grad_out.to(grad.dtype).where(hit[:, None], 0))
         grads.append(grad.to(grad_out.dtype))
@@ -152,13 +152,13 @@ def ngram_hash_embed_sparse_bwd_reference(
     alphabet: int | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Give the same gradients as rows in rising order, int64 ``[M]``, and their values ``[M, D]``."""
-    cu_seqlens = document_offsets(tokens, cu_seqlens, num_documents)
     all_rows, all_values = [], []
-    for size, rows, hits in _lookups(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused, alphabet):
+    lookups = _lookups(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range, vocab, fused, alphabet)
+    for size, rows, hits in lookups:
         # Lookups that miss go to one more row, which sorts last and is always there to be cut off.
         keys = F.pad(rows.where(hits, size).flatten(), (0, 1), value=size)
         unique, inverse = keys.unique(return_inverse=True)
-        values = grad_out.new_zeros(unique.shape[0], grad_out.shape[1], dtype=_accumulator(grad_out))
+        values = grad_out.new_zeros(unique.shape[0], grad_out.shape[1], dtype=accumulator(grad_out))
         for slot in inverse[:-1].view_as(rows):
             values.index_add_(0, slot, grad_out.to(values.dtype))
         all_rows.append(unique[:-1].clone())
@@ -168,7 +168,8 @@ def ngram_hash_embed_sparse_bwd_reference(
 
 def _lookups(
     tokens: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
+    num_documents: int,
     ngram_sizes: Sequence[int],
     num_functions: int,
     row_range: Sequence[int] | None,
@@ -177,61 +178,25 @@ def _lookups(
     alphabet: int | None,
 ) -> list[tuple[int, Tensor, Tensor]]:
     """For each table, the byte table last: its number of rows, the rows read ``[n, T]``, and which of them count."""
-    rows, hits = _table_rows(tokens, cu_seqlens, ngram_sizes, num_functions, row_range, vocab, fused)
-    local_rows = vocab if row_range is None else row_range[1] - row_range[0]
-    if fused:
-        lookups = [(rows.shape[0] * local_rows, rows, hits)]
-    else:
-        lookups = [(local_rows, rows[i : i + 1], hits[i : i + 1]) for i in range(rows.shape[0])]
-    if alphabet is not None:
-        row, known = _byte_rows(tokens, cu_seqlens, row_range, alphabet)
-        lookups.append((alphabet, row[None], known[None]))
-    return lookups
-
-
-def _table_rows(
-    tokens: Tensor,
-    cu_seqlens: Tensor,
-    ngram_sizes: Sequence[int],
-    num_functions: int,
-    row_range: Sequence[int] | None,
-    vocab: int,
-    fused: bool,
-) -> tuple[Tensor, Tensor]:
-    """Row of each table that a byte reads, int64 ``[N, T]``, and whether it is there to be read, bool ``[N, T]``."""
+    cu_seqlens = document_offsets(tokens, cu_seqlens, num_documents)
+    inside = local_index(tokens.shape[0], cu_seqlens) >= 0
     low, high = (0, vocab) if row_range is None else row_range
-    hashes = ngram_hash_fwd_reference(tokens, cu_seqlens, 0, ngram_sizes, num_functions, vocab)
-    inside = _local_index(tokens.shape[0], cu_seqlens) >= 0
-    rows = (hashes - low).clamp(0, high - low - 1)
+    hashes = ngram_hash_fwd_reference(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab)
+    rows, hits = (hashes - low).clamp(0, high - low - 1), (hashes >= low) & (hashes < high) & inside
     if fused:
-        rows = rows + torch.arange(rows.shape[0], device=rows.device)[:, None] * (high - low)
-    return rows, (hashes >= low) & (hashes < high) & inside
-
-
-def _byte_rows(
-    tokens: Tensor, cu_seqlens: Tensor, row_range: Sequence[int] | None, alphabet: int
-) -> tuple[Tensor, Tensor]:
-    """Row of the byte table, int64 ``[T]``, and whether to read it. Of all shards the one that begins at row 0 does."""
-    inside = _local_index(tokens.shape[0], cu_seqlens) >= 0
-    known = inside & (tokens >= 0) & (tokens < alphabet)
-    return tokens.long().clamp(0, alphabet - 1), known & (row_range is None or row_range[0] == 0)
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+        first = torch.arange(rows.shape[0], device=rows.device)[:, None] * (high - low)
+        lookups = [(rows.shape[0] * (high - low), rows + first, hits)]
+    else:
+        lookups = [(high - low, rows[i : i + 1], hits[i : i + 1]) for i in range(rows.shape[0])]
+    if alphabet is not None:  # of all shards, the one that begins at row 0 reads the byte table
+        known = inside & (tokens >= 0) & (tokens < alphabet) & (low == 0)
+        lookups.append((alphabet, tokens.long().clamp(0, alphabet - 1)[None], known[None]))
+    return lookups
 
 
 def _wrap(x: int) -> int:
     """Wrap x around to an int64."""
     return (x + 2**63) % 2**64 - 2**63
-
-
-def _local_index(num_bytes: int, cu_seqlens: Tensor) -> Tensor:
-    """Return the position of each byte in its document, int64 ``[T]``; -1 beyond the last document."""
-    position = torch.arange(num_bytes, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
-    local = position - cu_seqlens.long()[document]
-    return local.where(document < cu_seqlens.shape[0] - 1, -1)
 
 
 def _rows(tokens: Tensor) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from blt_kernels.reference._ragged import accumulator
 
 
 def sgd_step_reference(table: Tensor, rows: Tensor, values: Tensor, lr: float) -> None:
     """table[rows] -= lr * values."""
-    dtype = _accumulator(table)
+    dtype = accumulator(table)
     table.index_copy_(0, rows, (table[rows].to(dtype) - lr * values.to(dtype)).to(table.dtype))
 
 
@@ -16,12 +17,8 @@ def rowwise_adagrad_step_reference(
     table: Tensor, sums: Tensor, rows: Tensor, values: Tensor, lr: float, eps: float
 ) -> None:
     """sums[rows] += mean(values**2); table[rows] -= lr * values / (sqrt(sums[rows]) + eps)."""
-    dtype = _accumulator(table)
+    dtype = accumulator(table)
     grad = values.to(dtype)
     sums.index_add_(0, rows, grad.square().mean(1))
     rate = lr / (sums[rows].sqrt() + eps)
     table.index_copy_(0, rows, (table[rows].to(dtype) - rate[:, None] * grad).to(table.dtype))
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

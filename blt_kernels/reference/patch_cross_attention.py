@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
+from blt_kernels.reference._ragged import accumulator, scale_of
 
 
 def patch_cross_attention_reference(
@@ -51,7 +52,7 @@ def patch_cross_attention_fwd_reference(
 ) -> tuple[Tensor, Tensor]:
     """With s = scale * q k^T over the edges of a query: out = softmax(s) v, lse = logsumexp(s)."""
     graph = _graph(offsets, cu_patches, ids, direction, queries_per_patch, window)
-    query, key, value = graph[0].query_side(q) * _scale(q, scale), *(graph[0].key_side(_repeat(x, q)) for x in (k, v))
+    query, key, value = graph[0].query_side(q) * scale_of(q, scale), *(graph[0].key_side(_repeat(x, q)) for x in (k, v))
     scores = [(e.query(query) * e.key(key)).sum(-1, keepdim=True).where(e.real, -torch.inf) for e in graph]
     top = torch.stack([e.max_query(s.detach()) for e, s in zip(graph, scores, strict=True)]).amax(0)
     top = top.masked_fill(top == -torch.inf, 0)
@@ -85,7 +86,7 @@ def patch_cross_attention_bwd_reference(
     exp(s - lse) is p, but for the rounding of lse: it is divided by its sum.
     """
     graph = _graph(offsets, cu_patches, ids, direction, queries_per_patch, window)
-    query, key, value = graph[0].query_side(q) * _scale(q, scale), *(graph[0].key_side(_repeat(x, q)) for x in (k, v))
+    query, key, value = graph[0].query_side(q) * scale_of(q, scale), *(graph[0].key_side(_repeat(x, q)) for x in (k, v))
     grad = graph[0].query_side(grad_out)
     shift = graph[0].query_side(lse[..., None])
     grad_q, grad_k, grad_v = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -104,7 +105,7 @@ def patch_cross_attention_bwd_reference(
         grad_q += e.sum_query(ds * e.key(key))
         grad_k += e.sum_key(ds * e.query(query))
         grad_v += e.sum_key(p * e.query(grad))
-    grad_q *= _scale(q, scale)
+    grad_q *= scale_of(q, scale)
     grad_k, grad_v = (
         x.reshape(*k.shape[:-1], q.shape[-2] // k.shape[-2], k.shape[-1]).sum(-2) for x in (grad_k, grad_v)
     )
@@ -157,10 +158,10 @@ class _Edges:
         return buffer.scatter_reduce(0, self.patch.view(-1, 1, 1, 1).expand_as(x), x, "amax")[:-1]
 
     def _bytes(self, x: Tensor) -> Tensor:
-        return x.to(_accumulator(x)).contiguous().unsqueeze(1).where(self.inside, 0)
+        return x.to(accumulator(x)).contiguous().unsqueeze(1).where(self.inside, 0)
 
     def _patches(self, x: Tensor) -> Tensor:
-        return x.to(_accumulator(x)).contiguous().unflatten(0, (self.capacity, self.queries_per_patch))
+        return x.to(accumulator(x)).contiguous().unflatten(0, (self.capacity, self.queries_per_patch))
 
     def _read_patches(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)).index_select(0, self.patch)
@@ -204,11 +205,3 @@ def _graph(
 def _repeat(x: Tensor, q: Tensor) -> Tensor:
     """Keys or values ``[*, G, E]`` once for each of the H heads of q: head h is head ``h // (H / G)``."""
     return x.repeat_interleave(q.shape[-2] // x.shape[-2], -2)
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale

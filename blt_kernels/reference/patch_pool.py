@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
+from blt_kernels.reference._ragged import accumulator
 
 REDUCTIONS = ("max", "min", "mean", "sum", "first", "last")
 
@@ -24,7 +25,7 @@ def patch_pool_reference(x: Tensor, layout: PatchLayout, reduce: str | Sequence[
 
 
 def patch_pool_fwd_reference(x: Tensor, patch_offsets: Tensor, patch_ids: Tensor, reduce: Sequence[str]) -> Tensor:
-    h = x.to(_accumulator(x))  # [T, D]
+    h = x.to(accumulator(x))  # [T, D]
     row = _row(patch_offsets, patch_ids)  # [T]
     lengths = patch_offsets.diff()[:, None]  # [C, 1]
     pooled = []
@@ -53,7 +54,7 @@ def patch_pool_bwd_reference(
     reduce: Sequence[str],
 ) -> Tensor:
     """Return each byte's share of its patch's gradient: all (sum), 1/length (mean), 1/ties at a maximum or minimum."""
-    grads = grad_out.to(_accumulator(grad_out)).chunk(len(reduce), -1)  # [C, D] each
+    grads = grad_out.to(accumulator(grad_out)).chunk(len(reduce), -1)  # [C, D] each
     row = _row(patch_offsets, patch_ids)
     position = torch.arange(row.shape[0], device=row.device)
     grad_x = grads[0].new_zeros(row.shape[0], grads[0].shape[1])
@@ -72,10 +73,6 @@ def patch_pool_bwd_reference(
             chosen = position == byte.index_select(0, row)
             grad_x += _read(grad, row).where(chosen[:, None], 0)
     return grad_x.to(grad_out.dtype)
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _row(patch_offsets: Tensor, patch_ids: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blt_kernels.reference._ragged import accumulator
+
 
 def token_entropy_reference(logits: Tensor) -> Tensor:
     """H = -sum p log p in nats over the last dimension, with 0 log 0 = 0; fp32, or fp64 for fp64 logits."""
@@ -14,7 +16,7 @@ def token_entropy_reference(logits: Tensor) -> Tensor:
 
 def token_entropy_fwd_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Entropy and ``log_sum = logsumexp(x - max x)``, which keeps the digits that the gradient needs."""
-    x = logits.to(_accumulator(logits))
+    x = logits.to(accumulator(logits))
     log_p = x.log_softmax(-1)
     p = log_p.exp()
     log_sum = (x - x.amax(-1, keepdim=True)).logsumexp(-1)
@@ -46,7 +48,3 @@ def linear_entropy_bwd_reference(
     logits = F.linear(hidden, weight, bias)
     grad = token_entropy_bwd_reference(grad_entropy, logits, entropy, log_sum)
     return grad @ weight, grad.mT @ hidden, grad.sum(0)
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
