@@ -19,6 +19,7 @@ from model_cases import SMALL_BLT, build
 from state_cases import CASES, TOLERANCE, Checked, model_of, packed, patch_starts, rows_of_text, text
 from torch import Tensor
 
+from blt_kernels.ids import EOS
 from blt_kernels.models import BLT
 from blt_kernels.models.base import ByteModel
 from blt_kernels.models.blt_state import BLTState
@@ -71,9 +72,7 @@ def assert_as_one_forward(model: ByteModel, rows: Sequence[Tensor], logits: Sequ
 @pytest.mark.parametrize("case", CASES)
 def test_any_split_gives_one_forward(case: str) -> None:
     model, rows = model_of(case), rows_of_text()
-    for seed in range(2):
-        calls = ragged([len(row) for row in rows], seed)
-        assert_as_one_forward(model, rows, *read(model, rows, calls))
+    assert_as_one_forward(model, rows, *read(model, rows, ragged([len(row) for row in rows], 0)))
     assert_as_one_forward(model, rows, *read(model, rows, iter([[len(row) for row in rows]])))
 
 
@@ -190,6 +189,18 @@ def test_what_is_taken_back_leaves_no_trace(case: str, monkeypatch: pytest.Monke
     checked.extend([next(new) for _ in range(3)])
     checked.truncate([0, 0, 0])
     checked.extend(rows_of_text()[:3])
+
+
+@pytest.mark.parametrize("case", [*FEW, "blt: newlines", "blt: entropy, whole_characters and max_patch_length"])
+def test_taken_back_to_every_place_of_a_row(case: str) -> None:
+    """Among them those right before and after the end of a document, a newline and the bytes of a character."""
+    row, other = text("ab\n", EOS, EOS, "\né人c", EOS, "e"), text("xy人", EOS, "z")
+    checked = Checked(model_of(case), 1)
+    for length in range(len(row) + 1):
+        checked.extend([row])
+        checked.truncate([length])
+        checked.extend([other])
+        checked.truncate([0])
 
 
 @pytest.mark.parametrize("case", FEW)
