@@ -208,8 +208,8 @@ class ByteModel(nn.Module):
         Parameters
         ----------
         prompts : str, bytes, ids, or a list of them
-            Text (a uint8 tensor, too) gets BOS in front. Ids are a tensor ``[S]`` or ``[R, S]``, or a list of int, and
-            are taken as they are. A prompt of nothing is BOS.
+            Text (uint8 tensors and arrays, too) gets BOS in front. Ids are an integer tensor or array ``[S]`` or
+            ``[R, S]``, or a list of int, and are taken as they are. A prompt of nothing is BOS.
         max_new_bytes : int
             The most ids that a row writes.
         temperature, top_k, top_p, min_p : optional

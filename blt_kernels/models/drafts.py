@@ -225,7 +225,7 @@ def make_draft(draft: Any, model: Any, sampling: Sampling, draft_bytes: int, row
         kinds.append("patcher")
     if isinstance(draft, str):
         _checks.check_choice("draft", draft, kinds)
-    elif not hasattr(draft, "new_state"):
+    elif not (hasattr(draft, "new_state") and hasattr(draft, "config")):
         raise TypeError(f"draft: expected None, one of {', '.join(map(repr, kinds))} or a model, got {draft!r}")
     elif draft.config.vocab_size != model.config.vocab_size:
         alphabet = f"a model of {model.config.vocab_size} ids"

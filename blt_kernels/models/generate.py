@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels import _checks
-from blt_kernels.ids import ALPHABET, BOS, BYTE_OFFSET, EOS, to_ids
+from blt_kernels.ids import ALPHABET, BOS, BYTE_OFFSET, EOS, _to_ids
 from blt_kernels.models.drafts import make_draft
 from blt_kernels.models.sampling import Sampling
 from blt_kernels.models.state import ByteState
@@ -239,11 +239,16 @@ def prompt_ids(prompts: Any, config: Any) -> list[list[int]]:
     TypeError, ValueError
         A prompt is neither text nor ids, or an id is outside of the alphabet.
     """
+    prompts = _array_as_tensor(prompts)
     if isinstance(prompts, Tensor) and prompts.dim() == 2:
         prompts = list(prompts)
     elif not isinstance(prompts, (list, tuple)) or (prompts and all(isinstance(x, int) for x in prompts)):
         prompts = [prompts]
-    return [_ids_of_prompt(f"prompts[{i}]", prompt, config) for i, prompt in enumerate(prompts)]
+    return [_ids_of_prompt(f"prompts[{i}]", _array_as_tensor(prompt), config) for i, prompt in enumerate(prompts)]
+
+
+def _array_as_tensor(x: Any) -> Any:
+    return torch.as_tensor(x) if hasattr(x, "__array__") and not isinstance(x, Tensor) else x
 
 
 def _ids_of_prompt(name: str, prompt: Any, config: Any) -> list[int]:
@@ -255,7 +260,7 @@ def _ids_of_prompt(name: str, prompt: Any, config: Any) -> list[int]:
     elif isinstance(prompt, (str, bytes, bytearray, memoryview, Tensor)):
         if getattr(config, "patching", None) == "bpe":
             raise ValueError(f"{name}: expected ids of `to_ids(..., tokenizer=...)`, since patching is 'bpe', got text")
-        ids = to_ids(prompt, bos=True).tolist()
+        ids = _to_ids(name, prompt, True, False, torch.int64, None).tolist()
     else:
         raise TypeError(f"{name}: expected str, bytes or ids, got {type(prompt).__name__}")
     ids = ids or [BOS]
@@ -276,7 +281,7 @@ def _stop_ids(stop: Sequence[bytes | str]) -> list[list[int]]:
             raise TypeError(f"stop[{i}]: expected bytes or str, got {type(x).__name__}")
         if not x:
             raise ValueError(f"stop[{i}]: expected at least one byte, got {x!r}")
-        ids.append(to_ids(x).tolist())
+        ids.append(_to_ids(f"stop[{i}]", x, False, False, torch.int64, None).tolist())
     return ids
 
 

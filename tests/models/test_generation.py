@@ -85,6 +85,27 @@ def test_greedy_output_is_the_argmax_of_full_forwards(name: str) -> None:
         check_statistics(model, PROMPTS, drafted)
 
 
+RULES: dict[str, dict[str, Any]] = {
+    "threshold_add": {"threshold_add": 0.02, "threshold": 0.02},
+    "monotonic": {"monotonic": True, "threshold": 0.01, "max_patch_length": 5},
+    "max_patch_length": {"max_patch_length": 2, "threshold": 5.3},
+    "whole_characters": {"whole_characters": True, "max_patch_length": 3},
+    "byte": {"patching": "byte", "patcher": None},
+    "space": {"patching": "space", "patcher": None, "max_patch_length": 2, "queries_per_patch": 1},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_draft_changes_greedy_output_with_any_rule(rule: str) -> None:
+    model = model_cases.build("blt", **RULES[rule])
+    plain = model.generate(PROMPTS, max_new_bytes=16)
+    check_greedy(model, PROMPTS, plain)
+    for draft in kinds_of_drafts(model):
+        out = model.generate(PROMPTS, max_new_bytes=16, draft=draft)
+        assert out.ids == plain.ids
+        check_statistics(model, PROMPTS, out)
+
+
 MODELS = ("byte_lm", "blt", "megabyte_extended")
 
 
@@ -404,6 +425,9 @@ def test_prompts_of_every_kind() -> None:
     for prompt in (data, bytearray(data), memoryview(data), ids, ids.int(), ids.tolist(), tuple(ids.tolist()), [text],
                    (data,), torch.tensor(list(data), dtype=torch.uint8), ids[None], [ids], [ids.tolist()]):  # fmt: skip
         assert model.generate(prompt, max_new_bytes=5).ids == expected.ids
+    numpy = pytest.importorskip("numpy")
+    for array in (numpy.array(list(data), dtype=numpy.uint8), ids.numpy(), ids[None].numpy(), [ids.int().numpy()]):
+        assert model.generate(array, max_new_bytes=5).ids == expected.ids
     alone = model.generate([BOS], max_new_bytes=5)
     for nothing in ("", b"", torch.empty(0, dtype=torch.int64), [[]], [""]):
         assert model.generate(nothing, max_new_bytes=5).ids == alone.ids
@@ -415,6 +439,7 @@ WRONG = [
     ({"prompts": 3.5}, r"prompts\[0\]: expected str, bytes or ids, got float"),
     ({"prompts": ["a", None]}, r"prompts\[1\]: expected str, bytes or ids, got NoneType"),
     ({"prompts": [[4, "a"]]}, r"prompts\[0\]: expected str, bytes or ids, got list"),
+    ({"prompts": ["a", "a\ud800"]}, r"prompts\[1\]: expected text that UTF-8 can encode"),
     ({"prompts": [4, 260]}, r"prompts\[0\]: expected ids from 0 to 259, got 260"),
     ({"prompts": torch.tensor([-1])}, r"prompts\[0\]: expected ids from 0 to 259, got -1"),
     ({"prompts": torch.tensor([1.5])}, r"prompts\[0\]: expected .*int"),
@@ -428,9 +453,11 @@ WRONG = [
     ({"seed": 1.5}, "seed: expected an int, got 1.5"),
     ({"stop": [3]}, r"stop\[0\]: expected bytes or str, got int"),
     ({"stop": ["a", ""]}, r"stop\[1\]: expected at least one byte, got ''"),
+    ({"stop": ["\ud800"]}, r"stop\[0\]: expected text that UTF-8 can encode"),
     ({"stop": None}, "stop: expected a sequence of bytes or str, got NoneType"),
     ({"draft": "patcher"}, "draft: expected one of 'prompt', got 'patcher'"),
     ({"draft": 3}, "draft: expected None, one of 'prompt' or a model, got 3"),
+    ({"draft": ByteLM}, "draft: expected None, one of 'prompt' or a model, got <class"),
     ({"draft": model_cases.build("byte_lm", vocab_size=300)}, "draft: expected a model of 260 ids, got one of 300"),
     ({"draft_bytes": 0}, "draft_bytes: expected a value >= 1, got 0"),
     ({"max_tokens": 3}, "max_tokens"),
