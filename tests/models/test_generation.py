@@ -392,6 +392,20 @@ def test_a_draft_costs_a_pass_of_the_model_a_round() -> None:
     assert (found.bytes, found.drafted, found.accepted) == (33, 28, 28)
 
 
+def test_a_model_that_drafts_goes_on_after_a_wrong_id() -> None:
+    draft = TEXT.encode()[:6] + b"?" + TEXT.encode()[7:]
+    out = Scripted(TEXT).generate(b"", max_new_bytes=33, draft=Scripted(draft), draft_bytes=8)
+    assert out.bytes == [TEXT.encode()[:33]]
+    assert out.statistics.rounds == {(4, 4): 2, (8, 0): 1, (1, 1): 1, (2, 2): 1, (8, 8): 1, (6, 6): 1}
+
+
+def test_the_patcher_drafts_up_to_where_its_entropy_is_high() -> None:
+    for threshold, rounds in ((0.01, 0), (9.0, 15)):  # the last id has no room for a draft
+        out = model_cases.build("blt", threshold=threshold).generate("a", max_new_bytes=17, draft="patcher")
+        assert len(out.ids[0]) == 17
+        assert out.statistics.rounds.total() == rounds
+
+
 @pytest.mark.parametrize("draft", [None, "prompt"])
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_new_bytes(count: int, draft: str | None) -> None:
