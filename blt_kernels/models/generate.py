@@ -252,15 +252,16 @@ def _array_as_tensor(x: Any) -> Any:
 
 
 def _ids_of_prompt(name: str, prompt: Any, config: Any) -> list[int]:
+    if isinstance(prompt, Tensor):
+        _checks.check_tensor(name, prompt, 1, (torch.uint8, *_checks.INTS))
     if isinstance(prompt, (list, tuple)) and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
         ids = list(prompt)
     elif isinstance(prompt, Tensor) and prompt.dtype != torch.uint8:
-        _checks.check_tensor(name, prompt, 1, _checks.INTS)
         ids = prompt.tolist()
     elif isinstance(prompt, (str, bytes, bytearray, memoryview, Tensor)):
         if getattr(config, "patching", None) == "bpe":
             raise ValueError(f"{name}: expected ids of `to_ids(..., tokenizer=...)`, since patching is 'bpe', got text")
-        ids = _to_ids(name, prompt, True, False, torch.int64, None).tolist()
+        ids = _ids_of_text(name, prompt, bos=True)
     else:
         raise TypeError(f"{name}: expected str, bytes or ids, got {type(prompt).__name__}")
     ids = ids or [BOS]
@@ -268,6 +269,12 @@ def _ids_of_prompt(name: str, prompt: Any, config: Any) -> list[int]:
     if wrong:
         raise ValueError(f"{name}: expected ids from 0 to {config.vocab_size - 1}, got {wrong[0]}")
     return ids
+
+
+def _ids_of_text(name: str, text: Any, bos: bool) -> list[int]:
+    ids = _to_ids(name, text, bos, False, torch.int64, None)
+    assert isinstance(ids, Tensor)
+    return ids.tolist()
 
 
 def _stop_ids(stop: Sequence[bytes | str]) -> list[list[int]]:
@@ -281,7 +288,7 @@ def _stop_ids(stop: Sequence[bytes | str]) -> list[list[int]]:
             raise TypeError(f"stop[{i}]: expected bytes or str, got {type(x).__name__}")
         if not x:
             raise ValueError(f"stop[{i}]: expected at least one byte, got {x!r}")
-        ids.append(_to_ids(f"stop[{i}]", x, False, False, torch.int64, None).tolist())
+        ids.append(_ids_of_text(f"stop[{i}]", x, bos=False))
     return ids
 
 

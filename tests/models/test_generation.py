@@ -458,6 +458,7 @@ WRONG = [
     ({"prompts": torch.tensor([-1])}, r"prompts\[0\]: expected ids from 0 to 259, got -1"),
     ({"prompts": torch.tensor([1.5])}, r"prompts\[0\]: expected .*int"),
     ({"prompts": torch.ones(1, 2, 3, dtype=torch.int64)}, r"prompts\[0\]: expected 1 dimension"),
+    ({"prompts": [torch.ones(2, 3, dtype=torch.uint8)]}, r"prompts\[0\]: expected 1 dimension"),
     ({"max_new_bytes": -1}, "max_new_bytes: expected a value >= 0, got -1"),
     ({"max_new_bytes": 1.5}, "max_new_bytes: expected"),
     ({"temperature": -1}, "temperature: expected"),
