@@ -99,7 +99,9 @@ class Row:
     status: str = OK
 
 
-def compare(comparison: Comparison, *, rounds: int, warmup: int = 3, budget: float = BUDGET_SECONDS) -> list[Row]:
+def compare(
+    comparison: Comparison, *, rounds: int, warmup: int = 3, budget: float = BUDGET_SECONDS, cpu_time: bool = False
+) -> list[Row]:
     """Check that the implementations agree, then time them and the limits in turn.
 
     A peer that raises becomes a row without a time; the others are measured.
@@ -112,6 +114,8 @@ def compare(comparison: Comparison, *, rounds: int, warmup: int = 3, budget: flo
         Times that it is called before, after the call whose result is checked, which may compile; once if it is slow.
     budget
         Seconds of measurement after which an implementation that has `MIN_SAMPLES` is left out of later rounds.
+    cpu_time
+        Measure the CPU time of the process in place of the time of the wall clock.
 
     Raises
     ------
@@ -121,7 +125,7 @@ def compare(comparison: Comparison, *, rounds: int, warmup: int = 3, budget: flo
     failures = dict(comparison.failures)
     functions = {**comparison.implementations, **{f"limit: {name}": f for name, f in comparison.limits.items()}}
     comparison.agree(run_each(comparison.implementations, failures))
-    clock = _Clock(comparison.device)
+    clock = _Clock(comparison.device, time.process_time if cpu_time else time.perf_counter)
     repeats: dict[str, int] = {}
     for name in [name for name in functions if name not in failures]:
         with failing(name, failures):
@@ -252,22 +256,23 @@ def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
 
 
 class _Clock:
-    """Measures the seconds of a call: by wall clock on the CPU, by events with a cold L2 on a GPU.
+    """Measures the seconds of a call: by the clock `now` on the CPU, by events with a cold L2 on a GPU.
 
     On the CPU the heap is trimmed before each sample. Otherwise large outputs are sometimes fresh pages and sometimes
     memory that was freed before, which differ by as much as most ops take.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
 
     def sample(self, function: Callable[[], Any], repeats: int) -> float:
         if self.flush is None:
             _trim_heap()
-            start = time.perf_counter()
+            start = self.now()
             for _ in range(repeats):
                 function()
-            return (time.perf_counter() - start) / repeats
+            return (self.now() - start) / repeats
         total = 0.0
         for _ in range(repeats):
             self.flush.zero_()

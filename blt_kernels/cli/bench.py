@@ -55,6 +55,12 @@ def bench(
         bool, typer.Option("--compile/--no-compile", help="Measure torch.compile as well.")
     ] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    cpu_time: Annotated[
+        bool,
+        typer.Option(
+            "--cpu-time", help="Measure CPU time in place of the clock: where other processes run, with one thread."
+        ),
+    ] = False,
     csv: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Add to this file instead of bench/results/<date>-<device>.csv."),
@@ -77,6 +83,8 @@ def bench(
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
     checks.check_device(device)
+    if cpu_time and (device != "cpu" or counts != [1]):
+        raise ValueError(f"cpu_time: expected one thread of the CPU, got {threads} on {device}")
     if csv is not None and not save:
         raise ValueError(f"csv: expected None, since nothing is saved, got {csv}")
     if csv is not None and csv.is_dir():
@@ -94,7 +102,8 @@ def bench(
             for op in ops or known:
                 module = importlib.import_module(f"bench_{op}")
                 options = {"small": small, "device": device, "compile_peers": compile_peers}
-                for new in _measure(timing, module, partial(timing.compare, rounds=rounds, budget=budget), **options):
+                compare = partial(timing.compare, rounds=rounds, budget=budget, cpu_time=cpu_time)
+                for new in _measure(timing, module, compare, **options):
                     if measured := _measured(new):
                         out.print(_table(measured))
                     for row in _failed(new):

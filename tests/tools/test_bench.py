@@ -7,6 +7,7 @@ import gc
 import importlib
 import importlib.util
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -180,6 +181,19 @@ def test_slow_implementations_drop_out(timing: ModuleType, monkeypatch: pytest.M
         "slow": 1 + 1,
         "slower": 1 + 1,
     }
+
+
+def test_cpu_time_leaves_out_waiting(timing: ModuleType) -> None:
+    def wait() -> int:
+        time.sleep(0.2)
+        return 1
+
+    comparison = timing.Comparison(
+        "op", "[]", "int", {timing.OURS: wait}, 1, {"copy": partial(sum, range(10))}, 1, lambda _: None
+    )
+    waited, ran = (timing.compare(comparison, rounds=1, warmup=0, cpu_time=own)[0] for own in (False, True))
+    assert waited.median_ms >= 200
+    assert ran.median_ms < 100
 
 
 def test_csv_replaces_what_was_measured_again(timing: ModuleType, tmp_path: Path) -> None:
@@ -451,7 +465,13 @@ def test_command_writes_csv(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nothing"], "nothing"), (["--rounds", "0"], "rounds"), (["--threads", "x"], "x"), (["--device", "tpu"], "tpu")],
+    [
+        (["nothing"], "nothing"),
+        (["--rounds", "0"], "rounds"),
+        (["--threads", "x"], "x"),
+        (["--device", "tpu"], "tpu"),
+        (["--cpu-time"], "cpu-time"),
+    ],
 )
 def test_wrong_arguments_are_named(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(cli.app, ["bench", *arguments])
