@@ -40,8 +40,9 @@ def register_autograd(operator: str, backward: Backward, *, setup_context: Setup
     ----------
     operator : str
     backward : (ctx, *gradients of the outputs) -> gradients of the arguments
-        As for `torch.library.register_autograd`: one entry for each argument, a list for a list of tensors. It calls
-        operators that have derivatives, or PyTorch's own functions, so that it is differentiable itself.
+        As for `torch.library.register_autograd`: one entry for each argument, a list for a list of tensors; of the last
+        arguments, those without a gradient are left out. It calls operators that have derivatives, or PyTorch's own
+        functions, so that it is differentiable itself.
     setup_context : (ctx, inputs, output) -> None
         Saves what `backward` needs.
     """
@@ -72,7 +73,9 @@ def register_autograd(operator: str, backward: Backward, *, setup_context: Setup
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            return None, *_flatten(_as_tuple(backward(_Context(ctx), *grads)), ctx.lengths)
+            of_arguments = _as_tuple(backward(_Context(ctx), *grads))
+            missing = len(ctx.lengths) - len(of_arguments)
+            return None, *_flatten((*of_arguments, *[None] * missing), ctx.lengths)
 
     Function.__name__ = Function.__qualname__ = operator
 
@@ -163,6 +166,19 @@ def second_derivative(
         return torch.func.vjp(function, *inputs)[1](grad_out)
 
     return torch.func.vjp(gradients, grad_out, *inputs)[1](cotangents)
+
+
+def save_arguments(ctx: Any, arguments: Sequence[Any]) -> None:
+    """Save tensors and other arguments, none of them a list of tensors, for `saved_arguments`."""
+    ctx.are_tensors = [isinstance(x, Tensor) for x in arguments]
+    ctx.others = [x for x in arguments if not isinstance(x, Tensor)]
+    ctx.save_for_backward(*(x for x in arguments if isinstance(x, Tensor)))
+
+
+def saved_arguments(ctx: Any) -> list[Any]:
+    """Return what `save_arguments` saved, in its order."""
+    tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+    return [next(tensors) if is_tensor else next(others) for is_tensor in ctx.are_tensors]
 
 
 @dataclass

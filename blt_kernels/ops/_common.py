@@ -1,4 +1,4 @@
-"""The ops share the registration of an operator, and autocast."""
+"""The ops share the registration of operators, what their fakes allocate, and autocast."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import Tensor
 
 from blt_kernels._extension import OPERATORS
 from blt_kernels.ops import _autograd
+from blt_kernels.reference._ragged import accumulator
 
 
-def define(name: str, schema: str, reference: Callable) -> Callable[..., Any]:
+def define(name: str, schema: str, reference: Callable, fake: Callable) -> Callable[..., Any]:
     """Define ``blt_kernels::name`` and return a function that calls it.
 
-    `reference` runs wherever no compiled or Triton kernel is registered.
+    `reference` runs wherever no compiled or Triton kernel is registered. `fake` allocates the outputs as kernels do.
     """
     torch.library.define(f"blt_kernels::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"blt_kernels::{name}", "default", reference)
+    torch.library.register_fake(f"blt_kernels::{name}", fake)
     _autograd.register_vmap(name)
     OPERATORS[name] = reference.__module__.rpartition(".")[2]
     return _autograd.caller(name)
@@ -36,3 +38,49 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Allocate contiguous tensors of these shapes and dtypes."""
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+def empty_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Allocate `out` and `lse` of attention."""
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=accumulator(q))
+
+
+def register_attention(operator: str, forward: Callable, backward: Callable) -> None:
+    """Register the derivatives of attention.
+
+    Parameters
+    ----------
+    operator : str
+        ``operator_fwd`` takes (q, k, v, *arguments) and returns (out, lse); ``operator_bwd`` takes
+        (grad_out, q, k, v, out, lse, *arguments) and returns the gradients of q, k and v.
+    forward : the reference of ``operator_fwd``
+    backward : calls ``operator_bwd``
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _autograd.save_arguments(ctx, (*inputs[:3], *output, *inputs[3:]))
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def first_backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor, ...]:
+        return () if grad_out is None else backward(grad_out, *_autograd.saved_arguments(ctx))
+
+    def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _autograd.save_arguments(ctx, (*inputs[:4], *inputs[6:]))
+
+    def second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
+        grad_out, q, k, v, *arguments = _autograd.saved_arguments(ctx)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return forward(q, k, v, *arguments)[0]
+
+        # The gradients depend on out and lse through q, k and v alone.
+        return _autograd.second_derivative(attention, (q, k, v), grad_out, cotangents)
+
+    _autograd.register_autograd(f"{operator}_fwd", first_backward, setup_context=save)
+    _autograd.register_autograd(f"{operator}_bwd", second_backward, setup_context=save_gradients)

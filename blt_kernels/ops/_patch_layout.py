@@ -49,6 +49,4 @@ def define_scheme(name: str, values: str, arguments: str, scheme: Any) -> Callab
     def fake(x: Tensor, cu_seqlens: Tensor | None, num_documents: int, *rest: Any) -> tuple[Tensor, ...]:
         return empty_layout(x.shape[0], x, cu_seqlens, num_documents, rest[-1])
 
-    call = _common.define(name, f"(Tensor {values}, {DOCUMENTS}, {arguments}) -> ({LAYOUT})", scheme)
-    torch.library.register_fake(f"blt_kernels::{name}", fake)
-    return call
+    return _common.define(name, f"(Tensor {values}, {DOCUMENTS}, {arguments}) -> ({LAYOUT})", scheme, fake)

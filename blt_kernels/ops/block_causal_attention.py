@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blt_kernels import _checks
 from blt_kernels.layout import AttentionRanges
-from blt_kernels.ops import _attention_backend, _autograd, _common
+from blt_kernels.ops import _attention_backend, _common
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.triton.block_causal_attention import flash
 
@@ -272,78 +272,35 @@ block_causal_attention_fwd = _common.define(
     "block_causal_attention_fwd",
     f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor lse)",
     reference.block_causal_attention_fwd_reference,
+    _common.empty_attention,
 )
 block_causal_attention_bwd = _common.define(
     "block_causal_attention_bwd",
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     reference.block_causal_attention_bwd_reference,
+    lambda _grad, q, k, v, *_: _common.empty_like(q, k, v),
 )
+
+
+def _empty_ranges(offsets: Tensor, _cu_seqlens_k: Tensor | None, num_queries: int, num_keys: int, *_: Any) -> Tensor:
+    return offsets.new_empty((num_queries + 3) // 4 * 8 + (num_keys + 3) // 4 * 8, dtype=torch.int32)
+
+
 block_causal_attention_ranges_fwd = _common.define(
     "block_causal_attention_ranges_fwd",
     "(Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt num_queries, SymInt num_keys, SymInt? window, bool causal,"
     " Tensor? seqused_k) -> Tensor",
     reference.block_causal_attention_ranges_fwd_reference,
+    _empty_ranges,
 )
-
-
-@torch.library.register_fake("blt_kernels::block_causal_attention_fwd")
-def _(q: Tensor, k: Tensor, v: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=dtype)
-
-
-@torch.library.register_fake("blt_kernels::block_causal_attention_bwd")
-def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-@torch.library.register_fake("blt_kernels::block_causal_attention_ranges_fwd")
-def _(cu_seqlens_q: Tensor, _cu_seqlens_k: Tensor | None, num_queries: int, num_keys: int, *_arguments: Any) -> Tensor:
-    return cu_seqlens_q.new_empty((num_queries + 3) // 4 * 8 + (num_keys + 3) // 4 * 8, dtype=torch.int32)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options, seqused_k, ranges, ctx.num_documents = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if grad_out is not None:
-        *tensors, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges = ctx.saved_tensors
-        grads = block_causal_attention_bwd(
-            grad_out, *tensors, cu_seqlens_q, cu_seqlens_k, *ctx.options, seqused_k, ranges, ctx.num_documents
-        )
-    return *grads, *[None] * 8
-
-
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_out, q, k, v, _out, _lse, cu_seqlens_q, cu_seqlens_k, *ctx.options, seqused_k, _, ctx.num_documents = inputs
-    ctx.save_for_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
-
-
-def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k = ctx.saved_tensors
-    window, causal, scale = ctx.options
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.block_causal_attention_fwd_reference(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, None, ctx.num_documents
-        )[0]
-
-    # The gradients depend on out and lse through q, k and v alone.
-    grads = _autograd.second_derivative(attention, (q, k, v), grad_out, cotangents)
-    return *grads, *[None] * 10
-
-
-_autograd.register_autograd("block_causal_attention_fwd", _backward, setup_context=_save)
-_autograd.register_autograd("block_causal_attention_bwd", _second_backward, setup_context=_save_gradients)
+_common.register_attention(
+    "block_causal_attention", reference.block_causal_attention_fwd_reference, block_causal_attention_bwd
+)
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from blt_kernels import _checks
@@ -361,32 +360,19 @@ static_patch_fwd = _common.define(
     "static_patch_fwd",
     f"(Tensor cu_seqlens, SymInt num_bytes, SymInt size, SymInt first, SymInt? max_patches) -> ({LAYOUT})",
     reference.static_patch_fwd_reference,
+    lambda offsets, num_bytes, *sizes: empty_layout(num_bytes, offsets, offsets, 0, sizes[-1]),
 )
 
 
-@torch.library.register_fake("blt_kernels::static_patch_fwd")
-def _(cu_seqlens: Tensor, num_bytes: int, _size: int, _first: int, max_patches: int | None) -> tuple[Tensor, ...]:
-    return empty_layout(num_bytes, cu_seqlens, cu_seqlens, 0, max_patches)
+def _empty_outputs(logits: Tensor, cu_seqlens: Tensor | None, num_documents: int, *rules: Any) -> tuple[Tensor, ...]:
+    layout = empty_layout(logits.shape[0], logits, cu_seqlens, num_documents, rules[-1])
+    return *empty_entropy(logits), *layout
 
 
 entropy_patch_fwd = _common.define(
     "entropy_patch_fwd",
     f"(Tensor logits, {DOCUMENTS}, {_RULES}) -> (Tensor entropy, Tensor log_sum, {LAYOUT})",
     reference.entropy_patch_fwd_reference,
+    _empty_outputs,
 )
-
-
-@torch.library.register_fake("blt_kernels::entropy_patch_fwd")
-def _(logits: Tensor, cu_seqlens: Tensor | None, num_documents: int, *rules: Any) -> tuple[Tensor, ...]:
-    layout = empty_layout(logits.shape[0], logits, cu_seqlens, num_documents, rules[-1])
-    return *empty_entropy(logits), *layout
-
-
-# --- autograd ---------------------------------------------------------------------------------------------------------
-
-
-def _entropy_patch_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    return logits_grad(ctx, grad_entropy), None, None, None, None, None, None, None
-
-
-_autograd.register_autograd("entropy_patch_fwd", _entropy_patch_backward, setup_context=save_logits)
+_autograd.register_autograd("entropy_patch_fwd", logits_grad, setup_context=save_logits)

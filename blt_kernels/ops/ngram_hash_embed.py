@@ -234,43 +234,6 @@ _BACKWARD = (
     " int[]? row_range, SymInt vocab, bool fused, SymInt? alphabet"
 )
 
-ngram_hash_fwd = _common.define(
-    "ngram_hash_fwd",
-    f"(Tensor tokens, Tensor? cu_seqlens, SymInt num_documents, {_HASH}, SymInt vocab) -> Tensor hashes",
-    reference.ngram_hash_fwd_reference,
-)
-ngram_hash_embed_fwd = _common.define(
-    "ngram_hash_embed_fwd",
-    f"(Tensor tokens, Tensor[] tables, Tensor? byte_table, Tensor? cu_seqlens, SymInt num_documents, {_HASH},"
-    " str grad, int[]? row_range, SymInt vocab) -> Tensor out",
-    reference.ngram_hash_embed_fwd_reference,
-)
-ngram_hash_embed_bwd = _common.define(
-    "ngram_hash_embed_bwd", f"({_BACKWARD}) -> Tensor[] grads", reference.ngram_hash_embed_bwd_reference
-)
-ngram_hash_embed_sparse_bwd = _common.define(
-    "ngram_hash_embed_sparse_bwd",
-    f"({_BACKWARD}) -> (Tensor[] rows, Tensor[] values)",
-    reference.ngram_hash_embed_sparse_bwd_reference,
-)
-
-
-@torch.library.register_fake("blt_kernels::ngram_hash_fwd")
-def _(
-    tokens: Tensor,
-    cu_seqlens: Tensor | None,
-    num_documents: int,
-    ngram_sizes: list[int],
-    num_functions: int,
-    vocab: int,
-) -> Tensor:
-    return tokens.new_empty(num_functions * len(ngram_sizes), tokens.shape[0], dtype=torch.int64)
-
-
-@torch.library.register_fake("blt_kernels::ngram_hash_embed_fwd")
-def _(tokens: Tensor, tables: list[Tensor], *_arguments: Any) -> Tensor:
-    return tables[0].new_empty(tokens.shape[0], tables[0].shape[1])
-
 
 def _table_sizes(
     ngram_sizes: list[int],
@@ -286,18 +249,40 @@ def _table_sizes(
     return ([count * rows] if fused else [rows] * count) + ([] if alphabet is None else [alphabet])
 
 
-@torch.library.register_fake("blt_kernels::ngram_hash_embed_bwd")
-def _(grad_out: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, num_documents: int, *arguments: Any) -> list[Tensor]:
-    return [grad_out.new_empty(size, grad_out.shape[1]) for size in _table_sizes(*arguments)]
-
-
-@torch.library.register_fake("blt_kernels::ngram_hash_embed_sparse_bwd")
-def _(
-    grad_out: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, num_documents: int, *arguments: Any
+def _empty_sparse(
+    grad: Tensor, tokens: Tensor, _cu_seqlens: Tensor | None, _documents: int, *arguments: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
     read = [torch.library.get_ctx().new_dynamic_size() for _ in _table_sizes(*arguments)]
-    rows = [tokens.new_empty(n, dtype=torch.int64) for n in read]
-    return rows, [grad_out.new_empty(n, grad_out.shape[1]) for n in read]
+    return [tokens.new_empty(n, dtype=torch.int64) for n in read], [grad.new_empty(n, grad.shape[1]) for n in read]
+
+
+ngram_hash_fwd = _common.define(
+    "ngram_hash_fwd",
+    f"(Tensor tokens, Tensor? cu_seqlens, SymInt num_documents, {_HASH}, SymInt vocab) -> Tensor hashes",
+    reference.ngram_hash_fwd_reference,
+    lambda tokens, _cu, _documents, sizes, count, _vocab: tokens.new_empty(
+        count * len(sizes), tokens.shape[0], dtype=torch.int64
+    ),
+)
+ngram_hash_embed_fwd = _common.define(
+    "ngram_hash_embed_fwd",
+    f"(Tensor tokens, Tensor[] tables, Tensor? byte_table, Tensor? cu_seqlens, SymInt num_documents, {_HASH},"
+    " str grad, int[]? row_range, SymInt vocab) -> Tensor out",
+    reference.ngram_hash_embed_fwd_reference,
+    lambda tokens, tables, *_: tables[0].new_empty(tokens.shape[0], tables[0].shape[1]),
+)
+ngram_hash_embed_bwd = _common.define(
+    "ngram_hash_embed_bwd",
+    f"({_BACKWARD}) -> Tensor[] grads",
+    reference.ngram_hash_embed_bwd_reference,
+    lambda grad, _tokens, _cu, _documents, *hashes: [grad.new_empty(n, grad.shape[1]) for n in _table_sizes(*hashes)],
+)
+ngram_hash_embed_sparse_bwd = _common.define(
+    "ngram_hash_embed_sparse_bwd",
+    f"({_BACKWARD}) -> (Tensor[] rows, Tensor[] values)",
+    reference.ngram_hash_embed_sparse_bwd_reference,
+    _empty_sparse,
+)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -330,7 +315,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
             for r, v, shape in zip(rows, values, shapes, strict=True)
         ]
     needed = [g if n else None for g, n in zip(grads, ctx.needs_input_grad[1], strict=False)]
-    return None, needed, (grads[-1] if ctx.needs_input_grad[2] else None), *[None] * 7
+    return None, needed, (grads[-1] if ctx.needs_input_grad[2] else None)
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -343,13 +328,12 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 
 
 # The backward is linear in the gradient, and the forward is its derivative.
-def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+def _second_backward(ctx: Any, *cotangents: Tensor) -> Tensor:
     tokens, cu_seqlens = ctx.saved_tensors
     tables, byte_table = list(cotangents), None
     if ctx.has_byte_table:
         byte_table = tables.pop()
-    grad = ngram_hash_embed_fwd(tokens, tables, byte_table, cu_seqlens, *ctx.hash)
-    return grad, *[None] * 9
+    return ngram_hash_embed_fwd(tokens, tables, byte_table, cu_seqlens, *ctx.hash)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:

@@ -73,19 +73,11 @@ _common.define(
     "sgd_step",
     "(Tensor(a!) table, Tensor rows, Tensor values, float lr) -> ()",
     reference.sgd_step_reference,
+    lambda *_: None,
 )
 _common.define(
     "rowwise_adagrad_step",
     "(Tensor(a!) table, Tensor(b!) sums, Tensor rows, Tensor values, float lr, float eps) -> ()",
     reference.rowwise_adagrad_step_reference,
+    lambda *_: None,
 )
-
-
-@torch.library.register_fake("blt_kernels::sgd_step")
-def _(table: Tensor, rows: Tensor, values: Tensor, lr: float) -> None:
-    return None
-
-
-@torch.library.register_fake("blt_kernels::rowwise_adagrad_step")
-def _(table: Tensor, sums: Tensor, rows: Tensor, values: Tensor, lr: float, eps: float) -> None:
-    return None

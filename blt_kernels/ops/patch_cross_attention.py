@@ -6,14 +6,11 @@ of size bytes times patches exists, in time or in memory.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from blt_kernels import _checks
 from blt_kernels.layout import PatchLayout
-from blt_kernels.ops import _autograd, _common
+from blt_kernels.ops import _common
 from blt_kernels.reference import patch_cross_attention as reference
 
 
@@ -147,58 +144,19 @@ patch_cross_attention_fwd = _common.define(
     "patch_cross_attention_fwd",
     f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor lse)",
     reference.patch_cross_attention_fwd_reference,
+    _common.empty_attention,
 )
 patch_cross_attention_bwd = _common.define(
     "patch_cross_attention_bwd",
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     reference.patch_cross_attention_bwd_reference,
+    lambda _grad, q, k, v, *_: _common.empty_like(q, k, v),
 )
-
-
-@torch.library.register_fake("blt_kernels::patch_cross_attention_fwd")
-def _(q: Tensor, k: Tensor, v: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=dtype)
-
-
-@torch.library.register_fake("blt_kernels::patch_cross_attention_bwd")
-def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, offsets, cu_patches, ids, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, offsets, cu_patches, ids)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if grad_out is not None:
-        grads = patch_cross_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.rest)
-    return *grads, None, None, None, None, None, None, None
-
-
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_out, q, k, v, _out, _lse, offsets, cu_patches, ids, *ctx.rest = inputs
-    ctx.save_for_backward(grad_out, q, k, v, offsets, cu_patches, ids)
-
-
-def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    grad_out, q, k, v, *layout = ctx.saved_tensors
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.patch_cross_attention_fwd_reference(q, k, v, *layout, *ctx.rest)[0]
-
-    # The gradients depend on out and lse through q, k and v alone.
-    grads = _autograd.second_derivative(attention, (q, k, v), grad_out, cotangents)
-    return *grads, None, None, None, None, None, None, None, None, None
-
-
-_autograd.register_autograd("patch_cross_attention_fwd", _backward, setup_context=_save)
-_autograd.register_autograd("patch_cross_attention_bwd", _second_backward, setup_context=_save_gradients)
+_common.register_attention(
+    "patch_cross_attention", reference.patch_cross_attention_fwd_reference, patch_cross_attention_bwd
+)

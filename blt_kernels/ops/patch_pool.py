@@ -73,30 +73,15 @@ patch_pool_fwd = _common.define(
     "patch_pool_fwd",
     "(Tensor x, Tensor patch_offsets, Tensor patch_ids, str[] reduce) -> Tensor out",
     reference.patch_pool_fwd_reference,
+    lambda x, offsets, _ids, reduce: x.new_empty(offsets.shape[0] - 1, x.shape[1] * len(reduce)),
 )
 # x and out are given only if some reduction is max or min.
 patch_pool_bwd = _common.define(
     "patch_pool_bwd",
     "(Tensor grad_out, Tensor? x, Tensor? out, Tensor patch_offsets, Tensor patch_ids, str[] reduce) -> Tensor grad_x",
     reference.patch_pool_bwd_reference,
+    lambda grad, _x, _out, _offsets, ids, reduce: grad.new_empty(ids.shape[0], grad.shape[1] // len(reduce)),
 )
-
-
-@torch.library.register_fake("blt_kernels::patch_pool_fwd")
-def _(x: Tensor, patch_offsets: Tensor, patch_ids: Tensor, reduce: list[str]) -> Tensor:
-    return x.new_empty(patch_offsets.shape[0] - 1, x.shape[1] * len(reduce))
-
-
-@torch.library.register_fake("blt_kernels::patch_pool_bwd")
-def _(
-    grad_out: Tensor,
-    x: Tensor | None,
-    out: Tensor | None,
-    patch_offsets: Tensor,
-    patch_ids: Tensor,
-    reduce: list[str],
-) -> Tensor:
-    return grad_out.new_empty(patch_ids.shape[0], grad_out.shape[1] // len(reduce))
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -110,8 +95,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.reduce = reduce
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return patch_pool_bwd(grad_out, *ctx.saved_tensors, ctx.reduce), None, None, None
+def _backward(ctx: Any, grad_out: Tensor) -> Tensor:
+    return patch_pool_bwd(grad_out, *ctx.saved_tensors, ctx.reduce)
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -120,7 +105,7 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.reduce = reduce
 
 
-def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+def _second_backward(ctx: Any, cotangent: Tensor) -> Tensor:
     """Pool the cotangent with the weights by which the backward shares the gradient: it is linear in the gradient.
 
     The weights of a maximum or minimum are 1 / ties where a byte attains it, the others those of the reduction itself.
@@ -142,7 +127,7 @@ def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
             grads.append(pool(cotangent * weight, "sum").to(cotangent.dtype))
         else:
             grads.append(pool(cotangent, name))
-    return torch.cat(grads, -1), None, None, None, None, None
+    return torch.cat(grads, -1)
 
 
 _autograd.register_autograd("patch_pool_fwd", _backward, setup_context=_save)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from blt_kernels import _checks
@@ -65,22 +64,14 @@ patch_unpool_fwd = _common.define(
     "patch_unpool_fwd",
     "(Tensor y, Tensor offsets, Tensor ids) -> Tensor out",
     reference.patch_unpool_fwd_reference,
+    lambda y, _offsets, ids: y.new_empty(ids.shape[0], y.shape[1]),
 )
 patch_unpool_bwd = _common.define(
     "patch_unpool_bwd",
     "(Tensor grad_out, Tensor offsets, Tensor ids) -> Tensor grad_y",
     reference.patch_unpool_bwd_reference,
+    lambda grad, offsets, _ids: grad.new_empty(offsets.shape[0] - 1, grad.shape[1]),
 )
-
-
-@torch.library.register_fake("blt_kernels::patch_unpool_fwd")
-def _(y: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    return y.new_empty(ids.shape[0], y.shape[1])
-
-
-@torch.library.register_fake("blt_kernels::patch_unpool_bwd")
-def _(grad_out: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    return grad_out.new_empty(offsets.shape[0] - 1, grad_out.shape[1])
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -91,13 +82,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return patch_unpool_bwd(grad_out, *ctx.saved_tensors), None, None
+def _backward(ctx: Any, grad_out: Tensor) -> Tensor:
+    return patch_unpool_bwd(grad_out, *ctx.saved_tensors)
 
 
 # The backward is linear in the gradient, and the forward is its derivative.
-def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    return patch_unpool_fwd(cotangent, *ctx.saved_tensors), None, None
+def _second_backward(ctx: Any, cotangent: Tensor) -> Tensor:
+    return patch_unpool_fwd(cotangent, *ctx.saved_tensors)
 
 
 _autograd.register_autograd("patch_unpool_fwd", _backward, setup_context=_save)

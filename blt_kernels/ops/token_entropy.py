@@ -11,6 +11,7 @@ from torch import Tensor
 from blt_kernels import _checks
 from blt_kernels.ops import _autograd, _common
 from blt_kernels.reference import token_entropy as reference
+from blt_kernels.reference._ragged import accumulator
 
 _DIMS = range(1, 65)
 
@@ -108,53 +109,42 @@ def check_alphabet(name: str, alphabet: int) -> None:
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 
+
+def empty_entropy(rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Allocate entropy and log_sum for `rows`, uninitialised."""
+    dtype = accumulator(rows)
+    return rows.new_empty(rows.shape[0], dtype=dtype), rows.new_empty(rows.shape[0], dtype=dtype)
+
+
+def _empty_linear_gradients(_grad: Tensor, hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return *_common.empty_like(hidden, weight), weight.new_empty(weight.shape[0])
+
+
 token_entropy_fwd = _common.define(
-    "token_entropy_fwd", "(Tensor logits) -> (Tensor entropy, Tensor log_sum)", reference.token_entropy_fwd_reference
+    "token_entropy_fwd",
+    "(Tensor logits) -> (Tensor entropy, Tensor log_sum)",
+    reference.token_entropy_fwd_reference,
+    empty_entropy,
 )
 token_entropy_bwd = _common.define(
     "token_entropy_bwd",
     "(Tensor grad_entropy, Tensor logits, Tensor entropy, Tensor log_sum) -> Tensor",
     reference.token_entropy_bwd_reference,
+    lambda _grad, logits, *_: logits.new_empty(logits.shape),
 )
 linear_entropy_fwd = _common.define(
     "linear_entropy_fwd",
     "(Tensor hidden, Tensor weight, Tensor? bias) -> (Tensor entropy, Tensor log_sum)",
     reference.linear_entropy_fwd_reference,
+    empty_entropy,
 )
 linear_entropy_bwd = _common.define(
     "linear_entropy_bwd",
     "(Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor entropy, Tensor log_sum)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     reference.linear_entropy_bwd_reference,
+    _empty_linear_gradients,
 )
-
-
-def empty_entropy(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Allocate entropy and log_sum for `rows`, uninitialised."""
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return rows.new_empty(rows.shape[0], dtype=dtype), rows.new_empty(rows.shape[0], dtype=dtype)
-
-
-@torch.library.register_fake("blt_kernels::token_entropy_fwd")
-def _(logits: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_entropy(logits)
-
-
-@torch.library.register_fake("blt_kernels::token_entropy_bwd")
-def _(grad_entropy: Tensor, logits: Tensor, entropy: Tensor, log_sum: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-@torch.library.register_fake("blt_kernels::linear_entropy_fwd")
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return empty_entropy(hidden)
-
-
-@torch.library.register_fake("blt_kernels::linear_entropy_bwd")
-def _(
-    grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: Tensor, log_sum: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
 # --- autograd and autocast --------------------------------------------------------------------------------------------
@@ -168,16 +158,12 @@ def save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
 
 
-def logits_grad(ctx: Any, grad_entropy: Tensor | None) -> Tensor | None:
+def logits_grad(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> Tensor | None:
     """Return the gradient of the logits that `save_logits` saved, or None where none is needed."""
     if grad_entropy is None or not ctx.needs_input_grad[0]:
         return None
     logits, entropy, log_sum = ctx.saved_tensors
     return token_entropy_bwd(grad_entropy, logits, entropy, log_sum)
-
-
-def _token_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> Tensor | None:
-    return logits_grad(ctx, grad_entropy)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -188,7 +174,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _linear_entropy_backward(ctx: Any, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_entropy is None:
-        return None, None, None
+        return ()
     hidden, weight, bias, entropy, log_sum = ctx.saved_tensors
     grad_hidden, grad_weight, grad_bias = linear_entropy_bwd(grad_entropy, hidden, weight, bias, entropy, log_sum)
     return grad_hidden, grad_weight, None if bias is None else grad_bias
@@ -206,8 +192,7 @@ def _second_entropy_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None
         return reference.token_entropy_reference(x.masked_fill(unread, 0))
 
     # The gradient depends on entropy and log_sum through the logits alone.
-    grads = _autograd.second_derivative(entropy, (logits,), grad_entropy, (cotangent,))
-    return *grads, None, None
+    return _autograd.second_derivative(entropy, (logits,), grad_entropy, (cotangent,))
 
 
 def _save_linear_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -217,13 +202,12 @@ def _save_linear_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 def _second_linear_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     grad_entropy, *head = ctx.saved_tensors
     present = tuple(x for x in head if x is not None)
-    grads = _autograd.second_derivative(
+    return _autograd.second_derivative(
         reference.linear_entropy_reference, present, grad_entropy, cotangents[: len(present)]
     )
-    return *grads, *[None] * (6 - len(grads))
 
 
-_autograd.register_autograd("token_entropy_fwd", _token_entropy_backward, setup_context=save_logits)
+_autograd.register_autograd("token_entropy_fwd", logits_grad, setup_context=save_logits)
 _autograd.register_autograd("linear_entropy_fwd", _linear_entropy_backward, setup_context=_save_linear)
 _autograd.register_autograd("token_entropy_bwd", _second_entropy_backward, setup_context=_save_entropy_gradient)
 _autograd.register_autograd("linear_entropy_bwd", _second_linear_backward, setup_context=_save_linear_gradients)
