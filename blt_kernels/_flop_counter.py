@@ -104,7 +104,7 @@ def _(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, _lse: Tens
 
 def _visited(q: Tensor, k: Tensor, *arguments: Any) -> int:
     """Return the (query, key) pairs of block_causal_attention."""
-    mask, _ = AttentionMask.of_schema(*arguments)
+    mask = AttentionMask(*arguments)
     first, last = mask.with_offsets(q, k).keys_of_queries(q.shape[0], k.shape[0])
     return int((last - first).sum())
 

@@ -173,7 +173,7 @@ def intervals(
     seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the keys `[first, last)` of every query, and which keys are attended to, from the reference."""
-    mask = reference.AttentionMask(cu_q, cu_k, cu_q.shape[0] - 1, window, causal, seqused_k)
+    mask = reference.AttentionMask(cu_q, cu_k, window, causal, None, seqused_k)
     first, last = mask.keys_of_queries(q.shape[0], k.shape[0])
     return first, last, reference.attended_keys(first, last, k.shape[0])
 

@@ -322,7 +322,8 @@ def _launchers() -> dict[str, Callable[..., Any]]:
 
 def _forward_cuda(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     if _attention_backend.attention_backend() == "flash":
-        return flash.forward(q, k, v, *reference.AttentionMask.of_schema(*arguments))
+        mask = reference.AttentionMask(*arguments)
+        return flash.forward(q, k, v, mask, mask.scale)
     return _launchers()["fwd"](q, k, v, *arguments)
 
 

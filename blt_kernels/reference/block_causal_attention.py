@@ -25,7 +25,7 @@ _Intervals = tuple[Tensor, Tensor]  # first, and one after the last, of each que
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Holds the checked variable-length arguments of `ops.block_causal_attention`, which give the mask.
+    """Holds the arguments that follow the tensors in the schemas of the operators, which give the mask, and the scale.
 
     Without `cu_seqlens_q` there are `num_documents` documents of one length, of queries as of keys. `ranges` are the
     intervals that `ops.attention_ranges` found for the same arguments, which kernels on CUDA read.
@@ -33,28 +33,16 @@ class AttentionMask:
 
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
-    num_documents: int
     window: int | None
     causal: bool
+    scale: float | None
     seqused_k: Tensor | None
     ranges: Tensor | None = None
+    num_documents: int = 1
 
-    @classmethod
-    def of_schema(
-        cls,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        window: int | None,
-        causal: bool,
-        scale: float | None,
-        seqused_k: Tensor | None,
-        ranges: Tensor | None = None,
-        num_documents: int = 1,
-    ) -> tuple[AttentionMask, float | None]:
-        """Return the mask and the scale from the arguments that follow the tensors in the schemas of the operators."""
-        if cu_seqlens_q is not None:
-            num_documents = cu_seqlens_q.shape[0] - 1
-        return cls(cu_seqlens_q, cu_seqlens_k, num_documents, window, causal, seqused_k, ranges), scale
+    def __post_init__(self) -> None:
+        if self.cu_seqlens_q is not None:
+            object.__setattr__(self, "num_documents", self.cu_seqlens_q.shape[0] - 1)
 
     def with_offsets(self, q: Tensor, k: Tensor) -> AttentionMask:
         """Return this mask with document offsets, which are made for documents of one length."""
@@ -153,9 +141,7 @@ def block_causal_attention_fwd_reference(
     num_documents: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """With s = scale * q k^T over the keys that a query attends to: out = softmax(s) v, lse = logsumexp(s)."""
-    mask, scale = AttentionMask.of_schema(
-        cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges, num_documents
-    )
+    mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges, num_documents)
     mask, same_bytes = mask.with_offsets(q, k), mask.same_bytes(q.shape[0], k.shape[0])
     first, last = mask.keys_of_queries(q.shape[0], k.shape[0])
     attended = attended_keys(first, last, k.shape[0])
@@ -199,9 +185,7 @@ def block_causal_attention_bwd_reference(
 
     Kernels take p = exp(s - lse) and sum(g * out), which is the same but for the rounding of lse and out.
     """
-    mask, scale = AttentionMask.of_schema(
-        cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges, num_documents
-    )
+    mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges, num_documents)
     mask, same_bytes = mask.with_offsets(q, k), mask.same_bytes(q.shape[0], k.shape[0])
     first, last = mask.keys_of_queries(q.shape[0], k.shape[0])
     attended = attended_keys(first, last, k.shape[0])
@@ -252,7 +236,7 @@ def block_causal_attention_ranges_fwd_reference(
     seqused_k: Tensor | None,
 ) -> Tensor:
     """Return the keys of each query, then the queries of each key, for numbers rounded up to a multiple of 4."""
-    mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1, window, causal, seqused_k)
+    mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, window, causal, None, seqused_k)
     padded_queries, padded_keys = ((n + 3) // 4 * 4 for n in (num_queries, num_keys))
     of_queries = mask.keys_of_queries(padded_queries, num_keys)
     return torch.cat((*of_queries, *mask.queries_of_keys(num_queries, padded_keys))).int()

@@ -38,8 +38,8 @@ def inputs(queries: int, keys: int, heads: tuple[int, int] = (2, 2), head_dim: i
 
 
 def mask_of(cu_q: Tensor, cu_k: Tensor | None = None, **changed: Any) -> AttentionMask:
-    options = {"window": None, "causal": True, "seqused_k": None} | changed
-    return AttentionMask(cu_q, cu_k, cu_q.shape[0] - 1, **options)
+    options = {"window": None, "causal": True, "scale": None, "seqused_k": None} | changed
+    return AttentionMask(cu_q, cu_k, **options)
 
 
 # --- what packages are asked for --------------------------------------------------------------------------------------

@@ -116,6 +116,6 @@ def test_wrong_ranges_reach_nothing_outside(interpreter: ProcessPoolExecutor, na
 def test_ranges_of_other_sizes_are_refused() -> None:
     from blt_kernels.triton.block_causal_attention.ranges import ranges
 
-    mask = reference.AttentionMask(offsets_of([6]), None, 1, None, True, None, torch.zeros(24, dtype=torch.int32))
+    mask = reference.AttentionMask(offsets_of([6]), None, None, True, None, None, torch.zeros(24, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"ranges: expected contiguous int32 \[32\], got torch.int32 \[24\]"):
         ranges(mask, torch.empty(6, 1, 32), torch.empty(6, 1, 32))

@@ -150,7 +150,7 @@ def test_ranges_are_what_is_attended_to(data: st.DataObject) -> None:
         "causal": data.draw(st.booleans()),
         "seqused_k": None if used is None else torch.tensor(used, dtype=torch.int32),
     }
-    mask = reference.AttentionMask(*offsets, len(queries), *options.values())
+    mask = reference.AttentionMask(*offsets, scale=None, **options)
     first, last = mask.keys_of_queries(*totals)
     key = torch.arange(totals[1])
     expected = (key >= first[:, None]) & (key < last[:, None])

@@ -267,7 +267,7 @@ def block_causal_attention_bwd_cuda(
     """Run the operator, whose schema names the `arguments`. `launch` replaces those of `launch_options`."""
     if not runs_here(q):
         return reference.block_causal_attention_bwd_reference(grad_out, q, k, v, out, lse, *arguments)
-    mask, scale = AttentionMask.of_schema(*arguments)
+    mask = AttentionMask(*arguments)
     check(q, k, v, mask)
     for name, x, shape in (("grad_out", grad_out, q.shape), ("out", out, q.shape), ("lse", lse, q.shape[:2])):
         if x.shape != shape:
@@ -279,7 +279,7 @@ def block_causal_attention_bwd_cuda(
     if not num_queries or not num_keys:
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
     sums = q.new_empty((2, num_heads, num_queries), dtype=torch.float32)
-    scale = scale_of(scale, q)
+    scale = scale_of(mask.scale, q)
     q_scores, k_scores, factor = q, k, scale
     if abs(scale) < _SMALL_SCALE and q.dtype != torch.float16:  # whose products are small
         factor, exponent = math.frexp(scale)

@@ -135,9 +135,9 @@ def block_causal_attention_fwd_cuda(
     """Run the operator, whose schema names the `arguments`. `launch` replaces that of `launch_options`."""
     if not runs_here(q):
         return reference.block_causal_attention_fwd_reference(q, k, v, *arguments)
-    mask, scale = AttentionMask.of_schema(*arguments)
+    mask = AttentionMask(*arguments)
     check(q, k, v, mask)
-    q, scale = positive_scale(scale, q)
+    q, scale = positive_scale(mask.scale, q)
     (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
     q, k, v = loadable(q), loadable(k), loadable(v)
     out, lse = q.new_empty(q.shape), q.new_empty((num_queries, num_heads), dtype=torch.float32)

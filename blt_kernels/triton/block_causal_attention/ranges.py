@@ -195,7 +195,7 @@ def block_causal_attention_ranges_fwd_cuda(
     seqused_k: Tensor | None,
 ) -> Tensor:
     """Run the operator; see `ops.attention_ranges`."""
-    mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1, window, causal, seqused_k)
+    mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, window, causal, None, seqused_k)
     with torch.cuda.device_of(cu_seqlens_q):
         return _write(mask, num_queries, num_keys, cu_seqlens_q.device, 0, True)
 
