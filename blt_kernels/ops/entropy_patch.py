@@ -73,19 +73,10 @@ def entropy_patch(
     """
     _checks.check_tensor("logits", logits, (2, 3), _checks.FLOATS)
     check_alphabet("logits", logits.shape[-1])
-    _check_rules(threshold, threshold_add, monotonic, max_patch_length)
+    rules = _check_rules(threshold, threshold_add, monotonic, max_patch_length)
     packed, offsets, documents = _checks.documents_of("logits", logits, cu_seqlens, trailing=1)
     _checks.check_capacity(max_patches, documents)
-    entropy, _log_sum, *layout = entropy_patch_fwd(
-        packed,
-        offsets,
-        documents,
-        threshold,
-        threshold_add,
-        monotonic,
-        max_patch_length,
-        max_patches,
-    )
+    entropy, _log_sum, *layout = entropy_patch_fwd(packed, offsets, documents, *rules, max_patches)
     return entropy if logits.dim() == 2 else entropy.view(logits.shape[:-1]), layout_of(layout, offsets)
 
 
@@ -139,13 +130,10 @@ def patch_starts(
     [0, 1, 3, 5, 6]
     """
     _checks.check_tensor("entropy", entropy, (1, 2), _checks.FLOATS)
-    _check_rules(threshold, threshold_add, monotonic, max_patch_length)
+    rules = _check_rules(threshold, threshold_add, monotonic, max_patch_length)
     packed, offsets, documents = _checks.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
     _checks.check_capacity(max_patches, documents)
-    layout = patch_starts_fwd(
-        packed, offsets, documents, threshold, threshold_add, monotonic, max_patch_length, max_patches
-    )
-    return layout_of(layout, offsets)
+    return layout_of(patch_starts_fwd(packed, offsets, documents, *rules, max_patches), offsets)
 
 
 def space_patch(tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None) -> PatchLayout:
@@ -335,7 +323,10 @@ def topk_patch(
     return layout_of(topk_patch_fwd(packed, offsets, documents, patch_size, max_patches), offsets)
 
 
-def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool, max_patch_length: int | None) -> None:
+def _check_rules(
+    threshold: float, threshold_add: float | None, monotonic: bool, max_patch_length: int | None
+) -> tuple[Any, ...]:
+    """Check the rules and return them in the order of the schemas."""
     _checks.check_number("threshold", threshold)
     if threshold_add is not None:
         _checks.check_number("threshold_add", threshold_add)
@@ -343,6 +334,7 @@ def _check_rules(threshold: float, threshold_add: float | None, monotonic: bool,
         raise TypeError(f"monotonic: expected a bool, got {monotonic!r}")
     if max_patch_length is not None:
         _checks.check_int("max_patch_length", max_patch_length, 1)
+    return threshold, threshold_add, monotonic, max_patch_length
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
