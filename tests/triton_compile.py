@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 
-from blt_kernels.triton.block_causal_attention.launch import MAX_SPLITS, Launch
+from blt_kernels.triton.block_causal_attention.launch import HEAD_DIMS, MAX_SPLITS, Launch, launch_options
 
+KERNELS = ("fwd", "bwd_dkdv", "bwd_dq", "decode")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 OFFSETS = ("first", "last", "of_queries", "of_keys", "cu_q", "cu_k", "used")
 STORED_AS_FP32 = ("lse", "sums", "parts")
+
+
+def configurations(arch: tuple[int, int]) -> Iterator[tuple[str, int, torch.dtype, Launch]]:
+    """Yield every (kernel, padded width, dtype, launch) that `launch_options` returns; fp16 is launched as bf16."""
+    for kernel in KERNELS:
+        for padded in HEAD_DIMS:
+            for dtype in (torch.bfloat16, torch.float32):
+                for launch in dict.fromkeys(launch_options(kernel, n, dtype, arch) for n in (padded, padded - 1)):
+                    yield kernel, padded, dtype, launch
 
 
 def kernel_of(name: str) -> Any:

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from triton_compile import NAMES, compiled
+from triton_compile import KERNELS, NAMES, compiled, configurations
 
-from blt_kernels.triton.block_causal_attention.launch import HEAD_DIMS, KERNELS, Launch, configurations, launch_options
+from blt_kernels.triton.block_causal_attention.launch import HEAD_DIMS, Launch, launch_options
 
 pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"), pytest.mark.slow]
 

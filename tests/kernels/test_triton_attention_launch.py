@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from triton_compile import KERNELS, configurations
 from triton_interpreter import inputs
 
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.testing import offsets_of
 from blt_kernels.triton.block_causal_attention.launch import (
-    KERNELS,
     MAX_SPLITS,
     Launch,
-    configurations,
     decode_splits,
     decode_tiles,
     launch_options,

@@ -6,12 +6,10 @@ so a step never waits for a search, and results do not depend on what else ran.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-KERNELS = ("fwd", "bwd_dkdv", "bwd_dq", "decode")
 HEAD_DIMS = (32, 64, 128, 256)
 """Head widths that kernels are made for. Those between are padded to the next, in registers only."""
 
@@ -107,15 +105,6 @@ def launch_options(kernel: str, head_dim: int, dtype: torch.dtype, arch: tuple[i
     if hopper and head_dim < padded and (kernel, dtype.itemsize, padded) in _HOPPER_PADDED:
         return _HOPPER_PADDED[kernel, dtype.itemsize, padded]
     return (_HOPPER if hopper else _CONSERVATIVE)[kernel, dtype.itemsize][HEAD_DIMS.index(padded)]
-
-
-def configurations(arch: tuple[int, int]) -> Iterator[tuple[str, int, torch.dtype, Launch]]:
-    """Yield every (kernel, padded width, dtype, launch) that `launch_options` returns; fp16 is launched as bf16."""
-    for kernel in KERNELS:
-        for padded in HEAD_DIMS:
-            for dtype in (torch.bfloat16, torch.float32):
-                for launch in dict.fromkeys(launch_options(kernel, n, dtype, arch) for n in (padded, padded - 1)):
-                    yield kernel, padded, dtype, launch
 
 
 def decode_splits(num_kv_heads: int, num_keys: int, documents: int, processors: int) -> int:
