@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 
 namespace blt {
@@ -27,6 +28,12 @@ inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype
 inline void check_size(const Tensor& tensor, const char* name, int64_t dim, int64_t size) {
   STD_TORCH_CHECK(tensor.size(dim) == size, name, ": expected size ", size, " in dimension ", dim, ", got ",
                   tensor.size(dim));
+}
+
+inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+  check_dim(tensor, name, static_cast<int64_t>(sizes.size()));
+  int64_t dim = 0;
+  for (const int64_t size : sizes) check_size(tensor, name, dim++, size);
 }
 
 // Returns x itself if it is contiguous: torch's function takes 0.2 us to find that out.

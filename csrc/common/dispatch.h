@@ -1,5 +1,5 @@
 // Dispatches from a runtime dtype to a C++ type:
-//   dispatch_float(dtype, "logits", [&](auto tag) { using T = typename decltype(tag)::type; })
+//   dispatch_float(dtype, "logits", [&]<class T>(Tag<T>) { ... })
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -36,22 +36,15 @@ decltype(auto) dispatch_float(torch::headeronly::ScalarType dtype, const char* n
 // Calls f with the accumulator of a dtype in place of the dtype itself.
 template <class F>
 decltype(auto) dispatch_accumulator(torch::headeronly::ScalarType dtype, const char* name, F&& f) {
-  return dispatch_float(dtype, name, [&](auto tag) { return f(Tag<accumulator_t<typename decltype(tag)::type>>{}); });
+  return dispatch_float(dtype, name, [&]<class T>(Tag<T>) { return f(Tag<accumulator_t<T>>{}); });
 }
 
 // Calls f with the dtype of storage that is accumulated in A; the inverse of dispatch_accumulator.
 template <class A, class F>
-decltype(auto) dispatch_storage(torch::headeronly::ScalarType dtype, F&& f) {
-  if constexpr (std::is_same_v<A, double>) {
-    return f(Tag<double>{});
-  } else {
-    using torch::headeronly::ScalarType;
-    switch (dtype) {
-      case ScalarType::BFloat16: return f(Tag<torch::headeronly::BFloat16>{});
-      case ScalarType::Half: return f(Tag<torch::headeronly::Half>{});
-      default: return f(Tag<float>{});
-    }
-  }
+void dispatch_storage(torch::headeronly::ScalarType dtype, F&& f) {
+  dispatch_float(dtype, "q", [&]<class T>(Tag<T> tag) {
+    if constexpr (std::is_same_v<accumulator_t<T>, A>) f(tag);
+  });
 }
 
 // Long is the type for int64.

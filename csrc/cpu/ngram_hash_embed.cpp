@@ -37,8 +37,7 @@ Tensor ngram_hash_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_
   const int64_t bytes = arguments.bytes(), tables = arguments.tables();
   Tensor hashes = new_output(ids, {tables, bytes}, ScalarType::Long);
   int64_t* const out = hashes.mutable_data_ptr<int64_t>();
-  dispatch_int(ids.scalar_type(), "tokens", [&](auto tag) {
-    using Id = typename decltype(tag)::type;
+  dispatch_int(ids.scalar_type(), "tokens", [&]<class Id>(Tag<Id>) {
     const Id* const id = ids.const_data_ptr<Id>();
     parallel_for(bytes, kHashGrain, [&](int64_t begin, int64_t end) {
       for_each_hash(ngrams, id, begin, end, [=](int64_t t, const uint64_t* rows) {
@@ -66,8 +65,7 @@ Tensor ngram_hash_embed_fwd_cpu(const Tensor& tokens, std::vector<Tensor> tables
   const int64_t count = arguments.hash.tables(), bytes = arguments.hash.bytes(), width = arguments.width();
   byte_table = shard.has_byte_table() ? arguments.byte_table : std::nullopt;
   Tensor out = new_output(arguments.tables[0], {bytes, width});
-  dispatch_float(out.scalar_type(), "tables", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(out.scalar_type(), "tables", [&]<class T>(Tag<T>) {
     std::vector<const T*> first_rows(count);
     std::vector<int64_t> strides(count);
     for (int64_t n = 0; n < count; ++n) {
@@ -77,8 +75,7 @@ Tensor ngram_hash_embed_fwd_cpu(const Tensor& tokens, std::vector<Tensor> tables
     const T* const byte_rows = byte_table ? byte_table->const_data_ptr<T>() : nullptr;
     const int64_t alphabet = byte_table ? byte_table->size(0) : 0, byte_stride = byte_table ? byte_table->stride(0) : 0;
     T* const to = out.mutable_data_ptr<T>();
-    dispatch_int(ids.scalar_type(), "tokens", [&](auto id_tag) {
-      using Id = typename decltype(id_tag)::type;
+    dispatch_int(ids.scalar_type(), "tokens", [&]<class Id>(Tag<Id>) {
       const Id* const id = ids.const_data_ptr<Id>();
       parallel_for(bytes, row_grain(width * (count + 1)), [&](int64_t begin, int64_t end) {
         std::vector<const T*> rows(count + 1);
@@ -99,75 +96,71 @@ Tensor ngram_hash_embed_fwd_cpu(const Tensor& tokens, std::vector<Tensor> tables
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// Finds the bytes that read each row of a table.
-struct TableReaders {
-  const TableGradArguments& grads;
-  const Ngrams ngrams;
+// Finds the bytes that read each row of a table, and adds up their gradients.
+struct TableGrads : TableGradArguments {
+  Ngrams ngrams;
+  RowSorter sorter;
 
-  ReadRows read_rows(RowSorter& sorter, int64_t table) const {
-    return sorter.group(grads.rows(table), [&](Reader* readers, uint32_t none) {
-      parallel_for(grads.bytes(), kHashGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) readers[t] = {none, static_cast<uint32_t>(t)};
-        find_rows(table, begin, end, [=](int64_t t, int64_t row) { readers[t].row = static_cast<uint32_t>(row); });
+  explicit TableGrads(const TableGradArguments& arguments)
+      : TableGradArguments(arguments), ngrams(ngrams_of(hash)), sorter(hash.tokens) {}
+
+  // Valid until the next call.
+  ReadRows read_rows(int64_t table) {
+    return sorter.group(rows(table), [&](Reader* readers, uint32_t none) {
+      dispatch_int(hash.tokens.scalar_type(), "tokens", [&]<class Id>(Tag<Id>) {
+        const Id* const id = hash.tokens.const_data_ptr<Id>();
+        parallel_for(bytes(), kHashGrain, [&](int64_t begin, int64_t end) {
+          for (int64_t t = begin; t < end; ++t) readers[t] = {none, static_cast<uint32_t>(t)};
+          if (table < ngrams.tables()) {
+            for_each_hash(ngrams.only(table), id, begin, end, [&](int64_t t, const uint64_t* row) {
+              if (shard.has(*row)) readers[t].row = static_cast<uint32_t>(static_cast<int64_t>(*row) - shard.low);
+            });
+          } else if (shard.has_byte_table()) {
+            for (int64_t t = begin; t < std::min(end, ngrams.end_of_documents()); ++t)
+              if (id[t] >= 0 && id[t] < *alphabet) readers[t].row = static_cast<uint32_t>(id[t]);
+          }
+        });
       });
     });
   }
 
-  // Calls f(t, row) for the bytes of [begin, end) that read a row of the table.
-  template <class F>
-  void find_rows(int64_t table, int64_t begin, int64_t end, const F& f) const {
-    const Tensor& tokens = grads.hash.tokens;
-    const TableShard& shard = grads.shard;
-    dispatch_int(tokens.scalar_type(), "tokens", [&](auto tag) {
-      using Id = typename decltype(tag)::type;
-      const Id* const id = tokens.const_data_ptr<Id>();
-      if (table < ngrams.tables()) {
-        for_each_hash(ngrams.only(table), id, begin, end, [&](int64_t t, const uint64_t* hash) {
-          if (shard.has(*hash)) f(t, static_cast<int64_t>(*hash) - shard.low);
-        });
-      } else if (shard.has_byte_table()) {
-        for (int64_t t = begin; t < std::min(end, ngrams.end_of_documents()); ++t)
-          if (id[t] >= 0 && id[t] < *grads.alphabet) f(t, static_cast<int64_t>(id[t]));
+  // Writes to out(g) the sum of the gradients of all bytes that read the g-th row that is read.
+  template <class T, class Out>
+  void sum_readers(const ReadRows& read, const Out& out) const {
+    const T* const grad = grad_out.const_data_ptr<T>();
+    const int64_t stride = grad_out.stride(0), columns = width();
+    parallel_segments(read.starts, read.count, row_grain(columns), [&](int64_t first, int64_t last) {
+      for (int64_t g = first; g < last; ++g) {
+        const Reader* const reader = read.readers + read.starts[g];
+        sum_rows(out(g), columns, read.starts[g + 1] - read.starts[g],
+                 [=](int64_t i) { return grad + reader[i].byte * stride; });
       }
     });
   }
 };
-
-// out = sum of the gradients of all bytes that read the g-th row that is read
-template <class T>
-void sum_readers(T* out, int64_t width, const T* grad, int64_t stride, const ReadRows& read, int64_t g) {
-  const Reader* const reader = read.readers + read.starts[g];
-  sum_rows(out, width, read.starts[g + 1] - read.starts[g], [=](int64_t i) { return grad + reader[i].byte * stride; });
-}
 
 std::vector<Tensor> ngram_hash_embed_bwd_cpu(const Tensor& grad_out, const Tensor& tokens,
                                              const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                                              const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
                                              const std::optional<std::vector<int64_t>>& row_range, int64_t vocab,
                                              bool fused, std::optional<int64_t> alphabet) {
-  const TableGradArguments grads = check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes,
-                                                     num_functions, row_range, vocab, fused, alphabet);
-  const TableReaders table_readers = {grads, ngrams_of(grads.hash)};
-  const int64_t width = grads.width(), stride = grads.grad_out.stride(0);
+  TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range,
+                                     vocab, fused, alphabet));
+  const int64_t width = grads.width();
   std::vector<int64_t> sizes(grads.results(), 0);
   for (int64_t n = 0; n < grads.tables(); ++n) sizes[grads.result(n)] += grads.rows(n);
   std::vector<Tensor> result;
   for (const int64_t size : sizes) result.push_back(new_output(grads.grad_out, {size, width}));
-  RowSorter sorter(grads.hash.tokens);
-  dispatch_float(grads.grad_out.scalar_type(), "grad_out", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const T* const from = grads.grad_out.const_data_ptr<T>();
+  dispatch_float(grads.grad_out.scalar_type(), "grad_out", [&]<class T>(Tag<T>) {
     for (int64_t n = 0; n < grads.tables(); ++n) {
       T* const to = result[grads.result(n)].mutable_data_ptr<T>() + grads.first_row(n) * width;
-      const ReadRows read = table_readers.read_rows(sorter, n);
+      const ReadRows read = grads.read_rows(n);
       const int64_t rows = grads.rows(n);
       std::fill_n(to, (read.count ? read.row(0) : rows) * width, T(0));
-      parallel_segments(read.starts, read.count, row_grain(width), [&](int64_t first, int64_t last) {
-        for (int64_t g = first; g < last; ++g) {
-          const int64_t row = read.row(g), next = g + 1 < read.count ? read.row(g + 1) : rows;
-          sum_readers(to + row * width, width, from, stride, read, g);
-          std::fill(to + (row + 1) * width, to + next * width, T(0));
-        }
+      grads.sum_readers<T>(read, [&](int64_t g) {
+        const int64_t row = read.row(g), next = g + 1 < read.count ? read.row(g + 1) : rows;
+        std::fill(to + (row + 1) * width, to + next * width, T(0));
+        return to + row * width;
       });
     }
   });
@@ -178,34 +171,28 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd
     const Tensor& grad_out, const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
     const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
     const std::optional<std::vector<int64_t>>& row_range, int64_t vocab, bool fused, std::optional<int64_t> alphabet) {
-  const TableGradArguments grads = check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes,
-                                                     num_functions, row_range, vocab, fused, alphabet);
-  const TableReaders table_readers = {grads, ngrams_of(grads.hash)};
-  const int64_t width = grads.width(), stride = grads.grad_out.stride(0);
-  RowSorter sorter(grads.hash.tokens);
-  std::vector<int64_t> sizes(grads.results(), 0);
-  for (int64_t n = 0; n < grads.tables(); ++n) sizes[grads.result(n)] += table_readers.read_rows(sorter, n).count;
+  TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range,
+                                     vocab, fused, alphabet));
+  const int64_t width = grads.width();
+  std::vector<int64_t> sizes(grads.results(), 0), before(grads.tables());
+  for (int64_t n = 0; n < grads.tables(); ++n) {
+    before[n] = sizes[grads.result(n)];
+    sizes[grads.result(n)] += grads.read_rows(n).count;
+  }
   std::vector<Tensor> rows, values;
   for (const int64_t size : sizes) {
     rows.push_back(new_output(grads.hash.tokens, {size}, ScalarType::Long));
     values.push_back(new_output(grads.grad_out, {size, width}));
   }
-  dispatch_float(grads.grad_out.scalar_type(), "grad_out", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const T* const from = grads.grad_out.const_data_ptr<T>();
-    std::vector<int64_t> written(grads.results(), 0);
+  dispatch_float(grads.grad_out.scalar_type(), "grad_out", [&]<class T>(Tag<T>) {
     for (int64_t n = 0; n < grads.tables(); ++n) {
-      const int64_t at = grads.result(n), before = written[at];
-      const ReadRows read = table_readers.read_rows(sorter, n);
-      int64_t* const row = rows[at].mutable_data_ptr<int64_t>() + before;
-      T* const value = values[at].mutable_data_ptr<T>() + before * width;
-      parallel_segments(read.starts, read.count, row_grain(width), [&](int64_t first, int64_t last) {
-        for (int64_t g = first; g < last; ++g) {
-          row[g] = grads.first_row(n) + read.row(g);
-          sum_readers(value + g * width, width, from, stride, read, g);
-        }
+      const ReadRows read = grads.read_rows(n);
+      int64_t* const row = rows[grads.result(n)].mutable_data_ptr<int64_t>() + before[n];
+      T* const value = values[grads.result(n)].mutable_data_ptr<T>() + before[n] * width;
+      grads.sum_readers<T>(read, [&](int64_t g) {
+        row[g] = grads.first_row(n) + read.row(g);
+        return value + g * width;
       });
-      written[at] += read.count;
     }
   });
   return {rows, values};

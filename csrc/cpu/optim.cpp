@@ -44,8 +44,7 @@ struct SparseStep : StepArguments {
 
 void sgd_step_cpu(const Tensor& table, const Tensor& rows, const Tensor& values, double lr) {
   SparseStep step(check_step(table, rows, values));
-  dispatch_float(table.scalar_type(), "table", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(table.scalar_type(), "table", [&]<class T>(Tag<T>) {
     using A = accumulator_t<T>;
     const A rate = static_cast<A>(lr);
     step.for_each<T>([&](int64_t, T* weights, const T* grad) {
@@ -58,8 +57,7 @@ void rowwise_adagrad_step_cpu(const Tensor& table, Tensor sums, const Tensor& ro
                               double eps) {
   SparseStep step(check_step(table, rows, values));
   check_sums(sums, table);
-  dispatch_float(table.scalar_type(), "table", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(table.scalar_type(), "table", [&]<class T>(Tag<T>) {
     using A = accumulator_t<T>;
     A* const sum = sums.mutable_data_ptr<A>();
     const int64_t width = table.size(1), sum_stride = sums.stride(0);

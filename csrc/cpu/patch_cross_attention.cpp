@@ -224,8 +224,7 @@ std::tuple<Tensor, Tensor> patch_cross_attention_fwd_cpu(Tensor q, Tensor k, Ten
   const PatchTasks tasks(arguments, false);
   Tensor out = new_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = new_output(q, {q.size(0), q.size(1)}, accumulator(q));
-  dispatch_float(q.scalar_type(), "q", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(q.scalar_type(), "q", [&]<class T>(Tag<T>) {
     using A = accumulator_t<T>;
     const Problem<T> problem = problem_of<T>(arguments);
     const int64_t heads = problem.query_heads(), width = problem.width;
@@ -253,8 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cpu(Tensor grad_out
   Tensor grad_q = new_output(q, {q.size(0), q.size(1), q.size(2)});
   Tensor grad_k = new_output(k, {k.size(0), k.size(1), k.size(2)});
   Tensor grad_v = new_output(v, {v.size(0), v.size(1), v.size(2)});
-  dispatch_float(q.scalar_type(), "q", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(q.scalar_type(), "q", [&]<class T>(Tag<T>) {
     using A = accumulator_t<T>;
     const Problem<T> problem = problem_of<T>(arguments);
     const int64_t heads = tasks.encode() ? problem.query_heads() : problem.heads, width = problem.width;

@@ -4,9 +4,9 @@
 //   grad_x[t, d]    = sum over r of the share of byte t in grad_out[p, r D + d]: all of it (sum), 1 / length (mean),
 //                     1 / ties where x[t, d] is the maximum or minimum, all of it at one byte (first, last)
 //
-// Tiling: threads share the patches by their bytes, and long patches in units (segment_units.h). The owner of a patch
-// or unit streams its rows past a row of results in L1, in panels of kPanel columns. The owner of a long patch combines
-// the results of its units and, backward, their counts of ties.
+// Tiling: threads share the patches by their bytes, and long patches in parts (segment_parts.h). The owner of a patch
+// or part streams its rows past a row of results in L1, in panels of kPanel columns. The owner of a long patch combines
+// the results of its parts and, backward, their counts of ties.
 //
 // Bytes: forward reads x once and writes out. Backward writes grad_x; for max and min it also reads x twice, the second
 // time from the cache unless the patch does not fit there.
@@ -21,7 +21,7 @@
 
 #include "../common/args/patch_pool.h"
 #include "../common/dispatch.h"
-#include "segment_units.h"
+#include "segment_parts.h"
 #include "support/alloc.h"
 #include "support/check_values.h"
 #include "support/parallel.h"
@@ -60,7 +60,7 @@ void fold(A* result, const PatchPanel<T>& rows, FoldKind kind) {
   }
 }
 
-// Writes the reduction of a patch to out. `folded` is its rows, or the folds of its units.
+// Writes the reduction of a patch to out. `folded` is its rows, or the folds of its parts.
 template <class T, class In>
 void pool(T* out, const PatchPanel<T>& rows, const PatchPanel<In>& folded, const Reduction& reduction) {
   using A = accumulator_t<T>;
@@ -82,14 +82,13 @@ Tensor patch_pool_fwd_cpu(const Tensor& x, Tensor patch_offsets, const Tensor& p
   const int64_t width = arguments.width, patches = arguments.patches, out_width = arguments.out_width();
   const Reductions& reductions = arguments.reductions;
   Tensor out = new_output(rows, {patches, out_width});
-  dispatch_float(rows.scalar_type(), "x", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(rows.scalar_type(), "x", [&]<class T>(Tag<T>) {
     const T* const data = rows.const_data_ptr<T>();
     T* const pooled = out.mutable_data_ptr<T>();
     using A = accumulator_t<T>;
     const int64_t stride = rows.stride(0);
-    const SegmentUnits units(offsets, patches);
-    std::vector<A> unit_folds(static_cast<size_t>(units.numbered() * out_width));
+    const SegmentParts parts(offsets, patches);
+    std::vector<A> part_folds(static_cast<size_t>(parts.num_slots() * out_width));
     const auto rows_of = [&](int64_t begin, int64_t end, int64_t c) {
       return PatchPanel<T>{data + begin * stride + c, stride, end - begin, std::min(kPanel, width - c)};
     };
@@ -98,30 +97,27 @@ Tensor patch_pool_fwd_cpu(const Tensor& x, Tensor patch_offsets, const Tensor& p
       for (int64_t c = 0; c < width; c += kPanel)
         for (size_t r = 0; r < reductions.size(); ++r) f(reductions[r], static_cast<int64_t>(r) * width + c, c);
     };
-    units.for_each(row_grain(width), [&](const Unit& unit) {
-      T* const to = pooled + unit.segment * out_width;
-      if (unit.begin == unit.end) {
+    parts.for_each(row_grain(width), [&](const Part& part) {
+      T* const to = pooled + part.segment * out_width;
+      if (part.begin == part.end) {
         std::fill_n(to, out_width, T(0));
         return;
       }
       for_each_panel([&](const Reduction& reduction, int64_t column, int64_t c) {
-        const PatchPanel<T> own = rows_of(unit.begin, unit.end, c);
-        if (unit.number < 0)
+        const PatchPanel<T> own = rows_of(part.begin, part.end, c);
+        if (part.slot < 0)
           pool(to + column, own, own, reduction);
         else if (!reduction.is_end())
-          fold(unit_folds.data() + unit.number * out_width + column, own, reduction.fold);
+          fold(part_folds.data() + part.slot * out_width + column, own, reduction.fold);
       });
     });
-    parallel_for(static_cast<int64_t>(units.longs().size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const LongSegment& patch = units.longs()[static_cast<size_t>(i)];
-        for_each_panel([&](const Reduction& reduction, int64_t column, int64_t c) {
-          const PatchPanel<T> all = rows_of(offsets[patch.segment], offsets[patch.segment + 1], c);
-          const A* const first_fold = unit_folds.data() + patch.first * out_width + column;
-          pool(pooled + patch.segment * out_width + column, all,
-               PatchPanel<A>{first_fold, out_width, patch.last - patch.first, all.width}, reduction);
-        });
-      }
+    parts.for_each_divided([&](const DividedSegment& patch) {
+      for_each_panel([&](const Reduction& reduction, int64_t column, int64_t c) {
+        const PatchPanel<T> all = rows_of(offsets[patch.segment], offsets[patch.segment + 1], c);
+        const A* const first_fold = part_folds.data() + patch.slot * out_width + column;
+        pool(pooled + patch.segment * out_width + column, all,
+             PatchPanel<A>{first_fold, out_width, patch.count, all.width}, reduction);
+      });
     });
   });
   return out;
@@ -149,17 +145,17 @@ void count_ties(A* ties, const T* extreme, const PatchPanel<T>& rows) {
   for (int64_t i = 0; i < rows.count; ++i) map_row<A>(ties, rows.width, count, ties, rows.row(i), extreme);
 }
 
-// Points to the counts of ties of one extreme in a patch and in one of its units, in a panel of columns. Both are null
+// Points to the counts of ties of one extreme in a patch and in one of its parts, in a panel of columns. Both are null
 // where the rows are the whole patch, whose ties are counted when they are needed.
 template <class A>
 struct TieCounts {
-  const A *patch = nullptr, *unit = nullptr;
+  const A *patch = nullptr, *part = nullptr;
 
   // False if the rows get nothing from the extreme: they have no tie, and the patch has no NaN, which leaves it without
   // ties.
   bool reach_rows(int64_t width) const {
     bool reach = patch == nullptr;
-    for (int64_t c = 0; patch && c < width; ++c) reach |= (unit[c] > 0) | (patch[c] == 0);
+    for (int64_t c = 0; patch && c < width; ++c) reach |= (part[c] > 0) | (patch[c] == 0);
     return reach;
   }
 };
@@ -247,48 +243,48 @@ Tensor patch_pool_bwd_cpu(const Tensor& grad_out, const std::optional<Tensor>& x
   const int64_t columns[2] = {column_of(reductions, FoldKind::kMax, width),
                               column_of(reductions, FoldKind::kMin, width)};
   Tensor grad_x = new_output(grads, {bytes, width});
-  dispatch_float(grads.scalar_type(), "grad_out", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(grads.scalar_type(), "grad_out", [&]<class T>(Tag<T>) {
     const T* const from = grads.const_data_ptr<T>();
     const T* const data = inputs ? inputs->const_data_ptr<T>() : nullptr;
     const T* const pooled = results ? results->const_data_ptr<T>() : nullptr;
     const int64_t stride = inputs ? inputs->stride(0) : 0, pooled_stride = results ? results->stride(0) : 0;
     T* const to = grad_x.mutable_data_ptr<T>();
     using A = accumulator_t<T>;
-    const auto rows_of = [&](const Unit& unit, int64_t c) {
-      return PatchPanel<T>{data ? data + unit.begin * stride + c : nullptr, stride, unit.end - unit.begin,
+    const auto rows_of = [&](const Part& part, int64_t c) {
+      return PatchPanel<T>{data ? data + part.begin * stride + c : nullptr, stride, part.end - part.begin,
                            std::min(kPanel, width - c)};
     };
-    // Count the ties of the maximum and of the minimum, in each unit of a long patch and in the whole patch.
-    const SegmentUnits units(offsets, patches);
+    // Count the ties of the maximum and of the minimum, in each part of a long patch and in the whole patch.
+    const SegmentParts parts(offsets, patches);
     std::vector<A> ties[2], totals[2];
     for (int k = 0; k < 2; ++k) {
-      if (columns[k] < 0 || units.longs().empty()) continue;
-      ties[k].resize(static_cast<size_t>(units.numbered() * width));
-      totals[k].resize(units.longs().size() * static_cast<size_t>(width));
+      if (columns[k] < 0 || parts.divided().empty()) continue;
+      ties[k].resize(static_cast<size_t>(parts.num_slots() * width));
+      totals[k].resize(parts.divided().size() * static_cast<size_t>(width));
       A* const counts = ties[k].data();
-      units.for_each_long([&](const Unit& unit) {
+      parts.for_each_slot([&](const Part& part) {
         for (int64_t c = 0; c < width; c += kPanel)
-          count_ties(counts + unit.number * width + c, pooled + unit.segment * pooled_stride + columns[k] + c,
-                     rows_of(unit, c));
+          count_ties(counts + part.slot * width + c, pooled + part.segment * pooled_stride + columns[k] + c,
+                     rows_of(part, c));
       });
       A* total = totals[k].data();
-      for (const LongSegment& patch : units.longs()) {
-        for (int64_t u = patch.first; u < patch.last; ++u) map_row<A>(total, width, kAdd, total, counts + u * width);
+      for (const DividedSegment& patch : parts.divided()) {
+        for (int64_t i = 0; i < patch.count; ++i)
+          map_row<A>(total, width, kAdd, total, counts + (patch.slot + i) * width);
         total += width;
       }
     }
-    const auto ties_of = [&](int k, const Unit& unit, int64_t c) -> TieCounts<A> {
+    const auto ties_of = [&](int k, const Part& part, int64_t c) -> TieCounts<A> {
       if (ties[k].empty()) return {};
-      return {totals[k].data() + units.long_index(unit) * width + c, ties[k].data() + unit.number * width + c};
+      return {totals[k].data() + part.divided * width + c, ties[k].data() + part.slot * width + c};
     };
-    units.for_each(row_grain(width), [&](const Unit& unit) {
-      const int64_t begin = offsets[unit.segment], end = offsets[unit.segment + 1];
+    parts.for_each(row_grain(width), [&](const Part& part) {
+      const int64_t begin = offsets[part.segment], end = offsets[part.segment + 1];
       for (int64_t c = 0; c < width; c += kPanel) {
-        PatchOfRows<A> patch = {end - begin, unit.begin == begin, unit.end == end, {}, {}};
-        if (unit.number >= 0) patch.max_ties = ties_of(0, unit, c), patch.min_ties = ties_of(1, unit, c);
-        pool_grad(to + unit.begin * width + c, width, from + unit.segment * grads.stride(0) + c,
-                  pooled ? pooled + unit.segment * pooled_stride + c : nullptr, width, rows_of(unit, c), patch,
+        PatchOfRows<A> patch = {end - begin, part.begin == begin, part.end == end, {}, {}};
+        if (part.slot >= 0) patch.max_ties = ties_of(0, part, c), patch.min_ties = ties_of(1, part, c);
+        pool_grad(to + part.begin * width + c, width, from + part.segment * grads.stride(0) + c,
+                  pooled ? pooled + part.segment * pooled_stride + c : nullptr, width, rows_of(part, c), patch,
                   reductions);
       }
     });

@@ -4,8 +4,8 @@
 //   grad_y[p] = sum of grad_out[t] over the bytes t with ids[t] = p
 //
 // Tiling: forward, threads share the bytes; backward, they share the patches by their bytes. The bytes that read patch
-// p are the first ones of [offsets[p], offsets[p+1]); the others there have id -1. The owner of p, or of a unit of it
-// if it is long (segment_units.h), adds the rows up in order.
+// p are the first ones of [offsets[p], offsets[p+1]); the others there have id -1. The owner of p, or of a part of it
+// if it is long (segment_parts.h), adds the rows up in order.
 //
 // Bytes: forward reads y once (a row stays in L1 while its bytes are written) and writes out; backward the reverse.
 
@@ -17,7 +17,7 @@
 
 #include "../common/args/patch_unpool.h"
 #include "../common/dispatch.h"
-#include "segment_units.h"
+#include "segment_parts.h"
 #include "support/alloc.h"
 #include "support/check_values.h"
 #include "support/parallel.h"
@@ -32,8 +32,7 @@ Tensor patch_unpool_fwd_cpu(const Tensor& y, Tensor offsets, Tensor ids) {
   const int32_t* const id = check_ids(ids, "ids", arguments.patches);
   const int64_t width = arguments.width, stride = rows.stride(0);
   Tensor out = new_output(rows, {ids.size(0), width});
-  dispatch_float(rows.scalar_type(), "y", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(rows.scalar_type(), "y", [&]<class T>(Tag<T>) {
     const T* const from = rows.const_data_ptr<T>();
     T* const to = out.mutable_data_ptr<T>();
     parallel_for(ids.size(0), row_grain(width), [&](int64_t begin, int64_t end) {
@@ -54,30 +53,25 @@ Tensor patch_unpool_bwd_cpu(const Tensor& grad_out, Tensor offsets, Tensor ids) 
   const int32_t* const segments = check_segments(offsets, "offsets", arguments.bytes);
   const int32_t* const id = check_ids(ids, "ids", patches);
   Tensor grad_y = new_output(rows, {patches, width});
-  dispatch_float(rows.scalar_type(), "grad_out", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(rows.scalar_type(), "grad_out", [&]<class T>(Tag<T>) {
     const T* const from = rows.const_data_ptr<T>();
     T* const to = grad_y.mutable_data_ptr<T>();
     using A = accumulator_t<T>;
-    const SegmentUnits units(segments, patches);
-    std::vector<A> sums(static_cast<size_t>(units.numbered() * width));  // of units
-    units.for_each(row_grain(width), [&](const Unit& unit) {
-      const int32_t *const begin = id + unit.begin, *const limit = id + unit.end;
-      const int32_t* const end = std::find_if(begin, limit, [&](int32_t i) { return i != unit.segment; });
-      const T* const own = from + unit.begin * stride;
+    const SegmentParts parts(segments, patches);
+    std::vector<A> sums(static_cast<size_t>(parts.num_slots() * width));  // of parts
+    parts.for_each(row_grain(width), [&](const Part& part) {
+      const int32_t *const begin = id + part.begin, *const limit = id + part.end;
+      const int32_t* const end = std::find_if(begin, limit, [&](int32_t i) { return i != part.segment; });
+      const T* const own = from + part.begin * stride;
       const auto row = [=](int64_t i) { return own + i * stride; };
-      if (unit.number < 0)
-        sum_rows(to + unit.segment * width, width, end - begin, row);
+      if (part.slot < 0)
+        sum_rows(to + part.segment * width, width, end - begin, row);
       else
-        sum_rows(sums.data() + unit.number * width, width, end - begin, row);
+        sum_rows(sums.data() + part.slot * width, width, end - begin, row);
     });
-    parallel_for(static_cast<int64_t>(units.longs().size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const LongSegment& patch = units.longs()[static_cast<size_t>(i)];
-        const A* const own = sums.data() + patch.first * width;
-        sum_rows(to + patch.segment * width, width, patch.last - patch.first,
-                 [=](int64_t u) { return own + u * width; });
-      }
+    parts.for_each_divided([&](const DividedSegment& patch) {
+      const A* const own = sums.data() + patch.slot * width;
+      sum_rows(to + patch.segment * width, width, patch.count, [=](int64_t i) { return own + i * width; });
     });
   });
   return grad_y;

@@ -66,8 +66,7 @@ void entropy_grad_rows(Tensor& grad, const Tensor& logits, const accumulator_t<T
 std::tuple<Tensor, Tensor> entropies_of_rows(const Tensor& rows, int64_t count) {
   Tensor entropy = new_output(rows, {rows.size(0)}, accumulator(rows));
   Tensor log_sum = new_output(rows, {rows.size(0)}, accumulator(rows));
-  dispatch_float(rows.scalar_type(), "logits", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(rows.scalar_type(), "logits", [&]<class T>(Tag<T>) {
     using A = accumulator_t<T>;
     entropy_rows<T>(rows, count, entropy.mutable_data_ptr<A>(), log_sum.mutable_data_ptr<A>());
   });
@@ -88,8 +87,7 @@ Tensor token_entropy_bwd_cpu(const Tensor& grad_entropy, const Tensor& logits, c
   const Tensor entropies = check_row_values(entropy, "entropy", rows);
   const Tensor log_sums = check_row_values(log_sum, "log_sum", rows);
   Tensor grad = new_output(rows, {rows.size(0), rows.size(1)});
-  dispatch_float(rows.scalar_type(), "logits", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(rows.scalar_type(), "logits", [&]<class T>(Tag<T>) {
     using A = accumulator_t<T>;
     entropy_grad_rows<T>(grad, rows, upstream.const_data_ptr<A>(), entropies.const_data_ptr<A>(),
                          log_sums.const_data_ptr<A>());
@@ -108,8 +106,7 @@ std::tuple<Tensor, Tensor> linear_entropy_fwd_cpu(const Tensor& hidden, const Te
   check_head(hidden, weight, bias);
   Tensor entropy = new_output(hidden, {hidden.size(0)}, accumulator(hidden));
   Tensor log_sum = new_output(hidden, {hidden.size(0)}, accumulator(hidden));
-  dispatch_float(hidden.scalar_type(), "hidden", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_float(hidden.scalar_type(), "hidden", [&]<class T>(Tag<T>) {
     using A = accumulator_t<T>;
     A *const h = entropy.mutable_data_ptr<A>(), *const log_s = log_sum.mutable_data_ptr<A>();
     for_each_panel(hidden, weight, bias, panel_of(hidden, weight),
@@ -128,8 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd_cpu(const Tensor& grad_ent
   const Tensor entropies = check_row_values(entropy, "entropy", hidden);
   const Tensor log_sums = check_row_values(log_sum, "log_sum", hidden);
   const Tensor grad_hidden = new_output(hidden, {hidden.size(0), hidden.size(1)});
-  return dispatch_float(hidden.scalar_type(), "hidden", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  return dispatch_float(hidden.scalar_type(), "hidden", [&]<class T>(Tag<T>) {
     using A = accumulator_t<T>;
     const A *const up = upstream.const_data_ptr<A>(), *const h = entropies.const_data_ptr<A>();
     const A* const log_s = log_sums.const_data_ptr<A>();

@@ -31,15 +31,18 @@ inline constexpr float kUnread = kInf;  // log_sum, in [0, log A] or NaN otherwi
 // The tail of a row shorter than a Pair is a copy of it.
 template <class T>
 struct RowShape {
+  using A = accumulator_t<T>;
+  static constexpr int64_t kPair = pair_lanes<A>;
   int64_t width, full;
-  VecI fresh_a, fresh_b;  // all-ones masks
+  Mask<A> fresh_a, fresh_b;  // all-ones masks
 
   explicit RowShape(int64_t width) : width(width), full(width / kPair * kPair) {
     lane_index<T>(fresh_a, fresh_b);
-    const int32_t seen = static_cast<int32_t>(width < kPair ? 0 : kPair - (width - full));
-    const int32_t end = static_cast<int32_t>(std::min<int64_t>(width, kPair));
-    fresh_a = (fresh_a >= seen) & (fresh_a < end);
-    fresh_b = (fresh_b >= seen) & (fresh_b < end);
+    using Index = typename VecOf<A>::mask_element;
+    const Index counted = static_cast<Index>(width < kPair ? 0 : kPair - (width - full));
+    const Index end = static_cast<Index>(std::min(width, kPair));
+    fresh_a = (fresh_a >= counted) & (fresh_a < end);
+    fresh_b = (fresh_b >= counted) & (fresh_b < end);
   }
   bool ragged() const { return full != width; }
 };
@@ -47,6 +50,7 @@ struct RowShape {
 // The last Pair of a row, which starts within the row unless the row is shorter; then it is padded with -inf.
 template <class T>
 struct Tail {
+  static constexpr int64_t kPair = RowShape<T>::kPair;
   alignas(kVecBytes) T copy[kPair];
   const T* data;
   Tail(const T* row, const RowShape<T>& shape) : data(shape.width < kPair ? copy : row + shape.width - kPair) {
@@ -56,97 +60,65 @@ struct Tail {
   Tail(const Tail&) = delete;
 };
 
+template <class A>
 struct Entropy {
-  float entropy, log_sum;
+  A entropy, log_sum;
 };
 
 // NaN goes unnoticed.
-template <class T>
-float row_max(const T* row, const T* tail, const RowShape<T>& shape) {
-  Pair top = load_pair(tail);
-  for (int64_t i = 0; i < shape.full; i += kPair) {
-    const Pair x = load_pair(row + i);
+template <class T, class A = accumulator_t<T>>
+A row_max(const T* row, const T* tail, const RowShape<T>& shape) {
+  PairOf<A> top = load_pair(tail);
+  for (int64_t i = 0; i < shape.full; i += shape.kPair) {
+    const PairOf<A> x = load_pair(row + i);
     top = {max(x.a, top.a), max(x.b, top.b)};
   }
-  return max(max(top.a, top.b));
+  return fold<A>(max(top.a, top.b), [](A a, A b) { return max(a, b); });
 }
 
-template <class T>
-Entropy row_entropy(const T* row, const RowShape<T>& shape) {
+template <class T, class A = accumulator_t<T>>
+Entropy<A> row_entropy(const T* row, const RowShape<T>& shape) {
   const Tail<T> tail(row, shape);
-  const float m = row_max(row, tail.data, shape);
-  Pair s = {VecF{}, VecF{}}, t = {VecF{}, VecF{}};
-  const auto accumulate = [&](Pair x, auto keep) {
-    const VecF da = max(broadcast(kExpMin), x.a - m), db = max(broadcast(kExpMin), x.b - m);
-    const Pair e = keep({exp(da), exp(db)});
+  const A m = row_max(row, tail.data, shape);
+  PairOf<A> s = {}, t = {};
+  const auto accumulate = [&](PairOf<A> x, auto keep) {
+    const Vec<A> da = max(broadcast<A>(kExpMin), x.a - m), db = max(broadcast<A>(kExpMin), x.b - m);
+    const PairOf<A> e = keep({exp(da), exp(db)});
     s = {s.a + e.a, s.b + e.b};
     t = {t.a + e.a * da, t.b + e.b * db};
   };
-  for (int64_t i = 0; i < shape.full; i += kPair) {
+  for (int64_t i = 0; i < shape.full; i += shape.kPair) {
     prefetch_pair(row + i + kRowsAhead * shape.width);
-    accumulate(load_pair(row + i), [](Pair e) { return e; });
+    accumulate(load_pair(row + i), [](PairOf<A> e) { return e; });
   }
   if (shape.ragged())
-    accumulate(load_pair(tail.data),
-               [&](Pair e) -> Pair { return {shape.fresh_a ? e.a : VecF{}, shape.fresh_b ? e.b : VecF{}}; });
-  const float total = sum(s.a + s.b), log_total = std::log(total);
-  return {log_total - sum(t.a + t.b) / total, log_total};
+    accumulate(load_pair(tail.data), [&](PairOf<A> e) -> PairOf<A> {
+      return {shape.fresh_a ? e.a : Vec<A>{}, shape.fresh_b ? e.b : Vec<A>{}};
+    });
+  const A total = lane_sum<A>(s.a + s.b), log_total = std::log(total);
+  return {log_total - lane_sum<A>(t.a + t.b) / total, log_total};
 }
 
 // `grad` may be `row`: the last Pair is read before what it overlaps is written.
-template <class T>
-void row_entropy_grad(T* grad, const T* row, const RowShape<T>& shape, float upstream, Entropy row_value) {
+template <class T, class A = accumulator_t<T>>
+void row_entropy_grad(T* grad, const T* row, const RowShape<T>& shape, A upstream, Entropy<A> row_value) {
   const Tail<T> tail(row, shape);
-  const float m = row_max(row, tail.data, shape);
-  const auto slope = [&](VecF x) {
-    const VecF log_p = x - m - row_value.log_sum, d = max(broadcast(kExpMin), log_p);
-    const VecF p = log_p < kExpMin ? VecF{} : exp(d);
+  const A m = row_max(row, tail.data, shape);
+  const auto slope = [&](Vec<A> x) {
+    const Vec<A> log_p = x - m - row_value.log_sum, d = max(broadcast<A>(kExpMin), log_p);
+    const Vec<A> p = log_p < A(kExpMin) ? Vec<A>{} : exp(d);
     return -upstream * p * (d + row_value.entropy);
   };
-  const auto step = [&](T* out, Pair x) { store_pair(out, {slope(x.a), slope(x.b)}); };
-  const Pair last = load_pair(tail.data);
-  for (int64_t i = 0; i < shape.full; i += kPair) step(grad + i, load_pair(row + i));
+  const auto step = [&](T* out, PairOf<A> x) { store_pair(out, PairOf<A>{slope(x.a), slope(x.b)}); };
+  const PairOf<A> last = load_pair(tail.data);
+  for (int64_t i = 0; i < shape.full; i += shape.kPair) step(grad + i, load_pair(row + i));
   if (!shape.ragged()) return;
-  if (shape.width >= kPair) {
-    step(grad + shape.width - kPair, last);
+  if (shape.width >= shape.kPair) {
+    step(grad + shape.width - shape.kPair, last);
   } else {
-    T padded[kPair];
+    T padded[shape.kPair];
     step(padded, last);
     std::copy(padded, padded + shape.width, grad);
-  }
-}
-
-// fp64: for checks, not for speed.
-struct Entropy64 {
-  double entropy, log_sum;
-};
-
-template <>
-struct RowShape<double> {
-  int64_t width;
-  explicit RowShape(int64_t width) : width(width) {}
-};
-
-inline Entropy64 row_entropy(const double* row, const RowShape<double>& shape) {
-  constexpr int kParts = 8;  // partial sums: their rounding errors average out
-  const double m = *std::max_element(row, row + shape.width);
-  double s[kParts] = {}, t[kParts] = {};
-  for (int64_t i = 0; i < shape.width; ++i) {
-    const double d = row[i] - m, e = std::exp(d);
-    s[i % kParts] += e;
-    t[i % kParts] += e == 0 ? e : e * d;
-  }
-  for (int part = kParts / 2; part > 0; part /= 2)
-    for (int i = 0; i < part; ++i) s[i] += s[i + part], t[i] += t[i + part];
-  return {std::log(s[0]) - t[0] / s[0], std::log(s[0])};
-}
-
-inline void row_entropy_grad(double* grad, const double* row, const RowShape<double>& shape, double upstream,
-                             Entropy64 e) {
-  const double m = *std::max_element(row, row + shape.width);
-  for (int64_t i = 0; i < shape.width; ++i) {
-    const double log_p = row[i] - m - e.log_sum, p = std::exp(log_p);
-    grad[i] = p == 0 ? 0 : -upstream * p * (log_p + e.entropy);
   }
 }
 

@@ -96,8 +96,7 @@ inline EmbedArguments check_embed(const Tensor& tokens, std::vector<Tensor> tabl
   for (Tensor& table : tables) {
     table = unit_rows(table, "tables");
     check_dtype(table, "tables", tables[0].scalar_type());
-    check_size(table, "tables", 0, (fused ? count : 1) * shard.rows());
-    check_size(table, "tables", 1, tables[0].size(1));
+    check_shape(table, "tables", {(fused ? count : 1) * shard.rows(), tables[0].size(1)});
   }
   if (byte_table) {
     byte_table = unit_rows(*byte_table, "byte_table");

@@ -18,15 +18,13 @@ inline StepArguments check_step(const Tensor& table, const Tensor& rows, const T
   check_dtype(rows, "rows", ScalarType::Long);
   check_dtype(values, "values", table.scalar_type());
   const StepArguments step = {table, as_contiguous(rows), unit_rows(values, "values")};
-  check_size(step.values, "values", 0, rows.size(0));
-  check_size(step.values, "values", 1, table.size(1));
+  check_shape(step.values, "values", {rows.size(0), table.size(1)});
   return step;
 }
 
 // Adagrad's sum of squares of each row of the table.
 inline void check_sums(const Tensor& sums, const Tensor& table) {
-  check_dim(sums, "sums", 1);
-  check_size(sums, "sums", 0, table.size(0));
+  check_shape(sums, "sums", {table.size(0)});
   check_dtype(sums, "sums", accumulator(table));
 }
 

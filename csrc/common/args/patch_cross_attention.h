@@ -12,9 +12,8 @@
 namespace blt {
 
 inline void check_like(const Tensor& x, const char* name, const Tensor& like) {
-  check_dim(x, name, 3);
+  check_shape(x, name, {like.size(0), like.size(1), like.size(2)});
   check_dtype(x, name, like.scalar_type());
-  for (int dim = 0; dim < 3; ++dim) check_size(x, name, dim, like.size(dim));
 }
 
 // q [queries, heads, E], k and v [keys, kv_heads, E] have unit stride in E. offsets [capacity + 1], cu_patches
@@ -73,9 +72,8 @@ inline CrossArguments check_cross_attention(const Tensor& q, const Tensor& k, co
 inline void check_cross_grads(const CrossArguments& arguments, Tensor& grad_out, Tensor& out, Tensor& lse) {
   check_like(grad_out, "grad_out", arguments.q);
   check_like(out, "out", arguments.q);
-  check_dim(lse, "lse", 2);
+  check_shape(lse, "lse", {arguments.q.size(0), arguments.q.size(1)});
   check_dtype(lse, "lse", accumulator(arguments.q));
-  for (int dim = 0; dim < 2; ++dim) check_size(lse, "lse", dim, arguments.q.size(dim));
   grad_out = with_unit_stride(grad_out), out = with_unit_stride(out), lse = as_contiguous(lse);
 }
 

@@ -108,18 +108,15 @@ inline PoolGradArguments check_pool_grad(const Tensor& grad_out, const std::opti
   const Reductions reductions = check_reduce(reduce);
   const int64_t count = static_cast<int64_t>(reductions.size()), width = grads.size(1) / count;
   const int64_t bytes = patch_ids.size(0);
-  check_size(grads, "grad_out", 0, patches);
-  check_size(grads, "grad_out", 1, width * count);
+  check_shape(grads, "grad_out", {patches, width * count});
   std::optional<Tensor> inputs, results;
   if (std::any_of(reductions.begin(), reductions.end(), [](const Reduction& r) { return r.is_extreme(); })) {
     STD_TORCH_CHECK(x && out, "x, out: expected tensors, since reduce has max or min");
     inputs = unit_rows(*x, "x"), results = unit_rows(*out, "out");
     check_dtype(*inputs, "x", grads.scalar_type());
     check_dtype(*results, "out", grads.scalar_type());
-    check_size(*inputs, "x", 0, bytes);
-    check_size(*inputs, "x", 1, width);
-    check_size(*results, "out", 0, patches);
-    check_size(*results, "out", 1, width * count);
+    check_shape(*inputs, "x", {bytes, width});
+    check_shape(*results, "out", {patches, width * count});
   }
   return {grads, inputs, results, patch_offsets, patch_ids, reductions, bytes, patches, width};
 }

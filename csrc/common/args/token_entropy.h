@@ -19,8 +19,7 @@ inline Tensor check_logits(const Tensor& logits) {
 
 // Returns one value for each of `rows`, contiguous: a gradient that was expanded from a scalar is copied.
 inline Tensor check_row_values(const Tensor& values, const char* name, const Tensor& rows) {
-  check_dim(values, name, 1);
-  check_size(values, name, 0, rows.size(0));
+  check_shape(values, name, {rows.size(0)});
   check_dtype(values, name, accumulator(rows));
   return as_contiguous(values);
 }
@@ -34,9 +33,8 @@ inline void check_head(const Tensor& hidden, const Tensor& weight, const std::op
   STD_TORCH_CHECK(weight.size(0) >= 1 && weight.size(0) <= kMaxAlphabet, "weight: expected an alphabet from 1 to ",
                   kMaxAlphabet, ", got ", weight.size(0));
   if (!bias) return;
-  check_dim(*bias, "bias", 1);
+  check_shape(*bias, "bias", {weight.size(0)});
   check_dtype(*bias, "bias", hidden.scalar_type());
-  check_size(*bias, "bias", 0, weight.size(0));
 }
 
 }  // namespace blt

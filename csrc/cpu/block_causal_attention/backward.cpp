@@ -109,8 +109,7 @@ void propagate(const Problem& problem, const RowSoftmax<A>& saved, const OutputH
 template <class A>
 void add_sums(const OutputHeads& grad_q, std::span<const Segment> segments, std::span<const QuerySums<A>> sums,
               const Range& queries, int64_t num_heads, int64_t head_dim, A factor) {
-  dispatch_storage<A>(grad_q.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_storage<A>(grad_q.dtype, [&]<class T>(Tag<T>) {
     for (int64_t i = queries.begin; i < queries.end; ++i) {
       size_t first = 0, last;
       while (first < segments.size() && segments[first].queries.end <= i) ++first;

@@ -74,13 +74,19 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline VecF broadcast(float x) { return VecF{} + x; }
+template <class A = float>
+inline Vec<A> broadcast(A x) {
+  return Vec<A>{} + x;
+}
 
 // The larger of two; `b` where they do not compare, so that a NaN in `b` stays and one in `a` goes.
-inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
+template <class V>
+inline V max(V a, V b) {
+  return a > b ? a : b;
+}
 
 // Folds the lanes in halves: log2(lanes<A>) dependent steps.
-template <class A = float, class F>
+template <class A, class F>
 inline A fold(Vec<A> v, F f) {
   alignas(kVecBytes) A cells[lanes<A>];
   std::memcpy(cells, &v, sizeof(cells));
@@ -89,12 +95,9 @@ inline A fold(Vec<A> v, F f) {
   return cells[0];
 }
 
-inline float sum(VecF v) {
-  return fold(v, [](float a, float b) { return a + b; });
-}
-
-inline float max(VecF v) {
-  return fold(v, [](float a, float b) { return a > b ? a : b; });
+template <class A>
+inline A lane_sum(Vec<A> v) {
+  return fold<A>(v, [](A a, A b) { return a + b; });
 }
 
 // Returns the lanes kIndex of x and y; the lanes of y are numbered after those of x.
@@ -131,27 +134,25 @@ struct PairOf {
 };
 using Pair = PairOf<float>;
 
-inline constexpr int kPair = 2 * kLanes;
 template <class A>
 inline constexpr int pair_lanes = 2 * lanes<A>;
 
 // Sets a and b to the index of the element of a Pair of T that each lane holds.
-template <class T>
-inline void lane_index(VecI& a, VecI& b) {
-  for (int i = 0; i < kLanes; ++i) {
+template <class T, class M>
+inline void lane_index(M& a, M& b) {
+  constexpr int kCount = sizeof(M) / sizeof(a[0]);
+  for (int i = 0; i < kCount; ++i) {
     const bool interleaved = std::is_same_v<T, BFloat16>;
     a[i] = interleaved ? 2 * i : i;
-    b[i] = interleaved ? 2 * i + 1 : kLanes + i;
+    b[i] = interleaved ? 2 * i + 1 : kCount + i;
   }
 }
 
 // --- load -----------------------------------------------------------------------------------------------------------
 
-inline Pair load_pair(const float* p) {
-  Pair x;
-  std::memcpy(&x.a, p, sizeof(VecF));
-  std::memcpy(&x.b, p + kLanes, sizeof(VecF));
-  return x;
+template <class A>
+inline PairOf<A> load_pair(const A* p) {
+  return {load(p), load(p + lanes<A>)};
 }
 
 inline Pair load_pair(const BFloat16* p) {
@@ -176,26 +177,21 @@ inline VecF load_half(const Half* p) {
 #endif
 }
 
-inline PairOf<double> load_pair(const double* p) { return {load(p), load(p + lanes<double>)}; }
-
 inline Pair load_pair(const Half* p) { return {load_half(p), load_half(p + kLanes)}; }
 
 // Asks for the lines of a Pair; an address beyond the data does no harm.
 template <class T>
 inline void prefetch_pair(const T* p) {
-  for (int64_t i = 0; i < kPair * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(p + i / sizeof(T));
+  for (int64_t i = 0; i < pair_lanes<float> * static_cast<int64_t>(sizeof(T)); i += 64)
+    __builtin_prefetch(p + i / sizeof(T));
 }
 
 // --- store ----------------------------------------------------------------------------------------------------------
 
-inline void store_pair(float* p, Pair x) {
-  std::memcpy(p, &x.a, sizeof(VecF));
-  std::memcpy(p + kLanes, &x.b, sizeof(VecF));
-}
-
-inline void store_pair(double* p, PairOf<double> x) {
+template <class A>
+inline void store_pair(A* p, PairOf<A> x) {
   store(p, x.a);
-  store(p + lanes<double>, x.b);
+  store(p + lanes<A>, x.b);
 }
 
 // Round to nearest even, into the upper half of each lane; NaN stays NaN.
