@@ -4,6 +4,7 @@
 #include "patch_cross_attention.cuh"
 
 #include <algorithm>
+#include <bit>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -45,8 +46,11 @@ struct Arguments : CrossArguments {
   int kv_heads() const { return static_cast<int>(k.size(1)); }
   int width() const { return static_cast<int>(q.size(2)); }
   int vectors() const { return capacity == 0 ? 1 : static_cast<int>(queries_per_patch); }
-  // Parts of bytes that may be units of their own.
-  int parts() const { return window > kMaxDivided || capacity == 0 ? 0 : static_cast<int>(num_bytes / kPart); }
+  // The size of parts, and how many of them may be units of their own.
+  int log_part() const {
+    return std::max(kLogPart, 2 + static_cast<int>(std::bit_width(static_cast<uint64_t>(window - 1))));
+  }
+  int parts() const { return capacity == 0 || log_part() > 30 ? 0 : static_cast<int>(num_bytes >> log_part()); }
   PatchReaders readers(const Device& device) const {
     return {device.read<i32>(offsets),
             device.read<i32>(cu_patches),
@@ -57,6 +61,7 @@ struct Arguments : CrossArguments {
             vectors(),
             static_cast<int>(window),
             parts(),
+            log_part(),
             encode};
   }
   template <class T>

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kPartSumThreads, 1)
   const int part = blockIdx.x * kWarp + lane;
   int divided = -1;
   if (part < readers.parts) {
-    const int p = readers.patch_of(part * kPart);
+    const int p = readers.patch_of(part << readers.log_part);
     const Parted own = readers.parted_patch(p);
     if (part == own.parts.begin && part < own.parts.end) divided = p;
   }

@@ -13,7 +13,7 @@
 
 namespace blt {
 
-inline constexpr int kPart = 64;
+inline constexpr int kLogPart = 6, kPart = 1 << kLogPart;
 
 // A second level of parts is worth its launch from this many bytes on.
 inline constexpr i64 kSecondLevelBytes = 4 * kPart * kPart;
@@ -24,7 +24,7 @@ __device__ __forceinline__ i64 patch_of_part(const i32* ids, i64 begin, i64 size
   return first == last ? first : -1;
 }
 
-// Divides a range of rows or parts into the whole parts of the next level and the entries before and after them.
+// Divides a range of rows or parts into the whole parts of `2^log_size` of them and the entries before and after.
 // Without whole parts, the whole range is `before`.
 template <class I>
 struct PartedOf {
@@ -32,10 +32,10 @@ struct PartedOf {
 };
 using Parted = PartedOf<i64>;
 template <class I>
-__device__ __forceinline__ PartedOf<I> parted(const RangeOf<I>& range) {
-  const I first = range.begin / kPart + (range.begin % kPart > 0), last = range.end / kPart;
+__device__ __forceinline__ PartedOf<I> parted(const RangeOf<I>& range, int log_size = kLogPart) {
+  const I first = (range.begin + (I{1} << log_size) - 1) >> log_size, last = range.end >> log_size;
   if (first >= last) return {range, {first, first}, {range.end, range.end}};
-  return {{range.begin, first * kPart}, {first, last}, {last * kPart, range.end}};
+  return {{range.begin, first << log_size}, {first, last}, {last << log_size, range.end}};
 }
 
 }  // namespace blt

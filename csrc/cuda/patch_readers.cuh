@@ -7,11 +7,10 @@
 //
 // A warp works on units. A patch is one, with all bytes that it meets. But of a long patch each whole part
 // (patch_parts.cuh) is a unit, with all vectors that meet it, and what lies before, between and behind parts is left to
-// the units of patches: so none has 2 kPart bytes of one patch. Sums over the bytes of a vector then come from several
-// units: each keeps its own in a slot, that of the part, or for a patch that of the first part of the nearest divided
-// one. Slots have room for all vectors that meet a part, so their memory grows with the window. With windows of more
-// than kMaxDivided patches no patch is divided: a warp then walks a long patch alone, in time proportional to its bytes
-// (bench/notes/cross_windows.md).
+// the units of patches: so none has two parts of bytes of one patch. Sums over the bytes of a vector then come from
+// several units: each keeps its own in a slot, that of the part, or for a patch that of the first part of the nearest
+// divided one. Slots have room for all vectors that meet a part. So that their memory does not grow with the window,
+// parts do: they have 64 bytes, or 4 to 8 times the window.
 #pragma once
 
 #include "patch_parts.cuh"
@@ -20,8 +19,6 @@ namespace blt {
 
 using Rows = RangeOf<u32>;
 using Range = RangeOf<int>;
-
-inline constexpr int kMaxDivided = 16;
 
 struct PatchUnit {
   int patch;      // -1: nothing to do
@@ -52,7 +49,7 @@ struct PatchReaders {
   const i32* offsets;     // of the bytes of patches, or of their readers, [capacity + 1]
   const i32* cu_patches;  // of documents, [documents + 1]
   const i32* ids;         // decode ids of bytes, or their patches
-  int capacity, documents, num_bytes, queries_per_patch, window, parts;
+  int capacity, documents, num_bytes, queries_per_patch, window, parts, log_part;  // of bytes
   bool encode;
 
   __device__ __forceinline__ int offset(int p) const { return min(max(offsets[p], 0), num_bytes); }
@@ -87,7 +84,7 @@ struct PatchReaders {
 
   // Bytes from begin to end, and the whole parts among them if such are units of their own.
   __device__ __forceinline__ Parted parts_of(int begin, int end) const {
-    return parts > 0 ? parted(RangeOf<i64>{begin, end}) : Parted{{begin, end}, {0, 0}, {end, end}};
+    return parts > 0 ? parted(RangeOf<i64>{begin, end}, log_part) : Parted{{begin, end}, {0, 0}, {end, end}};
   }
 
   __device__ __forceinline__ Unowned unowned() const {
@@ -116,7 +113,7 @@ struct PatchReaders {
   // shuffles saves registers.
   __device__ __forceinline__ Range behind_hole(const PatchUnit& unit, int hole) const {
     const int p = patch_of(hole), end = static_cast<int>(parted_patch(p).behind.begin);
-    const int begin = min(max(end, hole + kPart), unit.bytes.end);
+    const int begin = min(max(end, hole + (1 << log_part)), unit.bytes.end);
     const int next_hole = max(begin, first_hole(p + 1, capacity, unit.bytes.end));
     return {__shfl_sync(kAllLanes, begin, 0), __shfl_sync(kAllLanes, next_hole, 0)};
   }
@@ -156,7 +153,7 @@ struct PatchReaders {
   __device__ __forceinline__ PatchUnit unit_of(int u) const {
     PatchUnit unit = {-1, {0, 0}, {0, 0}, 0, 0, -1, 0};
     if (u == kNoUnit || u >= capacity + parts) return unit;
-    const int part = u - capacity, p = part < 0 ? u : patch_of(part * kPart);
+    const int part = u - capacity, p = part < 0 ? u : patch_of(part << log_part);
     Range own = {p, p + 1}, met = own;  // vectors by bytes: of all patches that p meets, if it meets several, one side
     if (window > 1) {
       document_of(p, met.begin, met.end);
@@ -169,7 +166,7 @@ struct PatchReaders {
       const Parted bytes = parted_patch(p);
       if (part < bytes.parts.begin || bytes.parts.end <= part) return unit;
       unit.patch = p, unit.patches = met, unit.slot = part, unit.origin = origin_of(p);
-      unit.bytes = {part * kPart, (part + 1) * kPart}, unit.hole = unit.bytes.end;
+      unit.bytes = {part << log_part, (part + 1) << log_part}, unit.hole = unit.bytes.end;
       return unit;
     }
     const bool meets_bytes = kHoldsQueries == encode;

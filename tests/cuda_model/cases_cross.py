@@ -62,7 +62,7 @@ class Direction:
         own = layout()
         offsets, ids = (own.offsets, own.patch_ids) if self.encode else (own.decode_offsets, own.decode_ids)
         arrays = [data("offsets", offsets), data("cu_patches", own.cu_patches, True), data("ids", ids)]
-        sizes = [own.patches, len(own.cu_patches) - 1, BYTES, QUERIES, 1, self.parts]
+        sizes = [own.patches, len(own.cu_patches) - 1, BYTES, QUERIES, 1, self.parts, PART.bit_length() - 1]
         return [*arrays, *(i32(n) for n in sizes), boolean(self.encode)]
 
     def part_sums(self, needed: bool) -> list:

@@ -530,7 +530,7 @@ def test_traffic(
 def test_launches(
     num_bytes: int, direction: str, vectors: int, window: int | None, kv_heads: int, expected: list[str]
 ) -> None:
-    """A patch of 64 bytes or more may be divided, with windows of up to 16 too; from 18 on each pass has a launch."""
+    """A patch of 64 bytes or more may be divided, from a window of 17 on of 128; from 18 on each pass has a launch."""
     tensors, rest = arguments(ragged_layout(num_bytes, 2), direction, vectors, 2, 64, window, kv_heads)
     launches = backends.launches(lambda: run_raw([x.float() for x in tensors], rest))
     kernels = [launch.kernel.split("<")[0].removeprefix("blt::patch_cross_attention_") for launch in launches]
@@ -563,6 +563,18 @@ def test_no_thread_walks_a_long_patch_alone(direction: str, window: int | None) 
 
 
 @pytest.mark.slow
+def test_no_thread_walks_a_long_patch_alone_with_a_large_window() -> None:
+    """With a window of 17 parts have 128 bytes: the longest chain is that of a part, however long the patch is."""
+    longest = []
+    for num_bytes in (1200, 2400):
+        layout = PatchLayout.from_lengths(torch.tensor([[*[1] * 20, num_bytes]]))
+        tensors, rest = arguments(layout, "encode", 2, 1, 8, 17)
+        launches = backends.launches(lambda: run_raw([x.bfloat16() for x in tensors], rest))  # noqa: B023
+        longest.append([launch.longest for launch in launches if "sum" not in launch.kernel])
+    assert longest[0] == longest[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize(
     ("dtype", "vectors", "window", "heads", "kv_heads"),
@@ -571,7 +583,7 @@ def test_no_thread_walks_a_long_patch_alone(direction: str, window: int | None) 
         (torch.float32, 3, None, 4, 2),
         (torch.bfloat16, 2, 2, 2, 2),
         (torch.float32, 3, 3, 4, 2),
-        (torch.float32, 1, 17, 2, 2),  # not divided on CUDA
+        (torch.float32, 1, 17, 2, 2),  # parts of 128 bytes on CUDA
     ],
 )
 def test_divided_patches(
@@ -589,7 +601,7 @@ def test_divided_patches(
     ends = torch.tensor([length for lengths in documents for length in lengths]).cumsum(0)
     cuts = torch.zeros(num_bytes + 70, dtype=torch.bool).index_fill(0, ends - 1, True)  # a cut follows a byte
     cu_seqlens = torch.tensor([0, *(sum(x) for x in documents)], dtype=torch.int32).cumsum(0).int()
-    layout = PatchLayout.from_cuts(cuts.to(device), cu_seqlens.to(device), 16)
+    layout = PatchLayout.from_cuts(cuts.to(device), cu_seqlens.to(device), 20)
     assert layout.patch_offsets[1 : len(ends) + 1].tolist() == ends.tolist()
     tensors, rest = arguments(layout, direction, vectors, heads, 64, window, kv_heads)
     check_raw([x.to(dtype) for x in tensors], rest)
