@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from blt_kernels.models import BLT, BLTConfig, load_model
-from blt_kernels.models.base import ByteModel, config_from_dict
+from blt_kernels.models.base import ByteModel
 from blt_kernels.models.generate import Statistics
+from blt_kernels.models.stored_config import config_from_dict
 from blt_kernels.train import state
 
 DRAFTS = (None, "patcher", "decoder", "prompt")

@@ -93,7 +93,7 @@ def assert_close(
     eps = torch.finfo(triples[0][0].dtype).eps
     error, eager_error = (values[0] - values[2])[finite].abs(), (values[1] - values[2])[finite].abs()
     size = values[2][finite].abs()
-    for measure, of in (("largest", Tensor.max), ("root-mean-square", _rms)):
+    for measure, of in (("largest", Tensor.max), ("root-mean-square", lambda x: x.square().mean().sqrt())):
         got, own = of(error).item(), of(eager_error).item()
         allowed = factor * own + eps * of(size).item()
         if not got <= allowed:
@@ -141,10 +141,6 @@ def assert_equal(actual: object, expected: object, *, name: str = "output") -> N
             where = _coordinate(differs.int())
             count = int(differs.sum())
             raise AssertionError(f"{name}, leaf {i}{list(where)}: {a[where]}, expected {e[where]} ({count} differ)")
-
-
-def _rms(x: Tensor) -> Tensor:
-    return x.square().mean().sqrt()
 
 
 def _coordinate(x: Tensor) -> tuple[int, ...]:

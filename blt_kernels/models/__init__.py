@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from blt_kernels.models.base import ByteModel, model_name, stored_config
+from blt_kernels.models.base import ByteModel
 from blt_kernels.models.blt import BLT
 from blt_kernels.models.byte_lm import ByteLM
 from blt_kernels.models.checkpoint import holds_blt
@@ -23,6 +23,7 @@ from blt_kernels.models.checkpoint.files import CONFIGURATIONS
 from blt_kernels.models.config import BLTConfig, ByteLMConfig, MegaByteConfig
 from blt_kernels.models.megabyte import MegaByte
 from blt_kernels.models.state import ByteState
+from blt_kernels.models.stored_config import model_name, stored_config
 
 __all__ = [
     "BLT",

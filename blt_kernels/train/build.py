@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from blt_kernels.models import BLT, BLTConfig, ByteLM, MegaByte, load_model, load_patcher
-from blt_kernels.models.base import ByteModel, config_from_dict
+from blt_kernels.models.base import ByteModel
 from blt_kernels.models.checkpoint import llama
 from blt_kernels.models.config import RULE_FIELDS
+from blt_kernels.models.stored_config import config_from_dict
 from blt_kernels.train import checks, data
 from blt_kernels.train.config import TrainConfig
 

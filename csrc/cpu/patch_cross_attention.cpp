@@ -7,10 +7,10 @@
 //
 // Tiling: queries that read the same keys make a task with them, mostly K by a handful (patch_readers.h). A tile of it
 // is small dense attention, for as many heads at once as a vector has lanes (head_tiles.h). A thread owns a run of
-// tasks with all heads of their rows, so every tensor is read and written once, from front to back. Tasks with more pairs
-// than a table has cells take several tiles, with a running softmax. Backward takes the queries and the keys of a patch
-// in one pass if they only read each other; with a window the keys of a patch have a task of their own with all queries
-// that read them. Every gradient has one owner, without atomics. Long tasks are divided among threads.
+// tasks with all heads of their rows, so every tensor is read and written once, from front to back. Tasks with more
+// pairs than a table has cells take several tiles, with a running softmax. Backward takes the queries and the keys of a
+// patch in one pass if they only read each other; with a window the keys of a patch have a task of their own with all
+// queries that read them. Every gradient has one owner, without atomics. Long tasks are divided among threads.
 //
 // Query heads that share a head of k and v are processed one after the other, each as a problem with as many heads as k
 // and v.

@@ -14,8 +14,8 @@ namespace blt {
 
 inline constexpr int64_t kPartRows = 512;  // the last part of a segment has up to twice as many
 
-// Rows [begin, end) of a segment. Parts of divided segments are numbered by their slots; `slot` and `divided`, the index
-// of the divided segment, are -1 if the part is the whole segment.
+// Rows [begin, end) of a segment. Parts of divided segments are numbered by their slots; `slot` and `divided`, the
+// index of the divided segment, are -1 if the part is the whole segment.
 struct Part {
   int32_t segment, begin, end, slot, divided;
 };
