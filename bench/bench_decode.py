@@ -1,4 +1,4 @@
-"""A decoding step on the CPU: attention to caches, short documents, and torch's products of few rows with weights.
+"""A decoding step on the CPU: attention to caches, short documents, and products of few rows with weights.
 
 The limit is reading keys and values, or the weights, once: in the cache that they are in. ``bench/notes/generation.md``
 has results. Run as a script, it prints CPU times of one thread: the smallest of 25 rounds, in which the implementations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import bench_few_row_linear
 import timing
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,6 @@ CACHES = (  # documents, queries of each, keys of each, heads, width
     (1, 1, 512, 2, 128),
 )
 SHORT = ((512, 5), (64, 9))  # documents and their length
-WIDTHS = ((256, 768), (512, 1536), (1024, 1024), (1024, 2816))
 ROWS = (1, 2, 4, 8, 16)
 NO_EAGER = ""  # torch's own products: nothing of ours is judged
 ROOM = 64  # keys of a cache that are not used yet
@@ -54,9 +54,7 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
             yield partial(cached, documents, queries, keys, heads, width, dtype)
         for documents, length in ((3, 5),) if small else SHORT:
             yield partial(cached, documents, length, length, 8, 64, dtype, room=0)
-    for inputs, outputs in ((16, 48),) if small else WIDTHS:
-        for rows in ROWS[:1] if small else ROWS:
-            yield partial(product, rows, inputs, outputs)
+    yield from bench_few_row_linear.comparisons(small=small)
     for rows in ROWS[:1] if small else ROWS:
         yield partial(few_bytes, rows)
 
@@ -90,21 +88,6 @@ def cached(
         "SDPA": lambda: sdpa(*heads_first),
     }
     return Comparison("decode attention", shape, name_of(dtype), implementations, work, timing.reads(read), work, agree)
-
-
-def product(rows: int, inputs: int, outputs: int) -> Comparison:
-    """Compare `F.linear` with weights by rows, as layers have them, and by columns."""
-    x, weight = normal(rows, inputs), normal(outputs, inputs, seed=1)
-    columns = weight.t().contiguous().t()
-
-    def agree(results: dict[str, Any]) -> None:
-        truth = F.linear(x.double(), weight.double())
-        assert_agree({name: [y] for name, y in results.items()}, [truth], NO_EAGER)
-
-    implementations = {OURS: lambda: F.linear(x, weight), "by columns": lambda: F.linear(x, columns)}
-    shape = f"{rows} rows, {inputs} to {outputs}"
-    limits, work = timing.reads(weight), nbytes(weight)
-    return Comparison("decode linear", shape, "float32", implementations, work, limits, work, agree)
 
 
 def few_bytes(rows: int) -> Comparison:
@@ -143,7 +126,7 @@ def test_decode(run_benchmark: Callable[[], None]) -> None:
 
 
 def print_cpu_times(rounds: int = 25, seconds: float = 4e-3) -> None:
-    """Print the CPU time of a call in us for each comparison, and how many times as long the peer takes."""
+    """Print the CPU time of a call in us for each comparison, and how many times as long the best peer takes."""
     torch.set_num_threads(1)
     for make in comparisons():
         comparison = make()
@@ -154,7 +137,7 @@ def print_cpu_times(rounds: int = 25, seconds: float = 4e-3) -> None:
         for _ in range(rounds):
             for name, function in functions.items():
                 times[name] = min(times[name], cpu_time(function, repeats[name]))
-        ours, theirs = (times[name] for name in comparison.implementations)
+        ours, theirs = times[OURS], min(times[name] for name in comparison.implementations if name != OURS)
         limit = min(times[name] for name in comparison.limits)
         print(
             f"{comparison.op}, {comparison.shape}, {comparison.dtype}: {ours * 1e6:.1f} us, peer {theirs * 1e6:.1f}, "

@@ -102,6 +102,11 @@ def _(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, _lse: Tens
     return PAIR_BACKWARD * q.shape[1] * q.shape[2] * _crossed(*patches)
 
 
+@register_flop_formula(_OPS.few_row_linear_fwd, get_raw=True)
+def _(x: Tensor, weight: Tensor, **_out: Any) -> int:
+    return 2 * x.shape[0] * weight.numel()
+
+
 def _visited(q: Tensor, k: Tensor, *arguments: Any) -> int:
     """Return the (query, key) pairs of block_causal_attention."""
     mask = AttentionMask(*arguments)

@@ -94,6 +94,16 @@ def make_linear_entropy(bias: bool) -> Make:
     return make
 
 
+def make_few_row_linear(width: int, outputs: int) -> Make:
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        return {
+            "x": random_normal(min(num_bytes, 16), width, dtype=dtype, seed=seed),
+            "weight": random_normal(outputs, width, dtype=dtype, seed=seed + 1, scale=0.1),
+        }
+
+    return make
+
+
 def make_tokens(**options: Any) -> Make:
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         tokens = to_ids(real_text(num_bytes, seed), dtype=dtype)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import inputs
 import torch
 
-from blt_kernels import _extension
-
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = (torch.int64,)
+CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 WIDE = 149  # columns: several vectors of every instruction set, side by side and alone, and some left over
 
 
@@ -55,8 +55,8 @@ class OpCase:
 
     @property
     def emulated(self) -> bool:
-        """Are the kernels for CUDA written in CUDA C++, which the emulator runs, and not in Triton?"""
-        return not _extension.is_triton(self.op)
+        """Are the kernels for CUDA written in CUDA C++, which the emulator runs?"""
+        return (CUDA / f"{self.op}.cu").exists()
 
     @property
     def name(self) -> str:

@@ -20,6 +20,7 @@ from blt_kernels.nn.cache import CachedKeys
 from blt_kernels.nn.config import TransformerConfig
 from blt_kernels.nn.functional import rms_norm, swiglu
 from blt_kernels.nn.positions import rotate
+from blt_kernels.ops.few_row_linear import linear as product
 
 
 def init_normal(weight: Tensor, std: float) -> None:
@@ -42,7 +43,33 @@ def init_normal(weight: Tensor, std: float) -> None:
         nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
-def linear(in_features: int, out_features: int) -> nn.Linear:
+class Linear(nn.Linear):
+    """Multiplies by its weight, a few rows by the kernel of `few_row_linear`.
+
+    It takes the arguments of `torch.nn.Linear`.
+
+    Examples
+    --------
+    >>> layer = Linear(3, 2, bias=False)
+    >>> layer(torch.zeros(4, 3)).tolist() == [[0.0, 0.0]] * 4
+    True
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply the last dimension.
+
+        Parameters
+        ----------
+        x : floating ``[..., K]``
+
+        Returns
+        -------
+        ``[..., N]``
+        """
+        return product(x, self.weight) if self.bias is None else super().forward(x)
+
+
+def linear(in_features: int, out_features: int) -> Linear:
     """Return a layer without bias, drawn by `init_normal` with deviation ``in_features^-0.5``.
 
     Parameters
@@ -51,14 +78,14 @@ def linear(in_features: int, out_features: int) -> nn.Linear:
 
     Returns
     -------
-    torch.nn.Linear
+    Linear
 
     Examples
     --------
     >>> linear(4, 2)
     Linear(in_features=4, out_features=2, bias=False)
     """
-    layer = nn.Linear(in_features, out_features, bias=False)
+    layer = Linear(in_features, out_features, bias=False)
     init_normal(layer.weight, in_features**-0.5)
     return layer
 

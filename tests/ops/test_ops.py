@@ -203,7 +203,7 @@ OF_OFFSETS_ALONE = ("static_patch", "byte_patch", "attention_ranges")
 def test_vmap(case: OpCase, device: str) -> None:
     """Ops without gradients take batches too; offsets stay shared."""
     batch = [make(case, device, 30, seed) for seed in (1, 2)]
-    name = "tokens" if "tokens" in batch[0] else "entropy"
+    name = next(name for name in ("tokens", "entropy", "x") if name in batch[0])
     shared = {key: x for key, x in batch[0].items() if key != name}
     values = [entry[name] for entry in batch]
     expected = [case.function(**{name: x}, **shared) for x in values]
