@@ -113,9 +113,9 @@ LayoutTensors space_patch_fwd_cpu(const Tensor& tokens, const std::optional<Tens
 }
 
 LayoutTensors delimiter_patch_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens,
-                                      int64_t num_documents, int64_t delimiter, std::optional<int64_t> max_patches) {
+                                      int64_t num_documents, int64_t id, std::optional<int64_t> max_patches) {
   return layout_of_tokens(tokens, cu_seqlens, num_documents, max_patches,
-                          [=](const auto* id, int64_t t, int64_t i) { return i == 0 || id[t] == delimiter; });
+                          [=](const auto* ids, int64_t t, int64_t i) { return i == 0 || ids[t] == id; });
 }
 
 LayoutTensors static_patch_fwd_cpu(const Tensor& cu_seqlens, int64_t num_bytes, int64_t size, int64_t first,
