@@ -2,11 +2,11 @@
 //
 //   y[m][n] = sum over k < K of x[m][k] weight[n][k]
 //
-// Tiling: threads share the rows of weight, kWeights of which are a tile. A tile is multiplied by up to kMaxRows rows of
-// x at a time: weights come from memory for the first of these groups, and from L1 for the others. x is in L1 or L2. The
-// next tile is prefetched meanwhile: the hardware would begin with each row anew.
-// An element of y has one vector of sums over rising k, whose lanes are added in a fixed order. So its bits depend
-// neither on the number of rows nor on the threads.
+// Tiling: threads share the rows of weight, kWeights of which are a tile. A tile is multiplied by up to kMaxRows
+// rows of x at a time: weights come from memory for the first of these groups, and from L1 for the others. x is in
+// L1 or L2. The next tile is prefetched meanwhile: the hardware would begin with each row anew. An element of y has
+// one vector of sums over rising k, whose lanes are added in a fixed order. So its bits depend neither on the number
+// of rows nor on the threads.
 //
 // Bytes: 4 N K of weights, and 4 M (K + N) of x and y. Flops: 2 M N K.
 
