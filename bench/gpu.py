@@ -127,7 +127,7 @@ def background(arguments: argparse.Namespace, stages: Sequence[str]) -> Iterator
 
     Yields a function that ends these processes.
     """
-    search = "import search_attention; from gpu_stages.search import KERNELS; search_attention.precompile(KERNELS)"
+    search = "import search_attention; search_attention.precompile()"
     with tempfile.TemporaryDirectory() as folder:
         places = ["--rows", f"{folder}/rows.csv", "--progress", f"{folder}/progress", "--warm"]
         commands = {

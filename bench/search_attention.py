@@ -28,7 +28,7 @@ from torch import Tensor
 
 from blt_kernels.testing import offsets_of
 from blt_kernels.triton.block_causal_attention import backward, decode, forward
-from blt_kernels.triton.block_causal_attention.launch import HEAD_DIMS, KERNELS, Launch, launch_options
+from blt_kernels.triton.block_causal_attention.launch import HEAD_DIMS, Launch, launch_options
 
 MAX_CANDIDATES = 12
 SAMPLES = 7
@@ -39,6 +39,7 @@ MODULES: dict[str, ModuleType] = {
     "bwd_dq": backward,
     "decode": decode,
 }
+KERNELS = tuple(MODULES)
 CANDIDATES = {  # (block_m, block_n, num_warps, num_stages)
     "fwd": [
         (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4), (64, 128, 4, 3),

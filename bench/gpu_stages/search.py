@@ -12,12 +12,11 @@ from timing import OURS, Row, failed_row
 from gpu_stages import Case
 from gpu_stages.target import Target
 
-KERNELS = ("fwd", "bwd_dkdv", "bwd_dq", "decode")
 SECONDS_PER_KERNEL = 11.0
 
 
 def search_cases(target: Target) -> list[Case]:
-    cases = [Case(f"search {kernel}", partial(search, kernel=kernel)) for kernel in KERNELS]
+    cases = [Case(f"search {kernel}", partial(search, kernel=kernel)) for kernel in search_attention.KERNELS]
     return [case for case in cases if target.wants(case.name)]
 
 

@@ -130,6 +130,7 @@ class Job:
 def plan(model: Model, seeds: Sequence[int], options: Options, corpus: Corpus, patcher: Path | None) -> list[Job]:
     """Return one run a seed. The number of steps follows from the FLOPs on a sample of the training text."""
     overrides = asdict(model.config)
+    overrides.pop("patcher", None)  # an option of its own
     if model.patch_size is not None:
         assert patcher is not None
         overrides["threshold"] = threshold_for_patch_size(
