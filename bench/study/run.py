@@ -34,6 +34,7 @@ from timing import RESULTS, csv_path
 from blt_kernels._files import write_text
 from blt_kernels.flops import Config, Rows, count_flops, paper_flops
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByteConfig, load_model
+from blt_kernels.models.config import RULE_FIELDS
 from blt_kernels.nn import TransformerConfig
 from blt_kernels.train import data
 from blt_kernels.train.build import build_model
@@ -130,7 +131,11 @@ class Job:
 def plan(model: Model, seeds: Sequence[int], options: Options, corpus: Corpus, patcher: Path | None) -> list[Job]:
     """Return one run a seed. The number of steps follows from the FLOPs on a sample of the training text."""
     overrides = asdict(model.config)
-    overrides.pop("patcher", None)  # an option of its own
+    if isinstance(
+        model.config, BLTConfig
+    ):  # the patcher is an option; fields that its scheme does not read are refused
+        refused = {"patcher", *RULE_FIELDS} - model.config.patch_rule.keys()
+        overrides = {name: value for name, value in overrides.items() if name not in refused}
     if model.patch_size is not None:
         assert patcher is not None
         overrides["threshold"] = threshold_for_patch_size(
