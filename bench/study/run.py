@@ -131,9 +131,8 @@ class Job:
 def plan(model: Model, seeds: Sequence[int], options: Options, corpus: Corpus, patcher: Path | None) -> list[Job]:
     """Return one run a seed. The number of steps follows from the FLOPs on a sample of the training text."""
     overrides = asdict(model.config)
-    if isinstance(
-        model.config, BLTConfig
-    ):  # the patcher is an option; fields that its scheme does not read are refused
+    if isinstance(model.config, BLTConfig):
+        # The patcher is an option of its own, and fields that the scheme does not read are refused.
         refused = {"patcher", *RULE_FIELDS} - model.config.patch_rule.keys()
         overrides = {name: value for name, value in overrides.items() if name not in refused}
     if model.patch_size is not None:

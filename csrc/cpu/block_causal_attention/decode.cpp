@@ -66,7 +66,7 @@ void exp_row(A* scores, int64_t count, const Range& unmasked, A factor, const Ro
     Vec<A> s = load(scores + c * lanes<A>);
     if (masked) {
       const Vec<A> j = lane_numbers<A>(c);
-      s = (first <= j) & (j < last) ? s : Vec<A>{} + kMaskedScore<A>;
+      s = ((first <= j) & (j < last)) ? s : Vec<A>{} + kMaskedScore<A>;
       store(scores + c * lanes<A>, s);
     }
     peaks = s > peaks ? s : peaks;
