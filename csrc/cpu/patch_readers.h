@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <span>
+#include <tuple>
 #include <vector>
 
 #include "../common/args/patch_cross_attention.h"
@@ -92,10 +93,14 @@ class PatchTasks {
           if (for_bytes) add(encode_ ? later(p) : earlier(p), bytes_of(own), false, true);
         }
       }
-      if (first_slot < num_slots())
-        std::stable_sort(tasks_.begin() + first_task, tasks_.end(), [this](const Task& a, const Task& b) {
-          return encode_ ? a.keys.begin < b.keys.begin : a.queries.begin < b.queries.begin;
-        });
+      if (first_slot < num_slots()) {
+        const auto place = [this](const Task& task) {
+          const Range &bytes = encode_ ? task.keys : task.queries, &vectors = encode_ ? task.queries : task.keys;
+          return std::tuple(bytes.begin, vectors.begin, task.for_queries);
+        };
+        std::sort(tasks_.begin() + first_task, tasks_.end(),
+                  [&](const Task& a, const Task& b) { return place(a) < place(b); });
+      }
       add_unread({stop, offsets[last]});
     }
     for (int64_t p = occupied; for_vectors && p < capacity; ++p) add({p, p + 1}, {0, 0}, true, false);
