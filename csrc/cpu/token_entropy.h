@@ -116,7 +116,7 @@ void row_entropy_grad(T* grad, const T* row, const RowShape<T>& shape, A upstrea
   if (shape.width >= shape.kPair) {
     step(grad + shape.width - shape.kPair, last);
   } else {
-    T padded[shape.kPair];
+    T padded[RowShape<T>::kPair];
     step(padded, last);
     std::copy(padded, padded + shape.width, grad);
   }
