@@ -26,7 +26,7 @@ KINDS = ("decoder", "patcher", "prompt")
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What to generate from. The fields after `model` and `prompt` are arguments of `ByteModel.generate`."""
+    """Holds what to generate from. The fields after `model` and `prompt` are arguments of `ByteModel.generate`."""
 
     model: Annotated[
         Path | None, Doc("Model: a safetensors file or a directory; the entropy model in the package if not given.")

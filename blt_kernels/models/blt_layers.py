@@ -36,7 +36,7 @@ class LocalEncoder(nn.Module):
 
     @property
     def num_states(self) -> int:
-        """How many states of the bytes `pool` reads."""
+        """The number of states of the bytes that `pool` reads."""
         return len(self.layers) if self.all_layers and not self.pool_every_layer else 1
 
     def forward(

@@ -52,7 +52,7 @@ class BLTState(ByteState):
         self.rule_starts: list[list[int]] = [[0] for _ in range(rows)]  # those that are no cuts of long patches
         self.starts = DocumentStarts(rows, config.eos_id if config.split_documents else None, None)
         self.encoder_keys = KeyCache(rows, encoder, undo, **place)
-        # What cross attention reads: the bytes of the open patch, and of those that its window or `truncate` reach.
+        # Cross attention reads the bytes of the open patch, and of those that its window or `truncate` reach.
         self.encoded = RowBuffer(rows, [(encoder.dim,)] * model.local_encoder.num_states, 0, **place)
         self.global_keys = KeyCache(rows, wide, undo, **place)
         cross = config.cross_attention(decoder)

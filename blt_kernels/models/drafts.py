@@ -119,7 +119,7 @@ class PromptDrafts(AdaptiveDrafts):
 
 
 class ModelDrafts(AdaptiveDrafts):
-    """What a model writes by itself, id by id.
+    """Drafts what a model writes by itself, id by id.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ from blt_kernels.models.state import ByteState
 
 @dataclass
 class Statistics:
-    """What a generation has cost.
+    """Counts what a generation has cost.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model has written.
+    """Holds what a model has written.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""How the next byte is chosen: greedily or at random, and whether a drafted byte is kept.
+"""Sampling chooses the next byte, greedily or at random, and decides whether a drafted byte is kept.
 
 A draft is kept by rejection sampling (arXiv 2211.17192, algorithm 1): byte d, drawn from q, is kept with probability
 ``min(1, p(d) / q(d))``, else another is drawn from ``max(p - q, 0)``. What comes out has exactly the distribution p of
@@ -53,7 +53,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable id is always chosen."""
+        """True if the most probable id is always chosen."""
         return self.temperature == 0
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from blt_kernels.nn.cache import KeyCache, RowBuffer, runs
 
 
 class DocumentStarts:
-    """Where attention starts anew in each row: after `eos_id`, and at `newline`.
+    """Notes where attention starts anew in each row: after `eos_id`, and at `newline`.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class DocumentStarts:
 
 
 class ByteState:
-    """What a model remembers of rows. `ByteModel.new_state` makes it, `ByteModel.extend` appends ids to the rows.
+    """Holds what a model remembers of rows. `ByteModel.new_state` makes it, `ByteModel.extend` appends ids to the rows.
 
     A deep copy goes on by itself, with the same model.
 

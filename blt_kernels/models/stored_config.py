@@ -1,4 +1,4 @@
-"""How the configuration of a model is stored: as JSON in the metadata of its safetensors file."""
+"""The configuration of a model is stored as JSON in the metadata of its safetensors file."""
 
 from __future__ import annotations
 

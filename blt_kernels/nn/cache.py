@@ -1,4 +1,4 @@
-"""What rows keep from call to call: buffers that grow, and keys and values of self-attention in them."""
+"""Rows keep entries from call to call in buffers that grow, keys and values of self-attention among them."""
 
 from __future__ import annotations
 
