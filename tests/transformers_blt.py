@@ -26,7 +26,7 @@ VALUES = {
     "decoder_config": {"num_hidden_layers": 2, **LOCAL},
     "global_config": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
 }
-# What differs from VALUES, whose widths differ by K = 2 and need a projection.
+# These replace fields of VALUES, whose widths differ by K = 2 and need a projection.
 CASES: dict[str, dict] = {
     "released": {},
     "one_query": {"cross_attn_k": 1, "encoder_config": {"cross_attn_k": 1}, "decoder_config": {"cross_attn_k": 1}},

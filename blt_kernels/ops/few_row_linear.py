@@ -11,7 +11,7 @@ from blt_kernels import _checks
 from blt_kernels.ops import _common
 from blt_kernels.reference import few_row_linear as reference
 
-# Where the kernel is faster than torch's product: bench/notes/generation.md.
+# The kernel is faster than torch's product here (bench/notes/generation.md).
 MIN_ROWS, MAX_ROWS = 4, 16
 MIN_WEIGHTS = 2**17
 

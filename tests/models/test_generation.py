@@ -386,7 +386,7 @@ def test_a_draft_costs_a_pass_of_the_model_a_round() -> None:
     plain = model.generate(b"", max_new_bytes=33).statistics
     assert (plain.passes, plain.bytes, plain.drafted, plain.rounds) == ({"script": 32}, 33, 0, {})
     found = model.generate(b"", max_new_bytes=33, draft=model, draft_bytes=8).statistics
-    # Of 33 bytes the prompt's pass gives the first; drafts of 4, 8 and 8 give one more each, and so does the last of 8.
+    # The prompt's pass gives the first of 33 bytes. Drafts of 4, 8 and 8 give one more each, as does the last of 8.
     assert found.rounds == {(4, 4): 1, (8, 8): 3}
     assert found.passes == {"script": 4, "draft": 28}
     assert (found.bytes, found.drafted, found.accepted) == (33, 28, 28)

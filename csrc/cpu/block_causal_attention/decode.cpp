@@ -49,7 +49,7 @@ int64_t pitch_of(int64_t head_dim) {
   return (head_dim + pair_lanes<A> - 1) / pair_lanes<A> * pair_lanes<A>;
 }
 
-// What a row of several parts is combined from: acc [pitch], then max and sum.
+// A row of several parts is combined from acc [pitch], then max and sum, of each.
 template <class A>
 int64_t partial_pitch(int64_t head_dim) {
   return pitch_of<A>(head_dim) + pair_lanes<A>;
