@@ -1,4 +1,7 @@
-"""Generation: does a state on the GPU give what whole forwards give, what does a byte take, how often does it wait?"""
+"""Generation: does a state on the GPU give what whole forwards give, what does a byte take, how often does it wait?
+
+The same is asked of the captured graphs of `blt_kernels.models.captured`, which `generate` replays on CUDA.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from torch import Tensor
 
 from blt_kernels.ids import to_ids
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteModel, MegaByte, MegaByteConfig
+from blt_kernels.models.generate import STEPS
+from blt_kernels.models.sampling import Sampling
 from blt_kernels.nn import TransformerConfig
 from gpu_stages import Case
 from gpu_stages.target import Target
@@ -68,18 +73,44 @@ def generate(target: Target, name: str, make: Callable[[], ByteModel], rows: int
         whole = model(torch.cat([prompts, *new], 1))[:, prompt.shape[0] - 1 :]
     torch.testing.assert_close(torch.stack(logits, 1), whole, atol=2e-3, rtol=2e-3)
 
+    shape = f"[{rows}], a step behind {prompt.shape[0]} bytes"
+    yield from time_steps(target, f"generate {name}", shape, step, steps, lambda: logits[-1].sum().item())
+    yield from generate_captured(target, name, model, prompts, torch.cat(new[:steps], 1), shape)
+
+
+def generate_captured(
+    target: Target, name: str, model: ByteModel, prompts: Tensor, expected: Tensor, shape: str
+) -> Iterator[Row]:
+    """Compare the ids of captured steps with `expected` ``[rows, steps]``, then time such steps and count waits."""
+    rows, steps = expected.shape
+    state = model.new_state(rows, undo=0)
+    first = model.extend(prompts, state=state)[:, -1].argmax(-1)
+    captured = STEPS[type(state)](state, Sampling(), 3 * steps + 2)
+    captured.start(first.tolist())
+    going, numbers = [True] * rows, [0.0] * rows
+    written = [first.tolist(), *(captured.step(going, numbers) for _ in range(steps - 1))]
+    same = (expected == torch.tensor(written, device=target.device).T).all(0).int().cumprod(0).sum().item()
+    text = f"ok: {same} of {steps} ids are those of the other path"  # rounding may decide between two equal bytes
+    yield failed_row(f"generate {name} captured ids", shape, "", OURS, text if same else "other ids from the first on")
+    step = partial(captured.step, going, numbers)
+    yield from time_steps(target, f"generate {name} captured", shape, step, steps, lambda: None)
+
+
+def time_steps(
+    target: Target, name: str, shape: str, step: Callable[[], object], steps: int, wait: Callable[[], object]
+) -> Iterator[Row]:
+    """Time steps, and count how often one waits for the device. `wait` waits for all of them."""
     waits = count_waits(target, step)
     begin = time.perf_counter()
     for _ in range(steps):
         step()
-    logits[-1].sum().item()  # wait for all of them
+    wait()
     ms = (time.perf_counter() - begin) / steps * 1e3
-    shape = f"[{rows}], a step behind {prompt.shape[0]} bytes"
-    yield Row(f"generate {name}", shape, "float32", 1, OURS, ms, None, NAN, NAN, None, None, steps)
-    yield failed_row(f"generate {name} waits", shape, "", OURS, f"ok: {waits} times a step for the device")
+    yield Row(name, shape, "float32", 1, OURS, ms, None, NAN, NAN, None, None, steps)
+    yield failed_row(f"{name} waits", shape, "", OURS, f"ok: {waits} times a step for the device")
 
 
-def count_waits(target: Target, step: Callable[[], None]) -> int:
+def count_waits(target: Target, step: Callable[[], object]) -> int:
     """Return how often a step of the model waits for the device."""
     if target.rehearsal:
         return 0

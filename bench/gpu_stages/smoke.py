@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from cases import CASES
-from cuda_graphs import capture, replaced, warm_up
+from cuda_graphs import replaced, warm_up
 from op_calls import backward, check, cotangents_of, forward, make, map_tensors, run, tensors_of
 from op_case import OpCase
 from timing import OURS, Row, failed_row
 from torch import Tensor
 
 import blt_kernels as bk
+from blt_kernels.models.captured import capture
 from blt_kernels.testing import assert_equal, poisoned_empty
 from gpu_stages import Case
 from gpu_stages.target import Target

@@ -70,7 +70,9 @@ class Target:
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Warm up, then capture a CUDA graph: what replays it, and the results that it fills."""
-        from cuda_graphs import capture, warm_up
+        from cuda_graphs import warm_up
+
+        from blt_kernels.models.captured import capture
 
         warm_up(function)
         graph, results = capture(function)

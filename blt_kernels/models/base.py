@@ -202,6 +202,7 @@ class ByteModel(nn.Module):
         stop: Sequence[bytes | str] = (),
         draft: Any = None,
         draft_bytes: int = 8,
+        captured: bool | None = None,
     ) -> Generated:
         """Write bytes behind prompts.
 
@@ -226,6 +227,10 @@ class ByteModel(nn.Module):
             Drafts change neither greedy output, but for rounding, nor the distribution of random output.
         draft_bytes : int
             The most bytes of a draft. Every row adapts its own number to what was accepted.
+        captured : bool, optional
+            Write byte by byte in fixed shapes: on CUDA as captured graphs, with one wait for the device a byte
+            (`blt_kernels.models.captured`). Memory for `max_new_bytes` is allocated at once, and the parameters of the
+            model may not move meanwhile. None does so on CUDA, unless there are drafts or autocast is on.
 
         Returns
         -------
@@ -256,6 +261,7 @@ class ByteModel(nn.Module):
             stop=stop,
             draft=draft,
             draft_bytes=draft_bytes,
+            captured=captured,
         )
         for _ in generation:
             pass

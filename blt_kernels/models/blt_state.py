@@ -14,15 +14,51 @@ import torch
 from torch import Tensor
 
 from blt_kernels._checks import Documents
-from blt_kernels.ids import BPE
 from blt_kernels.layout import PatchLayout
-from blt_kernels.models.characters import character_ends, cut_long_patches
+from blt_kernels.models.boundaries import LOOKBACK, cut_boundaries, rule_boundaries
 from blt_kernels.models.state import ByteLMState, ByteState, DocumentStarts
 from blt_kernels.nn import rotary_table
-from blt_kernels.nn.cache import KeyCache, RowBuffer, runs
+from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
 
-_LOOKBACK = 8  # ids before a byte that boundary rules read: local indices, whole characters, rises of the entropy
-_ROW = 1 << 40  # no row has so many bytes
+
+def encode(
+    model: Any, ids: Tensor, documents: Documents, new: Tensor, positions: Tensor, keys: Sequence[CachedKeys]
+) -> list[Tensor]:
+    """Return what the encoder of a `BLT` makes of new ids: the states that patches read, the last one of them last.
+
+    `ids` also has ids before them, for n-grams; the new ones are at `new`, and have these positions in their rows.
+    """
+    config, ops = model.config, model.ops
+    x = ops.ngram_hash_embed(
+        ids,
+        model.encoder_hash_tok_embedding.weight,
+        model.local_encoder.embed_tokens.weight,
+        ops.offsets(documents),
+        ngram_sizes=config.ngram_sizes,
+        num_functions=config.num_functions,
+    ).index_select(0, new)
+    return model.local_encoder.states(x, rotary_table(positions, config.encoder, x.dtype), list(keys))
+
+
+def read_patches(model: Any, patches: Tensor, positions: Tensor, keys: Sequence[CachedKeys]) -> list[Tensor]:
+    """Pass patches through the global transformer; return the keys and values ``[P, K, G, E]`` that the decoder reads.
+
+    They are those of each cross attention in turn.
+    """
+    table = rotary_table(positions, model.config.global_transformer, patches.dtype)
+    patches = model.global_transformer(patches, table, list(keys))
+    read = [x for pair in model.local_decoder.keys(patches) for x in pair]
+    return [x.unflatten(0, (-1, model.config.queries_per_patch)) for x in read]
+
+
+def decode(
+    model: Any, x: Tensor, read: Sequence[Tensor], positions: Tensor, keys: Sequence[CachedKeys], layout: PatchLayout
+) -> Tensor:
+    """Return the logits of encoded bytes; `read` is what `read_patches` returned for the patches of `layout`."""
+    flat = [y.flatten(0, 1) for y in read]
+    table = rotary_table(positions, model.config.decoder, x.dtype)
+    pairs = list(zip(flat[::2], flat[1::2], strict=True))
+    return model.lm_head(model.local_decoder(x, pairs, table, list(keys), layout))
 
 
 class BLTState(ByteState):
@@ -38,7 +74,7 @@ class BLTState(ByteState):
         super().__init__(model, rows, undo)
         config, place = model.config, {"dtype": self.dtype, "device": self.device}
         encoder, decoder, wide = config.encoder, config.decoder, config.global_transformer
-        self.lookback = max(_LOOKBACK, *(n - 1 for n in config.ngram_sizes))
+        self.lookback = max(LOOKBACK, *(n - 1 for n in config.ngram_sizes))
         self.patcher = None
         if config.patching == "entropy":
             if model.patcher is None:
@@ -74,8 +110,7 @@ class BLTState(ByteState):
         return self._extend(ids, counts, closing=False)
 
     def _extend(self, ids: Tensor, counts: Sequence[int], closing: bool) -> Tensor:
-        model = self.model
-        config, ops = model.config, model.ops
+        model, ops = self.model, self.model.ops
         old, positions = self._append(ids, counts)
         begin = [max(0, n - self.lookback) for n in old]
         tail, documents, new = self._tail(old, begin)
@@ -88,22 +123,13 @@ class BLTState(ByteState):
         self.passes.update(("encoder", "decoder"))
 
         starts = self.starts.extend(ids, old, counts)
-        x = ops.ngram_hash_embed(
-            tail,
-            model.encoder_hash_tok_embedding.weight,
-            model.local_encoder.embed_tokens.weight,
-            ops.offsets(documents),
-            ngram_sizes=config.ngram_sizes,
-            num_functions=config.num_functions,
-        ).index_select(0, new)
-        table = rotary_table(positions, config.encoder, x.dtype)
-        states = model.local_encoder.states(x, table, self.encoder_keys.extend(ops, counts, starts))
+        states = encode(model, tail, documents, new, positions, self.encoder_keys.extend(ops, counts, starts))
         self.encoded.write(self.encoded.append(counts), *states)
         if closing:
             self._read_closed_patches()
-        x = self._decode(states[-1], positions, starts, counts, decode_ids)
+        logits = self._decode(states[-1], positions, starts, counts, decode_ids)
         self._trim()
-        return model.lm_head(x)
+        return logits
 
     def extend_patcher(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
         """Append ids to the rows of the patcher alone, which `extend` must be given next; return their logits."""
@@ -129,43 +155,24 @@ class BLTState(ByteState):
 
         `tail` has the ids of each row from position ``begin[r]`` on; those at `new` are the new ones.
         """
-        config, ops = self.model.config, self.model.ops
-        offsets = ops.offsets(documents)
+        config = self.model.config
         lengths = [end - b for b, end in zip(begin, self.ids.end, strict=True)]
-        if config.patching in ("static", "byte"):
-            size = config.patch_size if config.patching == "static" else 1
-            cuts = runs(begin, lengths, self.device) % size == 0
-        else:
-            if config.patching == "entropy":
-                (entropy,) = self.entropy.read(begin, self.ids.end)
-                rules = {"threshold_add": config.threshold_add, "monotonic": config.monotonic}
-                layout = ops.patch_starts(entropy, offsets, threshold=config.threshold, **rules)
-            elif config.patching == "space":
-                layout = ops.space_patch(tail, offsets)
-            else:
-                layout = ops.delimiter_patch(tail, BPE, offsets)
-            cuts = layout.decode_ids == layout.patch_ids
+        entropy = positions = None
+        if config.patching == "entropy":
+            (entropy,) = self.entropy.read(begin, self.ids.end)
+        elif config.patching in ("static", "byte"):
+            positions = runs(begin, lengths, self.device)
+        cuts = rule_boundaries(config, self.model.ops, tail, entropy, documents, positions)
         if config.max_patch_length is None and not config.whole_characters:
             return [cuts[new].tolist()] * 2
-
-        positions = runs(begin, lengths, self.device)
-        ends = torch.ones_like(cuts)
-        if config.whole_characters:
-            ends = character_ends(tail, documents.offsets) | (positions == 0)
-            cuts = (cuts & ends) | (positions == 0)
-        if config.max_patch_length is None:
-            return [cuts[new].tolist()] * 2
+        first, start = (
+            torch.tensor(numbers, dtype=torch.int64, device=self.device)
+            for numbers in (begin, [starts[-1] for starts in self.rule_starts])
+        )
         row = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=self.device))
-        start, first = (
-            torch.tensor(numbers, dtype=torch.int64, device=self.device)[row] + row * _ROW
-            for numbers in ([starts[-1] for starts in self.rule_starts], begin)
-        )
-        after = positions + row * _ROW + 1
-        known = torch.ones_like(cuts).index_fill_(0, new, False)
-        final = cut_long_patches(
-            cuts & ~known, ends, after, after == first + 1, start, config.max_patch_length, end=first
-        )
-        return [cuts[new].tolist(), final[new].tolist()]
+        positions = runs(begin, lengths, self.device)
+        both = cut_boundaries(config, cuts, tail, documents, positions, row, first, start, new)
+        return [decisions[new].tolist() for decisions in both]
 
     def _close(
         self, rule: Sequence[bool], final: Sequence[bool], old: Sequence[int], counts: Sequence[int]
@@ -186,8 +193,7 @@ class BLTState(ByteState):
 
     def _read_closed_patches(self) -> None:
         """Pass the patches that have closed through the global transformer, and keep what the decoder reads of them."""
-        model = self.model
-        config, before = model.config, self.global_keys.end
+        model, before = self.model, self.global_keys.end
         after = [len(starts) - 1 for starts in self.patch_starts]
         counts = [a - b for a, b in zip(after, before, strict=True)]
         if not any(counts):
@@ -203,11 +209,8 @@ class BLTState(ByteState):
         if self.window_encoder > 1:
             new = [end - n for end, n in zip(cu_patches[1:], counts, strict=True)]
             patches = patches.index_select(0, runs(new, counts, self.device))
-        table = rotary_table(runs(before, counts, self.device), config.global_transformer, patches.dtype)
         keys = self.global_keys.extend(model.ops, counts, self._patch_documents(before, after))
-        patches = model.global_transformer(patches, table, keys)
-        read = [x for kv in model.local_decoder.keys(patches) for x in kv]
-        read = [x.unflatten(0, (-1, config.queries_per_patch)) for x in read]
+        read = read_patches(model, patches, runs(before, counts, self.device), keys)
         self.patches.write(self.patches.append(counts), *read)
 
     def _layout(self, lengths: Sequence[int], cu_patches: Sequence[int]) -> PatchLayout:
@@ -239,8 +242,7 @@ class BLTState(ByteState):
     def _decode(
         self, x: Tensor, positions: Tensor, starts: list[list[int]], counts: Sequence[int], decode_ids: Sequence[int]
     ) -> Tensor:
-        """Return the decoder's output for the new bytes."""
-        model = self.model
+        """Return the logits of the new bytes."""
         offsets, closed, window = [0, *accumulate(counts)], self.patches.end, self.window_decoder
         oldest = [
             max(0, decode_ids[at] - window + 1) if count else end
@@ -257,10 +259,8 @@ class BLTState(ByteState):
         # To decode, a layout is read by its decode ids alone.
         full = torch.zeros(1, dtype=torch.bool, device=self.device)
         layout = PatchLayout(reads, cu, read, read, reads, rows, full)
-        flat = [y.flatten(0, 1) for y in self.patches.read(oldest, closed)]
-        table = rotary_table(positions, model.config.decoder, x.dtype)
-        keys = self.decoder_keys.extend(model.ops, counts, starts)
-        return model.local_decoder(x, list(zip(flat[::2], flat[1::2], strict=True)), table, keys, layout)
+        keys = self.decoder_keys.extend(self.model.ops, counts, starts)
+        return decode(self.model, x, self.patches.read(oldest, closed), positions, keys, layout)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 A round extends all rows by the id chosen last and by a draft of the ids after it, keeps the draft as far as the model
 agrees (`Sampling.verify`), and takes the rest back. Every row has random numbers of its own, and drafts and stops by
-itself: what it writes does not depend on the rows beside it.
+itself: what it writes does not depend on the rows beside it. Without drafts, a round may be a step of
+`blt_kernels.models.captured` instead.
 """
 
 from __future__ import annotations
@@ -21,9 +22,20 @@ from torch import Tensor
 
 from blt_kernels import _checks
 from blt_kernels.ids import ALPHABET, BOS, BYTE_OFFSET, EOS, _to_ids
+from blt_kernels.models.blt_state import BLTState
+from blt_kernels.models.captured import ByteLMSteps, Steps
+from blt_kernels.models.captured_blt import BLTSteps
+from blt_kernels.models.captured_megabyte import MegaByteSteps
 from blt_kernels.models.drafts import make_draft
+from blt_kernels.models.megabyte_state import MegaByteState
 from blt_kernels.models.sampling import Sampling
-from blt_kernels.models.state import ByteState
+from blt_kernels.models.state import ByteLMState, ByteState
+
+STEPS: dict[type[ByteState], type[Steps]] = {
+    ByteLMState: ByteLMSteps,
+    BLTState: BLTSteps,
+    MegaByteState: MegaByteSteps,
+}
 
 
 @dataclass
@@ -106,6 +118,7 @@ class Generation:
         stop: Sequence[bytes | str] = (),
         draft: Any = None,
         draft_bytes: int = 8,
+        captured: bool | None = None,
     ) -> None:
         _checks.check_int("max_new_bytes", max_new_bytes, 0)
         _checks.check_int("draft_bytes", draft_bytes, 1)
@@ -120,6 +133,7 @@ class Generation:
         self.random = [Random(f"{seed}, {row}") for row in range(count)]
         self.undo = draft_bytes + 64
         self.draft = make_draft(draft, model, self.sampling, draft_bytes, count, self.undo)
+        self.captured = _captures(captured, draft, model.lm_head.weight.device)
         self.statistics = Statistics(prompt_bytes=sum(map(len, self.prompts)))
         self.result = Generated([[] for _ in range(count)], ["length"] * count, self.statistics)
 
@@ -128,10 +142,10 @@ class Generation:
         statistics, rows = self.statistics, list(range(len(self.prompts)))
         if not rows or not self.max_new_bytes:
             return
-        begin = time.perf_counter()
-        state = self.model.new_state(len(rows), undo=self.undo)
-        new = self._read_prompts(state)
-        statistics.prompt_seconds = time.perf_counter() - begin
+        if self.captured:
+            yield from self._captured_rounds()
+            return
+        state, new = self._read_prompts()
         while True:
             # The last id of every row is not in the state yet.
             of_row = dict(zip(rows, new, strict=True))
@@ -148,14 +162,41 @@ class Generation:
             new = self._round(state, rows)
             statistics.seconds += time.perf_counter() - begin
 
-    def _read_prompts(self, state: ByteState) -> list[list[int]]:
+    def _captured_rounds(self) -> Iterator[list[list[int]]]:
+        statistics, rows = self.statistics, range(len(self.prompts))
+        state, new = self._read_prompts()
+        steps, num_patches = None, state.num_patches
+        while True:
+            yield new
+            begin = time.perf_counter()
+            going = [self._goes_on(row) for row in rows]
+            if not any(going):
+                statistics.patches += sum(num_patches if steps is None else steps.num_patches)
+                return
+            if steps is None:
+                steps = STEPS[type(state)](state, self.sampling, self.max_new_bytes)
+                steps.start([self.result.ids[row][-1] for row in rows])
+                del state  # its memory is not needed any more
+            drawn = not self.sampling.greedy
+            numbers = [self.random[row].random() if drawn and going[row] else 0.0 for row in rows]
+            ids = steps.step(going, numbers)
+            new = [self._keep(row, [ids[row]]) if going[row] else [] for row in rows]
+            statistics.passes = steps.passes
+            statistics.seconds += time.perf_counter() - begin
+
+    def _read_prompts(self) -> tuple[ByteState, list[list[int]]]:
+        """Return the state that has read the prompts, and the first id of each row."""
+        begin = time.perf_counter()
+        state = self.model.new_state(len(self.prompts), undo=0 if self.captured else self.undo)
         counts = list(map(len, self.prompts))
         ids = torch.tensor([x for prompt in self.prompts for x in prompt], device=state.device)
         logits = state.extend(ids, counts)[[end - 1 for end in accumulate(counts)]]
         self.draft.start(ids, counts)
         state.passes.clear()
         first = self.sampling.draw(self.sampling.probabilities(logits), self.random)
-        return [self._keep(row, [x]) for row, x in enumerate(first)]
+        new = [self._keep(row, [x]) for row, x in enumerate(first)]
+        self.statistics.prompt_seconds = time.perf_counter() - begin
+        return state, new
 
     def _round(self, state: ByteState, rows: list[int]) -> list[list[int]]:
         """Extend the rows of the state by the ids chosen last and by drafts; return the ids that they write."""
@@ -275,6 +316,18 @@ def _ids_of_text(name: str, text: Any, bos: bool) -> list[int]:
     ids = _to_ids(name, text, bos, False, torch.int64, None)
     assert isinstance(ids, Tensor)
     return ids.tolist()
+
+
+def _captures(captured: bool | None, draft: Any, device: torch.device) -> bool:
+    """Return whether ids are written in fixed shapes."""
+    if captured is not None and not isinstance(captured, bool):
+        raise TypeError(f"captured: expected a bool or None, got {captured!r}")
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    if captured and draft is not None:
+        raise ValueError(f"captured: expected False or None, since draft is {draft!r}, got {captured!r}")
+    if captured and autocast:
+        raise ValueError(f"captured: expected False or None under autocast, got {captured!r}")
+    return device.type == "cuda" and draft is None and not autocast if captured is None else captured
 
 
 def _stop_ids(stop: Sequence[bytes | str]) -> list[list[int]]:

@@ -16,7 +16,28 @@ from blt_kernels._checks import Documents
 from blt_kernels.models.cross_patch import CrossPatch
 from blt_kernels.models.state import ByteState
 from blt_kernels.nn import embed_ids, rotary_table
-from blt_kernels.nn.cache import KeyCache, RowBuffer, runs
+from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
+
+
+def read_patches(model: Any, x: Tensor, patch: Tensor, keys: Sequence[CachedKeys]) -> Tensor:
+    """Pass patches of a `MegaByte` through the global model; return what their slots add, ``[P * patch_size, D]``."""
+    table = rotary_table(patch, model.config.global_transformer, x.dtype)
+    for layer, own in zip(model.global_layers, keys, strict=True):
+        x = layer(x, table, own)
+    x = model.global_norm(x).unflatten(-1, (model.config.patch_size, -1))
+    return model.global_to_local(x.flatten(0, 1))
+
+
+def read_slots(
+    model: Any, ids: Tensor, place: Tensor, parts: Tensor, keys: Sequence[CachedKeys | CrossPatch]
+) -> Tensor:
+    """Pass slots through the local model. A slot reads the id before it, unless its place in the patch is 0."""
+    x = embed_ids(model.local_embed_tokens, ids, None)
+    x = torch.where((place == 0)[:, None], model.local_embed_first, x) + parts
+    table = rotary_table(place, model.local_config, x.dtype)
+    for layer, own in zip(model.local_layers, keys, strict=True):
+        x = layer(x, table, own)
+    return x
 
 
 class MegaByteState(ByteState):
@@ -57,11 +78,8 @@ class MegaByteState(ByteState):
         begin = [at + b for at, b in zip((0, *accumulate(slots)), begins, strict=False)]
         of_bytes = runs(begin, counts, self.device)
         previous = ids.new_zeros(sum(slots)).index_copy(0, of_bytes, ids) if any(begins) else ids
-        x = embed_ids(model.local_embed_tokens, previous, None)
-        x = torch.where((place == 0)[:, None], model.local_embed_first, x) + self.parts.read(first, stop)[0]
-        table = rotary_table(place, model.local_config, x.dtype)
-        for layer, keys in zip(model.local_layers, self._local_keys(first, slots, x.dtype), strict=True):
-            x = layer(x, table, keys)
+        (parts,) = self.parts.read(first, stop)
+        x = read_slots(model, previous, place, parts, self._local_keys(first, slots, parts.dtype))
         for buffer in self._buffers():
             buffer.trim()
         return model.lm_head(model.norm(x.index_select(0, of_bytes) if any(begins) else x))
@@ -93,11 +111,7 @@ class MegaByteState(ByteState):
         patch = runs(before, counts, self.device)
         later = patch > 0
         x = model.global_embed_first.repeat(patch.shape[0], 1).index_copy(0, later.nonzero()[:, 0], x)
-        table = rotary_table(patch, config.global_transformer, x.dtype)
-        keys = self.global_keys.extend(model.ops, counts, [[0]] * self.rows)
-        for layer, own in zip(model.global_layers, keys, strict=True):
-            x = layer(x, table, own)
-        parts = model.global_to_local(model.global_norm(x).unflatten(-1, (size, -1)).flatten(0, 1))
+        parts = read_patches(model, x, patch, self.global_keys.extend(model.ops, counts, [[0]] * self.rows))
         self.parts.write(self.parts.append([size * n for n in counts]), parts)
 
     def _repeat_patches(self, stop: Sequence[int]) -> None:

@@ -67,9 +67,14 @@ class Sampling:
             A logit is NaN or positive infinity, or all of a row are negative infinity.
         """
         logits = logits.double().cpu()
-        top, first = logits.max(-1, keepdim=True)
+        top = logits.amax(-1)
         if not top.isfinite().all():
             raise ValueError(f"logits: expected numbers, got {float(top[~top.isfinite()][0])}; the model has overflown")
+        return self.distribution(logits)
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """Return the probabilities of ids for fp64 logits ``[n, A]`` on any device, where none is checked."""
+        top, first = logits.max(-1, keepdim=True)
         if self.greedy:
             return torch.zeros_like(logits).scatter(-1, first, 1)
         p = ((logits - top) / self.temperature).softmax(-1)
@@ -87,13 +92,17 @@ class Sampling:
 
     def draw(self, probabilities: Tensor, random: Sequence[Random]) -> list[int]:
         """Return an id of each distribution ``[n, A]``, by the random numbers of its row."""
+        numbers = torch.tensor([] if self.greedy else [r.random() for r in random], dtype=torch.float64)
+        return self.pick(probabilities, numbers).tolist()
+
+    def pick(self, probabilities: Tensor, numbers: Tensor) -> Tensor:
+        """Return an id of each distribution ``[n, A]``, by a number from 0 to 1 for each, fp64 ``[n]``."""
         if self.greedy:
-            return probabilities.argmax(-1).tolist()
+            return probabilities.argmax(-1)
         cumulative = probabilities.cumsum(-1)
-        u = torch.tensor([r.random() for r in random], dtype=torch.float64)[:, None] * cumulative[:, -1:]
-        ids = torch.searchsorted(cumulative, u, right=True)
+        ids = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
         last = (probabilities > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # where rounding leads beyond
-        return torch.minimum(ids, last)[:, 0].tolist()
+        return torch.minimum(ids, last)[:, 0]
 
     def verify(self, p: Tensor, draft: Sequence[int], q: Tensor | None, random: Random) -> tuple[int, int]:
         """Return how many ids of a draft are kept, and the id after them.

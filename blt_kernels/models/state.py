@@ -22,7 +22,7 @@ from blt_kernels import _checks
 from blt_kernels._checks import Documents
 from blt_kernels.ids import NEWLINE
 from blt_kernels.nn import embed_ids, rotary_table
-from blt_kernels.nn.cache import KeyCache, RowBuffer, runs
+from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
 
 
 class DocumentStarts:
@@ -289,6 +289,15 @@ def _ints(name: str, values: Iterable[Any]) -> list[int]:
         raise TypeError(f"{name}: expected a sequence of ints, got {values!r}") from None
 
 
+def byte_lm_logits(model: Any, ids: Tensor, positions: Tensor, keys: Sequence[CachedKeys]) -> Tensor:
+    """Return the logits of new ids of a `ByteLM`; `keys` are those of each layer."""
+    x = embed_ids(model.embed_tokens, ids, None)
+    table = rotary_table(positions, model.config, x.dtype)
+    for layer, own in zip(model.layers, keys, strict=True):
+        x = layer(x, table, own)
+    return model.lm_head(model.norm(x))
+
+
 class ByteLMState(ByteState):
     """Holds the state of a `ByteLM`: keys and values within the window."""
 
@@ -308,12 +317,9 @@ class ByteLMState(ByteState):
         old, positions = self._append(ids, counts)
         self.passes[self.part] += 1
         starts = self.starts.extend(ids, old, counts)
-        x = embed_ids(model.embed_tokens, ids, None)
-        table = rotary_table(positions, model.config, x.dtype)
-        for layer, keys in zip(model.layers, self.cache.extend(model.ops, counts, starts), strict=True):
-            x = layer(x, table, keys)
+        logits = byte_lm_logits(model, ids, positions, self.cache.extend(model.ops, counts, starts))
         self.cache.trim()
-        return model.lm_head(model.norm(x))
+        return logits
 
     def _buffers(self) -> list[RowBuffer]:
         return [*super()._buffers(), self.cache]

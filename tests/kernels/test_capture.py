@@ -1,7 +1,6 @@
 """CUDA graphs: every op captures, forward and backward; nothing of what a capture forbids happens in Python.
 
-On a GPU each op is captured and replayed. Without one, the same calls run on tensors of "meta", which stand in for
-those of a GPU: whatever would read values on the host, or copy pageable memory to the device, is reported.
+On a GPU each op is captured and replayed. Without one, the same calls run on tensors of "meta" (`capture_rules`).
 """
 
 from __future__ import annotations
@@ -15,80 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from capture_rules import DEVICE, forbidden
 from cases import CASES
-from cuda_graphs import capture, replaced, warm_up
+from cuda_graphs import replaced, warm_up
 from op_calls import backward, cotangents_of, forward, make, map_tensors, tensors_of
 from op_case import OpCase
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from blt_kernels.models.captured import capture
 from blt_kernels.testing import assert_equal
 
-DEVICE = "meta"
 DENSE = [c for c in CASES if not c.sparse]  # the size of a sparse gradient depends on the data: its launcher waits
 
 
 # --- what a capture forbids -------------------------------------------------------------------------------------------
-
-
-class Watch(TorchDispatchMode):
-    """Report, in `forbidden`, calls that a capture on `DEVICE` does not allow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forbidden: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = tensors_of((args, kwargs))
-        on_device = [x for x in given if x.device.type == DEVICE]
-        if on_device and waits(func, args):
-            self.forbidden.append(f"{func} reads values of the device")
-        if on_device and torch.device(kwargs.get("device") or DEVICE).type == "cpu":
-            self.forbidden.append(f"{func} copies to the host")
-        result = func(*args, **kwargs)
-        made = [x for x in tensors_of(result) if x.device.type == DEVICE]
-        from_host = [x for x in given if x.device.type == "cpu"]
-        if torch.Tag.pointwise in func.tags:  # takes a number of the host as an argument of its kernel
-            from_host = [x for x in from_host if x.dim()]
-        if from_host and (on_device or made):
-            self.forbidden.append(f"{func} copies from the host")
-        return result
-
-
-class WatchConstructors(TorchFunctionMode):
-    """Report tensors made of numbers or arrays of the host, which no dispatcher is told about on "meta"."""
-
-    def __init__(self, forbidden: list[str]) -> None:
-        super().__init__()
-        self.forbidden = forbidden
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor) and result.device.type == DEVICE:
-            self.forbidden.append(f"{func.__name__} copies from the host")
-        if func is Tensor.__getitem__ and args[0].device.type == DEVICE and any(isinstance(i, list) for i in args[1:]):
-            self.forbidden.append("a list of indices is copied from the host")
-        return result
-
-
-def waits(func: Any, args: tuple[Any, ...]) -> bool:
-    """Does the size or the value of what `func` returns depend on values of its arguments?"""
-    if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default):
-        return any(x.dtype in (torch.bool, torch.uint8) for x in tensors_of(args[1]))
-    return bool({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags))
-
-
-def forbidden(function: Callable[[], Any]) -> list[str]:
-    """What `function` does that a capture would not allow."""
-    with Watch() as watch, WatchConstructors(watch.forbidden):
-        try:
-            function()
-        except (NotImplementedError, RuntimeError):
-            if not watch.forbidden:
-                raise
-    return watch.forbidden
 
 
 X = torch.empty(6, 3, device=DEVICE)
