@@ -12,6 +12,7 @@ from inputs import robust_rule
 from model_cases import LOCAL, SMALL_BLT, SMALL_MEGABYTE, build
 from torch import Tensor
 
+from blt_kernels import PatchLayout
 from blt_kernels.ids import BPE, EOS, to_ids
 from blt_kernels.models import BLT
 from blt_kernels.models.base import ByteModel
@@ -136,9 +137,11 @@ def packed(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def patch_starts(model: BLT, rows: Sequence[Tensor]) -> list[list[int]]:
     """Return where `BLT.patch` starts the patches of each row, that of the byte to come included."""
-    ids, offsets = packed(rows)
-    layout = model.patch(ids, offsets)
-    starts, patches, cu = layout.patch_offsets.tolist(), layout.cu_patches.tolist(), offsets.tolist()
+    return _starts(model.patch(*packed(rows)), rows)
+
+
+def _starts(layout: PatchLayout, rows: Sequence[Tensor]) -> list[list[int]]:
+    starts, patches, cu = layout.patch_offsets.tolist(), layout.cu_patches.tolist(), layout.cu_seqlens.tolist()
     closes = (layout.decode_ids == layout.patch_ids).tolist()
     return [
         [start - cu[r] for start in starts[patches[r] : patches[r + 1]]]
@@ -169,11 +172,12 @@ class Checked:
         ids, offsets = packed(new)
         logits = self.model.extend(ids.to(self.dtype), offsets, state=self.state)
         self.rows = [torch.cat(both) for both in zip(self.rows, new, strict=True)]
+        layout = self.check()
+        patches = {} if layout is None else {"layout": layout}
         with torch.no_grad():
-            expected = self.model(*packed(self.rows)).split([len(row) for row in self.rows])
+            expected = self.model(*packed(self.rows), **patches).split([len(row) for row in self.rows])
         expected = torch.cat([logits[:0], *(all_[len(all_) - len(n) :] for all_, n in zip(expected, new, strict=True))])
         torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
-        self.check()
         return logits
 
     def truncate(self, lengths: Sequence[int]) -> None:
@@ -186,10 +190,15 @@ class Checked:
         self.rows = [text() if r < 0 else self.rows[r] for r in rows]
         self.check()
 
-    def check(self) -> None:
+    @torch.no_grad()
+    def check(self) -> PatchLayout | None:
+        """Compare rows, lengths and patches. Return the patches that a BLT gives the rows."""
         assert self.state.rows == len(self.rows)
         assert self.state.lengths == [len(row) for row in self.rows]
         for r, row in enumerate(self.rows):
             assert torch.equal(self.state.row_ids(r), row)
-        if isinstance(self.state, BLTState):
-            assert self.state.patch_starts == patch_starts(self.model, self.rows)
+        if not isinstance(self.state, BLTState):
+            return None
+        layout = self.model.patch(*packed(self.rows))
+        assert self.state.patch_starts == _starts(layout, self.rows)
+        return layout

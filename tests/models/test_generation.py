@@ -13,6 +13,7 @@ from typing import Any
 import model_cases
 import pytest
 import torch
+from tiers import slow, slow_unless
 from torch import Tensor, nn
 from transformers_blt import batch, their_model
 
@@ -26,6 +27,7 @@ from blt_kernels.models.state import ByteState
 from blt_kernels.nn import TransformerConfig
 
 PROMPTS = ["hello wörld", b"", torch.tensor([1, 50, 60, 70]), "abcabcabcabcab" * 5]
+MODELS = ("byte_lm", "blt", "megabyte_extended")
 
 
 def kinds_of_drafts(model: ByteModel) -> list[str]:
@@ -69,7 +71,7 @@ def check_statistics(model: ByteModel, prompts: Any, out: Generated) -> None:
 # --- greedy -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", model_cases.CONFIGS)
+@pytest.mark.parametrize("name", slow_unless(model_cases.CONFIGS, MODELS))
 def test_greedy_output_is_the_argmax_of_full_forwards(name: str) -> None:
     model = model_cases.build(name)
     plain = model.generate(PROMPTS, max_new_bytes=24)
@@ -95,7 +97,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", slow_unless(RULES, ["monotonic", "whole_characters"]))
 def test_no_draft_changes_greedy_output_with_any_rule(rule: str) -> None:
     model = model_cases.build("blt", **RULES[rule])
     plain = model.generate(PROMPTS, max_new_bytes=16)
@@ -106,10 +108,7 @@ def test_no_draft_changes_greedy_output_with_any_rule(rule: str) -> None:
         check_statistics(model, PROMPTS, out)
 
 
-MODELS = ("byte_lm", "blt", "megabyte_extended")
-
-
-@pytest.mark.parametrize("draft_bytes", [1, 3, 16])
+@pytest.mark.parametrize("draft_bytes", slow_unless([1, 3, 16], [3]))
 @pytest.mark.parametrize("name", MODELS)
 def test_no_draft_changes_greedy_output(name: str, draft_bytes: int) -> None:
     model = model_cases.build(name)
@@ -127,7 +126,9 @@ def test_no_draft_changes_greedy_output(name: str, draft_bytes: int) -> None:
             assert out.statistics.passes[part] < max(map(len, out.ids)) - 1
 
 
-@pytest.mark.parametrize(("name", "draft"), [("blt", "patcher"), ("blt_space", "decoder"), ("megabyte", "decoder")])
+@pytest.mark.parametrize(
+    ("name", "draft"), [("blt", "patcher"), slow("blt_space", "decoder"), slow("megabyte", "decoder")]
+)
 def test_many_rows_of_very_different_lengths(name: str, draft: str) -> None:
     """Far longer than the windows, and 64 of them."""
     model = model_cases.build(name)
@@ -155,7 +156,7 @@ def test_models_of_documents(name: str) -> None:
         check_statistics(model, prompts, out)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_unless(MODELS, ["blt"]))
 def test_half_precision_and_training_mode(name: str) -> None:
     model = model_cases.build(name, dtype=torch.bfloat16).train()
     assert all(p.requires_grad for n, p in model.named_parameters() if not n.startswith("patcher"))
@@ -179,7 +180,7 @@ CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("case", CHECKPOINTS)
+@pytest.mark.parametrize("case", slow_unless(CHECKPOINTS, ["released"]))
 def test_checkpoints_write_what_transformers_writes_without_its_cache(case: str, tmp_path) -> None:
     theirs, prompt = their_model(case), batch(1, 20)
     if theirs.model.patcher is not None:
@@ -197,7 +198,7 @@ def test_checkpoints_write_what_transformers_writes_without_its_cache(case: str,
 SAMPLE = {"temperature": 0.9, "top_k": 100, "top_p": 0.95, "min_p": 1e-3, "max_new_bytes": 16}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_unless(MODELS, ["blt"]))
 def test_a_row_gives_what_it_gives_alone(name: str) -> None:
     model = model_cases.build(name)
     for draft in (None, *kinds_of_drafts(model), model_cases.build("byte_lm", window=3)):
@@ -288,7 +289,7 @@ def sample(name: str, draft: str | None, **options: Any) -> tuple[ByteModel, Gen
     return model, model.generate(prompts, max_new_bytes=NEW, draft=written_by, seed=3, **options)
 
 
-@pytest.mark.parametrize(("name", "draft"), TINY_DRAFTS)
+@pytest.mark.parametrize(("name", "draft"), [x if x == ("blt", "patcher") else slow(*x) for x in TINY_DRAFTS])
 def test_random_output_has_the_distribution_of_the_model(name: str, draft: str | None) -> None:
     options = {"temperature": 0.8, "top_p": 0.97}
     model, out = sample(name, draft, **options)
@@ -301,6 +302,7 @@ def test_random_output_has_the_distribution_of_the_model(name: str, draft: str |
     assert p_value(out.ids, other) < 1e-6  # the test can tell
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "draft"), TINY_DRAFTS[1:])
 def test_accepting_every_draft_has_another_distribution(name: str, draft: str, monkeypatch) -> None:
     def accept(self: Sampling, p: Tensor, draft: list[int], q: Tensor | None, random: Any) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import SMALL_BLT, build
 from state_cases import CASES, TOLERANCE, Checked, model_of, packed, patch_starts, rows_of_text, text
+from tiers import slow, slow_unless
 from torch import Tensor
 
 from blt_kernels.ids import EOS
@@ -32,6 +33,7 @@ BLTS = [case for case in CASES if case.startswith("blt")]
 # One of each model, and a BLT with all that reaches back: windows of patches, documents, rises of entropies, cuts.
 FEW = ["byte_lm: documents and newlines", "blt: threshold_add, whole_characters and max_patch_length"]
 FEW += ["blt_cross_windows: documents", "blt: global window, documents", "megabyte_extended"]
+EVERY_CASE = pytest.mark.parametrize("case", slow_unless(CASES, FEW))
 
 
 def ragged(
@@ -69,14 +71,14 @@ def assert_as_one_forward(model: ByteModel, rows: Sequence[Tensor], logits: Sequ
 # --- any split --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
+@EVERY_CASE
 def test_any_split_gives_one_forward(case: str) -> None:
     model, rows = model_of(case), rows_of_text()
     assert_as_one_forward(model, rows, *read(model, rows, ragged([len(row) for row in rows], 0)))
     assert_as_one_forward(model, rows, *read(model, rows, iter([[len(row) for row in rows]])))
 
 
-@pytest.mark.parametrize("case", CASES)
+@EVERY_CASE
 def test_byte_by_byte(case: str) -> None:
     model, rows = model_of(case), [row[-45:] for row in rows_of_text()]
     calls = ([int(i < len(row)) for row in rows] for i in range(45))
@@ -91,7 +93,7 @@ def test_reference_ops_agree(case: str) -> None:
     assert_as_one_forward(model_of(case), rows, logits, state)
 
 
-@pytest.mark.parametrize("case", BLTS)
+@pytest.mark.parametrize("case", slow_unless(BLTS, FEW))
 def test_the_rows_have_patches_of_many_lengths(case: str) -> None:
     """Otherwise the tests would not see a wrong patch."""
     starts = patch_starts(model_of(case), rows_of_text())
@@ -128,13 +130,12 @@ FP32 = [
 ]
 # Without entropies, which rounding to 16 bits may move over the threshold.
 HALF = ["byte_lm", "blt: space", "megabyte"]
+ROUNDED = [(case, torch.float32) for case in FP32]
+ROUNDED += [(case, dtype) for case in HALF for dtype in (torch.bfloat16, torch.half)]
+FAST_ROUNDED = [("blt: entropy", torch.float32), ("blt: space", torch.bfloat16), ("megabyte", torch.half)]
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [(case, torch.float32) for case in FP32]
-    + [(case, dtype) for case in HALF for dtype in (torch.bfloat16, torch.half)],
-)
+@pytest.mark.parametrize(("case", "dtype"), [x if x in FAST_ROUNDED else slow(*x) for x in ROUNDED])
 def test_rounding_is_that_of_a_forward(case: str, dtype: torch.dtype) -> None:
     model, truth, rows = model_of(case, dtype=dtype), model_of(case), rows_of_text()
     logits, state = read(model, rows, ragged([len(row) for row in rows], 1))
@@ -145,7 +146,7 @@ def test_rounding_is_that_of_a_forward(case: str, dtype: torch.dtype) -> None:
     assert_close(torch.cat(logits), eager, exact)
 
 
-@pytest.mark.parametrize("case", [*HALF, "megabyte_extended"])
+@pytest.mark.parametrize("case", slow_unless([*HALF, "megabyte_extended"], ["blt: space"]))
 def test_autocast(case: str) -> None:
     model, truth, rows = model_of(case, dtype=torch.float32), model_of(case), rows_of_text()
     with torch.no_grad():
@@ -159,7 +160,7 @@ def test_autocast(case: str) -> None:
 # --- taking back, selecting -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[4, 64])
+@pytest.fixture(params=[4, slow(64)])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The entries by which buffers grow. With few, they drop what they need not keep in nearly every call."""
     monkeypatch.setattr(cache, "_BLOCK", request.param)
@@ -175,7 +176,7 @@ def pieces(seed: int) -> Iterator[Tensor]:
         yield row[begin : begin + count]
 
 
-@pytest.mark.parametrize("case", CASES)
+@EVERY_CASE
 def test_what_is_taken_back_leaves_no_trace(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "_BLOCK", 4)
     rng, new = random.Random(case), pieces(2)
@@ -280,7 +281,7 @@ def buffers(state: ByteState) -> list[RowBuffer]:
     return [*state._buffers(), *(buffers(patcher) if patcher is not None else [])]
 
 
-@pytest.mark.parametrize(("step", "total"), [(50, 2500), (1000, 4000)])
+@pytest.mark.parametrize(("step", "total"), [slow(50, 2500), (1000, 4000)])
 def test_memory_of_local_layers_does_not_grow(step: int, total: int) -> None:
     ids = text(real_text(total))
     for case in ("byte_lm", "blt: entropy", "blt_cross_windows", "megabyte"):

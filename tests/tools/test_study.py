@@ -69,6 +69,7 @@ def test_what_it_writes(finished: Path) -> None:
     assert settings["train_files"] + settings["heldout_files"] <= 150
 
 
+@pytest.mark.slow
 def test_runs_are_reused_and_options_tell_them_apart(finished: Path, monkeypatch) -> None:
     before = rows_of(finished / "out" / "runs.csv")
     monkeypatch.setattr(study, "train", lambda *_: pytest.fail("trained again"))
@@ -78,6 +79,7 @@ def test_runs_are_reused_and_options_tell_them_apart(finished: Path, monkeypatch
         run(finished, "again", "--fp32")
 
 
+@pytest.mark.slow
 def test_nothing_that_is_measured_on_is_learned(finished: Path) -> None:
     corpus = study_text.prepare([finished / "files"], finished / "work", 5000, 1000)
     learned = b"".join(source.path.read_bytes() for source in corpus.train)
