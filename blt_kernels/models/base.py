@@ -229,8 +229,9 @@ class ByteModel(nn.Module):
             The most bytes of a draft. Every row adapts its own number to what was accepted.
         captured : bool, optional
             Write byte by byte in fixed shapes: on CUDA as captured graphs, with one wait for the device a byte
-            (`blt_kernels.models.captured`). Memory for `max_new_bytes` is allocated at once, and the parameters of the
-            model may not move meanwhile. None does so on CUDA, unless there are drafts or autocast is on.
+            (`blt_kernels.models.captured`). Local layers without a window take memory for `max_new_bytes` at once, and
+            the parameters of the model may not move meanwhile. None does so on CUDA where there are no drafts, outside
+            of autocast and of `torch.use_deterministic_algorithms`.
 
         Returns
         -------

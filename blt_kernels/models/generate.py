@@ -327,7 +327,9 @@ def _captures(captured: bool | None, draft: Any, device: torch.device) -> bool:
         raise ValueError(f"captured: expected False or None, since draft is {draft!r}, got {captured!r}")
     if captured and autocast:
         raise ValueError(f"captured: expected False or None under autocast, got {captured!r}")
-    return device.type == "cuda" and draft is None and not autocast if captured is None else captured
+    if captured is not None:
+        return captured
+    return device.type == "cuda" and draft is None and not autocast and not torch.are_deterministic_algorithms_enabled()
 
 
 def _stop_ids(stop: Sequence[bytes | str]) -> list[list[int]]:

@@ -104,11 +104,10 @@ class FixedKeys:
             Rows that append an entry; the others attend to nothing. All rows if None.
         """
         slot = position % self.period + self.base
-        index = torch.cat([slot + copy * self.period for copy in range(self.copies)])
+        index = torch.stack([slot + copy * self.period for copy in range(self.copies)])
         count = (position + 1 - start).clamp(max=self.period)
         if active is not None:
-            spare = self.base + self.stride - 1
-            index = torch.where(active.repeat(self.copies), index, spare.repeat(self.copies))
+            index = torch.where(active, index, self.base + self.stride - 1)
             count = count * active
         end = slot + (self.copies - 1) * self.period + 1
         ends = F.pad(torch.stack([end - count, end], 1).flatten(), (1, 0)).int()
@@ -120,9 +119,9 @@ class FixedKeys:
 
 
 class RepeatedKeys(CachedKeys):
-    """The keys and values of one layer of `FixedKeys`: each new key goes to several slots."""
+    """The keys and values of one layer of `FixedKeys`: ``index[:, r]`` has all slots of the new key of row r."""
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values, and return those of all rows."""
-        copies = self.index.shape[0] // k.shape[0]
-        return super().write(k.repeat(copies, 1, 1), v.repeat(copies, 1, 1))
+        self.keys[self.index], self.values[self.index] = k.to(self.keys.dtype), v.to(self.values.dtype)
+        return self.keys, self.values

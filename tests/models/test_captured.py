@@ -68,13 +68,19 @@ def dictate(steps: Steps, rows: Sequence[Tensor], lengths: Sequence[int], ended:
 
 
 @pytest.mark.parametrize("case", CASES)
-@torch.no_grad()
 def test_steps_give_one_forward(case: str) -> None:
     """Rows of different lengths, two of which end before the others."""
+    check_one_forward(case)
+
+
+@torch.no_grad()
+def check_one_forward(case: str, made: Callable[[Steps], object] = id) -> Steps:
+    """Compare every step with one forward; `made` is given the steps before."""
     model = model_of(case)
     rows, lengths = dictated()
     ended = {1: 5, 4: 11}
     steps = steps_behind(model, [row[:n] for row, n in zip(rows, lengths, strict=True)], Dictation(1.0))
+    made(steps)
     logits = model(*packed(rows)).split([len(row) for row in rows])
     for count in dictate(steps, rows, lengths, ended):
         for r, n in enumerate(lengths):
@@ -86,6 +92,17 @@ def test_steps_give_one_forward(case: str) -> None:
     assert steps.num_patches == state.num_patches
     if isinstance(model, BLT):
         assert steps.patch_starts == patch_starts(model, read)
+    return steps
+
+
+@pytest.mark.parametrize("case", ["byte_lm: no window", "blt: entropy, whole_characters", "megabyte_extended"])
+@torch.no_grad()
+def test_reference_ops_agree(case: str) -> None:
+    rows, lengths = dictated()
+    prompts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+    fused, reference = (steps_behind(model_of(case, ops), prompts, Dictation(1.0)) for ops in ("fused", "reference"))
+    for _ in zip(*(dictate(steps, rows, lengths, {}) for steps in (fused, reference)), strict=True):
+        torch.testing.assert_close(fused.logits, reference.logits, rtol=0, atol=TOLERANCE)
 
 
 PROMPTS = ["hello wörld", b"", torch.tensor([1, 50, 60, 70]), "abcabcabcabcab" * 5]
@@ -289,6 +306,59 @@ def test_every_step_is_the_same_calls_on_the_same_memory(case: str, monkeypatch:
     assert len(before) > 10
     assert sum(counts.values()) == NEW_IDS - 1 + steps.passes["global"]
     assert max(counts.values()) == NEW_IDS - 1
+
+
+class Graph:
+    """Stands in for a CUDA graph: a replay calls the function again, and must use the same tensors of the steps."""
+
+    def __init__(self, function: Callable[[], None], steps: Steps) -> None:
+        self.function, self.steps, self.used = function, steps, set[int]()
+
+    def replay(self) -> None:
+        with Addresses() as mode:
+            self.function()
+        used = mode.found & set(addresses(self.steps))
+        self.used = self.used or used
+        assert used == self.used
+
+
+class Addresses(TorchDispatchMode):
+    """Notes where the tensors are that calls are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.found.update(x.data_ptr() for x in tensors_of((args, kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+GROWING = ("blt: byte", "blt: global window", "blt_cross_windows", "byte_lm", "megabyte_extended")
+
+
+@pytest.mark.parametrize("case", GROWING)
+def test_steps_are_captured_once_and_anew_where_patches_need_more_room(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Steps] = []
+    captured: list[Graph] = []
+    init = Step.__init__
+
+    def captures(step: Step, function: Callable[[], None], device: torch.device) -> None:
+        init(step, function, device)
+        step.captures = True
+
+    def capture(function: Callable[[], None]) -> tuple[Graph, None]:
+        captured.append(Graph(function, *made))
+        return captured[-1], None
+
+    monkeypatch.setattr(Step, "__init__", captures)
+    monkeypatch.setattr("blt_kernels.models.captured.capture", capture)
+    monkeypatch.setattr("blt_kernels.models.captured_blt._PATCHES", 8)
+    check_one_forward(case, made.append)
+    # Patches of a window are kept where they are; those of every byte need more room once.
+    assert len(captured) == {"byte_lm": 1, "blt: byte": 3}.get(case, 2)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -76,6 +76,9 @@ def test_every_stage_runs(tmp_path: Path) -> None:
         assert float(timed[op]["median_ms"]) > 0, op
     assert {"scatter_reduce", "limit: torch.sum"} & {row["implementation"] for row in rows}
     assert any(row["op"] == "smoke block_causal_attention[decoding] float32" for row in rows)
+    captured = [row for row in rows if row["op"].endswith("captured ids")]
+    assert len(captured) == 2
+    assert {row["status"] for row in captured} == {"ok: 2 of 2 ids are those of the other path"}
     count = len({case.op for case in CASES}) + 1  # every op, and decoding
     assert f"smoke: {count} of {count} cases right" in printed
     assert "stages: ceilings" in printed
