@@ -24,12 +24,12 @@
 
 namespace blt {
 
-// out = op(args...) through torch's dispatcher, for ops whose last argument is `out`.
+// Calls op(args...) through torch's dispatcher, for ops whose last argument is `out`.
 template <class... Args>
 void call_out(const char* op, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the result holds
+  torch::stable::detail::to<Tensor>(stack[0]);  // this takes back the reference that the result holds
 }
 
 inline Tensor rows_of(const Tensor& x, int64_t begin, int64_t count) {

@@ -1,4 +1,4 @@
-// block_causal_attention: flash attention within documents packed end to end.
+// Computes block_causal_attention: flash attention within documents packed end to end.
 //
 //   s_ij = scale q_i . k_j for the keys [first_i, last_i) that query i attends to,  lse_i = log sum_j exp s_ij
 //   out_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i)
@@ -39,7 +39,7 @@
 namespace blt {
 namespace {
 
-constexpr int64_t kRowGrain = 1024;  // the fewest dot products worth a thread
+constexpr int64_t kRowGrain = 1024;  // so many dot products are worth a thread
 
 Heads heads_of(const Tensor& x) { return {x.const_data_ptr(), x.scalar_type(), x.stride(0), x.stride(1)}; }
 
@@ -47,8 +47,8 @@ OutputHeads output_heads(Tensor& x) { return {x.mutable_data_ptr(), x.scalar_typ
 
 // --- checks ----------------------------------------------------------------------------------------------------------
 
-// The offsets of an op, which its KeyRanges points into. Without cu_seqlens_q there are `num_documents` documents of
-// the same length, and of the same number of keys.
+// Has the offsets of an op, which its KeyRanges points into. Without cu_seqlens_q there are `num_documents` documents
+// of the same length, and of the same number of keys.
 struct Offsets {
   std::optional<Tensor> q, k, seqused_k;
   int64_t num_documents;
@@ -107,7 +107,7 @@ Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, std::optio
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// Fills the elements of a contiguous tensor from row `begin` on: queries beyond the last document.
+// Fills rows of a contiguous tensor from `begin` on: those of queries beyond the last document.
 template <class A>
 void fill_rows(Tensor& x, int64_t begin, A value) {
   A* const data = x.mutable_data_ptr<A>();
@@ -158,8 +158,7 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(
   const Problem problem = problem_of(q, k, v, scale, key_ranges);
   const int64_t queries = key_ranges.cu_seqlens_q[key_ranges.documents];
   zero_rows(out, queries);
-  dispatch_accumulator(q.scalar_type(), "q", [&](auto tag) {
-    using A = typename decltype(tag)::type;
+  dispatch_accumulator(q.scalar_type(), "q", [&]<class A>(Tag<A>) {
     fill_rows(lse, queries, kMaskedScore<A>);
     std::vector<Tile> tiles = query_tiles(key_ranges, kWidth<A>, kMaxDecodeQueries), few;
     std::erase_if(tiles, [&](const Tile& tile) {
@@ -217,8 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
   const int64_t heads = problem.num_heads, kv_heads = problem.num_kv_heads, head_dim = problem.head_dim;
   const int64_t num_queries = key_ranges.cu_seqlens_q[key_ranges.documents];
   zero_rows(grad_q, num_queries);
-  dispatch_accumulator(q.scalar_type(), "q", [&](auto tag) {
-    using A = typename decltype(tag)::type;
+  dispatch_accumulator(q.scalar_type(), "q", [&]<class A>(Tag<A>) {
     const Heads grads = heads_of(grad_out);
     const OutputHeads grads_q = output_heads(grad_q), grads_k = output_heads(grad_k), grads_v = output_heads(grad_v);
     RowSoftmax<A> saved = {grads,   lse.const_data_ptr<A>(),      delta.mutable_data_ptr<A>(), nullptr,
@@ -263,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
 
 // --- ranges ----------------------------------------------------------------------------------------------------------
 
-// The first and last row of the other side that each row attends to, at `data`. They are an empty range until set.
+// Writes the first and last row of the other side that each row attends to, at `data`: an empty range until set.
 class Intervals {
  public:
   Intervals(int32_t* data, int64_t rows, int64_t others) : first_(data), last_(data + rows), others_(others) {
@@ -298,7 +296,7 @@ Tensor block_causal_attention_ranges_fwd_cpu(const Tensor& cu_seqlens_q, const s
     }
     const int64_t keys_end = key_ranges.keys_end(b);
     for (int64_t row = key_ranges.cu_seqlens_k[b]; row < key_ranges.cu_seqlens_k[b + 1]; ++row) {
-      const int64_t aligned = row - keys_end + end;  // the query at the key's own position
+      const int64_t aligned = row - keys_end + end;  // is the query at the key's own position
       const int64_t first = row < keys_end ? std::max(begin, causal ? aligned : aligned - key_ranges.window + 1) : end;
       of_keys.set(row, first, std::min(end, aligned + key_ranges.window));
     }

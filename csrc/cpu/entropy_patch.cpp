@@ -1,4 +1,4 @@
-// entropy_patch: entropies of next-byte logits, boundary decisions, and the ragged layout they give.
+// Computes entropies of next-byte logits, boundary decisions, and the ragged layout that they give.
 //
 // token_entropy.cpp computes the entropies; one pass over them, which are 1/260 of the data, then cuts the text into
 // patches. Bytes moved for [T, 260] fp32 logits: 1040 read, 8 written a row for entropy and log_sum, 8 for the layout

@@ -45,14 +45,14 @@ struct HeadShape {
   int64_t heads, width;
 };
 
-// Strides of a table in vectors: the number of rows i and j is at i * steps.i + j * steps.j.
+// A table has these strides in vectors: the number of rows i and j is at i * steps.i + j * steps.j.
 struct Steps {
   int64_t i, j;
 };
 
 // --- parts of vectors ------------------------------------------------------------------------------------------------
 
-// The first `count` elements of a pair; the others are 0.
+// Returns the first `count` elements of a pair; the others are 0.
 template <class T>
 auto load_part(const T* p, int64_t count) {
   T padded[pair_lanes<accumulator_t<T>>] = {};
@@ -126,13 +126,13 @@ void dots(A* table, HeadView<const T> x, int64_t m, HeadView<const T> y, int64_t
     }
 }
 
-// Room for the sums of heads: rows of padded width, so that whole pairs are stored.
+// Has room for the sums of heads: rows of padded width, so that whole pairs are stored.
 template <class A>
 int64_t padded_width(int64_t width) {
   return (width + pair_lanes<A> - 1) / pair_lanes<A> * pair_lanes<A>;
 }
 
-// Sums that more than one table adds to, kTileSide rows of lanes<A> heads: allocated at first use, or given.
+// Holds sums that several tables add to, kTileSide rows of lanes<A> heads. They are allocated at first use, or given.
 template <class A>
 class Partial {
  public:
@@ -160,13 +160,13 @@ void multiply_heads(HeadView<A> row, Vec<A> factors, HeadShape shape) {
     for (int64_t e = 0; e < padded_width<A>(shape.width); ++e) row.at(0, head)[e] *= factors[head];
 }
 
-// Does a sum start with these rows, and is it finished with them?
+// Says whether a sum starts with these rows, and whether they finish it.
 struct Stage {
   bool first, last;
   bool whole() const { return first && last; }
 };
 
-// Everything by value: stores may alias what a reference leads to, and then nothing stays in registers.
+// Arguments are values: stores may alias what a reference leads to, and then nothing stays in registers.
 template <int kJ, class T, class A = accumulator_t<T>>
 void weighted_sums_block(HeadView<T> out, HeadView<A> partial, HeadView<const T> x, int64_t count, const A* table,
                          Steps steps, HeadShape shape, Stage stage) {
@@ -184,7 +184,7 @@ void weighted_sums_block(HeadView<T> out, HeadView<A> partial, HeadView<const T>
         }
       }
       for (int j = 0; j < kJ; ++j) {
-        if (!stage.first) {  // a sum of sums: rounding errors stay small
+        if (!stage.first) {  // rounding errors of a sum of sums stay small
           const PairOf<A> before = load_pair(partial.at(j, head) + e);
           sums[j] = {sums[j].a + before.a, sums[j].b + before.b};
         }
@@ -202,8 +202,8 @@ void weighted_sums_block(HeadView<T> out, HeadView<A> partial, HeadView<const T>
   }
 }
 
-// out_j = sum over i of table_ij x_i, for i < count and j < rows; sums that go on from or into other tables are
-// partial.
+// Computes out_j = sum over i of table_ij x_i, for i < count and j < rows. Sums that go on from or into other tables
+// are partial.
 template <class T, class A = accumulator_t<T>>
 void weighted_sums(HeadView<T> out, Partial<A>& partial, int64_t rows, HeadView<const T> x, int64_t count,
                    const A* table, Steps steps, HeadShape shape, Stage stage) {

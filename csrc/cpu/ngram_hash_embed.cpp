@@ -1,4 +1,4 @@
-// ngram_hash_embed: the embedding of a byte plus one hashed row for each n-gram that ends at it.
+// ngram_hash_embed adds to the embedding of a byte one hashed row for each n-gram that ends at it.
 //
 //   out[t] = byte_table[token[t]] + sum over tables n of table_n[hash_n(t)],  added up in fp32 and rounded once
 //   grad_table_n[row] = sum of grad_out[t] over the bytes t with hash_n(t) = row, in their order
@@ -27,7 +27,7 @@
 namespace blt {
 namespace {
 
-constexpr int64_t kHashGrain = 2048;  // a thread is worth starting from so many bytes on
+constexpr int64_t kHashGrain = 2048;  // so many bytes are worth a thread
 
 Tensor ngram_hash_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                           const std::vector<int64_t>& ngram_sizes, int64_t num_functions, int64_t vocab) {
@@ -104,7 +104,7 @@ struct TableGrads : TableGradArguments {
   explicit TableGrads(const TableGradArguments& arguments)
       : TableGradArguments(arguments), ngrams(ngrams_of(hash)), sorter(hash.tokens) {}
 
-  // Valid until the next call.
+  // The result is valid until the next call.
   ReadRows read_rows(int64_t table) {
     return sorter.group(rows(table), [&](Reader* readers, uint32_t none) {
       dispatch_int(hash.tokens.scalar_type(), "tokens", [&]<class Id>(Tag<Id>) {

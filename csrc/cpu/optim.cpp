@@ -1,4 +1,4 @@
-// Optimizer steps over sparse gradients: only the rows that have a gradient are read and written.
+// Takes optimizer steps over sparse gradients: only the rows that have a gradient are read and written.
 //
 //   sgd_step:              table[r] -= lr g
 //   rowwise_adagrad_step:  sums[r] += mean of g^2;  table[r] -= lr g / (sqrt(sums[r]) + eps)

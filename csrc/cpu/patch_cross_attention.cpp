@@ -1,4 +1,4 @@
-// patch_cross_attention: patches read bytes (encode), or bytes read patches (decode).
+// In patch_cross_attention patches read bytes (encode), or bytes read patches (decode).
 //
 //   s_ij = scale q_i . k_j for the keys j that query i reads,  lse_i = log sum_j exp s_ij
 //   out_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i)
@@ -51,7 +51,7 @@ struct Output {
   PartSums<accumulator_t<T>> sums;
 };
 
-// The running maximum and sum of exponentials of one query in each lane.
+// Holds the running maximum and sum of exponentials of one query in each lane.
 template <class A>
 struct RunningSoftmax {
   Vec<A> max = Vec<A>{} - std::numeric_limits<A>::infinity(), sum = {};
@@ -77,7 +77,7 @@ struct RunningSoftmax {
   }
 };
 
-// Attention of at most kTileSide queries in one group of heads, the r-th ones. With a slot the sums are kept undivided.
+// Attends from at most kTileSide queries in one group of heads, the r-th ones. With a slot the sums stay undivided.
 template <class T>
 void attend(const Problem<T>& problem, const Output<T>& output, const Task& task, int64_t first_query, int64_t head,
             int64_t r, HeadShape shape, Partial<accumulator_t<T>>& partial) {
@@ -143,7 +143,7 @@ void attend_task(const Problem<T>& problem, const Output<T>& output, const Task&
 
 // --- parts -----------------------------------------------------------------------------------------------------------
 
-// Memory for the sums of parts.
+// Holds the sums of parts.
 template <class A>
 class PartMemory {
  public:
@@ -158,7 +158,7 @@ class PartMemory {
   PartSums<A> sums_;
 };
 
-// out = the sums of the parts of every divided patch, added up, with weights exp(m_n - m) / l for a softmax.
+// Sets out to the sums of the parts of every divided patch, added up, with weights exp(m_n - m) / l for a softmax.
 template <class T>
 void add_up(const PatchTasks& tasks, const PartSums<accumulator_t<T>>& sums, const HeadView<T>& out,
             accumulator_t<T>* lse, int64_t width) {

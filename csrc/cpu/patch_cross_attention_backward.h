@@ -1,4 +1,4 @@
-// The backward of patch_cross_attention.cpp, where its formulas are, and the types that forward and backward share.
+// Computes the backward of patch_cross_attention.cpp, which has the formulas, and defines the types that both share.
 #pragma once
 
 #include <algorithm>
@@ -22,13 +22,13 @@ struct Problem {
   int64_t query_heads() const { return heads * repeats; }
 };
 
-// The r-th query head of every head of k and v.
+// Selects the r-th query head of every head of k and v.
 template <class T>
 HeadView<T> repeat(const HeadView<T>& view, int64_t repeats, int64_t r) {
   return {view.data + r * view.head_stride, view.row_stride, view.head_stride * repeats};
 }
 
-// Sums of parts by slot, vector of the patch and head: E numbers, and m and l of a softmax.
+// Holds sums of parts by slot, vector of the patch and head: E numbers, and m and l of a softmax.
 template <class A>
 struct PartSums {
   A* data;
@@ -66,7 +66,7 @@ struct Gradients {
   HeadView<const T> grad_out, out;
   const accumulator_t<T>* lse;
   HeadView<T> q, k, v;
-  PartSums<accumulator_t<T>> sums[2];  // for q, or for k and v
+  PartSums<accumulator_t<T>> sums[2];  // is for q, or for k and v
 };
 
 template <class A>

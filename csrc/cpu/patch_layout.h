@@ -1,5 +1,5 @@
-// Builds the tensors of a PatchLayout from boundary decisions, in one pass over the bytes. PatchLayout.from_cuts in
-// blt_kernels/layout.py specifies it.
+// Builds the tensors of a PatchLayout from boundary decisions, in one pass over the bytes. PatchLayout.from_boundaries
+// in blt_kernels/layout.py specifies it.
 //
 //   boundary(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
 //
@@ -54,7 +54,7 @@ LayoutTensors build_layout(const TextDocuments& text, int64_t num_bytes, std::op
   int32_t* const readers = decode_offsets.mutable_data_ptr<int32_t>();
 
   bool any_dropped = false;
-  int32_t next = 0;  // the next patch
+  int32_t next = 0;  // is the next patch
   patches[0] = 0;
   for (int64_t b = 0; b < num_documents; ++b) {
     const int64_t begin = documents[b], end = documents[b + 1];
@@ -68,13 +68,13 @@ LayoutTensors build_layout(const TextDocuments& text, int64_t num_bytes, std::op
       for (int64_t t = begin; t < end - 1; ++t) {
         const bool wanted = boundary(t, t - begin);
         ids[t] = std::min(patch, limit - 1);
-        offsets[std::min(patch + 1, limit)] = static_cast<int32_t>(t + 1);  // overwritten if no patch starts there
+        offsets[std::min(patch + 1, limit)] = static_cast<int32_t>(t + 1);  // is overwritten if no patch starts there
         patch += wanted;
       }
       const bool dropped = patch >= limit;
       patch = std::min(patch, limit - 1);
       ids[end - 1] = patch;
-      // The patch before the next byte's, or -1 if that is not in the document.
+      // It is the patch before the next byte's, or -1 if that is not in the document.
       const auto decode_id = [first](int32_t next_patch) { return next_patch > first ? next_patch - 1 : -1; };
       std::transform(ids + begin + 1, ids + end, decodes + begin, decode_id);
       const bool opens = boundary(end - 1, end - 1 - begin) & !dropped;

@@ -1,4 +1,4 @@
-// patch_pool: one row for each patch, from the rows of its bytes.
+// patch_pool reduces the rows of the bytes of a patch to one row.
 //
 //   out[p, r D + d] = reduce_r of x[t, d] over the bytes t of patch p, in [offsets[p], offsets[p+1]); 0 if it is empty
 //   grad_x[t, d]    = sum over r of the share of byte t in grad_out[p, r D + d]: all of it (sum), 1 / length (mean),
@@ -151,8 +151,8 @@ template <class A>
 struct TieCounts {
   const A *patch = nullptr, *part = nullptr;
 
-  // False if the rows get nothing from the extreme: they have no tie, and the patch has no NaN, which leaves it without
-  // ties.
+  // Returns false if the rows get nothing from the extreme: they have no tie, and the patch has no NaN, which leaves it
+  // without ties.
   bool reach_rows(int64_t width) const {
     bool reach = patch == nullptr;
     for (int64_t c = 0; patch && c < width; ++c) reach |= (part[c] > 0) | (patch[c] == 0);

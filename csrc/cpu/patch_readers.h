@@ -1,4 +1,4 @@
-// The tasks of patch_cross_attention: consecutive queries that all read the same consecutive keys.
+// Finds the tasks of patch_cross_attention: consecutive queries that all read the same consecutive keys.
 //
 // A patch has K vectors: queries to encode, keys to decode. Encoding, the vectors of patch p read the bytes of patches
 // (p - window, p]. Decoding, the bytes with decode id d read the vectors of patches (d - window, d]; these bytes are
@@ -29,14 +29,14 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// Queries that all read these keys.
+// All of these queries read these keys.
 struct Task {
   Range queries, keys;
-  bool for_queries, for_keys;  // whose sums it owns
-  int64_t slot;                // of the vectors' sums over a part of their bytes; -1 for all bytes
+  bool for_queries, for_keys;  // say whose sums it owns
+  int64_t slot;                // has the vectors' sums over a part of their bytes; it is -1 for all bytes
 };
 
-// Patch whose vectors have sums in `count` slots from `slot` on.
+// The vectors of such a patch have sums in `count` slots from `slot` on.
 struct DividedPatch {
   int64_t patch, slot, count;
 };

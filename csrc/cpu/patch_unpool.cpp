@@ -1,4 +1,4 @@
-// patch_unpool: every byte gets the row of a patch.
+// patch_unpool copies to every byte the row of a patch.
 //
 //   out[t] = y[ids[t]], 0 where the id is -1
 //   grad_y[p] = sum of grad_out[t] over the bytes t with ids[t] = p
@@ -58,7 +58,7 @@ Tensor patch_unpool_bwd_cpu(const Tensor& grad_out, Tensor offsets, Tensor ids) 
     T* const to = grad_y.mutable_data_ptr<T>();
     using A = accumulator_t<T>;
     const SegmentParts parts(segments, patches);
-    std::vector<A> sums(static_cast<size_t>(parts.num_slots() * width));  // of parts
+    std::vector<A> sums(static_cast<size_t>(parts.num_slots() * width));  // are those of parts
     parts.for_each(row_grain(width), [&](const Part& part) {
       const int32_t *const begin = id + part.begin, *const limit = id + part.end;
       const int32_t* const end = std::find_if(begin, limit, [&](int32_t i) { return i != part.segment; });

@@ -14,13 +14,13 @@ namespace blt {
 
 inline constexpr int64_t kPartRows = 512;  // the last part of a segment has up to twice as many
 
-// Rows [begin, end) of a segment. Parts of divided segments are numbered by their slots; `slot` and `divided`, the
+// Has rows [begin, end) of a segment. Parts of divided segments are numbered by their slots; `slot` and `divided`, the
 // index of the divided segment, are -1 if the part is the whole segment.
 struct Part {
   int32_t segment, begin, end, slot, divided;
 };
 
-// A segment whose parts have `count` slots from `slot` on.
+// The parts of a divided segment have `count` slots from `slot` on.
 struct DividedSegment {
   int64_t segment, slot, count;
 };
@@ -91,8 +91,8 @@ class SegmentParts {
   const int32_t* offsets_;
   int64_t segments_;
   std::vector<Part> parts_;
-  std::vector<int32_t> begins_;  // of parts, and the end of the last
-  std::vector<int64_t> slots_;   // indices of parts
+  std::vector<int32_t> begins_;  // are those of parts, and the end of the last
+  std::vector<int64_t> slots_;   // are indices of parts
   std::vector<DividedSegment> divided_;
 };
 

@@ -15,13 +15,13 @@
 
 namespace blt {
 
-// A byte and the table row that it reads.
+// A byte reads a table row.
 struct Reader {
   uint32_t row, byte;
 };
 
-// Sorts by row, stably: one pass per digit of the rows, from `readers` to `spare` and back. Returns the one that holds
-// the result, then the other.
+// Sorts by row, stably, in one pass per digit of the rows, from `readers` to `spare` and back. Returns the one that
+// holds the result, then the other.
 inline std::pair<Reader*, Reader*> sort_readers(Reader* readers, Reader* spare, int64_t count, int64_t rows) {
   constexpr int kBits = 11;  // 2048 counters stay in L1
   for (int shift = 0; rows >> shift > 0; shift += kBits) {
@@ -35,7 +35,7 @@ inline std::pair<Reader*, Reader*> sort_readers(Reader* readers, Reader* spare, 
   return {readers, spare};
 }
 
-// The readers of a table, sorted: [starts[g], starts[g+1]) read the g-th of the `count` rows that are read.
+// Has the sorted readers of a table: [starts[g], starts[g+1]) read the g-th of the `count` rows that are read.
 struct ReadRows {
   const Reader* readers;
   const int32_t* starts;

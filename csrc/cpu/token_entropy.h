@@ -20,7 +20,7 @@
 
 namespace blt {
 
-// Entropies and log_sums of the first `count` rows; the others are not read: they get 0 and kUnread.
+// Computes entropies and log_sums of the first `count` rows; the others are not read: they get 0 and kUnread.
 std::tuple<Tensor, Tensor> entropies_of_rows(const Tensor& rows, int64_t count);
 
 inline constexpr int64_t kRowsAhead = 4;  // distance of the prefetch: the arithmetic on a row hides a line from memory
@@ -34,7 +34,7 @@ struct RowShape {
   using A = accumulator_t<T>;
   static constexpr int64_t kPair = pair_lanes<A>;
   int64_t width, full;
-  Mask<A> fresh_a, fresh_b;  // all-ones masks
+  Mask<A> fresh_a, fresh_b;  // are all ones or 0 in a lane
 
   explicit RowShape(int64_t width) : width(width), full(width / kPair * kPair) {
     lane_index<T>(fresh_a, fresh_b);
@@ -47,7 +47,7 @@ struct RowShape {
   bool ragged() const { return full != width; }
 };
 
-// The last Pair of a row, which starts within the row unless the row is shorter; then it is padded with -inf.
+// Loads the last Pair of a row, which starts within the row unless the row is shorter; then it is padded with -inf.
 template <class T>
 struct Tail {
   static constexpr int64_t kPair = RowShape<T>::kPair;
@@ -65,7 +65,7 @@ struct Entropy {
   A entropy, log_sum;
 };
 
-// NaN goes unnoticed.
+// It ignores NaN.
 template <class T, class A = accumulator_t<T>>
 A row_max(const T* row, const T* tail, const RowShape<T>& shape) {
   PairOf<A> top = load_pair(tail);

@@ -1,4 +1,4 @@
-// Running counts over the chunks of a text, in one launch: a block learns the counts before its chunk from other
+// Makes running counts over the chunks of a text in one launch: a block learns the counts before its chunk from other
 // blocks.
 //
 // Blocks take chunks in the order in which they start. A block publishes the counts of its chunk before it waits. The
@@ -24,10 +24,10 @@ inline constexpr i32 kNoLimit = 0x7fffffff;
 // interior starts in the head depends on the last boundary before the chunks: one follows every `limit` bytes.
 struct Counts {
   i32 last_boundary;   // is -1 if there is none
-  i32 head;            // bytes before the first boundary that an interior start can follow
-  i32 interior;        // interior starts after the head
-  i32 since_document;  // interior starts since the last document that begins in the chunks
-  i32 documents;       // documents that begin in the chunks and are not empty
+  i32 head;            // counts bytes before the first boundary that an interior start can follow
+  i32 interior;        // counts interior starts after the head
+  i32 since_document;  // counts interior starts since the last document that begins in the chunks
+  i32 documents;       // counts documents that begin in the chunks and are not empty
 };
 __device__ __forceinline__ Counts counts_of_nothing() { return {-1, 0, 0, 0, 0}; }
 
@@ -60,7 +60,7 @@ __device__ __forceinline__ Counts joined_lanes(Counts counts, u32 begin, u32 byt
 
 struct alignas(32) Published {
   Counts counts;
-  u32 ready;  // 0 until counts are published
+  u32 ready;  // is 0 until counts are published
 };
 
 #ifdef __CUDACC__
@@ -90,8 +90,8 @@ __device__ __forceinline__ Counts await(const Published& from) {
 }
 
 struct ChunkCounts {
-  Published* published;  // [slots(chunks)], not ready when the launch starts
-  i32* next_ticket;      // [1], 0 when the launch starts
+  Published* published;  // [slots(chunks)], is not ready when the launch starts
+  i32* next_ticket;      // [1], is 0 when the launch starts
   i32 chunks;
 
   static __host__ __device__ constexpr i64 slots(i64 chunks) {

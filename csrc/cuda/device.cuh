@@ -1,4 +1,4 @@
-// The functions that all kernels share: number types, aligned vectors, reductions over warps and blocks, shared memory.
+// Defines what all kernels share: number types, aligned vectors, reductions over warps and blocks, shared memory.
 //
 // Kernels include no header of torch or of the host, so nvcc, NVRTC and (for the emulator) the host's compiler all
 // compile them. Without __CUDACC__ the emulator's headers replace CUDA's built-in functions.
@@ -33,22 +33,13 @@ inline constexpr u32 kAllLanes = 0xffffffffu;
 
 // --- numbers ---------------------------------------------------------------------------------------------------------
 
-template <class T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-// The type of arithmetic on numbers of type T: fp64 for fp64, else fp32.
-template <class T>
-using acc_t = typename Accumulator<T>::type;
-
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ double to_float(double x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+// Arithmetic on numbers of type T is in acc_t<T>: fp64 for fp64, else fp32.
+template <class T>
+using acc_t = decltype(to_float(T()));
 
 // Converts acc_t<T> to T, rounding to nearest even.
 template <class T>
@@ -98,7 +89,7 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// The first i in [low, high) for which holds(i) is false, or `high`. It is true up to some i and false from there on.
+// Returns the first i in [low, high) for which holds(i) is false, or `high`. holds is true before it and false after.
 template <class I, class Holds>
 __device__ __forceinline__ I partition_point(I low, I high, const Holds& holds) {
   while (low < high) {
@@ -113,7 +104,7 @@ __device__ __forceinline__ I partition_point(I low, I high, const Holds& holds) 
 
 // --- aligned vectors -------------------------------------------------------------------------------------------------
 
-// kSize numbers that one access moves, of 1 to 16 bytes.
+// Holds kSize numbers that one access moves, of 1 to 16 bytes.
 template <class T, int kSize>
 struct alignas(sizeof(T) * kSize) AlignedVector {
   T values[kSize];
@@ -130,11 +121,11 @@ __device__ constexpr auto zero_word() {
   if constexpr (kBytes == 16) return uint4{};
 }
 
-// The bits of an aligned vector. Vectors of 2-byte numbers that wait for others take half the registers as bits.
+// Holds an aligned vector as bits: the compiler gives each 2-byte number a register, but two of them as bits share one.
 template <class T, int kSize>
 using Bits = decltype(zero_word<sizeof(T) * kSize>());
 
-// The same bits, as another type.
+// Returns the same bits as another type.
 template <class To, class From>
 __device__ __forceinline__ To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "the same bits");
@@ -156,7 +147,7 @@ __device__ __forceinline__ Bits<T, kSize> load_bits(const T* from) {
   check_aligned(from, sizeof(T) * kSize);
   return *reinterpret_cast<const Bits<T, kSize>*>(from);
 }
-// Loads from memory that the kernel does not write.
+// Loads a vector from memory that the kernel does not write.
 template <int kSize, class T>
 __device__ __forceinline__ Bits<T, kSize> load_constant(const T* from) {
   check_aligned(from, sizeof(T) * kSize);
@@ -180,7 +171,7 @@ __device__ __forceinline__ void store(T* to, const AlignedVector<T, kSize>& vect
   *reinterpret_cast<Bits<T, kSize>*>(to) = bits_as<Bits<T, kSize>>(vector);
 }
 
-// Converts the bits of kSize numbers to accumulators, and accumulators to numbers.
+// Convert the bits of kSize numbers to accumulators, and back.
 template <class T, int kSize, class From>
 __device__ __forceinline__ void to_floats(acc_t<T> (&to)[kSize], const From& from) {
   const auto numbers = bits_as<AlignedVector<T, kSize>>(from);
@@ -195,7 +186,7 @@ __device__ __forceinline__ AlignedVector<T, kSize> from_floats(const acc_t<T> (&
   return to;
 }
 
-// One access moves this many of kSize numbers of type A.
+// An access of at most 16 bytes moves this many of kSize numbers of type A.
 template <class A, int kSize>
 inline constexpr int kAccess = kSize * sizeof(A) <= 16 ? kSize : 16 / sizeof(A);
 
@@ -214,8 +205,8 @@ __device__ __forceinline__ void store_numbers(A* to, const A (&numbers)[kSize]) 
 
 // --- asynchronous copies ---------------------------------------------------------------------------------------------
 
-// Copies the kSize numbers at `from` to shared memory in the background. The lane may read them once it has waited for
-// their group, those since the last commit_copies(). Fewer than 4 bytes are there at once.
+// Copies the kSize numbers at `from` to shared memory in the background. Copies since the last commit_copies() form a
+// group; the lane may read them once it has waited for their group. Fewer than 4 bytes are copied at once.
 template <int kSize, class T>
 __device__ __forceinline__ void copy_async(void* to, const T* from) {
   constexpr int kBytes = kSize * sizeof(T);
@@ -251,8 +242,8 @@ __device__ __forceinline__ void wait_for_copies() {
 
 // --- warps and blocks ------------------------------------------------------------------------------------------------
 
-// fold(... fold(x_0, x_1) ..., x_n) over every kLanes neighbouring lanes, in a fixed order; all of these lanes get the
-// result. All lanes of the warp take part.
+// Returns fold(... fold(x_0, x_1) ..., x_n) over the kLanes neighbouring lanes that this one belongs to, in a fixed
+// order. All lanes of the warp take part.
 template <int kLanes = kWarp, class T, class Fold>
 __device__ __forceinline__ T warp_fold(T x, Fold fold) {
 #pragma unroll
@@ -265,7 +256,7 @@ __device__ __forceinline__ T warp_sum(T x) {
   return warp_fold<kLanes>(x, Sum{});
 }
 
-// fold(... fold(x_0, x_1) ..., x) over the lanes up to this one.
+// Returns fold(... fold(x_0, x_1) ..., x) over the lanes up to this one.
 template <class T, class Fold>
 __device__ __forceinline__ T warp_prefix_fold(T x, Fold fold) {
   const int lane = threadIdx.x % kWarp;
@@ -281,7 +272,7 @@ template <class T>
 struct BlockSums {
   T before, total;
 };
-// The sum of x over the threads of the block before this one, and over all of them. Ends with a barrier.
+// Returns the sum of x over the threads of the block before this one, and over all. It ends with a barrier.
 template <int kThreads, class T>
 __device__ __forceinline__ BlockSums<T> block_sums(T x) {
   constexpr int kWarps = kThreads / kWarp;
@@ -300,7 +291,7 @@ __device__ __forceinline__ BlockSums<T> block_sums(T x) {
   return sums;
 }
 
-// The block's dynamic shared memory, of a launch with `.smem_bytes = sizeof(S)`.
+// Returns the block's dynamic shared memory; the launch has `.smem_bytes = sizeof(S)`.
 template <class S>
 __device__ __forceinline__ S& shared_memory() {
 #ifdef __CUDACC__

@@ -14,11 +14,9 @@
 namespace blt {
 namespace {
 
-using EntropyTensors = std::tuple<Tensor, Tensor>;
-
 // --- layouts ---------------------------------------------------------------------------------------------------------
 
-// Without cu_seqlens there are `num_documents` documents of the same length.
+// Without cu_seqlens it makes `num_documents` documents of the same length.
 Documents check_documents(const Device& device, std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                           int64_t bytes) {
   STD_TORCH_CHECK(bytes <= std::numeric_limits<int32_t>::max() - 2 * kChunkBytes, "cu_seqlens: ", bytes,
@@ -31,7 +29,7 @@ Documents check_documents(const Device& device, std::optional<Tensor>& cu_seqlen
   return {nullptr, num_documents, static_cast<i32>(bytes), length};
 }
 
-// A layout to build: its documents, its capacity, and the memory through which blocks exchange their counts.
+// Describes a layout to build: its documents, its capacity, and the memory through which blocks exchange their counts.
 struct Plan {
   Documents documents;
   int64_t capacity;
@@ -89,15 +87,14 @@ LayoutTensors build_layout(const Device& device, const Rule& rule, const Documen
   return launch_layout(device, rule, plan, max_patch_length);
 }
 
-// f(EntropyRule of the entropies).
+// Calls f with the EntropyRule of the entropies.
 template <class F>
 LayoutTensors dispatch_rule(const Device& device, const Tensor& entropy, double threshold,
                             std::optional<double> threshold_add, bool monotonic, F&& f) {
   const EntropyMode mode = monotonic       ? EntropyMode::kMonotonic
                            : threshold_add ? EntropyMode::kBoth
                                            : EntropyMode::kGlobal;
-  return dispatch_device_float(entropy.scalar_type(), "entropy", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  return dispatch_device_float(entropy.scalar_type(), "entropy", [&]<class T>(Tag<T>) {
     return f(EntropyRule<T>{device.read<T>(entropy), static_cast<float>(threshold),
                             static_cast<float>(threshold_add.value_or(0)), mode});
   });
@@ -122,10 +119,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Device device(rows);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, rows.size(0));
   const Plan plan = plan_layout(device, documents, rows, max_patches);
-  Tensor entropy = device_output(rows, {rows.size(0)}, accumulator(rows));
-  Tensor log_sum = device_output(rows, {rows.size(0)}, accumulator(rows));
-  dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  EntropyTensors outputs = entropy_outputs(rows);
+  Tensor &entropy = std::get<0>(outputs), &log_sum = std::get<1>(outputs);
+  dispatch_device_float(rows.scalar_type(), "logits", [&]<class T>(Tag<T>) {
     LaunchConfig config = entropy_config<T>(rows.size(0));
     config.grid.x = std::max<int64_t>(config.grid.x, 1);
     device.launch<entropy_patch_fwd_kernel<T>>(config, logit_rows<T>(device, rows), documents, plan.scratch,
@@ -134,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   LayoutTensors layout = dispatch_rule(device, entropy, threshold, threshold_add, monotonic, [&](const auto& rule) {
     return launch_layout(device, rule, plan, max_patch_length);
   });
-  return std::tuple_cat(EntropyTensors{entropy, log_sum}, std::move(layout));
+  return std::tuple_cat(std::move(outputs), std::move(layout));
 }
 
 // Builds a layout by the rule that rule_of(ids) returns.
@@ -144,9 +140,8 @@ LayoutTensors layout_of_tokens(const Tensor& tokens, std::optional<Tensor>& cu_s
   const Tensor ids = check_values(tokens, "tokens");
   const Device device(ids);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, ids.size(0));
-  return dispatch_tokens(ids, [&](auto tag) {
-    const auto rule = rule_of(device.read<typename decltype(tag)::type>(ids));
-    return build_layout(device, rule, documents, ids, std::nullopt, max_patches);
+  return dispatch_tokens(ids, [&]<class T>(Tag<T>) {
+    return build_layout(device, rule_of(device.read<T>(ids)), documents, ids, std::nullopt, max_patches);
   });
 }
 
@@ -181,10 +176,10 @@ LayoutTensors topk_patch_fwd_cuda(const Tensor& entropy, std::optional<Tensor> c
   const Documents documents = check_documents(device, cu_seqlens, num_documents, values.size(0));
   Tensor boundaries = device_output(values, {values.size(0)}, ScalarType::Byte);
   u8* const chosen = device.write<u8>(boundaries);
-  dispatch_device_float(values.scalar_type(), "entropy", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    device.launch<topk_cuts_kernel<T>>({.grid = {documents.count}, .block = kTopkThreads}, device.read<T>(values),
-                                       documents, static_cast<i32>(std::min<int64_t>(patch_size, kNoLimit)), chosen);
+  dispatch_device_float(values.scalar_type(), "entropy", [&]<class T>(Tag<T>) {
+    device.launch<topk_patch_fwd_kernel<T>>({.grid = {documents.count}, .block = kTopkThreads}, device.read<T>(values),
+                                            documents, static_cast<i32>(std::min<int64_t>(patch_size, kNoLimit)),
+                                            chosen);
   });
   return build_layout(device, GivenRule{chosen}, documents, values, std::nullopt, max_patches);
 }

@@ -1,10 +1,10 @@
-// entropy_patch: the rules that divide a text into patches; patch_layout.cuh evaluates them.
+// Defines the rules that divide a text into patches; patch_layout.cuh evaluates them.
 //
 //   rule(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
 //
 // A layout from logits takes two launches: entropy_patch_fwd_kernel, then patch_layout_kernel with an EntropyRule.
-// Bytes: the logits, their entropies (8 written and 4 read per row) and the layout. Decisions as bits from the first
-// kernel would save 4 of the 560 bytes of a row, at the cost of a barrier.
+// Bytes: the logits, their entropies (8 written and 4 read per row) and the layout. If the first kernel stored its
+// decisions as bits, that would save 4 of the 560 bytes of a row and cost a barrier.
 // The other schemes also take two launches, prepare_layout_kernel and patch_layout_kernel. topk_patch, for analysis
 // only, decides in a launch of its own: one block per document passes over it 34 times.
 #pragma once
@@ -76,7 +76,7 @@ struct DelimiterRule {
   __device__ __forceinline__ bool operator()(i32 t, i32 i) const { return i <= 0 || tokens[t] == id; }
 };
 
-// Decisions of an earlier kernel.
+// Repeats the decisions of an earlier kernel.
 struct GivenRule {
   const u8* boundaries;
   __device__ __forceinline__ bool operator()(i32 t, i32 i) const { return i <= 0 || boundaries[t] != 0; }
@@ -93,11 +93,11 @@ __device__ __forceinline__ u32 rank_of(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// boundaries[t] = is byte t, not the first of its document, among the `size / patch_size - 2` of highest entropy? The
-// earlier of equal entropies wins. The lowest rank that wins is found bit by bit.
+// Sets boundaries[t] to 1 for the `size / patch_size - 2` bytes of highest entropy of each document, without its first
+// byte, and else to 0. The earlier of equal entropies wins. The lowest rank that wins is found bit by bit.
 template <class T>
 __global__ void __launch_bounds__(kTopkThreads)
-    topk_cuts_kernel(const T* entropy, Documents documents, i32 patch_size, u8* boundaries) {
+    topk_patch_fwd_kernel(const T* entropy, Documents documents, i32 patch_size, u8* boundaries) {
   const i32 end = max(0, min(documents.at(blockIdx.x + i64{1}), documents.bytes));
   const i32 begin = max(0, min(documents.at(blockIdx.x), end));
   const i32 wanted = (end - begin) / patch_size - 2;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kTopkThreads)
       if (count_from(last | 1u << bit) >= wanted) last |= 1u << bit;
   i32 equals = wanted <= 0           ? 0
                : last == 0xffffffffu ? wanted
-                                     : wanted - count_from(last + 1);  // winners of rank `last`
+                                     : wanted - count_from(last + 1);  // counts winners of rank `last`
   for (i32 from = begin; from < end; from += kTopkThreads) {
     const i32 t = from + static_cast<i32>(threadIdx.x);
     const u32 own = t > begin && t < end ? rank(t) : 0;

@@ -1,15 +1,15 @@
-// Rows of heads over the lanes of a warp: a group of lanes shares the row of one head, each lane with a slice of it.
+// Distributes the row of a head over the lanes of a warp: a group of kLanes lanes shares it, each with a slice.
 //
-// A group holds kHeld rows in registers and streams others past them, kTile at a time. The dot products of a tile are
-// kCells numbers. Summing them over the lanes gives each to kLanes / kCells lanes of the group, its cell: so a lane has
-// one score, and takes one exponential, where a sum that every lane gets would take kCells.
+// A group holds kHeld rows in registers and streams others past them, kTile at a time. A tile has kCells dot products.
+// The sum over the lanes leaves each of them in kLanes / kCells lanes of the group, its cell. So a lane has one score
+// and takes one exponential; if every lane had all sums, it would take kCells.
 #pragma once
 
 #include "device.cuh"
 
 namespace blt {
 
-// A [rows, heads, E] tensor with unit stride in E, of fewer than 2^31 rows.
+// The tensor is [rows, heads, E], with unit stride in E and fewer than 2^31 rows.
 template <class T>
 struct HeadTensor {
   T* data;
@@ -17,8 +17,8 @@ struct HeadTensor {
   u32 row_bytes;
 };
 
-// Rows of up to kVecs * kVec * kLanes numbers in kVecs accesses of kVec numbers to a lane. A warp has kHeads
-// groups.
+// A lane moves its slice of a row in kVecs accesses of kVec numbers, so a row has at most kVecs * kVec * kLanes. A warp
+// has kHeads groups.
 template <class T_, int kVec_, int kVecs_, int kLanes_>
 struct Split {
   using T = T_;
@@ -33,7 +33,7 @@ struct Split {
 
 // --- slices ----------------------------------------------------------------------------------------------------------
 
-// A lane's slice of a row as it is in memory, and as it is computed with.
+// Raw holds a lane's slice of a row as it is in memory, Slice as accumulators.
 template <class S>
 struct Raw {
   Bits<typename S::T, S::kVec> vecs[S::kVecs];
@@ -54,7 +54,7 @@ __device__ __forceinline__ const T* data_at(const T* data, u64 bytes) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(data) + bytes);
 }
 
-// The slices of one lane in one head of a tensor. A row has `room` numbers from the lane's first one on.
+// Reads and writes the slices of one lane in one head of a tensor. A row has `room` numbers from the lane's first on.
 template <class S, class T>
 struct Column {
   T* data;
@@ -62,10 +62,10 @@ struct Column {
   int room;
 
   __device__ __forceinline__ T* at(u32 row) const { return data_at(data, static_cast<u64>(row) * row_bytes); }
-  // Is vec r in the row, and where?
+  // Vec r begins offset(r) numbers behind the lane's first one. A lane has it if it lies in the row.
   __device__ __forceinline__ static constexpr int offset(int r) { return r * S::kLanes * S::kVec; }
   __device__ __forceinline__ bool has(int r) const { return offset(r) < room; }
-  // Numbers beyond the row are 0.
+  // Returns a slice with 0 for the numbers beyond the row.
   __device__ __forceinline__ Raw<S> load(u32 row) const {
     Raw<S> raw;
     const T* const from = at(row);
@@ -133,9 +133,9 @@ __device__ __forceinline__ void add(Slice<S>& sum, typename S::A factor, const S
 }
 
 // --- cells -----------------------------------------------------------------------------------------------------------
-// All lanes of the warp take part in each of these.
+// All lanes of the warp take part in the functions that shuffle.
 
-// The cell of the lane: of held row `held` and row `tile` of the tile.
+// A cell belongs to held row `held` and to row `tile` of the tile.
 struct Cell {
   int held, tile;
 };
@@ -145,14 +145,13 @@ __device__ __forceinline__ Cell cell_of_lane() {
   return {cell / S::kTile, cell % S::kTile};
 }
 
-// Is the lane the first one of its cell?
 template <class S>
 __device__ __forceinline__ bool first_of_cell() {
   return threadIdx.x % S::kCellLanes == 0;
 }
 
-// held_i . x_a of the lane's cell (i, a). Every sum folds the lanes by halves, so its bits depend on its own terms
-// alone.
+// Returns held_i . x_a for the lane's cell (i, a). Each sum folds the lanes by halves, so its rounding depends on its
+// own terms alone.
 template <class S>
 __device__ __forceinline__ typename S::A dots(const Slice<S> (&held)[S::kHeld], const Slice<S> (&x)[S::kTile]) {
   typename S::A sums[S::kCells];
@@ -175,7 +174,7 @@ __device__ __forceinline__ typename S::A dots(const Slice<S> (&held)[S::kHeld], 
   return sums[0];
 }
 
-// A number of each cell, folded over the cells of a held row, or over those of a row of the tile.
+// Fold a number of each cell over the cells of a held row (fold_tile), or over those of a row of the tile (fold_held).
 template <class S, class A, class Fold>
 __device__ __forceinline__ A fold_tile(A x, Fold fold) {
 #pragma unroll

@@ -20,7 +20,7 @@ static_assert(kPrimes.size() == kMaxFunctions, "a prime for each function");
 
 // --- arguments -------------------------------------------------------------------------------------------------------
 
-// The text and the hashes of its n-grams, as the kernels take them.
+// Converts the text and the hashes of its n-grams to what the kernels take.
 struct Hashed {
   HashArguments arguments;
   Ngrams ngrams = {};
@@ -60,8 +60,7 @@ Tensor ngram_hash_fwd_cuda(const Tensor& tokens, const std::optional<Tensor>& cu
   const Hashed hashed(arguments);
   const Device device(arguments.tokens);
   Tensor hashes = device_output(arguments.tokens, {arguments.tables(), arguments.bytes()}, ScalarType::Long);
-  dispatch_tokens(arguments.tokens, [&](auto tag) {
-    using Id = typename decltype(tag)::type;
+  dispatch_tokens(arguments.tokens, [&]<class Id>(Tag<Id>) {
     device.launch<ngram_hash_fwd_kernel<Id>>(
         {.grid = {ceil_div<int64_t>(arguments.bytes(), kHashThreads)}, .block = kHashThreads}, hashed.text<Id>(device),
         hashed.ngrams, device.write<i64>(hashes));
@@ -84,8 +83,7 @@ Tensor ngram_hash_embed_fwd_cuda(const Tensor& tokens, std::vector<Tensor> table
   const Device device(arguments.tables[0]);
   Tensor out = device_output(arguments.tables[0], {bytes, width});
   if (out.numel() == 0) return out;
-  dispatch_device_float(out.scalar_type(), "tables", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_device_float(out.scalar_type(), "tables", [&]<class T>(Tag<T>) {
     TableRows<const T> from = {};
     int64_t places = bytes_of<T>(width);
     const auto add = [&](int64_t list, const Tensor& table, int64_t first_row) {
@@ -95,8 +93,7 @@ Tensor ngram_hash_embed_fwd_cuda(const Tensor& tokens, std::vector<Tensor> table
     };
     for (int64_t n = 0; n < count; ++n) add(n, arguments.table(n), arguments.first_row(n));
     if (byte_table) add(count, *byte_table, 0);
-    dispatch_tokens(arguments.hash.tokens, [&](auto id_tag) {
-      using Id = typename decltype(id_tag)::type;
+    dispatch_tokens(arguments.hash.tokens, [&]<class Id>(Tag<Id>) {
       dispatch_vec<T>({places}, [&](auto vec) {
         device.launch<ngram_hash_embed_fwd_kernel<T, Id, vec()>>(
             {.grid = {ceil_div<int64_t>(bytes, kEmbedBytes)},
@@ -111,7 +108,7 @@ Tensor ngram_hash_embed_fwd_cuda(const Tensor& tokens, std::vector<Tensor> table
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// The gradients of all tables, each with a list of readers: those of the hashed tables, then that of the byte table.
+// Describes the gradients of all tables, each of which has a list of readers; the byte table's is the last.
 struct TableGrads : TableGradArguments {
   Hashed hashed;
   ShardRows held;
@@ -124,11 +121,11 @@ struct TableGrads : TableGradArguments {
   }
   int64_t lists() const { return TableGradArguments::tables(); }
   int64_t hashed_lists() const { return hash.tables(); }
-  // Sentinel larger than any row: this entry reads nothing.
+  // Returns a sentinel larger than any row, for entries that read nothing.
   u32 none() const { return static_cast<u32>(std::max(rows(0), rows(lists() - 1))); }
 };
 
-// Turns counts of digits into places, at once or by segments of kScanTiles tiles.
+// Replaces counts of digits by places, at once or by segments of kScanTiles tiles.
 void place_digits(const Device& device, int64_t lists, int64_t tiles, u32* counts, u32* segments) {
   const int64_t parts = ceil_div<int64_t>(tiles, kScanTiles);
   const LaunchConfig scan = {.grid = {lists}, .block = kSortThreads};
@@ -139,7 +136,7 @@ void place_digits(const Device& device, int64_t lists, int64_t tiles, u32* count
   device.launch<radix_spread_kernel>(grid, counts, tiles, segments);
 }
 
-// Returns readers[lists][bytes], sorted by moving them between two tensors, one pass per digit of the rows.
+// Returns readers[lists][bytes] sorted by row. Each digit of the rows takes a pass from one tensor to another.
 Tensor sort_readers(const Device& device, const TableGrads& grads) {
   const int64_t bytes = grads.bytes(), lists = grads.lists(), tiles = ceil_div<int64_t>(bytes, kSortTile);
   Tensor from = device_output(grads.hash.tokens, {lists, bytes}, ScalarType::Long);
@@ -150,8 +147,7 @@ Tensor sort_readers(const Device& device, const TableGrads& grads) {
   const LaunchConfig grid = {.grid = {tiles, lists}, .block = kSortThreads};
   u32* const places = device.write<u32>(counts);
   u32* const segments = device.write<u32>(sums);
-  dispatch_tokens(grads.hash.tokens, [&](auto tag) {
-    using Id = typename decltype(tag)::type;
+  dispatch_tokens(grads.hash.tokens, [&]<class Id>(Tag<Id>) {
     device.launch<ngram_readers_kernel<Id>>(grid, grads.hashed.text<Id>(device), grads.hashed.ngrams, grads.held,
                                             grads.none(), device.write<Reader>(from), places);
   });
@@ -166,7 +162,7 @@ Tensor sort_readers(const Device& device, const TableGrads& grads) {
   return from;
 }
 
-// starts[lists][bytes + 1] and totals[lists] of the runs of sorted readers; see run_starts_kernel.
+// Has starts[lists][bytes + 1] and totals[lists] of the runs of sorted readers; see run_starts_kernel.
 struct RunTensors {
   Tensor starts, totals;
 };
@@ -199,8 +195,7 @@ void with_readers(const Device& device, const TableGrads& grads, const Tensor& s
   int64_t rows = 0;
   for (; Sizes::sums_of(bytes, levels + 1) >= 2; ++levels) rows += lists * Sizes::sums_of(bytes, levels + 1);
   Tensor sums = device_output(grads.grad_out, {rows, width}, accumulator(grads.grad_out));
-  dispatch_device_float(grads.grad_out.scalar_type(), "grad_out", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_device_float(grads.grad_out.scalar_type(), "grad_out", [&]<class T>(Tag<T> tag) {
     const T* const grad = device.read<T>(grads.grad_out);
     const SortedReaders<T> readers = {device.read<Reader>(sorted), bytes, grad,
                                       grads.grad_out.stride(0),    width, device.write<acc_t<T>>(sums),
@@ -214,11 +209,11 @@ void with_readers(const Device& device, const TableGrads& grads, const Tensor& s
   });
 }
 
-// Calls launch(config, owned, first_list) for `lists` lists of at most `max_runs` runs each. A block owns `owned` runs:
-// fewer where runs have more readers.
+// Calls launch(config, owned, first_list) for `lists` lists of at most `max_runs` runs each. A block owns `owned` runs,
+// fewer if runs have more readers.
 template <class F>
 void launch_owners(const TableGrads& grads, int vec, int64_t first_list, int64_t lists, int64_t max_runs, F&& launch) {
-  constexpr int64_t kReaders = 8;  // per thread, if runs have equal numbers of readers
+  constexpr int64_t kReaders = 8;  // a thread has so many, if runs have equal numbers of readers
   if (max_runs == 0) return;
   const int64_t beside = std::max<int64_t>(1, kEmbedThreads * vec / std::max<int64_t>(1, grads.width()));
   const int64_t each = std::max<int64_t>(1, kReaders * max_runs / grads.bytes());
@@ -245,8 +240,7 @@ std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tens
   if (grads.width() == 0 || grads.bytes() == 0) return result;
   const Tensor sorted = sort_readers(device, grads);
   const RunTensors found = find_runs(device, grads, sorted);
-  with_readers(device, grads, sorted, [&](auto tag, auto vec, const auto& readers) {
-    using T = typename decltype(tag)::type;
+  with_readers(device, grads, sorted, [&]<class T>(Tag<T>, auto vec, const auto& readers) {
     TableRows<T> to = {};
     for (int64_t n = 0; n < grads.lists(); ++n)
       to.first[n] = device.write<T>(result[grads.result(n)]) + grads.first_row(n) * grads.width();
@@ -281,8 +275,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd
     rows.push_back(device_output(grads.hash.tokens, {size}, ScalarType::Long));
     values.push_back(device_output(grads.grad_out, {size, width}));
   }
-  with_readers(device, grads, sorted, [&](auto tag, auto vec, const auto& readers) {
-    using T = typename decltype(tag)::type;
+  with_readers(device, grads, sorted, [&]<class T>(Tag<T>, auto vec, const auto& readers) {
     SparseGrads<T> to = {};
     to.tables = static_cast<int>(grads.hashed_lists());
     to.numbers = grads.fused ? grads.rows(0) : 0;

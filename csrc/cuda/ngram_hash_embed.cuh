@@ -1,4 +1,4 @@
-// ngram_hash_embed: the embedding of a byte plus one hashed row for each n-gram that ends at it.
+// ngram_hash_embed adds to the embedding of a byte one hashed row for each n-gram that ends at it.
 //
 //   out[t] = byte_table[token[t]] + sum over tables n of table_n[hash_n(t)],  added up in fp32 and rounded once
 //   grad_table_n[row] = sum of grad_out[t] over the bytes t with hash_n(t) = row
@@ -36,27 +36,27 @@
 namespace blt {
 
 inline constexpr int kEmbedThreads = 128;
-inline constexpr int kEmbedBytes = 16;  // of text per block
-inline constexpr int kPrefetch = 8;     // rows in flight
-inline constexpr int kRunPrefetch = 4;  // rows in flight of an owner of runs
+inline constexpr int kEmbedBytes = 16;  // a block owns so many bytes of text
+inline constexpr int kPrefetch = 8;     // counts rows in flight
+inline constexpr int kRunPrefetch = 4;  // counts rows in flight of an owner of runs
 inline constexpr int kChunkBits = 6;
-inline constexpr int kChunk = 1 << kChunkBits;  // readers of a sum of level 1
-inline constexpr int kMaxOwned = 120;           // runs per block
+inline constexpr int kChunk = 1 << kChunkBits;  // counts readers of a sum of level 1
+inline constexpr int kMaxOwned = 120;           // bounds the runs of a block
 
-// The rows that this rank holds: [low, low + rows) of each hashed table, and `alphabet` rows of the byte table.
+// This rank holds rows [low, low + rows) of each hashed table, and `alphabet` rows of the byte table.
 struct ShardRows {
   u64 low, rows;
   i64 alphabet;
 };
 
-// The rows of each hashed table, then those of the byte table.
+// Points to the rows of each hashed table, then to those of the byte table.
 template <class T>
 struct TableRows {
   T* first[kMaxTables + 1];
   i64 strides[kMaxTables + 1];
 };
 
-// The row of a list that byte t reads, relative to the shard's first, or -1. The last list is the byte table's.
+// Returns the row of a list that byte t reads, relative to the shard's first, or -1. The byte table has the last list.
 template <class Id>
 __device__ __forceinline__ i64 row_read(const Text<Id>& text, const Ngrams& ngrams, const ShardRows& shard, int list,
                                         i64 t, i64 start) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ i64 row_read(const Text<Id>& text, const Ngrams& ngra
 }
 
 // Distributes rows of `vecs` aligned vectors over the threads of a block, neighbouring vectors to neighbouring
-// threads: for (RowWalk at(n); at.row < rows; ++at)
+// threads, in a loop: for (RowWalk at(vecs); at.row < rows; ++at)
 struct RowWalk {
   int row, vec, vecs;
   __device__ __forceinline__ explicit RowWalk(int vecs)
@@ -83,14 +83,14 @@ struct RowWalk {
   }
 };
 
-// sum += the kVec numbers at row_of(i) for i in [begin, end), in order. Null rows add nothing.
+// Adds to `sum` the kVec numbers at row_of(i) for i in [begin, end), in order. Null rows add nothing.
 template <class T, int kPrefetch, int kVec, class RowOf>
 __device__ __forceinline__ void add_rows(acc_t<T> (&sum)[kVec], u32 begin, u32 end, const RowOf& row_of) {
 #pragma unroll 1
   for (u32 i = begin; i < end; i += kPrefetch) {
     const T* rows[kPrefetch];
 #pragma unroll
-    for (int j = 0; j < kPrefetch; ++j) rows[j] = row_of(min(i + j, end - 1));  // all loads first, without a branch
+    for (int j = 0; j < kPrefetch; ++j) rows[j] = row_of(min(i + j, end - 1));  // a branch would part the loads
     Bits<T, kVec> ahead[kPrefetch] = {};
 #pragma unroll
     for (int j = 0; j < kPrefetch; ++j)
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kEmbedThreads, 7)
   if (static_cast<int>(threadIdx.x) < bytes) starts[threadIdx.x] = document_start(text, first + threadIdx.x);
   __syncthreads();
   for (int i = threadIdx.x; i < bytes * lists; i += kEmbedThreads) {
-    const int byte = i / lists, list = (i + ngrams.tables) % lists;  // the byte table first
+    const int byte = i / lists, list = (i + ngrams.tables) % lists;  // the byte table is the first
     const i64 row = row_read(text, ngrams, shard, list, first + byte, starts[byte]);
     rows[i] = row < 0 ? nullptr : tables.first[list] + row * tables.strides[list];
   }
@@ -155,8 +155,7 @@ __global__ void __launch_bounds__(kSortThreads, 6)
   digits.store(counts);
 }
 
-// Sorted readers[lists][bytes] of the rows of `grad`. `sums` has, for each level from 1 on, [lists][sums of a
-// list][width].
+// Has sorted readers[lists][bytes] of the rows of `grad`. Each level from 1 on has sums [lists][sums of a list][width].
 template <class T>
 struct SortedReaders {
   const Reader* readers;
@@ -167,7 +166,7 @@ struct SortedReaders {
   int lists, levels;
 
   __host__ __device__ static i64 sums_of(i64 bytes, int level) { return bytes >> (kChunkBits * level); }
-  // The sums of a level for a list.
+  // Returns the sums of a level for a list.
   __device__ __forceinline__ acc_t<T>* sums_at(int level, int list) const {
     i64 row = list * sums_of(bytes, level);
     for (int below = 1; below < level; ++below) row += lists * sums_of(bytes, below);
@@ -175,7 +174,7 @@ struct SortedReaders {
   }
 };
 
-// sum += entries [begin, end) of a level, in kVec columns: rows of readers for level 0, else sums of the level.
+// Adds to `sum` entries [begin, end) of a level, in kVec columns: rows of readers for level 0, else sums of the level.
 template <int kPrefetch, class T, int kVec>
 __device__ __forceinline__ void add_level(acc_t<T> (&sum)[kVec], const SortedReaders<T>& from, int level, int list,
                                           u32 begin, u32 end, int column) {
@@ -198,7 +197,7 @@ __device__ __forceinline__ void add_level(acc_t<T> (&sum)[kVec], const SortedRea
   }
 }
 
-// sum += the run [begin, end) of readers: up the levels as far as whole sums lie in it, then down again.
+// Adds to `sum` the run [begin, end) of readers: up the levels as far as whole sums lie in it, then down again.
 template <class T, int kVec>
 __device__ __forceinline__ void add_run(acc_t<T> (&sum)[kVec], const SortedReaders<T>& from, int list, u32 begin,
                                         u32 end, int column) {
@@ -218,7 +217,7 @@ __device__ __forceinline__ void add_run(acc_t<T> (&sum)[kVec], const SortedReade
   }
 }
 
-// Computes the sums of a level, one per block, whose readers all read the same row.
+// Computes those sums of a level whose readers all read the same row, one per block.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kEmbedThreads, 7)
     ngram_chunk_sums_kernel(SortedReaders<T> from, int level, u32 none) {
@@ -235,7 +234,7 @@ __global__ void __launch_bounds__(kEmbedThreads, 7)
   }
 }
 
-// The start of each run, starts[lists][bytes + 1], and the number of runs, totals[lists]. A block owns `owned`
+// starts[lists][bytes + 1] has the start of each run, totals[lists] the number of runs. A block owns `owned`
 // neighbouring runs; a grid may have more blocks than there are runs.
 struct Runs {
   const u32* starts;
@@ -275,13 +274,13 @@ __global__ void __launch_bounds__(kEmbedThreads, 10)
   write_runs<kVec>(from, runs, list, [=](i64, u32 row, bool) { return to + row * from.width; });
 }
 
-// The outputs of each list. Rows of a fused tensor are numbered through all hashed tables.
+// Points to the outputs of each list. Rows of a fused tensor are numbered through all hashed tables.
 template <class T>
 struct SparseGrads {
   i64* rows[kMaxTables + 1];
   T* values[kMaxTables + 1];
   int tables;
-  i64 numbers;  // row numbers per table; 0 if every table has its own tensor
+  i64 numbers;  // counts the row numbers of a table, or is 0 if every table has its own tensor
 };
 
 // Writes sparse gradients of the lists from `first_list` on.

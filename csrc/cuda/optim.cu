@@ -11,8 +11,7 @@ namespace {
 // Calls f(Tag<T>, Constant<vec>, config, step).
 template <class F>
 void dispatch_step(const Device& device, StepArguments& tensors, F&& f) {
-  dispatch_device_float(tensors.table.scalar_type(), "table", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_device_float(tensors.table.scalar_type(), "table", [&]<class T>(Tag<T> tag) {
     const int64_t count = tensors.rows.size(0), width = tensors.table.size(1);
     const SparseStep<T> step = {device.write<T>(tensors.table), device.read<i64>(tensors.rows),
                                 device.read<T>(tensors.values), count,
@@ -31,8 +30,7 @@ void dispatch_step(const Device& device, StepArguments& tensors, F&& f) {
 void sgd_step_cuda(const Tensor& table, const Tensor& rows, const Tensor& values, double lr) {
   StepArguments tensors = check_step(table, rows, values);
   const Device device(table);
-  dispatch_step(device, tensors, [&](auto tag, auto vec, const LaunchConfig& config, const auto& step) {
-    using T = typename decltype(tag)::type;
+  dispatch_step(device, tensors, [&]<class T>(Tag<T>, auto vec, const LaunchConfig& config, const auto& step) {
     device.launch<sgd_step_kernel<T, vec()>>(config, step, static_cast<acc_t<T>>(lr));
   });
 }
@@ -42,8 +40,7 @@ void rowwise_adagrad_step_cuda(const Tensor& table, Tensor sums, const Tensor& r
   StepArguments tensors = check_step(table, rows, values);
   check_sums(sums, table);
   const Device device(table);
-  dispatch_step(device, tensors, [&](auto tag, auto vec, const LaunchConfig& config, const auto& step) {
-    using T = typename decltype(tag)::type;
+  dispatch_step(device, tensors, [&]<class T>(Tag<T>, auto vec, const LaunchConfig& config, const auto& step) {
     using A = acc_t<T>;
     device.launch<rowwise_adagrad_step_kernel<T, vec()>>(config, step, device.write<A>(sums), sums.stride(0),
                                                          static_cast<A>(lr), static_cast<A>(eps));

@@ -19,7 +19,7 @@
 namespace blt {
 
 inline constexpr int kStepThreads = 256;
-inline constexpr int kStepRows = kStepThreads / kWarp;  // a block owns so many
+inline constexpr int kStepRows = kStepThreads / kWarp;  // counts the rows of a block
 
 // Row rows[i] of table[size][width] has the gradient values[i], for i < count.
 template <class T>

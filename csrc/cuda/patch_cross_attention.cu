@@ -1,5 +1,5 @@
-// Launchers of patch_cross_attention.cuh. A warp for every kRun units and the heads that it has room for, at least one
-// for these heads, since it zeroes what no patch owns.
+// Launches the kernels of patch_cross_attention.cuh. Every kRun units have a warp for each group of heads. Every group
+// of heads has at least one warp, which zeroes what no patch owns.
 
 #include "patch_cross_attention.cuh"
 
@@ -18,12 +18,6 @@
 namespace blt {
 namespace {
 
-// Returns x, or a contiguous copy if the distance of two rows in bytes exceeds 32 bits.
-Tensor near_rows(const Tensor& x) {
-  const bool near = x.size(0) <= 1 || x.stride(0) * static_cast<int64_t>(x.element_size()) <= UINT32_MAX;
-  return near ? x : as_contiguous(x);
-}
-
 template <class T>
 HeadTensor<const T> rows_of(const Device& device, const Tensor& x) {
   return {device.read<T>(x), x.stride(1), static_cast<u32>(row_bytes(x))};
@@ -34,19 +28,19 @@ HeadTensor<T> output_rows(const Device& device, Tensor& x) {
   return {device.write<T>(x), x.stride(1), static_cast<u32>(row_bytes(x))};
 }
 
-// The checked arguments as the kernels take them.
+// Converts the checked arguments to what the kernels take.
 struct Arguments : CrossArguments {
   explicit Arguments(CrossArguments&& checked) : CrossArguments(std::move(checked)) {
     STD_TORCH_CHECK(q.size(2) <= kMaxWidth, "q: expected heads of at most ", kMaxWidth, " numbers on CUDA, got ",
                     q.size(2));
-    q = near_rows(q), k = near_rows(k), v = near_rows(v);
+    for (Tensor* x : {&q, &k, &v}) *x = limit_row_stride(*x, UINT32_MAX);
   }
 
   int heads() const { return static_cast<int>(q.size(1)); }
   int kv_heads() const { return static_cast<int>(k.size(1)); }
   int width() const { return static_cast<int>(q.size(2)); }
   int vectors() const { return capacity == 0 ? 1 : static_cast<int>(queries_per_patch); }
-  // The size of parts, and how many of them may be units of their own.
+  // log_part is the binary logarithm of a part's size; parts() of them may be units of their own.
   int log_part() const {
     return std::max(kLogPart, 2 + static_cast<int>(std::bit_width(static_cast<uint64_t>(window - 1))));
   }
@@ -77,7 +71,7 @@ struct Arguments : CrossArguments {
   }
 };
 
-// Room for the sums of units: 2 slots for every part, for the vectors that meet it and the heads of one side.
+// Has room for the sums of units: 2 slots for every part, for the vectors that meet it and the heads of one side.
 class PartMemory {
  public:
   PartMemory(const Arguments& arguments, bool needed, int heads)
@@ -92,7 +86,7 @@ class PartMemory {
   PartSums<A> sums(const Device& device) {
     return {device.write<A>(softmax_), device.write<A>(sums_), patches_, vectors_, heads_};
   }
-  // One block for 32 parts and a head.
+  // Launches one block for 32 parts and a head.
   template <class T, bool kSoftmax>
   void add_up(const Device& device, const Arguments& arguments, Tensor& to, acc_t<T>* lse) {
     const LaunchConfig config = {.grid = {ceil_div<int64_t>(slots_ / 2, kWarp), heads_},
@@ -120,8 +114,8 @@ LaunchConfig config_of(const Arguments& arguments) {
           .smem_bytes = sizeof(Rings<Ring>)};
 }
 
-// f(Split) with the fewest lanes, from 8 on, that hold a row in vectors of 16 bytes, if all rows of the tensors begin
-// at a multiple of that; else number by number. fp64 is for checks, and always takes that way.
+// Calls f(Split) with the fewest lanes, from 8 on, that hold a row in vectors of 16 bytes, if all rows of the tensors
+// begin at a multiple of 16 bytes, else with a vector of one number. fp64 is for checks, and always takes the latter.
 template <class T, class F>
 void dispatch_split(std::initializer_list<const Tensor*> tensors, F&& f) {
   if constexpr (sizeof(T) < 8) {
@@ -149,14 +143,12 @@ std::tuple<Tensor, Tensor> patch_cross_attention_fwd_cuda(Tensor q, Tensor k, Te
   Tensor lse = device_output(q, {q.size(0), q.size(1)}, accumulator(q));
   if (lse.numel() == 0) return {out, lse};
   PartMemory parts(arguments, arguments.encode, arguments.heads());
-  dispatch_device_float(q.scalar_type(), "q", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_device_float(q.scalar_type(), "q", [&]<class T>(Tag<T>) {
     using A = acc_t<T>;
     const auto problem = arguments.problem<T>(device);
     const PatchReaders readers = arguments.readers(device);
     const CrossOutput<T> output = {output_rows<T>(device, out), device.write<A>(lse), parts.sums<A>(device)};
-    dispatch_split<T>({&arguments.q, &arguments.k, &arguments.v, &out}, [&](auto split) {
-      using S = decltype(split);
+    dispatch_split<T>({&arguments.q, &arguments.k, &arguments.v, &out}, [&]<class S>(S) {
       if (!arguments.encode && arguments.window == 1 && arguments.vectors() <= S::kHeld)
         device.launch<patch_cross_attention_fwd_keys_kernel<S>>(config_of<S, QueryRing<S>>(arguments), problem, readers,
                                                                 output);
@@ -178,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
   const Arguments arguments(
       check_cross_attention(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window, scale));
   check_cross_grads(arguments, grad_out, out, lse);
-  grad_out = near_rows(grad_out), out = near_rows(out);
+  grad_out = limit_row_stride(grad_out, UINT32_MAX), out = limit_row_stride(out, UINT32_MAX);
   const Device device(q);
   const int heads = arguments.heads(), kv_heads = arguments.kv_heads();
   Tensor grad_q = device_output(q, {q.size(0), q.size(1), q.size(2)});
@@ -187,8 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
   if (grad_q.numel() == 0 && grad_k.numel() == 0) return {grad_q, grad_k, grad_v};
   PartMemory q_parts(arguments, arguments.encode, heads), k_parts(arguments, !arguments.encode, kv_heads),
       v_parts(arguments, !arguments.encode, kv_heads);
-  dispatch_device_float(q.scalar_type(), "q", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_device_float(q.scalar_type(), "q", [&]<class T>(Tag<T>) {
     using A = acc_t<T>;
     const auto problem = arguments.problem<T>(device);
     const PatchReaders readers = arguments.readers(device);
@@ -203,8 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
                                k_parts.sums<A>(device),
                                v_parts.sums<A>(device)};
     dispatch_split<T>(
-        {&arguments.q, &arguments.k, &arguments.v, &grad_out, &out, &grad_q, &grad_k, &grad_v}, [&](auto split) {
-          using S = decltype(split);
+        {&arguments.q, &arguments.k, &arguments.v, &grad_out, &out, &grad_q, &grad_k, &grad_v}, [&]<class S>(S) {
           const LaunchConfig of_queries = config_of<S, BackwardKeyRing<S>>(arguments);
           const LaunchConfig of_keys = config_of<S, BackwardQueryRing<S>>(arguments);
           if (arguments.window == 1 && arguments.vectors() <= S::kHeld) {

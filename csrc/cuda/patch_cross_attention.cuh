@@ -1,4 +1,4 @@
-// patch_cross_attention: patches read bytes (encode), or bytes read patches (decode).
+// In patch_cross_attention patches read bytes (encode), or bytes read patches (decode).
 //
 //   s_ij = scale q_i . k_j for the keys j that query i reads,  lse_i = log sum_j exp s_ij
 //   out_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i)
@@ -7,23 +7,23 @@
 //
 // Query head h reads head h / (H / G) of the G heads of k and v.
 //
-// A group of 8 to 32 lanes owns a unit (patch_readers.cuh), K vectors by a handful of bytes, in one head of k and v: as
-// many lanes as a row has vectors of 16 bytes (head_slices.cuh). A warp has the groups of neighbouring heads of the
-// same unit, so all its lanes do the same and it never diverges. It goes through kRun units in a row. The group holds
-// kHeld rows of one side in registers and streams those of the other past them; more held rows are taken in chunks. The
-// rows that it streams come through shared memory, the next ones that it holds are under way in registers
-// (row_stream.cuh): as units follow on each other in memory, a warp waits for memory when it starts and never between
-// units. No atomics: every row of every result has one owner, which sums in the order of the rows.
+// A group of 8 to 32 lanes owns a unit (patch_readers.cuh), K vectors by a handful of bytes, in one head of k and v. It
+// has as many lanes as a row has vectors of 16 bytes (head_slices.cuh). A warp has the groups of neighbouring heads of
+// the same unit, so it never diverges. It goes through kRun units in a row. The group holds kHeld rows of one side in
+// registers and streams those of the other past them; more held rows are taken in chunks. Streamed rows go through
+// shared memory, and the rows to hold next are loaded to registers meanwhile (row_stream.cuh). As units are neighbours
+// in memory, a warp waits for memory when it starts and never between units. Every row of every result has one owner,
+// which sums in the order of the rows, without atomics.
 //
 //   patch_cross_attention_fwd_queries  holds queries, streams keys with a running softmax
 //   patch_cross_attention_fwd_keys     decoding, where a unit's keys are held at once: streams queries
 //
-// Units of a divided patch leave the sums of their softmax, m, l and sum_j exp(s_ij - m) v_j, to
-// patch_cross_attention_sum, which adds them up in the order of the parts.
+// Units of a divided patch store the sums of their softmax, m, l and sum_j exp(s_ij - m) v_j. patch_cross_attention_sum
+// adds them up in the order of the parts.
 //
-// Bytes: forward q, k, v, out, lse once; backward q, k, v, grad_out, lse and the gradients once. Flops for a (query,
-// key) pair and head: 4 E forward, 10 to 14 E backward. With K = 2 in bf16 that is about 2 flops a byte, so memory is
-// the limit. Before its first row a warp waits for two loads that depend on each other, offsets and rows.
+// Bytes: forward moves q, k, v, out and lse once; backward moves q, k, v, grad_out, lse and the gradients once. Flops
+// for a (query, key) pair and head: 4 E forward, 10 to 14 E backward. With K = 2 in bf16 that is about 2 flops a byte,
+// so memory is the limit. Before its first row a warp waits for two loads that depend on each other, offsets and rows.
 //
 // Each warp has up to 8 KB of rows under way, 16 KB where keys pass twice. With 128 registers forward and 168 backward
 // a multiprocessor has room for 16 and 12 warps, and 23 KB under way cover the latency of memory. Heads are at most 256
@@ -38,10 +38,10 @@ namespace blt {
 
 inline constexpr int kRun = 4;
 inline constexpr int kThreads = 128, kWarps = kThreads / kWarp, kPartSumThreads = 256;
-inline constexpr int kRingBytes = 8 << 10;  // of rows on their way to a warp
+inline constexpr int kRingBytes = 8 << 10;  // bounds the rows on their way to a warp
 inline constexpr int kMaxWidth = 256;
 
-// Blocks that a multiprocessor is to have room for. Compilers for older GPUs need more registers.
+// A multiprocessor is to have room for this many blocks. Compilers for older GPUs need more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 inline constexpr bool kManyRegisters = true;
 #else
@@ -63,12 +63,12 @@ struct CrossAttention {
   acc_t<T> scale;
 };
 
-// Sums of units by slot (patch_readers.cuh), vector of a patch and head.
+// Holds the sums of units by slot (patch_readers.cuh), vector of a patch and head.
 template <class A>
 struct PartSums {
-  A* softmax;                   // m and l of a query, or 1 / l and delta
-  A* sums;                      // E numbers
-  int patches, vectors, heads;  // patches of a slot, vectors of a patch
+  A* softmax;                   // has m and l of a query, or 1 / l and delta
+  A* sums;                      // has E numbers
+  int patches, vectors, heads;  // counts patches of a slot, vectors of a patch
   __device__ __forceinline__ i64 at(const PatchUnit& unit, u32 vector, int head) const {
     return at(unit.slot, static_cast<int>(vector) - unit.origin * vectors, head);
   }
@@ -77,7 +77,7 @@ struct PartSums {
   }
 };
 
-// The head of k and v of a lane, the first unit of its warp, and the warp among those that have this head.
+// A lane has a head of k and v and its warp's first unit. The warp is one of `warps` that have this head.
 struct Task {
   int head, unit, warp, warps;
 };
@@ -89,7 +89,7 @@ __device__ __forceinline__ Task task_of_lane(int kv_heads) {
   return {head, warp * kRun, warp, static_cast<int>(gridDim.x) / groups * kWarps};
 }
 
-// The warp's ring, in the block's shared memory.
+// The block's shared memory has a ring for each warp.
 template <class Ring>
 struct Rings {
   Ring of_warp[kWarps];
@@ -101,14 +101,14 @@ __device__ __forceinline__ Ring& ring_of_warp() {
 
 // --- numbers ---------------------------------------------------------------------------------------------------------
 
-// x * y, never fused with the subtraction that follows: in scale * s - lse the rounding of lse, millions for scores of
-// 1e13, would be left.
+// Returns x * y, never fused with a subtraction that follows: lse consists of rounded products, so a fused scale * s -
+// lse would leave their rounding errors, millions for scores of 1e13.
 __device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 __device__ __forceinline__ double rounded_product(double x, double y) { return __dmul_rn(x, y); }
 
 // --- rows ------------------------------------------------------------------------------------------------------------
 
-// The head of a lane in a tensor of query heads: the r-th of those that read the lane's head of k and v.
+// Returns the r-th of the query heads that read a head of k and v.
 template <class T>
 __device__ __forceinline__ int query_head(const CrossAttention<T>& problem, int kv_head, int r) {
   return kv_head < problem.kv_heads ? kv_head * problem.heads_per_kv_head + r : problem.heads;
@@ -122,7 +122,7 @@ __device__ __forceinline__ void store_rows(const OutputColumn<S>& rows, u32 row,
     if (i < count) rows.store(row + i, slices[i]);
 }
 
-// These two return the columns of a lane in a tensor of query heads, or of the heads of k and v.
+// These two return the columns of a lane in a tensor of query heads, or in one of heads of k and v.
 template <class S, class T>
 __device__ __forceinline__ Column<S, T> query_column(const CrossAttention<typename S::T>& problem,
                                                      const HeadTensor<T>& x, int head) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ Column<S, T> kv_column(const CrossAttention<typename 
   return column_of<S>(x, head, problem.kv_heads, problem.width);
 }
 
-// Bytes that read nothing, or are not read, get rows of 0 in a result. If it is `out`, their lse becomes -infinity.
+// Writes rows of 0 to a result for bytes that read nothing, or are not read. If it is `out`, their lse is -infinity.
 template <class S>
 struct UnreadRows {
   OutputColumn<S> rows;
@@ -147,12 +147,12 @@ struct UnreadRows {
     if (!lse || rows.room <= 0 || lane_column<S>() > 0) return;
     for (u32 row = begin; row < end; row += step) lse[static_cast<i64>(row) * heads] = minus_infinity<typename S::A>();
   }
-  // Writes those of bytes that no unit has.
+  // Writes the rows of bytes that no unit has.
   __device__ __forceinline__ void write_unowned(const Unowned& unowned, const Task& task) const {
     write(unowned.before.begin + task.warp, unowned.before.end, task.warps);
     write(unowned.beyond.begin + task.warp, unowned.beyond.end, task.warps);
   }
-  // Writes those of bytes that a unit has, but that read nothing.
+  // Writes the rows of bytes of a unit that read nothing.
   __device__ __forceinline__ void write_waiting(const PatchReaders& readers, const PatchUnit& unit) const {
     readers.for_each_range(unit, [&](const Range& range) {
       const Rows own = waiting(range, unit.stop);
@@ -167,19 +167,17 @@ struct NoNumber {
   __device__ __forceinline__ A operator()(u32, u32) const { return 0; }
 };
 
-// A slice of E numbers among sums.
+// Stores a slice of E sums.
 template <class S>
 __device__ __forceinline__ void store_sums(typename S::A* to, int room, const Slice<S>& slice) {
-  constexpr int kWords = S::kVec < 4 ? S::kVec : 4;
 #pragma unroll
-  for (int r = 0; r < S::kVecs; ++r)
+  for (int r = 0; r < S::kVecs; ++r) {
+    typename S::A numbers[S::kVec];
 #pragma unroll
-    for (int c = 0; c < S::kVec; c += kWords) {
-      AlignedVector<typename S::A, kWords> vec;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) vec[w] = slice[r * S::kVec + c + w];
-      if (r * S::kLanes * S::kVec < room) store(to + lane_column<S>() + r * S::kLanes * S::kVec + c, vec);
-    }
+    for (int c = 0; c < S::kVec; ++c) numbers[c] = slice[r * S::kVec + c];
+    const int offset = OutputColumn<S>::offset(r);
+    if (offset < room) store_numbers(to + lane_column<S>() + offset, numbers);
+  }
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
@@ -205,7 +203,7 @@ __device__ __forceinline__ void write_unowned(const CrossAttention<typename S::T
     unread<S>(problem, output, query_head(problem, task.head, r)).write_unowned(unowned, task);
 }
 
-// The softmax of the lane's query over the keys so far; the total is of the rows of tiles of the lane alone.
+// Holds the softmax of the lane's query over the keys so far. `total` adds only the lane's own row of each tile.
 template <class S>
 struct Running {
   typename S::A top = minus_infinity<typename S::A>(), total = 0;
@@ -307,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
   if (!readers.encode) write_unowned<S>(problem, unowned, output, task);
 }
 
-// Decoding, for at most kHeld keys: the softmax of a query is over the cells of its row.
+// Decodes patches of at most kHeld keys: the softmax of a query is over the cells of its row.
 template <class S>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<S>)
     patch_cross_attention_fwd_keys_kernel(CrossAttention<typename S::T> problem, PatchReaders readers,

@@ -1,24 +1,24 @@
-// The backward of patch_cross_attention.cuh, which says what it computes and who owns what.
+// Computes the backward of patch_cross_attention.cuh, which has the formulas and the owners.
 //
-// Two passes, one for either side of a unit that is held. With a and b the held rows, q and grad_out or k and v, and x
-// and y the streamed ones of the other side, a . x and b . y are all the products there are, either way. Where all rows
-// of the patch are held at once, the gradients of the streamed rows are whole too and leave with them: then one pass
-// does it all, and every tensor passes once.
+// There are two passes, one for either side of a unit that is held. With a and b the held rows, q and grad_out or k and
+// v, and x and y the streamed rows of the other side, both passes compute the products a . x and b . y and no others.
+// Where all rows of the patch are held at once, the gradients of the streamed rows are complete after their tile, so
+// one pass does all, and every tensor is read once.
 //
-//   queries held   dq adds up. Streams keys twice, first for the sums of the softmax, l and delta, then from the ring.
-//                  Encoding without a window, K <= kHeld and H = G, it does dk and dv as well.
-//   keys held      dk and dv add up. Decoding without a window and K <= kHeld, it does dq as well, since a
-//                  query's softmax is over the cells of its row. Else it takes l and delta from the other pass.
+//   queries held   adds up dq. It streams keys twice: first for the sums of the softmax, l and delta, then from the
+//                  ring. Encoding without a window, K <= kHeld and H = G, it computes dk and dv as well.
+//   keys held      adds up dk and dv. Decoding without a window and K <= kHeld, it computes dq as well, since a
+//                  query's softmax is over the cells of its row. Else it reads l and delta from the other pass.
 //
-// A block makes both passes over its units, so that the second one finds its rows in the caches. Of a window it also
-// finds l and delta of the patches behind its own whose queries read its keys: its halo. Windows with a halo larger
-// than a block have a launch for each pass, and their tensors pass twice.
+// A block makes both passes over its units, so that the second one finds its rows in the caches. With a window it also
+// computes l and delta of its halo, the patches behind its own whose queries read its keys. If the halo is larger than
+// a block, each pass has a launch, and the tensors are read twice.
 //
-// lse is rounded, so the weights exp(s - lse) do not quite sum to 1 until they are divided by their sum. Only queries
-// of divided patches, whose sums no unit has, take them as they are, and delta as g . out.
+// lse is rounded, so the weights exp(s - lse) do not quite sum to 1 until they are divided by their sum. Queries of
+// divided patches, whose sums no unit has, use them undivided, and g . out as delta.
 //
-// Why these and no other: both passes would do for all, but compute twice what the usual case needs; one that holds
-// queries for both directions would stream keys once for every two queries of a decoding patch, 2.3 times on average.
+// The two passes alone would serve every case, but compute twice what the usual one needs. A pass that holds queries
+// for both directions would stream keys once for every two queries of a decoding patch, 2.3 times on average.
 #pragma once
 
 #include "patch_cross_attention.cuh"
@@ -29,13 +29,12 @@ template <class T>
 struct CrossGradients {
   HeadTensor<const T> grad_out, out;
   const acc_t<T>* lse;  // [queries, heads]
-  acc_t<T>* softmax;    // 1 / l and delta, between two passes
+  acc_t<T>* softmax;    // has 1 / l and delta, between two passes
   HeadTensor<T> q, k, v;
   PartSums<acc_t<T>> q_parts, k_parts, v_parts;
 };
 
-// The softmax of a query. A weight is exp(scale * score - lse) * inverse, and ds = p * (slope - delta) * scale, where
-// `slope` is grad_out . v.
+// Has the softmax of a query: p = exp(scale * score - lse) * inverse, ds = p * (slope - delta) * scale, slope = g . v.
 template <class A>
 struct Softmax {
   A lse = 0, inverse = 0, delta = 0;
@@ -44,22 +43,22 @@ struct Softmax {
   __device__ __forceinline__ A grad_score(A p, A slope, A scale) const { return p * (slope - delta) * scale; }
 };
 
-// 1 / x without the branch for numbers beyond 2^126, which no sum of weights is.
+// Returns 1 / x without the branch for numbers beyond 2^126, which no sum of weights is.
 __device__ __forceinline__ float reciprocal(float x) {
   const float first = __fdividef(1.0f, x), nearer = fmaf(fmaf(-x, first, 1.0f), first, first);
   return nearer == nearer ? nearer : first;
 }
 __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 
-// Slopes cancel against delta, their average. So that is a quotient corrected by its remainder, of a sum that makes up
-// for the rounding errors it has left behind (Kahan). A sum that is not finite leaves none.
+// Slopes cancel against their average, delta, which therefore has to be precise: its sum is compensated (Kahan), unless
+// it is not finite, and its quotient is corrected by the remainder.
 template <class A>
-__device__ __forceinline__ A quotient(A sum, A total, A inverse) {
+__device__ __forceinline__ A corrected_quotient(A sum, A total, A inverse) {
   const A rounded = sum * inverse, nearer = fma(fma(-rounded, total, sum), inverse, rounded);
   return nearer == nearer ? nearer : rounded;
 }
 template <class A>
-struct CarefulSum {
+struct CompensatedSum {
   A sum = 0, error = 0;
 
   __device__ __forceinline__ void add(A x) {
@@ -73,7 +72,7 @@ struct CarefulSum {
   }
 };
 
-// sum over i of factor of the cell (i, tile) times held_i, and the same over the rows of the tile.
+// sum_of_held adds up held_i times the factor of cell (i, tile) over i; add_tile does so over the rows of the tile.
 template <class S>
 __device__ __forceinline__ Slice<S> sum_of_held(typename S::A factor, const Slice<S> (&held)[S::kHeld], int tile) {
   Slice<S> sum;
@@ -90,7 +89,7 @@ __device__ __forceinline__ void add_tile(Slice<S> (&sums)[S::kHeld], typename S:
     for (int a = 0; a < S::kTile; ++a) add(sums[i], of_cell<S>(factor, i, a), x[a]);
 }
 
-// Stores the gradients of held rows of a tensor; if divided, what the unit adds to them.
+// Stores the gradients of held rows of a tensor, or to its slot what a unit adds to them if `divided`.
 template <class S>
 __device__ __forceinline__ void store_gradients(const OutputColumn<S>& rows, bool divided,
                                                 const PartSums<typename S::A>& parts, int width, const PatchUnit& unit,
@@ -102,7 +101,7 @@ __device__ __forceinline__ void store_gradients(const OutputColumn<S>& rows, boo
     if (i < count) store_sums<S>(parts.sums + (at + i * parts.heads) * width, rows.room, slices[i]);
 }
 
-// held_i . row i of the lane's cell.
+// Returns held_i . row i for the held row i of the lane's cell.
 template <class S>
 __device__ __forceinline__ typename S::A products_of_rows(const Slice<S> (&held)[S::kHeld], const InputColumn<S>& rows,
                                                           u32 row, int count) {
@@ -115,23 +114,23 @@ __device__ __forceinline__ typename S::A products_of_rows(const Slice<S> (&held)
   return own;
 }
 
-// Keys pass twice, so the ring has room for most patches.
+// Keys are streamed twice, so the ring has room for most patches.
 template <class S>
 using BackwardKeyRing = RowRing<S, 2, false, 2 * kRingBytes>;
 template <class S>
 using BackwardQueryRing = RowRing<S, 2, true, kRingBytes>;
 
-// 1 / l and delta of queries, from the pass that holds queries to the one that holds keys. Encoding, parts that have
-// the same queries each save them in their slots. A block saves those of the patches behind its own, whose queries read
-// its keys, behind those of all owners: nothing has two writers.
+// Has 1 / l and delta of queries: the pass that holds queries saves them for the one that holds keys. Encoding, every
+// part saves those of its queries in its own slot. A block saves those of its halo behind those of all owners. So
+// nothing has two writers.
 template <class T>
 struct SavedSoftmax {
-  acc_t<T>* softmax;  // [queries, heads, 2], once more where there are halos
+  acc_t<T>* softmax;  // [queries, heads, 2], or twice this where there are halos
   PartSums<acc_t<T>> parts;
   i64 queries;
   int heads, num_parts;
   bool encode;
-  u32 halo_begin = ~0u;  // the first query of the halo
+  u32 halo_begin = ~0u;  // is the first query of the halo
 
   __device__ __forceinline__ acc_t<T>* at(const PatchUnit& unit, u32 query, int head) const {
     if (encode && unit.slot >= 0 && unit.slot < num_parts) return parts.softmax + 2 * parts.at(unit, query, head);
@@ -139,13 +138,13 @@ struct SavedSoftmax {
   }
 };
 
-// A pass goes through the units of a block up to own_end, and through its halo up to end, of which it only saves the
+// A pass goes through the units of a block up to own_end, and through its halo up to end, where it only saves the
 // softmax.
 struct Pass {
   int own_end, end;
 };
 
-// Holds the queries of units and computes dq. It also computes dk and dv, or else saves 1 / l and delta for
+// Holds the queries of units and computes dq. If kWhole it also computes dk and dv, else it saves 1 / l and delta for
 // pass_of_keys.
 template <class S, bool kWhole>
 __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S::T>& problem,
@@ -196,7 +195,7 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
               const bool fits = rows.size() <= Ring::kRows;
               const u32 limit = again || !fits ? rows.end : max(rows.end, keys_end);
               A total = 0;
-              CarefulSum<A> sum;
+              CompensatedSum<A> sum;
               for_each_tile(keys, rows.begin, rows.end, limit, fits, [&](u32 key, const Slice<S>(&x)[2][S::kTile]) {
                 const A score = dots(q, x[0]), slope = dots(g, x[1]);
                 if (key + cell.tile >= rows.end) return;
@@ -205,7 +204,7 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
               });
               total = fold_tile<S>(total, Sum{});
               softmax.inverse = total == 0 ? A(0) : reciprocal(total);
-              softmax.delta = quotient(sum.template fold<S>(), total, softmax.inverse);
+              softmax.delta = corrected_quotient(sum.template fold<S>(), total, softmax.inverse);
             } else {
               softmax.inverse = 1;
               softmax.delta = products_of_rows<S>(g, query_column<S>(problem, grads.out, head), row, count);
@@ -242,7 +241,7 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
     UnreadRows<S>{query_column<S>(problem, grads.q, query_head(problem, task.head, r))}.write_unowned(unowned, task);
 }
 
-// Holds the keys of units and computes dk and dv. It also computes 1 / l, delta and dq, or else reads what
+// Holds the keys of units and computes dk and dv. If kWhole it also computes 1 / l, delta and dq, else it reads what
 // pass_of_queries has saved.
 template <class S, bool kWhole>
 __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>& problem, const PatchReaders& readers,
@@ -319,7 +318,7 @@ __device__ __forceinline__ void pass_of_keys(const CrossAttention<typename S::T>
         }
         store_gradients<S>(grad_k, divided, grads.k_parts, problem.width, unit, row, task.head, count, k_sums);
         store_gradients<S>(grad_v, divided, grads.v_parts, problem.width, unit, row, task.head, count, v_sums);
-        if (kWhole) break;  // all of them were held
+        if (kWhole) break;  // all rows were held
       }
     });
   });

@@ -1,7 +1,7 @@
-// The sums of units by slot (patch_readers.cuh), added up in a fixed order: for the vectors of a patch those of its own
-// unit, then those of the parts of divided patches that its vectors meet, from the nearest one on. A block looks at 32
-// parts in one head. For each that is the first of a patch it goes through the patches to which that one is the
-// nearest. Every warp adds up a share of the units, then the block the sums of its warps.
+// Adds up the sums of units by slot (patch_readers.cuh) in a fixed order: for the vectors of a patch those of its own
+// unit, then those of the parts of divided patches that its vectors meet, the nearest patch first. A block looks at 32
+// parts in one head. For each first part of a divided patch it goes through the patches to which this one is the
+// nearest. Every warp adds up a share of the units, then the block adds up the sums of its warps.
 //
 //   softmax   to = sum_u exp(m_u - m) sums_u / l,  lse = m + log l,  with m = max_u m_u and l = sum_u exp(m_u - m) l_u
 //   else      to = sum_u sums_u
@@ -14,7 +14,7 @@ namespace blt {
 template <class T>
 struct Summed {
   T* to;          // [patches * vectors, heads, width]
-  acc_t<T>* lse;  // of a softmax
+  acc_t<T>* lse;  // [patches * vectors, heads] if the sums are those of a softmax
   int width;
 };
 
@@ -24,12 +24,12 @@ struct WarpSums {
   A totals[kWarps], sums[kWarps][kMaxWidth];
 };
 
-// Calls f(slot, patch of the slot) for every `step`-th unit from `first` on of those that have sums for the vectors of
-// patch p, to which patch `nearest` is the nearest divided one.
+// Calls f(slot, place of the patch in the slot) for units that have sums for the vectors of patch p: every `step`-th
+// one from `first` on. `nearest` is the divided patch nearest to p.
 template <class F>
 __device__ __forceinline__ void for_each_slot(const PatchReaders& readers, int p, int nearest, const Range& document,
                                               int first, int step, F&& f) {
-  int skipped = first;  // units up to the next one
+  int skipped = first;  // counts the units before the next one
   for (int n = -1; n < readers.window; ++n) {
     const int other = n < 0 ? nearest : readers.encode ? nearest - n : nearest + n;
     const int distance = readers.encode ? p - other : other - p;

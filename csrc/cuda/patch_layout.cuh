@@ -1,21 +1,21 @@
-// Builds the tensors of a PatchLayout from boundary decisions, in one kernel. PatchLayout.from_cuts specifies it.
+// Builds the tensors of a PatchLayout from boundary decisions, in one kernel. PatchLayout.from_boundaries specifies it.
 //
 //   rule(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
 //
-// Parallel form. A document start is the first byte of a document that is not empty; all other patches begin at an
-// interior start.
+// The layout is computed in parallel. A document start is the first byte of a document that is not empty; all other
+// patches begin at an interior start.
 //   - Every document start begins a patch. So `room` = C - (number of document starts) patches are left for interior
-//     starts, which from_cuts assigns in the order of the bytes:
+//     starts, which from_boundaries assigns in the order of the bytes:
 //       patch of byte t = document starts up to t + min(interior starts up to t, room) - 1.
 //     The whole layout follows from these two running counts.
-//   - The rule's own decisions are called boundaries. With a maximum patch length m, a patch starts after byte t if t -
-//     j is a multiple of m, where j is the last boundary up to t: a running maximum. Without one, m is so large that
-//     only t = j does. Rules with a maximum length put a boundary at the first byte of every document, so no j crosses
-//         documents.
+//   - The rule's own decisions are called boundaries. With a maximum patch length m, a patch starts after byte t if
+//     t - j is a multiple of m, where j is the last boundary up to t, a running maximum. Without a maximum length, m is
+//     so large that a patch starts only where t = j. Rules with a maximum length put a boundary at the first byte of
+//     every document, so no j crosses documents.
 // A block evaluates the rule on the bytes of its chunk and keeps the answers as bits. It does not know the last
-// boundary before the chunk yet, but only the bytes before its own first boundary, the `head`, depend on it, and the
-// number of patches that start there is a quotient, so counts of chunks can be joined. chunk_counts.cuh gives a block
-// the counts of all chunks before its own, within the launch. The launch before (prepare_layout) counts the document
+// boundary before the chunk yet. Only the bytes before its own first boundary, the `head`, depend on it, and the number
+// of patches that start there is a quotient, so counts of chunks can be joined. chunk_counts.cuh gives a block the
+// counts of all chunks before its own, within the launch. An earlier launch (prepare_layout) counts the document
 // starts, unless C is so large that no start is ever dropped.
 //
 // Tiling: a block owns a chunk of 2048 bytes, 64 words of 32 bits. The lanes of a ballot are the bytes of a word, and
@@ -23,8 +23,8 @@
 // marked as bits in shared memory, so documents elsewhere cost no time, empty ones included. The blocks after those of
 // the chunks wait for all chunks and write the offsets beyond the last patch.
 //
-// Bytes: what the rule reads (4 per byte for an fp32 entropy), 8 per byte for two ids, 8 per patch of C, 8 per
-// document, and at most 3 KB per chunk for the counts of other chunks. Roofline: a memory copy of 1/40 of the logits.
+// Bytes: the rule's input (4 per byte for an fp32 entropy), 8 per byte for two ids, 8 per patch of C, 8 per document,
+// and at most 3 KB per chunk for the counts of other chunks. Roofline: a memory copy of 1/40 of the logits.
 #pragma once
 
 #include "chunk_counts.cuh"
@@ -35,7 +35,7 @@ inline constexpr int kLayoutThreads = 512;
 inline constexpr int kLayoutWarps = kLayoutThreads / kWarp;
 inline constexpr int kChunkWords = kChunkBytes / 32;
 
-// Document b is bytes [at(b), at(b+1)) of `bytes`, which are fewer than 2^31 - 2 kChunkBytes.
+// Document b has bytes [at(b), at(b+1)) of `bytes`, which are fewer than 2^31 - 2 kChunkBytes.
 struct Documents {
   const i32* offsets;  // [count + 1], or null for documents of `length` bytes each
   i64 count;
@@ -51,7 +51,8 @@ __device__ __forceinline__ u32 bits_before(int bit) { return (1u << bit) - 1; }
 __device__ __forceinline__ u32 bits_until(int bit) { return bits_before(bit) | 1u << bit; }
 __device__ __forceinline__ i32 highest_bit(u32 word) { return 31 - __clz(static_cast<int>(word)); }
 
-// The index of the first of `size` sorted values that is at least `bound`, or `size`. All lanes of the warp take part.
+// Returns the index of the first of `size` sorted values that is at least `bound`, or `size`. All lanes of a warp take
+// part.
 __device__ __forceinline__ i64 lower_bound(const i32* values, i64 size, i32 bound) {
   i64 low = 0, high = size;
   while (low < high) {
@@ -63,8 +64,8 @@ __device__ __forceinline__ i64 lower_bound(const i32* values, i64 size, i32 boun
   return low;
 }
 
-// The first document that begins (or the end of the last one) at this position or later. All lanes of the warp take
-// part.
+// Returns the first document that begins at this position or later, where the end of the last one counts as one more.
+// All lanes of the warp take part.
 __device__ __forceinline__ i64 first_document_from(const Documents& documents, i32 position) {
   if (documents.offsets != nullptr) return lower_bound(documents.offsets, documents.count + 1, position);
   if (position == 0) return 0;
@@ -72,12 +73,12 @@ __device__ __forceinline__ i64 first_document_from(const Documents& documents, i
                               : documents.count + 1;
 }
 
-// Bits for the bytes of a chunk, and values before each word; entry [kChunkWords] is the value after the chunk.
+// Has a bit for each byte of a chunk, and values before each word; entry [kChunkWords] is the value after the chunk.
 struct ChunkBits {
   u32 begins[kChunkWords + 1];  // a document begins or the last one ends here; the last word is that of the next chunk
   u32 boundaries[kChunkWords];
   u32 interior[kChunkWords];                                            // the next byte is an interior start
-  i32 begin_before[kChunkWords + 1], boundary_before[kChunkWords + 1];  // positions of the last one before a word
+  i32 begin_before[kChunkWords + 1], boundary_before[kChunkWords + 1];  // are positions of the last one before a word
   i32 interior_before[kChunkWords + 1], documents_before[kChunkWords + 1];
 
   __device__ __forceinline__ bool begins_at(int i) const { return begins[i / 32] >> i % 32 & 1; }
@@ -86,7 +87,7 @@ struct ChunkBits {
   }
 };
 
-// before[w] = fold of `none` and the value(i) of all words i before w. By one warp.
+// Sets before[w] to the fold of `none` and value(i) of all words i before w. One warp calls it, and the two below.
 template <class Value, class Fold>
 __device__ __forceinline__ void scan_words(i32 none, i32* before, const Value& value, const Fold& fold) {
   const int lane = threadIdx.x % kWarp, w = 2 * lane;
@@ -97,13 +98,13 @@ __device__ __forceinline__ void scan_words(i32 none, i32* before, const Value& v
   if (lane == kWarp - 1) before[kChunkWords] = fold(none, until);
 }
 
-// before[w] = position of the last set bit before word w, or `none`. By one warp.
+// Sets before[w] to the position of the last set bit before word w, or to `none`.
 __device__ __forceinline__ void scan_last(const u32* words, i32 start, i32 none, i32* before) {
   const auto last = [=](int i) { return words[i] != 0 ? start + i * 32 + highest_bit(words[i]) : -1; };
   scan_words(none, before, last, Max{});
 }
 
-// before[w] = number of bits set before word w, up to byte `size` of the chunk. By one warp.
+// Sets before[w] to the number of bits set before word w, up to byte `size` of the chunk.
 __device__ __forceinline__ void scan_count(const u32* words, i32 size, i32* before) {
   const auto count = [=](int i) {
     const i32 bits = size - i * 32;
@@ -113,12 +114,12 @@ __device__ __forceinline__ void scan_count(const u32* words, i32 size, i32* befo
 }
 
 struct ChunkPlace {
-  i32 start, end;  // start of the chunk, end of the last document
-  i64 document;    // the first document that begins in the chunk or later
-  i32 open;        // start of the document that continues into the chunk, or -1
+  i32 start, end;  // are the start of the chunk and the end of the last document
+  i64 document;    // is the first document that begins in the chunk or later
+  i32 open;        // is the start of the document that continues into the chunk, or -1
 };
 
-// Fills begins, begin_before and documents_before. Ends in a barrier.
+// Fills begins, begin_before and documents_before. It ends with a barrier.
 __device__ __forceinline__ ChunkPlace mark_documents(ChunkBits& bits, const Documents& documents, i32 start) {
   const int thread = threadIdx.x;
   if (thread <= kChunkWords) bits.begins[thread] = 0;
@@ -139,20 +140,20 @@ __device__ __forceinline__ ChunkPlace mark_documents(ChunkBits& bits, const Docu
   return {start, end, document, open};
 }
 
-// The position of the last set bit up to bit `lane` of word w.
+// Returns the position of the last set bit up to bit `lane` of word w.
 __device__ __forceinline__ i32 last_until(const u32* words, const i32* before, i32 start, int w, int lane) {
   const u32 set = words[w] & bits_until(lane);
   return set != 0 ? start + w * 32 + highest_bit(set) : before[w];
 }
 
-// True if the rule and the limit start a patch after this byte. No patch starts after a byte without a boundary before
-// it.
+// Returns true if the rule and the limit start a patch after this byte. No patch starts after a byte that has no
+// boundary before it.
 __device__ __forceinline__ bool starts_after(const ChunkBits& bits, i32 start, i32 limit, int w, int lane) {
   const i32 boundary = last_until(bits.boundaries, bits.boundary_before, start, w, lane);
   return boundary >= 0 && static_cast<u32>(start + w * 32 + lane - boundary) % static_cast<u32>(limit) == 0;
 }
 
-// Fills boundary_before, interior and interior_before from the last boundary before the chunk. Ends in a barrier.
+// Fills boundary_before, interior and interior_before from the last boundary before the chunk. It ends with a barrier.
 __device__ __forceinline__ void find_interior_starts(ChunkBits& bits, const ChunkPlace& place, i32 earlier_boundary,
                                                      i32 limit) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -169,18 +170,18 @@ __device__ __forceinline__ void find_interior_starts(ChunkBits& bits, const Chun
   __syncthreads();
 }
 
-// --- the launch before -----------------------------------------------------------------------------------------------
+// --- the earlier launch ----------------------------------------------------------------------------------------------
 
-// The state before the layout kernel: no counts published, and the number of non-empty documents in each of `parts`
-// parts.
+// When the layout kernel starts, no counts are published and `documents` has the number of non-empty documents in each
+// of `parts` parts.
 inline constexpr int kMaxParts = 256;
 struct LayoutScratch {
   ChunkCounts counts;
   i32* documents;  // [parts]
-  int parts;       // up to kMaxParts; 0 if the capacity is so large that no start is dropped
+  int parts;       // is at most kMaxParts, and 0 if the capacity is so large that no start is dropped
 };
 
-// By all blocks of a launch of kThreads threads. A warp counts the documents of one part.
+// All blocks of a launch of kThreads threads call this. A warp counts the documents of one part.
 template <int kThreads>
 __device__ __forceinline__ void prepare_layout(const Documents& documents, const LayoutScratch& scratch) {
   const i64 thread = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x,
@@ -206,7 +207,7 @@ static __global__ void __launch_bounds__(kLayoutThreads)
 
 // --- the layout ------------------------------------------------------------------------------------------------------
 
-// The counts of a chunk. By one warp.
+// Returns the counts of a chunk. One warp calls it.
 __device__ __forceinline__ Counts chunk_counts(const ChunkBits& bits, const ChunkPlace& place) {
   const int lane = threadIdx.x % kWarp;
   i32 head = min(kChunkBytes, max(0, place.end - place.start));
@@ -229,7 +230,7 @@ struct LayoutOutputs {
   i64 capacity;
 };
 
-// The number of document starts, in each lane of a warp.
+// Returns the number of document starts in each lane of a warp.
 __device__ __forceinline__ i32 all_document_starts(const LayoutScratch& scratch) {
   i32 count = 0;
   for (int part = threadIdx.x % kWarp; part < scratch.parts; part += kWarp) count += scratch.documents[part];
@@ -283,8 +284,7 @@ __device__ __forceinline__ void write_layout(const ChunkBits& bits, const ChunkP
     const i32 interior_of_earlier = begin >= 0 ? interior_until(begin) : before.interior - before.since_document;
     const i32 kept_of_earlier = min(interior_of_earlier, room);
     const i32 patch = document_starts - 1 + kept;
-    // The interior starts that are kept up to the next byte.
-    i32 kept_next = kept_after;
+    i32 kept_next = kept_after;  // counts interior starts that are kept up to the next byte
     const bool last = bits.begins_at(i + 1);
     if (last) {
       const bool dropped = interior > room && interior > interior_of_earlier;
@@ -300,12 +300,12 @@ __device__ __forceinline__ void write_layout(const ChunkBits& bits, const ChunkP
   }
 }
 
-// Blocks: one per chunk, then one per kChunkBytes of the capacity + 1 offsets.
+// There is a block per chunk, then a block per kChunkBytes of the capacity + 1 offsets.
 template <class Rule>
 __global__ void __launch_bounds__(kLayoutThreads, 3)
     patch_layout_kernel(Rule rule, Documents documents, i32 limit, LayoutScratch scratch, LayoutOutputs out) {
   __shared__ ChunkBits bits;
-  __shared__ Counts counts;  // before the chunk; of all chunks for the blocks that fill offsets
+  __shared__ Counts counts;  // are those before the chunk, or those of all chunks in blocks that fill offsets
   __shared__ i32 ticket, room;
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   if (thread == 0) ticket = atomicAdd(scratch.counts.next_ticket, 1);

@@ -1,4 +1,4 @@
-// Parts of long patches, which spread a long patch over many threads.
+// A long patch is divided into parts, so that many threads share it.
 //
 // Parts lie at fixed places: part i of level 1 is bytes [64 i, 64 i + 64), part i of level 2 is the 64 parts of level 1
 // from 64 i on. A part is whole if all of its bytes belong to one patch. The results of whole parts are computed before
@@ -24,8 +24,8 @@ __device__ __forceinline__ i64 patch_of_part(const i32* ids, i64 begin, i64 size
   return first == last ? first : -1;
 }
 
-// Divides a range of rows or parts into the whole parts of `2^log_size` of them and the entries before and after.
-// Without whole parts, the whole range is `before`.
+// Divides a range of rows or parts into whole parts of 2^log_size of them and the entries before and behind. Without a
+// whole part, all of the range is `before`.
 template <class I>
 struct PartedOf {
   RangeOf<I> before, parts, behind;

@@ -53,7 +53,7 @@ Kinds kinds_of(const Asked& folds) {
 Tensor patch_pool_fwd_cuda(const Tensor& x, Tensor patch_offsets, Tensor patch_ids,
                            const std::vector<std::string>& reduce) {
   const PoolArguments arguments = check_pool(x, patch_offsets, patch_ids, reduce);
-  const Tensor rows = near_rows(arguments.x, "x");
+  const Tensor rows = streamed_rows(arguments.x, "x");
   const Reductions& reductions = arguments.reductions;
   const PackedReductions packed = pack_reductions(reductions);
   const Asked folds = {.max = has_fold(reductions, FoldKind::kMax),
@@ -64,8 +64,7 @@ Tensor patch_pool_fwd_cuda(const Tensor& x, Tensor patch_offsets, Tensor patch_i
   const Device device(rows);
   Tensor out = device_output(rows, {patches, arguments.out_width()});
   if (out.numel() == 0) return out;
-  dispatch_device_float(rows.scalar_type(), "x", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_device_float(rows.scalar_type(), "x", [&]<class T>(Tag<T>) {
     const T* const from = device.read<T>(rows);
     const PatchRows shape = {device.read<i32>(arguments.patch_offsets), patches, bytes, static_cast<i32>(width),
                              stride};
@@ -81,7 +80,7 @@ Tensor patch_pool_fwd_cuda(const Tensor& x, Tensor patch_offsets, Tensor patch_i
   return out;
 }
 
-// The ties of one extreme in long patches: scratch memory, and the launches that count them by parts.
+// Has the memory for the ties of one extreme in long patches, and launches the kernels that count them by parts.
 template <class T>
 class CountedTies {
  public:
@@ -117,12 +116,11 @@ Tensor patch_pool_bwd_cuda(const Tensor& grad_out, const std::optional<Tensor>& 
   const bool has_max = max_column >= 0, has_min = min_column >= 0;
   const std::optional<Tensor>& results = arguments.out;
   std::optional<Tensor> inputs;
-  if (arguments.x) inputs = near_rows(*arguments.x, "x");
+  if (arguments.x) inputs = streamed_rows(*arguments.x, "x");
   const Device device(grads);
   Tensor grad_x = device_output(grads, {bytes, width});
   if (grad_x.numel() == 0) return grad_x;
-  dispatch_device_float(grads.scalar_type(), "grad_out", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_device_float(grads.scalar_type(), "grad_out", [&]<class T>(Tag<T>) {
     const T *const grad = device.read<T>(grads), *const from = device.read<T>(inputs);
     const T* const pooled = device.read<T>(results);
     const i32* const ids = device.read<i32>(arguments.patch_ids);

@@ -1,4 +1,4 @@
-// patch_pool: one row per patch, from the rows of its bytes.
+// patch_pool reduces the rows of the bytes of a patch to one row.
 //
 //   out[p, r D + d] = reduce_r of x[t, d] over the bytes t of patch p, in [offsets[p], offsets[p+1]); 0 if it is empty
 //   grad_x[t, d]    = sum over r of the share of byte t in grad_out[p, r D + d]: all of it (sum), 1 / length (mean),
@@ -9,10 +9,9 @@
 // columns. All reductions of a tuple share the pass. There is no shared memory and no barrier, and every sum has a
 // fixed order.
 //
-// Long patches (patch_parts.cuh): forward, their parts are folded first. Backward, each part has owners of its own. The
+// Long patches (patch_parts.cuh): forward, their parts are folded first. Backward, each part has owners of its own; the
 // first part of a patch includes the rows before it, the last one those after it. One launch counts the ties of each
-// part. The next adds up the counts of the patch, the same ones in the same order for every part, and writes the part's
-// rows.
+// part. In the next, every part adds up the counts of the patch in the same order, and writes its rows.
 //
 // Bytes: forward reads x and writes out once. Backward writes grad_x and reads grad_out; for max and min it also reads
 // x and out. The first kKeptRows rows of a patch stay in registers between counting ties and using them; later ones are
@@ -23,16 +22,16 @@
 
 namespace blt {
 
-// In the order of kReductions in common/args/patch_pool.h.
+// The order is that of kReductions in common/args/patch_pool.h.
 enum class Reduce : int { kMax, kMin, kMean, kSum, kFirst, kLast };
 
 inline constexpr int kMaxReductions = 16;
 inline constexpr int kKeptRows = 5;  // rows of a patch that stay in registers
 
-// The reductions of a tuple in order, four bits each.
+// Lists the reductions of a tuple in order, four bits each.
 struct PackedReductions {
   int count = 0;
-  bool folds = false;  // whether one of them needs all rows
+  bool folds = false;  // is set if one of them needs all rows
   u64 list = 0;
   __device__ __forceinline__ Reduce operator[](int r) const { return static_cast<Reduce>(list >> 4 * r & 15); }
 };
@@ -74,7 +73,7 @@ __global__ void __launch_bounds__(kRowThreads, kKinds == Kinds::kAll   ? 2
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// count += 1 where x equals the extreme of its patch. In 16 bits counts are exact up to 256.
+// Adds 1 to count if x equals the extreme of its patch. In 16 bits counts are exact up to 256.
 template <class T>
 __device__ __forceinline__ void count_tie(T& count, T x, T extreme) {
   if constexpr (kIsPair<T>)
@@ -90,7 +89,7 @@ __device__ __forceinline__ void count_ties(Operands<T, kVec>& counts, const Oper
   for (int c = 0; c < static_cast<int>(sizeof(row) / sizeof(row[0])); ++c) count_tie(counts[c], row[c], extreme[c]);
 }
 
-// The rows of a patch that one of its parts owns: the first and last part include the rows before and after the parts.
+// Returns the rows of a patch that one of its parts owns: the first and the last part include the rows outside parts.
 __device__ __forceinline__ ByteRange rows_of_part(const ByteRange& patch, i32 part) {
   const ByteRange own = {part * kPart, (part + 1) * kPart};
   return {own.begin - patch.begin < kPart ? patch.begin : own.begin, patch.end - own.end < kPart ? patch.end : own.end};
@@ -117,15 +116,15 @@ __global__ void __launch_bounds__(kRowThreads)
   store_numbers(ties + part * rows.width + column, sums);
 }
 
-// The ties of one extreme in the parts of long patches, by levels; `asked` if the tuple has it.
+// Has the ties of one extreme in the parts of long patches, by levels. `asked` is set if the tuple has this extreme.
 template <class T>
 struct Ties {
   PartLevels<T> levels;
   bool asked;
 };
 
-// The gradient of a byte: `share` if x equals the extreme of its patch, else `other`, which is 0, or NaN if the patch
-// has one.
+// Returns the gradient of a byte: `share` if x equals the extreme of its patch, else `other`, which is 0, or NaN if the
+// patch has one.
 template <class T>
 __device__ __forceinline__ T pick(T x, T extreme, T share, T other) {
   if constexpr (kIsPair<T>)
@@ -141,7 +140,7 @@ __device__ __forceinline__ T nan_or_zero(T extreme) {
     return to_float(extreme) == to_float(extreme) ? T{} : extreme;
 }
 
-// The tensors of the backward. x and out are null without an extreme. After at(), grad_out and out point to a patch,
+// Points to the tensors of the backward; x and out are null without an extreme. at() moves grad_out and out to a patch,
 // and all pointers to the thread's columns.
 template <class T>
 struct PoolGrad {
@@ -164,7 +163,7 @@ struct PoolGrad {
   }
 };
 
-// The gradient of a patch without parts from one extreme. All loads that depend only on the offsets are issued
+// Writes the gradient of a patch without parts from one extreme. All loads that depend only on the offsets are issued
 // together, and the first rows stay in registers.
 template <class T, int kVec>
 __device__ __forceinline__ void send_extreme(const PoolGrad<T>& tensors, const ByteRange& patch) {
@@ -201,8 +200,8 @@ __device__ __forceinline__ void send_extreme(const PoolGrad<T>& tensors, const B
                                       [&](i32 i, const Operands<T, kVec>& row) { send(kKeptRows + i, row); });
 }
 
-// The gradient of the bytes of a patch from its maximum or minimum: `share` holds first the sum of the gradients of all
-// such reductions, then the share of each tie.
+// Computes the gradient of the bytes of a patch from its maximum or minimum: `share` is first the sum of the gradients
+// of all such reductions, then what each tie gets.
 template <class T, int kVec>
 struct ExtremeGrad {
   Operands<T, kVec> extreme = {};
@@ -227,7 +226,7 @@ struct ExtremeGrad {
   }
 };
 
-// The gradient of the rows `own` of a patch, all of them or those of a part, from all reductions of a tuple.
+// Writes the gradient of the rows `own` of a patch, all of them or those of a part, from all reductions of a tuple.
 template <class T, int kVec, bool kHasExtremes, bool kOfPart>
 __device__ __forceinline__ void send_all(const PoolGrad<T>& tensors, const ByteRange& patch, const ByteRange& own,
                                          const PackedReductions& reductions, const Ties<T>& max_ties,
@@ -296,7 +295,7 @@ __device__ __forceinline__ void send_all(const PoolGrad<T>& tensors, const ByteR
     for (i32 i = 0; i < count; ++i) send(i, {});
 }
 
-// Patches without parts. kMax stands for a single extreme, maximum or minimum.
+// Writes the rows of patches without parts. kMax stands for a single extreme, maximum or minimum.
 template <class T, int kVec, Kinds kKinds>
 __global__ void __launch_bounds__(kRowThreads, kKinds == Kinds::kAll ? 2 : 4)
     patch_pool_bwd_kernel(PoolGrad<T> tensors, PatchRows rows, RowTile tile, i64 grad_stride, i64 out_stride,
@@ -314,7 +313,7 @@ __global__ void __launch_bounds__(kRowThreads, kKinds == Kinds::kAll ? 2 : 4)
     send_all<T, kVec, kKinds == Kinds::kAll, false>(tensors, range, range, reductions, max_ties, min_ties, column);
 }
 
-// The parts of all other patches, and zeros after the last patch.
+// Writes the rows of the parts of all other patches, and zeros after the last patch.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kRowThreads, 2)
     patch_pool_parts_bwd_kernel(PoolGrad<T> tensors, PatchRows rows, const i32* ids, RowTile tile, i64 grad_stride,

@@ -1,16 +1,16 @@
-// The pairs of patch_cross_attention: patches, of K vectors each, meet rows of bytes.
+// Finds the pairs of patch_cross_attention: patches, of K vectors each, meet rows of bytes.
 //
 // Encoding, the K queries of patch p read the bytes of patches (p - window, p]. Decoding, the bytes with decode id d
-// read the K vectors of patches (d - window, d]. `offsets` tells which bytes meet a patch: its own encoding, decoding
-// its readers, in front, and behind those of the last patch of a document bytes that read nothing (id -1). Whatever
-// offsets and ids hold, rows are rows of the tensors, and what no patch owns may be left unwritten.
+// read the K vectors of patches (d - window, d]. `offsets` says which bytes meet a patch: encoding its own, decoding
+// first its readers, then, for the last patch of a document, bytes that read nothing (id -1). Whatever offsets and ids
+// hold, rows are rows of the tensors, and what no patch owns may be left unwritten.
 //
-// A warp works on units. A patch is one, with all bytes that it meets. But of a long patch each whole part
-// (patch_parts.cuh) is a unit, with all vectors that meet it, and what lies before, between and behind parts is left to
-// the units of patches: so none has two parts of bytes of one patch. Sums over the bytes of a vector then come from
-// several units: each keeps its own in a slot, that of the part, or for a patch that of the first part of the nearest
-// divided one. Slots have room for all vectors that meet a part. So that their memory does not grow with the window,
-// parts do: they have 64 bytes, or 4 to 8 times the window.
+// A warp works on units. A patch is a unit, with all bytes that it meets. In a long patch each whole part
+// (patch_parts.cuh) is a unit of its own, with all vectors that meet it, and units of patches have the bytes before,
+// between and behind parts, so that no unit grows with the length of a patch. Sums over the bytes of a vector then come
+// from several units. Each stores its own in a slot: that of the part, or for a patch that of the first part of the
+// nearest divided patch. Slots have room for all vectors that meet a part. Parts grow with the window, so that the
+// memory of slots does not: they have 64 bytes, or 4 to 8 times the window.
 #pragma once
 
 #include "patch_parts.cuh"
@@ -21,18 +21,18 @@ using Rows = RangeOf<u32>;
 using Range = RangeOf<int>;
 
 struct PatchUnit {
-  int patch;      // -1: nothing to do
-  Range patches;  // of the vectors
+  int patch;      // is -1 if there is nothing to do
+  Range patches;  // have the vectors
   Range bytes;
-  int hole;    // the first part among the bytes begins here; their end if there is none
+  int hole;    // is where the first part among the bytes begins, or their end
   int stop;    // bytes from here on read nothing
-  int slot;    // of the unit's sums, where others have sums of the same vectors; else -1
-  int origin;  // the patch whose vectors come first in the slot
+  int slot;    // holds the unit's sums, or is -1 where no other unit has sums of the same vectors
+  int origin;  // is the patch whose vectors come first in the slot
 };
 inline constexpr int kNoUnit = -1;
 inline constexpr int kPatchUnitWords = sizeof(PatchUnit) / sizeof(int);
 
-// Bytes before the first unit and beyond the last have no owner.
+// Bytes before the first unit and beyond the last one have no owner.
 struct Unowned {
   Rows before, beyond;
 };
@@ -46,10 +46,10 @@ __device__ __forceinline__ Rows waiting(const Range& bytes, int stop) {
 }
 
 struct PatchReaders {
-  const i32* offsets;     // of the bytes of patches, or of their readers, [capacity + 1]
-  const i32* cu_patches;  // of documents, [documents + 1]
-  const i32* ids;         // decode ids of bytes, or their patches
-  int capacity, documents, num_bytes, queries_per_patch, window, parts, log_part;  // of bytes
+  const i32* offsets;     // [capacity + 1], of the bytes of patches, or of their readers
+  const i32* cu_patches;  // [documents + 1]
+  const i32* ids;         // [num_bytes], the patches of bytes, or their decode ids
+  int capacity, documents, num_bytes, queries_per_patch, window, parts, log_part;
   bool encode;
 
   __device__ __forceinline__ int offset(int p) const { return min(max(offsets[p], 0), num_bytes); }
@@ -61,7 +61,7 @@ struct PatchReaders {
             static_cast<u32>(unit.patches.end) * queries_per_patch};
   }
 
-  // The first and the last patch of the document, which ends before `end`. A patch beyond the documents has its own.
+  // Sets the range of patches [first, end) of p's document. A patch beyond the documents has one of its own.
   __device__ __forceinline__ void document_of(int p, int& first, int& end) const {
     const int b = partition_point(0, documents, [&](int i) { return cu_patches[i + 1] <= p; });
     first = b < documents ? min(max(cu_patches[b], 0), p) : p;
@@ -74,17 +74,12 @@ struct PatchReaders {
     return partition_point(begin, end - 1, [&](int i) { return ids[i] >= 0; });
   }
 
-  // The patch that may have the bytes of a part.
+  // Returns the only patch that may have all bytes of the part with this first byte.
   __device__ __forceinline__ int patch_of(int byte) const {
     if (ids[byte] >= 0) return min(ids[byte], capacity - 1);
-    // The last patch that begins here or before.
+    // This is the last patch that begins here or before.
     const int patch = partition_point(0, capacity, [&](int p) { return offsets[p + 1] <= byte; });
     return min(patch, capacity - 1);
-  }
-
-  // Bytes from begin to end, and the whole parts among them if such are units of their own.
-  __device__ __forceinline__ Parted parts_of(int begin, int end) const {
-    return parts > 0 ? parted(RangeOf<i64>{begin, end}, log_part) : Parted{{begin, end}, {0, 0}, {end, end}};
   }
 
   __device__ __forceinline__ Unowned unowned() const {
@@ -92,10 +87,10 @@ struct PatchReaders {
     return {{0, static_cast<u32>(begin)}, {static_cast<u32>(end), static_cast<u32>(num_bytes)}};
   }
 
-  // The whole parts of patch p that are units of their own.
+  // Divides the bytes of patch p. It has no parts if they are not units of their own.
   __device__ __forceinline__ Parted parted_patch(int p) const {
-    const int begin = offset(p);
-    return parts_of(begin, max(offset(p + 1), begin));
+    const int begin = offset(p), end = max(offset(p + 1), begin);
+    return parts > 0 ? parted(RangeOf<i64>{begin, end}, log_part) : Parted{{begin, end}, {0, 0}, {end, end}};
   }
   __device__ __forceinline__ bool is_divided(int p) const {
     const Parted own = parted_patch(p);
@@ -109,8 +104,8 @@ struct PatchReaders {
     }
     return bytes_end;
   }
-  // The next bytes of a unit behind the part at `hole`. Every lane has the same ones; that the compiler sees it by the
-  // shuffles saves registers.
+  // Returns the next bytes of a unit behind the part at `hole`. Every lane has the same ones; the shuffles tell the
+  // compiler so, which saves registers.
   __device__ __forceinline__ Range behind_hole(const PatchUnit& unit, int hole) const {
     const int p = patch_of(hole), end = static_cast<int>(parted_patch(p).behind.begin);
     const int begin = min(max(end, hole + (1 << log_part)), unit.bytes.end);
@@ -137,7 +132,7 @@ struct PatchReaders {
     }
   }
 
-  // The divided patch nearest to p among those that its vectors meet; -1 if there is none.
+  // Returns the divided patch nearest to p among those that its vectors meet, or -1 if there is none.
   __device__ __forceinline__ int nearest_divided(int p, int first, int end) const {
     for (int n = 0; parts > 0 && n < end - first; ++n) {
       const int other = encode ? p - n : p + n;
@@ -145,16 +140,17 @@ struct PatchReaders {
     }
     return -1;
   }
-  // The patch whose vectors come first in the slots of parts of patch p.
+  // Returns the patch whose vectors come first in the slots of parts of patch p.
   __device__ __forceinline__ int origin_of(int p) const { return encode ? p : p - window + 1; }
 
-  // PatchUnit u but for its `stop`: patch u with all keys of its queries, or with all queries of its keys; or a part.
+  // Returns unit u without its `stop`: patch u with all keys of its queries or all queries of its keys, or a part.
   template <bool kHoldsQueries>
   __device__ __forceinline__ PatchUnit unit_of(int u) const {
     PatchUnit unit = {-1, {0, 0}, {0, 0}, 0, 0, -1, 0};
     if (u == kNoUnit || u >= capacity + parts) return unit;
     const int part = u - capacity, p = part < 0 ? u : patch_of(part << log_part);
-    Range own = {p, p + 1}, met = own;  // vectors by bytes: of all patches that p meets, if it meets several, one side
+    // One side of the unit is of patch p alone; the other may be of several patches that p meets.
+    Range own = {p, p + 1}, met = own;
     if (window > 1) {
       document_of(p, met.begin, met.end);
       if (encode != (part < 0 && kHoldsQueries == encode))
@@ -183,13 +179,13 @@ struct PatchReaders {
   }
 };
 
-// The units of a warp that follow on each other in memory meet vectors and bytes up to these ends; else both are 0.
+// If the units of a warp are neighbours in memory, they meet vectors and bytes up to these ends; else both are 0.
 struct Run {
   u32 vectors_end, bytes_end;
 };
 
-// Calls f(unit, run) for the kRun units of this warp from `first` on, before `end`. Its lanes look up one each. Where
-// the units follow on each other it first calls start(v, b, run) with their first vector and byte, before it waits for
+// Calls f(unit, run) for the kRun units of this warp from `first` on, before `end`. Its lanes look up one each. If the
+// units are neighbours in memory it first calls start(v, b, run) with their first vector and byte, before it waits for
 // the ids of bytes.
 template <bool kHoldsQueries, int kRun, class Start, class F>
 __device__ __forceinline__ void for_each_unit(const PatchReaders& readers, int first, int end, Start&& start, F&& f) {

@@ -1,4 +1,5 @@
-// Rows of bytes and of patches, for the ops that stream them: a thread owns kVec columns of a patch or of some bytes.
+// Defines rows of bytes and of patches, for the ops that stream them, and what a thread owns of them: kVec columns of a
+// patch or of some bytes.
 #pragma once
 
 #include "device.cuh"
@@ -7,8 +8,8 @@ namespace blt {
 
 inline constexpr int kRowThreads = 256;
 
-// Rows x[bytes][width], `stride` elements apart, divided into patches. Launchers ensure that eight strides in bytes fit
-// into 31 bits: within a patch an address is a pointer and an offset of 32 bits.
+// Rows x[bytes][width] lie `stride` elements apart and are divided into patches. Launchers ensure that eight strides in
+// bytes fit into 31 bits, so an address within a patch is a pointer and an offset of 32 bits.
 struct PatchRows {
   const i32* offsets;  // [patches + 1]
   i64 patches;
@@ -22,7 +23,7 @@ struct RangeOf {
 };
 using ByteRange = RangeOf<i32>;
 
-// The bytes of patch p, which lie inside x for any offsets.
+// Returns the bytes of patch p, which lie inside x for any offsets.
 __device__ __forceinline__ ByteRange patch_range(const PatchRows& rows, i64 p) {
   const i32 begin = min(max<i32>(rows.offsets[p], 0), rows.bytes);
   return {begin, min(max<i32>(rows.offsets[p + 1], begin), rows.bytes)};

@@ -16,8 +16,7 @@ Tensor patch_unpool_fwd_cuda(const Tensor& y, Tensor offsets, Tensor ids) {
   const Device device(rows);
   Tensor out = device_output(rows, {bytes, width});
   if (out.numel() == 0) return out;
-  dispatch_device_float(rows.scalar_type(), "y", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_device_float(rows.scalar_type(), "y", [&]<class T>(Tag<T>) {
     const T* const from = device.read<T>(rows);
     dispatch_vec<T>({address(from), row_bytes(rows), bytes_of<T>(width)}, [&](auto vec) {
       const RowLaunch launch = row_launch(ceil_div<int64_t>(bytes, kUnpoolRows), width, vec);
@@ -31,14 +30,13 @@ Tensor patch_unpool_fwd_cuda(const Tensor& y, Tensor offsets, Tensor ids) {
 
 Tensor patch_unpool_bwd_cuda(const Tensor& grad_out, Tensor offsets, Tensor ids) {
   const UnpoolArguments arguments = check_unpool_grad(grad_out, offsets, ids);
-  const Tensor rows = near_rows(arguments.rows, "grad_out");
+  const Tensor rows = streamed_rows(arguments.rows, "grad_out");
   const int64_t patches = arguments.patches, width = arguments.width;
   const i32 stride = row_stride(rows), bytes = int32_size(rows, "grad_out");
   const Device device(rows);
   Tensor grad_y = device_output(rows, {patches, width});
   if (grad_y.numel() == 0) return grad_y;
-  dispatch_device_float(rows.scalar_type(), "grad_out", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_device_float(rows.scalar_type(), "grad_out", [&]<class T>(Tag<T>) {
     const T* const from = device.read<T>(rows);
     const i32* const readers = device.read<i32>(arguments.ids);
     const PatchRows shape = {device.read<i32>(arguments.offsets), patches, bytes, static_cast<i32>(width), stride};

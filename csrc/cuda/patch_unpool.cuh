@@ -1,4 +1,4 @@
-// patch_unpool: every byte gets the row of a patch.
+// patch_unpool copies to every byte the row of a patch.
 //
 //   out[t]    = y[ids[t]], 0 where the id is -1
 //   grad_y[p] = sum of grad_out[t] over the bytes t with ids[t] = p
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const auto [group, column] = owned_by_thread<kVec>(tile);
   if (column >= width) return;
   const i64 begin = group * kUnpoolRows, end = min(begin + kUnpoolRows, bytes);
-  i64 held = -1;  // the patch of `row`
+  i64 held = -1;  // is the patch of `row`
   AlignedVector<T, kVec> row = {};
   for (i64 t = begin; t < end; t += kPrefetch) {
     i64 id[kPrefetch];
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// The bytes of a segment that read `patch`: all, or the first ones.
+// Returns the bytes of a segment that read `patch`: all, or the first ones.
 __device__ __forceinline__ ByteRange readers_of(const i32* ids, const ByteRange& segment, i64 patch) {
   if (segment.begin == segment.end || ids[segment.end - 1] == patch) return segment;
   return {segment.begin, partition_point(segment.begin, segment.end, [&](i32 t) { return ids[t] == patch; })};

@@ -26,16 +26,16 @@ namespace blt {
 
 inline constexpr int kSortBits = 8, kDigits = 1 << kSortBits;
 inline constexpr int kSortThreads = kDigits;  // a thread owns a digit
-inline constexpr int kSortItems = 8;          // readers per thread
+inline constexpr int kSortItems = 8;          // counts the readers of a thread
 inline constexpr int kSortTile = kSortThreads * kSortItems;
-inline constexpr int kScanTiles = 64;  // tiles per block that makes places
+inline constexpr int kScanTiles = 64;  // counts the tiles of a block that makes places
 
-// A byte and the table row that it reads.
+// A byte reads a table row.
 struct alignas(8) Reader {
   u32 row, byte;
 };
 
-// The number of times that each digit occurs in a tile, in the shared memory of its block.
+// Counts how often each digit occurs in a tile, in the shared memory of its block.
 struct DigitCounts {
   u32 counts[kDigits];
 
@@ -44,7 +44,7 @@ struct DigitCounts {
     __syncthreads();
   }
   __device__ __forceinline__ void add(u32 row, int shift) { atomicAdd(&counts[row >> shift & (kDigits - 1)], 1u); }
-  // Stores to [lists][tiles][digits].
+  // Stores the counts to [lists][tiles][digits].
   __device__ __forceinline__ void store(u32* to) const {
     __syncthreads();
     const i64 tile = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
@@ -89,21 +89,21 @@ __device__ __forceinline__ void place_counts(u32* own, i64 rows, u32 place) {
   }
 }
 
-// sums[list][segment][digit] of counts[list][tile][digit], kScanTiles tiles per segment. One block per segment.
+// Computes sums[list][segment][digit] of counts[list][tile][digit]. A segment of kScanTiles tiles has one block.
 static __global__ void __launch_bounds__(kSortThreads, 6) radix_sum_kernel(const u32* counts, i64 tiles, u32* sums) {
   const i64 first = static_cast<i64>(blockIdx.x) * kScanTiles, segment = blockIdx.y * gridDim.x + blockIdx.x;
   const u32* const own = counts + ((blockIdx.y * tiles + first) << kSortBits) + threadIdx.x;
   sums[(segment << kSortBits) + threadIdx.x] = sum_counts(own, min<i64>(kScanTiles, tiles - first));
 }
 
-// counts[list][row][digit] becomes the place of the first reader with that digit of a tile, or of a segment. One block
-// per list.
+// Replaces counts[list][row][digit] by the place of the first reader with that digit of a tile, or of a segment. A list
+// has one block.
 static __global__ void __launch_bounds__(kSortThreads, 6) radix_scan_kernel(u32* counts, i64 rows) {
   u32* const own = counts + (blockIdx.x * rows << kSortBits) + threadIdx.x;
   place_counts(own, rows, block_sums<kSortThreads>(sum_counts(own, rows)).before);
 }
 
-// counts[list][tile][digit] becomes places, starting from those of the segments. One block per segment.
+// Replaces counts[list][tile][digit] by places, starting from those of the segments. A segment has one block.
 static __global__ void __launch_bounds__(kSortThreads, 6)
     radix_spread_kernel(u32* counts, i64 tiles, const u32* segments) {
   const i64 first = static_cast<i64>(blockIdx.x) * kScanTiles, segment = blockIdx.y * gridDim.x + blockIdx.x;
@@ -114,7 +114,7 @@ static __global__ void __launch_bounds__(kSortThreads, 6)
 static __global__ void __launch_bounds__(kSortThreads, 5)
     radix_scatter_kernel(const Reader* from, i64 count, int shift, const u32* places, Reader* to) {
   constexpr int kWarps = kSortThreads / kWarp;
-  __shared__ u32 next[kWarps][kDigits + 1];  // the last entry is for missing readers
+  __shared__ u32 next[kWarps][kDigits + 1];  // its last entry is for missing readers
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const i64 first = static_cast<i64>(blockIdx.x) * kSortTile + warp * (kWarp * kSortItems) + lane;
 #pragma unroll
@@ -125,8 +125,7 @@ static __global__ void __launch_bounds__(kSortThreads, 5)
   for (int r = 0; r < kSortItems; ++r)
     if (first + r * kWarp < count) readers[r] = from[blockIdx.y * count + first + r * kWarp];
   __syncthreads();
-  // Rank among the readers of the warp with the same digit.
-  u32 ranks[kSortItems];
+  u32 ranks[kSortItems];  // are among the readers of the warp with the same digit
 #pragma unroll
   for (int r = 0; r < kSortItems; ++r) {
     const u32 digit = first + r * kWarp < count ? readers[r].row >> shift & (kDigits - 1) : kDigits;
@@ -174,7 +173,7 @@ static __global__ void __launch_bounds__(kSortThreads, 6)
   if (threadIdx.x == 0) counts[static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x] = total;
 }
 
-// counts[list][tile] becomes the number of runs that begin before the tile. One block per list.
+// Replaces counts[list][tile] by the number of runs that begin before the tile. A list has one block.
 static __global__ void __launch_bounds__(kSortThreads, 6) run_scan_kernel(u32* counts, i64 tiles) {
   u32* const own = counts + blockIdx.x * tiles;
   u32 before = 0;
@@ -197,8 +196,8 @@ static __global__ void __launch_bounds__(kSortThreads, 6) run_scan_kernel(u32* c
   }
 }
 
-// starts[list][count + 1] becomes the start of each run, then the end of the last. befores[list][tile] is the number of
-// runs that begin before the tile. totals[list] becomes the number of runs whose row is not `none`, which sorts last.
+// Sets starts[list][count + 1] to the start of each run, then the end of the last, and totals[list] to the number of
+// runs whose row is not `none`, which sorts last. befores[list][tile] is the number of runs that begin before the tile.
 static __global__ void __launch_bounds__(kSortThreads, 6)
     run_starts_kernel(const Reader* readers, i64 count, u32 none, const u32* befores, u32* starts, i32* totals) {
   const Reader* const list = readers + blockIdx.y * count;

@@ -1,5 +1,5 @@
-// A warp requests rows of tensors ahead of their use: streamed rows come through a ring in shared memory, the next rows
-// to hold come to registers.
+// A warp requests rows of tensors ahead of their use: streamed rows go through a ring in shared memory, rows that it
+// holds next go to registers.
 //
 // The ring of a warp has kRows slots and keeps row r in slot r % kRows. Every lane copies its own slices of a row and
 // reads no others, so lanes need not be synchronised. Each row is one group of asynchronous copies: it has arrived when
@@ -11,7 +11,7 @@
 
 namespace blt {
 
-// The slots of one warp have rows of kTensors tensors and, if kNumbers is set, one number of each row for every lane.
+// A slot holds one row of kTensors tensors and, if kNumbers is set, a number of this row for every lane.
 template <class S_, int kTensors_, bool kNumbers_, int kBytes>
 struct RowRing {
   using S = S_;
@@ -23,7 +23,7 @@ struct RowRing {
   typename S::A numbers[kNumbers ? kRows : 1][kWarp];
 };
 
-// Waits until at most `later` groups of copies are under way, for kLow <= later <= kHigh.
+// Waits until at most `later` groups of copies are under way. kLow <= later <= kHigh.
 template <int kLow, int kHigh>
 __device__ __forceinline__ void wait_for_all_but(u32 later) {
   if constexpr (kLow == kHigh) {
@@ -55,7 +55,7 @@ class RowStream {
 #pragma unroll
     for (int t = 0; t < Ring::kTensors; ++t) {
       columns_[t] = columns[t];
-      // Copies write nothing beyond a row, which reads as 0.
+      // Copies write nothing beyond the end of a row: these numbers stay 0.
 #pragma unroll
       for (int r = 0; r < S::kVecs; ++r)
         if (!columns[t].has(r))
@@ -63,14 +63,14 @@ class RowStream {
     }
   }
 
-  // Says that rows from `row` on are read next.
+  // Moves to the rows from `row` on, and forgets the requested ones unless `row` is among them.
   __device__ __forceinline__ void seek(u32 row) {
     if (begin_ <= row && row <= end_ && end_ - row <= kRows) return;
     wait_for_copies<0>();
     begin_ = end_ = row;
   }
 
-  // Does so, and requests as many of these rows as there are slots for.
+  // Moves to these rows, and requests as many as there are slots for.
   __device__ __forceinline__ void start(u32 row, u32 limit) {
     seek(row);
     request(row, limit);
@@ -112,12 +112,12 @@ class RowStream {
   InputColumn<S> columns_[Ring::kTensors];
   const A* numbers_ = nullptr;
   int stride_ = 0;
-  u32 begin_ = 1, end_ = 0;  // the range of rows requested since the last seek
+  u32 begin_ = 1, end_ = 0;  // rows [begin_, end_) were requested since the last seek
 };
 
-// Calls f(row, x) for tiles of the rows from begin to end, x[tensor][row of the tile]; a tile that reaches beyond the
-// end repeats the last row. It requests rows up to `limit`. With `kept`, which needs end - begin <= kRows, all rows
-// keep their slots.
+// Calls f(row, x) for tiles of the rows from begin to end, where x is [tensor][row of the tile] and a tile that reaches
+// beyond the end repeats the last row. It requests rows up to `limit`. With `kept`, which needs end - begin <= kRows,
+// all rows keep their slots.
 template <class Stream, class F>
 __device__ __forceinline__ void for_each_tile(Stream& stream, u32 begin, u32 end, u32 limit, bool kept, F&& f) {
   using S = typename Stream::S;
@@ -154,7 +154,7 @@ struct HeldRows {
         if (first + i < end) raw[t][i] = columns[t].load(first + i);
     number = number_of(first, end);
   }
-  // Takes the `count` rows from `first` on, requests those behind them up to `end`, and returns the number.
+  // Takes the `count` rows from `first` on, requests the next ones up to `end`, and returns the lane's number.
   template <class Number>
   __device__ __forceinline__ typename S::A take(Slice<S> (&held)[kTensors][S::kHeld],
                                                 const InputColumn<S> (&columns)[kTensors], u32 first, int count,

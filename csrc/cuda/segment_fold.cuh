@@ -1,4 +1,4 @@
-// Maximum, minimum and sum of the rows of ragged segments, for pooling and for the gradient of unpooling.
+// Computes maximum, minimum and sum of the rows of ragged segments, for pooling and for the gradient of unpooling.
 //
 // A thread owns kVec columns of a segment, 16 bytes of a row where rows are aligned to that, and streams the rows
 // through its registers with a prefetch depth of kRowPrefetch. Two 16-bit numbers are one operand of a maximum
@@ -12,7 +12,7 @@ namespace blt {
 
 inline constexpr int kRowPrefetch = 6, kPartPrefetch = 4;
 
-// The folds of a kernel. Registers for folds that are not needed would cost occupancy.
+// A kernel is compiled for the folds that it needs, since registers for others would cost occupancy.
 enum class Kinds : int { kMax, kMin, kSum, kAll };
 
 // --- operands: two numbers if they have 16 bits ----------------------------------------------------------------------
@@ -46,7 +46,7 @@ __device__ __forceinline__ Operands<T, kVec> load_operands(const T* from) {
   return bits_as<Operands<T, kVec>>(load_bits<kVec>(from));
 }
 
-// Maximum and minimum, NaN if either operand is.
+// max_nan and min_nan return NaN if either operand is NaN.
 __device__ __forceinline__ __nv_bfloat162 max_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2_nan(a, b); }
 __device__ __forceinline__ __nv_bfloat162 min_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmin2_nan(a, b); }
 __device__ __forceinline__ __half2 max_nan(__half2 a, __half2 b) { return __hmax2_nan(a, b); }
@@ -104,7 +104,7 @@ __device__ __forceinline__ void stream_rows(const T* from, i32 stride, i32 count
   }
 }
 
-// The results of all parts of a level, [parts][width] each; null for folds that are not needed.
+// Points to the folds of all parts of a level, [parts][width] each, or is null for folds that are not needed.
 template <class T>
 struct PartFolds {
   T *max, *min;
@@ -116,7 +116,7 @@ struct PartLevels {
   bool has_second;
 };
 
-// a / b; for 16-bit numbers by a reciprocal, with an error in the last bits of fp32.
+// Returns a / b. For 16-bit numbers it multiplies by a reciprocal, with an error in the last bits of fp32.
 template <class T>
 __device__ __forceinline__ acc_t<T> quotient(acc_t<T> a, acc_t<T> b) {
   if constexpr (sizeof(T) == 2)
@@ -155,7 +155,7 @@ struct Fold {
     }
   }
 
-  // Adds parts of one level.
+  // Adds the parts of one level in `range`.
   __device__ __forceinline__ void add_parts(const PartFolds<T>& parts, const ByteRange& range, i32 column, i32 width) {
     const i64 at = static_cast<i64>(range.begin) * width + column;
     const i32 count = range.end - range.begin;
@@ -215,8 +215,7 @@ struct Fold {
   }
 };
 
-// Folds the whole parts of one level: from rows of x if x is given (level 1), else from parts of levels.first (level
-// 2).
+// Folds the whole parts of level 1 from rows of x, or without x those of level 2 from levels.first.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kRowThreads, 4)
     segment_parts_kernel(const T* x, const i32* ids, i64 parts, i32 width, i32 stride, RowTile tile,

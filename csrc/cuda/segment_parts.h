@@ -1,4 +1,4 @@
-// Launches that fold the parts of long segments (segment_fold.cuh), and their scratch memory.
+// Launches the kernels that fold the parts of long segments (segment_fold.cuh), with their scratch memory.
 #pragma once
 
 #include <optional>
@@ -8,7 +8,7 @@
 
 namespace blt {
 
-// Has an uninitialised row per part, written and read only where a patch is long. It is null without parts.
+// Has an uninitialised row per part, written and read only where a patch is long. `data` is null without parts.
 template <class T>
 struct Scratch {
   std::optional<Tensor> memory;
@@ -40,13 +40,12 @@ class SegmentParts {
   int64_t count() const { return count_; }
   PartLevels<T> levels() const { return {first_.folds(), second_.folds(), second_count_ > 0}; }
 
-  // Folds all levels, from rows x.
+  // Folds level 1 from rows x, and level 2 from level 1.
   template <int kVec>
   void fold(const Device& device, const T* x, const i32* ids, i32 stride) const {
     launch<kVec>(device, x, ids, stride, count_);
     fold_second<kVec>(device, ids);
   }
-  // Folds level 2 from level 1.
   template <int kVec>
   void fold_second(const Device& device, const i32* ids) const {
     launch<kVec>(device, nullptr, ids, 0, second_count_);

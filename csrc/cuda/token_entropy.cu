@@ -10,16 +10,8 @@
 namespace blt {
 namespace {
 
-using EntropyTensors = std::tuple<Tensor, Tensor>;  // entropy and log_sum, uninitialised
-
-EntropyTensors entropy_outputs(const Tensor& rows) {
-  return {device_output(rows, {rows.size(0)}, accumulator(rows)),
-          device_output(rows, {rows.size(0)}, accumulator(rows))};
-}
-
 void launch_fwd(const Device& device, const Tensor& rows, Tensor entropy, Tensor log_sum) {
-  dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_device_float(rows.scalar_type(), "logits", [&]<class T>(Tag<T>) {
     device.launch<token_entropy_fwd_kernel<T>>(entropy_config<T>(rows.size(0)), logit_rows<T>(device, rows),
                                                device.write<acc_t<T>>(entropy), device.write<acc_t<T>>(log_sum));
   });
@@ -28,8 +20,7 @@ void launch_fwd(const Device& device, const Tensor& rows, Tensor entropy, Tensor
 // `grad` may be `rows`.
 void launch_bwd(const Device& device, const Tensor& grad_entropy, const Tensor& rows, const Tensor& entropy,
                 const Tensor& log_sum, Tensor& grad) {
-  dispatch_device_float(rows.scalar_type(), "logits", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_device_float(rows.scalar_type(), "logits", [&]<class T>(Tag<T>) {
     using A = acc_t<T>;
     const LogitRows<T> in = logit_rows<T>(device, rows);
     T* const out = device.write<T>(grad);

@@ -1,4 +1,4 @@
-// token_entropy: the entropy of each row of logits, and its gradient. In fp32 (fp64 for fp64 rows):
+// Computes the entropy of each row of logits, and its gradient, in fp32 (fp64 for fp64 rows):
 //
 //   m = max x,  d = x - m,  s = sum exp(d),  log_sum = log s,  H = log_sum - (sum exp(d) d) / s
 //   grad_x = -grad_H p (log p + H),  log p = d - log_sum
@@ -8,9 +8,9 @@
 //
 // Tiling: a few neighbouring lanes own a row (8 for 16-bit numbers) and hold a tile of it in registers: the whole row
 // up to 320 logits. All loads of a tile are in flight together. The tile's maximum is found first; sums over earlier
-// tiles are rescaled to it (the online logsumexp, with the sum of exp(d) d beside it). What lies before a row's first
-// 16-byte boundary and behind its last is read element by element, at most 14 of 260 in bf16, so every alphabet and
-// alignment takes the same path. The lanes of a row add up in a fixed order.
+// tiles are rescaled to it (the online logsumexp, with the sum of exp(d) d beside it). Elements before a row's first
+// 16-byte boundary and behind its last are read one by one, at most 14 of 260 in bf16, so every alphabet and alignment
+// takes the same path. The lanes of a row add up in a fixed order.
 //
 // Bytes: forward reads the logits once and writes 8 a row. Backward reads them once and writes the gradient, plus 12 a
 // row; rows longer than a tile are read twice. Roofline: a memory copy. 260 logits in bf16 take 118 warp instructions
@@ -24,11 +24,11 @@
 namespace blt {
 
 inline constexpr int kEntropyThreads = 256;
-// Blocks on a multiprocessor that forward is compiled for, for numbers of `size` bytes.
+// Forward is compiled for this many blocks on a multiprocessor, for numbers of `size` bytes.
 __host__ __device__ constexpr int entropy_blocks(int size) { return size == 8 ? 2 : 4; }
 
-// Powers of what is cheapest: of 2 in fp32, where it is one instruction, of e in fp64. Logarithms are in their units.
-//   exp(d) = scaled_exp(kPerNat<A> d)
+// exp(d) = scaled_exp(kPerNat<A> d). In fp32 scaled_exp is a power of 2, which takes one instruction, and exponents are
+// in units of log 2; in fp64 it is a power of e.
 template <class A>
 inline constexpr A kPerNat = 1;
 template <>
@@ -49,23 +49,23 @@ __device__ __forceinline__ float scaled_exp(float x) {
 #endif
 }
 
-// Finite, and its scaled_exp is 0: what takes the place of log 0 in 0 log 0.
+// This replaces log 0 in 0 log 0: it is finite, and its scaled_exp is 0.
 template <class A>
 inline constexpr A kLogOfZero = -2000;
 
-// log_sum, in [0, log A] or NaN otherwise, of a row that no document has.
+// Returns log_sum for a row that no document has. log_sum of any other row is in [0, log A], or NaN.
 template <class A>
 __device__ __forceinline__ A unread_log_sum() {
   return -minus_infinity<A>();
 }
 
-// The maximum to subtract from a row: of a row of -inf none, so that x - m is -inf and not NaN.
+// Returns the maximum to subtract from a row: 0 for a row of -inf, so that x - m is -inf and not NaN.
 template <class A>
 __device__ __forceinline__ A finite_max(A m) {
   return m == minus_infinity<A>() ? A(0) : m;
 }
 
-// sum exp(d) and sum exp(d) d of numbers d = x - m, the latter in units of kPerNat; all lanes of the row share m.
+// Adds up s = sum exp(d) and t = kPerNat sum exp(d) d, where d = x - m and all lanes of the row share m.
 //
 // d is rounded before it is scaled. One fused multiply-add, k x - fl(k m), would save an instruction of 7, but then the
 // exponent of the largest number is k m - fl(k m) and not 0, and the entropy of a row of one number is 1e-8.
@@ -89,7 +89,7 @@ struct EntropySums {
   __device__ __forceinline__ A entropy() const { return log(s) - t * kNats<A> / s; }
 };
 
-// 16 bytes of numbers. They are held like this, since the compiler spreads 16-bit numbers over a register each.
+// Numbers are held as words of 16 bytes, since the compiler would give each 16-bit number a register.
 using Words = AlignedVector<u32, 4>;
 
 template <class T>
@@ -97,7 +97,7 @@ __device__ __forceinline__ AlignedVector<T, 16 / sizeof(T)> numbers_of(const Wor
   return bits_as<AlignedVector<T, 16 / sizeof(T)>>(words);
 }
 
-// Number c of them. A bf16 is the upper half of an fp32.
+// Returns number c of the words. A bf16 is the upper half of an fp32.
 template <class T>
 __device__ __forceinline__ acc_t<T> number_at(const Words& words, int c) {
   return to_float(numbers_of<T>(words)[c]);
@@ -107,7 +107,7 @@ __device__ __forceinline__ float number_at<bf16>(const Words& words, int c) {
   return __uint_as_float(c % 2 == 0 ? words[c / 2] << 16 : words[c / 2] & 0xffff0000u);
 }
 
-// The maximum of numbers; NaN goes unnoticed. 16-bit numbers are compared two at a time.
+// Finds the maximum of numbers and ignores NaN. 16-bit numbers are compared two at a time.
 template <class T>
 struct Maximum {
   T best = minus_infinity<T>();
@@ -145,7 +145,7 @@ struct Maximum<bf16> : PairMaximum<bf16> {};
 template <>
 struct Maximum<fp16> : PairMaximum<fp16> {};
 
-// dH/dx times the gradient of H, for a row with this maximum, entropy and log_sum.
+// Returns dH/dx times the gradient of H, for a row with this maximum, entropy and log_sum.
 template <class A>
 struct EntropySlope {
   A max, shift, upstream, h;
@@ -157,7 +157,7 @@ struct EntropySlope {
   }
 };
 
-// logits[rows][alphabet] with `stride` elements from row to row.
+// Points to logits[rows][alphabet] with a row stride of `stride` elements.
 template <class T>
 struct LogitRows {
   const T* data;
@@ -165,23 +165,23 @@ struct LogitRows {
   i32 alphabet;
 };
 
-// Number of lanes that own a row of numbers of `size` bytes.
+// Returns the number of lanes that own a row of numbers of `size` bytes.
 __host__ __device__ constexpr int row_lanes(int size) { return size == 2 ? 8 : size == 4 ? 16 : 32; }
 
-// One lane's share of a row: every kLanes-th vec of the aligned part, and every kLanes-th of the edge elements around
-// it.
+// Holds one lane's share of a row: every kLanes-th vec of the aligned part, and every kLanes-th of the edge elements
+// around it.
 template <class T>
 struct RowLane {
   static constexpr int kVec = 16 / sizeof(T), kLanes = row_lanes(sizeof(T)), kVecs = 5;
   static constexpr int kEdges = ceil_div(2 * (kVec - 1), kLanes);
-  static constexpr i32 kTile = kLanes * kVecs;  // vecs
+  static constexpr i32 kTile = kLanes * kVecs;  // counts vecs
   const T* row;
   int lane;
-  i32 head, vecs, edges;  // elements before the first vec, vecs, elements in none
+  i32 head, vecs, edges;  // count elements before the first vec, vecs, and elements in no vec
   Words held[kVecs];
   T held_edges[kEdges];
 
-  // A row of no elements unless it is to be read.
+  // The row has no elements unless `reads` is set.
   __device__ __forceinline__ RowLane(const LogitRows<T>& logits, i64 index, bool reads) {
     const i32 size = reads ? logits.alphabet : 0;
     row = logits.data + min(index, logits.rows - 1) * logits.stride;
@@ -191,7 +191,7 @@ struct RowLane {
     vecs = (size - head) / kVec;
     edges = size - vecs * kVec;
   }
-  // The same for all lanes of a warp, whose rows may be aligned differently.
+  // Returns the same number for all lanes of a warp, whose rows may be aligned differently.
   static __device__ __forceinline__ i32 tiles(const LogitRows<T>& logits) {
     return max(1, ceil_div<i32>(logits.alphabet / kVec, kTile));
   }
@@ -205,7 +205,7 @@ struct RowLane {
   // Edges belong to tile 0.
   __device__ __forceinline__ bool has_edge(i32 tile, int e) const { return tile == 0 && e * kLanes + lane < edges; }
 
-  // Before the vecs: a load behind those of the vecs would be issued when they have arrived.
+  // Edges are read before the vecs: their loads would otherwise be issued when those of the vecs have arrived.
   __device__ __forceinline__ void read_edges() {
 #pragma unroll
     for (int e = 0; e < kEdges; ++e)
@@ -216,7 +216,6 @@ struct RowLane {
     for (int p = 0; p < kVecs; ++p)
       if (has_vec(tile, p)) held[p] = load_once<4>(reinterpret_cast<const u32*>(row + vec_column(tile, p)));
   }
-  // Zeros in the place of what was read.
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int p = 0; p < kVecs; ++p) held[p] = {};
@@ -235,7 +234,7 @@ struct RowLane {
     for (int e = 0; e < kEdges; ++e)
       if (has_edge(tile, e)) f(to_float(held_edges[e]));
   }
-  // The maximum of the tile over the lanes of the row; NaN goes unnoticed.
+  // Returns the maximum of the tile over the lanes of the row, without regard to NaN.
   __device__ __forceinline__ acc_t<T> tile_max(i32 tile) const {
     Maximum<T> m;
 #pragma unroll
@@ -248,7 +247,7 @@ struct RowLane {
   }
 };
 
-// By all blocks of a launch. Reads rows before `end` alone.
+// Computes the entropies of all rows, and reads those before `end`. All blocks of a launch call it.
 template <class T>
 __device__ __forceinline__ void entropy_of_rows(const LogitRows<T>& logits, i64 end, acc_t<T>* entropy,
                                                 acc_t<T>* log_sum) {
@@ -279,9 +278,9 @@ __global__ void __launch_bounds__(kEntropyThreads, entropy_blocks(sizeof(T)))
   entropy_of_rows<T>(logits, logits.rows, entropy, log_sum);
 }
 
-// grad_logits has `grad_stride` elements from row to row. It may be the logits themselves: a lane writes only what it
-// alone reads, after the row's maximum is known. kAligned: its rows have the alignment of those of the logits, so vecs
-// are stored whole.
+// grad_logits has a row stride of `grad_stride` elements. It may be the logits themselves: a lane writes only what it
+// alone reads, after the row's maximum is known. With kAligned its rows have the alignment of those of the logits, so
+// vecs are stored whole.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     token_entropy_bwd_kernel(const acc_t<T>* grad_entropy, LogitRows<T> logits, const acc_t<T>* entropy,
@@ -299,7 +298,7 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     row.read(tile);
     m = max(m, row.tile_max(tile));
   }
-  // The row was read even if forward has not read it, and may hold anything: waiting for its log_sum would cost more.
+  // A row that forward has not read may hold anything. It was read here, since waiting for its log_sum would cost more.
   const bool unread = shift == unread_log_sum<A>();
   if (unread) upstream = h = shift = m = 0;
   const EntropySlope<A> slope(m, upstream, h, shift);

@@ -1,11 +1,20 @@
-// Launches of the kernels that read rows of logits (token_entropy.cuh): their argument and their grid.
+// Makes the argument and the launch configuration of the kernels that read rows of logits (token_entropy.cuh).
 #pragma once
+
+#include <tuple>
 
 #include "../common/args/token_entropy.h"
 #include "../launch/launch.h"
 #include "token_entropy.cuh"
 
 namespace blt {
+
+using EntropyTensors = std::tuple<Tensor, Tensor>;  // has entropy and log_sum
+
+inline EntropyTensors entropy_outputs(const Tensor& rows) {
+  return {device_output(rows, {rows.size(0)}, accumulator(rows)),
+          device_output(rows, {rows.size(0)}, accumulator(rows))};
+}
 
 template <class T>
 LogitRows<T> logit_rows(const Device& device, const Tensor& rows) {

@@ -19,16 +19,14 @@ namespace blt::emulator {
 
 // --- kernels and launches --------------------------------------------------------------------------------------------
 
-// A kernel that some launcher can launch.
+// Some launcher can launch this kernel.
 struct Kernel {
   std::string_view name;
 };
 const Kernel* add_kernel(std::string_view name);
 
 template <auto kKernel>
-struct Registered {
-  static inline const Kernel* const kernel = add_kernel(names::kernel_name<kKernel>());
-};
+inline const Kernel* const kernel_of = add_kernel(names::kernel_name<kKernel>());
 
 // Records a launch. `read` and `written` are bytes that would cross from L2: whole sectors of 32 bytes, each
 // counted once per block unless it left a cache of 256 KB meanwhile. `loaded` and `stored` are the bytes that threads

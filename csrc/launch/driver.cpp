@@ -11,7 +11,7 @@
 namespace blt::driver {
 namespace {
 
-using Compile = void* (*)(const char* name, int32_t device);  // returns a CUfunction, or null where Python raised
+using Compile = void* (*)(const char* name, int32_t device);  // returns a CUfunction, or null if Python raised
 
 Compile compile = nullptr;
 std::mutex mutex;

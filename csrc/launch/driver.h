@@ -14,7 +14,7 @@
 
 namespace blt::driver {
 
-// A kernel that some launcher can launch.
+// Some launcher can launch this kernel.
 struct Kernel {
   std::string name;
   std::vector<void*> functions;  // has a CUfunction per device, null until it is compiled
@@ -22,9 +22,7 @@ struct Kernel {
 Kernel* add_kernel(std::string_view name);
 
 template <auto kKernel>
-struct Registered {
-  static inline Kernel* const kernel = add_kernel(names::kernel_name<kKernel>());
-};
+inline Kernel* const kernel_of = add_kernel(names::kernel_name<kKernel>());
 
 void* current_stream(int32_t device);
 void zero(int32_t device, void* data, int64_t bytes, void* stream);

@@ -33,7 +33,7 @@ class Runtime {
     const auto run = [&]() __attribute__((no_sanitize("thread"))) { kKernel(parameters...); };
     const auto call = [](const void* f)
                           __attribute__((no_sanitize("thread"))) { (*static_cast<const decltype(run)*>(f))(); };
-    emulator::launch(emulator::Registered<kKernel>::kernel, config, call, &run);
+    emulator::launch(emulator::kernel_of<kKernel>, config, call, &run);
   }
 
  private:

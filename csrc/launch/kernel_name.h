@@ -1,4 +1,4 @@
-// The name of a kernel in C++, by which NVRTC compiles it.
+// Finds the name of a kernel in C++, by which NVRTC compiles it.
 #pragma once
 
 #include <string_view>

@@ -108,6 +108,11 @@ using Constant = std::integral_constant<int, kValue>;
 // Returns the row stride in bytes.
 inline int64_t row_bytes(const Tensor& x) { return x.stride(0) * static_cast<int64_t>(x.element_size()); }
 
+// Returns x, or a contiguous copy if its rows are more than `max_bytes` apart. Such rows are few.
+inline Tensor limit_row_stride(const Tensor& x, int64_t max_bytes) {
+  return x.size(0) <= 1 || row_bytes(x) <= max_bytes ? x : as_contiguous(x);
+}
+
 template <class T>
 int64_t bytes_of(int64_t elements) {
   return elements * static_cast<int64_t>(sizeof(T));
@@ -115,8 +120,8 @@ int64_t bytes_of(int64_t elements) {
 
 inline int64_t address(const void* pointer) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)); }
 
-// Calls f(Constant<n>) with n elements of T per access: 16 bytes of them if 16 divides all of `places`, which are
-// addresses and strides in bytes, else 1.
+// Calls f(Constant<n>) with n elements of T per access: 16 bytes if 16 divides all of `places`, which are addresses and
+// strides in bytes, else 1 element.
 template <class T, class F>
 decltype(auto) dispatch_vec(std::initializer_list<int64_t> places, F&& f) {
   int64_t bits = 0;

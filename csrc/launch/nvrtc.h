@@ -28,7 +28,7 @@ class Runtime {
   template <auto kKernel, class... P>
   void launch(const LaunchConfig& config, const P&... parameters) const {
     void* packed[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-    driver::launch(driver::Registered<kKernel>::kernel, index_, config, packed, stream_);
+    driver::launch(driver::kernel_of<kKernel>, index_, config, packed, stream_);
   }
 
  private:

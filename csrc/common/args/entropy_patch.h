@@ -9,7 +9,7 @@
 
 namespace blt {
 
-// patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, and cu_seqlens if they were not given.
+// Has patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, and cu_seqlens unless it was given.
 using LayoutTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Returns one value per byte, contiguous.

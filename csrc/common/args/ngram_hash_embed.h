@@ -25,7 +25,7 @@ inline Reciprocal reciprocal_of(int64_t vocab) {
   return {divisor, static_cast<uint64_t>(numerator / divisor + 1), ~uint64_t{0} % divisor + 1, bits};
 }
 
-// tokens [bytes] and cu_seqlens [documents + 1], contiguous; without cu_seqlens every document has `length` bytes.
+// tokens [bytes] and cu_seqlens [documents + 1] are contiguous; without cu_seqlens every document has `length` bytes.
 // There is a table per function and size, sizes innermost.
 struct HashArguments {
   Tensor tokens;
@@ -53,7 +53,7 @@ inline HashArguments check_hash(const Tensor& tokens, std::optional<Tensor> cu_s
   return {as_contiguous(tokens), cu_seqlens, documents, length, sizes, num_functions, vocab};
 }
 
-// The rows [low, high) of every hashed table that this rank holds.
+// This rank holds rows [low, high) of every hashed table.
 struct TableShard {
   int64_t low, high;
   int64_t rows() const { return high - low; }
@@ -106,8 +106,8 @@ inline EmbedArguments check_embed(const Tensor& tokens, std::vector<Tensor> tabl
   return {hash, shard, tables, byte_table};
 }
 
-// The gradients of all tables: the hashed ones, then the byte table if it has `alphabet` rows. Each is one result, or
-// part of one: those of a fused tensor share a result.
+// Describes the gradients of all tables: the hashed ones, then the byte table if it has `alphabet` rows. Each is one
+// result, or part of one: those of a fused tensor share a result.
 struct TableGradArguments {
   Tensor grad_out;
   HashArguments hash;

@@ -22,7 +22,7 @@ inline StepArguments check_step(const Tensor& table, const Tensor& rows, const T
   return step;
 }
 
-// Adagrad's sum of squares of each row of the table.
+// sums is [size]: Adagrad's sum of squares of each row of the table.
 inline void check_sums(const Tensor& sums, const Tensor& table) {
   check_shape(sums, "sums", {table.size(0)});
   check_dtype(sums, "sums", accumulator(table));

@@ -20,7 +20,6 @@ struct Reduction {
   FoldKind fold;
   bool is_mean = false;
 
-  bool is_extreme() const { return fold == FoldKind::kMax || fold == FoldKind::kMin; }
   // Returns what the fold of `length` rows is divided by.
   template <class A>
   A divisor(int64_t length) const {
@@ -110,7 +109,7 @@ inline PoolGradArguments check_pool_grad(const Tensor& grad_out, const std::opti
   const int64_t bytes = patch_ids.size(0);
   check_shape(grads, "grad_out", {patches, width * count});
   std::optional<Tensor> inputs, results;
-  if (std::any_of(reductions.begin(), reductions.end(), [](const Reduction& r) { return r.is_extreme(); })) {
+  if (has_fold(reductions, FoldKind::kMax) || has_fold(reductions, FoldKind::kMin)) {
     STD_TORCH_CHECK(x && out, "x, out: expected tensors, since reduce has max or min");
     inputs = unit_rows(*x, "x"), results = unit_rows(*out, "out");
     check_dtype(*inputs, "x", grads.scalar_type());

@@ -1,4 +1,5 @@
-// Products of bf16 matrices in the tile registers of AMX, exact and summed in fp32, and the layouts that they read.
+// Multiplies bf16 matrices in the tile registers of AMX, exact and summed in fp32, and makes the layouts that they
+// read.
 //
 // The left factor is read as rows. The right factor is a block of pairs, pairs[d / 2][lane][d % 2]. `pack_transposed`
 // makes it from the rows of a tensor, and `join` from two vectors of weights.
@@ -30,10 +31,10 @@ inline bool has_amx() {
   return allowed;
 }
 
-inline constexpr int64_t kAmxStep = 128;  // rows in a step: twice kStep, so sums are loaded and stored half as often
+inline constexpr int64_t kAmxStep = 128;                   // twice kStep rows: sums are loaded and stored half as often
 inline constexpr int64_t kTileRows = 16, kTileDepth = 32;  // a tile register holds 16 rows of 64 bytes
 
-// A constant, because GCC believes that the instruction reads the first 8 bytes only, and drops stores to the others.
+// It is a constant, because GCC believes that the instruction reads only the first 8 bytes, and drops other stores.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -47,8 +48,8 @@ struct TileRegisters {
   __attribute__((target("amx-tile"))) ~TileRegisters() { _tile_release(); }
 };
 
-// out[row][lane] (+)= sum over d of left[row][d] * right[d][lane] for 32 rows and 32 lanes, in four registers. Rows of
-// `out` and pairs of rows of `right` have `pitch` lanes.
+// Sets or adds to out[row][lane] the sum over d of left[row][d] * right[d][lane] for 32 rows and 32 lanes, in four
+// registers. Rows of `out` and pairs of rows of `right` have `pitch` lanes.
 __attribute__((target("amx-tile,amx-bf16"))) inline void amx_square(float* out, const BFloat16* left, int64_t stride,
                                                                     const BFloat16* right, int64_t depth, bool add,
                                                                     int64_t pitch) {
@@ -81,7 +82,7 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void amx_square(float* out, 
   _tile_stored(3, below + kTileRows, bytes);
 }
 
-// The same for `rows` rows and `pitch` lanes, both multiples of 32. By default `out` is a block.
+// Does so for `rows` rows and `pitch` lanes, both multiples of 32. By default `out` is a block.
 __attribute__((target("amx-tile,amx-bf16"))) inline void amx_product(float* out, int64_t rows, const BFloat16* left,
                                                                      int64_t stride, const BFloat16* right,
                                                                      int64_t depth, bool add,
@@ -104,26 +105,26 @@ inline Range whole_registers(const Range& range, int64_t first) {
   return {first + (range.begin - first) / (2 * kTileRows) * 2 * kTileRows, range.end};
 }
 
-// rows[i][e] = x[range.begin + i][e], and 0 for range.size() <= i < padded.
+// Sets rows[i][e] to x[range.begin + i][e], and to 0 for range.size() <= i < padded.
 inline void gather(BFloat16* rows, const Heads& x, int64_t head, const Range& range, int64_t padded, int64_t width) {
   for (int64_t i = 0; i < range.size(); ++i)
     std::copy_n(x.row<BFloat16>(range.begin + i, head), width, rows + i * width);
   std::fill(rows + range.size() * width, rows + padded * width, BFloat16(0.0f));
 }
 
-// x *= power, for whole vectors of numbers. A power of two is exact.
+// Multiplies whole vectors of numbers by a power of two, which is exact.
 inline void multiply(BFloat16* x, int64_t count, float power) {
   for (int64_t i = 0; i < count; i += kLanes) store_as<BFloat16, float>(x + i, power * load_as<float>(x + i));
 }
 
-// pairs[e / 2][row] = the elements e and e + 1 of a row, for 16 rows that are `stride` apart and even e < 32.
+// Loads elements e and e + 1 of a row as pairs[e / 2][row], for 16 rows that are `stride` apart and even e < 32.
 inline void load_pairs(VecF (&pairs)[kLanes], const BFloat16* rows, int64_t stride) {
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) std::memcpy(&pairs[i], rows + i * stride, sizeof(VecF));
   transpose<float>(pairs);
 }
 
-// The right factor right[d][lane] = rows[lane][d].
+// Makes the right factor right[d][lane] = rows[lane][d].
 inline void pack_transposed(BFloat16* right, const BFloat16* rows, int64_t width) {
   for (int64_t lane = 0; lane < kWidth<float>; lane += kLanes)
     for (int64_t e = 0; e < width; e += 2 * kLanes) {
@@ -135,7 +136,7 @@ inline void pack_transposed(BFloat16* right, const BFloat16* rows, int64_t width
     }
 }
 
-// The right factor right[i][e] = rows[i][e] for an even number of rows.
+// Makes the right factor right[i][e] = rows[i][e] for an even number of rows.
 inline void pack_rows(BFloat16* right, const BFloat16* rows, int64_t count, int64_t width) {
   for (int64_t i = 0; i < count; i += 2)
     for (int64_t e = 0; e < width; ++e) {
@@ -144,11 +145,11 @@ inline void pack_rows(BFloat16* right, const BFloat16* rows, int64_t count, int6
     }
 }
 
-// The left factor columns[e][i] = rows[i][e] for `count` rows, a multiple of 32.
+// Makes the left factor columns[e][i] = rows[i][e] for `count` rows, a multiple of 32.
 inline void gather_columns(BFloat16* columns, const BFloat16* rows, int64_t count, int64_t width) {
   for (int64_t i = 0; i < count; i += 2 * kLanes)
     for (int64_t e = 0; e < width; e += 2 * kLanes) {
-      VecF even[kLanes], odd[kLanes];  // rows
+      VecF even[kLanes], odd[kLanes];  // are halves of rows
       load_pairs(even, rows + i * width + e, 2 * width);
       load_pairs(odd, rows + (i + 1) * width + e, 2 * width);
 #pragma GCC unroll 16
@@ -170,7 +171,7 @@ inline void join(BFloat16* pairs, VecF even, VecF odd) {
   std::memcpy(pairs, &both, sizeof(both));
 }
 
-// 2^x with a relative error below 2e-7, and 0 below -126: products with subnormal weights would take long.
+// Returns 2^x with a relative error below 2e-7, and 0 below -126: products with subnormal weights would take long.
 inline VecF exp2_or_zero(VecF x) {
   constexpr float kExp2[] = {1.0f, 0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
   const VecF f = (VecF)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -186,7 +187,7 @@ inline BFloat16* take_bf16(Scratch<float>& scratch, int64_t size) {
   return reinterpret_cast<BFloat16*>(scratch.take(size / 2));
 }
 
-// Elements of scratch for an item whose tiles have `blocks` blocks of fp32 each, or twice as many of bf16, and for
+// Returns elements of scratch for an item whose tiles have `blocks` blocks of fp32, or twice as many of bf16, and for
 // `gathered` gathered factors.
 inline int64_t amx_scratch(int64_t blocks, int64_t gathered, int64_t head_dim) {
   const int64_t block = Scratch<float>::padded(head_dim * kWidth<float>);

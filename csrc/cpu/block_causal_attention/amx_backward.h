@@ -1,4 +1,4 @@
-// The backward pass of block_causal_attention for bf16 on processors with AMX: that of backward.cpp, with all products
+// Computes the backward pass of block_causal_attention for bf16 with AMX, as backward.cpp does, with all products
 // in tile registers. p and ds are rounded to bf16 before they multiply rows.
 #pragma once
 
@@ -13,14 +13,14 @@ namespace blt {
 
 static_assert(kAmxBackwardPadding == 2 * kTileRows, "products write whole squares of rows");
 
-// The softmax of gathered queries: lse and max in units of log 2, and what RowSoftmax says of them.
+// Has the softmax of gathered queries: lse and max in units of log 2, and what RowSoftmax has of them.
 struct GatheredQueries {
   Range keys[kGathered];
   float lse[kGathered], delta[kGathered], max[kGathered], inverse_sum[kGathered];
   bool large[kGathered];
 };
 
-// p and ds of a step as right factors; ds as a left factor too, [query][lane].
+// Points to p and ds of a step as right factors, and to ds as a left factor too, [query][lane].
 struct Weights {
   BFloat16 *p, *ds, *ds_rows;
 };
@@ -110,7 +110,7 @@ void propagate_amx(const Problem& problem, const RowSoftmax<float>& saved, const
         rows.large[i] = saved.is_large(saved.lse[number]);
         if (rows.large[i]) rows.max[i] = saved.max[number], rows.inverse_sum[i] = saved.inverse_sum[number];
         if (rows.keys[i].size() > 0) continue;
-        std::fill_n(queries + i * head_dim, head_dim, BFloat16(0.0f));  // may hold NaN
+        std::fill_n(queries + i * head_dim, head_dim, BFloat16(0.0f));  // they may hold NaN
         std::fill_n(grads + i * head_dim, head_dim, BFloat16(0.0f));
       }
       gather_columns(query_columns, queries, padded, head_dim);

@@ -1,4 +1,4 @@
-// The forward pass of block_causal_attention for bf16 on processors with AMX: the tiles and the softmax of forward.cpp,
+// Computes the forward pass of block_causal_attention for bf16 with AMX: the tiles and the softmax of forward.cpp,
 // with both products in tile registers. Weights are rounded to bf16 before they multiply values, as in every flash
 // attention on tensor cores.
 #pragma once
@@ -14,7 +14,7 @@ namespace blt {
 // shift, at most 2^-14. It takes a single multiply-add.
 inline constexpr float kFusedExponent = 1024;
 
-// The second half of the softmax, after update_max: scores [rows][lane] become weights in pairs. `rows` is even.
+// Does the second half of the softmax, after update_max: scores [rows][lane] become weights in pairs. `rows` is even.
 inline void exp_score_pairs(BFloat16* weights, const float* scores, int64_t rows, float factor,
                             QueryBlock<float>& block) {
   const float to_base_2 = kLog2e * factor;

@@ -1,4 +1,4 @@
-// The backward pass of block_causal_attention: a run of key tiles against the queries that attend to its keys.
+// Computes the backward pass of block_causal_attention: a run of key tiles against the queries that attend to its keys.
 
 #include "backward.h"
 
@@ -9,7 +9,7 @@
 namespace blt {
 namespace {
 
-// q . k and grad . v, both [query][lane], become p and ds. `keys` has the range of each query. The first query has
+// Turns q . k and grad . v, both [query][lane], into p and ds. `keys` has the range of each query. The first query has
 // number `begin` in `saved`, and the next one's is `stride` higher.
 template <class A>
 void weigh_queries(A* scores, A* dp, const Range* keys, const RowSoftmax<A>& saved, int64_t begin, int64_t stride,
@@ -83,7 +83,7 @@ void propagate(const Problem& problem, const RowSoftmax<A>& saved, const OutputH
         while (problem.ranges.cu_seqlens_q[b + 1] <= query) ++b;
         keys[query - begin] = problem.ranges.keys(query, b);
         if (keys[query - begin].size() > 0) continue;
-        std::fill_n(queries + (query - begin) * head_dim, head_dim, A(0));  // may hold NaN
+        std::fill_n(queries + (query - begin) * head_dim, head_dim, A(0));  // they may hold NaN
         std::fill_n(grads + (query - begin) * head_dim, head_dim, A(0));
       }
       for (size_t t = 0; t < tiles.size(); ++t) {

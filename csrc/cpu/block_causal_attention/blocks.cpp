@@ -1,4 +1,4 @@
-// Rows of heads in and out of blocks, for all storage dtypes.
+// Moves rows of heads in and out of blocks, for all storage dtypes.
 
 #include "blocks.h"
 
@@ -8,8 +8,7 @@ namespace blt {
 
 template <class A>
 void gather_rows(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, int64_t pitch) {
-  dispatch_storage<A>(x.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_storage<A>(x.dtype, [&]<class T>(Tag<T>) {
     const int64_t whole = head_dim / lanes<A> * lanes<A>;
     for (int64_t i = 0; i < rows.size(); ++i) {
       const T* const row = x.row<T>(rows.begin + i, head);
@@ -21,8 +20,7 @@ void gather_rows(A* block, const Heads& x, int64_t head, const Range& rows, int6
 
 template <class A>
 void gather_chunk(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, int64_t chunk) {
-  dispatch_storage<A>(x.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_storage<A>(x.dtype, [&]<class T>(Tag<T>) {
     const int64_t begin = chunk * kWidth<A>;
     for (int64_t i = 0; i < rows.size(); ++i) {
       const T* const row = x.row<T>(rows.begin + i, head) + begin;
@@ -41,8 +39,7 @@ void gather_chunk(A* block, const Heads& x, int64_t head, const Range& rows, int
 
 template <class A>
 A* transpose_in(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, A factor, int64_t width) {
-  dispatch_storage<A>(x.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_storage<A>(x.dtype, [&]<class T>(Tag<T>) {
     const int64_t begin = rows.begin, count = rows.size();
     const int64_t whole = head_dim / lanes<A> * lanes<A>;
     for (int64_t lane = 0; lane < width; lane += lanes<A>) {
@@ -66,8 +63,7 @@ A* transpose_in(A* block, const Heads& x, int64_t head, const Range& rows, int64
 template <class A>
 void transpose_out(const OutputHeads& x, int64_t head, const Range& rows, int64_t head_dim, const A* block,
                    const A* factor) {
-  dispatch_storage<A>(x.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_storage<A>(x.dtype, [&]<class T>(Tag<T>) {
     const int64_t begin = rows.begin, count = rows.size();
     const int64_t whole = head_dim / lanes<A> * lanes<A>;
     for (int64_t lane = 0; lane < count; lane += lanes<A>) {
@@ -89,8 +85,7 @@ void transpose_out(const OutputHeads& x, int64_t head, const Range& rows, int64_
 
 template <class A>
 void store_row(const OutputHeads& x, int64_t i, int64_t head, int64_t head_dim, const A* row) {
-  dispatch_storage<A>(x.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_storage<A>(x.dtype, [&]<class T>(Tag<T>) {
     T* const out = x.row<T>(i, head);
     int64_t e = 0;
     for (; e + lanes<A> <= head_dim; e += lanes<A>) store_as<T, A>(out + e, load(row + e));
@@ -100,8 +95,7 @@ void store_row(const OutputHeads& x, int64_t i, int64_t head, int64_t head_dim, 
 
 template <class A>
 void dot_rows(A* out, const Heads& x, const Heads& y, int64_t begin, int64_t end, int64_t num_heads, int64_t head_dim) {
-  dispatch_storage<A>(x.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_storage<A>(x.dtype, [&]<class T>(Tag<T>) {
     for (int64_t i = begin; i < end; ++i) {
       const T* const left = x.row<T>(i / num_heads, i % num_heads);
       const T* const right = y.row<T>(i / num_heads, i % num_heads);

@@ -1,4 +1,5 @@
-// Rows of heads in and out of blocks, and the vector functions that the passes of block_causal_attention share.
+// Moves rows of heads in and out of blocks, and has the vector functions that the passes of block_causal_attention
+// share.
 //
 // Storage dtypes end here: a block holds accumulators, fp32 or fp64, so the passes are compiled for these two only.
 #pragma once
@@ -17,7 +18,7 @@
 
 namespace blt {
 
-// A [T, heads, E] tensor with unit stride in E.
+// Points to a [T, heads, E] tensor with unit stride in E.
 template <class Void>
 struct HeadsOf {
   Void* data;
@@ -46,7 +47,7 @@ struct Problem {
 // score. factor * (s - max) is then exact at any size, which the single multiply-add factor * s - factor * max is not.
 template <class A>
 struct Scaling {
-  A power = 0, factor = 1;  // for a scale of 0
+  A power = 0, factor = 1;  // are those of a scale of 0
 
   explicit Scaling(double scale) {
     if (scale == 0) return;
@@ -93,7 +94,7 @@ template <class A, int kHalf = 1>
 inline void transpose(Vec<A> (&rows)[lanes<A>]) {
   if constexpr (kHalf < lanes<A>) {
     [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
-      // Lanes of both rows, those of the second numbered after those of the first.
+      // The numbers are lanes of both rows, those of the second after those of the first.
       using Low = std::integer_sequence<int, (kLane & kHalf ? lanes<A> + kLane - kHalf : kLane)...>;
       using High = std::integer_sequence<int, (kLane & kHalf ? lanes<A> + kLane : kLane + kHalf)...>;
 #pragma GCC unroll 16
@@ -108,10 +109,10 @@ inline void transpose(Vec<A> (&rows)[lanes<A>]) {
   }
 }
 
-// exp(factor x) for factor x of at most 88, and 0 below kExpMin: products with subnormal weights would take a hundred
+// Returns exp(factor x) for factor x of at most 88, and 0 below kExpMin: products with subnormal weights take a hundred
 // times as long.
 inline VecF bounded_exp(VecF x, float factor = 1) {
-  const VecF p = exp2_of_product(x, kLog2e * factor);  // any bits below kExpMin
+  const VecF p = exp2_of_product(x, kLog2e * factor);  // has any bits below kExpMin
   return x < broadcast(kExpMin / factor) ? VecF{} : p;
 }
 inline Vec<double> bounded_exp(Vec<double> x, double factor = 1) { return exp(factor * x); }
@@ -124,11 +125,11 @@ inline bool any(M mask) {
   return all;
 }
 
-// The score of a masked key.
+// A masked key has this score.
 template <class A>
 inline constexpr A kMaskedScore = -std::numeric_limits<A>::infinity();
 
-// The position in a row of a block of each lane of vector c.
+// Returns the position of each lane of vector c in a row of a block.
 template <class A>
 inline Vec<A> lane_numbers(int c) {
   Vec<A> numbers;
@@ -138,37 +139,37 @@ inline Vec<A> lane_numbers(int c) {
 
 // --- rows in and out of blocks (blocks.cpp) --------------------------------------------------------------------------
 
-// block[i][e] = x[rows.begin + i][e], with rows of the block `pitch` elements apart. In the tensor, they may be a power
-// of two apart, all in one set of the cache.
+// Sets block[i][e] to x[rows.begin + i][e], with rows of the block `pitch` elements apart. In the tensor, they may be a
+// power of two apart, all in one set of the cache.
 template <class A>
 void gather_rows(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, int64_t pitch);
 
-// block[i][lane] = x[rows.begin + i][chunk * kWidth + lane], and 0 beyond E. Prefetches the same of the next head.
+// Sets block[i][lane] to x[rows.begin + i][chunk * kWidth + lane], or 0 beyond E, and prefetches that of the next head.
 template <class A>
 void gather_chunk(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, int64_t chunk);
 
-// block[e][lane] = factor * x[rows.begin + lane][e] for lanes < width, whole vectors; lanes beyond the rows are 0.
-// Returns the block.
+// Sets block[e][lane] to factor * x[rows.begin + lane][e] for lanes < width, whole vectors; lanes beyond the rows are
+// 0. Returns the block.
 template <class A>
 A* transpose_in(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, A factor,
                 int64_t width = kWidth<A>);
 
-// x[rows.begin + lane][e] = factor[lane] * block[e][lane].
+// Sets x[rows.begin + lane][e] to factor[lane] * block[e][lane].
 template <class A>
 void transpose_out(const OutputHeads& x, int64_t head, const Range& rows, int64_t head_dim, const A* block,
                    const A* factor);
 
-// x[i][e] = row[e].
+// Sets x[i][e] to row[e].
 template <class A>
 void store_row(const OutputHeads& x, int64_t i, int64_t head, int64_t head_dim, const A* row);
 
-// out[i * num_heads + head] = x[i][head] . y[i][head] for pairs (i, head) from number `begin` to `end`.
+// Sets out[i * num_heads + head] to x[i][head] . y[i][head] for pairs (i, head) from number `begin` to `end`.
 template <class A>
 void dot_rows(A* out, const Heads& x, const Heads& y, int64_t begin, int64_t end, int64_t num_heads, int64_t head_dim);
 
 // --- masks -----------------------------------------------------------------------------------------------------------
 
-// The keys that the query in each lane attends to, and those that all of them attend to, relative to key `origin`.
+// Has the keys that the query in each lane attends to, and those that all of them attend to, relative to key `origin`.
 template <class A>
 struct LaneRanges {
   alignas(kVecBytes) A first[kWidth<A>], last[kWidth<A>];

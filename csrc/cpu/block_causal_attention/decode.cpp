@@ -250,8 +250,7 @@ void decode(const torch::stable::Tensor& like, const Problem& problem, const Out
   const int64_t partial_size = partial_pitch<A>(problem.head_dim);
   std::optional<Tensor> partial;
   if (partial_rows > 0) partial = new_output(like, {partial_rows * partial_size}, accumulator(like));
-  dispatch_storage<A>(problem.k.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_storage<A>(problem.k.dtype, [&]<class T>(Tag<T>) {
     const Decoder<T, A> decoder = {problem, out, lse, partial ? partial->mutable_data_ptr<A>() : nullptr};
     for_each_item<A>(like, head_parts, parts, problem.num_heads / head_parts * kDecodeCost,
                      Decoder<T, A>::scratch(rows, problem.head_dim),

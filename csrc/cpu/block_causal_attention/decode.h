@@ -1,4 +1,5 @@
-// The forward pass of block_causal_attention for tiles of few queries: decoding with a cache, and short documents.
+// Computes the forward pass of block_causal_attention for tiles of few queries: decoding with a cache, and short
+// documents.
 //
 // Such a tile would leave most lanes empty with queries across them. So here E lies across the lanes, and keys lie
 // across them in the softmax. Keys and values are not packed: products read the rows of the tensors, a block of keys
@@ -16,7 +17,7 @@
 
 namespace blt {
 
-// Computes out and lse [Tq, H] of the queries of these tiles; `like` is a tensor that scratch is allocated for.
+// Computes out and lse [Tq, H] of the queries of these tiles. Scratch is allocated like the tensor `like`.
 template <class A>
 void decode(const torch::stable::Tensor& like, const Problem& problem, const OutputHeads& out, A* lse,
             const std::vector<Tile>& tiles);

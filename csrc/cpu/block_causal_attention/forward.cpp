@@ -1,4 +1,5 @@
-// The forward pass of block_causal_attention: a run of query tiles against the keys that its queries attend to.
+// Computes the forward pass of block_causal_attention: a run of query tiles against the keys that its queries attend
+// to.
 
 #include "forward.h"
 

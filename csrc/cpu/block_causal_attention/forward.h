@@ -1,12 +1,12 @@
-// The forward pass of block_causal_attention over tiles of queries, with two kinds of results: out and lse, or what the
-// backward pass needs to know of rows with a large lse.
+// Computes the forward pass of block_causal_attention over tiles of queries, with one of two results: out and lse, or
+// what backward pass needs to know of rows with a large lse.
 #pragma once
 
 #include "blocks.h"
 
 namespace blt {
 
-// Results of the forward operator.
+// Points to the results of the forward operator.
 template <class A>
 struct Output {
   static constexpr bool kValues = true;
@@ -24,14 +24,14 @@ struct RowSoftmax {
   static constexpr bool kValues = false;
   static constexpr int64_t kBlocks = 3;  // blocks [E][lane] of a tile: queries, gradients, acc
   Heads grad;
-  const A* lse;                  // [Tq, H], as all of these
+  const A* lse;                  // [Tq, H], as are all of these
   A *delta, *max, *inverse_sum;  // max and inverse_sum are set where lse is large
   A large_lse;
 
   bool is_large(A lse) const { return std::abs(lse) >= large_lse && std::abs(lse) <= std::numeric_limits<A>::max(); }
 };
 
-// The smallest |lse| whose rounding makes p wrong by more than 32 eps of the accumulators, or by 256 eps of them where
+// This is the smallest |lse| whose rounding makes p wrong by more than 32 eps of the accumulators, or 256 eps where
 // gradients have 16 bits.
 template <class A>
 A large_lse(torch::headeronly::ScalarType dtype) {
@@ -44,9 +44,9 @@ A large_lse(torch::headeronly::ScalarType dtype) {
 template <class Results, class A>
 void attend(const Problem& problem, const Results& results, int64_t head, Run tiles, Scratch<A> scratch);
 
-inline constexpr int64_t kForwardGathered = 3;  // factors in amx_scratch: gathered keys, and values twice
+inline constexpr int64_t kForwardGathered = 3;  // amx_scratch holds gathered keys, and values twice
 
-// The same for bf16 on a processor with AMX, for E a multiple of 32 (amx_forward.h).
+// Does so for bf16 on a processor with AMX, for E a multiple of 32 (amx_forward.h).
 template <class Results>
 void attend_amx(const Problem& problem, const Results& results, int64_t head, Run tiles, Scratch<float> scratch);
 

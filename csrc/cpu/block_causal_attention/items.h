@@ -1,4 +1,4 @@
-// The division of the work of block_causal_attention among threads.
+// Divides the work of block_causal_attention among threads.
 #pragma once
 
 #include "../support/alloc.h"
@@ -7,14 +7,14 @@
 
 namespace blt {
 
-inline constexpr int64_t kSerialWork = 16 * 1024;  // the fewest (lane, streamed row) pairs worth a second thread
+inline constexpr int64_t kSerialWork = 16 * 1024;  // so many (lane, streamed row) pairs are worth a second thread
 
 // Calls f(head, item, scratch) for all heads and items, with equal shares of the work for the threads. A streamed row
 // costs as much as `cost` (lane, row) pairs; f gets `size` elements of scratch.
 template <class A, class Item, class F>
 void for_each_item(const Tensor& like, int64_t heads, const std::vector<Item>& items, int64_t cost, int64_t size, F f) {
   if (items.empty()) return;
-  std::vector<int64_t> before = {0};  // work before each item
+  std::vector<int64_t> before = {0};  // is the work before each item
   for (const Item& item : items) before.push_back(before.back() + work_of(item));
   const int64_t total = heads * before.back();
   const int64_t threads = total * cost <= kSerialWork ? 1 : torch::stable::get_num_threads();

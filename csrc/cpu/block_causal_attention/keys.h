@@ -1,15 +1,15 @@
-// The tile of keys that both backward passes of block_causal_attention use.
+// Both backward passes of block_causal_attention use this tile of keys.
 #pragma once
 
 #include "backward.h"
 
 namespace blt {
 
-// The keys of a tile across the lanes; T is the type of the factors.
+// Points to the keys of a tile, which lie across the lanes; T is the type of the factors.
 template <class A, class T = A>
 struct KeyBlock {
-  T *keys, *values;  // [E][lane], the keys times Scaling::power
-  T* rows;           // the keys as a right factor: [lane][pitch]
+  T *keys, *values;  // [E][lane], is the keys times Scaling::power
+  T* rows;           // [lane][pitch], is the keys as a right factor
   A *dk, *dv;        // [E][lane]
 };
 

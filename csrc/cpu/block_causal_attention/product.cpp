@@ -34,7 +34,7 @@ void product_rows(A* out, const A* left, int64_t row_stride, int64_t step, const
     }
 }
 
-// kVectors vectors of each row; rows of `out` and `right` are `pitch` elements apart.
+// Multiplies kVectors vectors of each row; rows of `out` and `right` are `pitch` elements apart.
 template <int kVectors, class A>
 void product_columns(A* out, int64_t rows, const A* left, int64_t row_stride, int64_t step, const A* right,
                      int64_t depth, bool add, int64_t pitch) {

@@ -1,4 +1,4 @@
-// Products of small matrices whose last dimension lies across the vector lanes.
+// Multiplies small matrices whose last dimension lies across the vector lanes.
 //
 // A block is a row-major matrix with kWidth<A> columns: as many as kColumns vectors hold. `product` keeps kRegisterRows
 // rows of the result in registers, and adds them to memory only at the end: long sums are then sums of short ones,
@@ -29,13 +29,13 @@ int64_t whole_vectors(int64_t columns) {
   return (columns + lanes<A> - 1) / lanes<A> * lanes<A>;
 }
 
-// out[i] (+)= sum over d < depth of left[i * row_stride + d * step] * right[d] for i < rows. `out` and `right` are
-// blocks.
+// Sets or adds to out[i] the sum over d < depth of left[i * row_stride + d * step] * right[d] for i < rows. `out` and
+// `right` are blocks.
 template <class A>
 void product(A* out, int64_t rows, const A* left, int64_t row_stride, int64_t step, const A* right, int64_t depth,
              bool add);
 
-// The same for rows of `width` columns, which are whole vectors.
+// Does so for rows of `width` columns, which are whole vectors.
 template <class A>
 void wide_product(A* out, int64_t rows, const A* left, int64_t row_stride, int64_t step, const A* right, int64_t depth,
                   bool add, int64_t width);

@@ -1,4 +1,4 @@
-// The streaming softmax of a tile of queries: scores become weights, while the running maximum and sum of each query
+// Computes the streaming softmax of a tile of queries: scores become weights, while maximum and sum of each query
 // follow.
 #pragma once
 
@@ -11,17 +11,17 @@ namespace blt {
 // is most precise near 0.
 inline constexpr int kGrowth = 1;
 
-// The queries of a tile across the lanes, and the state of their softmax.
+// Points to the queries of a tile, which lie across the lanes, and to the state of their softmax.
 template <class A>
 struct QueryBlock {
   A* queries;  // [E][lane]
-  A* acc;      // [E][lane], sums of weights times values; without values [lane], sums of weights times grad . v
+  A* acc;      // [E][lane], sums of weights times values, or without values [lane], sums of weights times grad . v
   Vec<A> max[kColumns], sum[kColumns];
   LaneRanges<A> keys;
   Vec<A> shift(int c) const { return max[c] == kMaskedScore<A> ? Vec<A>{} : max[c]; }
 };
 
-// The first half of the softmax of scores [key][lane]: those of masked keys become kMaskedScore, and `max` follows the
+// Does the first half of the softmax of scores [key][lane]: masked ones become kMaskedScore, and `max` follows the
 // largest, with the first `acc_rows` rows of acc rescaled.
 template <bool kMasked, class A>
 void update_max(A* scores, const Range& keys, A factor, QueryBlock<A>& block, int64_t acc_rows) {
@@ -66,7 +66,7 @@ void exp_scores(A* scores, const Range& keys, A factor, QueryBlock<A>& block, in
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) {
       A* const cell = scores + j * kWidth<A> + c * lanes<A>;
-      const Vec<A> p = bounded_exp(load(cell) - shift[c], factor);  // 0 for kMaskedScore
+      const Vec<A> p = bounded_exp(load(cell) - shift[c], factor);  // is 0 for kMaskedScore
       store(cell, p);
       sum[c] += p;
     }
@@ -74,7 +74,7 @@ void exp_scores(A* scores, const Range& keys, A factor, QueryBlock<A>& block, in
   for (int c = 0; c < kColumns; ++c) block.sum[c] = sum[c];
 }
 
-// acc[lane] += sum over rows of weights[row][lane] * dp[row][lane]. dp may be NaN where the weight is 0.
+// Adds to acc[lane] the sum over rows of weights[row][lane] * dp[row][lane]. dp may be NaN where the weight is 0.
 template <class A>
 void add_products(A* acc, const A* weights, const A* dp, int64_t rows) {
   for (int64_t j = 0; j < rows; ++j)

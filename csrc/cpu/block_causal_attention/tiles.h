@@ -1,4 +1,4 @@
-// The keys that each query of packed documents attends to, the tiles that follow from them, and their division among
+// Finds the keys that each query of packed documents attends to, makes tiles from them, and divides the tiles among
 // threads.
 //
 // The keys of a query are a range, and neither end of it falls from one query to the next. So a tile of queries may
@@ -17,7 +17,7 @@
 
 namespace blt {
 
-inline constexpr int64_t kStep = 64;  // streamed rows in a step
+inline constexpr int64_t kStep = 64;  // a step has so many streamed rows
 
 // An item of work is a few tiles, so that each streamed row is gathered once for all of them: as many tiles as fit into
 // kBlockBytes, which leaves room in an L2 cache, and into kMaxLanes lanes.
@@ -25,7 +25,7 @@ inline constexpr int64_t kBlockBytes = 512 * 1024, kMaxLanes = 512;
 template <class A>
 inline constexpr int64_t kMaxTiles = kMaxLanes / kWidth<A>;
 
-// Tiles in an item whose tiles have `blocks` blocks of head_dim * kWidth elements each.
+// Returns the number of tiles in an item whose tiles have `blocks` blocks of head_dim * kWidth elements each.
 template <class A>
 int64_t tiles_of_item(int64_t blocks, int64_t head_dim) {
   const int64_t fit = kBlockBytes / (blocks * head_dim * kWidth<A> * static_cast<int64_t>(sizeof(A)));
@@ -39,11 +39,11 @@ struct Range {
 
 inline Range overlap(const Range& a, const Range& b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 
-// The range of keys that each query attends to.
+// Computes the range of keys that each query attends to.
 struct KeyRanges {
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
-  const int32_t* seqused_k;  // number of unmasked keys of each document, or null
+  const int32_t* seqused_k;  // counts the unmasked keys of each document, or is null
   int64_t documents, window;
   bool causal;
 
@@ -51,13 +51,13 @@ struct KeyRanges {
     return std::upper_bound(cu_seqlens_q + 1, cu_seqlens_q + documents + 1, query) - cu_seqlens_q - 1;
   }
 
-  // The end of the unmasked keys of document b.
+  // Returns the end of the unmasked keys of document b.
   int64_t keys_end(int64_t b) const {
     const int64_t end = cu_seqlens_k[b + 1];
     return seqused_k ? std::min<int64_t>(int64_t{cu_seqlens_k[b]} + std::max(seqused_k[b], 0), end) : end;
   }
 
-  // The keys that a query of document b attends to.
+  // Returns the keys that a query of document b attends to.
   Range keys(int64_t query, int64_t b) const {
     const int64_t begin = cu_seqlens_k[b];
     const int64_t end = keys_end(b);
@@ -68,22 +68,22 @@ struct KeyRanges {
   }
 };
 
-// The rows that lie across the vector lanes, and the rows that are streamed past them.
+// Some rows lie across the vector lanes, others are streamed past them.
 struct Tile {
   Range lanes, streamed;
-  bool few = false;  // of queries: the tile takes the decode path (decode.h)
+  bool few = false;  // a tile of few queries takes the decode path (decode.h)
   int64_t work() const { return streamed.size(); }
 };
 
-// The rows that some tiles stream, of which each tile's follow the previous one's.
+// Returns the rows that some tiles stream, of which each tile's follow the previous one's.
 inline Range streamed_by(std::span<const Tile> tiles) {
   return {tiles.front().streamed.begin, tiles.back().streamed.end};
 }
 
-// The most queries of a document that take the decode path together.
+// At most so many queries of a document take the decode path together.
 inline constexpr int64_t kMaxDecodeQueries = 16;
 
-// Tiles of up to `lanes` queries and the keys that they attend to. Queries beyond the last document are in no tile. A
+// Makes tiles of up to `lanes` queries and the keys that they attend to. Queries beyond the last document have none. A
 // document of at most `alone` queries is a tile of few queries, and so is what is left of a longer one.
 inline std::vector<Tile> query_tiles(const KeyRanges& ranges, int64_t lanes, int64_t alone) {
   std::vector<Tile> tiles;
@@ -109,7 +109,7 @@ inline std::vector<Tile> query_tiles(const KeyRanges& ranges, int64_t lanes, int
   return tiles;
 }
 
-// Tiles of up to `lanes` keys and the queries that attend to them.
+// Makes tiles of up to `lanes` keys and the queries that attend to them.
 inline std::vector<Tile> key_tiles(const std::vector<Tile>& queries, int64_t keys, int64_t lanes) {
   std::vector<Tile> tiles;
   auto first = queries.begin();
@@ -143,7 +143,7 @@ struct Scratch {
   }
 };
 
-// Elements of scratch for an item whose tiles have `blocks` blocks of [E][lane] each: two blocks of [step][lane] and
+// Returns elements of scratch for an item whose tiles have `blocks` blocks of [E][lane]: two blocks of [step][lane] and
 // two of [step][E] are added.
 template <class A>
 int64_t tile_scratch(int64_t blocks, int64_t head_dim) {
@@ -153,7 +153,7 @@ int64_t tile_scratch(int64_t blocks, int64_t head_dim) {
 
 // --- division of the work --------------------------------------------------------------------------------------------
 
-// Consecutive tiles whose streamed rows overlap.
+// A run has consecutive tiles whose streamed rows overlap.
 using Run = std::span<const Tile>;
 
 // The work of a tile is its streamed rows, and one more for its own rows.
@@ -174,11 +174,11 @@ inline std::vector<Run> runs_of(std::span<const Tile> tiles, int64_t max_tiles) 
   return runs;
 }
 
-// Tiles of keys, with sums of dq of their own for the queries that they stream: [head][query][E].
+// A segment has tiles of keys, with sums of dq of their own for the queries that they stream: [head][query][E].
 struct Segment {
   std::vector<Run> runs;
   Range queries;
-  int64_t before;  // rows in the sums of all previous segments
+  int64_t before;  // counts rows in the sums of all previous segments
 };
 
 inline int64_t work_of(const Segment& segment) {

@@ -1,4 +1,4 @@
-// Argument checks that read the values of tensors, which only the CPU kernels can do.
+// Checks arguments by the values of tensors, which only the CPU kernels can read.
 #pragma once
 
 #include <algorithm>

@@ -65,8 +65,8 @@ inline void sum_few_rows(Out* out, const Row& row, int64_t begin, int64_t end, i
   }
 }
 
-// out[c] = sum over n < count of row(n)[c] for c < width. Long sums are sums of short ones, which keeps rounding errors
-// small.
+// Sets out[c] to the sum over n < count of row(n)[c] for c < width. Long sums are sums of short ones, which keeps
+// errors small.
 template <class T, class Row>
 inline void sum_rows(T* out, int64_t width, int64_t count, const Row& row) {
   using A = accumulator_t<T>;
@@ -81,7 +81,7 @@ inline void sum_rows(T* out, int64_t width, int64_t count, const Row& row) {
   }
 }
 
-// sum of row[c]^2 for c < width
+// Returns the sum of row[c]^2 for c < width.
 template <class A, class T>
 inline A sum_of_squares(const T* row, int64_t width) {
   PairOf<A> sums = {};

@@ -40,7 +40,7 @@ typedef int32_t VecI __attribute__((vector_size(kVecBytes)));
 typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVecBytes / 2)));
 
-// The same for an accumulator type: lanes<double> is half of lanes<float>.
+// A vector of accumulators has lanes<A> lanes: lanes<double> is half of lanes<float>.
 template <class A>
 struct VecOf {
   typedef A type __attribute__((vector_size(kVecBytes)));
@@ -79,13 +79,13 @@ inline Vec<A> broadcast(A x) {
   return Vec<A>{} + x;
 }
 
-// The larger of two; `b` where they do not compare, so that a NaN in `b` stays and one in `a` goes.
+// Returns the larger of two, and `b` where they do not compare, so that a NaN in `b` stays and one in `a` goes.
 template <class V>
 inline V max(V a, V b) {
   return a > b ? a : b;
 }
 
-// Folds the lanes in halves: log2(lanes<A>) dependent steps.
+// Folds the lanes in halves, with log2(lanes<A>) dependent steps.
 template <class A, class F>
 inline A fold(Vec<A> v, F f) {
   alignas(kVecBytes) A cells[lanes<A>];
@@ -172,14 +172,14 @@ inline VecF load_half(const Half* p) {
   const VecU bits = __builtin_convertvector(half, VecU);
   // Move the exponent and mantissa into place and rebias by a multiplication, which is exact for subnormals too.
   const VecU scaled = bit_cast<VecU>(bit_cast<VecF>((bits & 0x7fffu) << 13) * 0x1p112f);
-  const VecU special = (VecU)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // keeps inf and NaN
+  const VecU special = (VecU)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // this keeps inf and NaN
   return bit_cast<VecF>(scaled | special | ((bits & 0x8000u) << 16));
 #endif
 }
 
 inline Pair load_pair(const Half* p) { return {load_half(p), load_half(p + kLanes)}; }
 
-// Asks for the lines of a Pair; an address beyond the data does no harm.
+// Prefetches the lines of a Pair; an address beyond the data does no harm.
 template <class T>
 inline void prefetch_pair(const T* p) {
   for (int64_t i = 0; i < pair_lanes<float> * static_cast<int64_t>(sizeof(T)); i += 64)
@@ -194,7 +194,7 @@ inline void store_pair(A* p, PairOf<A> x) {
   store(p + lanes<A>, x.b);
 }
 
-// Round to nearest even, into the upper half of each lane; NaN stays NaN.
+// Rounds to nearest even, into the upper half of each lane; NaN stays NaN.
 inline VecU round_bf16(VecF x) {
   const VecU bits = bit_cast<VecU>(x);
   const VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -226,16 +226,16 @@ inline void store_pair(Half* p, Pair x) {
 inline constexpr float kExpMin = -87.0f;  // exp(kExpMin) is 1e-38, the smallest result that is not subnormal
 inline constexpr float kLog2e = 0x1.715476p+0f;
 
-// 2^(factor x) for -126 <= factor x <= 127, relative error below 1.5e-7 where factor x is exact. factor x = n + f with
-// n an integer and |f| <= 1/2; 2^f is a minimax polynomial that is exact at 0, and n is added to the exponent bits. NaN
-// gives NaN.
+// Returns 2^(factor x) for -126 <= factor x <= 127, with an error below 1.5e-7 where factor x is exact. factor x = n +
+// f with n an integer and |f| <= 1/2; 2^f is a minimax polynomial that is exact at 0, and n is added to the exponent
+// bits. NaN gives NaN.
 inline VecF exp2_of_product(VecF x, float factor) {
   constexpr float kRound = 0x1.8p+23f;  // adding it leaves round(factor x) in the low bits
   constexpr float kExp2[] = {1.0f,           0x1.62e430p-1f,  0x1.ebfbdcp-3f, 0x1.c6aee8p-5f,
                              0x1.3b2d4cp-7f, 0x1.5f3e54p-10f, 0x1.41fbbcp-13f};
   const VecF shifted = x * factor + kRound;
   const VecF n = shifted - kRound;
-  const VecF f = x * factor - n;  // rounds once where there is a fused multiply-add
+  const VecF f = x * factor - n;  // it rounds once where there is a fused multiply-add
   VecF p = broadcast(kExp2[6]);
   for (int i = 5; i >= 0; --i) p = p * f + kExp2[i];
   return bit_cast<VecF>(bit_cast<VecU>(p) + (bit_cast<VecU>(shifted) << 23));
