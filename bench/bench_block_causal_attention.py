@@ -17,16 +17,15 @@ from torch import Tensor
 
 import blt_kernels as bk
 from blt_kernels.testing import offsets_of
-from blt_kernels.triton.block_causal_attention.launch import tiles_visited
 
 DOCUMENTS = [1098, 315, 5504, 375, 118, 782]
 SMALL = [40, 1, 0, 75]
-HEADS, GROUPS, WIDTH, WINDOW = 16, 4, 64, 512
+HEADS, KV_HEADS, WIDTH, WINDOW = 16, 4, 64, 512
 
 
 @dataclass(frozen=True)
 class Case:
-    """Documents of these `lengths`, whose queries attend to all keys before them or to the last `window`."""
+    """Documents have these `lengths`. Queries attend to all keys before them or to the last `window`."""
 
     lengths: list[int]
     window: int | None = None
@@ -36,16 +35,16 @@ class Case:
     width: int = WIDTH
 
 
-CASES = {  # with the passes that are measured: backward or not
+CASES = {  # each has the passes that are measured: backward or not
     "cpu": (
         (Case(DOCUMENTS), (False, True)),
         (Case(DOCUMENTS, dtype=torch.bfloat16), (False, True)),
         (Case(DOCUMENTS, window=WINDOW), (False, True)),
-        (Case(DOCUMENTS, key_heads=GROUPS), (False,)),
+        (Case(DOCUMENTS, key_heads=KV_HEADS), (False,)),
     ),
     "cuda": (
         (Case([8192] * 2, dtype=torch.bfloat16, width=128), (False, True)),
-        (Case([32768], dtype=torch.bfloat16, width=128, key_heads=GROUPS), (False, True)),
+        (Case([32768], dtype=torch.bfloat16, width=128, key_heads=KV_HEADS), (False, True)),
         (Case(DOCUMENTS * 4, dtype=torch.bfloat16, width=128), (False, True)),
         (Case([16384] * 2, window=WINDOW, dtype=torch.bfloat16), (False, True)),
         (Case(DOCUMENTS), (False,)),
@@ -53,10 +52,9 @@ CASES = {  # with the passes that are measured: backward or not
         (Case([1, 2] * 50_000, dtype=torch.bfloat16), (False, True)),
     ),
 }
-TILE = (128, 128)  # (queries, keys)
 ROOM = 8192  # a cache has room for so many keys
 USED = [ROOM * (n % 8 + 1) // 8 - n for n in range(64)]
-BLOCK = 512  # queries at a time in fp64
+BLOCK = 512  # fp64 takes so many queries at a time
 MAX_BYTES_OF_A_MASK = 10_000
 MAX_DOCUMENTS_OF_A_LOOP = 1000
 
@@ -148,7 +146,7 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
     square = normal(side, side, dtype=case.dtype, device=device)
 
     def agree(results: dict[str, Any]) -> None:
-        # The first key head and the query heads that read it: all of them in fp64 take longer than the measurement.
+        # Only the first key head and its query heads are compared: fp64 takes longer for all than the measurement.
         heads = (case.heads // case.key_heads, 1, 1)
         sampled = [x[:, :n] for x, n in zip(inputs, heads, strict=True)]
         truth = exact(sampled, lengths, window, grad[:, : heads[0]] if backward else None)
@@ -175,9 +173,9 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
 
 def decoding(used: list[int], room: int, device: str) -> Comparison:
     """Compare a step of decoding: one new query a sequence reads the `used` keys of a cache of `room`."""
-    heads, groups, width, count = 32, 8, 128, len(used)
+    heads, kv_heads, width, count = 32, 8, 128, len(used)
     q = normal(count, heads, width, dtype=torch.bfloat16, device=device)
-    k, v = (normal(count * room, groups, width, seed=n, dtype=torch.bfloat16, device=device) for n in (1, 2))
+    k, v = (normal(count * room, kv_heads, width, seed=n, dtype=torch.bfloat16, device=device) for n in (1, 2))
     queries, keys = (offsets_of([n] * count, device=device) for n in (1, room))
     seqused_k = torch.tensor(used, dtype=torch.int32, device=device)
     with_cache = peers.attention_with_cache(used, room)
@@ -186,7 +184,7 @@ def decoding(used: list[int], room: int, device: str) -> Comparison:
         truth = with_cache(q.double(), k.double(), v.double())
         assert_agree({name: [result] for name, result in results.items()}, [truth], "SDPA by document")
 
-    shape = f"{count} queries, {heads}/{groups} heads x {width}, caches of {sum(used)} keys in {count} x {room}"
+    shape = f"{count} queries, {heads}/{kv_heads} heads x {width}, caches of {sum(used)} keys in {count} x {room}"
 
     def run(attention: Callable[..., Tensor]) -> Callable[[], Tensor]:
         return lambda: attention(q, k, v)
@@ -199,7 +197,7 @@ def decoding(used: list[int], room: int, device: str) -> Comparison:
         "set_attention_backend('flash')": lambda: run(delegated),
     }
     implementations, failures = made(factories)
-    moved = 2 * sum(used) * groups * width * q.element_size()
+    moved = 2 * sum(used) * kv_heads * width * q.element_size()
     copied = torch.empty(moved // 2, dtype=torch.uint8, device=device)
     return Comparison(
         "block_causal_attention decode",
@@ -216,18 +214,8 @@ def decoding(used: list[int], room: int, device: str) -> Comparison:
 
 
 def remarks(rows: list[timing.Row]) -> list[str]:
-    """Return how many tiles the kernels for CUDA visit, over the fewest that could hold all unmasked pairs."""
-    lines = []
-    for lengths, window in ((DOCUMENTS, None), ([8192] * 2, None), ([16384] * 2, WINDOW), ([1] * 100_000, None)):
-        position = torch.cat([torch.arange(n) for n in lengths])
-        last = torch.arange(1, position.numel() + 1)
-        first = last - 1 - position.clamp(max=(window or max(lengths)) - 1)
-        visited, fewest = tiles_visited(first, last, *TILE)
-        lines.append(
-            f"{position.numel()} bytes in {len(lengths)} documents, window {window}: {visited} tiles of "
-            f"{TILE[0]} x {TILE[1]} a head, {visited / fewest:.2f} of the fewest"
-        )
-    return lines
+    """Return no remarks: the tables show everything."""
+    return []
 
 
 def test_block_causal_attention(run_benchmark: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ from blt_kernels._checks import Documents
 from blt_kernels.models import ByteLM
 from blt_kernels.testing import offsets_of
 
-CACHES = (  # documents, queries of each, keys of each, heads, width
+CACHES = (  # (documents, queries of each, keys of each, heads, width)
     (1, 1, 128, 8, 64),
     (1, 1, 512, 8, 64),
     (1, 1, 4096, 8, 64),
@@ -39,10 +39,10 @@ CACHES = (  # documents, queries of each, keys of each, heads, width
     (1, 1, 512, 16, 64),
     (1, 1, 512, 2, 128),
 )
-SHORT = ((512, 5), (64, 9))  # documents and their length
+SHORT = ((512, 5), (64, 9))  # (documents, their length)
 ROWS = (1, 2, 4, 8, 16)
-NO_EAGER = ""  # torch's own products: nothing of ours is judged
-ROOM = 64  # keys of a cache that are not used yet
+NO_EAGER = ""  # torch's own products have no eager version to be judged by
+ROOM = 64  # a cache has room for so many more keys
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:

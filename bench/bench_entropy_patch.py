@@ -34,7 +34,7 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
 
 
 def starts(lengths: Tensor, size: int) -> list[list[int]]:
-    """Where the patches of each row of `size` bytes start. Lengths are padded with 0, or -1 in transformers."""
+    """Return where the patches of each row of `size` bytes start. Lengths are padded with 0, or -1 in transformers."""
     found = (lengths.cumsum(1) - lengths).tolist()
     return [sorted({start for start in row if start < size}) for row in found]
 
@@ -59,7 +59,7 @@ def entropy_patch_comparison(sizes: Sizes, device: str, dtype: torch.dtype, comp
     if compile_peers:
         graph = compiled(peers.entropy_and_mask)
         implementations["torch.compile, mask only"] = lambda: graph(logits, RELEASED_THRESHOLD)
-    # Written: entropy and what backward needs, patch_ids, decode_ids, patch_offsets and decode_offsets.
+    # The op writes entropy and what backward needs, patch_ids, decode_ids, patch_offsets and decode_offsets.
     return Comparison(
         "entropy_patch",
         str(list(logits.shape)),

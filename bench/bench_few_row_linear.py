@@ -19,7 +19,7 @@ from blt_kernels.ops.few_row_linear import few_row_linear_fwd
 WIDTHS = ((256, 682), (512, 512), (768, 768), (512, 1408), (1024, 1024), (1024, 2816), (2816, 1024))
 ROWS = (1, 3, 4, 5, 8, 12, 16)
 TORCH = "F.linear"
-WEIGHTS = 2**23  # of all matrices together: more than a cache of one core holds, as the weights of a model are
+WEIGHTS = 2**23  # all matrices together exceed a core's cache, as the weights of a model do
 
 
 def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool = True) -> Iterator[Make]:

@@ -33,21 +33,21 @@ from blt_kernels.nn import TransformerConfig
 
 BLT_OP, MEGABYTE_OP = "BLT generation", "MegaByte generation"
 PATCH_SIZE = 4.5
-LIMIT_SHAPE = 4096, 8192  # 128 MB in fp32
-LONGEST = 4096  # longer prompts, all rows together, take a byte transformer too long to read
-# Parts of a model that run only in a step in which a patch closes.
+LIMIT_SHAPE = 4096, 8192  # it takes 128 MB in fp32
+LONGEST = 4096  # a byte transformer takes too long for longer prompts of all rows together
+# These parts of a model run only in a step in which a patch closes.
 CLOSING = (
     *("global_transformer.", "local_encoder.cross_attn_layers.", "local_encoder.patch_embedding_projection."),
     *("local_decoder.patch_embedding_projection.", "global_embed", "global_layers.", "global_norm."),
     "global_to_local.",
 )
-CLOSING_PROJECTIONS = ("k_norm.weight", "k_proj.weight", "v_proj.weight")  # of the decoder's cross attention
-TABLES = ("embed_tokens.weight", "tok_embedding.weight")  # a row of these is read for each byte
+CLOSING_PROJECTIONS = ("k_norm.weight", "k_proj.weight", "v_proj.weight")  # the decoder's cross attention has them
+TABLES = ("embed_tokens.weight", "tok_embedding.weight")  # each byte reads one row of these
 
 
 @dataclass(frozen=True)
 class Case:
-    """`new` bytes behind `length` bytes, in each of `rows` rows. Models without a cache take part if `uncached`."""
+    """A case writes `new` bytes behind `length` in each of `rows` rows. Models without a cache run if `uncached`."""
 
     rows: int
     length: int
@@ -59,7 +59,7 @@ class Case:
         return f"{self.new} bytes behind {self.length}, batch {self.rows}"
 
 
-# Behind 4096 bytes transformers takes seconds a byte.
+# transformers takes seconds for each byte behind 4096.
 BLT_CASES = (
     *(Case(1, 64, uncached=True), Case(1, 512, uncached=True), Case(1, 4096)),
     *(Case(8, 64), Case(8, 512), Case(8, 4096), Case(64, 512)),
@@ -151,7 +151,7 @@ def comparison(
 
 
 class Steps:
-    """The steps of a model with a state that holds the prompt. A call returns the bytes chosen, ``[rows, new]``."""
+    """Generates by a model with a state that holds the prompt. A call returns the chosen bytes, ``[rows, new]``."""
 
     def __init__(self, model: ByteModel, tokens: Tensor, case: Case) -> None:
         self.model, self.tokens, self.case = model, tokens, case
@@ -240,7 +240,7 @@ def bytes_of_keys(config: TransformerConfig, length: int) -> int:
 
 
 def text(rows: int, length: int) -> Tensor:
-    """Ids ``[rows, length]``: every row is how another module of the standard library begins."""
+    """Return ids ``[rows, length]``: every row is the beginning of another module of the standard library."""
     files = [Path(statistics.__file__), *sorted(Path(statistics.__file__).parent.glob("*.py"))]
     found = (data for data in (path.read_bytes() for path in files) if len(data) >= length)
     return torch.stack([to_ids(data[:length]) for data, _ in zip(found, range(rows), strict=False)])

@@ -27,7 +27,7 @@ from blt_kernels.testing import assert_equal
 PREFIX = "latency of "
 NO_ROWS = "no rows"
 
-# The operators as the public functions call them.
+# The public functions call the operators in this way.
 CALL = {operator: caller(operator) for operator in OPERATORS if operator.endswith("_fwd")}
 
 
@@ -41,7 +41,7 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
 def calls(
     device: str, num_rows: int = 1
 ) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], str, Callable[[], Any]]]:
-    """For each op: the public call, its operator, the name of a comparable function of torch, and that function."""
+    """Return for each op the public call, its operator, the name of a comparable torch function, and that function."""
     logits, x = normal(num_rows, 260, device=device), normal(num_rows, 256, device=device)
     tokens = torch.full((num_rows,), 70, device=device)
     offsets = torch.tensor([0, num_rows], dtype=torch.int32, device=device)

@@ -45,7 +45,7 @@ def comparison(rows: int, length: int, device: str, backward: bool, small: bool)
         if not backward:
             with torch.no_grad():
                 return [ours(tokens)]
-        loss = ours.loss(tokens) * math.log(2)  # nats, as transformers has it
+        loss = ours.loss(tokens) * math.log(2)  # transformers has the loss in nats
         return [loss.detach(), *torch.autograd.grad(loss, [x for x, _ in pairs])]
 
     def run_theirs() -> list[Tensor]:
@@ -78,7 +78,7 @@ def comparison(rows: int, length: int, device: str, backward: bool, small: bool)
 
 
 def text(rows: int, length: int) -> Tensor:
-    """Ids ``[rows, length]``: every row is how another module of the standard library begins."""
+    """Return ids ``[rows, length]``: every row is the beginning of another module of the standard library."""
     modules = (statistics, tempfile)
     return torch.stack([to_ids(inspect.getsource(module).encode()[:length]) for module in modules[:rows]])
 

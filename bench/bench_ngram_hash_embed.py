@@ -22,12 +22,12 @@ from blt_kernels.testing import assert_equal, real_text
 
 NGRAMS = (3, 4, 5, 6, 7, 8)
 ALPHABET = 260
-SAMPLE = 16  # columns that are compared with fp64
+SAMPLE = 16  # so many columns are compared with fp64
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the inputs are: tokens ``[rows, length]``, tables ``[vocab, width]``."""
+    """The inputs are tokens ``[rows, length]`` and tables ``[vocab, width]``."""
 
     rows: int = 8
     length: int = 8192
@@ -89,7 +89,7 @@ class Inputs:
 
     @property
     def tables(self) -> list[Tensor]:
-        """The fused table as N leaves that share its memory."""
+        """Return the fused table as N leaves that share its memory."""
         return [x.detach().requires_grad_(x.requires_grad) for x in self.fused.chunk(len(NGRAMS))]
 
 
@@ -97,7 +97,7 @@ def inputs(sizes: Sizes, vocab: int, trained: bool, device: str) -> Inputs:
     tokens = text(sizes, device)
     hashes = bk.ngram_hash(tokens, ngram_sizes=NGRAMS, vocab=vocab).flatten(1)
     rows = (hashes + torch.arange(len(NGRAMS), device=device)[:, None] * vocab).T.contiguous()
-    # A generator of its own: torch's is unusable on a GPU from a failed capture until the next one that succeeds.
+    # torch's own generator is unusable on a GPU from a failed capture until the next one that succeeds.
     generator = torch.Generator(device).manual_seed(0)
     fused = torch.empty(len(NGRAMS) * vocab, sizes.width, dtype=sizes.dtype, device=device)
     fused.uniform_(-1, 1, generator=generator)
@@ -157,13 +157,12 @@ def backward_comparison(sizes: Sizes, kind: str, device: str) -> Comparison:
         for row in data.rows.T:
             tables.index_add_(0, row, few)
         byte_table = few.new_zeros(ALPHABET, SAMPLE).index_add(0, data.tokens.flatten(), few)
-        # The rows of a token that is everywhere sum hundreds of terms: judged on their own, since they are large.
+        # Rows of the byte table sum hundreds of terms and are large, so each table is judged by itself.
         sampled = {name: sample(result) for name, result in results.items()}
         for i, truth in enumerate((tables, byte_table)):
             assert_agree({name: [s[i]] for name, s in sampled.items()}, [truth], "embedding_bag, ready ids")
 
-    # Forward moves the same bytes as above. Backward reads the gradient for each table, and writes the rows that
-    # forward read, or all if dense.
+    # Backward reads the gradient for each table, and writes the rows that forward read, or all if dense.
     written = data.fused.shape[0] if kind == "dense" else data.rows.unique().numel()
     work = nbytes(data.tokens) * 2 + nbytes(grad) * (3 + 2 * len(NGRAMS)) + written * sizes.width * grad.element_size()
     return Comparison(

@@ -44,7 +44,7 @@ CASES = {  # (rows, direction, dtype)
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of `length` bytes, which are read by patches (encode) or read them (decode)."""
+    """Rows have `length` bytes, which are read by patches (encode) or read them (decode)."""
 
     rows: int
     direction: str
@@ -102,7 +102,7 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
         OURS: packed(ours),
         "gather": packed(gather(ids, VECTORS)),
     }
-    if case.rows == 1 or not backward:  # a minute a call otherwise
+    if case.rows == 1 or not backward:  # a call takes a minute otherwise
         implementations["SDPA, transformers' mask"] = rows(peers.masked_attention(query_patch, key_patch, case.dtype))
     if compile_peers and not (backward and device == "cpu"):  # flex_attention has no backward on the CPU
         implementations["flex_attention, BLT's mask"] = rows(peers.flex_attention(query_patch, key_patch))

@@ -1,4 +1,4 @@
-"""How time and memory of every op grow: with the bytes, with the length of patches, with the number of documents.
+"""Measure how time and memory of every op grow with the bytes, the length of patches and the number of documents.
 
 There are no peers, so that large inputs are affordable; the share is that of copying the text itself. Attention has a
 window here, since without one it grows with the square of a document by nature.
@@ -26,13 +26,13 @@ from blt_kernels.testing import offsets_of, real_text
 
 ALPHABET, HEADS, HEAD_WIDTH, VECTORS, WINDOW = 260, 4, 64, 2, 512
 WIDTH = HEADS * HEAD_WIDTH
-DOCUMENT = 1000  # bytes, where not the documents are what changes
+DOCUMENT = 1000  # a document has so many bytes unless the number of documents changes
 BYTES = "bytes"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes in documents as equal as can be, patches of `mean` bytes on average, `vocab` rows for n-grams."""
+    """Describes bytes in documents as equal as can be, patches of `mean` bytes on average, `vocab` rows for n-grams."""
 
     size: int
     documents: int
@@ -56,7 +56,7 @@ class Text:
 
 
 class Run(NamedTuple):
-    """A function, its arguments, and those of them that get gradients."""
+    """Describes a function, its arguments, and those of them that get gradients."""
 
     function: Callable[..., Any]
     inputs: tuple[Tensor, ...] = ()
@@ -152,7 +152,7 @@ ALL = {"token_entropy": token_entropy, "linear_entropy": linear_entropy, **ON_DO
 
 @dataclass(frozen=True)
 class Sweep:
-    """One quantity that takes several values, and the size, documents and patch length of a text with such a value."""
+    """Varies one quantity. `text` gives the size, documents and patch length of a text for one of its values."""
 
     quantity: str
     values: tuple[int, ...]
@@ -238,7 +238,7 @@ class Curve(NamedTuple):
 
 
 def curves(rows: list[timing.Row], threads: int) -> dict[str, list[Curve]]:
-    """Curves by the name of the sweep."""
+    """Return curves by the name of the sweep."""
     found: dict[str, dict[str, Curve]] = {}
     for row in rows:
         op, _, quantity = row.op.partition(", scaling with ")
@@ -269,7 +269,7 @@ def remarks(rows: list[timing.Row]) -> list[str]:
 
 
 def growth(sizes: list[int], values: list[float]) -> str:
-    """The exponent over all sizes and over the last two; less than 1 at the start is fixed cost."""
+    """Return the exponent over all sizes and over the last two; a start below 1 is fixed cost."""
     if len(sizes) < 2 or min(values) <= 0:
         return "?"
     return f"{timing.exponent(sizes, values):.2f} ({timing.exponent(sizes[-2:], values[-2:]):.2f} at the end)"

@@ -32,14 +32,14 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, devic
 
 
 def ragged_entropies(*shape: int, device: str = "cpu") -> Tensor:
-    """Entropies of which one in 4.5 is above BLT's threshold, without the logits."""
+    """Return entropies of which one in 4.5 is above BLT's threshold, without the logits."""
     generator = torch.Generator(device).manual_seed(0)
     high = torch.rand(shape, generator=generator, device=device) < 1 / 4.5
     return torch.rand(shape, generator=generator, device=device) + 2 * high
 
 
 def steps(function: Callable[[], Tensor], inputs: Sequence[Tensor], grad: Tensor | None) -> Callable[[], Any]:
-    """`function`, or the gradients of `inputs` where there is a gradient of what it returns."""
+    """Return `function`, or the gradients of `inputs` if there is a gradient of what it returns."""
     if grad is None:
         return function
     return lambda: torch.autograd.grad(function(), inputs, grad)
@@ -67,10 +67,10 @@ def layout_of(lengths: Sequence[int], *, mean: float = 4.5, device: str = "cpu",
     """Return random patches of about `mean` bytes. As in BLT the first has one byte, so every byte can decode one."""
     cu_seqlens = offsets_of(lengths)
     size = int(cu_seqlens[-1])
-    cuts = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 1 / mean
-    firsts = cu_seqlens[:-1].long()
-    cuts[firsts[firsts < size]] = True
-    return PatchLayout.from_cuts(cuts.to(device), cu_seqlens.to(device)).compact()
+    boundaries = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 1 / mean
+    document_starts = cu_seqlens[:-1].long()
+    boundaries[document_starts[document_starts < size]] = True
+    return PatchLayout.from_boundaries(boundaries.to(device), cu_seqlens.to(device)).compact()
 
 
 def local_ids(ids: Tensor, layout: PatchLayout) -> Tensor:
@@ -79,7 +79,7 @@ def local_ids(ids: Tensor, layout: PatchLayout) -> Tensor:
 
 
 def pad_patches(x: Tensor, layout: PatchLayout) -> Tensor:
-    """``[C * K, ...]`` to ``[B, Pmax * K, ...]``, with zeros on the right of rows that have fewer patches."""
+    """Turn ``[C * K, ...]`` into ``[B, Pmax * K, ...]``, with zeros on the right of rows that have fewer patches."""
     used = _used(layout)
     vectors = x.shape[0] // layout.capacity
     padded = x.new_zeros(*used.shape, vectors, *x.shape[1:])

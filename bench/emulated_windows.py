@@ -21,7 +21,7 @@ from common import layout_of
 from blt_kernels import PatchLayout
 
 VECTORS, WIDTH = 2, 64
-BYTES = (2048, 8192)  # of the long patch
+BYTES = (2048, 8192)  # a long patch has so many
 
 
 def passes(layout: PatchLayout, direction: str, window: int, heads: int) -> tuple[list[Callable[[], Any]], list[int]]:

@@ -36,7 +36,7 @@ from gpu_stages.target import make_target
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
-UNUSABLE = 77  # exit code of a stage's process that wrote the row of its last case, but cannot go on
+UNUSABLE = 77  # a stage's process exits with it if it wrote the row of its last case but cannot go on
 STARTUP_SECONDS = 90.0  # the first case begins after importing torch and making a context
 WORTH_SECONDS = 8.0  # a stage is not restarted for less
 LEFT_SECONDS = 4.0  # the summary takes these of the whole budget
@@ -44,7 +44,7 @@ LEFT_SECONDS = 4.0  # the summary takes these of the whole budget
 
 @dataclass(frozen=True)
 class Files:
-    """The files that rows, the output of processes and the progress of a stage are written to."""
+    """Describes the files that rows, the output of processes and the progress of a stage are written to."""
 
     rows: Path
     log: Path
@@ -72,7 +72,7 @@ def main() -> int:
             )
         with background(arguments, chosen) as end_background:
             for name in chosen:
-                if name == "counters":  # which are to see nothing but their own kernels
+                if name == "counters":  # the profiler counts every kernel that runs meanwhile
                     end_background()
                 left = started + budget - LEFT_SECONDS - time.monotonic()
                 stage = STAGES[name]
@@ -104,7 +104,7 @@ def parse() -> argparse.Namespace:
 
 
 def process_age() -> float:
-    """Seconds since this process began: on a cold disk, importing torch takes a part of the budget."""
+    """Return seconds since this process began: on a cold disk, importing torch takes a part of the budget."""
     with suppress(OSError, ValueError, IndexError):
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
@@ -112,7 +112,7 @@ def process_age() -> float:
 
 
 def gpu_name() -> str:
-    """The GPU as results are filed under it, without loading torch."""
+    """Return the GPU as results are filed under it, without loading torch."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(query, capture_output=True, text=True, timeout=20)
@@ -151,7 +151,7 @@ def background(arguments: argparse.Namespace, stages: Sequence[str]) -> Iterator
 
 
 def start(command: Sequence[str], log: IO[str] | int, **environment: str) -> subprocess.Popen[bytes]:
-    """A process with a group of its own."""
+    """Return a process with a group of its own."""
     paths = os.pathsep.join([str(ROOT / "tests"), str(BENCH), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         command,
@@ -264,7 +264,7 @@ def run_cases(stage: Stage, arguments: argparse.Namespace) -> int:
 
 
 def write_place(path: Path, text: str) -> None:
-    """All of it or nothing, since another process reads it."""
+    """Write all of the text or nothing, since another process reads it."""
     part = path.with_suffix(".part")
     part.write_text(text)
     part.replace(path)

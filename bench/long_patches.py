@@ -65,7 +65,7 @@ def main() -> None:
     x = torch.randn(200_000, 64).requires_grad_()
     ops = [lambda x, layout=layout: bk.patch_pool(x, layout, ("max", "min", "mean")) for layout in both]
     report("patch_pool max, min, mean D = 64 torch.float32, 200000 bytes", ops, [(x,), (x,)])
-    sizes = {1: 200_000, 2: 100_000, 3: 70_000, 8: 25_000, 64: 8_000}  # bytes by window, for about as many pairs
+    sizes = {1: 200_000, 2: 100_000, 3: 70_000, 8: 25_000, 64: 8_000}  # every window has about as many pairs
     for direction, (window, num_bytes) in itertools.product(("encode", "decode"), sizes.items()):
         both = layouts(num_bytes, window)
         options = {"direction": direction, "queries_per_patch": VECTORS, "window": window}

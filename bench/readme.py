@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPS_MARKERS = ("<!-- ops:begin -->", "<!-- ops:end -->")
 MARKERS = {"cpu": ("<!-- bench:begin -->", "<!-- bench:end -->"), "gpu": ("<!-- gpu:begin -->", "<!-- gpu:end -->")}
 GENERATION_MARKERS = ("<!-- generation:begin -->", "<!-- generation:end -->")
-GENERATION_SHAPE = re.compile(r"(.*), (\d+) bytes behind (\d+), batch (\d+), (.*) of state")  # as bench_generate has it
+GENERATION_SHAPE = re.compile(r"(.*), (\d+) bytes behind (\d+), batch (\d+), (.*) of state")  # bench_generate writes it
 GPUS = "nvidia"
 OURS, LIMIT = "blt_kernels", "limit: "
 TOLD_ELSEWHERE = re.compile(r"scaling|latency|generation|^decode ")
@@ -31,7 +31,7 @@ Row = dict[str, str]
 
 
 def table_of_ops() -> str:
-    """One line for each op: its public functions, the first sentence of its file, and who computes it."""
+    """Return one line for each op: its public functions, the first sentence of its file, and who computes it."""
     lines = ["| op | what it does | CPU | CUDA |", "|---|---|---|---|"]
     for op in sorted(set(OPERATORS.values())):
         module = import_module(f"blt_kernels.ops.{op}")
@@ -109,7 +109,7 @@ def ceilings_of(rows: list[Row]) -> str:
 
 
 def cells_of(rows: list[Row]) -> tuple[str, str]:
-    """Our time, and the best peer with its ratio; both empty where nothing was measured."""
+    """Return our time, and the best peer with its ratio; both are empty where nothing was measured."""
     by_name = {row["implementation"]: row for row in rows}
     if OURS not in by_name:
         return "", ""

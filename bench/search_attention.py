@@ -82,10 +82,10 @@ def prepare(
 
     Every `copy` has random inputs of its own.
     """
-    documents, heads, groups, queries, keys = sizes(kernel, length)
+    documents, heads, kv_heads, queries, keys = sizes(kernel, length)
     cu_q, cu_k = (offsets_of([n // documents] * documents, device="cuda") for n in (queries, keys))
     q, grad = (normal(queries, heads, width, seed=4 * copy + n, dtype=dtype, device="cuda") for n in (0, 1))
-    k, v = (normal(keys, groups, width, seed=4 * copy + n, dtype=dtype, device="cuda") for n in (2, 3))
+    k, v = (normal(keys, kv_heads, width, seed=4 * copy + n, dtype=dtype, device="cuda") for n in (2, 3))
     rest = (cu_q, cu_k if kernel == "decode" else None, window, True, None, None)
     run_forward = forward.block_causal_attention_fwd_cuda
     run_backward = backward.block_causal_attention_bwd_cuda
@@ -141,8 +141,8 @@ def search(
     says why), in_table, and the seconds spent so far.
     """
     start = time.monotonic()
-    _, heads, groups, queries, keys = sizes(kernel, length)
-    copies = copies_beyond_l2(target, (queries * heads + 2 * keys * groups) * width * dtype.itemsize)
+    _, heads, kv_heads, queries, keys = sizes(kernel, length)
+    copies = copies_beyond_l2(target, (queries * heads + 2 * keys * kv_heads) * width * dtype.itemsize)
     runs = [prepare(kernel, width, dtype, window, length, copy) for copy in range(copies)]
     launches = candidates(kernel, width, dtype)
     expected: tuple[Tensor, ...] = ()
@@ -161,7 +161,7 @@ def search(
             check(results, expected)
             share = (budget - spent) / (len(launches) - number)
             row["milliseconds"] = milliseconds(target, [partial(run, launch) for run in runs], share)
-        except Exception as error:  # too much shared memory, or what the compiler does not take
+        except Exception as error:  # the launch has too much shared memory, or the compiler refuses it
             row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
         yield row | {"seconds": time.monotonic() - start}
 

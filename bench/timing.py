@@ -34,14 +34,14 @@ OK = "ok"
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 2e-3  # a shorter function is called in a loop, so that the clock does not matter
 SLOW_SECONDS = 0.2  # a longer function is warm after one call
-MIN_SAMPLES = 3  # even beyond the budget
+MIN_SAMPLES = 3  # so many samples are taken even beyond the budget
 BUDGET_SECONDS = 5.0
 FLUSH_BYTES = 256 << 20  # no GPU has a larger L2
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One op on one input: its implementations, the check that they agree, and the limit of its speed.
+    """Describes one op on one input: its implementations, the check that they agree, and the limit of its speed.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class Comparison:
 
 
 Make = Callable[[], Comparison]
-"""What the benches yield: it makes the inputs of a comparison, which may take gigabytes, when it is called."""
+"""Benches yield these: a call makes the inputs of a comparison, which may take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def failing(name: str, failures: dict[str, str]) -> Iterator[None]:
     """Note an exception of a peer or a limit in `failures`; one of ours is raised."""
     try:
         yield
-    except Exception as error:  # such as out of memory or not supported: a peer may fail, its row says why
+    except Exception as error:  # a peer may fail, out of memory for example, and its row says why
         if name == OURS:
             raise
         failures[name] = reason_of(error)
@@ -251,7 +251,7 @@ def _rows(
 
 
 def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Ratio over the rounds that both were measured in; one that drops out is never measured again."""
+    """Return the ratio over the rounds that both were measured in; one that drops out is never measured again."""
     return statistics.median(n / d for n, d in zip(numerators, denominators, strict=False))
 
 

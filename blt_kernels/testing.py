@@ -264,9 +264,9 @@ def ragged_layout(
     (1000, 1000)
     """
     generator = torch.Generator().manual_seed(seed)
-    cuts = torch.rand(num_bytes, generator=generator) < 1 / mean
+    boundaries = torch.rand(num_bytes, generator=generator) < 1 / mean
     cu_seqlens = offsets_of(document_lengths(num_bytes, seed))
-    return PatchLayout.from_cuts(cuts.to(device), cu_seqlens.to(device), max_patches)
+    return PatchLayout.from_boundaries(boundaries.to(device), cu_seqlens.to(device), max_patches)
 
 
 def ragged_logits(

@@ -37,7 +37,7 @@ def oracle(
     scale: float | None = None,
     used: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One document at a time, with a full matrix of scores."""
+    """Attend one document at a time, with a full matrix of scores."""
     repeat = q.shape[1] // k.shape[1]
     out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -math.inf, dtype=q.dtype, device=q.device)
     for b in range(len(cu_q) - 1):

@@ -40,28 +40,28 @@ from blt_kernels.triton.block_causal_attention.launch import Launch, launch_opti
 from blt_kernels.triton.block_causal_attention.tiles import tile_at
 
 LOADS = ("pointers", "device descriptors", "host descriptors")
-IN_TURN = 0.5  # of the shorter of products and the rest is hidden, as of programs that share a multiprocessor
-SHAPES = (  # of dk/dv at width 128: two warpgroups have 128 rows, one has 64
+IN_TURN = 0.5  # this share of the shorter of products and the rest is hidden, as by programs on one multiprocessor
+SHAPES = (  # two warpgroups have 128 rows of dk/dv at width 128, one has 64
     Launch(64, 128, 8, 2), Launch(32, 128, 8, 3), Launch(128, 128, 8, 2), Launch(64, 64, 8, 3), Launch(128, 64, 8, 2),
     Launch(64, 64, 4, 2), Launch(32, 64, 4, 3),
 )  # fmt: skip
 
 
 @triton.jit
-def load_tile(x, head, start, end, stride, step, E: tl.constexpr, LOAD: tl.constexpr):
-    """Return rows of a head from `start` on, ``[STEP, E]``; through pointers the last one again behind `end`."""
+def load_tile(x, head, start, end, stride, local, HEAD_DIM: tl.constexpr, LOAD: tl.constexpr):
+    """Return rows of a head from `start` on, ``[N, HEAD_DIM]``; through pointers the last one again behind `end`."""
     if LOAD == 0:
-        return tl.load(tile_at(x, start, stride, tl.minimum(step, end - 1 - start), E))
+        return tl.load(tile_at(x, start, stride, tl.minimum(local, end - 1 - start), HEAD_DIM))
     elif LOAD == 1:
         return x.load([start, 0])
     else:
-        return x.load([start, head, 0]).reshape(step.shape[0], E)
+        return x.load([start, head, 0]).reshape(local.shape[0], HEAD_DIM)
 
 
 @triton.jit
-def load_run(first, last, used, start, rows, ROWS: tl.constexpr):
+def load_run(first, last, used, start, rows, BLOCK: tl.constexpr):
     """Return the run of a block of rows, and the interval that all of them attend to: neither end ever falls."""
-    final = tl.minimum(start + ROWS, rows) - 1
+    final = tl.minimum(start + BLOCK, rows) - 1
     return (
         tl.load(first + start), tl.minimum(tl.load(last + final), tl.load(used)),
         tl.load(first + final), tl.load(last + start),
@@ -71,23 +71,23 @@ def load_run(first, last, used, start, rows, ROWS: tl.constexpr):
 @triton.jit
 def attend(
     acc, m_i, l_i, q_rows, k, v, kv_head, stride_kt, stride_vt, scale, low, high, begin, end, all_first, all_last,
-    STEP: tl.constexpr, E: tl.constexpr, LOAD: tl.constexpr, SPECIALIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, LOAD: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """Add the keys ``[begin, end)``; a query attends to those from `low` to `high`, counted from `begin`."""
-    step = tl.arange(0, STEP)
-    for offset in tl.range(0, end - begin, STEP, warp_specialize=SPECIALIZE):
+    offs = tl.arange(0, BLOCK_N)
+    for offset in tl.range(0, end - begin, BLOCK_N, warp_specialize=SPECIALIZE):
         at = begin + offset
-        k_rows = load_tile(k, kv_head, at, end, stride_kt, step, E, LOAD)
-        v_rows = load_tile(v, kv_head, at, end, stride_vt, step, E, LOAD)
+        k_rows = load_tile(k, kv_head, at, end, stride_kt, offs, HEAD_DIM, LOAD)
+        v_rows = load_tile(v, kv_head, at, end, stride_vt, offs, HEAD_DIM, LOAD)
         score = tl.dot(q_rows, k_rows.T)
         if SPECIALIZE:
-            score = tl.where((step[None, :] >= low[:, None]) & (step[None, :] < high[:, None]), score, -float("inf"))
-            low -= STEP
-            high -= STEP
-        elif (at < all_first) | (at + STEP > all_last):
+            score = tl.where((offs[None, :] >= low[:, None]) & (offs[None, :] < high[:, None]), score, -float("inf"))
+            low -= BLOCK_N
+            high -= BLOCK_N
+        elif (at < all_first) | (at + BLOCK_N > all_last):
             count = tl.maximum(high - low, 0).to(tl.uint32)
             near = low - offset
-            score = tl.where((step[None, :] - near[:, None]).to(tl.uint32) < count[:, None], score, -float("inf"))
+            score = tl.where((offs[None, :] - near[:, None]).to(tl.uint32) < count[:, None], score, -float("inf"))
         m_new = tl.maximum(m_i, tl.max(score, 1))
         base = tl.where(m_new == -float("inf"), 0.0, m_new)
         p = tl.exp2(score * scale - (base * scale)[:, None])
@@ -98,75 +98,78 @@ def attend(
     return acc, m_i, l_i
 
 
-@triton.jit(do_not_specialize=["queries", "heads", "group"])
+@triton.jit(do_not_specialize=["queries", "heads", "heads_per_kv_head"])
 def fwd_variant(
     q, k, v, out, lse, first, last, used, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    scale, natural_scale, queries, heads, group,
-    ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, LOAD: tl.constexpr, SPECIALIZE: tl.constexpr,
+    scale, natural_scale, queries, heads, heads_per_kv_head,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, LOAD: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Write `out` and `lse` of ROWS queries of one head."""
+    """Write `out` and `lse` of BLOCK_M queries of one head."""
     head = tl.program_id(1)
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    row = start + tl.arange(0, ROWS)
-    begin, end, all_first, all_last = load_run(first, last, used, start, queries, ROWS)
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    row = start + tl.arange(0, BLOCK_M)
+    begin, end, all_first, all_last = load_run(first, last, used, start, queries, BLOCK_M)
     low = tl.load(first + row, mask=row < queries, other=0) - begin
     high = tl.load(last + row, mask=row < queries, other=0) - begin
-    seen = low < high
+    attends = low < high
     q += head.to(tl.int64) * stride_qh
     if SPECIALIZE:
-        q_rows = tl.make_tensor_descriptor(q, [queries, E], [stride_qt, 1], [ROWS, E]).load([start, 0])
+        q_rows = tl.make_tensor_descriptor(q, [queries, HEAD_DIM], [stride_qt, 1], [BLOCK_M, HEAD_DIM]).load([start, 0])
     else:
-        q_rows = tl.load(tile_at(q, start, stride_qt, tl.arange(0, ROWS), E), mask=(row < queries)[:, None], other=0.0)
-    kv_head = head // group
+        at_q = tile_at(q, start, stride_qt, tl.arange(0, BLOCK_M), HEAD_DIM)
+        q_rows = tl.load(at_q, mask=(row < queries)[:, None], other=0.0)
+    kv_head = head // heads_per_kv_head
     if LOAD != 2:
         k += kv_head.to(tl.int64) * stride_kh
         v += kv_head.to(tl.int64) * stride_vh
     if LOAD == 1:
-        k = tl.make_tensor_descriptor(k, [end, E], [stride_kt, 1], [STEP, E])
-        v = tl.make_tensor_descriptor(v, [end, E], [stride_vt, 1], [STEP, E])
-    acc = tl.zeros((ROWS, E), tl.float32)
-    m_i = tl.full((ROWS,), -float("inf"), tl.float32)
-    l_i = tl.zeros((ROWS,), tl.float32)
+        k = tl.make_tensor_descriptor(k, [end, HEAD_DIM], [stride_kt, 1], [BLOCK_N, HEAD_DIM])
+        v = tl.make_tensor_descriptor(v, [end, HEAD_DIM], [stride_vt, 1], [BLOCK_N, HEAD_DIM])
+    acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
     if SPECIALIZE:
         acc, m_i, l_i = attend(
             acc, m_i, l_i, q_rows, k, v, kv_head, stride_kt, stride_vt, scale, low, high,
-            begin, end, all_first, all_last, STEP, E, LOAD, SPECIALIZE,
+            begin, end, all_first, all_last, BLOCK_N, HEAD_DIM, LOAD, SPECIALIZE,
         )  # fmt: skip
     else:
         while begin < end:
             acc, m_i, l_i = attend(
                 acc, m_i, l_i, q_rows, k, v, kv_head, stride_kt, stride_vt, scale, low, high,
-                begin, end, all_first, all_last, STEP, E, LOAD, SPECIALIZE,
+                begin, end, all_first, all_last, BLOCK_N, HEAD_DIM, LOAD, SPECIALIZE,
             )  # fmt: skip
             begin = end
-    acc = tl.where(seen[:, None], acc / tl.where(l_i == 0, 1.0, l_i)[:, None], 0.0)
+    acc = tl.where(attends[:, None], acc / tl.where(l_i == 0, 1.0, l_i)[:, None], 0.0)
     at_row = row.to(tl.int64) * heads + head
-    tl.store(out + at_row[:, None] * E + tl.arange(0, E), acc.to(out.dtype.element_ty), mask=(row < queries)[:, None])
-    lse_rows = tl.where(seen, m_i * natural_scale + tl.log(l_i), -float("inf"))
+    at_out = out + at_row[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    tl.store(at_out, acc.to(out.dtype.element_ty), mask=(row < queries)[:, None])
+    lse_rows = tl.where(attends, m_i * natural_scale + tl.log(l_i), -float("inf"))
     tl.store(lse + at_row, lse_rows, mask=row < queries)
 
 
 @triton.jit
 def add_gradients(
     dk, dv, k_rows, v_rows, q, grad_out, lse, delta, head, stride_qt, stride_gt, factor, low, high,
-    begin, end, all_first, all_last, STEP: tl.constexpr, E: tl.constexpr, LOAD: tl.constexpr, SPECIALIZE: tl.constexpr,
+    begin, end, all_first, all_last,
+    BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, LOAD: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """Add the queries ``[begin, end)``; those from `low` to `high`, counted from `begin`, attend to a key."""
-    step = tl.arange(0, STEP)
-    COPIES: tl.constexpr = 1 if SPECIALIZE else max(256 // STEP, 1)  # no load of 128 elements in a specialized loop
-    for offset in tl.range(0, end - begin, STEP, warp_specialize=SPECIALIZE):
+    offs = tl.arange(0, BLOCK_M)
+    COPIES: tl.constexpr = 1 if SPECIALIZE else max(256 // BLOCK_M, 1)  # a specialized loop loads no 128 elements
+    for offset in tl.range(0, end - begin, BLOCK_M, warp_specialize=SPECIALIZE):
         at = begin + offset
-        local_query = tl.minimum(step, end - 1 - at)
-        q_rows = load_tile(q, head, at, end, stride_qt, step, E, LOAD)
-        grad = load_tile(grad_out, head, at, end, stride_gt, step, E, LOAD)
+        local_query = tl.minimum(offs, end - 1 - at)
+        q_rows = load_tile(q, head, at, end, stride_qt, offs, HEAD_DIM, LOAD)
+        grad = load_tile(grad_out, head, at, end, stride_gt, offs, HEAD_DIM, LOAD)
         score = tl.dot(k_rows, q_rows.T)
         p = weights(score, factor, load_copies(lse + at + local_query, COPIES)[None, :], False)
         if SPECIALIZE:
-            p = tl.where((step[None, :] >= low[:, None]) & (step[None, :] < high[:, None]), p, 0.0)
-            low -= STEP
-            high -= STEP
-        elif (at < all_first) | (at + STEP > all_last):
-            other = offset + step
+            p = tl.where((offs[None, :] >= low[:, None]) & (offs[None, :] < high[:, None]), p, 0.0)
+            low -= BLOCK_M
+            high -= BLOCK_M
+        elif (at < all_first) | (at + BLOCK_M > all_last):
+            other = offset + offs
             p = tl.where((other[None, :] >= low[:, None]) & (other[None, :] < high[:, None]), p, 0.0)
         dp = tl.dot(v_rows, grad.T)
         ds = p * (dp - load_copies(delta + at + local_query, COPIES)[None, :])
@@ -175,52 +178,52 @@ def add_gradients(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "groups", "group"])
+@triton.jit(do_not_specialize=["queries", "keys", "num_kv_heads", "heads_per_kv_head"])
 def bwd_dkdv_variant(
     q, k, v, grad_out, sums, first, last, used, grad_k, grad_v,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    scale, factor, queries, keys, groups, group,
-    ROWS: tl.constexpr, STEP: tl.constexpr, E: tl.constexpr, LOAD: tl.constexpr, SPECIALIZE: tl.constexpr,
+    scale, factor, queries, keys, num_kv_heads, heads_per_kv_head,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, LOAD: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Write `grad_k` and `grad_v` of ROWS keys of one head, which one query head reads."""
+    """Write `grad_k` and `grad_v` of BLOCK_N keys of one head, which one query head reads."""
     head = tl.program_id(1)
-    start = tl.program_id(0) * ROWS
-    local = tl.arange(0, ROWS)
+    start = tl.program_id(0) * BLOCK_N
+    local = tl.arange(0, BLOCK_N)
     row = start + local
-    begin, end, all_first, all_last = load_run(first, last, used, start, keys, ROWS)
+    begin, end, all_first, all_last = load_run(first, last, used, start, keys, BLOCK_N)
     low = tl.load(first + row, mask=row < keys, other=0) - begin
     high = tl.load(last + row, mask=row < keys, other=0) - begin
     k += head.to(tl.int64) * stride_kh
     v += head.to(tl.int64) * stride_vh
     if SPECIALIZE:
-        k_rows = tl.make_tensor_descriptor(k, [keys, E], [stride_kt, 1], [ROWS, E]).load([start, 0])
-        v_rows = tl.make_tensor_descriptor(v, [keys, E], [stride_vt, 1], [ROWS, E]).load([start, 0])
+        k_rows = tl.make_tensor_descriptor(k, [keys, HEAD_DIM], [stride_kt, 1], [BLOCK_N, HEAD_DIM]).load([start, 0])
+        v_rows = tl.make_tensor_descriptor(v, [keys, HEAD_DIM], [stride_vt, 1], [BLOCK_N, HEAD_DIM]).load([start, 0])
     else:
-        k_rows = tl.load(tile_at(k, start, stride_kt, local, E), mask=(row < keys)[:, None], other=0.0)
-        v_rows = tl.load(tile_at(v, start, stride_vt, local, E), mask=(row < keys)[:, None], other=0.0)
+        k_rows = tl.load(tile_at(k, start, stride_kt, local, HEAD_DIM), mask=(row < keys)[:, None], other=0.0)
+        v_rows = tl.load(tile_at(v, start, stride_vt, local, HEAD_DIM), mask=(row < keys)[:, None], other=0.0)
     lse = sums + head.to(tl.int64) * queries
-    delta = lse + groups.to(tl.int64) * queries
+    delta = lse + num_kv_heads.to(tl.int64) * queries
     if LOAD != 2:
         q += head.to(tl.int64) * stride_qh
         grad_out += head.to(tl.int64) * stride_gh
     if LOAD == 1:
-        q = tl.make_tensor_descriptor(q, [end, E], [stride_qt, 1], [STEP, E])
-        grad_out = tl.make_tensor_descriptor(grad_out, [end, E], [stride_gt, 1], [STEP, E])
-    dk = tl.zeros((ROWS, E), tl.float32)
-    dv = tl.zeros((ROWS, E), tl.float32)
+        q = tl.make_tensor_descriptor(q, [end, HEAD_DIM], [stride_qt, 1], [BLOCK_M, HEAD_DIM])
+        grad_out = tl.make_tensor_descriptor(grad_out, [end, HEAD_DIM], [stride_gt, 1], [BLOCK_M, HEAD_DIM])
+    dk = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+    dv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
     if SPECIALIZE:
         dk, dv = add_gradients(
             dk, dv, k_rows, v_rows, q, grad_out, lse, delta, head, stride_qt, stride_gt, factor, low, high,
-            begin, end, all_first, all_last, STEP, E, LOAD, SPECIALIZE,
+            begin, end, all_first, all_last, BLOCK_M, HEAD_DIM, LOAD, SPECIALIZE,
         )  # fmt: skip
     else:
         while begin < end:
             dk, dv = add_gradients(
                 dk, dv, k_rows, v_rows, q, grad_out, lse, delta, head, stride_qt, stride_gt, factor, low, high,
-                begin, end, all_first, all_last, STEP, E, LOAD, SPECIALIZE,
+                begin, end, all_first, all_last, BLOCK_M, HEAD_DIM, LOAD, SPECIALIZE,
             )  # fmt: skip
             begin = end
-    at_row = (row.to(tl.int64) * groups + head)[:, None] * E + tl.arange(0, E)[None, :]
+    at_row = (row.to(tl.int64) * num_kv_heads + head)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     tl.store(grad_v + at_row, dv.to(grad_v.dtype.element_ty), mask=(row < keys)[:, None])
     tl.store(grad_k + at_row, (dk * scale).to(grad_k.dtype.element_ty), mask=(row < keys)[:, None])
 
@@ -237,8 +240,8 @@ def sizes_of(kernel: Any, launch: Launch) -> tuple[int, int]:
 
 def compile_variant(kernel: Any, width: int, launch: Launch, load: int, specialize: bool, arch: int) -> Any:
     """Compile a variant in bf16."""
-    rows, step = sizes_of(kernel, launch)
-    constants = {"ROWS": rows, "STEP": step, "E": width, "LOAD": load, "SPECIALIZE": specialize}
+    constants = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "HEAD_DIM": width}
+    constants |= {"LOAD": load, "SPECIALIZE": specialize}
     streamed = ("k", "v") if kernel is fwd_variant else ("q", "grad_out")
     signature, aligned = {}, {}
     for index, name in enumerate(p.name for p in kernel.params):
@@ -250,7 +253,7 @@ def compile_variant(kernel: Any, width: int, launch: Launch, load: int, speciali
             signature[name] = "*fp32"
         elif name in ("q", "k", "v", "out") or name.startswith("grad_"):
             described = load == 2 and name in streamed
-            signature[name] = f"tensordesc<bf16[{step}, 1, {width}]>" if described else "*bf16"
+            signature[name] = f"tensordesc<bf16[{sizes_of(kernel, launch)[1]}, 1, {width}]>" if described else "*bf16"
         else:
             signature[name] = "fp32" if name.endswith(("scale", "factor")) else "i32"
         if signature[name][0] == "*" or name.startswith("stride"):
@@ -290,11 +293,11 @@ def describe(name: str, width: int, launch: Launch, binary: Any) -> list[str]:
     loop = attention.main_loops(kernel)[0]
     body = attention.Body.of([instructions[n] for n in sorted(attention.unconditional(instructions, loop))])
     opcodes = Counter(i.opcode for i in instructions)
-    _, documents, _, groups, _ = next(case for case in CASES if case[2] == width)
+    _, documents, _, kv_heads, _ = next(case for case in CASES if case[2] == width)
     times = []
     for hidden in (attention.OVERLAP["warpgroups"], IN_TURN):
         with mock.patch.dict(attention.OVERLAP, warpgroups=hidden):
-            found = attention.estimate(kernel, documents, HEADS, groups, width, gpus.GPUS[0])
+            found = attention.estimate(kernel, documents, HEADS, kv_heads, width, gpus.GPUS[0])
             times.append(f"{found['seconds'] * 1e6:.0f}")
     return [
         f"{threads}", f"{registers}", f"{stack}", f"{binary.metadata.shared >> 10}",
@@ -314,7 +317,7 @@ def row(label: str, name: str, width: int, launch: Launch, load: int | None = No
             else compile_variant(VARIANTS[name], width, launch, load, specialize, 90)
         )
         columns = describe(name, width, launch, binary)
-    except Exception as error:  # of MLIR's passes, of ptxas, or a kernel does not fit on a multiprocessor
+    except Exception as error:  # MLIR or ptxas fails, or the kernel does not fit on a multiprocessor
         columns = [f"{type(error).__name__}: {error}".splitlines()[0]]
     print(f"| {' | '.join([f'{name} {width}', label, sizes, *columns])} |", flush=True)
 

@@ -1,4 +1,4 @@
-"""What runs an operator in tests: the reference, the CPU kernels, the CUDA kernels on the emulator, or a GPU.
+"""One of these runs an operator in tests: the reference, the CPU kernels, the CUDA kernels on the emulator, or a GPU.
 
 `use` puts the reference or the emulated kernels in the place of the CPU kernels, so that a test runs on any of them
 unchanged.
@@ -35,7 +35,7 @@ def operators() -> list[str]:
 
 @cache
 def emulator() -> ModuleType:
-    """The emulator, whose operators are ``blt_emulated::<name>``; skips where the backends of a run leave it out."""
+    """Return the emulator, whose operators are ``blt_emulated::<name>``, or skip if the run's backends leave it out."""
     if "emulated" not in BACKENDS:
         pytest.skip("runs on the emulator")
     for name in operators():
@@ -50,7 +50,7 @@ def emulator() -> ModuleType:
 
 
 def emulated() -> list[str]:
-    """The operators that have CUDA kernels."""
+    """Return the operators that have CUDA kernels."""
     emulator()
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return [n for n in operators() if has(f"blt_emulated::{n}", "CPU")]
@@ -68,7 +68,7 @@ def order(name: str, seed: int = 0) -> Iterator[None]:
 
 
 def launches(function: Callable[[], Any]) -> list[Any]:
-    """What the emulated kernels did that `function` launched, one by one."""
+    """Return the record of each emulated kernel that `function` launches."""
     with use("emulated"):
         emulator().take_launches()
         function()
@@ -76,7 +76,7 @@ def launches(function: Callable[[], Any]) -> list[Any]:
 
 
 def traffic(function: Callable[[], Any]) -> int:
-    """Bytes that the emulated kernels of `function` read and wrote, in whole sectors of 32."""
+    """Return bytes that the emulated kernels of `function` read and wrote, in whole sectors of 32."""
     return sum(launch.read + launch.written for launch in launches(function))
 
 
@@ -88,7 +88,7 @@ def use(backend: str) -> Iterator[None]:
         return
     library = torch.library.Library("blt_kernels", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about each kernel that is replaced
+        warnings.simplefilter("ignore")  # torch warns about each kernel that is replaced
         for name, kernel in _kernels(backend).items():
             library.impl(name, kernel, "CPU")
     try:
@@ -100,5 +100,5 @@ def use(backend: str) -> Iterator[None]:
 def _kernels(backend: str) -> dict[str, Callable[..., Any]]:
     if backend == "emulated":
         return {name: getattr(torch.ops.blt_emulated, name).default for name in emulated()}
-    key = torch._C.DispatchKey.CompositeExplicitAutograd  # where references are registered
+    key = torch._C.DispatchKey.CompositeExplicitAutograd  # references are registered for it
     return {name: partial(getattr(torch.ops.blt_kernels, name).default._op_dk, key) for name in operators()}

@@ -1,4 +1,4 @@
-"""Sees what a capture of a CUDA graph forbids, on tensors of "meta", which stand in for those of a GPU.
+"""Reports what a capture of a CUDA graph forbids, on tensors of "meta", which stand in for those of a GPU.
 
 Whatever would read values on the host, or copy pageable memory to the device, is reported.
 """
@@ -35,7 +35,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **kwargs)
         made = [x for x in tensors_of(result) if x.device.type == DEVICE]
         from_host = [x for x in given if x.device.type == "cpu"]
-        if torch.Tag.pointwise in func.tags:  # takes a number of the host as an argument of its kernel
+        if torch.Tag.pointwise in func.tags:  # its kernel takes a number of the host as an argument
             from_host = [x for x in from_host if x.dim()]
         if from_host and (on_device or made):
             self.forbidden.append(f"{func} copies from the host")
@@ -59,14 +59,14 @@ class WatchConstructors(TorchFunctionMode):
 
 
 def waits(func: Any, args: tuple[Any, ...]) -> bool:
-    """Does the size or the value of what `func` returns depend on values of its arguments?"""
+    """Return whether the size or the value of what `func` returns depends on values of its arguments."""
     if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default):
         return any(x.dtype in (torch.bool, torch.uint8) for x in tensors_of(args[1]))
     return bool({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags))
 
 
 def forbidden(function: Callable[[], Any]) -> list[str]:
-    """What `function` does that a capture would not allow."""
+    """Return what `function` does that a capture would not allow."""
     with Watch() as watch, WatchConstructors(watch.forbidden):
         try:
             function()

@@ -10,7 +10,7 @@ import torch
 from backends import BACKENDS, DEVICES, use
 from hypothesis import HealthCheck, settings
 
-# No deadline: the first call of an op may compile or load something.
+# There is no deadline, since the first call of an op may compile or load something.
 # Fixtures may be shared by all examples: `device` holds no state, and threads are set once.
 shared = [HealthCheck.function_scoped_fixture]
 settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, suppress_health_check=shared)
@@ -35,20 +35,20 @@ def _has_kernel(item: pytest.Function) -> bool:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What runs the operators: "cpu", "reference", "emulated" or "cuda"."""
+    """Return what runs the operators: "cpu", "reference", "emulated" or "cuda"."""
     with use(request.param):
         yield request.param
 
 
 @pytest.fixture
 def device(backend: str) -> str:
-    """The device of the tensors, once for every backend: the reference and the emulator run on "cpu"."""
+    """Return the device of the tensors for each backend: the reference and the emulator run on "cpu"."""
     return "cuda" if backend == "cuda" else "cpu"
 
 
 @pytest.fixture(params=DEVICES)
 def installed(request: pytest.FixtureRequest) -> str:
-    """Every device that this machine has, with the kernels that the package loads: to test what torch makes of them."""
+    """Return a device of this machine, to test what torch makes of the kernels that the package loads."""
     return request.param
 
 

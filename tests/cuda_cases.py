@@ -22,7 +22,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = {}
     for case in CASES:
-        for dtype in set(case.dtypes) - {torch.float64, torch.float16}:  # which run the same code as the others
+        for dtype in set(case.dtypes) - {torch.float64, torch.float16}:  # these two run the same code as the others
             for num_bytes in arguments.bytes:
                 print(f"case {case.name} {dtype} {num_bytes}", flush=True)
                 out, grads = run(case, case.function, make(case, "cuda", num_bytes, 21, dtype))

@@ -34,7 +34,7 @@ SIZES = {"float": 4, "double": 8, "__nv_bfloat16": 2, "__half": 2}
 
 @dataclass
 class Kernel:
-    """What ptxas says of a kernel, and what its launch bounds and its code are."""
+    """Has what ptxas says of a kernel, its launch bounds and its code."""
 
     name: str
     arch: str
@@ -47,13 +47,13 @@ class Kernel:
 
     @property
     def warps(self) -> int:
-        """Warps on a multiprocessor, as far as registers, static shared memory aside, allow."""
+        """Return warps on a multiprocessor, as far as registers and static shared memory allow."""
         warps = -(-self.threads // 32)
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * 32) // warps
         return min(by_registers, WARPS // warps, BLOCKS) * warps
 
     def faults(self) -> list[str]:
-        """What is wrong with it."""
+        """Return what is wrong with the kernel."""
         found = []
         if self.spills:
             found.append(f"{self.spills} bytes of spills")
@@ -64,7 +64,7 @@ class Kernel:
         return found
 
     def moves_whole_vectors(self) -> bool:
-        """True for kernels of 16-byte vectors: by the vector in their names, or for entropies."""
+        """Return whether a kernel moves 16-byte vectors: by the vector in its name, or for entropies."""
         vector = re.search(r"<(?:blt::Split<)?(\w+), (?:int, |long long, )?(\d+)", self.name)
         wide = vector is not None and SIZES.get(vector[1], 0) * int(vector[2]) == 16
         return wide or self.name.startswith(("token_entropy", "entropy_patch"))
@@ -108,7 +108,7 @@ def compile_launcher(source: Path, arch: str, folder: Path) -> str:
 
 
 def demangle(symbols: list[str]) -> list[str]:
-    """Names in C++, without parameters."""
+    """Return names in C++, without parameters."""
     text = subprocess.run(
         ["c++filt", "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True
     ).stdout
@@ -116,7 +116,7 @@ def demangle(symbols: list[str]) -> list[str]:
 
 
 def threads_of(ptx: str) -> dict[str, int]:
-    """Symbol -> threads of a block, by the launch bounds."""
+    """Return the threads of a block for each symbol, by the launch bounds."""
     entries = re.findall(r"\.entry (\w+)\((?:[^)]*)\)\s*(?:\.maxntid (\d+))?", ptx)
     return {symbol: int(threads or 1024) for symbol, threads in entries}
 
@@ -129,7 +129,7 @@ def parameters_of(ptx: str) -> dict[str, tuple[int, ...]]:
 
 
 def folder_of(stem: str, arch: str) -> Path:
-    """Where a launcher is compiled to."""
+    """Return the folder that a launcher is compiled to."""
     return ROOT / "build" / "cuda-check" / f"{stem}-{arch}"
 
 
@@ -159,7 +159,7 @@ def kernels_of(source: Path, arch: str) -> list[Kernel]:
 
 @cache
 def compiled(stem: str) -> list[Compiled]:
-    """The kernels of a launcher that was compiled, for the model."""
+    """Return the kernels of a launcher that was compiled, for the model."""
     folder = folder_of(stem, MODELED)
     (cubin,), (ptx,) = folder.glob(f"{stem}*.cubin"), folder.glob(f"{stem}*.ptx")
     usage = subprocess.run([cuobjdump(), "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
@@ -173,13 +173,13 @@ def compiled(stem: str) -> list[Compiled]:
 
 
 def nvcc_version() -> str:
-    """What the rows of CUDA C++ kernels are compiled by."""
+    """Return the compiler of the rows of CUDA C++ kernels."""
     said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release ([\d.]+)", said)
     return f"nvcc {found[1]}" if found else "nvcc"
 
 
-Modeled = tuple[list[table.Row], list[str]]  # rows, and what is wrong with the model
+Modeled = tuple[list[table.Row], list[str]]  # has rows, and what is wrong with the model
 
 
 def model_case(number: int) -> Modeled:
@@ -245,7 +245,7 @@ def main() -> None:
         sys.exit("cuda-check: nvcc is missing; it is a part of the CUDA toolkit")
     failed = 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        by_size = sorted(sources, key=lambda source: -source.stat().st_size)  # those that take long first
+        by_size = sorted(sources, key=lambda source: -source.stat().st_size)  # the longest come first
         running = {(s, a): pool.submit(kernels_of, s, a) for s in by_size for a in arguments.archs}
         for source in sources:
             kernels = [kernel for a in arguments.archs for kernel in running[source, a].result()]

@@ -19,7 +19,7 @@ Make = Callable[[torch.dtype, int, int], dict[str, Any]]
 
 
 def random_normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    """Normal numbers that `dtype` holds exactly, the same for every seed on every device."""
+    """Return normal numbers that `dtype` holds exactly, the same for every seed on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(*shape).normal_(0, scale, generator=generator).to(dtype)
 
@@ -39,7 +39,7 @@ def spread_logits(num_bytes: int, alphabet: int, dtype: torch.dtype, seed: int) 
 
 
 def between(values: Tensor) -> float:
-    """The middle of the widest gap in the upper half of `values`: a threshold that rounding does not cross."""
+    """Return the middle of the widest gap in the upper half of `values`: a threshold that rounding does not cross."""
     upper = values.double().sort().values[values.numel() // 2 :]
     if upper.numel() < 2:
         return 1.0
@@ -48,7 +48,7 @@ def between(values: Tensor) -> float:
 
 
 def robust_rule(entropy: Tensor, rule: dict[str, Any]) -> dict[str, Any]:
-    """`rule` with thresholds that no entropy of fp32 accuracy is on the wrong side of."""
+    """Return `rule` with thresholds that no entropy of fp32 accuracy is on the wrong side of."""
     rise = entropy.diff()
     rule = {"threshold": between(rise if rule.get("monotonic") else entropy), **rule}
     if "threshold_add" in rule:
@@ -138,7 +138,7 @@ def make_layout(num_bytes: int, seed: int, kind: str = "") -> PatchLayout:
     """Return ragged patches: with too few slots ("overflow"), or with bytes beyond the last document ("tail")."""
     if kind == "tail":
         covered = documents(num_bytes * 2 // 3, seed)
-        return PatchLayout.from_cuts(torch.arange(num_bytes) % 4 == seed % 4, covered)
+        return PatchLayout.from_boundaries(torch.arange(num_bytes) % 4 == seed % 4, covered)
     room = num_bytes // 12 + 7 if kind == "overflow" else None  # 7 is one for each document
     return ragged_layout(num_bytes, seed, max_patches=room)
 
@@ -184,8 +184,8 @@ def make_ngram_hash_embed(*, fused: bool = False, byte_table: bool = True, width
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-def make_attention(*, keys: bool = False, groups: int = 4, width: int = 10, **options: Any) -> Make:
-    """`keys`: documents have other numbers of keys than of queries, and not all of them are used."""
+def make_attention(*, keys: bool = False, kv_heads: int = 4, width: int = 10, **options: Any) -> Make:
+    """Return a function of inputs. With `keys`, documents have other numbers of keys than of queries, some unused."""
 
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         lengths = document_lengths(num_bytes, seed)
@@ -194,8 +194,8 @@ def make_attention(*, keys: bool = False, groups: int = 4, width: int = 10, **op
         used = torch.tensor([n - (b + seed) % 3 if n > 3 else n for b, n in enumerate(more)], dtype=torch.int32)
         return {
             "q": random_normal(num_bytes, 4, width, dtype=dtype, seed=seed),
-            "k": random_normal(rows, groups, width, dtype=dtype, seed=seed + 1),
-            "v": random_normal(rows, groups, width, dtype=dtype, seed=seed + 2),
+            "k": random_normal(rows, kv_heads, width, dtype=dtype, seed=seed + 1),
+            "v": random_normal(rows, kv_heads, width, dtype=dtype, seed=seed + 2),
             "cu_seqlens_q": offsets_of(lengths),
             **({"cu_seqlens_k": offsets_of(more), "seqused_k": used} if keys else {}),
             **options,
@@ -216,7 +216,7 @@ def make_attention_ranges(*, keys: bool = False, **options: Any) -> Make:
     return make
 
 
-def make_decoding(*, groups: int = 2, width: int = 10, **options: Any) -> Make:
+def make_decoding(*, kv_heads: int = 2, width: int = 10, **options: Any) -> Make:
     """Make a few queries a document, and a cache of its keys whose last ones are unused."""
 
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
@@ -224,8 +224,8 @@ def make_decoding(*, groups: int = 2, width: int = 10, **options: Any) -> Make:
         queries = [min(n, (b + seed) % 3) for b, n in enumerate(lengths)]
         return {
             "q": random_normal(sum(queries), 4, width, dtype=dtype, seed=seed),
-            "k": random_normal(num_bytes, groups, width, dtype=dtype, seed=seed + 1),
-            "v": random_normal(num_bytes, groups, width, dtype=dtype, seed=seed + 2),
+            "k": random_normal(num_bytes, kv_heads, width, dtype=dtype, seed=seed + 1),
+            "v": random_normal(num_bytes, kv_heads, width, dtype=dtype, seed=seed + 2),
             "cu_seqlens_q": offsets_of(queries),
             "cu_seqlens_k": offsets_of(lengths),
             "seqused_k": torch.tensor([n - n // 9 for n in lengths], dtype=torch.int32),
@@ -261,7 +261,7 @@ def make_cross_attention(
 def large_scores(
     size: float, heads: tuple[int, int], width: int, scale: float | None, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[int]]:
-    """q, k, v, a gradient and the offsets of documents, in all but one of which the largest scores are about +-`size`.
+    """Return q, k, v, a gradient and document offsets; the largest scores of all but one are about +-`size`.
 
     Scores are exact in fp32, whatever the order of their sums, and many are equal: a small integer times a power of two
     in half of the columns, where a document's keys are alike. The other half, where queries are 0, tells them apart.
@@ -300,14 +300,14 @@ LARGE_SCORES: list[tuple[int, float | None, int | None]] = [  # width, scale, wi
 
 
 def sizes_of_scores(dtype: torch.dtype) -> list[float]:
-    """As large as the dtype's q and k allow: gradients of fp16 overflow with larger ones."""
+    """Return sizes up to the largest that q and k of the dtype allow: gradients of fp16 overflow with larger ones."""
     return [1e4, 1e6, 3e9, 3e38] if dtype != torch.float16 else [1e4, 1e6, 3e9]
 
 
 def eager_attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: list[int], window: int | None, scale: float | None
 ) -> Tensor:
-    """Causal attention one document at a time: scores and softmax in fp32 or fp64, the weights in the dtype of v."""
+    """Attend one document at a time: scores and softmax in fp32 or fp64, the weights in the dtype of v."""
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     outs = []
     for begin, end in itertools.pairwise(offsets):

@@ -32,7 +32,7 @@ def floats_of(tree: Any) -> list[Tensor]:
 
 
 def with_grad(case: OpCase, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Detached arguments, the differentiable ones leaves that ask for gradients. Keeps their strides."""
+    """Return detached arguments; differentiable ones are leaves that ask for gradients and keep their strides."""
     return {
         name: map_tensors(lambda x: x.detach().requires_grad_(), value) if name in case.differentiable else value
         for name, value in arguments.items()
@@ -53,13 +53,13 @@ def cotangents_of(case: OpCase, out: Any) -> list[Tensor]:
 
 
 def forward(case: OpCase, function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """Outputs of `function`, and the leaves that have gradients."""
+    """Return outputs of `function`, and the leaves that have gradients."""
     arguments = with_grad(case, arguments)
     return function(**arguments), tensors_of({name: arguments[name] for name in case.differentiable})
 
 
 def backward(case: OpCase, out: Any, leaves: list[Tensor], cotangents: list[Tensor]) -> tuple[Any, list[Tensor]]:
-    """Detached outputs, and the gradients of the leaves."""
+    """Return detached outputs, and the gradients of the leaves."""
     if not case.differentiable:
         return out, []
     results = [x for x in floats_of(out) if x.requires_grad]
@@ -113,7 +113,7 @@ def plain(case: OpCase, arguments: dict[str, Any]) -> tuple[Any, list[Tensor]]:
 
 
 def strided(tree: Any, kind: str) -> Any:
-    """The same values with other strides; `expanded` repeats the first row of every floating tensor instead."""
+    """Return the same values with other strides; `expanded` repeats the first row of every floating tensor."""
 
     def change(x: Tensor) -> Tensor:
         if kind == "offset":
@@ -156,7 +156,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def raw_calls(case: OpCase, arguments: dict[str, Any]) -> list[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
-    """The operators that the op calls, forward and backward, with their arguments."""
+    """Yield the operators that the op calls, forward and backward, with their arguments."""
     with Recorder() as recorder:
         run(case, case.function, arguments)
     assert recorder.calls, "the op calls no operator of this library"
@@ -164,12 +164,12 @@ def raw_calls(case: OpCase, arguments: dict[str, Any]) -> list[tuple[torch._ops.
 
 
 def has_cpu_kernel(operator: torch._ops.OpOverload) -> bool:
-    """Is there a compiled kernel, as opposed to the reference?"""
+    """Return whether there is a compiled kernel, as opposed to the reference."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
 
 
 def make(case: OpCase, device: str, num_bytes: int, seed: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Arguments on `device`, in fp32 unless the case has no floating arguments."""
+    """Return arguments on `device`, in fp32 unless the case has no floating arguments."""
     if dtype is None:
         dtype = torch.float32 if torch.float32 in case.dtypes else case.dtypes[0]
     return map_tensors(lambda x: x.to(device), case.make(dtype, num_bytes, seed))

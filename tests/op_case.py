@@ -14,7 +14,7 @@ import torch
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = (torch.int64,)
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-WIDE = 149  # columns: several vectors of every instruction set, side by side and alone, and some left over
+WIDE = 149  # so many columns are several vectors of every instruction set, in pairs and single, and a remainder
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class OpCase:
 
     @property
     def op(self) -> str:
-        """The op of the function: ``ops/<op>.py`` defines it."""
+        """Return the op of the function: ``ops/<op>.py`` defines it."""
         return self.function.__module__.rpartition(".")[2]
 
     @property
     def has_documents(self) -> bool:
-        """Does the function work within documents, which a layout or offsets give?"""
+        """Return whether the function works within documents, which a layout or offsets give."""
         return not {"layout", "cu_seqlens", "cu_seqlens_q"}.isdisjoint(signature(self.function).parameters)
 
     @property
     def emulated(self) -> bool:
-        """Are the kernels for CUDA written in CUDA C++, which the emulator runs?"""
+        """Return whether the kernels for CUDA are in CUDA C++, which the emulator runs."""
         return (CUDA / f"{self.op}.cu").exists()
 
     @property

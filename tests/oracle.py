@@ -40,7 +40,7 @@ def entropy_starts(
 
 
 def within(starts: set[int], size: int) -> Starts:
-    """The starts at the bytes of a document and at the byte to come; an empty document has none."""
+    """Return the starts at the bytes of a document and at the byte to come; an empty document has none."""
     return sorted(s for s in starts if s <= size) if size else []
 
 
@@ -81,7 +81,7 @@ def topk_starts(entropy: Sequence[float], patch_size: int) -> Starts:
 
 
 def layout_of(starts: Sequence[Starts], sizes: Sequence[int], max_patches: int | None = None) -> dict[str, Any]:
-    """The fields of a PatchLayout, as lists, for documents of `sizes` bytes."""
+    """Return the fields of a PatchLayout, as lists, for documents of `sizes` bytes."""
     total = sum(sizes)
     capacity = total if max_patches is None else max_patches
     offsets, cu_patches, patch_ids, decode_ids, decode_offsets, cu_seqlens = [], [0], [], [], [], [0]

@@ -24,7 +24,7 @@ def document_ids(tokens: Sequence[int], eos_id: int) -> Tensor:
 
 
 def self_attention_mask(tokens: Sequence[int], bias: str | None, eos_id: int, window: int | None) -> Tensor:
-    """What each entry attends to, bool ``[S, S]``."""
+    """Return the entries that each entry attends to, bool ``[S, S]``."""
     position = torch.arange(len(tokens))
     mask = position[:, None] >= position
     if bias in ("block_causal", "local_block_causal"):
@@ -49,11 +49,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    return (weights.nan_to_num(0.0) @ v).transpose(0, 1).flatten(1)  # nothing to attend to: 0
+    return (weights.nan_to_num(0.0) @ v).transpose(0, 1).flatten(1)  # queries without a key get 0
 
 
 def turn(x: Tensor, theta: float) -> Tensor:
-    """Rotary positions of ``[heads, S, width]``: entries 2j and 2j + 1 are one plane."""
+    """Apply rotary positions to ``[heads, S, width]``: entries 2j and 2j + 1 are one plane."""
     width = x.shape[-1]
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.arange(x.shape[1])[:, None] * frequency
@@ -109,7 +109,7 @@ def byte_lm_logits(state: State, args: dict[str, Any], tokens: Sequence[int]) ->
 
 
 def blt_logits(state: State, args: dict[str, Any], tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """Logits of a BLT, fp64 ``[S, V]``; `lengths` of patches sum to S + 1, for the byte to come counts."""
+    """Return logits of a BLT, fp64 ``[S, V]``; `lengths` of patches sum to S + 1, for the byte to come counts."""
     state = {name: value.double() for name, value in state.items() if not name.endswith("freqs_cis")}
     size, queries = len(tokens), args["cross_attn_k"]
     patch_of = torch.repeat_interleave(torch.tensor(lengths))
@@ -135,8 +135,8 @@ def blt_logits(state: State, args: dict[str, Any], tokens: Sequence[int], length
                 pooled = torch.stack([x[m].amax(0) if m.any() else torch.zeros_like(x[0]) for m in members])
                 vectors = (pooled @ state["local_encoder.patch_embedding_projection.weight"].T).view(-1, x.shape[-1])
             name = f"local_encoder.cross_attn_layers.{i if every else 0}"
-            seen = cross_mask(slots, own, args["cross_attn_window_encoder"])
-            vectors = cross(vectors, x, state, name, seen, args)
+            unmasked = cross_mask(slots, own, args["cross_attn_window_encoder"])
+            vectors = cross(vectors, x, state, name, unmasked, args)
     assert vectors is not None
 
     h = vectors.view(patches, -1)
@@ -146,15 +146,15 @@ def blt_logits(state: State, args: dict[str, Any], tokens: Sequence[int], length
     for token, patch in zip(tokens, own.tolist(), strict=True):
         if token == 2:
             marks[patch] = 2
-    seen = self_attention_mask(marks, args["attn_bias_type"], args["eos_id"], None)
+    unmasked = self_attention_mask(marks, args["attn_bias_type"], args["eos_id"], None)
     for i in range(args["n_layers_global"]):
-        h = layer(h, state, f"global_transformer.layers.{i}", args["n_heads_global"], seen, args)
+        h = layer(h, state, f"global_transformer.layers.{i}", args["n_heads_global"], unmasked, args)
 
     vectors = (h @ state["local_decoder.patch_embedding_projection.weight"].T).view(-1, x.shape[-1])
     for i in range(args["n_layers_local_decoder"]):
         if i == 0 or args["cross_attn_all_layers_decoder"]:
-            seen = cross_mask(read, slots, args["cross_attn_window_decoder"])
-            x = cross(x, vectors, state, f"local_decoder.cross_attn_layers.{i}", seen, args)
+            unmasked = cross_mask(read, slots, args["cross_attn_window_decoder"])
+            x = cross(x, vectors, state, f"local_decoder.cross_attn_layers.{i}", unmasked, args)
         x = layer(x, state, f"local_decoder.layers.{i}", args["n_heads_local_decoder"], mask, args)
     x = norm(x, state, "local_decoder.norm", args["norm_eps"])
     return x @ state["local_decoder.output.weight"].T

@@ -19,7 +19,7 @@ from blt_kernels.models.base import ByteModel
 from blt_kernels.models.blt_state import BLTState
 from blt_kernels.testing import SCRIPTS, invalid_utf8, offsets_of
 
-TOLERANCE = 1e-12  # of logits in fp64
+TOLERANCE = 1e-12  # logits in fp64 agree to it
 
 _RULES: dict[str, dict[str, Any]] = {
     "entropy": {},
@@ -54,7 +54,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "one query": {"queries_per_patch": 1},
     "n-grams": {"ngram_sizes": (2, 11), "num_functions": 2},
 }
-# The model of `model_cases.CONFIGS` and what is changed of it.
+# A case has a model of `model_cases.CONFIGS`, and changes of its configuration.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "byte_lm": ("byte_lm", {}),
     "byte_lm: documents": ("byte_lm", {"split_documents": True}),
@@ -113,7 +113,7 @@ def model_of(case: str, ops: str = "fused", dtype: torch.dtype = torch.float64) 
     model = build(name, ops, dtype, **changes).eval()
     if isinstance(model, BLT) and model.patcher is not None:
         rule = {key: changes[key] for key in ("threshold_add", "monotonic") if key in changes}
-        truth = build(name, **changes).patcher  # thresholds are those of fp64 for every dtype
+        truth = build(name, **changes).patcher  # every dtype gets the thresholds of fp64
         ids, rows = packed(rows_of_text())
         entropy, _ = truth.patch(ids, rows, reset_at_newlines=model.config.reset_at_newlines or None)
         model.config = dataclasses.replace(model.config, **robust_rule(entropy.detach(), rule) | _added(entropy, rule))
@@ -151,7 +151,7 @@ def _starts(layout: PatchLayout, rows: Sequence[Tensor]) -> list[list[int]]:
 
 
 class Checked:
-    """A state and plain rows of ids. Whatever is done to both, the state has to agree with one forward over the rows.
+    """Holds a state and plain rows of ids. Whatever is done to both, the state agrees with one forward over the rows.
 
     Parameters
     ----------

@@ -52,7 +52,7 @@ CASES: dict[str, dict] = {
     "long_patches": {"max_patch_length": 3},
     "bytes": {"patch_in_forward": False},
     "spaces": {"patching_mode": "space"},
-    # As transformers' own conversion of a checkpoint of facebookresearch/blt names things that its classes ignore.
+    # transformers' own conversion of a checkpoint of facebookresearch/blt writes fields that its classes ignore.
     "converted": {"realtime_patching": True, "patching_device": "cuda", "patching_threshold_add": 0.5, "pm_size": 0,
                   "monotonicity": True,
                   "encoder_config": {"norm_eps": 0.5, "pm_size": 0, "rope_theta": 300.0,
@@ -75,7 +75,7 @@ def batch(rows: int = 3, length: int = LENGTH) -> Tensor:
 
 
 def their_model(case: str, **changes: object):
-    """A BLT of transformers with random weights that tell: norms away from 1, a threshold amidst the entropies."""
+    """Return transformers' BLT with random weights that tell: norms away from 1, a threshold amidst the entropies."""
     blt = pytest.importorskip("transformers.models.blt")
     torch.manual_seed(0)
     model = blt.BltForCausalLM(blt.BltConfig(**merged(merged(VALUES, CASES[case]), changes))).eval()

@@ -39,7 +39,7 @@ def compiled(
     name: str, width: int, dtype: torch.dtype, launch: Launch, arch: tuple[int, int], even: bool = True,
     offsets: bool = True,
 ) -> Any:  # fmt: skip
-    """A kernel as its launcher would compile it, for aligned tensors; `width` is the padded one.
+    """Compile a kernel as its launcher would, for aligned tensors; `width` is the padded one.
 
     Without `offsets`, documents are of one length.
     """

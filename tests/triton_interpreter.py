@@ -24,9 +24,9 @@ from blt_kernels.testing import assert_close, offsets_of
 from blt_kernels.triton.block_causal_attention.launch import Launch
 
 NAN = float("nan")
-SMALL = (32, 16)  # block_m and block_n, so that short documents span several tiles
+SMALL = (32, 16)  # block_m and block_n are small, so that short documents span several tiles
 RAGGED = [1, 33, 0, 17, 2]
-# Lengths of queries and keys (those of the queries if None), and how many of the keys are used.
+# Each has the lengths of queries and keys (those of the queries if None), and how many of the keys are used.
 DOCUMENTS: dict[str, tuple[list[int], list[int] | None, list[int] | None]] = {
     "empty, one byte, a tile plus one": (RAGGED, None, None),
     "one byte each": ([1] * 40, None, None),
@@ -80,7 +80,7 @@ class Watch:
             return (pointers, value, mask, *rest)
 
         def as_float(x: Any) -> Any:
-            if x.dtype.scalar != tl.bfloat16:  # which the interpreter keeps as integers, and multiplies as such
+            if x.dtype.scalar != tl.bfloat16:  # the interpreter keeps bfloat16 as integers, and multiplies those
                 return x
             return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
@@ -90,7 +90,7 @@ class Watch:
 
         wrap(executor, "__call__", launched)
         wrap(builder, "create_dot", multiplied)
-        wrap(builder, "create_masked_load", loaded)  # which loads without a mask call too
+        wrap(builder, "create_masked_load", loaded)  # loads without a mask call it too
         wrap(builder, "create_masked_store", stored)
 
 
@@ -184,10 +184,32 @@ def key_intervals(lengths: list[int], window: int | None, keys: list[int] | None
     return intervals(x, y, offsets_of(lengths), None if keys is None else offsets_of(keys), window)[:2]
 
 
+def tiles_visited(first: Tensor, last: Tensor, block_m: int, block_n: int) -> tuple[int, int]:
+    """Count the tiles of keys that a kernel takes for one head, and the fewest that could hold all unmasked pairs.
+
+    Every query attends to the keys ``[first, last)``. The fewest are what the keys of `block_m` queries would fill
+    if they lay side by side.
+    """
+    visited = fewest = 0
+    for block in range(0, first.shape[0], block_m):
+        runs: list[list[int]] = []
+        ends = zip(first[block : block + block_m].tolist(), last[block : block + block_m].tolist(), strict=True)
+        for begin, end in ends:
+            if begin >= end:
+                continue
+            if runs and begin <= runs[-1][1]:
+                runs[-1][1] = max(end, runs[-1][1])
+            else:
+                runs.append([begin, end])
+        visited += sum(-(-(end - begin) // block_n) for begin, end in runs)
+        fewest += -(-sum(end - begin for begin, end in runs) // block_n)
+    return visited, fewest
+
+
 def flash_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    """Gradients with weights exp(s - lse) and with sum(g * out), from rounded `lse` and `out`, as in the kernels.
+    """Return gradients with weights exp(s - lse) and sum(g * out), from rounded `lse` and `out`, as in the kernels.
 
     The reference makes both anew from the scores, so its errors are smaller where gradients cancel.
     """

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure. Where it raises, hangs or ends the process, it costs one row, and the next case follows.
+    """Measures one thing. If it raises, hangs or ends the process, it costs one row, and the next case follows.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Stage:
-    """Cases that run in a process of their own.
+    """Describes cases that run in a process of their own.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Stage:
     case_seconds: float
 
     def cases(self, target: Target) -> list[Case]:
-        """The cases; making the list takes no inputs and no GPU memory."""
+        """Return the cases; making the list takes no inputs and no GPU memory."""
         make = getattr(importlib.import_module(f"gpu_stages.{self.module}"), f"{self.name}_cases")
         return make(target)
 
@@ -65,7 +65,7 @@ STAGES = {
         Stage("suite", "checks", 60, 60),
     )
 }
-CALLS = {  # what a call of a machine is for, and its budget in seconds, without the machine's start
+CALLS = {  # each has its stages and its budget in seconds, without the machine's start
     1: (("ceilings", "smoke", "timings", "attention", "search", "generation", "counters"), 430.0),
     2: (("smoke", "memcheck", "racecheck", "suite", "timings"), 240.0),
 }

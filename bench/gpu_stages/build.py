@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CARRIED, PACKAGE = ROOT / "build" / "gpu", ROOT / "blt_kernels"
 ARCH, ISAS = "90a", ("v3", "v4")
 MAX_BYTES = 40 << 20
-# The newest symbol versions of Ubuntu 22.04: a machine with an older C or C++ library cannot load newer symbols.
+# These are Ubuntu 22.04's newest symbol versions. An older C or C++ library cannot load newer symbols.
 NEWEST_SYMBOLS = {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)}
 SECONDS_TO_LOAD = 150  # the first import of torch reads gigabytes from a cold disk
 LOADS = """
@@ -37,7 +37,7 @@ assert _extension.load_cuda().compiler == "nvcc", _extension.load_cuda()
 
 
 def source_hash() -> str:
-    """A hash of everything that the compiled modules are built from."""
+    """Return a hash of everything that the compiled modules are built from."""
     found = hashlib.sha256()
     for path in [ROOT / "CMakeLists.txt", *sorted(ROOT.glob("csrc/**/*"))]:
         if path.is_file():
@@ -72,7 +72,7 @@ def build(folder: Path, build_folder: Path, isas: tuple[str, ...], seconds: floa
 
 
 def newer_symbols(module: Path) -> list[str]:
-    """The versioned symbols that a module needs of a C or C++ library newer than `NEWEST_SYMBOLS`."""
+    """Return the versioned symbols that a module needs of a C or C++ library newer than `NEWEST_SYMBOLS`."""
     table = subprocess.run(["objdump", "-T", str(module)], capture_output=True, text=True, check=True).stdout
     found = set()
     for library, version in re.findall(r"\b(GLIBC|GLIBCXX|CXXABI)_([\d.]+)", table):

@@ -24,7 +24,7 @@ ROUNDS = 7
 
 
 def ceilings_cases(target: Target) -> list[Case]:
-    """Versions, then the ceilings, then what a call costs however small it is."""
+    """Return cases of versions, of the ceilings, and of what a call costs however small it is."""
     size = 1 << (16 if target.rehearsal else 31)
     side = 64 if target.rehearsal else 8192
     cases = [
@@ -88,7 +88,7 @@ def product(target: Target, side: int, dtype: torch.dtype) -> Iterator[Row]:
 
 
 def launch(target: Target) -> Iterator[Row]:
-    """The smallest call of an op, on the GPU alone, where it is one kernel."""
+    """Time the smallest call of an op that is one kernel, on the GPU alone."""
     x = torch.zeros(1, 260, device=target.device)
     yield measured(target, "smallest call: token_entropy", "[1, 260]", "float32", lambda: bk.token_entropy(x), 1)
 

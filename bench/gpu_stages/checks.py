@@ -17,7 +17,7 @@ from timing import OURS, Row, failed_row
 from gpu_stages import ROOT, Case
 from gpu_stages.target import Target
 
-NAMES = ("blt", "block_causal_attention_")  # in the mangled names of the kernels of nvcc, and in Triton's
+NAMES = ("blt", "block_causal_attention_")  # the names of the kernels of nvcc and Triton contain these
 NUM_BYTES = 300
 LEFT_OUT = ("opcheck", "compile", "inductor", "nvrtc", "cuda_runtime")  # the last needs no GPU
 PROCESSES = 8
@@ -63,7 +63,7 @@ def sanitize(target: Target, tool: str) -> Iterator[Row]:
 
 
 def suite(target: Target) -> Iterator[Row]:
-    """A row for each test that fails, as it fails, one for every hundred that pass, and one for the sum."""
+    """Yield a row for each test that fails, as it fails, one for every hundred that pass, and one for the sum."""
     wanted = " and ".join(["cuda", *(f"not {name}" for name in LEFT_OUT)])
     tests, processes, backends = ["tests"], ["-n", str(PROCESSES), "--dist", "worksteal"], "cuda"
     if target.rehearsal:

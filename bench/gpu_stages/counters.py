@@ -53,7 +53,7 @@ def rows_of(output: str) -> Iterator[Row]:
     """Make a row for each kernel from the table that ``ncu --csv --page raw`` prints after the program's output."""
     begin = output.find('"ID"')
     for line in csv.DictReader(io.StringIO(output[begin:] if begin >= 0 else "")):
-        if not line["ID"] or not line.get("Kernel Name"):  # the units, or what is printed behind the table
+        if not line["ID"] or not line.get("Kernel Name"):  # this is the line of units, or one after the table
             continue
         dram = number(line, r"dram_{1,2}throughput\.avg\.pct")
         issue = number(line, r"(issue_active|inst_issued)\.avg\.pct")
@@ -76,7 +76,7 @@ def rows_of(output: str) -> Iterator[Row]:
 
 
 def number(line: dict[str, str], pattern: str) -> float:
-    """The first column whose name matches, or NaN."""
+    """Return the first column whose name matches, or NaN."""
     for name, value in line.items():
         if name and re.search(pattern, name) and is_number(value):
             return float(value.replace(",", ""))
@@ -91,7 +91,7 @@ def is_number(text: str | None) -> bool:
 
 
 def calls(device: str) -> list[Callable[[], Any]]:
-    """One call of every op that is judged by the bytes it moves, and attention."""
+    """Return one call of every op that is judged by the bytes it moves, and of attention."""
     small = device == "cpu"
     rows, length, width = (1, 64, 32) if small else (8, 8192, 1024)
     heads, head_width, vocab = (2, 16, 101) if small else (16, 64, 100002)

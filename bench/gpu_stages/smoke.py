@@ -1,4 +1,4 @@
-"""Every op once in many ways, forward and backward, against fp64: is it right on this GPU at all?"""
+"""Compare every op with fp64 in many ways, forward and backward, to see whether it is right on this GPU at all."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def dtypes_of(case: OpCase) -> list[torch.dtype]:
 
 
 def smoke(target: Target, case: OpCase, dtype: torch.dtype, name: str) -> Iterator[Row]:
-    """Accuracy, unwritten memory, two runs, a graph: the first that fails is the case's row."""
+    """Check accuracy, unwritten memory, two runs and a graph: the first that fails is the case's row."""
     sizes, large = (TINY, TINY[-1]) if target.rehearsal else (SIZES, LARGE)
     check(case, [make(case, target.device, n, seed, dtype) for seed, n in enumerate(sizes)])
     arguments = make(case, target.device, large, 7, dtype)

@@ -39,7 +39,7 @@ def seconds_of(row: Row) -> float:
 
 
 def times(rows: list[Row]) -> Iterable[str]:
-    """Our time of every comparison, its share of the limit, and the best peer."""
+    """Return our time of every comparison, its share of the limit, and the best peer."""
     found = [row for row in rows if row["median_ms"] and row["op"].split()[0] not in ("stage", "search", "ncu")]
     for row in found:
         if row["op"].startswith((LIMIT, "smallest")):
@@ -60,7 +60,7 @@ def times(rows: list[Row]) -> Iterable[str]:
 
 
 def others(rows: list[Row]) -> Iterable[str]:
-    """The fastest launch of every kernel beside the table's, and what the counters say."""
+    """Return the fastest launch of every kernel beside the table's, and what the counters say."""
     by_kernel: dict[str, list[Row]] = {}
     for row in rows:
         if row["op"].startswith("search ") and row["median_ms"]:
@@ -75,7 +75,7 @@ def others(rows: list[Row]) -> Iterable[str]:
 
 
 def cut(lines: list[str]) -> str:
-    """As many of the lines as come back."""
+    """Return as many of the lines as the device tool returns."""
     kept: list[str] = []
     left = MAX_CHARACTERS
     for number, line in enumerate(lines):

@@ -65,7 +65,7 @@ class Target:
         torch.cuda.empty_cache()
 
     def l2_bytes(self) -> int:
-        """Size of the cache that inputs must not fit in."""
+        """Return size of the cache that inputs must not fit in."""
         return torch.cuda.get_device_properties(0).L2_cache_size
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -97,7 +97,7 @@ class Target:
         return lambda: _elapsed(replay) / calls, "by graphs"
 
     def tool(self, name: str) -> list[str]:
-        """The command of ncu or compute-sanitizer."""
+        """Return the command of ncu or compute-sanitizer."""
         found = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
         if found is None:
             raise FileNotFoundError(f"{name} is not installed")
@@ -105,7 +105,7 @@ class Target:
 
 
 class Rehearsal(Target):
-    """A machine without a GPU: kernels run on the emulator and in Triton's interpreter, times are of the wall clock."""
+    """Stands in for a GPU: kernels run on the emulator and in Triton's interpreter, times are of the wall clock."""
 
     device = "cpu"
     rehearsal = True
@@ -122,7 +122,7 @@ class Rehearsal(Target):
             library = torch.library.Library("blt_kernels", "IMPL")
             stack.callback(library._destroy)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about each kernel that is replaced
+                warnings.simplefilter("ignore")  # torch warns about each kernel that is replaced
                 for name, module in (("fwd", forward), ("bwd", backward)):
                     operator = f"block_causal_attention_{name}"
                     library.impl(operator, getattr(module, f"{operator}_cuda"), "CPU")

@@ -57,8 +57,8 @@ def attention_cases(target: Target) -> list[Case]:
         makes = [partial(bench.comparison, tiny, device, False, False)]
     else:
         passes = [(number, case, b) for number, (case, both) in enumerate(bench.CASES[device]) for b in both]
-        # Triton's kernels are the same for all lengths. While they are compiled in the background, a GPU that is being
-        # measured should have little else to do.
+        # Triton's kernels are the same for all lengths, so short inputs warm them up. While they are compiled in the
+        # background, a GPU that is being measured should have little else to do.
         makes = [
             partial(bench.comparison, replace(case, lengths=bench.SMALL) if target.warm else case, device, b, False)
             for _, case, b in passes

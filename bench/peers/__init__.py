@@ -1,4 +1,4 @@
-"""What a user would run instead of the ops: the steps of other code bases and torch's own functions, one file an op.
+"""A user would run these instead of the ops: steps of other code bases and torch's own functions, one file an op.
 
 transformers' own functions are called where it is installed. facebookresearch/blt is no package; what it does is
 written out, with the checks that it makes.

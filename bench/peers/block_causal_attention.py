@@ -16,7 +16,7 @@ from peers import compiled
 
 
 def masked_attention(cu_seqlens: Tensor, window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """One call of torch's attention for all documents, with a mask of T * T booleans."""
+    """Call torch's attention once for all documents, with a mask of T * T booleans."""
     position = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
     distance = position[:, None] - position
@@ -31,7 +31,7 @@ def masked_attention(cu_seqlens: Tensor, window: int | None) -> Callable[[Tensor
 
 
 def attention_by_document(lengths: list[int], window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A call of torch's attention for each document; it masks windows only by a mask of booleans."""
+    """Call torch's attention for each document; it masks windows only by a mask of booleans."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = None
@@ -49,7 +49,7 @@ def attention_by_document(lengths: list[int], window: int | None) -> Callable[[T
 
 
 def flex_attention(cu_seqlens: Tensor, window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """torch's flex_attention, compiled, with a block mask that is made beforehand."""
+    """Return torch's flex_attention, compiled, with a block mask that is made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as flex
 
@@ -71,12 +71,12 @@ def flex_attention(cu_seqlens: Tensor, window: int | None) -> Callable[[Tensor, 
 
 
 def plain_attention(cu_seqlens: Tensor, window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Blocks of rows with masks, in plain PyTorch: where there are too many documents for a call each."""
+    """Attend by blocks of rows with masks, in plain PyTorch: for too many documents for a call each."""
     return lambda q, k, v: block_causal_attention_reference(q, k, v, cu_seqlens, window=window)
 
 
 def cudnn_attention(lengths: list[int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """One call of cuDNN's attention for documents of one length, without a window."""
+    """Call cuDNN's attention once for documents of one length, without a window."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = (x.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for x in (q, k, v))
@@ -90,15 +90,15 @@ def cudnn_attention(lengths: list[int]) -> Callable[[Tensor, Tensor, Tensor], Te
 def varlen_attention(
     cu_seqlens: Tensor, window: int | None, keys: Tensor | None = None, used: Tensor | None = None
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """torch's variable-length flash attention, for half precision on a GPU; `keys` and `used` are those of a cache."""
+    """Call torch's variable-length flash attention, for half precision on a GPU; `keys` and `used` are of a cache."""
     from torch.nn.attention.varlen import varlen_attn
 
     keys = cu_seqlens if keys is None else keys
     longest = [int(offsets.diff().max()) for offsets in (cu_seqlens, keys)]
-    options = {"window_size": (-1 if window is None else window - 1, 0)}  # (keys before the query's own, keys after it)
+    options = {"window_size": (-1 if window is None else window - 1, 0)}  # counts keys before and after the query's own
     if used is not None:
         options["seqused_k"] = used
-    says_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does not ask
+    says_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 has no such argument
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if says_groups else {}
@@ -122,7 +122,7 @@ def delegated_attention(cu_seqlens: Tensor, **options: object) -> Callable[[Tens
 
 
 def attention_with_cache(used: list[int], room: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A call of torch's attention for the one new query of each sequence: it reads the keys that its cache holds."""
+    """Call torch's attention for the one new query of each sequence: it reads the keys that its cache holds."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))

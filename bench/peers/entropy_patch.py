@@ -12,10 +12,10 @@ from peers.token_entropy import eager_entropy
 
 
 def eager_patch_lengths(entropy: Tensor, threshold: float) -> Tensor:
-    """facebookresearch/blt: entropies ``[B, S]`` to padded lengths, by a mask, start ids and their differences."""
+    """Turn entropies ``[B, S]`` into padded lengths by mask, start ids and differences, as facebookresearch/blt."""
     rows, size = entropy.shape
     mask = (entropy.float()[:, 1:] > threshold)[:, :-1]
-    # Start ids of ragged rows by one boolean selection: as many sentinels as there are bytes without a start.
+    # One boolean selection finds the starts of ragged rows: each byte without a start adds a sentinel.
     position = torch.arange(2, size, device=entropy.device).expand(rows, -1)
     candidates = torch.cat((position, torch.full_like(position, size)), 1)
     starts = candidates[torch.cat((mask, ~mask), 1)].view(rows, -1)[:, : mask.sum(1).max()]
@@ -36,13 +36,13 @@ def _check_lengths(lengths: Tensor) -> None:
 
 
 def eager_entropy_patch(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """facebookresearch/blt: logits ``[B, S, A]`` to entropies and padded patch lengths."""
+    """Turn logits ``[B, S, A]`` into entropies and padded patch lengths, as facebookresearch/blt does."""
     entropy = eager_entropy(logits)
     return entropy, eager_patch_lengths(entropy, threshold)
 
 
 def transformers_entropy_patch(threshold: float) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-    """The steps of transformers' BLT patcher after its model, or None if it is not installed."""
+    """Return the steps of transformers' BLT patcher after its model, or None if it is not installed."""
     try:
         from transformers.models.blt.modeling_blt import BltPatcher, process_patch_lengths
     except ImportError:
@@ -57,6 +57,6 @@ def transformers_entropy_patch(threshold: float) -> Callable[[Tensor], tuple[Ten
 
 
 def entropy_and_mask(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """As much of the work as torch.compile takes in one graph: the patches themselves depend on the data."""
+    """Do as much of the work as torch.compile takes in one graph: the patches themselves depend on the data."""
     entropy = eager_entropy(logits)
     return entropy, entropy > threshold

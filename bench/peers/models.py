@@ -13,7 +13,7 @@ from blt_kernels.nn import TransformerConfig
 
 
 def transformers_blt(tokens: Tensor, patch_size: float, *, small: bool = False) -> Any | None:
-    """A BLT of transformers with random weights, whose patcher cuts `tokens` into patches of about `patch_size`.
+    """Return a BLT of transformers with random weights, whose patcher cuts `tokens` into patches of about `patch_size`.
 
     It has 63.9M parameters: one local layer and four of width 256, eight global ones of width 512, six tables of 20000
     rows, and a patcher of two layers. With `small`, one global layer and six tables of 50 rows. None where transformers
@@ -40,7 +40,7 @@ def transformers_blt(tokens: Tensor, patch_size: float, *, small: bool = False) 
     model = BltForCausalLM(config).to(tokens.device).eval()
     with torch.no_grad():
         entropies = model.model.patcher(tokens)[0].flatten().sort().values
-    # In the widest gap thereabouts, so that nobody's rounding decides.
+    # The threshold lies in the widest gap around this share, so that rounding decides nothing.
     middle, reach = round(len(entropies) * (1 - 1 / patch_size)), max(3, len(entropies) // 100)
     around = entropies[middle - reach : middle + reach]
     widest = int(around.diff().argmax())
@@ -53,13 +53,13 @@ def with_weights_of(theirs: Any, device: str) -> BLT:
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = BLT.from_pretrained(folder, device=device)
-        # Copies, since what was read is mapped from a file that is about to go.
+        # The weights are copied, since they are mapped from a file that is about to be deleted.
         ours.load_state_dict({name: x.clone() for name, x in ours.state_dict().items()}, assign=True)
     return ours
 
 
 def megabyte_pytorch(tokens: Tensor, wide: TransformerConfig, narrow: TransformerConfig, size: int) -> Any | None:
-    """A model of MEGABYTE-pytorch with random weights, rotary positions and room for `tokens`.
+    """Return a model of MEGABYTE-pytorch with random weights, rotary positions and room for `tokens`.
 
     It has the widths and the numbers of layers of ours. None where the package is not installed.
     """

@@ -30,7 +30,7 @@ def blt_hashes(tokens: Tensor, sizes: Sequence[int], vocab: int) -> Tensor:
 def blt_embed(
     tokens: Tensor, tables: Sequence[Tensor], byte_table: Tensor, sizes: Sequence[int], *, sparse: bool = False
 ) -> Tensor:
-    """facebookresearch/blt: a hash, an embedding and a sum for each table in turn."""
+    """Hash, embed and add for each table in turn, as facebookresearch/blt does."""
     out = F.embedding(tokens, byte_table, sparse=sparse)
     for table, size in zip(tables, sizes, strict=True):
         out = out + F.embedding(blt_hash(tokens, size, table.shape[0]), table, sparse=sparse)
@@ -38,7 +38,7 @@ def blt_embed(
 
 
 def transformers_hashes() -> Callable[[Tensor, Sequence[int], int], Tensor] | None:
-    """transformers' hash function over all sizes, or None if it is not installed."""
+    """Return transformers' hash function over all sizes, or None if it is not installed."""
     try:
         from transformers.models.blt.modeling_blt import byte_group_hash_function
     except ImportError:
@@ -51,7 +51,7 @@ def transformers_hashes() -> Callable[[Tensor, Sequence[int], int], Tensor] | No
 
 
 def transformers_embed() -> Callable[..., Tensor] | None:
-    """transformers' embeddings, of one fused table ``[N * V, D]``, or None if it is not installed."""
+    """Return transformers' embeddings, of one fused table ``[N * V, D]``, or None if it is not installed."""
     try:
         from transformers.models.blt.modeling_blt import compute_hash_embeddings
     except ImportError:
@@ -68,6 +68,6 @@ def transformers_embed() -> Callable[..., Tensor] | None:
 
 
 def bag_embed(tokens: Tensor, rows: Tensor, fused: Tensor, byte_table: Tensor, *, sparse: bool = False) -> Tensor:
-    """torch's embedding_bag on rows ``[T, N]`` of the fused table that are there already, plus the byte embedding."""
+    """Call torch's embedding_bag on given rows ``[T, N]`` of the fused table, and add the byte embedding."""
     out = F.embedding_bag(rows, fused, mode="sum", sparse=sparse).view(*tokens.shape, -1)
     return out + F.embedding(tokens, byte_table, sparse=sparse)

@@ -19,13 +19,13 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def additive_mask(query_patch: Tensor, key_patch: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask of transformers: 0 where a query and a key meet, the most negative number elsewhere."""
+    """Return the mask of transformers: 0 where a query and a key meet, the most negative number elsewhere."""
     meet = query_patch[:, None, :, None] == key_patch[:, None, None, :]
     return torch.zeros(meet.shape, dtype=dtype, device=meet.device).masked_fill_(~meet, torch.finfo(dtype).min)
 
 
 def masked_attention(query_patch: Tensor, key_patch: Tensor, dtype: torch.dtype) -> Attention:
-    """torch's attention as transformers calls it, with a mask of B * Q * N numbers that is made beforehand."""
+    """Call torch's attention as transformers does, with a mask of B * Q * N numbers that is made beforehand."""
     mask = additive_mask(query_patch, key_patch, dtype)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def masked_attention(query_patch: Tensor, key_patch: Tensor, dtype: torch.dtype)
 
 
 def flex_attention(query_patch: Tensor, key_patch: Tensor) -> Attention:
-    """torch's flex_attention, compiled, with the block mask of facebookresearch/blt, which is made beforehand."""
+    """Return torch's flex_attention, compiled, with facebookresearch/blt's block mask, which is made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as flex
 
@@ -57,7 +57,7 @@ def flex_attention(query_patch: Tensor, key_patch: Tensor) -> Attention:
 
 
 def gather_decode(ids: Tensor, vectors: int) -> Attention:
-    """Plain PyTorch: the K vectors of each byte's patch are copied to the byte. Every byte needs a patch."""
+    """Copy the K vectors of each byte's patch to the byte, in plain PyTorch. Every byte needs a patch."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = (x.unflatten(0, (-1, vectors)).index_select(0, ids) for x in (k, v))  # [T, K, H, E]
@@ -68,7 +68,7 @@ def gather_decode(ids: Tensor, vectors: int) -> Attention:
 
 
 def gather_encode(ids: Tensor, vectors: int) -> Attention:
-    """Plain PyTorch: the K queries of each byte's patch are copied to the byte; a softmax by scattered reductions."""
+    """Copy the K queries of each byte's patch to the byte, in plain PyTorch; scattered reductions make the softmax."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries = q.unflatten(0, (-1, vectors)).index_select(0, ids)  # [T, K, H, E]

@@ -16,7 +16,7 @@ from study.text import CLEAN, CONDITIONS, NOISES
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run. FLOPs are of a byte forward, in millions; training is three times that, without the patcher.
+    """Describes one run. FLOPs are of a byte forward, in millions; training is three times that, without the patcher.
 
     `mflops` are those of this implementation on batches of the training text, `paper_mflops` those of the formula of
     the BLT paper. `bits` are bits per byte by condition.

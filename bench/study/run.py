@@ -61,7 +61,7 @@ class Model:
 
     @property
     def kind(self) -> str:
-        """The name that `train` has for it."""
+        """Return the name that `train` has for it."""
         return {BLTConfig: "blt", ByteLMConfig: "entropy", MegaByteConfig: "megabyte"}[type(self.config)]
 
 
@@ -103,7 +103,7 @@ MODELS = [
 
 @dataclass(frozen=True)
 class Options:
-    """The options that decide the results of every run."""
+    """Has the options that decide the results of every run."""
 
     paths: Sequence[Path]
     work: Path
@@ -114,7 +114,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """A run to do: how to train, the text to measure on, and its sizes and FLOPs."""
+    """Describes a run to do: how to train, the text to measure on, and its sizes and FLOPs."""
 
     config: TrainConfig
     heldout: dict[str, list[data.Source]]

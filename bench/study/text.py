@@ -56,7 +56,7 @@ CONDITIONS = (CLEAN, *NOISES)
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files to train on, excerpts of some of them, and by condition the excerpts of others to measure on."""
+    """Describes files to train on, excerpts of some of them, and by condition the excerpts of others to measure on."""
 
     train: list[data.Source]
     sample: list[data.Source]

@@ -19,7 +19,7 @@ from rich.progress import (
 
 
 class Color(str, Enum):
-    """When output has colours."""
+    """Says when output has colours."""
 
     always = "always"
     auto = "auto"

@@ -1,8 +1,8 @@
 """Entropy patching in plain PyTorch: the specification of `ops.entropy_patch`.
 
-Every patching rule is a vector of boundary decisions, ``cuts: bool[T]``: cuts[i] means that the byte after byte i
-starts a patch. `PatchLayout.from_cuts` turns decisions into a layout. A local index is 0 at the first byte of a
-document.
+Every patching rule is a vector of boundary decisions, ``boundaries: bool[T]``: boundaries[i] means that the byte after
+byte i starts a patch. `PatchLayout.from_boundaries` turns decisions into a layout. A local index is 0 at the first byte
+of a document.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def patch_starts_reference(
     rise = h - h.roll(1)
     limit = torch.full((), _fp32(threshold), dtype=torch.float32, device=h.device)
     if monotonic:
-        cuts = (rise > limit) | (local == 1)
+        boundaries = (rise > limit) | (local == 1)
     elif threshold_add is not None:
         limit_add = torch.full((), _fp32(threshold_add), dtype=torch.float32, device=h.device)
-        cuts = ((rise > limit_add) & (h > limit) & (local != 2)) | (local == 1)
+        boundaries = ((rise > limit_add) & (h > limit) & (local != 2)) | (local == 1)
     else:
-        cuts = h > limit
-    cuts = cuts | (local == 0)
+        boundaries = h > limit
+    boundaries = boundaries | (local == 0)
     if max_patch_length is not None:
-        cuts = _cut_long_patches(cuts, max_patch_length)
-    return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
+        boundaries = _cut_long_patches(boundaries, max_patch_length)
+    return PatchLayout.from_boundaries(boundaries, cu_seqlens, max_patches)
 
 
 def entropy_patch_reference(
@@ -83,8 +83,8 @@ def space_patch_reference(tokens: Tensor, cu_seqlens: Tensor, max_patches: int |
     continuation = (byte >= 0x80) & (byte < 0xC0)
     space_like = ~(digit | letter | continuation)
     local = local_index(tokens.shape[0], cu_seqlens)
-    cuts = (space_like & ~space_like.roll(1)) | (tokens < 4) | (local == 0)
-    return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
+    boundaries = (space_like & ~space_like.roll(1)) | (tokens < 4) | (local == 0)
+    return PatchLayout.from_boundaries(boundaries, cu_seqlens, max_patches)
 
 
 def static_patch_reference(
@@ -92,15 +92,15 @@ def static_patch_reference(
 ) -> PatchLayout:
     """A first patch of `first` bytes, then patches of `size`."""
     after = local_index(num_bytes, cu_seqlens) + 1
-    return PatchLayout.from_cuts((after >= first) & ((after - first) % size == 0), cu_seqlens, max_patches)
+    return PatchLayout.from_boundaries((after >= first) & ((after - first) % size == 0), cu_seqlens, max_patches)
 
 
 def delimiter_patch_reference(
     tokens: Tensor, cu_seqlens: Tensor, id: int, max_patches: int | None = None
 ) -> PatchLayout:
     """Patches end at the delimiter; the first byte is a patch of its own."""
-    cuts = (tokens.long() == id) | (local_index(tokens.shape[0], cu_seqlens) == 0)
-    return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
+    boundaries = (tokens.long() == id) | (local_index(tokens.shape[0], cu_seqlens) == 0)
+    return PatchLayout.from_boundaries(boundaries, cu_seqlens, max_patches)
 
 
 def topk_patch_reference(
@@ -119,8 +119,8 @@ def topk_patch_reference(
     rank = torch.empty_like(local).scatter_(0, order, torch.arange(num_bytes, device=entropy.device))
     rank = rank - F.pad(cu_seqlens, (0, 1)).long()[document]
     seqlens = F.pad(cu_seqlens.diff(), (0, 1)).long()[document]
-    cuts = ((rank < seqlens // patch_size - 2) & (local != 0)) | (local == 0)
-    return PatchLayout.from_cuts(cuts, cu_seqlens, max_patches)
+    boundaries = ((rank < seqlens // patch_size - 2) & (local != 0)) | (local == 0)
+    return PatchLayout.from_boundaries(boundaries, cu_seqlens, max_patches)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -181,8 +181,8 @@ def _tensors(layout: PatchLayout, given: Tensor | None) -> tuple[Tensor, ...]:
     return (*(getattr(layout, field.name) for field in fields(layout) if field.name != "cu_seqlens"), made)
 
 
-def _cut_long_patches(cuts: Tensor, max_patch_length: int) -> Tensor:
-    """Cut every patch into ``[m, m, ..., rest]``, the byte to come included. cuts[i] is true at every first byte."""
-    after = torch.arange(1, cuts.shape[0] + 1, device=cuts.device)
-    start = torch.where(cuts, after, 0).cummax(0).values  # the start of the patch of byte i + 1
+def _cut_long_patches(boundaries: Tensor, max_patch_length: int) -> Tensor:
+    """Cut patches into ``[m, m, ..., rest]``, the byte to come included. boundaries[i] is true at every first byte."""
+    after = torch.arange(1, boundaries.shape[0] + 1, device=boundaries.device)
+    start = torch.where(boundaries, after, 0).cummax(0).values  # the start of the patch of byte i + 1
     return (after - start) % max_patch_length == 0

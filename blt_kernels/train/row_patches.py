@@ -53,28 +53,30 @@ class RowPatches:
             The patches of a file are not stored.
         """
         pieces = [data.piece_of(row, self.context) for row in rows]
-        cuts = [np.empty(0, dtype=bool)]
+        boundaries = [np.empty(0, dtype=bool)]
         for row, piece, of_piece in zip(rows, pieces, self._of_pieces(pieces), strict=True):
             first = row.start - piece.start
             own = of_piece[first : first + row.length].copy()
             if first:
                 own[0] = True  # the second byte of a row always starts a patch
-            cuts.append(own)
+            boundaries.append(own)
             if row.length < piece.length:
                 self._cut[piece.source.digest, piece.start] = of_piece
         while len(self._cut) > 2:  # the piece that ends in the batch, and the piece that begins
             self._cut.pop(next(iter(self._cut)))
         offsets = np.cumsum([0, *(row.length for row in rows)], dtype=np.int32)
-        layout = PatchLayout.from_cuts(torch.from_numpy(np.concatenate(cuts)), torch.from_numpy(offsets)).compact()
+        layout = PatchLayout.from_boundaries(
+            torch.from_numpy(np.concatenate(boundaries)), torch.from_numpy(offsets)
+        ).compact()
         return layout.to(next(self.model.parameters()).device)
 
     def _of_pieces(self, pieces: Sequence[Row]) -> list[np.ndarray]:
         if self.stored is not None:
-            return [self.stored.cuts(piece) for piece in pieces]
+            return [self.stored.boundaries(piece) for piece in pieces]
         found = [self._cut.get((piece.source.digest, piece.start)) for piece in pieces]
-        missing = [piece for piece, cuts in zip(pieces, found, strict=True) if cuts is None]
+        missing = [piece for piece, boundaries in zip(pieces, found, strict=True) if boundaries is None]
         computed = iter(cut_pieces(self.model, missing, self.bf16))
-        return [next(computed) if cuts is None else cuts for cuts in found]
+        return [next(computed) if boundaries is None else boundaries for boundaries in found]
 
 
 def cut_pieces(
@@ -85,11 +87,11 @@ def cut_pieces(
 ) -> list[np.ndarray]:
     """Return, for each id of each piece, whether the next id starts a patch: bool ``[length]``."""
     device = next(model.parameters()).device
-    cuts = []
+    boundaries = []
     for group in data.group_rows(pieces, 1 if device.type == "cpu" else _CALL_IDS):
         tokens, offsets = read(group)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             layout = model.patch(tokens.to(device), offsets.to(device))
         starts_after = (layout.decode_ids == layout.patch_ids).cpu().numpy()
-        cuts += np.split(starts_after, offsets[1:-1].numpy())
-    return cuts
+        boundaries += np.split(starts_after, offsets[1:-1].numpy())
+    return boundaries

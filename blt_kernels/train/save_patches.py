@@ -148,8 +148,8 @@ class _Blocks:
             digest.update(tokens.numpy().tobytes())
             return tokens, offsets
 
-        cuts = cut_pieces(model, list(self.rows(block)), bf16, read)
-        return b"".join(np.packbits(each).tobytes() for each in cuts), digest.hexdigest()
+        boundaries = cut_pieces(model, list(self.rows(block)), bf16, read)
+        return b"".join(np.packbits(each).tobytes() for each in boundaries), digest.hexdigest()
 
     def digest(self, block: int) -> str:
         """Return SHA-256 of the ids of a block."""

@@ -134,7 +134,7 @@ class StoredPatches:
                 message = f"the size of {source.path}: expected {source.size}, got {size}"
                 raise ValueError(f"patches: {self.folder / INDEX} is damaged: {message}")
 
-    def cuts(self, piece: Row) -> np.ndarray:
+    def boundaries(self, piece: Row) -> np.ndarray:
         """Return, for each id of a piece, whether the next id starts a patch: bool ``[length]``."""
         file = self.number[piece.source.digest]
         begin = int(self.places.begin[file]) + piece.start // (self.places.context - 1) * self.places.stride

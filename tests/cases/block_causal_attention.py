@@ -28,12 +28,12 @@ _make_attention = inputs.make_attention
 
 CASES = [
     _attention("causal", _make_attention(return_lse=True)),
-    _attention("window", _make_attention(window=5, groups=2)),
-    _attention("both sides", _make_attention(window=4, causal=False, scale=0.5, groups=1)),
-    _attention("keys", _make_attention(keys=True, groups=2, window=9, return_lse=True)),
-    _attention("wide", _make_attention(width=96, groups=2), trace=False),
+    _attention("window", _make_attention(window=5, kv_heads=2)),
+    _attention("both sides", _make_attention(window=4, causal=False, scale=0.5, kv_heads=1)),
+    _attention("keys", _make_attention(keys=True, kv_heads=2, window=9, return_lse=True)),
+    _attention("wide", _make_attention(width=96, kv_heads=2), trace=False),
     _attention("decoding", inputs.make_decoding(return_lse=True), trace=False),
-    _attention("decoding, window", inputs.make_decoding(width=64, groups=1, window=40), trace=False),
+    _attention("decoding, window", inputs.make_decoding(width=64, kv_heads=1, window=40), trace=False),
     _ranges("ranges", inputs.make_attention_ranges(window=5)),
     _ranges("ranges, both sides", inputs.make_attention_ranges(window=4, causal=False)),
     _ranges("ranges, keys", inputs.make_attention_ranges(keys=True)),

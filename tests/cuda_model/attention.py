@@ -36,7 +36,7 @@ EDIT = "edit main_loops in tests/cuda_model/attention.py"
 
 @dataclass
 class TritonKernel:
-    """A compiled kernel: its instructions and what a program takes."""
+    """Describes a compiled kernel: its instructions and what a program takes."""
 
     name: str
     instructions: list[Instruction]
@@ -54,12 +54,12 @@ class TritonKernel:
 
     @property
     def owned(self) -> int:
-        """The number of queries or keys that a program owns."""
+        """Return the number of queries or keys that a program owns."""
         return self.block_n if self.of_keys else self.block_m
 
     @property
     def streamed(self) -> int:
-        """The number of queries or keys of the other side in a tile."""
+        """Return the number of queries or keys of the other side in a tile."""
         return self.block_m if self.of_keys else self.block_n
 
 
@@ -76,7 +76,7 @@ class Documents:
 
     @property
     def pairs(self) -> int:
-        """The number of (query, key) pairs."""
+        """Return the number of (query, key) pairs."""
         return sum(sum(min(i + 1, self.window or n) for i in range(n)) for n in self.lengths)
 
     def ranges(self, of_keys: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +108,7 @@ def tiles(documents: Documents, of_keys: bool, block_m: int, block_n: int) -> tu
 
 
 def main_loops(kernel: TritonKernel) -> list[Loop]:
-    """The loops that tiles pass through, the shortest first."""
+    """Return the loops that tiles pass through, the shortest first."""
 
     def has(loop: Loop, *opcodes: str) -> bool:
         return any(kernel.instructions[n].opcode in opcodes for n in loop.own())
@@ -126,7 +126,7 @@ class Body:
 
     issued: Counter
     stalls: int
-    flops: float  # of its warpgroup, or of the warp where instructions are HMMA
+    flops: float  # counts those of its warpgroup, or of the warp where instructions are HMMA
     operand_bytes: float
     waits: int
     copied: int
@@ -156,7 +156,7 @@ def product_flops(i: Instruction) -> float:
 
 
 def product_bytes(i: Instruction) -> float:
-    """Bytes of shared memory that a product reads: B, and A unless it is in registers."""
+    """Return the bytes of shared memory that a product reads: B, and A unless it is in registers."""
     if i.opcode != "HGMMA":
         return 0
     m, n, k = _shape(i)
@@ -165,7 +165,7 @@ def product_bytes(i: Instruction) -> float:
 
 
 def iteration(kernel: TritonKernel, body: Body, resident: int, gpu: Gpu) -> dict[str, float]:
-    """Cycles of an iteration of all programs on a multiprocessor, by what they go to, and all together."""
+    """Return cycles of an iteration of all programs on a multiprocessor, by what they go to, and all together."""
     groups = kernel.warps / 4
     products = kernel.warps if "HMMA" in body.issued else groups
     peak = gpu.flops / gpu.processors / gpu.clock
@@ -183,9 +183,9 @@ def iteration(kernel: TritonKernel, body: Body, resident: int, gpu: Gpu) -> dict
 
 
 def estimate(
-    kernel: TritonKernel, documents: Documents, heads: int, groups: int, width: int, gpu: Gpu
+    kernel: TritonKernel, documents: Documents, heads: int, kv_heads: int, width: int, gpu: Gpu
 ) -> dict[str, float]:
-    """Seconds of a kernel in terms, with `seconds`, and what they are from.
+    """Return the seconds of a kernel in terms, with `seconds`, and what they are from.
 
     A program of bwd_dkdv owns keys of one key head, and takes the tiles of all query heads that read it.
     """
@@ -197,7 +197,7 @@ def estimate(
     full_body = Body.of([kernel.instructions[n] for n in sorted(certain[0])])
     edge_loops = own[1:] or own
     counts, full = tiles(documents, kernel.of_keys, kernel.owned, kernel.streamed)
-    programs, total = len(counts) * (groups if kernel.of_keys else heads), sum(counts) * heads
+    programs, total = len(counts) * (kv_heads if kernel.of_keys else heads), sum(counts) * heads
     full_share = full * heads / total
     edges = [Body.of([kernel.instructions[n] for n in sorted(loop.own())]) for loop in edge_loops]
 
@@ -210,13 +210,13 @@ def estimate(
 
     cycles, alone = mean_cycles(resident), mean_cycles(1)["both"]
     slots = gpu.processors * resident
-    # Before and behind the loop a program waits for its rows, which need those that they attend to, and for the first
-    # tile. So a multiprocessor needs the time of its tiles, or that of a program after the other in each of its places.
+    # Around the loop a program waits for the range of keys, then for its rows, then for the first tile.
+    # So a multiprocessor needs the time of its tiles, or that of one program after the other in each of its places.
     outside = sum(max(kernel.instructions[n].stall, 1) for n in straight(kernel.instructions))
     around = 3 * gpu.dram_seconds * gpu.clock + outside
     work = total * cycles["both"] / resident / gpu.processors
     chain = (total * alone + programs * around) / slots
-    # Programs longest first: the last ones to end are short, so half a program's length is idle at most.
+    # The longest programs come first, so the last to end are short, and at most half a program's length is idle.
     longest = max(counts) * total / sum(counts) * len(counts) / programs
     busy = max(work, chain) + (0.5 * longest * cycles["both"] / resident if programs > slots else 0.0)
     shared = 2 * kernel.streamed * width * 2
@@ -237,18 +237,18 @@ def estimate(
 
 
 def estimate_decode(
-    kernel: TritonKernel, used: Sequence[int], groups: int, splits: int, moved: float, gpu: Gpu
+    kernel: TritonKernel, used: Sequence[int], kv_heads: int, splits: int, moved: float, gpu: Gpu
 ) -> dict[str, float]:
-    """The same for decode: a program owns one query, a key head and a part of the keys, and waits for memory."""
+    """Do so for decode: a program owns one query, a key head and a part of the keys, and waits for memory."""
     resident = resident_blocks(kernel.warps * 32, kernel.registers, kernel.shared)
     loop = main_loops(kernel)[0]
     body = Body.of([kernel.instructions[n] for n in sorted(unconditional(kernel.instructions, loop))])
     counts = [math.ceil(n / splits / kernel.block_n) for n in used]
-    programs, total = len(counts) * groups * splits, sum(counts) * groups * splits
+    programs, total = len(counts) * kv_heads * splits, sum(counts) * kv_heads * splits
     slots = gpu.processors * resident
     latency = gpu.dram_seconds * gpu.clock
-    own = max(body.stalls, latency / max(kernel.stages - 1, 1))  # cycles of a tile where nobody else is there
-    around = 3 * latency  # ranges, then q, then the first tiles
+    own = max(body.stalls, latency / max(kernel.stages - 1, 1))  # a tile takes so many cycles on an idle multiprocessor
+    around = 3 * latency  # it waits for ranges, then for q, then for the first tiles
     terms = {
         "memory": moved / gpu.copy,
         "latency": max(max(counts) * own + around, (total * own + programs * around) / slots) / gpu.clock,
@@ -264,5 +264,5 @@ def estimate_decode(
 
 
 def streaming(moved: float, trips: int, gpu: Gpu) -> float:
-    """Seconds of a small kernel that moves `moved` bytes and makes `trips` dependent trips to memory."""
+    """Return seconds of a small kernel that moves `moved` bytes and makes `trips` dependent trips to memory."""
     return together({"memory": moved / gpu.copy, "latency": trips * gpu.dram_seconds})

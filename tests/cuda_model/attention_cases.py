@@ -72,7 +72,7 @@ def _row(
 
 def attention_rows(kernel_of: Callable[[str, int], TritonKernel]) -> Iterator[Row]:
     """Yield rows of forward and backward: each kernel, the small ones around them, and all together."""
-    for shape, documents, width, groups, bench in CASES:
+    for shape, documents, width, kv_heads, bench in CASES:
         for gpu in gpus.GPUS:
             results = measurements(TABLE.parent, gpu.name)
             row, ids = HEADS * width * 2, documents.rows * 8
@@ -88,7 +88,7 @@ def attention_rows(kernel_of: Callable[[str, int], TritonKernel]) -> Iterator[Ro
                 total, issued, limits = 0.0, 0.0, {}
                 for name in names:
                     own = kernel_of(name, width)
-                    e = estimate(own, documents, HEADS, groups, width, gpu)
+                    e = estimate(own, documents, HEADS, kv_heads, width, gpu)
                     seconds = e["seconds"] + gpu.launch_seconds
                     limit = "L2" if e["L2"] > e["loop"] else "tensor" if e["tensor"] > e["other"] else "issue"
                     share = {"fwd": 4, "bwd_dkdv": 8, "bwd_dq": 6}[name] / factor * flops

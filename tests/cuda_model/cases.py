@@ -16,7 +16,7 @@ from cuda_model.launches import Case
 
 
 def cases() -> Iterator[Case]:
-    """All cases, in the order of the table."""
+    """Yield all cases in the order of the table."""
     yield from entropy_cases()
     yield from linear_entropy_cases()
     yield from pool_cases()

@@ -27,7 +27,7 @@ from cuda_model.launches import (
 
 RUN, PART = 4, 64  # a warp has RUN units, a part of a long patch PART bytes
 THREADS, RING = 128, 8 << 10  # a block has so many threads; so many bytes of rows are on their way to a warp
-NUMBERS = 32 * 4  # bytes of a row: one number a lane
+NUMBERS = 32 * 4  # a row of one number a lane has so many bytes
 SPLIT = r"blt::Split<__nv_bfloat16, 8, 1, 8>"
 HEADS_A_WARP = 4
 
@@ -66,7 +66,7 @@ class Direction:
         return [*arrays, *(i32(n) for n in sizes), boolean(self.encode)]
 
     def part_sums(self, needed: bool) -> list:
-        """Sums of units of divided patches, of which there are none here."""
+        """Return sums of units of divided patches, of which there are none here."""
         rows = 2 * self.parts * QUERIES * HEADS if needed else 0
         memory = [Array("part sums", rows * n * 4, None, True) if needed else None for n in (2, HEAD)]
         return [*memory, i32(1), i32(QUERIES), i32(HEADS)]

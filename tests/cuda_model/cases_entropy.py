@@ -51,7 +51,7 @@ def token_entropy_bwd(rows: int, logits: list, grad_logits: Array, stride: int, 
 
 
 def entropy_patch_launches(rows: int) -> list[Launch]:
-    """Entropies, then the layout, whose blocks find the counts of all chunks before theirs ready.
+    """Return entropies, then the layout, whose blocks find the counts of all chunks before theirs ready.
 
     The sample is of four chunks, of one that is empty as the last one may be, and of four blocks that fill offsets.
     """
@@ -96,7 +96,7 @@ HIDDEN, PANEL_ROWS, PANEL_STRIDE = 768, 15872, 264
 
 
 def linear_entropy_cases() -> Iterator[Case]:
-    """Panels of logits in L2, which torch's products write and read."""
+    """Yield panels of logits in L2, which torch's products write and read."""
     shape = f"[{BYTES}, {HIDDEN}] x [{ALPHABET}, {HIDDEN}]"
     flops, weight = 2.0 * BYTES * HIDDEN * ALPHABET, 2 * ALPHABET * HIDDEN
     forward: list[Launch | Library] = []

@@ -55,7 +55,7 @@ def text() -> list:
         data("cu_seqlens", own.cu_seqlens, True),
         i64(BYTES),
         i64(len(own.cu_seqlens) - 1),
-        i32(0),  # the length of documents that have no offsets
+        i32(0),  # documents without offsets have this length
     ]
 
 
@@ -72,7 +72,7 @@ def table_rows(name: str) -> list:
 
 @cache
 def sorted_readers() -> np.ndarray:
-    """readers[lists][bytes] of uniform rows, sorted: pairs of row and byte."""
+    """Return readers[lists][bytes] of uniform rows, sorted: pairs of row and byte."""
     rows = np.random.default_rng(1).integers(0, VOCAB, (LISTS, BYTES)).astype(np.uint32)
     rows[-1] = tokens()
     order = np.argsort(rows, axis=1, kind="stable").astype(np.uint32)
@@ -109,12 +109,12 @@ def reader_struct() -> list:
 
 @cache
 def runs() -> np.ndarray:
-    """Of [lists][bytes] readers: does a run begin there?"""
+    """Return for readers [lists][bytes] whether a run begins there."""
     return np.diff(sorted_readers()[:, :, 0].astype(np.int64), axis=1, prepend=-1) != 0
 
 
 def run_struct(owned: int) -> list:
-    """Where runs begin, how many there are of each list, and how many a block owns."""
+    """Return where runs begin, how many there are of each list, and how many a block owns."""
     starts, totals = np.zeros((LISTS, BYTES + 1), np.uint32), runs().sum(1).astype(np.int32)
     for n, own in enumerate(runs()):
         starts[n, : totals[n]], starts[n, totals[n]] = np.flatnonzero(own), BYTES
@@ -143,7 +143,7 @@ def run_launches() -> list[Launch]:
 
 
 def owner_launches(kernel: str, max_runs: tuple[int, int], gradients: list) -> list[Launch]:
-    """Of the hashed tables and of the byte table, which have at most this many runs."""
+    """Return the launches for the hashed tables and for the byte table, which have at most this many runs."""
     launches = []
     for most, first, lists in ((max_runs[0], 0, TABLES), (max_runs[1], TABLES, 1)):
         owned = max(1, min(8, 8 * most // BYTES))

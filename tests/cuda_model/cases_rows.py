@@ -24,10 +24,10 @@ from cuda_model.launches import (
 )
 
 SHAPE = f"[{BYTES}, {WIDTH}], 4.5 bytes a patch"
-PACKS = WIDTH // 8  # a row has so many: a thread owns 8 columns
+VECTORS = WIDTH // 8  # a row has so many vectors of 8 columns, each owned by a thread
 PART = 64
-TILE = [i32(256 // PACKS), i32(PACKS), i32(65535 // PACKS + 1)]
-ROW_WARPS = (0, 4)  # the first of the four warps of a row
+TILE = [i32(256 // VECTORS), i32(VECTORS), i32(65535 // VECTORS + 1)]
+ROW_WARPS = (0, 4)  # these warps are the first of the four of a row
 
 
 def patch_rows(offsets: np.ndarray, stride: int = WIDTH) -> list:
@@ -36,7 +36,7 @@ def patch_rows(offsets: np.ndarray, stride: int = WIDTH) -> list:
 
 
 def row_blocks(groups: int) -> int:
-    return ceil_div(groups * PACKS, 256)
+    return ceil_div(groups * VECTORS, 256)
 
 
 def part_levels(kind: str) -> list:
@@ -50,7 +50,7 @@ def part_levels(kind: str) -> list:
 
 
 def part_launches(stem: str, kind: str, ids: np.ndarray, first: Launch | None = None) -> list[Launch]:
-    """The folds of the parts of long patches, of which there are none here: all threads leave after two loads."""
+    """Return the folds of parts of long patches. There are none here, so all threads leave after two loads."""
     launches = [] if first is None else [first]
     for level, count in ((1, BYTES // PART), (2, BYTES // PART**2)):
         if level == 1 and first is not None:

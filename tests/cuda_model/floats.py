@@ -1,4 +1,4 @@
-"""What floating point instructions do, as numpy rounds it: near enough, since few branches depend on it."""
+"""Floating-point instructions, rounded by numpy: this is close enough, since few branches depend on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the GPUs can do, and from it the time of a kernel that is known by its counts.
+"""Estimate the time of a kernel from its counts and from the rates of a GPU.
 
 Where the numbers are from
 
@@ -22,7 +22,7 @@ from cuda_model.simulate import Counts
 REGISTERS, WARPS, BLOCKS, SCHEDULERS = 65536, 64, 32, 4
 SHARED, SYSTEM_SHARED = 228 << 10, 1 << 10
 POWER = 4.0
-"""How terms are put together: (sum of term^4)^(1/4). Two equal ones cost 1.19 times as much as one."""
+"""Terms are combined to (sum of term^4)^(1/4). Two equal ones cost 1.19 times as much as one."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def pipe_of(opcode: str) -> str:
 
 
 def pipe_cycles(issued: Counter) -> dict[str, float]:
-    """Cycles of a multiprocessor that each pipe is busy with warp instructions."""
+    """Return cycles of a multiprocessor that each pipe is busy with warp instructions."""
     cycles: dict[str, float] = {}
     for opcode, count in issued.items():
         pipe = pipe_of(opcode)
@@ -73,7 +73,7 @@ def pipe_cycles(issued: Counter) -> dict[str, float]:
 
 
 def resident_blocks(threads: int, registers: int, shared: int) -> int:
-    """Blocks that a multiprocessor holds at a time; `shared` is static and dynamic together."""
+    """Return blocks that a multiprocessor holds at a time; `shared` is static and dynamic together."""
     warps = -(-threads // 32)
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32) // warps
     by_shared = SHARED // (-(-(shared + SYSTEM_SHARED) // 128) * 128)
@@ -81,23 +81,23 @@ def resident_blocks(threads: int, registers: int, shared: int) -> int:
 
 
 def bytes_needed(gpu: Gpu) -> float:
-    """Little's law: bytes in flight that a multiprocessor needs so that memory is never idle."""
+    """Return the bytes in flight that keep memory busy on a multiprocessor, by Little's law."""
     return gpu.copy * gpu.dram_seconds / gpu.processors
 
 
 def bytes_in_flight(loaded: float, cycles: float, resident: int, gpu: Gpu) -> float:
-    """Bytes in flight on average: each is for the latency of memory, and a block of `loaded` bytes takes `cycles`."""
+    """Return bytes in flight: each is for the latency of memory, and a block of `loaded` bytes takes `cycles`."""
     return resident * loaded * gpu.dram_seconds * gpu.clock / cycles
 
 
 def together(terms: dict[str, float]) -> float:
-    """The time that terms take which overlap, see `POWER`."""
+    """Return the time that overlapping terms take, see `POWER`."""
     return sum(t**POWER for t in terms.values()) ** (1 / POWER)
 
 
 @dataclass
 class Estimate:
-    """A launch on a GPU: seconds in terms, and what they are from."""
+    """Describes a launch on a GPU: seconds in terms, and what they are from."""
 
     terms: dict[str, float]
     moved: float
@@ -108,12 +108,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Without the launch."""
+        """Return the time without the launch."""
         return together(self.terms)
 
     @property
     def limit(self) -> str:
-        """The term that takes longest."""
+        """Return the term that takes longest."""
         return max(self.terms, key=self.terms.__getitem__)
 
 

@@ -1,4 +1,4 @@
-"""What integer and logic instructions do: exactly what the GPU does, carries and predicates included."""
+"""Integer and logic instructions do exactly what a GPU does, carries and predicates included."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def _sum(i: Instruction) -> Action:
-    """IADD3 and its kin: the sum of up to three, with carries. What is negated enters as its complement plus one."""
+    """Execute IADD3 and its kin: the sum of up to three, with carries. What is negated is its complement plus one."""
     written, sources, read = split(i)
     extended = "X" in i.modifiers
     terms = [
@@ -229,7 +229,7 @@ def _prmt(i: Instruction) -> Action:
 
 
 def _minmax(i: Instruction) -> Action:
-    """VIMNMX, VIMNMX3 and VIADDMNMX: the last predicate says minimum."""
+    """Execute VIMNMX, VIMNMX3 and VIADDMNMX: the last predicate says minimum."""
     sources, smaller = [o for o in i.operands[1:] if not is_predicate(o)], predicate(i.operands[-1])
     getters, write = [number(o) for o in sources], setter(i.operands[0])
     unsigned = i.has("U32")

@@ -16,13 +16,13 @@ BYTES, WIDTH, ALPHABET, DOCUMENT = 65536, 1024, 260, 8192
 MANY_ROWS = 1 << 20
 HEADS, HEAD, QUERIES = 16, 64, 2
 TABLES, VOCAB = 6, 500002
-PATCHES_A_PERIOD, BYTES_A_PERIOD = 32, 144  # 4.5 bytes a patch
+PATCHES_A_PERIOD, BYTES_A_PERIOD = 32, 144  # a patch has 4.5 bytes
 NO_LIMIT = 0x7FFFFFFF
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number of an argument list: a format of the struct module and a value."""
+    """Describes a number of an argument list: a format of the struct module and a value."""
 
     format: str
     value: float
@@ -69,7 +69,7 @@ def pack(arguments: list, place: Callable[[Array], int]) -> bytes:
 
 @dataclass
 class Launch:
-    """One launch: a kernel of csrc/cuda/<stem>.cu by its demangled name, its grid and arguments.
+    """Describes one launch: a kernel of csrc/cuda/<stem>.cu by its demangled name, its grid and arguments.
 
     `sample` are the blocks that are executed, and `warps` those of their warps if others do the same on other columns;
     they stand for all. A block of the sample stands for a part of the grid in proportion to its share, by default for
@@ -91,7 +91,7 @@ class Launch:
 
 @dataclass
 class Library:
-    """A launch of the driver or of torch, known by its work: bytes to and from memory, bytes of L2, and flops."""
+    """Describes a launch of the driver or of torch by its work: bytes to and from memory, bytes of L2, and flops."""
 
     name: str
     moved: float
@@ -101,14 +101,14 @@ class Library:
 
 
 def product(name: str, m: int, n: int, k: int, moved: float, times: int = 1) -> Library:
-    """A product of torch's in bf16, of whole tiles of 128 x 128; what is not `moved` comes from L2 and stays there."""
+    """Return a bf16 product of torch's in tiles of 128 x 128; what is not `moved` comes from L2 and stays there."""
     tiles = ceil_div(m, 128) * ceil_div(n, 128)
     return Library(f"{name} [{m}, {n}, {k}]", moved, 2.0 * (m * k + n * k + m * n), 2.0 * 128 * 128 * tiles * k, times)
 
 
 @dataclass
 class Case:
-    """One pass of an op at one shape: its launches, its work, and a part of what bench/ calls the shape."""
+    """Describes one pass of an op at one shape: its launches, its work, and a part of what bench/ calls the shape."""
 
     op: str
     shape: str
@@ -120,7 +120,7 @@ class Case:
 
     @property
     def stems(self) -> set[str]:
-        """The launchers that it needs."""
+        """Return the launchers that it needs."""
         return {launch.stem for launch in self.launches if isinstance(launch, Launch)}
 
 
@@ -143,7 +143,7 @@ def ceil_div(a: int, b: int) -> int:
 
 @cache
 def period() -> tuple[int, ...]:
-    """Lengths of 32 patches that add up to 144: geometric with mean 4.5, as of testing.ragged_layout, shuffled."""
+    """Return lengths of 32 patches that add up to 144, shuffled: geometric with mean 4.5, as in ragged_layout."""
     quantiles = (np.arange(PATCHES_A_PERIOD) + 0.5) / PATCHES_A_PERIOD
     lengths = np.ceil(np.log(1 - quantiles) / math.log(1 - 1 / 4.5)).astype(int).clip(1)
     lengths[-1] += BYTES_A_PERIOD - lengths.sum()
@@ -152,7 +152,7 @@ def period() -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a PatchLayout holds, for documents of `DOCUMENT` bytes."""
+    """Has the arrays of a PatchLayout, for documents of `DOCUMENT` bytes."""
 
     offsets: np.ndarray
     cu_patches: np.ndarray
@@ -177,7 +177,7 @@ def layout(num_bytes: int = BYTES) -> Layout:
     offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
     patch_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     first = np.repeat(np.arange(documents, dtype=np.int32) * len(own), DOCUMENT)
-    following = np.append(patch_ids[1:], len(lengths)).astype(np.int32)  # a start behind the last byte
+    following = np.append(patch_ids[1:], len(lengths)).astype(np.int32)  # a start behind the last byte is added
     decode_ids = np.where(following - 1 >= first, following - 1, -1).astype(np.int32)
     cu_patches = (np.arange(documents + 1) * len(own)).astype(np.int32)
     # Bytes that read patch p: the first one where it is the first to read p or a later patch of its document.

@@ -16,13 +16,13 @@ from cuda_model.sass import Instruction
 if TYPE_CHECKING:
     from cuda_model.simulate import Warp
 
-# Numbers near 1 in any type of 16 or 32 bits, all different: what memory without data holds.
+# Memory without data holds different numbers near 1, in any type of 16 or 32 bits.
 ANYTHING = (np.arange(80, dtype=np.uint16) * 37 % 120 + 0x3F00).view(np.uint8)
 
 
 @dataclass
 class Array:
-    """Memory of the device that a kernel is given: its first `size` bytes, backed by `data` or holding anything.
+    """Describes device memory that a kernel is given: its first `size` bytes, backed by `data` or holding anything.
 
     `resident` memory was written by an earlier kernel of the same op, or is read so often that it stays in L2. Other
     memory is read from the device at most `passes` times in a launch.
@@ -122,7 +122,7 @@ def register_bytes(warp: Warp, i: Instruction, size: int) -> np.ndarray:
 
 
 def bank_conflicts(address: np.ndarray, size: int) -> int:
-    """Passes of a shared access: 32, 16 or 8 lanes at a time, as many as the busiest bank has distinct words."""
+    """Return passes of a shared access: 32, 16 or 8 lanes at once, as many as the busiest bank has distinct words."""
     passes, lanes = 0, 32 // max(size // 4, 1)
     for begin in range(0, len(address), lanes):
         words = {int(a) // 4 + n for a in address[begin : begin + lanes] for n in range(max(size // 4, 1))}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cuda_model.simulate import Warp
 
 LANES = 32
-UNIFORM = 256  # the first row of uniform registers; 64 of them
+UNIFORM = 256  # 64 uniform registers begin at this row
 U32, U64, I32, I64, F32 = np.uint32, np.uint64, np.int32, np.int64, np.float32
 MASK32 = np.uint64(0xFFFFFFFF)
 Getter = Callable[["Warp"], np.ndarray]
@@ -34,7 +34,7 @@ def full(value: int) -> np.ndarray:
 
 
 def row_of(operand: Operand) -> int:
-    """The row of a register."""
+    """Return the row of a register."""
     return operand.index + (UNIFORM if operand.kind == "ureg" else 0)
 
 
@@ -51,7 +51,7 @@ def float_bits(text: str) -> int:
 
 
 def number(operand: Operand) -> Getter:
-    """A getter of an operand's 32 bits as integers: negated or inverted as the operand says."""
+    """Return a getter of an operand's 32 bits as integers: negated or inverted as the operand says."""
     if operand.kind in ("reg", "ureg"):
         row, zero = row_of(operand), operand.index == (63 if operand.kind == "ureg" else 255)
         if zero:
@@ -74,7 +74,7 @@ def number(operand: Operand) -> Getter:
 
 
 def pair(operand: Operand) -> Getter:
-    """A getter of 64 bits: of a register and the one behind it."""
+    """Return a getter of 64 bits: of a register and the one behind it."""
     low = number(operand)
     if operand.kind in ("reg", "ureg") and operand.index != (63 if operand.kind == "ureg" else 255):
         row = row_of(operand)
@@ -88,7 +88,7 @@ def pair(operand: Operand) -> Getter:
 def floats(operand: Operand) -> Getter:
     """Return a getter of an operand as fp32."""
     plain = Operand(operand.text, operand.kind, operand.index, operand.offset)
-    if operand.kind == "number":  # an integer that stands for a float: 1, -2000
+    if operand.kind == "number":  # an integer such as 1 or -2000 stands for a float
         value = np.full(LANES, operand.offset, F32)
         return lambda w: value
     bits = number(plain)
@@ -112,7 +112,7 @@ def predicate(operand: Operand) -> Getter:
 
 
 def setter(operand: Operand) -> Setter:
-    """A function that writes 32 bits to the lanes of a mask; to all lanes of a uniform register if there are any."""
+    """Return a function that writes 32 bits to the lanes of a mask; to all of a uniform register if there are any."""
     if operand.index == (63 if operand.kind == "ureg" else 255):
         return lambda w, m, value: None
     row = row_of(operand)
@@ -160,7 +160,7 @@ def is_predicate(operand: Operand) -> bool:
 
 
 def split(i: Instruction) -> tuple[list[Operand], list[Operand], list[Operand]]:
-    """Predicates that are written, sources, predicates that are read behind them; the first operand is left out."""
+    """Return written predicates, sources, and predicates read behind them; the first operand is left out."""
     rest = list(i.operands[1:])
     written = []
     while rest and is_predicate(rest[0]):

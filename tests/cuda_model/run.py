@@ -1,4 +1,4 @@
-"""From compiled kernels to estimates: finds the kernel of a launch, executes its sample, adds up an op's launches."""
+"""Estimate compiled kernels: find the kernel of a launch, execute its sample, add up an op's launches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ModelError(Exception):
 
 @dataclass
 class Compiled:
-    """A kernel of a launcher: its name, code, registers, shared memory, threads of a block and sizes of parameters."""
+    """Describes a kernel: name, code, registers, shared memory, threads of a block, sizes of parameters."""
 
     name: str
     code: str
@@ -83,7 +83,7 @@ def execute(kernels: list[Compiled], launch: launches.Launch) -> tuple[Compiled,
 
 @dataclass
 class Modeled:
-    """A launch with what it is called, registers of a thread, and estimates for every GPU."""
+    """Describes a launch with what it is called, registers of a thread, and estimates for every GPU."""
 
     name: str
     times: int

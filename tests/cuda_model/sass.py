@@ -50,12 +50,12 @@ class Instruction:
 
     @property
     def name(self) -> str:
-        """The opcode and its modifiers."""
+        """Return the opcode and its modifiers."""
         return ".".join((self.opcode, *self.modifiers))
 
     @property
     def target(self) -> int | None:
-        """Where a branch or a call goes to."""
+        """Return where a branch or a call goes."""
         if self.opcode in ("BRA", "CALL", "BSSY"):
             return next((o.offset for o in reversed(self.operands) if o.kind == "number"), None)
         return None
@@ -136,7 +136,7 @@ def parse_function(code: str) -> list[Instruction]:
 
 
 def functions_of(sass: str) -> dict[str, str]:
-    """Symbol -> text of its code, of what cuobjdump prints."""
+    """Return the text of each symbol's code, from what cuobjdump prints."""
     parts = re.split(r"Function : (\S+)", sass)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
@@ -234,7 +234,7 @@ def unconditional(instructions: list[Instruction], loop: Loop) -> set[int]:
 
 
 def straight(instructions: list[Instruction]) -> set[int]:
-    """The instructions outside of loops that every execution of the function reaches."""
+    """Return the instructions outside of loops that every execution of the function reaches."""
     following = _successors(instructions)
     for n, instruction in enumerate(instructions):
         if instruction.opcode == "EXIT" and instruction.guard is None:
@@ -244,7 +244,7 @@ def straight(instructions: list[Instruction]) -> set[int]:
 
 
 def _on_every_path(following: list[list[int]], body: set[int], head: int) -> set[int]:
-    """The instructions of a body that all paths from the head back to it pass."""
+    """Return the instructions of a body that all paths from the head back to it pass."""
     leaders = {head} | {t for n in body if following[n] != [n + 1] for t in (*following[n], n + 1)} & body
 
     def closes_without(gone: int) -> bool:

@@ -1,4 +1,4 @@
-"""What instructions do to the registers of a warp; memory, barriers and branches are simulate.py's."""
+"""Instructions act on the registers of a warp here; simulate.py has memory, barriers and branches."""
 
 from __future__ import annotations
 

@@ -29,15 +29,15 @@ from cuda_model.operands import LANES, U32, UNIFORM, UnknownInstructionError, fu
 from cuda_model.sass import NO_SCOREBOARD, Instruction
 from cuda_model.semantics import compile_instruction
 
-PARAMETERS = 0x210  # where parameters begin in constant bank 0, for sm_90
+PARAMETERS = 0x210  # parameters begin here in constant bank 0 of sm_90
 ADDRESSES = 4  # the compiler puts addresses of a module's variables into this constant bank
 SECTOR = 32
 MAX_INSTRUCTIONS = 1_000_000  # a block may execute so many
 SHARED_BASE = 0x400  # the system has the first KB of shared memory
 
-# Cycles until a result can be read. From microbenchmarks of Hopper (Luo et al., arXiv 2402.13499, table 3): L1 and
-# shared memory about 30; L2 about 270 cycles and device memory about 700 ns are gpus.py's. The rest is read off what
-# ptxas leaves between dependent instructions of fixed latency, rounded up.
+# A result can be read after so many cycles. For L1 and shared memory microbenchmarks of Hopper give 30 (Luo et al.,
+# arXiv 2402.13499, table 3); gpus.py has L2, about 270 cycles, and device memory, about 700 ns. The rest is what ptxas
+# leaves between dependent instructions of fixed latency, rounded up.
 LATENCY = {"LDS": 30, "SHFL": 24, "MUFU": 24, "ATOMS": 60, "LDC": 40, "S2R": 25, "S2UR": 25, "MATCH": 30}
 OTHER_LATENCY = 18
 TRIP_CYCLES = 100  # a wait for a load that is longer counts as a trip to memory
@@ -60,7 +60,7 @@ class Counts:
 
     @property
     def instructions(self) -> float:
-        """The number of warp instructions."""
+        """Return the number of warp instructions."""
         return sum(self.issued.values())
 
     def add(self, other: Counts, share: float, weight: float) -> None:
@@ -79,17 +79,17 @@ class Counts:
 
 @dataclass
 class Step:
-    """An instruction, what kind it is of, and how its guard and its address are read."""
+    """Describes an instruction, what kind it is of, and how its guard and its address are read."""
 
     instruction: Instruction
     kind: str  # is control, memory, nothing or action
     guard: Callable[[Warp], np.ndarray] | None
     address: Callable[[Warp], np.ndarray] | None
-    shared: Callable[[Warp], np.ndarray] | None = None  # where LDGSTS copies to
+    shared: Callable[[Warp], np.ndarray] | None = None  # is the address to which LDGSTS copies
 
 
 class Kernel:
-    """Instructions of a kernel, ready to be executed."""
+    """Describes instructions of a kernel, ready to be executed."""
 
     def __init__(self, instructions: list[Instruction]) -> None:
         self.instructions = instructions
@@ -105,7 +105,7 @@ class Kernel:
         return Step(i, kind, None if i.guard is None else predicate(i.guard), address, shared)
 
     def action(self, n: int) -> Callable:
-        """What instruction n does; compiled when it is first executed."""
+        """Return the action of instruction n, which is compiled when it is first executed."""
         if n not in self.actions:
             self.actions[n] = compile_instruction(self.instructions[n])
         return self.actions[n]
@@ -127,7 +127,7 @@ class Warp:
         self.time = 0.0
         self.scoreboards = [0.0] * 6
         self.from_memory = [False] * 6
-        self.copying, self.copies = 0.0, list[float]()  # when copies to shared memory arrive: the open group, others
+        self.copying, self.copies = 0.0, list[float]()  # are when the open group of copies and the others arrive
         self.thread = thread
 
     def constant(self, bank: int, offset: int) -> int:
@@ -135,7 +135,7 @@ class Warp:
         return self.block.constant(bank, offset)
 
     def special(self, name: str) -> np.ndarray:
-        """A special register."""
+        """Return a special register."""
         known = {"SR_TID.X": self.thread, "SR_LANEID": np.arange(LANES), "SR_CTAID.X": self.block.x}
         known |= {"SR_CTAID.Y": self.block.y, "SR_CgaCtaId": 0, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CTAID.Z": 0}
         known |= {"SRZ": 0, "SR_LTMASK": (1 << np.arange(LANES)) - 1, "SR_EQMASK": 1 << np.arange(LANES)}
@@ -146,12 +146,12 @@ class Warp:
 
 
 class Block:
-    """One block: its warps, or some that stand for all, run one after the other from barrier to barrier."""
+    """Describes one block: its warps, or some that stand for all, run one after the other from barrier to barrier."""
 
     def __init__(self, run: Run, x: int, y: int) -> None:
         self.run, self.x, self.y, self.threads, self.grid = run, x, y, run.threads, run.grid
         self.shared = np.zeros(232 << 10, np.uint8)
-        self.arrivals: dict[int, float] = {}  # sector -> when it is in L1
+        self.arrivals: dict[int, float] = {}  # maps a sector to the time when it is in L1
         every = range(-(-run.threads // LANES))
         self.warps = [Warp(self, n) for n in run.warps or every]
         self.weight = len(every) / len(self.warps)
@@ -184,7 +184,7 @@ class Block:
 
 
 class Run:
-    """Some blocks of a launch, executed one after the other."""
+    """Describes some blocks of a launch, executed one after the other."""
 
     def __init__(
         self, kernel: Kernel, threads: int, grid: tuple[int, int], parameters: bytes, memory: Memory,
@@ -223,7 +223,7 @@ class Run:
             places = warp.pc[ready]
             n = int(places.min())
             lanes = ready & (warp.pc == n)
-            stop = int(places[places > n].min()) if (places > n).any() else len(steps)  # where others join
+            stop = int(places[places > n].min()) if (places > n).any() else len(steps)  # the lanes join others here
             while n < stop:
                 step = steps[n]
                 i = step.instruction
@@ -262,7 +262,7 @@ class Run:
             warp.alive &= ~taken
             self._release(warp)
         elif i.opcode in ("BRA", "CALL"):
-            if i.has("DIV"):  # to a slow path, for lanes that have come apart
+            if i.has("DIV"):  # it leads to a slow path for diverged lanes
                 taken = taken & False
             if taken.any():
                 warp.time += BRANCH_CYCLES
@@ -439,7 +439,7 @@ class Run:
             if words is not None:
                 old[lane] = words[word]
                 words[word] = function(int(words[word]), int(value[lane])) & 0xFFFFFFFF
-        target = next(o for o in i.operands if o.kind != "pred")  # memory if nothing is returned
+        target = next(o for o in i.operands if o.kind != "pred")  # it is memory if nothing is returned
         if target.kind == "reg" and target.index != 255:
             np.copyto(warp.regs[row_of(target)], old, where=mask)
 

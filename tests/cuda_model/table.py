@@ -59,28 +59,28 @@ class Row:
     compiler: str
 
 
-Written = dict[str, str]  # a row as it is in the file
+Written = dict[str, str]  # is a row as it is in the file
 KEY = ("op", "shape", "dtype", "gpu", "kernel")
 
 
 def written(row: Row) -> Written:
-    """A row in the form that the file has."""
+    """Return a row in the form that the file has."""
     shown = asdict(row).items()
     return {k: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for k, v in shown}
 
 
 def key(row: Written) -> tuple[str, ...]:
-    """What a row is called."""
+    """Return the key of a row."""
     return tuple(row[name] for name in KEY)
 
 
 def case_of(row: Written) -> tuple[str, str]:
-    """What op and shape it is of."""
+    """Return the op and the shape of a row."""
     return row["op"], row["shape"]
 
 
 def read(path: Path = TABLE) -> list[Written]:
-    """The rows of a table; none if there is none."""
+    """Return the rows of a table; none if there is none."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -96,7 +96,7 @@ def write(rows: Iterable[Written], path: Path = TABLE) -> None:
 
 
 def differences(old: Sequence[Written], new: Sequence[Written]) -> list[str]:
-    """One line for each row of `new` that is not in `old`, or whose time or instructions moved by more than 10%."""
+    """Return a line for each row of `new` that `old` lacks, or whose time or instructions moved by more than 10%."""
     before = {key(row): row for row in old}
     lines = []
     for row in new:
@@ -117,14 +117,14 @@ def differences(old: Sequence[Written], new: Sequence[Written]) -> list[str]:
 
 
 def missing(old: Sequence[Written], new: Sequence[Written], whole: bool) -> list[str]:
-    """One line for each row of the table that is there no more; of ops in `new` alone unless that is the `whole`."""
+    """Return a line for each row of the table that is gone; of ops in `new` alone unless that is the `whole`."""
     now, modeled = {key(row) for row in new}, {case_of(row) for row in new}
     gone = [row for row in old if key(row) not in now and (whole or case_of(row) in modeled)]
     return [f"gone: {', '.join(key(row))}" for row in gone]
 
 
 def show(rows: Sequence[Written]) -> str:
-    """Whole ops, a line each: time and share on each GPU, and what was measured."""
+    """Return a line for each whole op: time and share on each GPU, and what was measured."""
     gpus = list(dict.fromkeys(row["gpu"] for row in rows))
     lines = [
         f"{'op':34} {'shape':58} " + " ".join(f"{g + ' us':>9} {'share':>6} {'limit':10} {'measured':>9}" for g in gpus)
@@ -146,7 +146,7 @@ def show(rows: Sequence[Written]) -> str:
 
 
 def measurements(results: Path, gpu: str) -> list[Written]:
-    """Rows of our op in the newest file of bench/gpu.py for a GPU; none if it was never measured."""
+    """Return rows of our op in the newest file of bench/gpu.py for a GPU; none if it was never measured."""
     files = sorted(results.glob(f"20*{gpu.lower()}*.csv"))
     if not files:
         return []
@@ -155,7 +155,7 @@ def measurements(results: Path, gpu: str) -> list[Written]:
 
 
 def measured(rows: Sequence[Written], op: str, dtype: str, shape: str) -> tuple[float | None, float | None]:
-    """Microseconds and share of an op, of the last row whose shape has `shape` in it.
+    """Return microseconds and share of an op, of the last row whose shape has `shape` in it.
 
     Benches measure "fwd" and "fwd+bwd"; "bwd" is the difference, and has no share.
     """

@@ -20,10 +20,10 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture
 def run(interpreter: ProcessPoolExecutor) -> Callable[..., tuple[tuple[Tensor, ...], dict[str, int]]]:
-    """Results of `call`, and the products that each kernel made, or the bytes of tiles that it loaded."""
+    """Return results of `call`, and the products that each kernel made, or the bytes of tiles that it loaded."""
 
     def submit(arguments, grad=None, *, tiles=SMALL, splits=0, repeats=1, count="products"):
-        message = pickle.dumps((arguments, grad, tiles, splits, repeats, count))  # which copies tensors
+        message = pickle.dumps((arguments, grad, tiles, splits, repeats, count))  # pickling copies tensors
         return pickle.loads(interpreter.submit(call, message).result())
 
     return submit

@@ -30,19 +30,20 @@ ARCHS = [(8, 0), (9, 0), (10, 0)]
 HOPPER = (9, 0)
 archs = pytest.mark.parametrize("arch", ARCHS, ids=["ampere", "hopper", "blackwell"])
 SHARED = {(8, 0): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}  # tables for (8, 0) serve GPUs of 99 KB too
-REGISTERS = 65536  # of a multiprocessor, and 255 of a thread
-RESIDENT = {  # warps that a multiprocessor has registers for, at least, by (kernel, bytes a number) and width
+REGISTERS = 65536  # a multiprocessor has so many, a thread at most 255
+RESIDENT = {  # a multiprocessor has registers for so many warps, by (kernel, bytes a number) and width
     ("fwd", 2): (8, 8, 8, 8),
     ("fwd", 4): (8, 8, 8, 12),
     ("bwd_dkdv", 2): (8, 8, 8, 8),
     ("bwd_dkdv", 4): (8, 8, 8, 16),
     ("bwd_dq", 2): (8, 8, 8, 8),
     ("bwd_dq", 4): (8, 8, 8, 16),
-    ("decode", 2): (12, 12, 8, 8),  # it waits for memory, with 64 KB and more of loads under way
+    ("decode", 2): (12, 12, 8, 8),  # it waits for memory, with at least 64 KB of loads under way
     ("decode", 4): (12, 8, 8, 8),
 }
-WARPGROUP = {"fwd": 4, "bwd_dkdv": 6, "bwd_dq": 5}  # in the hot loop; 24 and more where each wgmma is waited for
-RESIDENT_SMALL = {"ranges": 48, "bwd_sums": 16, "combine": 16}  # kernels that stream
+# The hot loop waits so often for products, and at least 24 times if it waits for each wgmma.
+WARPGROUP = {"fwd": 4, "bwd_dkdv": 6, "bwd_dq": 5}
+RESIDENT_SMALL = {"ranges": 48, "bwd_sums": 16, "combine": 16}  # these kernels stream
 
 
 def tool(name: str) -> Path:
@@ -52,14 +53,14 @@ def tool(name: str) -> Path:
 
 
 def output(*command: str | Path) -> str:
-    """What a program prints, to either stream."""
+    """Return what a program prints to either stream."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
 def resources(binary: Any, folder: Path) -> dict[str, int]:
-    """What cuobjdump says: REG, STACK, LOCAL."""
+    """Return REG, STACK and LOCAL as cuobjdump shows them."""
     path = folder / "kernel.cubin"
     path.write_bytes(binary.asm["cubin"])
     shown = output(tool("cuobjdump"), "-res-usage", path)
@@ -67,7 +68,7 @@ def resources(binary: Any, folder: Path) -> dict[str, int]:
 
 
 def messages(binary: Any, folder: Path) -> list[str]:
-    """What ptxas says about performance: C7510 and its neighbours are reasons to serialise wgmma."""
+    """Return what ptxas says about performance: C7510 and its neighbours are reasons to serialise wgmma."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     path = folder / "kernel.ptx"
@@ -77,7 +78,7 @@ def messages(binary: Any, folder: Path) -> list[str]:
 
 
 def hot_loop(binary: Any, folder: Path) -> list[str]:
-    """The instructions of the first loop that multiplies, from its label to the branch that goes back there."""
+    """Return the instructions of the first loop that multiplies, from its label to the branch that goes back there."""
     path = folder / "kernel.cubin"
     path.write_bytes(binary.asm["cubin"])
     code: list[str] = []
@@ -100,7 +101,7 @@ def check(binary: Any, resident: int, arch: tuple[int, int], folder: Path) -> No
     used = resources(binary, folder)
     assert set(used) == {"REG", "STACK", "LOCAL"}
     assert used["STACK"] == used["LOCAL"] == 0, f"spills: {used}"
-    ceiling = min(REGISTERS // (resident * 32) // 8 * 8, 255)  # they are handed out in eights
+    ceiling = min(REGISTERS // (resident * 32) // 8 * 8, 255)  # a warp gets a multiple of 8 for each thread
     assert used["REG"] <= ceiling, f"{used['REG']} registers, of {ceiling} for {resident} warps"
     assert binary.metadata.shared <= SHARED[arch]
 
@@ -149,14 +150,14 @@ def test_hopper_multiplies_in_wgmma(name: str, width: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "width"), [(n, w) for n in WARPGROUP for w in HEAD_DIMS if (n, w) != ("bwd_dkdv", 256)]
-)  # whose tiles have 32 rows, for want of registers
+)  # tiles of the last one have 32 rows, for want of registers
 def test_products_run_in_wgmma_beside_the_rest_on_hopper(name: str, width: int, tmp_path: Path) -> None:
     """ptxas serialises none of them: then each one would be waited for before the next is issued."""
     launch = launch_options(name, width, torch.bfloat16, HOPPER)
     binary = compiled(name, width, torch.bfloat16, launch, HOPPER)
     assert messages(binary, tmp_path) == []
     loop = hot_loop(binary, tmp_path)
-    assert any("HGMMA" in x for x in loop) or launch.block_m < 64  # fewer rows than a wgmma has
+    assert any("HGMMA" in x for x in loop) or launch.block_m < 64  # a wgmma has more rows
     assert sum("WARPGROUP" in x for x in loop) <= WARPGROUP[name]
 
 

@@ -64,7 +64,7 @@ def test_windows(options: dict[str, Any], sides: tuple[int, int]) -> None:
     assert named[0]["window_size"] == named[2]["window_size"] == sides
     assert named[1]["window_size"] == tuple(None if side < 0 else side for side in sides)
     assert [x.get("softmax_scale", x.get("scale")) for x in named] == [0.3] * 3
-    assert [x.get("causal") for x in named] == [mask.causal, mask.causal, None]  # varlen_attn has it from the window
+    assert [x.get("causal") for x in named] == [mask.causal, mask.causal, None]  # varlen_attn takes it from the window
 
 
 def test_lengths_and_used_keys() -> None:
@@ -109,7 +109,7 @@ def test_what_packages_leave_open_is_settled() -> None:
     mask = mask_of(offsets_of([3, 9, 2, 1, 0]), offsets_of([20, 4, 0, 8, 5]), seqused_k=used)
     expected = block_causal_attention_fwd_reference(q, k, v, *mask.offsets, None, True, None, used)
     masked = expected[1].isinf()
-    v[3:20] = v[28:] = NAN  # unused
+    v[3:20] = v[28:] = NAN  # these keys are unused
 
     def package(q: Tensor, k: Tensor, v: Tensor, **_named: Any) -> tuple[Tensor, Tensor]:
         assert v.isfinite().all()
@@ -136,7 +136,7 @@ def test_nothing_is_delegated_where_nothing_is_attended() -> None:
 @pytest.mark.parametrize("window", [None, 1, 7, 10**12])
 @pytest.mark.parametrize("causal", [True, False])
 def test_flash_is_the_reference(causal: bool, window: int | None) -> None:
-    """On a GPU: zero-length and one-byte documents, and queries beyond the last one, which hold NaN."""
+    """A GPU takes zero-length and one-byte documents, and queries beyond the last one, which hold NaN."""
     q, k, v = (x.cuda() for x in inputs(36, 36, head_dim=64))
     offsets = offsets_of([1, 20, 0, 12], device="cuda")
     q[33:], k[33:], v[33:] = NAN, NAN, NAN

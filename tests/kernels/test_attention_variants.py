@@ -18,7 +18,7 @@ import torch
 pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parents[1]
-CASES = [  # lengths of documents, rows behind them, window, heads, tiles
+CASES = [  # (lengths of documents, rows behind them, window, heads, tiles)
     ([1, 33, 0, 17, 2], 0, None, 2, (32, 16)),
     ([1, 33, 0, 17, 2, 70], 9, 7, 2, (32, 16)),
     ([40, 33, 0, 17], 5, 20, 1, (64, 32)),
@@ -53,16 +53,19 @@ def compare(lengths: list[int], behind: int, window: int | None, heads: int, til
     of_keys = torch.cat([torch.stack([own, torch.minimum(end, own + reach)]), nothing], 1).int()
     strides = q.stride()[:2]
     for load, specialize in ((0, False), (1, False), (1, True)):
-        options = {"ROWS": tiles[0], "STEP": tiles[1], "E": width, "LOAD": load, "SPECIALIZE": specialize}
+        options = {"HEAD_DIM": width, "LOAD": load, "SPECIALIZE": specialize}
+        tiles_of_queries = {"BLOCK_M": tiles[0], "BLOCK_N": tiles[1]}
+        tiles_of_keys = {"BLOCK_N": tiles[0], "BLOCK_M": tiles[1]}
         out, dk, dv = (torch.full_like(q, math.nan) for _ in range(3))
         lse = torch.full((rows, heads), math.nan)
         grid = (-(-rows // tiles[0]), heads)
         fwd_variant[grid](
-            q, k, v, out, lse, *of_queries, cu[-1:], *strides * 3, scale * log2_e, scale, rows, heads, 1, **options
-        )
+            q, k, v, out, lse, *of_queries, cu[-1:], *strides * 3, scale * log2_e, scale, rows, heads, 1,
+            **tiles_of_queries, **options,
+        )  # fmt: skip
         bwd_dkdv_variant[grid](
             q, k, v, grad, sums, *of_keys, cu[-1:], dk, dv, *strides * 4, scale, scale * log2_e, rows, rows, heads, 1,
-            **options,
+            **tiles_of_keys, **options,
         )  # fmt: skip
         for actual, expected in ((out, expected_out), (lse, expected_lse), (dk, expected_dk), (dv, expected_dv)):
             torch.testing.assert_close(actual[documents], expected[documents].float(), rtol=1e-5, atol=1e-5)

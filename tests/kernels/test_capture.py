@@ -73,11 +73,11 @@ def test_what_a_capture_allows_is_not(name: str) -> None:
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
 
-BY_BYTE = {"logits", "hidden", "entropy", "tokens", "x"}  # arguments with a row for each byte
+BY_BYTE = {"logits", "hidden", "entropy", "tokens", "x"}  # these arguments have a row for each byte
 
 
 def padded(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Two documents of one length: ``[2, S, ...]`` for whatever has a row for each byte, and no offsets."""
+    """Return two documents of one length: ``[2, S, ...]`` for whatever has a row for each byte, and no offsets."""
     layout = arguments.get("layout")
     by_byte = BY_BYTE & arguments.keys()
     if "q" in arguments:
@@ -119,7 +119,7 @@ def test_ops_do_nothing_that_a_capture_forbids(case: OpCase, function: Callable[
 def test_triton_launchers_do_nothing_that_a_capture_forbids(
     queries: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of attention, whose launchers are in Python; kernels are not run."""
+    """The launchers of attention are in Python; its kernels are not run."""
     jit = pytest.importorskip("triton.runtime.jit")
     from blt_kernels.triton.block_causal_attention.backward import block_causal_attention_bwd_cuda
     from blt_kernels.triton.block_causal_attention.forward import block_causal_attention_fwd_cuda
@@ -141,7 +141,7 @@ def test_triton_launchers_do_nothing_that_a_capture_forbids(
     few = "cached" in options and queries < 40
     assert any(("decode" if few else "fwd") in name for name in launched), launched
     assert any("dkdv" in name for name in launched), launched
-    # Intervals of queries once in forward, of queries and keys at once in backward.
+    # Forward makes intervals of queries once, backward those of queries and keys at once.
     assert sum("ranges" in name for name in launched) <= 2, launched
 
     made = block_causal_attention_ranges_fwd_cuda(offsets, rest[1], q.shape[0], keys, *rest[2:4], rest[5])
@@ -152,7 +152,7 @@ def test_triton_launchers_do_nothing_that_a_capture_forbids(
         block_causal_attention_bwd_cuda(out, q, k, k, out, lse, *rest, made)
 
     assert not forbidden(given)
-    # Forward makes its own where it leaves documents of few queries to decoding, of others in the batch.
+    # Forward makes its own if the batch also has documents of few queries, which it leaves to decoding.
     own = "decode" in "".join(launched) and "block_causal_attention_fwd_kernel" in launched
     assert sum("ranges" in name for name in launched) == own, launched
 
@@ -180,11 +180,11 @@ def test_triton_kernels_are_not_compiled_in_a_capture(operator: str, monkeypatch
 
 
 def test_launchers_copy_nothing_to_the_host_but_sizes_of_sparse_gradients() -> None:
-    """Where a launcher of CUDA C++ waits for the device, which nothing above sees."""
+    """The tests above do not notice a launcher of CUDA C++ that waits for the device."""
     sources = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
     waits_for_device = r"DeviceType::CPU|cudaMemcpy|Synchronize|torch::stable::to\(|torch::stable::copy_"
     found = {path.name: len(re.findall(waits_for_device, path.read_text())) for path in sources.glob("*.cu")}
-    assert {name: count for name, count in found.items() if count} == {"ngram_hash_embed.cu": 2}  # of one line
+    assert {name: count for name, count in found.items() if count} == {"ngram_hash_embed.cu": 2}  # both are on one line
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from cuda_model.simulate import PARAMETERS, Counts, Kernel, Run
 
 
 def program(text: str) -> list[Instruction]:
-    """Instructions from lines ``label: instruction``; a label stands for its address, and 16 bytes are one of them."""
+    """Return instructions from lines ``label: instruction``; a label stands for its address, in steps of 16 bytes."""
     lines = [line.strip() for line in text.strip().splitlines()]
     labels = {line.split(": ")[0]: 16 * n for n, line in enumerate(lines) if ": " in line}
     parsed = []
@@ -44,7 +44,7 @@ def program(text: str) -> list[Instruction]:
 
 # --- reading SASS -----------------------------------------------------------------------------------------------------
 
-# As cuobjdump prints it: the second word of the load says stall 4, sets scoreboard 2, waits for 0.
+# cuobjdump prints this: the second word of the load says stall 4, sets scoreboard 2, waits for 0.
 LISTING = """
 		Function : first
         /*0000*/                   S2R R0, SR_TID.X ;                    /* 0x0000000000007919 */
@@ -148,8 +148,8 @@ def test_lanes_come_together_again_and_loops_end() -> None:
         EXIT
     """)
     assert counts.issued["IADD3"] == 10
-    assert (counts.issued["FADD"], counts.issued["FMUL"]) == (1, 1)  # both sides, half of the lanes each
-    assert counts.issued["MUFU"] == counts.issued["EXIT"] == 1  # and then all of them once
+    assert (counts.issued["FADD"], counts.issued["FMUL"]) == (1, 1)  # both sides ran, each with half of the lanes
+    assert counts.issued["MUFU"] == counts.issued["EXIT"] == 1  # then all lanes ran once
 
 
 COPY = """
@@ -185,7 +185,7 @@ def test_an_access_outside_of_the_arrays_is_an_error() -> None:
 
 
 def loads(*lines: str) -> str:
-    """Code with R2 at an array, R4 behind it: a load sets the scoreboard in its line, ``!n`` waits for scoreboard n."""
+    """Return code with R2 at an array, R4 behind it: a load sets its line's scoreboard, ``!n`` waits for number n."""
     return "\n".join(("LDC.64 R2, c[0x0][0x210]", *lines, "EXIT"))
 
 
@@ -253,7 +253,7 @@ def test_barriers_hold_warps_and_some_warps_stand_for_all() -> None:
 
 
 class Registers:
-    """As much of a warp as arithmetic needs."""
+    """Has as much of a warp as arithmetic needs."""
 
     def __init__(self) -> None:
         self.regs, self.preds = np.zeros((320, 32), np.uint32), np.zeros((16, 32), bool)
@@ -261,7 +261,7 @@ class Registers:
 
 
 def result(text: str, **registers: int) -> int:
-    """R0 after an instruction, with registers and predicates set: R1=5, P0=1."""
+    """Return R0 after an instruction, with registers and predicates set: R1=5, P0=1."""
     warp = Registers()
     for name, value in registers.items():
         rows = warp.regs if name[0] == "R" else warp.preds
@@ -340,10 +340,10 @@ def test_bank_conflicts() -> None:
 @pytest.mark.parametrize(
     ("threads", "registers", "shared", "blocks"),
     [
-        (256, 32, 0, 8),  # 64 warps
-        (256, 33, 0, 6),  # 40 registers a thread: 51 warps, so 6 blocks of 8
+        (256, 32, 0, 8),  # 64 warps fit
+        (256, 33, 0, 6),  # with 40 registers a thread 51 warps fit, so 6 blocks of 8
         (256, 128, 0, 2),
-        (128, 16, 32 << 10, 6),  # 33 KB each with the system's, of 228
+        (128, 16, 32 << 10, 6),  # each takes 33 KB of 228, with the system's
         (32, 16, 0, 32),
         (1024, 128, 0, 0),
     ],
@@ -373,7 +373,7 @@ def test_terms_of_an_estimate() -> None:
     assert own.terms["issue"] == pytest.approx(500 * 4600 / 4 / 1e11)
     assert own.terms["special"] == pytest.approx(500 * 1000 / 1e11)
     assert own.terms["load/store"] == pytest.approx(500 * 400 / 1e11)
-    assert own.terms["latency"] == pytest.approx(1000 / 400 * 3000 / 1e9)  # 4 blocks resident
+    assert own.terms["latency"] == pytest.approx(1000 / 400 * 3000 / 1e9)  # 4 blocks are resident
     assert own.limit == "memory"
     assert max(own.terms.values()) < own.seconds < 1.2 * max(own.terms.values())
 
@@ -434,13 +434,13 @@ def test_a_real_kernel_computes_what_it_should() -> None:
 
 
 def test_tiles_of_causal_documents_and_windows() -> None:
-    # Two documents of 256 in tiles of 128 x 64: 2 and 4 tiles each, of which 2 of the second block are full.
+    # Two documents of 256 have 2 and 4 tiles of 128 x 64 each, of which 2 of the second block are full.
     assert attention.tiles(Documents((256, 256)), False, 128, 64) == ([2, 4, 2, 4], 4)
-    # A key is attended to by the queries behind it: as many tiles from the other side.
+    # The queries behind a key attend to it, so there are as many tiles from the other side.
     assert attention.tiles(Documents((256, 256)), True, 128, 64) == ([4, 2, 4, 2], 4)
     counts, full = attention.tiles(Documents((1024,), 256), False, 128, 64)
-    assert counts[-1] == 6  # 256 + 127 keys
-    assert full == 2 * 6 + 2  # every block but the first two sees 2 whole, the second one 2, the first none
+    assert counts[-1] == 6  # it attends to 256 + 127 keys
+    assert full == 2 * 6 + 2  # every block from the second on has 2 full tiles
     assert Documents((4, 3), 2).pairs == 1 + 2 + 2 + 2 + 1 + 2 + 2
 
 
@@ -483,7 +483,7 @@ def test_products_and_the_rest_overlap_in_part() -> None:
     (loop,) = attention.main_loops(kernel)
     body = attention.Body.of([kernel.instructions[n] for n in sorted(unconditional(kernel.instructions, loop))])
     own = attention.iteration(kernel, body, 1, GPU)
-    peak = 100e12 / 100 / 1e9  # flops a cycle and multiprocessor
+    peak = 100e12 / 100 / 1e9  # is in flops a cycle and multiprocessor
     assert own["tensor"] == pytest.approx(2 * body.flops / peak)
     assert own["both"] == pytest.approx(own["tensor"] + 0.75 * own["other"])
     alone = attention.iteration(replace(kernel, warps=4), body, 1, GPU)

@@ -1,4 +1,4 @@
-"""How launchers reach torch's streams, the driver and CUDA graphs: small libraries stand in for torch's and CUDA's.
+"""Launchers reach torch's streams, the driver and CUDA graphs: small libraries stand in for torch's and CUDA's.
 
 A torch for CUDA loads libtorch_cuda.so for itself alone (RTLD_LOCAL), as `ctypes.CDLL` does here.
 """
@@ -24,7 +24,7 @@ extern "C" int aoti_torch_get_current_cuda_stream(int32_t device, void** stream)
 }
 """
 
-# The driver: what was called, and what the test sets.
+# The driver has what was called, and what the test sets.
 CUDA = """
 #include <cstdint>
 #include <cstring>
@@ -62,7 +62,7 @@ int cuGetErrorString(int error, const char** text) { *text = error == 201 ? "inv
 }
 """
 
-# What a launcher does, called from Python; returns what was thrown.
+# Python calls this to do what a launcher does. It returns what was thrown.
 LAUNCHER = """
 #include "launch/driver.h"
 #include <exception>

@@ -9,7 +9,7 @@ import torch
 from backends import emulator, order
 from torch import Tensor
 
-# kernel -> what the message says, apart from where
+# The error of a kernel says this after the place.
 FAULTS = {
     "divergent_barrier": r"fault_injection.cpp:\d+: a barrier that 1 of 64 threads do not reach",
     "two_barriers": r"fault_injection.cpp:\d+: a barrier while other threads are at that of fault_injection.cpp:\d+",
@@ -113,9 +113,9 @@ def test_the_longest_thread_is_counted(n: int) -> None:
     module = emulator()
     module.take_launches()
     inject("one_thread", torch.ones(n))  # one thread of the grid loads all of x and stores once
-    inject("vectors", torch.ones(n))  # a load and a store of 16 bytes
+    inject("vectors", torch.ones(n))  # a thread loads and stores 16 bytes
     inject("half_warp", torch.ones(n))  # every thread loads and stores once
-    inject("block_sum", torch.ones(n))  # thread 0: x, 6 sums of 2 loads and a store of shared memory, the result
+    inject("block_sum", torch.ones(n))  # thread 0 makes 6 sums of 2 loads and a store, besides x and the result
     one_thread, vectors, half_warp, block_sum = (launch.longest for launch in module.take_launches())
     assert one_thread == n + 1
     assert vectors == (2 if n >= 4 else 0)

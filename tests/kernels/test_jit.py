@@ -58,7 +58,7 @@ def test_a_kernel_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(nvrtc, "createProgram", None)
     assert _nvrtc.compile_kernels([POOL], ARCH) == first
     with pytest.raises(TypeError):
-        _nvrtc.compile_kernels([POOL], "sm_80")  # another GPU, another kernel
+        _nvrtc.compile_kernels([POOL], "sm_80")  # another GPU takes another kernel
 
 
 @needs_cupy

@@ -27,7 +27,7 @@ FACTORS: dict[str, tuple] = {
 
 
 def pairwise(factors: dict[str, tuple]) -> list[tuple]:
-    """Few combinations that hold every pair of values of two factors, found greedily and always the same."""
+    """Return few combinations with every pair of values of two factors, found greedily and always the same."""
     values = list(factors.values())
     columns = range(len(values))
     pairs = [((i, a), (j, b)) for i, j in itertools.combinations(columns, 2) for a in values[i] for b in values[j]]
@@ -38,7 +38,7 @@ def pairwise(factors: dict[str, tuple]) -> list[tuple]:
             if column not in row:
                 row[column] = max(
                     values[column],
-                    key=lambda x: sum(  # what it would cover
+                    key=lambda x: sum(  # counts the missing pairs that x would cover
                         tuple(sorted(((column, x), item), key=lambda pair: pair[0])) in missing for item in row.items()
                     ),
                 )
@@ -58,7 +58,7 @@ def test_every_pair_of_what_there_is(
     dtype: torch.dtype,
     documents: str,
 ) -> None:
-    """Every head width with every group count, window, alignment, dtype and ragged shape, and so on for each pair.
+    """Every head width meets every group count, window, alignment, dtype and ragged shape, and so on for each pair.
 
     There are five rows beyond the last document. What no query attends to holds NaN.
     """
@@ -104,7 +104,7 @@ def test_documents_of_all_lengths_at_edges_of_tiles(run: Callable, window: int |
 
 
 def test_launches_as_on_hopper(run: Callable) -> None:
-    """With the tiles that `launch_options` says."""
+    """The tiles are those of `launch_options`."""
     check(run, inputs(300, 300, (1, 1), 64, torch.bfloat16), offsets_of([170, 1, 129]), window=100, tiles=None)
 
 

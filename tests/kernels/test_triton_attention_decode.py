@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from triton_interpreter import NAN, check, inputs, intervals, key_intervals
+from triton_interpreter import NAN, check, inputs, intervals, key_intervals, tiles_visited
 
 from blt_kernels.testing import offsets_of
-from blt_kernels.triton.block_causal_attention.launch import launch_options, tiles_visited
+from blt_kernels.triton.block_causal_attention.launch import launch_options
 
 pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"), pytest.mark.slow]
 
@@ -45,7 +45,7 @@ def test_few_queries_are_decoded(run: Callable) -> None:
 
 
 def filled(queries: list[int], used: list[int], heads: tuple[int, int]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Random tensors for caches of 5 more rows than are used, which hold NaN, and their offsets."""
+    """Return random tensors for caches of 5 more rows than are used, which hold NaN, and their offsets."""
     rooms = [n + 5 for n in used]
     tensors = inputs(sum(queries), sum(rooms), heads, 16, torch.float32)
     cu_k = offsets_of(rooms)

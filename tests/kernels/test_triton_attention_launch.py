@@ -44,14 +44,14 @@ def test_launch_options() -> None:
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
     assert decode_splits(1, 1 << 20, 1, 132) == MAX_SPLITS
-    assert decode_splits(8, 8192, 1, 132) == 32  # of 256 keys
-    assert decode_splits(8, 64 * 8192, 64, 132) == 1  # as many programs as fit
+    assert decode_splits(8, 8192, 1, 132) == 32  # a split has 256 keys
+    assert decode_splits(8, 64 * 8192, 64, 132) == 1  # all programs fit at once without splits
     assert decode_splits(8, 4 * 8192, 4, 132) == 8
     assert decode_splits(8, 0, 0, 132) == decode_splits(1, 100, 1, 132) == 1
 
 
 def test_which_documents_are_decoded() -> None:
-    assert max_decode_queries(16, 1, 64) == 16  # all: forward does not run
+    assert max_decode_queries(16, 1, 64) == 16  # all queries are decoded, forward does not run
     assert max_decode_queries(128, 64, 1) == 128
     assert max_decode_queries(128, 64, 2) == 16
     assert max_decode_queries(463, 64, 1) == 16
@@ -62,7 +62,7 @@ def test_programs_of_a_decoded_document() -> None:
     assert decode_tiles(64, 64, 64, 8, 32) == 1
     assert decode_tiles(16, 1, 16, 8, 32) == 4
     assert decode_tiles(463, 64, 16, 1, 32) == 1
-    assert decode_tiles(5000, 2, 16, 128, 32) == 4  # which take several tiles each
+    assert decode_tiles(5000, 2, 16, 128, 32) == 4  # each takes several tiles
     assert decode_tiles(0, 0, 0, 1, 32) == 1
 
 

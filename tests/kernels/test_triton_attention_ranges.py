@@ -9,11 +9,10 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from triton_interpreter import DOCUMENTS, SMALL, call_with_ranges, inputs, key_intervals
+from triton_interpreter import DOCUMENTS, SMALL, call_with_ranges, inputs, key_intervals, tiles_visited
 
 from blt_kernels.reference import block_causal_attention as reference
 from blt_kernels.testing import assert_equal, document_lengths, offsets_of
-from blt_kernels.triton.block_causal_attention.launch import tiles_visited
 
 pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"), pytest.mark.slow]
 
@@ -63,7 +62,7 @@ def test_ranges_made_before(
     lengths, keys, used = DOCUMENTS[documents]
     cu_q, cu_k = offsets_of(lengths), None if keys is None else offsets_of(keys)
     used_k = None if used is None else torch.tensor(used, dtype=torch.int32)
-    totals = [sum(n) + 3 for n in (lengths, keys or lengths)]  # rows beyond the documents
+    totals = [sum(n) + 3 for n in (lengths, keys or lengths)]  # 3 rows lie beyond the documents
     q, k, v, grad = inputs(*totals, (2, 1), 16, torch.float32)
     arguments = (q, k, v, cu_q, cu_k, window, causal, None, used_k)
     expected, _ = run(arguments, grad)
@@ -90,7 +89,7 @@ def test_decoding_finds_its_own_ranges(interpreter: ProcessPoolExecutor, run: Ca
 
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
-HOSTILE = {  # first and last of every row, in turn; there are 40 queries and 50 keys
+HOSTILE = {  # rows take these (first, last) in turn; there are 40 queries and 50 keys
     "a little too far": ([0], [58]),
     "everything there is": ([0], [INT_MAX]),
     "in front of everything": ([-9], [3]),

@@ -31,7 +31,7 @@ def test_products_that_overflow_before_they_are_scaled(run: Callable, dtype: tor
     (large_out, _, dq, dk, dv), _ = run(large, grad)
     actual = large_out, dq * 2.0**62, dk * 2.0**59, dv
     if dtype == torch.float32:
-        torch.testing.assert_close(actual, (out, *grads), rtol=0, atol=2.0**-64)  # without subnormal numbers
+        torch.testing.assert_close(actual, (out, *grads), rtol=0, atol=2.0**-64)  # subnormal numbers are flushed to 0
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     truth = eager_attention(*leaves, cu.tolist(), 25, 0.5)
     truths = truth, *torch.autograd.grad(truth, leaves, grad.double())
@@ -51,7 +51,7 @@ def test_products_that_overflow_before_they_are_scaled(run: Callable, dtype: tor
     ],
 )
 def test_scores_of_any_size(run: Callable, case: int, dtype: torch.dtype, size: float) -> None:
-    """Up to near the largest of fp32, of both signs: outputs are as precise as for ordinary ones, in each document."""
+    """Outputs are as precise as for ordinary scores, up to near the largest of fp32, of both signs, per document."""
     width, scale, window = LARGE_SCORES[case]
     (q, k, v, _), offsets = large_scores(size, (2, 1), width, scale, dtype)
     cu = torch.tensor(offsets, dtype=torch.int32)
@@ -130,4 +130,4 @@ def test_nan_of_a_query_reaches_the_gradients_of_its_keys(run: Callable, dtype: 
     assert not dq[:70].isnan().any()
     for x in (dk, dv):
         assert x[60:71].isnan().all()
-        assert not x[:32].isnan().any()  # tiles of keys that the query has no part in
+        assert not x[:32].isnan().any()  # the query attends to no key of these tiles

@@ -25,14 +25,14 @@ MERGES = ["t h", "th e", "{0} the", "e n", "en d", "{0} end", "{0} {0}"]
 
 
 def model(space: str, alphabet: list[str], **options: object) -> Any:
-    """Tokens: the alphabet, and "the" and "end" with and without a space in front."""
+    """Return tokens: the alphabet, and "the" and "end" with and without a space in front."""
     merges = [tuple(merge.format(space).split()) for merge in MERGES]
     tokens = [*dict.fromkeys([*alphabet, *("".join(merge) for merge in merges)])]
     return models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges, **options)
 
 
 def byte_level(add_prefix_space: bool = False) -> Any:
-    """As GPT-2 and Llama 3 have it."""
+    """Return a tokenizer like those of GPT-2 and Llama 3."""
     tokenizer = tokenizers.Tokenizer(model("Ġ", sorted(pre_tokenizers.ByteLevel.alphabet())))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.add_special_tokens(["<|the énd|>"])
@@ -40,7 +40,7 @@ def byte_level(add_prefix_space: bool = False) -> Any:
 
 
 def sentence_piece() -> Any:
-    """As Llama 2 has it: a space in front, "▁" for spaces, bytes where there is no piece."""
+    """Return one like Llama 2's: it adds a space in front, writes "▁" for spaces, and bytes where there is no piece."""
     alphabet = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"▁thend"]
     tokenizer = tokenizers.Tokenizer(model("▁", alphabet, byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -117,7 +117,7 @@ def test_patches_are_tokens() -> None:
     """A patch ends with the delimiter of the token after it, as facebookresearch/blt has it."""
     layers = TransformerConfig(32, 1, 2, ffn_dim=64)
     blt = BLT(BLTConfig(layers, layers, layers, None, ngram_vocab=97, patching="bpe"))
-    for text in ("the end ü", b"x", ["x"], torch.zeros(2, dtype=torch.uint8)):  # no delimiters
+    for text in ("the end ü", b"x", ["x"], torch.zeros(2, dtype=torch.uint8)):  # these are no delimiters
         with pytest.raises(ValueError, match=r"tokens: expected ids of `to_ids\(..., tokenizer=...\)`, .* got text"):
             blt.patch(text)
     ids = bk.to_ids("the end ü", bos=True, eos=True, tokenizer=TOKENIZERS["byte level"])

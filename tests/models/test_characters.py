@@ -23,7 +23,7 @@ TEXT = "".join(SCRIPTS.values())
 
 
 def ends_of(tokens: list[int]) -> list[bool]:
-    """Whether Python's decoder expects no more bytes after each id."""
+    """Return after which ids Python's decoder expects no more bytes."""
     held, ends = b"", []
     for token in tokens:
         held = b"" if token < 4 else held + bytes([token - 4])
@@ -39,7 +39,7 @@ def ends_of(tokens: list[int]) -> list[bool]:
 
 
 def starts_of(tokens: list[int], wanted: list[bool], longest: int | None = None) -> list[int]:
-    """Starts of a document's patches, one byte at a time."""
+    """Return starts of a document's patches, one byte at a time."""
     ends = ends_of(tokens)
     starts, begin, last_end = [0], 0, 0
     for i in range(len(tokens)):
@@ -53,7 +53,7 @@ def starts_of(tokens: list[int], wanted: list[bool], longest: int | None = None)
     return oracle.within(set(starts), len(tokens))
 
 
-# Bytes on both sides of every limit, and special ids.
+# These are bytes on both sides of every limit, and special ids.
 BYTES = [0x0A, 0x61, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE4, 0xED, 0xEF]
 BYTES += [0xF0, 0xF3, 0xF4, 0xF5, 0xFF]
 IDS = st.sampled_from([0, 1, 2, 3, *(byte + 4 for byte in BYTES)])
@@ -75,7 +75,7 @@ def test_characters_end_where_a_decoder_expects_no_more(documents: list[list[int
 
 
 def test_every_beginning_of_a_character() -> None:
-    """All pairs of bytes, and what follows them in three and four bytes."""
+    """All pairs of bytes agree, and so do their continuations of three and four bytes."""
     edges = [0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xE4, 0xFF]
     sequences = [[a, b] for a in range(256) for b in range(256)]
     sequences += [[a, b, c, d] for a in range(0xE0, 256) for b in edges for c in edges for d in (0x80, 0x41, 0xE4)]
@@ -105,8 +105,8 @@ def test_patches_of_text(text: str, longest: int, seed: int) -> None:
     ids = bk.to_ids("." + text)
     wanted = torch.rand(ids.shape[0], generator=torch.Generator().manual_seed(seed)) < 0.2
     got = whole_characters(wanted, ids, offsets_of([ids.shape[0]]), longest)
-    cuts = [0, *(i + 1 for i in got.nonzero().flatten().tolist() if i + 1 < ids.shape[0]), ids.shape[0]]
-    patches = [bk.to_bytes(ids[a:b]).decode() for a, b in itertools.pairwise(cuts)]  # each of them is text
+    starts = [0, *(i + 1 for i in got.nonzero().flatten().tolist() if i + 1 < ids.shape[0]), ids.shape[0]]
+    patches = [bk.to_bytes(ids[a:b]).decode() for a, b in itertools.pairwise(starts)]  # each of them is text
     assert "".join(patches) == "." + text
     assert all(len(patch.encode()) <= longest + 3 for patch in patches)
     if text.isascii():
@@ -149,7 +149,7 @@ def test_every_scheme_keeps_characters_whole(config: BLTConfig) -> None:
     documents = [*LINES, invalid_utf8(300), binary(200), b"", b"\xe4", TEXT.encode(), real_text(300)]
     ids, rows = bk.to_ids(documents, bos=True, eos=True)
     if config.patching == "bpe":
-        ids[torch.arange(len(ids)) % 7 == 2] = 3  # inside of characters too
+        ids[torch.arange(len(ids)) % 7 == 2] = 3  # some are inside of characters
     layout = whole.patch(ids, rows)
     assert_equal(blt(config, "reference").patch(ids, rows), layout)
     base = plain.patch(ids, rows)
@@ -166,7 +166,7 @@ def test_every_scheme_keeps_characters_whole(config: BLTConfig) -> None:
         assert_equal(whole.patch(row[None]), whole.patch(row))
     same = torch.stack([row[:16] for row in ids.split(sizes) if len(row) >= 16])
     assert_equal(whole.patch(same), whole.patch(same.flatten(), offsets_of([16] * len(same))))
-    room = len(sizes) + 5  # too little
+    room = len(sizes) + 5  # this is too little
     assert whole.patch(ids, rows, max_patches=room).capacity == room
 
 
@@ -174,7 +174,7 @@ def test_whole_characters_of_an_entropy_model() -> None:
     model, config = blt(BASE).patcher, BASE
     assert model is not None
     assert_equal(model.patch(TEXT, whole_characters=True)[1].compact(), blt(config).patch(TEXT))
-    _, layout = model.patch(TEXT, threshold=0.0, whole_characters=True)  # a start after every byte that may have one
+    _, layout = model.patch(TEXT, threshold=0.0, whole_characters=True)  # all starts that may be are there
     bounds = [*offsets(layout), len(TEXT.encode())]
     assert [TEXT.encode()[a:b].decode() for a, b in itertools.pairwise(bounds)] == list(TEXT)
 
@@ -196,7 +196,7 @@ def test_max_patch_length_is_checked() -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    """On the meta device a read of a value fails."""
+    """A read of a value would fail on the meta device."""
     with torch.device("meta"):
         boundaries, ids = torch.empty(9, dtype=torch.bool), torch.empty(9, dtype=torch.int64)
         rows = torch.empty(3, dtype=torch.int32)
@@ -207,7 +207,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def contexts(data: bytes) -> list[bytes]:
-    """What the entropy model reads together: each newline begins a context."""
+    """Return the contexts of the entropy model: each newline begins one."""
     head, *lines = data.split(b"\n")
     return [head, *(b"\n" + line for line in lines)]
 
@@ -237,7 +237,7 @@ def test_newlines_in_packed_and_padded_rows(split_documents: bool) -> None:
     ids, rows = bk.to_ids(documents, eos=True)
     expected = torch.cat([model(bk.to_ids(document, eos=True)) for document in documents])
     torch.testing.assert_close(model(ids, rows), expected, rtol=0, atol=1e-12)
-    together = model(ids)  # one row: EOS ends a context only with split_documents
+    together = model(ids)  # EOS ends a context only with split_documents
     alone = torch.cat([model(bk.to_ids(document, eos=True)) for document in documents])
     assert torch.allclose(together, alone, rtol=0, atol=1e-12) == split_documents
     padded = torch.stack([bk.to_ids("ab\ncd"), bk.to_ids("\nefgh")])

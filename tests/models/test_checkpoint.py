@@ -33,7 +33,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 @pytest.fixture
 def folder(request, tmp_path):
-    """Directory and model of a case."""
+    """Return directory and model of a case."""
     model = their_model(request.param)
     model.save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs", model
@@ -45,7 +45,7 @@ def their_logits(model, tokens: Tensor) -> Tensor:
 
 
 def starts(lengths: Tensor, end: int) -> list[list[int]]:
-    """Where patches start, up to `end` inclusive, from padded lengths of whichever convention."""
+    """Return where patches start, up to `end` inclusive, from padded lengths of either convention."""
     return [sorted({0, *(s for s in row if s <= end)}) for row in (lengths.cumsum(1) - lengths).tolist()]
 
 
@@ -152,7 +152,7 @@ def test_what_we_built_is_read_by_transformers(tmp_path) -> None:
     assert (again.config.split_documents, again.config.global_across_documents, again.config.eos_id) == (True, True, 9)
     tokens[1, 5] = 9
     assert torch.equal(again(tokens), ours(tokens))
-    ours.to(torch.bfloat16).save_pretrained(tmp_path)  # over the file that `again` has mapped
+    ours.to(torch.bfloat16).save_pretrained(tmp_path)  # this overwrites the file that `again` has mapped
     assert {p.dtype for p in BLT.from_pretrained(tmp_path).parameters()} == {torch.bfloat16}
     assert theirs.config.dtype == torch.float32
     assert blt.BltConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
@@ -388,7 +388,7 @@ def foreign_names(weights: dict[str, Tensor], head: str) -> dict[str, Tensor]:
 
 @pytest.fixture
 def theirs(tmp_path):
-    """Root of ``blt/`` and ``entropy_model/``, with params.json and consolidated.pth, and the model in them."""
+    """Return the root of ``blt/`` and ``entropy_model/``, with params.json and consolidated.pth, and their model."""
     torch.manual_seed(0)
     model = BLT(EXPECTED)
     for name, part, head, values in (
@@ -469,7 +469,7 @@ def test_hub_layout_of_facebookresearch(theirs) -> None:
         BLT.from_pretrained(root / "entropy_model")
     (root / "blt" / "train_args.json").unlink()
     bare = BLT.from_pretrained(root / "blt").config
-    assert (bare.patching, bare.threshold, bare.threshold_add) == ("byte", 9.0, None)  # of the model's arguments
+    assert (bare.patching, bare.threshold, bare.threshold_add) == ("byte", 9.0, None)  # these are the model's arguments
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def test_hub_layout_of_facebookresearch(theirs) -> None:
         ("downsampling_by_pooling", "avg", "downsampling_by_pooling: expected 'max', got 'avg'"),
         ("dim_token", 16, "dim_token: expected 32, got 16"),
         ("head_dim", 8, "head_dim: expected 16, got 8"),
-        ("dim_local_encoder", ..., "dim_local_decoder: expected 512, got 32"),  # the default of that class
+        ("dim_local_encoder", ..., "dim_local_decoder: expected 512, got 32"),  # this is the default of that class
         ("dim_global", 32, "dim_global: expected another width than dim_local_decoder, .* got 32"),
         ("use_rope", False, "use_rope: expected True, got False"),
         ("encoder_enable_byte_ngrams", True, "encoder_enable_byte_ngrams: expected False, got True"),
@@ -546,7 +546,7 @@ def test_patching_modes_of_facebookresearch(theirs) -> None:
     file.write_text(json.dumps({"model": ARGS, "data": {"patcher_args": rules}}))
     config = BLT.from_pretrained(file.parent).config
     assert (config.patching, config.max_patch_length) == ("space", 3)
-    assert config.threshold == ByteLMConfig().threshold  # the default of that class, not the model's
+    assert config.threshold == ByteLMConfig().threshold  # this is the default of that class, not the model's
     for rules, message in (
         ({"threshold": None}, "data.patcher_args.threshold: expected float, got None"),
         ({"newlines": True}, "data.patcher_args: expected the fields of PatcherArgs, got newlines as well"),
@@ -556,7 +556,7 @@ def test_patching_modes_of_facebookresearch(theirs) -> None:
             BLT.from_pretrained(file.parent)
 
 
-# What differs from ARGS, and the masks that the oracle shall use where the code has others.
+# Each has changes of ARGS, and the masks that the oracle shall use where the code has others.
 FOREIGN: dict[str, tuple[dict, dict]] = {
     "block_causal": ({}, {}),
     "causal": ({"attn_bias_type": "causal"}, {}),
@@ -573,14 +573,14 @@ FOREIGN: dict[str, tuple[dict, dict]] = {
 
 
 def text_row() -> list[int]:
-    """Words, EOS in and between them, the id 9 too."""
+    """Return words, with EOS in and between them, and the id 9."""
     row = [1, *(b + 4 for b in b"first of the texts"), 2, 1, *(b + 4 for b in b"a second one, longer"), 2, 70]
     row[10] = row[25] = 9
     return row
 
 
 def random_state(path: Path) -> dict[str, Tensor]:
-    """Weights for the configuration in `path`, under the names of facebookresearch/blt: all of them tell."""
+    """Return weights for the configuration in `path`, under facebookresearch/blt's names: all of them tell."""
     config = read_config(path)
     torch.manual_seed(0)
     model = BLT(config) if isinstance(config, BLTConfig) else ByteLM(config)
@@ -693,7 +693,7 @@ def test_damaged_files_are_named(theirs) -> None:
     root, _ = theirs
     file = root / "blt" / "consolidated.pth"
     whole = file.read_bytes()
-    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)  # before torch 1.6: read, not mapped
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)  # such files are read, not mapped
     BLT.from_pretrained(root / "blt")
     for damaged in (b"", b"abc", b"PK\x03\x04", whole[:2000], whole[:-200], b"\x80\x02" + whole):
         file.write_bytes(damaged)
@@ -778,9 +778,9 @@ class FakeHub(BaseHTTPRequestHandler):
     """Answers as the hub does for the files in `root`, or with the error that a test chooses."""
 
     root: Path
-    failure: str | None = None  # for files in entropy_model/ alone, if `late`
+    failure: str | None = None  # applies only to files in entropy_model/ if `late`
     late = False
-    asked: ClassVar[list[tuple[str, str]]]  # the revision and name of every file
+    asked: ClassVar[list[tuple[str, str]]]  # lists the revision and name of every file
     COMMIT = "0" * 40
     CODES: ClassVar = {"EntryNotFound": 404, "RepoNotFound": 401, "RevisionNotFound": 404, "GatedRepo": 403, "": 503}
 
@@ -815,7 +815,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def fake_hub(theirs, tmp_path, monkeypatch) -> Iterator[type[FakeHub]]:
-    """A hub with the repository owner/blt, whose entropy model lies in a folder of it, and an empty cache."""
+    """Return a hub with the repository owner/blt, whose entropy model lies in a folder of it, and an empty cache."""
     hub = pytest.importorskip("huggingface_hub")
     root, _ = theirs
     (root / "entropy_model").rename(root / "blt" / "entropy_model")
@@ -828,7 +828,7 @@ def fake_hub(theirs, tmp_path, monkeypatch) -> Iterator[type[FakeHub]]:
     monkeypatch.setattr(hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub.constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-    monkeypatch.setattr(hub.utils._http.time, "sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr(hub.utils._http.time, "sleep", lambda seconds: None)  # it sleeps between attempts
     yield handler
     server.shutdown()
     server.server_close()
@@ -858,7 +858,7 @@ def test_the_cache_of_the_hub_serves_offline(fake_hub, theirs, monkeypatch) -> N
 
     expected = theirs[1]
     (fake_hub.root / "entropy_model").rename(fake_hub.root / "elsewhere")
-    assert BLT.from_pretrained("owner/blt").patcher is None  # which the cache notes
+    assert BLT.from_pretrained("owner/blt").patcher is None  # the cache notes that
     (fake_hub.root / "elsewhere").rename(fake_hub.root / "entropy_model")
     with pytest.raises(FileNotFoundError, match=r"owner/blt/none: expected config.json or params.json, found none"):
         BLT.from_pretrained("owner/blt/none")

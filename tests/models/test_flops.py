@@ -37,12 +37,12 @@ def tokens_model(dim: int, layers: int, vocab: int) -> ByteLMConfig:
 
 @pytest.mark.parametrize(("patch_size", "expected"), [(4.5, 3.45e9), (6, 2.63e9), (8, 2.03e9)])
 def test_largest_size(patch_size: float, expected: float) -> None:
-    # As recorded in the project's notes on the paper, rows of 16384 bytes.
+    # These come from the project's notes on the paper, for rows of 16384 bytes.
     assert paper_flops(PAPER_SIZES["8B"], patch_size, CONTEXT).total.forward == pytest.approx(expected, rel=2e-3)
 
 
 def test_llama_3_8b() -> None:
-    # From the same notes: tokens of 4.4 bytes; the formula's feed-forward is four times the width.
+    # The same notes say: a token has 4.4 bytes, and the formula's feed-forward is four times the width.
     per_token = paper_flops(tokens_model(4096, 32, 128256), 1, CONTEXT / 4.4).total.forward
     assert per_token / 4.4 == pytest.approx(3.39e9, rel=2e-3)
 
@@ -160,7 +160,7 @@ def test_even_rows_are_within_a_percent_of_real_patches() -> None:
 
 
 def counted(function, *inputs) -> tuple[int, int]:
-    """FLOPs forward and backward."""
+    """Return FLOPs forward and backward."""
     inputs = [x.requires_grad_() for x in inputs]
     with FlopCounterMode(display=False) as counter:
         out = function(*inputs)
@@ -177,14 +177,14 @@ def test_pairs_of_self_attention(causal: bool, window: int | None, lengths: str)
     queries = [rng.randrange(6) for _ in range(4)]
     keys = queries if lengths == "same" else [rng.randrange(9) for _ in range(4)]
     used = [rng.randint(0, n) for n in keys] if lengths == "used" else keys
-    heads, groups, width = 4, 2, 8
+    heads, kv_heads, width = 4, 2, 8
     options = {"window": window, "causal": causal}
     if lengths == "used":
         options["seqused_k"] = torch.tensor(used)
     forward, backward = counted(
         lambda q, k, v: block_causal_attention(q, k, v, offsets_of(queries), offsets_of(keys), **options),
         torch.randn(sum(queries), heads, width),
-        *(torch.randn(sum(keys), groups, width) for _ in range(2)),
+        *(torch.randn(sum(keys), kv_heads, width) for _ in range(2)),
     )
     pairs = 0
     for n, m in zip(queries, used, strict=True):
@@ -201,8 +201,8 @@ def test_pairs_of_self_attention(causal: bool, window: int | None, lengths: str)
 @pytest.mark.parametrize("window", [None, 2, 50])
 def test_pairs_of_cross_attention(direction: str, window: int | None) -> None:
     vectors, heads, width, size = 3, 2, 8, 40
-    cuts = torch.rand(size, generator=torch.Generator().manual_seed(3)) < 0.3
-    layout = PatchLayout.from_cuts(cuts, offsets_of([25, 0, 1, 14])).compact()
+    boundaries = torch.rand(size, generator=torch.Generator().manual_seed(3)) < 0.3
+    layout = PatchLayout.from_boundaries(boundaries, offsets_of([25, 0, 1, 14])).compact()
     count = layout.capacity * vectors
     sizes = (count, size, size) if direction == "encode" else (size, count, count)
     forward, backward = counted(
@@ -242,7 +242,7 @@ def test_the_five_sizes() -> None:
         paper = paper_flops(PAPER_SIZES[record["model"]], record["patch_size"], CONTEXT)
         assert record["paper"]["forward"] == paper.total.forward
         assert record["paper"]["training"] == pytest.approx(3 * paper.total.forward)
-        # More than the formula, with its wider feed-forwards and projections, but not by much.
+        # The formula has no wider feed-forwards and projections, so it gives a little less.
         assert 1 < record["implementation"]["forward"] / record["paper"]["forward"] < 1.05
 
 
@@ -271,7 +271,7 @@ def test_measure(tmp_path: Path) -> None:
     BLT(config).save(tmp_path / "model.safetensors")
     arguments = [tmp_path / "model.safetensors", "--patch-sizes", "5", "--context", "600", "--measure", "--text", text]
     measured = records(*arguments)[0]["measured"]
-    assert measured["bytes"] == 2506  # BOS and EOS, and the id that each of four cuts repeats
+    assert measured["bytes"] == 2506  # BOS, EOS and the id that each of four cuts repeats are included
     assert measured["bytes"] / measured["patches"] == pytest.approx(5, rel=0.05)
     assert {"encoder", "encoder cross", "global", "projections", "patcher", "backward"} < set(measured["flops"])
     for formula, counted in (line.values() for line in measured["flops"].values()):

@@ -113,7 +113,7 @@ def test_no_draft_changes_greedy_output_with_any_rule(rule: str) -> None:
 def test_no_draft_changes_greedy_output(name: str, draft_bytes: int) -> None:
     model = model_cases.build(name)
     plain = model.generate(PROMPTS, max_new_bytes=24)
-    other = model_cases.build("byte_lm", window=3, num_layers=1)  # another window, and other weights
+    other = model_cases.build("byte_lm", window=3, num_layers=1)  # this one has another window and other weights
     for draft in (*kinds_of_drafts(model), other, other.bfloat16(), model):
         out = model.generate(PROMPTS, max_new_bytes=24, draft=draft, draft_bytes=draft_bytes)
         assert out.ids == plain.ids
@@ -245,7 +245,7 @@ def tiny_model(name: str, seed: int = 0) -> ByteModel:
         for part in (model, getattr(model, "patcher", None)):
             if part is not None:
                 part.lm_head.weight.mul_(2)
-                part.lm_head.weight[EOS] /= 4  # so that EOS is rare
+                part.lm_head.weight[EOS] /= 4  # this makes EOS rare
     return model
 
 
@@ -488,7 +488,7 @@ def test_wrong_arguments_name_themselves(arguments: dict, message: str) -> None:
         model.generate(**{"prompts": "a", "max_new_bytes": 2, **arguments})
     arguments["prompt"] = arguments.pop("prompts", "a")
     with pytest.raises((TypeError, ValueError), match=message):
-        model.stream(**{"max_new_bytes": 2, **arguments})  # before the first byte
+        model.stream(**{"max_new_bytes": 2, **arguments})  # it raises before the first byte
 
 
 def test_models_say_what_they_cannot_do() -> None:

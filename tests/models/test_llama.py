@@ -39,7 +39,7 @@ def make_llama(path: Path, **changes: Any) -> Any:
     torch.manual_seed(0)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **changes}))
     with torch.no_grad():
-        for name, parameter in llama.named_parameters():  # large enough that every part tells
+        for name, parameter in llama.named_parameters():  # they are large enough for every part to matter
             parameter.normal_(0, 1 if "norm" in name else 0.2)
     llama.save_pretrained(path, max_shard_size=40_000)
     return llama

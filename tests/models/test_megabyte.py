@@ -60,7 +60,7 @@ class Paper:
         return x / (x.square().mean() + eps).sqrt() * self.weights[f"{name}.weight"]
 
     def heads(self, name: str, x: Tensor, config: TransformerConfig, position: int | None) -> list[Tensor]:
-        """A projection cut into heads, turned to its position unless that is None."""
+        """Return a projection cut into heads, turned to its position unless that is None."""
         vectors = (self.weights[f"{name}.weight"] @ x).split(config.head_dim)
         if position is None:
             return list(vectors)
@@ -75,7 +75,7 @@ class Paper:
         return turned
 
     def layer(self, name: str, groups: list[list[Tensor]], config: TransformerConfig, reach: int) -> list[list[Tensor]]:
-        """A transformer layer on groups of vectors: each group attends to itself and to the end of the one before."""
+        """Apply a transformer layer to groups of vectors: each attends to itself and to the end of the one before."""
         attention, eps = f"{name}.self_attn", config.norm_eps
         out = []
         for g, group in enumerate(groups):
@@ -89,12 +89,12 @@ class Paper:
             for i, x in enumerate(group):
                 queries = self.heads(f"{attention}.q_proj", self.norm(f"{name}.input_layernorm", x, eps), config, i)
                 last = len(before) + i
-                seen = range(0 if config.window is None else max(0, last - config.window + 1), last + 1)
+                attended = range(0 if config.window is None else max(0, last - config.window + 1), last + 1)
                 read = []
                 for h, query in enumerate(queries):
                     kv = h // (config.num_heads // config.kv_heads)
-                    scores = torch.stack([query @ keys[j][kv] for j in seen]) / config.head_dim**0.5
-                    read.append(sum(p * values[j][kv] for p, j in zip(scores.softmax(0), seen, strict=True)))
+                    scores = torch.stack([query @ keys[j][kv] for j in attended]) / config.head_dim**0.5
+                    read.append(sum(p * values[j][kv] for p, j in zip(scores.softmax(0), attended, strict=True)))
                 x = x + self.weights[f"{attention}.o_proj.weight"] @ torch.cat(read)
                 y = self.norm(f"{name}.post_attention_layernorm", x, eps)
                 gate, up, down = (self.weights[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
@@ -135,7 +135,7 @@ class Paper:
         for i in range(local.num_layers):
             groups = self.layer(f"local_layers.{i}", groups, local, config.cross_patch)
         out = [weights["lm_head.weight"] @ self.norm("norm", x, local.norm_eps) for group in groups for x in group]
-        return torch.stack(out)  # of positions 0 to n
+        return torch.stack(out)  # these are positions 0 to n
 
     def strided(self, ids: list[int]) -> Tensor:
         """Figure 5: the first half of a patch from the first pass, the second half from one that starts there."""
@@ -217,7 +217,7 @@ def test_rows_need_not_cover_the_tokens(strided: bool) -> None:
 
 
 def local_readers(config: MegaByteConfig, byte: int, total: int) -> list[int]:
-    """The bytes that the local model alone lets `byte` change, of one document."""
+    """Return the bytes that the local model alone lets `byte` change, of one document."""
     model = build(config)
     model.global_to_local.weight.data.zero_()
     tokens, _ = documents((total,))
@@ -234,7 +234,7 @@ def test_cross_patch_reaches_the_last_places_of_the_patch_before() -> None:
     assert local_readers(one, 5, 20) == [6, 7]
     assert local_readers(replace(one, cross_patch=1), 5, 20) == [6, 7]
     assert local_readers(replace(one, cross_patch=2), 5, 20) == [6, 7, 8, 9, 10, 11]
-    assert local_readers(replace(two, cross_patch=1), 5, 20) == [6, 7, 8, 9, 10, 11]  # through place 3
+    assert local_readers(replace(two, cross_patch=1), 5, 20) == [6, 7, 8, 9, 10, 11]  # they read it through place 3
     assert local_readers(replace(two, cross_patch=P), 5, 20) == list(range(6, 16))
     assert local_readers(replace(one, cross_patch=P), 7, 20) == []  # a patch never reads its last byte
     assert build(replace(one, cross_patch=2)).state_dict().keys() == build(one).state_dict().keys()

@@ -84,8 +84,8 @@ def test_a_boundary_shows_as_soon_as_it_is_decided_and_not_before() -> None:
     layouts = [PatchLayout.from_lengths(torch.tensor([row]), 12) for row in lengths]
     whole, cut, closed = (model(tokens, rows, layout=layout) for layout in layouts)
     different = [~torch.isclose(whole, other).all(-1) for other in (cut, closed)]
-    assert different[0].nonzero().flatten().tolist() == [8, 9, 10, 11]  # the decision after byte 8
-    assert different[1].nonzero().flatten().tolist() == [11]  # the decision after the last byte
+    assert different[0].nonzero().flatten().tolist() == [8, 9, 10, 11]  # it is the decision after byte 8
+    assert different[1].nonzero().flatten().tolist() == [11]  # it is the decision after the last byte
 
 
 def test_split_documents_keeps_attention_within_them() -> None:
@@ -100,7 +100,7 @@ def test_split_documents_keeps_attention_within_them() -> None:
 
 
 def test_split_documents_ends_the_global_ones_at_the_patch_that_holds_eos() -> None:
-    """Of a BLT, hashes, patches and cross attention run on through EOS, so the offsets are looked at themselves."""
+    """Hashes, patches and cross attention of a BLT run on through EOS, so the test compares the offsets."""
     tokens, rows = documents((30, 4))
     tokens[11] = tokens[20] = tokens[33] = EOS
     layout = PatchLayout.from_lengths(torch.tensor([[1, 3, 6, 5, 8, 7], [1, 3, 0, 0, 0, 0]]))
@@ -273,7 +273,7 @@ def test_arguments_that_do_not_fit_say_why() -> None:
 def test_schemes_of_the_model(scheme: str, rules: dict[str, float], longest: int | None, ops: str) -> None:
     model = build("blt", ops, torch.float32, patching=scheme, max_patch_length=longest, **rules)
     tokens, rows = documents()
-    tokens[tokens % 4 == 0] = 3 if scheme == "bpe" else 4  # delimiters
+    tokens[tokens % 4 == 0] = 3 if scheme == "bpe" else 4  # these are delimiters
     config, documents_of = model.config, tokens.split(LENGTHS)
     if scheme == "entropy":
         entropies = bk.token_entropy(model.patcher(tokens, rows)).split(LENGTHS)
@@ -288,11 +288,11 @@ def test_schemes_of_the_model(scheme: str, rules: dict[str, float], longest: int
         starts = [oracle.split(oracle.static_starts(n, size), n, longest) for n in LENGTHS]
     found = [len(s) for s in starts]
     assert scheme == "byte" or longest == 1 or max(found) < max(LENGTHS) - 5  # the rule does something
-    for room in (None, len(tokens), 12):  # as many as there are, as many as there can be, too few
+    for room in (None, len(tokens), 12):  # these are exactly enough, the maximum, and too few
         layout = model.patch(tokens, rows, max_patches=room)
         expected = oracle.layout_of(starts, LENGTHS, layout.capacity)
         assert {f.name: getattr(layout, f.name).tolist() for f in dataclasses.fields(layout)} == expected
-        logits = model(tokens, rows, layout=layout)  # as given patches
+        logits = model(tokens, rows, layout=layout)  # the patches are given
         torch.testing.assert_close(model(tokens, rows, max_patches=room), logits, rtol=0, atol=0)
 
 
@@ -307,7 +307,7 @@ def test_capacity_does_not_change_a_blt() -> None:
 def test_a_training_step_on_every_device(name: str, lower: torch.dtype | None, installed: str) -> None:
     """Logits and gradients, before and after a step, and weights are about as exact as those of the reference ops."""
     tokens, rows = (x.to(installed) for x in documents((1, 150, 0, 3, 90, 16)))
-    patches = build(name).to(installed)  # which rounding would move
+    patches = build(name).to(installed)  # rounding would move the patches
     given = {"layout": patches.patch(tokens, rows)} if name == "blt" else {}
 
     def step(ops: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:

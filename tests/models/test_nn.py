@@ -35,7 +35,7 @@ def test_derivatives(case: str) -> None:
     with torch.no_grad():
         x[0] = 0
     assert torch.autograd.gradcheck(ours, (x, y))
-    wide = x.detach().repeat(3, 1, 1).requires_grad_()  # any number of dimensions
+    wide = x.detach().repeat(3, 1, 1).requires_grad_()  # it takes any number of dimensions
     assert torch.autograd.gradcheck(ours, (wide, y.detach() if case == "rms_norm" else wide))
 
 
@@ -76,7 +76,7 @@ def test_backward_under_autocast_is_not_rounded() -> None:
 
 
 def test_feed_forward_keeps_little_for_backward() -> None:
-    """Of width F: gate, up and their product; not ``silu(gate)`` as well."""
+    """It keeps gate, up and their product, of width F, but not ``silu(gate)``."""
     layer, x = FeedForward(TransformerConfig(16, 1, 2, ffn_dim=40)), torch.randn(7, 16)
     kept: dict[int, tuple[int, ...]] = {}
 

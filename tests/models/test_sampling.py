@@ -101,7 +101,7 @@ def test_wrong_values_name_themselves(arguments: dict, message: str) -> None:
 
 
 class Scripted(Random):
-    """Random numbers of a list, one after another."""
+    """Gives the random numbers of a list, one after another."""
 
     def __init__(self, values: Sequence[float]) -> None:
         super().__init__(0)

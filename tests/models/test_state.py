@@ -30,7 +30,7 @@ from blt_kernels.nn.cache import RowBuffer
 from blt_kernels.testing import assert_close, real_text
 
 BLTS = [case for case in CASES if case.startswith("blt")]
-# One of each model, and a BLT with all that reaches back: windows of patches, documents, rises of entropies, cuts.
+# There is one of each model, and a BLT with all that reaches back: windows, documents, rises of entropies, lengths.
 FEW = ["byte_lm: documents and newlines", "blt: threshold_add, whole_characters and max_patch_length"]
 FEW += ["blt_cross_windows: documents", "blt: global window, documents", "megabyte_extended"]
 EVERY_CASE = pytest.mark.parametrize("case", slow_unless(CASES, FEW))
@@ -128,7 +128,7 @@ FP32 = [
     "megabyte",
     "megabyte_extended",
 ]
-# Without entropies, which rounding to 16 bits may move over the threshold.
+# These schemes have no entropies, which rounding to 16 bits may move over the threshold.
 HALF = ["byte_lm", "blt: space", "megabyte"]
 ROUNDED = [(case, torch.float32) for case in FP32]
 ROUNDED += [(case, dtype) for case in HALF for dtype in (torch.bfloat16, torch.half)]

@@ -29,7 +29,7 @@ from blt_kernels.testing import assert_equal
 NAN, INF = float("nan"), float("inf")
 
 GARBAGE_IDS = (EOS, -100, 260, 14, 2**40, -(2**63), 2**63 - 1, 3, 132)
-"""What ids beyond the last row are filled with: a newline (14), a delimiter (3) and half a character (132) too."""
+"""Ids beyond the last row are filled with these: a newline (14), a delimiter (3) and half a character (132) too."""
 
 
 def with_tail(tokens: Tensor, ids: tuple[int, ...] = GARBAGE_IDS) -> Tensor:
@@ -38,12 +38,12 @@ def with_tail(tokens: Tensor, ids: tuple[int, ...] = GARBAGE_IDS) -> Tensor:
 
 # --- ops --------------------------------------------------------------------------------------------------------------
 
-TAIL, TAIL_PATCHES = 9, 6  # bytes beyond the last document, and patches beyond P
+TAIL, TAIL_PATCHES = 9, 6  # so many bytes lie beyond the last document, and patches beyond P
 CASES_WITH_DOCUMENTS = [c for c in CASES if c.has_documents]
 
 
 def garbage(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Values that spoil whatever they take part in, another one in each row."""
+    """Return values that spoil whatever they take part in, another one in each row."""
     if dtype.is_floating_point:
         most = torch.finfo(dtype).max
         values: list[Any] = [NAN, INF, -INF, most, -most]
@@ -59,7 +59,7 @@ def longer(x: Tensor, rows: int) -> Tensor:
 
 
 def longer_layout(layout: PatchLayout) -> PatchLayout:
-    """With TAIL bytes in no document, and room for TAIL_PATCHES patches more."""
+    """Return the layout with TAIL bytes in no document, and room for TAIL_PATCHES patches more."""
     nothing = layout.patch_ids.new_full((TAIL,), -1)
     return dataclasses.replace(
         layout,
@@ -71,13 +71,13 @@ def longer_layout(layout: PatchLayout) -> PatchLayout:
 
 
 def rows_beyond(name: str, arguments: dict[str, Any]) -> int:
-    """How many rows an argument gets beyond its last one that counts."""
+    """Return how many rows an argument gets beyond its last one that counts."""
     on_patches = name == "y" or ("direction" in arguments and (name == "q") == (arguments["direction"] == "encode"))
     return TAIL_PATCHES * arguments.get("queries_per_patch", 1) if on_patches else TAIL
 
 
 def with_beyond(case: OpCase, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same documents in longer tensors, which hold garbage behind them."""
+    """Return the same documents in longer tensors, which hold garbage behind them."""
     result = dict(arguments)
     for name in ("logits", "entropy", "tokens", "x", "y", "q", "k", "v"):
         if name in arguments:
@@ -90,7 +90,7 @@ def with_beyond(case: OpCase, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_rows(out: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """An output of the longer call as what the shorter one has, and the rest; the hashes are ``[N, T]``."""
+    """Split an output of the longer call into what the shorter one has, and the rest; the hashes are ``[N, T]``."""
     dim = next(d for d in range(out.dim()) if out.shape[d] != inside.shape[d])
     return out.narrow(dim, 0, inside.shape[dim]), out.narrow(dim, inside.shape[dim], out.shape[dim] - inside.shape[dim])
 
@@ -101,11 +101,11 @@ def test_rows_beyond_have_no_influence_on_ops(case: OpCase, backend: str, device
     for dtype in [d for d in case.dtypes if d in (torch.float32, torch.bfloat16, torch.int64)]:
         arguments = make(case, device, 130, 3, dtype)
         if "layout" not in arguments and case.op == "entropy_patch":
-            arguments["max_patches"] = arguments.get("max_patches", 130)  # or the capacity would be another
+            arguments["max_patches"] = arguments.get("max_patches", 130)  # the capacity would differ otherwise
         arguments = with_grad(case, arguments)
         more = with_grad(case, with_beyond(case, arguments))
         expected, actual = (tensors_of(case.function(**x)) for x in (arguments, more))
-        exact = backend != "reference" or case.op != "block_causal_attention"  # which sums in blocks of all rows
+        exact = backend != "reference" or case.op != "block_causal_attention"  # it sums in blocks of all rows
         cotangents: tuple[list[Tensor], list[Tensor]] = ([], [])
         for e, a in zip(expected, actual, strict=True):
             if e.shape == a.shape:
@@ -202,7 +202,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def results(model: ByteModel, tokens: Tensor, rows: Tensor, beyond: float = 0.0, **options: Any) -> list[Tensor]:
-    """Logits, loss, and the gradients of both in the parameters; `beyond` is the upstream gradient of rows beyond."""
+    """Return logits, loss, and their gradients in the parameters; `beyond` is the upstream gradient of rows beyond."""
     logits = model(tokens, rows, **options)
     upstream = torch.sin(torch.arange(logits.numel(), dtype=logits.dtype)).view_as(logits)
     upstream[int(rows[-1]) :] = beyond
@@ -341,7 +341,7 @@ def test_ngram_hash_embed_says_that_padded_ids_are_in_documents() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["byte_lm", "megabyte_extended"])
 def test_compiled_models_read_no_table_at_an_unknown_id(name: str) -> None:
-    """Where values are not looked at, such an id has no embedding and is not predicted; on a GPU it is the same."""
+    """Such an id has no embedding and is not predicted if values are not checked, as on a GPU."""
     model = build(name, dtype=torch.float32)
     tokens, rows = documents((9, 12))
     tokens[[4, 8, 15]] = torch.tensor([260, -100, 2**40])

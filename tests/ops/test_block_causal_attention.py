@@ -53,7 +53,7 @@ def test_documents_and_windows(options: dict, expected: list[list[int]], device:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        # Documents of 2, 3 and 1 queries and 4, 2 and 0 keys: the last query is aligned with the last key.
+        # Documents have 2, 3 and 1 queries and 4, 2 and 0 keys. The last query is aligned with the last key.
         ({}, [[0, 1, 2], [0, 1, 2, 3], [], [4], [4, 5], []]),
         ({"window": 2}, [[1, 2], [2, 3], [], [4], [4, 5], []]),
         ({"causal": False}, [[0, 1, 2, 3]] * 2 + [[4, 5]] * 3 + [[]]),
@@ -118,15 +118,15 @@ def test_any_documents_against_one_at_a_time(data: st.DataObject) -> None:
         "causal": data.draw(st.booleans()),
         "scale": data.draw(st.none() | st.floats(0.1, 2)),
     }
-    groups, repeat = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    kv_heads, repeat = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
     key_lengths, used = lengths, None
     if data.draw(st.booleans()):
         key_lengths = [data.draw(st.integers(0, 40)) for _ in lengths]
         used = [data.draw(st.integers(0, n)) for n in key_lengths] if data.draw(st.booleans()) else None
     cu_q, cu_k = offsets_of(lengths), offsets_of(key_lengths)
     rows, keys = int(cu_q[-1]) + tail, int(cu_k[-1]) + tail
-    q = randn(rows, groups * repeat, 3, seed=1).requires_grad_()
-    k, v = (randn(keys, groups, 3, seed=i).requires_grad_() for i in (2, 3))
+    q = randn(rows, kv_heads * repeat, 3, seed=1).requires_grad_()
+    k, v = (randn(keys, kv_heads, 3, seed=i).requires_grad_() for i in (2, 3))
     out, lse = block_causal_attention(
         q,
         k,

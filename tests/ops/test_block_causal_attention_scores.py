@@ -20,7 +20,7 @@ pytestmark = pytest.mark.triton
 
 
 def attend_on_cpu(scale: float | None, window: int | None) -> Callable[..., tuple[Tensor, ...]]:
-    """out and the gradients of q, k and v, for `inputs.check_large_scores`."""
+    """Return out and the gradients of q, k and v, for `inputs.check_large_scores`."""
 
     def attend(tensors: list[Tensor], offsets: list[int]) -> tuple[Tensor, ...]:
         leaves = [x.clone().requires_grad_() for x in tensors[:3]]
@@ -35,7 +35,7 @@ def attend_on_cpu(scale: float | None, window: int | None) -> Callable[..., tupl
 def test_scores_of_any_size(
     width: int, scale: float | None, window: int | None, dtype: torch.dtype, backend: str, device: str
 ) -> None:
-    """Up to near the largest of fp32, of both signs: outputs and gradients are as precise as for ordinary ones."""
+    """Outputs and gradients are as precise as for ordinary scores, up to near the largest of fp32, of both signs."""
     if device != "cpu":
         pytest.skip("test_triton_attention.py has the same for Triton")
     for size in inputs.sizes_of_scores(dtype):
@@ -114,7 +114,7 @@ def test_error_in_half_precision(dtype: torch.dtype, width: int, device: str) ->
     """Long and short documents, whole and windowed, scales of either sign: at most twice the error of the reference."""
     cu_seqlens = offsets_of([1, 130, 0, 64, 333, 17], device=device)
     q, k, v = (randn(548, heads, width, seed=heads, device=device, dtype=dtype) for heads in (4, 2, 2))
-    q[545:], k[545:], v[545:] = NAN, NAN, NAN  # beyond the last document
+    q[545:], k[545:], v[545:] = NAN, NAN, NAN  # these rows lie beyond the last document
     grad = randn(548, 4, width, seed=3, device=device, dtype=dtype)
 
     def results(function: Callable[..., Tensor], cast: torch.dtype, **options: Any) -> tuple[Tensor, ...]:

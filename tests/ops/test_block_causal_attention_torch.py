@@ -66,7 +66,7 @@ CONFIG = TransformerConfig(32, 2, 2, num_kv_heads=1, ffn_dim=32, window=9)
 
 
 class Layer(nn.Module):
-    """A layer of a local model, with what it takes from the lengths of the documents."""
+    """Runs a layer of a local model, with what it takes from the lengths of the documents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The local encoder of BLT: two layers, pooling, and cross attention from patches to bytes."""
+    """Runs the local encoder of BLT: two layers, pooling, and cross attention from patches to bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def test_layers_compile_once_for_all_lengths(module: type[nn.Module], backend: s
 
 
 def test_tracing_for_cuda() -> None:
-    """With fake tensors of a GPU, which need not be there: shapes and dtypes of forward and backward."""
+    """Fake tensors of a GPU, which need not be there, show shapes and dtypes of forward and backward."""
     with FakeTensorMode():
         q, k = (torch.empty(2, 9, heads, 32, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
         used = torch.empty(2, device="cuda", dtype=torch.int64)
@@ -177,7 +177,7 @@ def test_ranges_change_nothing(device: str) -> None:
 
 
 def calls_in_models(model: nn.Module, *arguments: Any) -> list[tuple[str, Any]]:
-    """Calls of attention's operators in a pass forward and backward on "meta": name, and the argument `ranges`."""
+    """Return calls of attention's operators in a forward and backward pass on "meta": name, and `ranges`."""
     calls = []
 
     class Recorder(TorchDispatchMode):
@@ -194,7 +194,7 @@ def calls_in_models(model: nn.Module, *arguments: Any) -> list[tuple[str, Any]]:
 
 
 STACK = TransformerConfig(16, 3, 2, window=8)
-MODELS = {  # with the stacks that have ranges of their own
+MODELS = {  # (model, stacks that have ranges of their own)
     "ByteLM": (lambda: ByteLM(ByteLMConfig(dim=16, num_layers=3, num_heads=2, window=8)), 1),
     "BLT": (lambda: BLT(blt_config(STACK)), 2),
     "BLT, windows": (lambda: BLT(blt_config(TransformerConfig(16, 3, 2, window=5))), 3),

@@ -164,7 +164,7 @@ def test_bf16_is_compared_in_fp32(device: str) -> None:
     # The BLT threshold rounds to this very number in bf16, where it would not be above itself.
     entropy = torch.tensor([0.0, 1.3359375, 0.0], dtype=torch.bfloat16, device=device)
     assert bk.patch_starts(entropy, threshold=RELEASED_THRESHOLD).to_lengths().tolist() == [[1, 1, 1]]
-    just_below = torch.tensor([0.0, 1.3354419469833374, 0.0], device=device)  # one fp32 ulp below
+    just_below = torch.tensor([0.0, 1.3354419469833374, 0.0], device=device)  # it is one fp32 ulp below
     for dtype in (torch.float32, torch.float64):
         assert bk.patch_starts(just_below.to(dtype), threshold=RELEASED_THRESHOLD).to_lengths().tolist() == [[1, 2]]
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import blt_kernels as bk
-import blt_kernels.flops  # registers the formula of FLOPs
+import blt_kernels.flops  # this registers the formula of FLOPs
 from blt_kernels.nn.layers import Linear
 from blt_kernels.ops import few_row_linear as op
 from blt_kernels.ops.few_row_linear import MAX_ROWS, MIN_ROWS, few_row_linear_fwd
 
 OVERLOAD = torch.ops.blt_kernels.few_row_linear_fwd.default
-SIZES = ((1, 1), (3, 5), (15, 4), (16, 3), (17, 7), (47, 33), (64, 64), (250, 131), (1023, 9))  # K, N
+SIZES = ((1, 1), (3, 5), (15, 4), (16, 3), (17, 7), (47, 33), (64, 64), (250, 131), (1023, 9))  # (K, N)
 COMPILED = pytest.mark.skipif(not has_cpu_kernel(OVERLOAD), reason="no compiled module")
 
 

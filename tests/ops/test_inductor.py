@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[type[ByteModel], object, dict[str, object]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_loss_and_gradients(name: str) -> None:
-    """As far from eager code as fp32 rounds: eager code in fp64 says how far that is."""
+    """Compiled code is as far from eager code as fp32 rounds, which eager code in fp64 shows."""
     cls, config, options = MODELS[name]
     tokens, rows = documents()
     tokens[7], tokens[20] = EOS, ord("\n") + 4
@@ -72,13 +72,13 @@ def test_logits_loss_and_gradients(name: str) -> None:
     def run(model: ByteModel, call: object) -> list[Tensor]:
         logits, loss = call(tokens, rows)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        # The logits have a part in the gradients of their own: the loss alone would not tell their scale.
+        # The logits enter the gradients directly too, since the loss does not show their scale.
         return [logits.detach(), loss.detach(), *torch.autograd.grad(loss + logits.square().mean(), parameters)]
 
     def both(model: ByteModel) -> object:
         def call(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             logits = model(tokens, rows, **options)
-            return logits, next_byte_bits(logits, next_byte_targets(tokens, rows))  # as in `ByteModel.loss`
+            return logits, next_byte_bits(logits, next_byte_targets(tokens, rows))  # `ByteModel.loss` computes the same
 
         return call
 

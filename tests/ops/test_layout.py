@@ -25,14 +25,14 @@ def as_lists(layout: PatchLayout) -> dict[str, Any]:
 
 
 def from_documents(documents: list[list[bool]], max_patches: int | None = None, tail: int = 0) -> PatchLayout:
-    cuts = [cut for document in documents for cut in document] + [True] * tail
-    return PatchLayout.from_cuts(
-        torch.tensor(cuts, dtype=torch.bool), offsets_of([len(d) for d in documents]), max_patches
+    boundaries = [own for document in documents for own in document] + [True] * tail
+    return PatchLayout.from_boundaries(
+        torch.tensor(boundaries, dtype=torch.bool), offsets_of([len(d) for d in documents]), max_patches
     )
 
 
 def check_decode_offsets(layout: PatchLayout) -> None:
-    """The definition of `decode_offsets`, and what readers of patches rely on."""
+    """Check the definition of `decode_offsets`, and what readers of patches rely on."""
     ids, offsets = layout.decode_ids.tolist(), layout.decode_offsets.tolist()
     patches, documents = layout.cu_patches.tolist(), layout.cu_seqlens.tolist()
     for b, (start, end) in enumerate(itertools.pairwise(documents)):
@@ -54,7 +54,7 @@ def starts_of(document: list[bool]) -> list[int]:
 
 
 @given(DOCUMENTS, st.none() | st.integers(0, 16))
-def test_from_cuts_against_brute_force(documents: list[list[bool]], room: int | None) -> None:
+def test_from_boundaries_against_brute_force(documents: list[list[bool]], room: int | None) -> None:
     max_patches = None if room is None else len(documents) + room
     layout = from_documents(documents, max_patches)
     sizes = [len(d) for d in documents]
@@ -100,8 +100,8 @@ def test_no_document_and_no_byte() -> None:
 
 
 def test_decode_offsets_by_hand() -> None:
-    # Two patches and a start after the last byte; no byte; one patch of three bytes, which none of them reads; one
-    # patch that its last byte reads; a single byte with a start after it; one without.
+    # Documents have two patches and a start after the last byte; no byte; one patch of three bytes that none of them
+    # reads; one patch that its last byte reads; a single byte with a start after it; a single byte without.
     documents = [[True, False, True], [], [False, False, False], [False, True], [True], [False]]
     layout = from_documents(documents)
     assert layout.patch_offsets.tolist() == [0, 1, 3, 6, 8, 9, 10, 10, 10, 10, 10]
@@ -127,7 +127,7 @@ def test_lengths_both_ways(documents: list[list[bool]]) -> None:
     layout = from_documents(documents)
     again = PatchLayout.from_lengths(layout.to_lengths())
     assert again.to_lengths().tolist() == layout.to_lengths().tolist()
-    # Without the byte to come, whether it opens a patch is lost, and only that.
+    # Lengths without the byte to come do not say whether it opens a patch, but keep all else.
     quiet = from_documents([[*d[:-1], False] if d else d for d in documents])
     assert as_lists(again.compact()) == as_lists(quiet.compact())
 
@@ -326,12 +326,12 @@ def test_it_goes_through_torch_compile() -> None:
             assert_equal(compiled(layout), lengths_and_layout(layout))
 
 
-def test_from_cuts_compiles_without_a_graph_break() -> None:
-    compiled = torch.compile(PatchLayout.from_cuts, fullgraph=True, dynamic=True, backend="aot_eager")
+def test_from_boundaries_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(PatchLayout.from_boundaries, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in (40, 70):
-            cuts, cu_seqlens = torch.arange(size) % 3 == 0, offsets_of([7, 0, size - 7])
-            assert_equal(compiled(cuts, cu_seqlens), PatchLayout.from_cuts(cuts, cu_seqlens))
+            boundaries, cu_seqlens = torch.arange(size) % 3 == 0, offsets_of([7, 0, size - 7])
+            assert_equal(compiled(boundaries, cu_seqlens), PatchLayout.from_boundaries(boundaries, cu_seqlens))
 
 
 class Patches(torch.nn.Module):

@@ -22,7 +22,7 @@ KINDS = ["meta", "fake"]
 
 
 def without_data(kind: str) -> tuple[Any, Callable[[Tensor], Tensor]]:
-    """A context, and the function that takes the data from a tensor in it."""
+    """Return a context, and the function that takes the data from a tensor in it."""
     mode = FakeTensorMode()
     return (nullcontext(), lambda x: x.to("meta")) if kind == "meta" else (mode, mode.from_tensor)
 

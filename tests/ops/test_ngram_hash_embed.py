@@ -40,7 +40,7 @@ def text(num_bytes: int, seed: int = 0, device: str = "cpu") -> Tensor:
 
 
 def parameters(device: str = "cpu", dtype: torch.dtype = torch.float64, rows: int = V) -> tuple[Tensor, Tensor]:
-    """A fused table and a byte table."""
+    """Return a fused table and a byte table."""
     generator = torch.Generator().manual_seed(7)
     tables = torch.randn(N * rows, D, dtype=torch.float64, generator=generator).to(device, dtype)
     return tables, torch.randn(A, D, dtype=torch.float64, generator=generator).to(device, dtype)
@@ -71,7 +71,7 @@ def test_hash_by_hand(device: str) -> None:
 
 
 def test_every_prime(device: str) -> None:
-    """By function, then by size."""
+    """Tables are ordered by function, then by size."""
     tokens, sizes = text(30, device=device), (2, 9)
     hashes = ngram_hash(tokens, ngram_sizes=sizes, num_functions=11, vocab=10007)
     values = tokens.tolist()
@@ -172,7 +172,7 @@ def test_rounds_once(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grad", ["dense", "sparse"])
 def test_error_against_looped_embeddings(dtype: torch.dtype, grad: str, device: str) -> None:
-    """What transformers and facebookresearch/blt run: one nn.Embedding after the other."""
+    """transformers and facebookresearch/blt add one nn.Embedding after the other."""
     tokens, (tables, byte_table) = text(400, device=device), parameters(device, dtype)
     hashes = ngram_hash(tokens, ngram_sizes=SIZES, num_functions=FUNCTIONS, vocab=V)
 
@@ -206,7 +206,7 @@ def test_tables_are_not_copied() -> None:
 
 
 def all_grads(form: str, grad: str, device: str, function: Any = None) -> tuple[list[Tensor], list[Tensor]]:
-    """Leaves and their gradients for ragged documents, whose last bytes belong to none and have NaN gradients."""
+    """Return leaves and their gradients for ragged documents; the last bytes are in none and have NaN gradients."""
     tables, byte_table = parameters(device)
     leaves = [x.clone().requires_grad_() for x in ([tables] if form == "fused" else tables.chunk(N))]
     byte_leaf = byte_table.clone().requires_grad_()
@@ -469,12 +469,12 @@ def test_hash_errors(change: dict, error: type[Exception], message: str) -> None
 
 # --- the CUDA kernels on the emulator ---------------------------------------------------------------------------------
 
-LARGE = {"ngram_sizes": [3, 4, 5, 6, 7, 8], "num_functions": 1}  # of BLT
+LARGE = {"ngram_sizes": [3, 4, 5, 6, 7, 8], "num_functions": 1}  # BLT has these
 EMULATED_BACKWARD = ["ngram_hash_embed_bwd", "ngram_hash_embed_sparse_bwd"]
 
 
 def emulated(op: str, *arguments: Any) -> tuple[Any, list[Any]]:
-    """What an operator gives, and its launches."""
+    """Return the result of an operator, and its launches."""
     backends.emulator().take_launches()
     result = getattr(torch.ops.blt_emulated, op)(*arguments)
     return result, backends.emulator().take_launches()
@@ -532,7 +532,7 @@ def test_traffic_of_the_gradient(rows: int, dtype: torch.dtype, op: str) -> None
 
 
 def sums_by_id(ids: Tensor, op: str, grad_out: Tensor, rows: int = 200) -> tuple[Tensor, list[Any]]:
-    """The gradient of a table that ids alone choose rows of, and the launches."""
+    """Return the gradient of a table that ids alone choose rows of, and the launches."""
     cu_seqlens = torch.tensor([0, ids.numel()], dtype=torch.int32)
     result, launches = emulated(op, grad_out, ids, cu_seqlens, 1, [1], 1, None, rows, True, None)
     if op.endswith("embed_bwd"):
@@ -553,7 +553,7 @@ def test_long_runs_across_the_levels(op: str) -> None:
     got, launches = sums_by_id(ids, op, grad_out)
     assert torch.equal(got, expected)
     assert sum("chunk_sums" in launch.kernel for launch in launches) == 2
-    # Two accesses for a reader or less, 63 of them a level at most, up and down.
+    # A run takes at most 63 readers or sums a level, up and down, with two accesses each.
     assert max(launch.longest for launch in launches if "embed" in launch.kernel) <= 2 * 64 * (2 * 2 + 1)
 
 
@@ -591,7 +591,7 @@ def test_only_digits_of_the_rows_are_sorted(rows: int, passes: int) -> None:
 
 
 def test_rows_add_up_their_bytes_in_order() -> None:
-    """Of two tiles, with runs too short to be split: each sum is rounded as one that goes from byte to byte."""
+    """Two tiles have runs too short to be split, so each sum is rounded as one that goes from byte to byte."""
     backends.emulator()
     tokens = torch.randint(4, 204, (3000,), generator=torch.Generator().manual_seed(8))
     grad_out = torch.randn(3000, 1, generator=torch.Generator().manual_seed(9)).exp()
@@ -600,7 +600,7 @@ def test_rows_add_up_their_bytes_in_order() -> None:
         expected[token] += grad
     assert int(tokens.bincount().max()) < 64
     arguments = (grad_out, tokens, None, 1, [1], 1, None, 300, True, 300)
-    for grad in emulated("ngram_hash_embed_bwd", *arguments)[0]:  # of the table and of the byte table
+    for grad in emulated("ngram_hash_embed_bwd", *arguments)[0]:  # these are of the table and of the byte table
         assert torch.equal(grad, expected)
 
 

@@ -95,7 +95,7 @@ def test_bitwise_the_same_in_every_run(case: OpCase, device: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if c.emulated], ids=lambda case: case.name)
 def test_the_same_in_every_order_of_threads(case: OpCase) -> None:
-    """Where kernels leave open in what order threads and blocks run, it does not show."""
+    """Results do not show in what order threads and blocks run."""
     arguments = make(case, "cpu", 300, 8)
     with use("emulated"):
         expected = run(case, case.function, arguments)
@@ -116,7 +116,7 @@ def test_arguments_are_not_written(case: OpCase, device: str) -> None:
 
 
 def of_leaves(case: OpCase, arguments: dict[str, Any]) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The first floating output, as a function of the differentiable tensors alone; and these."""
+    """Return the first floating output as a function of the differentiable tensors alone, and these."""
     leaves, spec = pytree.tree_flatten({name: arguments[name] for name in case.differentiable})
 
     def function(*values: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def test_torch_func(case: OpCase, device: str) -> None:
     asked = tuple(x.detach().requires_grad_() for x in leaves)
     twice = torch.autograd.grad(penalty(by_autograd, *asked), asked)
     nested = torch.func.grad(lambda *values: penalty(by_func, *values), every)(*leaves)
-    mixed = torch.autograd.grad(penalty(by_func, *asked), asked)  # autograd through torch.func
+    mixed = torch.autograd.grad(penalty(by_func, *asked), asked)  # autograd differentiates torch.func's result
     assert_close(nested, twice, twice)
     assert_close(mixed, twice, twice)
 
@@ -333,4 +333,4 @@ def test_bad_indices_reach_no_memory(case: OpCase, backend: str, device: str) ->
                     operator(*call)
                 except (RuntimeError, IndexError, ValueError) as error:
                     message = str(error)
-                assert "_kernel<" not in message  # a fault that the emulator found
+                assert "_kernel<" not in message  # it would be a fault that the emulator found

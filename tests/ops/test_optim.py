@@ -77,7 +77,7 @@ def test_kernels_are_their_references(dtype: torch.dtype, width: int, margin: in
         results = []
         for function in (getattr(torch.ops.blt_kernels, step), getattr(reference, f"{step}_reference")):
             memory, state = wide.clone(), sums.clone()
-            table = memory[:, :width]  # rows of a larger tensor
+            table = memory[:, :width]  # these are rows of a larger tensor
             function(table, *([state] if extra else []), rows, values, 0.25, *extra)
             results.append((memory, state))
         torch.testing.assert_close(results[0], results[1])
@@ -130,7 +130,7 @@ def test_a_loaded_state_goes_on_bitwise(dtype: torch.dtype, tmp_path: Path) -> N
     first = bk.optim.RowwiseAdagrad([part], lr=0.1)
     run(part, first, range(2))
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = bk.optim.RowwiseAdagrad([part], lr=7.0)  # overwritten by what is loaded
+    second = bk.optim.RowwiseAdagrad([part], lr=7.0)  # what is loaded overwrites lr
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert second.state[part]["sum"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     run(part, second, range(2, 4))
@@ -185,7 +185,7 @@ def test_a_training_step_needs_no_second_table(
     monkeypatch.syspath_prepend(str(bench.SOURCE))
     memory = importlib.import_module("memory")
     width, rows, bytes_read = 64, 50_000, 300
-    tables = torch.randn(6 * rows, width, requires_grad=True)  # 77 MB
+    tables = torch.randn(6 * rows, width, requires_grad=True)  # they take 77 MB
     byte_table = torch.randn(260, width, requires_grad=True)
     tokens = torch.randint(4, 260, (bytes_read,))
     optimizer = make([tables, byte_table])
@@ -195,9 +195,9 @@ def test_a_training_step_needs_no_second_table(
         bk.ngram_hash_embed(tokens, tables, byte_table, grad="sparse").square().sum().backward()
         optimizer.step()
 
-    train()  # makes the state
+    train()  # the first step makes the state
     if torch._C._dispatch_has_kernel_for_dispatch_key("blt_kernels::sgd_step", "CPU"):
-        per_byte = 4 * width * (7 + 4)  # the gradient, and the output with what autograd keeps of it
+        per_byte = 4 * width * (7 + 4)  # counts the gradient, and the output with what autograd keeps of it
         assert memory.peak_extra_bytes(train) < 4 * bytes_read * per_byte
     before = tables.detach().clone()
     train()
@@ -208,7 +208,7 @@ def test_a_training_step_needs_no_second_table(
 
 
 def emulated_step(step: str, table: Tensor, rows: Tensor, values: Tensor) -> tuple[Tensor, list[Any]]:
-    """The sums after a step, which are not there for SGD, and its launches."""
+    """Return the sums after a step, which SGD has not, and its launches."""
     sums = torch.ones(table.shape[0])
     backends.emulator().take_launches()
     extra = ([sums], [1e-6]) if step == "rowwise_adagrad_step" else ([], [])

@@ -61,7 +61,7 @@ def padded_calls(device: str) -> dict[str, Callable[[], Any]]:
 
 @pytest.mark.parametrize("name", padded_calls("cpu"))
 def test_padded_input_takes_no_other_operator(name: str) -> None:
-    """On "meta", as on a GPU: no launch makes offsets."""
+    """No launch makes offsets on "meta", as on a GPU."""
     ran = operators(padded_calls("meta")[name])
     assert sum(ran.values()) == 1, ran
     assert next(iter(ran)).startswith("blt_kernels::")
@@ -80,7 +80,7 @@ def test_the_gradient_of_padded_input_makes_no_offsets(name: str) -> None:
     grad = torch.empty_like(out)
     ran = operators(lambda: out.backward(grad))
     assert ran.pop(f"blt_kernels::{name}_bwd") == 1
-    assert set(ran) <= {"aten::add.Tensor"}, ran  # the gradients of q, k and v, which are one tensor
+    assert set(ran) <= {"aten::add.Tensor"}, ran  # q, k and v are one tensor, whose gradients are added
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_a_byte_takes_few_operators() -> None:
     """15 products, 5 norms of 7, then per layer an attention, 2 rotations, 2 sums and SwiGLU; positions and the id."""
     model, tokens = ByteLM.bundled(), torch.tensor([70])
     with torch.no_grad():
-        model(tokens)  # which makes the periods of the positions
+        model(tokens)  # the first call makes the periods of the positions
         ran = operators(lambda: model(tokens))
     assert ran["aten::mm"] == 15
     assert ran["blt_kernels::block_causal_attention_fwd"] == 2

@@ -24,9 +24,9 @@ K = 2
 
 
 def worked_layout(device: str = "cpu") -> PatchLayout:
-    """Documents of 5, 0, 2 and 1 bytes, one byte beyond them; patches 0 | 1 2 | 3 4, then 5 6, then 7; room for 6."""
-    cuts = torch.tensor([True, False, True, False, False, False, False, False, True], device=device)
-    return PatchLayout.from_cuts(cuts, torch.tensor([0, 5, 5, 7, 8], dtype=torch.int32, device=device), 6)
+    """Return documents of 5, 0, 2 and 1 bytes, and one byte beyond; patches 0 | 1 2 | 3 4, 5 6, and 7; room for 6."""
+    boundaries = torch.tensor([True, False, True, False, False, False, False, False, True], device=device)
+    return PatchLayout.from_boundaries(boundaries, torch.tensor([0, 5, 5, 7, 8], dtype=torch.int32, device=device), 6)
 
 
 def randn(*shape: int, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Tensor:
@@ -34,7 +34,7 @@ def randn(*shape: int, seed: int = 0, device: str = "cpu", dtype: torch.dtype = 
 
 
 def inputs(layout: PatchLayout, direction: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """q, k, v and a gradient of the output."""
+    """Return q, k, v and a gradient of the output."""
     sides = [layout.capacity * K, layout.num_bytes]
     queries, keys = sides if direction == "encode" else sides[::-1]
     rows = (queries, keys, keys, queries)
@@ -42,7 +42,7 @@ def inputs(layout: PatchLayout, direction: str, dtype: torch.dtype = torch.float
 
 
 def mask(layout: PatchLayout, direction: str, window: int | None) -> Tensor:
-    """The dense mask of facebookresearch/blt, within documents: kv_patch <= q_patch < kv_patch + window."""
+    """Return the dense mask of facebookresearch/blt, within documents: kv_patch <= q_patch < kv_patch + window."""
     byte = torch.arange(layout.num_bytes, device=layout.device)
     patch = torch.arange(layout.capacity, device=layout.device).repeat_interleave(K)
     of_byte = torch.searchsorted(layout.cu_seqlens[1:], byte.int(), right=True)
@@ -56,14 +56,14 @@ def mask(layout: PatchLayout, direction: str, window: int | None) -> Tensor:
     return (kv_patch <= q_patch) & (q_patch < kv_patch + (window or 1)) & same
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None = None) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, unmasked: Tensor, scale: float | None = None) -> Tensor:
     scores = torch.einsum("qhe,khe->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    p = scores.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0)
+    p = scores.masked_fill(~unmasked, -math.inf).softmax(-1).masked_fill(~unmasked, 0)
     return torch.einsum("hqk,khe->qhe", p, v)
 
 
 def read_by(layout: PatchLayout, direction: str, **options: Any) -> list[list[int]]:
-    """The rows of k that each row of q reads: with equal scores and one-hot values a row of the output shows them."""
+    """Return the rows of k that each row of q reads: equal scores and one-hot values show them in the output."""
     sides = [layout.capacity * K, layout.num_bytes]
     queries, keys = sides if direction == "encode" else sides[::-1]
     q, k = (torch.zeros(n, 1, keys, device=layout.device) for n in (queries, keys))
@@ -92,7 +92,7 @@ def test_encode_reads_the_bytes_of_the_patch(window: int | None, expected: list[
 @pytest.mark.parametrize(
     ("window", "expected"),
     [
-        # decode ids: 0 0 1 1 1, then a document of one patch that is never complete, twice; vectors 2p and 2p + 1
+        # Decode ids are 0 0 1 1 1, then -1 for two documents of one patch. Patch p has vectors 2p and 2p + 1.
         (None, [[0, 1], [0, 1], [2, 3], [2, 3], [2, 3], [], [], [], []]),
         (2, [[0, 1], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [], [], [], []]),
         (9, [[0, 1], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [], [], [], []]),
@@ -116,7 +116,7 @@ def test_values_by_hand(device: str) -> None:
     assert patch_cross_attention(ones / 2, on_bytes, values, layout, scale=2.0, **options).flatten().tolist() == (
         pytest.approx([4, 14])
     )
-    # K = 2 vectors of patch 0, read by bytes 0 and 1; byte 2 continues patch 1, so it still reads patch 0.
+    # Bytes 0 and 1 read the K = 2 vectors of patch 0. Byte 2 continues patch 1, so it still reads patch 0.
     vectors = torch.tensor([0.0, math.log(3), 5.0, 5.0], device=device).view(4, 1, 1)
     values = torch.tensor([8.0, 16.0, 1.0, 1.0], device=device).view(4, 1, 1)
     queries = torch.tensor([1.0, 0.0, 2.0], device=device).view(3, 1, 1)
@@ -146,18 +146,18 @@ def test_any_layout_against_a_mask(device: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("num_bytes", [0, 1, 2, 3])
 def test_short_documents(direction: str, num_bytes: int, device: str) -> None:
-    cuts = torch.ones(num_bytes, dtype=torch.bool, device=device)
+    boundaries = torch.ones(num_bytes, dtype=torch.bool, device=device)
     for offsets in ([0, num_bytes], [0, 0, num_bytes], [0]):
         for room in (len(offsets) - 1, num_bytes + 2):
             cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
-            layout = PatchLayout.from_cuts(cuts, cu_seqlens, room)
+            layout = PatchLayout.from_boundaries(boundaries, cu_seqlens, room)
             for window in (None, 2):
                 *leaves, grad = inputs(layout, direction)
                 for x in leaves:
                     x.requires_grad_()
                 out = patch_cross_attention(*leaves, layout, direction=direction, queries_per_patch=K, window=window)
-                seen = mask(layout, direction, window)
-                expected = masked_attention(*leaves, seen) if seen.numel() else torch.zeros_like(out)
+                unmasked = mask(layout, direction, window)
+                expected = masked_attention(*leaves, unmasked) if unmasked.numel() else torch.zeros_like(out)
                 torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
                 assert all(g.isfinite().all() for g in torch.autograd.grad(out, leaves, grad))
 
@@ -187,15 +187,15 @@ def test_nobody_reads_rows_without_a_partner(direction: str, window: int | None,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_against_torch_attention(direction: str, dtype: torch.dtype, device: str) -> None:
     """Outputs and gradients are as close to fp64 as those of `scaled_dot_product_attention` with a mask."""
-    # The mask of a row without a partner would make NaN of it: give every row one.
+    # A row that attends to nothing would become NaN, so each gets a key.
     layout = PatchLayout.from_lengths(torch.tensor([[1, 3, 5, 2, 9], [1, 1, 8, 4, 6]], device=device))
     *leaves, grad = inputs(layout, direction, dtype)
-    seen = mask(layout, direction, 2)
-    assert seen.any(1).all()
+    unmasked = mask(layout, direction, 2)
+    assert unmasked.any(1).all()
 
     def plain(*x: Tensor) -> Tensor:
         q, k, v = (y.transpose(0, 1) for y in x)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(0, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=unmasked).transpose(0, 1)
 
     def ours(*x: Tensor) -> Tensor:
         return patch_cross_attention(*x, layout, direction=direction, queries_per_patch=K, window=2)
@@ -222,7 +222,7 @@ def test_alike_keys_of_huge_scores_weigh_the_same(
     assert set(out.flatten().tolist()) == {0.0, 1.0}
     grads = torch.autograd.grad(out, (q, k, v), grad.contiguous())
     assert all(x.isfinite().all() for x in grads)
-    if backend != "cpu":  # which takes the weights from lse, whose rounding they do not survive
+    if backend != "cpu":  # its weights come from lse, whose rounding they do not survive
         reads = (out[:, :1, :1] != 0).to(dtype)
         torch.testing.assert_close(grads[2].sum(0), (grad * reads).sum(0), rtol=2e-2, atol=2e-2)
 
@@ -282,12 +282,12 @@ def test_autocast_is_that_of_torch_attention(device: str) -> None:
 
 
 def long_layout(device: str = "cpu") -> PatchLayout:
-    """Patches of 1, 270, 16, 17, 130, 3 and 33 bytes in documents of 271, 33 and 166; 4 bytes beyond, room for 9."""
+    """Return patches of 1, 270, 16, 17, 130, 3 and 33 bytes in documents of 271, 33 and 166; 4 beyond, room for 9."""
     starts = [0, 1, 271, 287, 304, 434, 437]
-    cuts = torch.zeros(474, dtype=torch.bool)
-    cuts[[s - 1 for s in starts[1:]]] = True  # a cut follows a byte
+    boundaries = torch.zeros(474, dtype=torch.bool)
+    boundaries[[s - 1 for s in starts[1:]]] = True  # a boundary is the byte before a start
     offsets = torch.tensor([0, 271, 304, 470], dtype=torch.int32)
-    layout = PatchLayout.from_cuts(cuts.to(device), offsets.to(device), 9)
+    layout = PatchLayout.from_boundaries(boundaries.to(device), offsets.to(device), 9)
     assert layout.patch_offsets.tolist() == [*starts, 470, 470, 470]
     return layout
 
@@ -301,7 +301,7 @@ def arguments(
     window: int | None = None,
     kv_heads: int | None = None,
 ) -> tuple[list[Tensor], list[Any]]:
-    """q, k, v and a gradient in fp64, and what the raw operators take after them."""
+    """Return q, k, v and a gradient in fp64, and what the raw operators take after them."""
     sides = [layout.capacity * vectors, layout.num_bytes]
     queries, keys = sides if direction == "encode" else sides[::-1]
     rows = (queries, keys, keys, queries)
@@ -316,7 +316,7 @@ def arguments(
 
 
 def run_raw(tensors: list[Tensor], rest: list[Any]) -> list[Tensor]:
-    """out, lse and the three gradients, from the raw operators."""
+    """Return out, lse and the three gradients, from the raw operators."""
     q, k, v, grad = tensors
     out, lse = torch.ops.blt_kernels.patch_cross_attention_fwd(q, k, v, *rest)
     return [out, lse, *torch.ops.blt_kernels.patch_cross_attention_bwd(grad, q, k, v, out, lse, *rest)]
@@ -485,7 +485,7 @@ def test_rows_in_any_place(direction: str, device: str) -> None:
         (torch.bfloat16, 2, None, 16, 1.1),
         (torch.float32, 2, None, 16, 1.1),
         (torch.bfloat16, 2, 2, 16, 1.1),
-        (torch.bfloat16, 2, 4, 16, 1.2),  # a block of 16 patches reads 3 on either side, which its neighbours own
+        (torch.bfloat16, 2, 4, 16, 1.2),  # a block of 16 patches also reads 3 on either side that its neighbours own
         (torch.bfloat16, 4, None, 16, 1.1),
         (torch.bfloat16, 2, None, 4, 1.1),
     ],
@@ -493,7 +493,7 @@ def test_rows_in_any_place(direction: str, device: str) -> None:
 def test_traffic(
     direction: str, dtype: torch.dtype, vectors: int, window: int | None, kv_heads: int, bound: float
 ) -> None:
-    """Every tensor passes once, `out` not at all in the backward; 16 heads of 64."""
+    """Every tensor is read or written once, but backward does not read `out`. There are 16 heads of 64."""
     layout = ragged_layout(1200, 2).compact()
     tensors, rest = arguments(layout, direction, vectors, 16, 64, window, kv_heads)
     q, k, v, grad = (x.to(dtype) for x in tensors)
@@ -538,7 +538,7 @@ def test_launches(
 
 
 def one_patch(num_bytes: int) -> PatchLayout:
-    """Patches of 1 and `num_bytes` - 1 bytes: the second one reads, and the first one is read by, all but a byte."""
+    """Return patches of 1 and `num_bytes` - 1 bytes: all but a byte read the first one, or are read by the second."""
     return PatchLayout.from_lengths(torch.tensor([[1, num_bytes - 1]]))
 
 
@@ -564,7 +564,7 @@ def test_no_thread_walks_a_long_patch_alone(direction: str, window: int | None) 
 
 @pytest.mark.slow
 def test_no_thread_walks_a_long_patch_alone_with_a_large_window() -> None:
-    """With a window of 17 parts have 128 bytes: the longest chain is that of a part, however long the patch is."""
+    """Parts have 128 bytes with a window of 17. The longest chain is that of a part, however long the patch is."""
     longest = []
     for num_bytes in (1200, 2400):
         layout = PatchLayout.from_lengths(torch.tensor([[*[1] * 20, num_bytes]]))
@@ -583,7 +583,7 @@ def test_no_thread_walks_a_long_patch_alone_with_a_large_window() -> None:
         (torch.float32, 3, None, 4, 2),
         (torch.bfloat16, 2, 2, 2, 2),
         (torch.float32, 3, 3, 4, 2),
-        (torch.float32, 1, 17, 2, 2),  # parts of 128 bytes on CUDA
+        (torch.float32, 1, 17, 2, 2),  # parts have 128 bytes on CUDA
     ],
 )
 def test_divided_patches(
@@ -599,25 +599,25 @@ def test_divided_patches(
     documents = [[1, 127, 1, 300], [], [400], [2, 63, 257, 65], [64, 64, 128, 3]]
     num_bytes = sum(map(sum, documents))
     ends = torch.tensor([length for lengths in documents for length in lengths]).cumsum(0)
-    cuts = torch.zeros(num_bytes + 70, dtype=torch.bool).index_fill(0, ends - 1, True)  # a cut follows a byte
+    boundaries = torch.zeros(num_bytes + 70, dtype=torch.bool).index_fill(0, ends - 1, True)
     cu_seqlens = torch.tensor([0, *(sum(x) for x in documents)], dtype=torch.int32).cumsum(0).int()
-    layout = PatchLayout.from_cuts(cuts.to(device), cu_seqlens.to(device), 20)
+    layout = PatchLayout.from_boundaries(boundaries.to(device), cu_seqlens.to(device), 20)
     assert layout.patch_offsets[1 : len(ends) + 1].tolist() == ends.tolist()
     tensors, rest = arguments(layout, direction, vectors, heads, 64, window, kv_heads)
     check_raw([x.to(dtype) for x in tensors], rest)
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-@pytest.mark.parametrize(("vectors", "window", "groups"), [(1, None, 4), (2, None, 4), (3, 2, 4), (2, None, 2)])
+@pytest.mark.parametrize(("vectors", "window", "kv_heads"), [(1, None, 4), (2, None, 4), (3, 2, 4), (2, None, 2)])
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_infinite_values(
-    direction: str, vectors: int, window: int | None, groups: int, value: float, device: str
+    direction: str, vectors: int, window: int | None, kv_heads: int, value: float, device: str
 ) -> None:
     """Infinities and NaN of the gradients are where those of the reference are, with their signs."""
     layout = PatchLayout.from_lengths(torch.tensor([[9, 3, 26, 2]])).to(device)
     sides = [layout.capacity * vectors, layout.num_bytes]
     queries, keys = sides if direction == "encode" else sides[::-1]
-    rows = ((queries, 4), (keys, groups), (keys, groups), (queries, 4))
+    rows = ((queries, 4), (keys, kv_heads), (keys, kv_heads), (queries, 4))
     q, k, v, grad = (randn(n, h, 8, seed=i, device=device, dtype=torch.float32) for i, (n, h) in enumerate(rows))
     v[1, :, 0] = value
     leaves = [x.requires_grad_() for x in (q, k, v)]

@@ -29,8 +29,8 @@ def longer(layout: PatchLayout, more: int) -> PatchLayout:
 
 def worked_layout(device: str = "cpu") -> PatchLayout:
     """Return patches 0 | 1 2 3 | 4 of documents of 4, 0 and 1 bytes, room for two more, and 2 bytes beyond them."""
-    cuts = torch.tensor([True, False, False, False, False, False, False], device=device)
-    return PatchLayout.from_cuts(cuts, torch.tensor([0, 4, 4, 5], dtype=torch.int32, device=device), 5)
+    boundaries = torch.tensor([True, False, False, False, False, False, False], device=device)
+    return PatchLayout.from_boundaries(boundaries, torch.tensor([0, 4, 4, 5], dtype=torch.int32, device=device), 5)
 
 
 def oracle(x: torch.Tensor, layout: PatchLayout, reduce: str) -> torch.Tensor:
@@ -94,7 +94,7 @@ def test_several_reductions_come_in_the_given_order(device: str) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 2.0, -INF])
 def test_ties_share_the_gradient(value: float, device: str) -> None:
-    """Also ties at 0, where scatter_reduce counts the zero that its output starts from."""
+    """Ties at 0 do too, where scatter_reduce counts the zero that its output starts from."""
     layout = worked_layout(device)
     for reduce, sign in (("max", 1), ("min", -1)):
         column = sign * torch.tensor([9.0, value, value, -INF, value, 0, 0], device=device)
@@ -132,8 +132,10 @@ def test_nan_stays_in_its_patch_and_column(byte: int, dtype: torch.dtype, width:
 def test_short_documents(num_bytes: int, device: str) -> None:
     x = torch.randn(num_bytes, 2, dtype=torch.float64, device=device, requires_grad=True)
     for room in (1, num_bytes + 1):
-        cuts = torch.ones(num_bytes, dtype=torch.bool, device=device)
-        layout = PatchLayout.from_cuts(cuts, torch.tensor([0, num_bytes], dtype=torch.int32, device=device), room)
+        boundaries = torch.ones(num_bytes, dtype=torch.bool, device=device)
+        layout = PatchLayout.from_boundaries(
+            boundaries, torch.tensor([0, num_bytes], dtype=torch.int32, device=device), room
+        )
         out = patch_pool(x, layout, ALL)
         expected = torch.cat([oracle(x, layout, name) for name in ALL], -1)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=0)
@@ -143,7 +145,7 @@ def test_short_documents(num_bytes: int, device: str) -> None:
 
 
 def test_no_documents_at_all(device: str) -> None:
-    layout = PatchLayout.from_cuts(
+    layout = PatchLayout.from_boundaries(
         torch.ones(3, dtype=torch.bool, device=device), torch.zeros(1, dtype=torch.int32, device=device), 2
     )
     x = torch.full((3, 4), NAN, device=device, requires_grad=True)
@@ -164,7 +166,7 @@ def test_any_layout_against_one_patch_at_a_time(
 
 @pytest.mark.parametrize("reduce", ["amax", "amin", "mean"])
 def test_agrees_with_padded_scatter_reduce(reduce: str, device: str) -> None:
-    """What facebookresearch/blt and transformers run, forward and backward."""
+    """facebookresearch/blt and transformers run this, forward and backward."""
     rows, length, width = 3, 40, 5
     lengths = torch.tensor([[1, 9, 30, 0], [1, 1, 1, 37], [1, 39, 0, 0]], device=device)
     layout = PatchLayout.from_lengths(lengths, seq_len=length)
@@ -220,7 +222,7 @@ def test_error_against_fp64(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize(("num_bytes", "width"), [(5000, 3), (4000, 33), (40, 2100)])
 def test_long_patches_and_wide_rows(num_bytes: int, width: int, device: str) -> None:
     layout = PatchLayout.from_lengths(torch.tensor([[1, num_bytes - 20, 19]], device=device)).compact()
-    x = (torch.randn(num_bytes, width, device=device) * 8).round().requires_grad_()  # exact sums, many ties
+    x = (torch.randn(num_bytes, width, device=device) * 8).round().requires_grad_()  # sums are exact, ties are many
     out, expected = patch_pool(x, layout, ALL), patch_pool_reference(x, layout, ALL)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)  # a mean is rounded
     grad = torch.ones_like(out)
@@ -239,7 +241,7 @@ def test_parts_of_long_patches(
     layout = longer(PatchLayout.from_lengths(torch.tensor([lengths])).to(device), 70)
     width = 8 if backend == "emulated" else 72
     x = (random_normal(layout.num_bytes, width, dtype=torch.float32, seed=1).to(device) * 2).round().to(dtype) / 2
-    x[::500] = x[::500].abs() + 9  # maxima, 500 bytes apart
+    x[::500] = x[::500].abs() + 9  # these are maxima, 500 bytes apart
     x.requires_grad_()
     truth = x.detach().double().requires_grad_()
     out, expected = patch_pool(x, layout, reduce), patch_pool_reference(truth, layout, reduce)
@@ -331,10 +333,10 @@ def test_traffic(reduce: str | tuple[str, ...], reads_x: int, dtype: torch.dtype
     assert traffic(lambda: patch_pool(x.detach(), layout, reduce)) <= 1.1 * (size * (x.numel() + out.numel()) + index)
     backward = traffic(lambda: torch.autograd.grad(patch_pool(x, layout, reduce), x, grad))
     forward = traffic(lambda: patch_pool(x.detach(), layout, reduce))
-    least = size * (x.numel() * (1 + reads_x) + out.numel()) + index
+    minimum = size * (x.numel() * (1 + reads_x) + out.numel()) + index
     if reads_x:
-        least += size * layout.capacity * 512 * sum(name in ("max", "min") for name in _names(reduce))
-    assert backward - forward <= 1.1 * least
+        minimum += size * layout.capacity * 512 * sum(name in ("max", "min") for name in _names(reduce))
+    assert backward - forward <= 1.1 * minimum
 
 
 def _names(reduce: str | tuple[str, ...]) -> tuple[str, ...]:

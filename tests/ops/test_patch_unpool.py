@@ -15,27 +15,27 @@ from blt_kernels.reference.patch_unpool import patch_unpool_reference
 from blt_kernels.testing import assert_close, ragged_layout
 
 NAN = float("nan")
-# Lengths of the patches of a document: parts are 64 bytes, and 64 parts.
+# A document has patches of these lengths. Parts of levels 1 and 2 are 64 bytes and 64 parts.
 LONG = [(1, 62, 65, 128, 200, 70), (3, 5000, 130), (20000,), (64, 64 * 260, 64)]
 
 
-def worked_layout(last_cut: bool, device: str = "cpu") -> PatchLayout:
-    """Documents of 5, 0, 2 and 1 bytes and one byte beyond them; patches 0 | 1 2 | 3 4, then 5 6, then 7.
+def worked_layout(last_boundary: bool, device: str = "cpu") -> PatchLayout:
+    """Return documents of 5, 0, 2 and 1 bytes and one byte beyond them; patches 0 | 1 2 | 3 4, then 5 6, then 7.
 
-    `last_cut`: the byte after the first document would start a patch.
+    `last_boundary`: the byte after the first document would start a patch.
     """
-    cuts = torch.tensor([True, False, True, False, last_cut, False, False, False, True], device=device)
+    boundaries = torch.tensor([True, False, True, False, last_boundary, False, False, False, True], device=device)
     cu_seqlens = torch.tensor([0, 5, 5, 7, 8], dtype=torch.int32, device=device)
-    return PatchLayout.from_cuts(cuts, cu_seqlens, 6)
+    return PatchLayout.from_boundaries(boundaries, cu_seqlens, 6)
 
 
-@pytest.mark.parametrize("last_cut", [False, True])
-def test_hand_worked(last_cut: bool, device: str) -> None:
+@pytest.mark.parametrize("last_boundary", [False, True])
+def test_hand_worked(last_boundary: bool, device: str) -> None:
     y = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0], [NAN]], dtype=torch.float64, device=device)
-    layout = worked_layout(last_cut, device)
+    layout = worked_layout(last_boundary, device)
     # Byte i of a document may read the last patch that ends at i or before; what has none reads zeros.
-    expected = {"patch": [1, 2, 2, 3, 3, 4, 4, 5, 0], "decode": [1, 1, 2, 2, 3 if last_cut else 2, 0, 0, 0, 0]}
-    readers = {"patch": [1, 2, 2, 2, 1, 0], "decode": [2, 2, 1, 0, 0, 0] if last_cut else [2, 3, 0, 0, 0, 0]}
+    expected = {"patch": [1, 2, 2, 3, 3, 4, 4, 5, 0], "decode": [1, 1, 2, 2, 3 if last_boundary else 2, 0, 0, 0, 0]}
+    readers = {"patch": [1, 2, 2, 2, 1, 0], "decode": [2, 2, 1, 0, 0, 0] if last_boundary else [2, 3, 0, 0, 0, 0]}
     for ids, values in expected.items():
         leaf = y.clone().requires_grad_()
         out = patch_unpool(leaf, layout, ids)
@@ -61,14 +61,16 @@ def test_gradient_is_the_sum_over_readers(device: str) -> None:
 @pytest.mark.parametrize("num_bytes", [0, 1, 2, 3])
 @pytest.mark.parametrize("ids", ["patch", "decode"])
 def test_short_documents(num_bytes: int, ids: str, device: str) -> None:
-    cuts = torch.ones(num_bytes, dtype=torch.bool, device=device)
+    boundaries = torch.ones(num_bytes, dtype=torch.bool, device=device)
     for room in (1, num_bytes + 1):
-        layout = PatchLayout.from_cuts(cuts, torch.tensor([0, num_bytes], dtype=torch.int32, device=device), room)
+        layout = PatchLayout.from_boundaries(
+            boundaries, torch.tensor([0, num_bytes], dtype=torch.int32, device=device), room
+        )
         y = torch.arange(1.0, room + 1, device=device)[:, None].requires_grad_()
         out = patch_unpool(y, layout, ids)
-        if room > num_bytes:  # every byte is a patch, and complete at once
+        if room > num_bytes:  # every byte is a complete patch
             assert out.flatten().tolist() == list(range(1, num_bytes + 1))
-        else:  # one patch, which is complete only if nothing overflowed
+        else:  # there is one patch, which is complete only if nothing overflowed
             read = ids == "patch" or num_bytes == 1
             assert out.flatten().tolist() == [1.0 if read else 0.0] * num_bytes
         out.sum().backward()
@@ -93,7 +95,7 @@ def test_any_layout_against_one_byte_at_a_time(
             expected[p] += grad[i]
     torch.testing.assert_close(grad_y, expected, rtol=1e-12, atol=1e-12)
     offsets = (layout.patch_offsets if ids == "patch" else layout.decode_offsets).tolist()
-    for p, (begin, end) in enumerate(pairwise(offsets)):  # what the kernels rely on
+    for p, (begin, end) in enumerate(pairwise(offsets)):  # the kernels rely on this
         readers = chosen[begin:end].count(p)
         assert chosen.count(p) == readers
         assert chosen[begin:end] == [p] * readers + [-1] * (end - begin - readers)
@@ -128,14 +130,14 @@ def test_traffic(ids: str, dtype: torch.dtype) -> None:
     y = torch.randn(layout.capacity, 512).to(dtype).requires_grad_()
     grad = torch.randn(700, 512).to(dtype)
     forward = traffic(lambda: patch_unpool(y.detach(), layout, ids))
-    least = y.element_size() * (y.numel() + grad.numel()) + 4 * 700
-    assert forward <= 1.1 * least
+    minimum = y.element_size() * (y.numel() + grad.numel()) + 4 * 700
+    assert forward <= 1.1 * minimum
     both = traffic(lambda: torch.autograd.grad(patch_unpool(y, layout, ids), y, grad))
-    assert both - forward <= 1.1 * (least + 8 * layout.capacity)
+    assert both - forward <= 1.1 * (minimum + 8 * layout.capacity)
 
 
 def long_layout(lengths: tuple[int, ...], device: str = "cpu") -> PatchLayout:
-    """A document of patches of `lengths`, and one of two patches, whose first byte reads nothing when decoding."""
+    """Return a document of patches of `lengths`, and one of two patches, whose first byte reads nothing decoding."""
     second = (3, lengths[-1] - 3)
     width = max(len(lengths), 2)
     rows = [[*row, *[0] * (width - len(row))] for row in (lengths, second)]

@@ -50,7 +50,7 @@ def ids(documents: list[list[int]], device: str) -> tuple[Tensor, Tensor]:
 
 # --- against the oracle -----------------------------------------------------------------------------------------------
 
-# Few different values, so that equal neighbours, rises and thresholds that are hit exactly are frequent.
+# There are few different values, so equal neighbours, rises and thresholds that are hit exactly are frequent.
 ENTROPIES = st.one_of(
     st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 5.5]),
     st.floats(0, 6, width=32),
@@ -151,7 +151,7 @@ def test_every_scheme_on_every_content(data: bytes, device: str) -> None:
     tokens = bk.to_ids(data, device=device)
     size = len(data)
     whole = torch.tensor([0, size], device=device)
-    entropy = (tokens * 37 % 101).float() / 25  # any function of the content
+    entropy = (tokens * 37 % 101).float() / 25  # it is a function of the content
     values, id = entropy.tolist(), int(tokens[size // 2]) if size else 0
     schemes = {
         "space": (bk.space_patch(tokens), oracle.space_starts(tokens.tolist())),
@@ -258,7 +258,7 @@ def test_layouts_of_many_bytes(
     """Documents and patches that cross what kernels work on, with room for all, some and hardly any of the patches."""
     cu_seqlens, num_bytes = offsets_of(sizes, device=device), sum(sizes) + 7
     generator = torch.Generator().manual_seed(num_bytes)
-    # Long stretches without a start, and dense ones.
+    # Some stretches have no start, others have many.
     entropy = torch.rand(num_bytes, generator=generator) - torch.linspace(0.95, 0.0, num_bytes)
     entropy = entropy.roll(num_bytes // 3).to(device)
     tokens = torch.randint(4, 260, (num_bytes,), generator=generator).to(device)
@@ -334,7 +334,7 @@ def test_layouts_are_the_same_in_any_order_of_threads(max_patches: int | None) -
 
 
 def sparse_boundaries(num_bytes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Entropies above 0 in few places and documents of any length, so that patches reach over many chunks."""
+    """Draw entropies above 0 in few places, and documents of any length, so that patches reach over many chunks."""
     generator = torch.Generator().manual_seed(seed)
 
     def places(count: int) -> Tensor:
@@ -368,7 +368,7 @@ def test_a_block_learns_what_is_before_it_at_a_fixed_cost() -> None:
         assert_equal(bk.patch_starts(entropy, cu_seqlens, **rules), expected)
         prepare, layout = emulator().take_launches()
     assert prepare.read + prepare.written < 0.02 * size
-    assert layout.read < 5.1 * size  # 4 of entropy; summaries of at most 63 others for a chunk of 2048
+    assert layout.read < 5.1 * size  # 4 for entropy, the rest for counts of at most 63 other chunks
     assert layout.written < 8.1 * size
 
 

@@ -71,10 +71,10 @@ def test_an_op_is_public_and_documented(op: str) -> None:
 def test_a_public_function_takes_what_its_reference_takes(name: str) -> None:
     function = getattr(blt_kernels, name)
     assert all(p.annotation is not p.empty for p in inspect.signature(function).parameters.values())
-    if name in ("to_bytes", "to_ids", "attention_backend", "set_attention_backend"):  # no ops
+    if name in ("to_bytes", "to_ids", "attention_backend", "set_attention_backend"):  # they are no ops
         return
     reference = getattr(reference_of(function.__module__.split(".")[-1]), f"{name}_reference", None)
-    if name == "byte_patch":  # static_patch with a size of 1
+    if name == "byte_patch":  # it is static_patch with a size of 1
         assert reference is None
         return
     assert reference is not None

@@ -16,7 +16,7 @@ from blt_kernels.testing import assert_close, assert_equal, ragged_logits
 
 
 def eager_entropy(logits: Tensor) -> Tensor:
-    """The usual steps of eager PyTorch, in the dtype of the logits."""
+    """Compute entropies by the usual steps of eager PyTorch, in the dtype of the logits."""
     log_p = logits.log_softmax(-1)
     return -(log_p * log_p.exp()).sum(-1)
 
@@ -101,7 +101,7 @@ def test_logits_around_a_large_value(size: float, alphabet: int, dtype: torch.dt
     """Small differences of large numbers, and maxima that grow from tile to tile, with ties among them."""
     generator = torch.Generator().manual_seed(int(abs(size)) % 1000)
     logits = torch.randn(64, alphabet, generator=generator) * 2
-    logits[1::2, alphabet // 3 :] += size  # what comes before is small, or larger than the rest
+    logits[1::2, alphabet // 3 :] += size  # earlier logits are smaller or larger than these
     logits[::2] += size
     logits[3:9, -5:] = size
     x = logits.to(dtype).to(device).requires_grad_()
@@ -129,7 +129,7 @@ def test_linear_entropy_is_no_less_accurate_at_the_size_of_a_model(device: str) 
 
 
 def assert_accurate(ours: Any, eager: Any, truth: Any, dtype: torch.dtype) -> None:
-    """For 16-bit inputs twice the error of eager PyTorch; for others 32 units in the last place of the largest."""
+    """Allow 16-bit inputs twice the error of eager PyTorch, others 32 units in the last place of the largest."""
     for a, p, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (ours, eager, truth)), strict=True):
         if dtype.itemsize == 2:
             assert_close(a, p, e)
@@ -163,7 +163,7 @@ def test_linear_entropy_and_its_gradients(
     """Rows with whole vectors and without, and a single logit."""
     generator = torch.Generator().manual_seed(rows)
     shapes = ((rows, width), (alphabet, width), (alphabet,))
-    scales = (1.0, width**-0.5, 1.0)  # logits of a few nats
+    scales = (1.0, width**-0.5, 1.0)  # logits have a few nats
     inputs = [
         (torch.randn(*s, generator=generator) * scale).to(device, dtype).requires_grad_()
         for s, scale in zip(shapes, scales, strict=True)

@@ -24,7 +24,7 @@ from blt_kernels.models import MegaByte, MegaByteConfig
 from blt_kernels.nn import TransformerConfig
 
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
-OPTIONAL = {"MEGABYTE-pytorch"}  # peers that need not be installed
+OPTIONAL = {"MEGABYTE-pytorch"}  # these peers need not be installed
 BENCHES = [
     pytest.param(name, marks=needs_transformers if name in ("bench_generate", "bench_models") else ())
     for name in sorted(path.stem for path in tool.SOURCE.glob("bench_*.py"))
@@ -69,7 +69,7 @@ def test_inputs_belong_to_no_graph(timing: ModuleType, name: str) -> None:
 
 
 def results_of_graphs() -> list[torch.Tensor]:
-    """The tensors that hold an autograd graph."""
+    """Return the tensors that hold an autograd graph."""
     return [x for x in gc.get_objects() if type(x) is torch.Tensor and x.grad_fn is not None]
 
 
@@ -86,7 +86,7 @@ def test_what_a_step_of_generation_reads(timing: ModuleType) -> None:
     model = MegaByte(MegaByteConfig(2, layers[1], layers[0]))
     steps = bench.Steps(model, bench.text(3, 8), bench.Case(3, 4, 4))
     layer = 4 * 8 * 8 + 3 * 8 * 4 + 2 * 8
-    local = layer + 8 + 260 * 8 + 8 + 3 * 8  # norm, output, first byte of a patch, rows of the embedding
+    local = layer + 8 + 260 * 8 + 8 + 3 * 8  # adds norm, output, first byte of a patch, and rows of the embedding
     wide = layer + 8 + 8 * 4 + 8 + 3 * 4
     keys = [3 * 2 * 8 * n for n in (2, 2, 2, 2)], [3 * 2 * 8 * n for n in (0, 4, 0, 5)]
     assert steps.work() == 4 * (4 * local + 2 * wide + sum(keys[0]) + sum(keys[1]))
@@ -124,7 +124,7 @@ def test_agreement_judges_ours_and_every_peer(timing: ModuleType) -> None:
         results[wrong] = [rounded * 1.01]
         with pytest.raises(AssertionError):
             assert_agree(results, [truth], "eager")
-        del results["eager"]  # as where it is out of memory
+        del results["eager"]  # it may be out of memory
         with pytest.raises(AssertionError):
             assert_agree(results, [truth], "eager")
 
@@ -154,7 +154,7 @@ def test_ratios_are_of_the_rounds_that_both_took_part_in(timing: ModuleType) -> 
 
 
 def test_slow_implementations_drop_out(timing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that believes what functions say they take: 0.5 s of a budget of 2 s, and more than all of it."""
+    """The clock believes what functions say they take: 0.5 s of a budget of 2 s, and more than all of it."""
     calls: dict[str, int] = {}
 
     def takes(name: str, seconds: float) -> Callable[[], float]:
@@ -175,7 +175,7 @@ def test_slow_implementations_drop_out(timing: ModuleType, monkeypatch: pytest.M
         "slower": timing.MIN_SAMPLES,
         "limit: copy": 20,
     }
-    # A call whose result is checked, and the calls that warm up, of which the last tells how long one takes.
+    # One call's result is checked, and others warm up, of which the last tells how long a call takes.
     assert {name: calls[name] - rounds for name, rounds in (("ours", 20), ("slow", 4), ("slower", 3))} == {
         "ours": 1 + 4,
         "slow": 1 + 1,
@@ -248,7 +248,7 @@ def test_readme_has_a_line_for_every_generation(timing: ModuleType, tmp_path: Pa
 
 
 def test_readme_shows_results_of_gpus(timing: ModuleType, tmp_path: Path) -> None:
-    """By the name of the file; rows that failed or stand alone are not in the table; later ones replace others."""
+    """A file's name says that. Rows that failed or stand alone are not in the table; later ones replace others."""
     readme = importlib.import_module("readme")
     markers = {"ops": readme.OPS_MARKERS, "generation": readme.GENERATION_MARKERS, **readme.MARKERS}
     text = "".join(f"{kind}\n{begin}\nold\n{end}\n" for kind, (begin, end) in markers.items())
@@ -322,12 +322,12 @@ def test_peak_memory_counts_what_is_held_at_a_time(timing: ModuleType) -> None:
     memory = importlib.import_module("memory")
 
     def three() -> torch.Tensor:
-        first = torch.ones(1000)  # 4000 bytes
-        second = first + 1  # 8000
+        first = torch.ones(1000)  # it takes 4000 bytes
+        second = first + 1  # it takes 8000
         del first
-        return second + 1  # 8000: second and the result
+        return second + 1  # `second` and the result take 8000
 
-    assert 8000 <= memory.peak_extra_bytes(three) < 8100  # and a scalar or two
+    assert 8000 <= memory.peak_extra_bytes(three) < 8100  # a scalar or two are counted too
     entropy = torch.rand(5000)
     out_bytes = 4 * (2 * 5001 + 2 + 5000 + 5000) + 1
     assert out_bytes <= memory.peak_extra_bytes(lambda: patch_starts(entropy, threshold=0.5)) < out_bytes + 1000

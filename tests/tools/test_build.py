@@ -26,7 +26,7 @@ PACKAGE = Path(blt_kernels.__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 BEST_TO_WORST = ("v4", "v3", "v2") if X86 else ("plain",)
 
-# Everything that patches, on every dtype; saved to the path given as the argument.
+# The script runs all that patches, on every dtype, and saves the results to the path in its argument.
 RUN_OPS = """
 import sys, torch, blt_kernels as k
 from blt_kernels import _extension
@@ -71,8 +71,8 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """The wheel, built from the sdist as an installer would; once for all processes of pytest-xdist."""
-    importlib.import_module("build.env")  # not the namespace of the folder build
+    """Return the wheel, built from the sdist as an installer would; once for all processes of pytest-xdist."""
+    importlib.import_module("build.env")  # the folder build/ is a namespace package, too
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "dist"
     with FileLock(f"{folder}.lock"):
@@ -85,7 +85,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def site(wheel, tmp_path_factory):
-    """A folder with the package of the wheel, which has every variant; a checkout has that of this machine only."""
+    """Return a folder with the wheel's package, which has every variant; a checkout has that of this machine."""
     folder = tmp_path_factory.mktemp("site")
     passed(python("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(folder), str(wheel)))
     return folder
@@ -136,7 +136,7 @@ SAY_REASON = "from blt_kernels import _extension; print(_extension.load_cpu().re
 
 @pytest.fixture
 def bare_package(tmp_path):
-    """A copy of the package without its compiled module; imported from where it lies."""
+    """Return a copy of the package without its compiled module; it is imported from where it lies."""
     shutil.copytree(PACKAGE, tmp_path / "blt_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return tmp_path
 
@@ -225,7 +225,7 @@ def test_wheel_keeps_to_the_stable_abis(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     report = passed(run(str(torch_abi_audit), "--check", "both", "--verbose", str(tmp_path / "blt_kernels")))
     assert set(re.findall(r"min-torch=(\S+)", report)) <= {"2.9.0", "2.10.0", "2.11.0"}
-    assert report.count("[STABLE") == len(BEST_TO_WORST) + 1  # and _C_jit
+    assert report.count("[STABLE") == len(BEST_TO_WORST) + 1  # _C_jit is the one more
 
 
 def test_a_build_that_cannot_start_says_what_is_missing():

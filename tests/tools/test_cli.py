@@ -78,14 +78,14 @@ def run(*args: object, stdin: bytes | None = None) -> Any:
 
 
 def blt(*args: object, stdin: bytes | None = None) -> str:
-    """Standard output of a command that must succeed."""
+    """Return standard output of a command that must succeed."""
     result = run(*args, stdin=stdin)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def records(out: str) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """The file, the patches and the statistics of JSON lines, in strict JSON."""
+    """Return the file, the patches and the statistics of JSON lines, in strict JSON."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -98,7 +98,7 @@ def records(out: str) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, A
 
 
 def patches_of(*args: object) -> list[int]:
-    """Offsets of the patches that ``patch --json`` prints."""
+    """Return offsets of the patches that ``patch --json`` prints."""
     return [patch["offset"] for patch in records(blt("patch", "--json", *args))[1]]
 
 
@@ -121,7 +121,7 @@ def test_json_of_every_scheme_and_content(scheme: str, content: str) -> None:
     assert file["file"] == "input.txt"
     assert file["scheme"] == scheme
     end = 0
-    for patch in patches:  # no gap, no overlap, no empty patch
+    for patch in patches:  # there is no gap, no overlap, no empty patch
         assert patch["offset"] == end
         assert patch["length"] > 0
         end += patch["length"]
@@ -220,7 +220,7 @@ def test_target_size() -> None:
     first, patches, stats = records(blt("patch", file, "--target-size=4.5", "--json"))
     assert abs(stats["mean"] - 4.5) < 0.1
     assert "target_size" not in first
-    again = patches_of(file, f"--threshold={first['threshold']!r}")  # what it says is what it did
+    again = patches_of(file, f"--threshold={first['threshold']!r}")  # the shown threshold gives the same patches
     assert again == [patch["offset"] for patch in patches]
     assert records(blt("patch", file, "--target-size=2", "--json"))[2]["mean"] == pytest.approx(2, abs=0.1)
 
@@ -241,7 +241,7 @@ def test_model_option(text: str) -> None:
     other.save("other.safetensors")
     entropy = torch.cat([entropy for _, entropy in with_entropy([TEXT], other)])
     file, patches, _ = records(blt("patch", text, "--json", "--model", "other.safetensors"))
-    assert file["threshold"] == 5.0  # the model's own
+    assert file["threshold"] == 5.0  # it is the model's own
     starts = starts_of(bk.patch_starts(entropy, threshold=5.0))
     assert [patch["offset"] for patch in patches] == starts != patches_of(text)
 
@@ -258,7 +258,7 @@ def test_several_files_and_standard_input(text: str) -> None:
 
 
 def shown(*args: object) -> str:
-    """What stands between the title and the statistics, without colours."""
+    """Return the lines between the title and the statistics, without colours."""
     out = blt("patch", *args, "--color=never")
     assert "\x1b" not in out
     _, body = out.split("\n", 1)
@@ -277,7 +277,7 @@ def test_window(text: str) -> None:
     )
     assert shown(text, "--scheme=byte", "--max-show=2").startswith("I│t\nshown: bytes 0 to 2 of ")
     assert shown(text, "--scheme=byte", "--max-show=0").startswith("shown: none of ")
-    assert shown(text, "--scheme=static", "--start=2", "--length=2").startswith(" w\n")  # inside of a patch
+    assert shown(text, "--scheme=static", "--start=2", "--length=2").startswith(" w\n")  # these bytes are in a patch
     assert shown(text, "--scheme=byte", f"--start={len(TEXT) - 1}").startswith("↵\n")
 
 
@@ -338,9 +338,9 @@ SOME_BYTES = st.lists(CHARACTERS | st.binary(min_size=1, max_size=2), max_size=1
 
 
 @given(SOME_BYTES, st.sets(st.integers(1, 30)), st.integers(0, 9))
-def test_glyphs_are_the_bytes(data: bytes, cuts: set[int], start: int) -> None:
+def test_glyphs_are_the_bytes(data: bytes, starts: set[int], start: int) -> None:
     end = start + len(data)
-    inside = sorted(start + at for at in cuts if at < len(data))
+    inside = sorted(start + at for at in starts if at < len(data))
     window = Window(start, len(data), data, None, 7, [0, *inside, end])
     found = glyphs(window)
     assert b"".join(glyph.data for glyph in found) == data
@@ -418,7 +418,7 @@ def test_html(content: str, scheme: str) -> None:
     _, patches, _ = records(result.stdout)
     html = Path("page.html").read_text(encoding="utf-8")
     page = Page(html)
-    assert page.tags["script"] == 2  # the data and ours
+    assert page.tags["script"] == 2  # they are the data and our code
     assert not re.search(r"<i [^>]*>([<>]|&(?!(lt|gt|amp|quot|#x27);))", html)
     assert page.title == f"{name} - patches"
     assert page.patches == len(patches)
@@ -436,7 +436,7 @@ def test_html_of_a_part(text: str) -> None:
     page = Page(Path("page.html").read_text(encoding="utf-8"))
     assert page.data["start"] == 10
     assert bytes.fromhex(page.data["bytes"]) == TEXT[10:16]
-    assert page.data["bounds"] == [9, 13, 17]  # the whole of the patches that have bytes in the window
+    assert page.data["bounds"] == [9, 13, 17]  # patches with bytes in the window are whole
     assert page.data["first"] == 3
     assert page.data["entropy"] == pytest.approx(entropies_of(TEXT)[10:16].tolist(), abs=1e-4)
 
@@ -450,7 +450,7 @@ def pixels(image: np.ndarray, color: str) -> int:
 
 
 def red_pixels(image: np.ndarray) -> int:
-    """Those of the threshold, thin and dashed, so that its colour is mixed with what is behind it."""
+    """Count those of the threshold, thin and dashed, so that its colour is mixed with what is behind it."""
     return int((image[..., 0] - image[..., 1:3].max(-1) > 0.2).sum())
 
 
@@ -463,11 +463,11 @@ def test_png(content: str) -> None:
     assert Path("plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     image = matplotlib.image.imread("plot.png")
     assert image.shape[1] > 1000
-    assert pixels(image, "#000000") > 50  # letters
+    assert pixels(image, "#000000") > 50  # letters are black
     if len(data) > 1:
-        assert pixels(image, "#1f5fa8") > 100  # the curve
-        assert red_pixels(image) > 100  # the threshold
-        assert pixels(image, "#dcebff") > 1000  # patches, in both colours
+        assert pixels(image, "#1f5fa8") > 100  # the curve is blue
+        assert red_pixels(image) > 100  # the threshold is red
+        assert pixels(image, "#dcebff") > 1000  # patches alternate between two colours
         assert pixels(image, "#fff0d0") > 1000
 
 
@@ -478,9 +478,9 @@ def test_plot_of_lengths_and_of_many_bytes() -> None:
     blt("patch", file, "--scheme=space", "--plot=many.png", "--length=1200")
     few, many = (matplotlib.image.imread(name) for name in ("few.png", "many.png"))
     assert pixels(few, "#1f5fa8") > 100
-    assert red_pixels(few) == 0  # no threshold
+    assert red_pixels(few) == 0  # there is no threshold
     assert pixels(many, "#1f5fa8") > 100
-    assert few.shape == many.shape  # one row each
+    assert few.shape == many.shape  # each has one row
 
 
 @pytest.mark.slow
@@ -681,8 +681,8 @@ print(f"grown by {peak() - before} kB")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory in /proc")
 def test_memory_does_not_grow_with_the_file() -> None:
     some = real_text(1 << 18)
-    small, large = saved(some * 16, "small"), saved(some * 160, "large")  # 4 and 40 MiB
-    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed pages go back at once: no fragmentation is measured
+    small, large = saved(some * 16, "small"), saved(some * 160, "large")  # they have 4 and 40 MiB
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed pages go back at once, so fragmentation is not measured
     out = subprocess.run(
         [sys.executable, "-c", MEASURE, small, large],
         env={**os.environ, **ENVIRONMENT, **at_once, "PYTHONIOENCODING": "ascii:replace"},

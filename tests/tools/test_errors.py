@@ -24,7 +24,7 @@ from blt_kernels.train.config import TrainConfig
 
 TINY = {"dim": 16, "num_layers": 1, "num_heads": 1, "ffn_dim": 16, "window": 16}
 SET = [f"--set={name}={value}" for name, value in TINY.items()]
-# A training run of one step.
+# This is a training run of one step.
 QUICK = ["--steps=1", "--batch-bytes=64", "--context=16", "--heldout=0", "--no-tensorboard"]
 ENTROPY = f"train entropy text --out run {' '.join([*SET, *QUICK])}"
 BLT_SPACE = f'train blt text --out run {" ".join(QUICK)} --set patching="space" --set ngram_vocab=16'
@@ -33,7 +33,7 @@ HUGE = 1 << 63
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, damaged ones, texts and directories."""
+    """Make models, damaged ones, texts and directories."""
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     layers = TransformerConfig(16, 1, 1, ffn_dim=16, window=16)
@@ -78,7 +78,7 @@ def fails(args: list[str], expected: str) -> None:
     assert re.search(expected, told[0]), told[0]
 
 
-NUMBERS = {  # what is not in a range, by the kind of an option
+NUMBERS = {  # these values are out of range for each kind of option
     "count": ("0", "-1", "x", "1.5", "nan", f"{HUGE}", f"-{HUGE}", "1" + "0" * 400, ""),
     "not negative": ("-1", "x", "1.5", "nan", f"{HUGE}", f"-{HUGE}", ""),
     "ids": ("0", "1", "-1", "x", f"{HUGE}", ""),
@@ -143,7 +143,7 @@ def test_numbers_and_devices(command: str, option: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        # Paths that are not there, or something else.
+        # These paths are missing, or something else.
         ("patch folder --scheme byte", "folder: Is a directory"),
         ("patch text/x --scheme byte", "text/x: Not a directory"),
         ("patch text --plot d.png --scheme byte", "--plot d.png: expected a file, got a directory"),
@@ -167,7 +167,7 @@ def test_numbers_and_devices(command: str, option: str, kind: str) -> None:
         ("bench nothing", "OP: expected some of .*'nothing'"),
         ("bench patch_pool --small --csv d.csv", "--csv: expected a file, got the directory d.csv"),
         ("bench patch_pool --small --csv other.csv", "--csv: expected a table of measurements, got other.csv"),
-        # Choices.
+        # These values are not among the choices.
         ("train gpt text", "MODEL: expected one of 'entropy', 'blt', 'megabyte', got 'gpt'"),
         (f"{ENTROPY} --preset big", "--preset: expected one of 'small', 'paper', got 'big'"),
         (f"{ENTROPY} --parallel dp", "--parallel: expected one of 'ddp', 'fsdp', got 'dp'"),
@@ -175,7 +175,7 @@ def test_numbers_and_devices(command: str, option: str, kind: str) -> None:
         ("bench --threads 1,x", "--threads: expected numbers with commas, got '1,x'"),
         ("bench patch_pool --threads 4096", "--threads: expected 1 to 1024, got 4096"),
         ("flops --patch-sizes 4;5", "--patch-sizes: expected numbers with commas, got '4;5'"),
-        # Options that contradict each other, or change nothing.
+        # These options contradict each other, or change nothing.
         ("patch text --scheme byte --json --max-show 9", "--max-show: expected no --json beside it"),
         ("patch text --scheme byte --json --start 9", "--start: expected no --json beside it"),
         ("patch text --scheme byte --processes 2", "--processes: expected --save beside it"),
@@ -198,7 +198,7 @@ def test_numbers_and_devices(command: str, option: str, kind: str) -> None:
         ("flops entropy --patch-sizes 4", "--patch-sizes: expected a configuration without a patch size of its own"),
         ("flops megabyte --window 4", "--window: expected a configuration with windows beside MegaByte's, got 4"),
         ("bench patch_pool --no-save --csv x.csv", "--csv: expected None, since nothing is saved, got x.csv"),
-        # Fields of a configuration.
+        # These are wrong fields of a configuration.
         (f"{ENTROPY} --set dim", "--set: expected KEY=JSON, got 'dim'"),
         (f"{ENTROPY} --set =1", "--set: expected KEY=JSON, got '=1'"),
         (f"{ENTROPY} --set dim=x", "--set: expected KEY=JSON, got 'dim=x'"),
@@ -233,7 +233,7 @@ def test_numbers_and_devices(command: str, option: str, kind: str) -> None:
         (f"{BLT_SPACE} --set cross_attn_heads=0", "--set: cross_attn_heads: .* got 0"),
         (f"train megabyte text --out run {' '.join(QUICK)} --set patch_size=0", "--set: patch_size: .* got 0"),
         (f'train blt text --out run {" ".join(QUICK)} --set patching="bpe"', "--set patching: .* got 'bpe'"),
-        # Models.
+        # These are wrong models.
         (f"{ENTROPY} --init blt.safetensors", "--init: expected a ByteLM, .* got a BLT in blt.safetensors"),
         (f"train blt text --out run {' '.join(QUICK)} --patcher megabyte.safetensors", "--patcher: .*'MegaByte'"),
         (f"{BLT_SPACE} --init-global folder", "--init-global: folder: expected config.json"),
@@ -285,7 +285,7 @@ def test_a_damaged_checkpoint(name: str, trained: Path) -> None:
         file.write_bytes(content)
         fails(ENTROPY.split(), "run/checkpoint/1.*damaged")
     file.unlink()
-    if name not in (".metadata", "values.json"):  # without them, it is none
+    if name not in (".metadata", "values.json"):  # a folder without one of these is no checkpoint
         fails(ENTROPY.split(), "run/checkpoint/1")
     else:
         fails(ENTROPY.split(), "--out: run holds the log of a run but no checkpoint")
@@ -306,12 +306,12 @@ def test_a_damaged_log(trained: Path) -> None:
     for line in ("[]\n", "x\n", '{"step": "x"}\n', "\0\n"):
         Path("run/log.jsonl").write_text(line)
         fails(ENTROPY.split(), "log.jsonl: expected a JSON object with a step in line 1, got")
-    Path("run/log.jsonl").write_text('{"step": 1}\n{"st')  # cut short by a kill
+    Path("run/log.jsonl").write_text('{"step": 1}\n{"st')  # a kill has cut the log
     assert train_log.read_log(Path("run/log.jsonl")) == [{"step": 1}]
 
 
 def test_folders_of_the_user_stay(files: Path) -> None:
-    """Beside checkpoints and inside of them, whatever they are called."""
+    """They stay beside checkpoints and inside of them, whatever they are called."""
     kept = []
     for name in ("notes", "1.old", "01x", "-1", "7", "٣", "checkpoint"):
         for parent in (Path("run"), Path("run/checkpoint")):

@@ -78,7 +78,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_leaves_nothing_new(writer: str, tmp_path: Path) -> None:
-    WRITERS[writer](tmp_path)  # imports what it needs, and shows that it does write
+    WRITERS[writer](tmp_path)  # this imports what it needs, and shows that it writes
     written = {file for file in tmp_path.rglob("*") if file.is_file()}
     assert written
     before = {file: file.read_bytes() for file in written}

@@ -27,13 +27,13 @@ pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, rea
 
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A module of `gpu_stages`."""
+    """Return a module of `gpu_stages`."""
     monkeypatch.syspath_prepend(str(BENCH))
     return lambda name: importlib.import_module(f"gpu_stages.{name}")
 
 
 def rehearse(folder: Path, *options: str, faults: str = "") -> tuple[list[dict[str, str]], str, int]:
-    """The rows of a rehearsal, what it printed and its exit code."""
+    """Return the rows of a rehearsal, what it printed and its exit code."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "BLT_KERNELS_FAULTS": faults, "OUT": str(folder)}
     command = [sys.executable, str(BENCH / "gpu.py"), "--rehearse", *options]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
@@ -79,7 +79,7 @@ def test_every_stage_runs(tmp_path: Path) -> None:
     captured = [row for row in rows if row["op"].endswith("captured ids")]
     assert len(captured) == 2
     assert {row["status"] for row in captured} == {"ok: 2 of 2 ids are those of the other path"}
-    count = len({case.op for case in CASES}) + 1  # every op, and decoding
+    count = len({case.op for case in CASES}) + 1  # it counts every op, and decoding
     assert f"smoke: {count} of {count} cases right" in printed
     assert "stages: ceilings" in printed
     for kernel in ("fwd", "bwd_dkdv", "bwd_dq", "decode"):
@@ -110,7 +110,7 @@ def test_a_fault_costs_one_row(tmp_path: Path) -> None:
 
 
 def test_the_budget_is_kept(tmp_path: Path) -> None:
-    """What was measured before the budget was spent is there; the next stage says that there was no time."""
+    """Rows measured before the budget was spent are there; the next stage says that there was no time."""
     began = time.monotonic()
     faults = "hang ceilings copy"
     rows, _, code = rehearse(tmp_path, "--stages", "ceilings", "smoke", "--budget", "14", faults=faults)
@@ -128,7 +128,7 @@ def test_the_budget_begins_with_the_process(stages: Callable[[str], ModuleType])
     paths = os.pathsep.join([str(BENCH), str(ROOT)])
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
-    assert 2 <= float(done.stdout) <= time.monotonic() - began + 0.1  # in ticks of the kernel
+    assert 2 <= float(done.stdout) <= time.monotonic() - began + 0.1  # the kernel counts in ticks
 
 
 def test_every_case_of_a_gpu_is_listed_without_one(stages: Callable[[str], ModuleType]) -> None:
@@ -141,7 +141,7 @@ def test_every_case_of_a_gpu_is_listed_without_one(stages: Callable[[str], Modul
     assert counts["attention"] >= 12
     assert counts["search"] == 4
     attention = [case.name for case in registry["attention"].cases(target)]
-    assert [name for name in attention if name.endswith("True")] == attention[-4:]  # with flex_attention
+    assert [name for name in attention if name.endswith("True")] == attention[-4:]  # these use flex_attention
     first = [case.name.split()[0] for case in registry["timings"].cases(target)[:5]]
     assert len(set(first)) == 5
     names = [case.name for case in registry["smoke"].cases(target)]
@@ -249,7 +249,7 @@ def test_failing_tests_are_rows(stages: Callable[[str], ModuleType], monkeypatch
     assert (rows[0].shape, rows[0].status, len(rows)) == ("tests/test_a.py::test_bad[cuda]", "FAILED", 2)
     assert rows[-1].status == "1 failed, 1 passed in 2.00s"
     many = [f"[gw0] [ 10%] PASSED tests/test_a.py::test_good[{n}] " for n in range(250)]
-    monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(many))  # killed before its end
+    monkeypatch.setattr(checks, "lines_of", lambda *_, **__: iter(many))  # the suite was killed before its end
     rows = list(checks.suite(stages("target").Target()))
     assert [(r.shape, r.status) for r in rows[:2]] == [("100 tests", "ok so far"), ("200 tests", "ok so far")]
     assert rows[2].status == "no end"
@@ -262,7 +262,7 @@ def test_failing_tests_are_rows(stages: Callable[[str], ModuleType], monkeypatch
 
 @pytest.fixture
 def carried(stages: Callable[[str], ModuleType], tmp_path: Path) -> Path:
-    """A folder as `make gpu-build` makes it, with stand-ins for the modules, and a package to put them into."""
+    """Return a folder as `make gpu-build` makes it, with stand-ins for the modules, and a package to put them into."""
     folder = tmp_path / "gpu"
     (folder / "include").mkdir(parents=True)
     (tmp_path / "package").mkdir()
@@ -285,7 +285,7 @@ def test_carried_kernels_are_used(stages: Callable[[str], ModuleType], carried: 
 def test_the_folder_is_small_and_complete(
     stages: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With a compiler that copies: what `make gpu-build` writes is what a machine with a GPU takes."""
+    """A machine with a GPU takes what `make gpu-build` writes. The compiler of the test only copies."""
     build, folder, package = stages("build"), tmp_path / "gpu", tmp_path / "package"
     package.mkdir()
 

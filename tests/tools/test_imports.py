@@ -32,7 +32,7 @@ RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 @cache
 def modules() -> dict[str, Path]:
-    """The files of the package by the names of their modules."""
+    """Return the files of the package by the names of their modules."""
     names = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -41,7 +41,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(name: str) -> set[str]:
-    """The modules of the package that a module imports: not the packages around them, which Python loads besides."""
+    """Return the modules of the package that a module imports, without the packages around them."""
     found = set()
     for node in ast.walk(ast.parse(modules()[name].read_text())):
         if isinstance(node, ast.Import):
@@ -65,7 +65,7 @@ def test_imports_go_one_way(name: str) -> None:
 
 
 def test_no_imports_go_in_a_circle() -> None:
-    TopologicalSorter({name: imports_of(name) for name in modules()}).prepare()  # raises CycleError, which names one
+    TopologicalSorter({name: imports_of(name) for name in modules()}).prepare()  # a CycleError names the cycle
 
 
 def test_references_import_layouts_alone() -> None:

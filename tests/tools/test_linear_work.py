@@ -28,7 +28,7 @@ NO_STARTS = torch.empty(0, dtype=torch.int64)
 
 
 def pieces_without_a_boundary(count: int, size: int = 16) -> list[Piece]:
-    """A stream of one patch."""
+    """Return a stream of one patch."""
     starts = [torch.tensor([0]), *[NO_STARTS] * (count - 1)]
     return [Piece(i * size, b"x" * size, torch.full((size,), float(i)), s) for i, s in enumerate(starts)]
 
@@ -59,7 +59,7 @@ class CountedBytes(bytes):
 
 
 class CountedList(list):
-    """Entropies that count the numbers that ``+`` copies."""
+    """Holds entropies, and counts the numbers that ``+`` copies."""
 
     copied = 0
 
@@ -88,7 +88,7 @@ def test_a_window_copies_its_bytes_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Counter:
-    """Calls of Python and C functions while a function runs, and the numbers that `torch.cat` copies."""
+    """Counts calls of Python and C functions while a function runs, and the numbers that `torch.cat` copies."""
 
     def __init__(self) -> None:
         self.work = 0
@@ -118,7 +118,7 @@ class Counter:
 @pytest.mark.parametrize(
     ("options", "size"),
     [
-        ("--json --entropies --threshold 100 --model m.safetensors", 1 << 13),  # one patch
+        ("--json --entropies --threshold 100 --model m.safetensors", 1 << 13),  # it makes one patch
         ("--json --entropies --model m.safetensors", 1 << 11),
         ("--json --threshold 100 --max-patch-length 5 --model m.safetensors", 1 << 13),
         ("--json --target-size 3 --model m.safetensors", 1 << 13),
@@ -139,9 +139,9 @@ def test_patch(options: str, size: int, tmp_path: Path, monkeypatch: pytest.Monk
         result = CliRunner().invoke(app, ["patch", "text", *options.split()])
         assert result.exit_code == 0, result.output
 
-    patch(size)  # imports
+    patch(size)  # the first call imports modules
     one, two, four = (counter.measure(lambda n=n: patch(n * size)) for n in (1, 2, 4))
-    assert four - two < 1.4 * 2 * (two - one)  # 2 if linear, 3 if half of the work at `size` is quadratic
+    assert four - two < 1.4 * 2 * (two - one)  # the factor is 2 if linear, 3 if half is quadratic
 
 
 def test_a_plot_has_as_many_artists_for_any_number_of_patches() -> None:
@@ -159,7 +159,7 @@ def test_a_plot_has_as_many_artists_for_any_number_of_patches() -> None:
 
 
 class Row(data.Row):
-    """A row that counts how often its length is asked for."""
+    """Counts how often the length of a row is asked for."""
 
     asked = 0
 
@@ -185,7 +185,7 @@ def test_batches_of_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 class Length(int):
-    """A length whose sums count their comparisons."""
+    """Counts the comparisons of sums of a length."""
 
     compared = 0
 
@@ -211,7 +211,7 @@ def test_rows_are_shared_among_many_parts(tmp_path: Path, monkeypatch: pytest.Mo
     lengths = [Length(i % 97 + 1) for i in range(2000)]
     shares = data.share(lengths, 500)
     assert sorted(i for share in shares for i in share) == list(range(2000))
-    assert Length.compared < 2000 * 2 * 4 * 9  # two comparisons at each child of a heap of 500, sorting aside
+    assert Length.compared < 2000 * 2 * 4 * 9  # a heap of 500 takes two comparisons at each child
 
     calls, share = [], data.share
     monkeypatch.setattr(data, "share", lambda *of: (calls.append(of), share(*of))[1])
@@ -219,7 +219,7 @@ def test_rows_are_shared_among_many_parts(tmp_path: Path, monkeypatch: pytest.Mo
     for step in range(3):
         for part in range(10):
             batches.batch(step, part, 10)
-    assert len(calls) == 3  # once a step, not once a part
+    assert len(calls) == 3  # it is called once a step, not once a part
 
 
 def test_ngrams_of_files_without_repetition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A module of bench/."""
+    """Return a module of bench/."""
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module
 
@@ -51,7 +51,7 @@ def test_candidates_are_timed_by_graphs_of_all_copies(bench: Callable, monkeypat
 
     monkeypatch.setattr(search, "prepare", prepare)
     monkeypatch.setattr(search, "binaries", lambda _kernel: [])
-    for width, copies in ((32, 2), (128, 1)):  # 67 MB, 269 MB
+    for width, copies in ((32, 2), (128, 1)):  # they take 67 MB and 269 MB
         called.clear()
         rows = list(search.search(Recorder(), "decode", 60.0, width=width))
         assert {row["milliseconds"] for row in rows} == {2.0}

@@ -57,7 +57,7 @@ def one_thread() -> None:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Files of several pieces, of one, and of less."""
+    """Return files of several pieces, of one, and of less."""
     root = tmp_path / "corpus"
     root.mkdir()
     generator = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def patcher(tmp_path: Path) -> Path:
-    """An entropy model whose threshold is the median of its entropies."""
+    """Return an entropy model whose threshold is the median of its entropies."""
     path = tmp_path / "patcher.safetensors"
     torch.manual_seed(1)
     model = ByteLM.from_values({**LOCAL, "window": 8})
@@ -90,7 +90,7 @@ def config(corpus: Path, out: Path, patcher: Path | None, **changes: Any) -> Tra
 
 
 def blt(patcher: Path | None, **rule: Any) -> BLT:
-    """The model of `config`."""
+    """Return the model of `config`."""
     torch.manual_seed(0)
     return build_model(config(Path(), Path(), patcher, rule=rule))
 
@@ -138,7 +138,7 @@ def test_rows_have_the_patches_of_their_pieces(name: str, corpus: Path, patcher:
         layout = computed.layout(rows)
         _, offsets = data.read_rows(rows)
         starts_after = layout.decode_ids == layout.patch_ids
-        same_layout(layout, PatchLayout.from_cuts(starts_after, offsets).compact())
+        same_layout(layout, PatchLayout.from_boundaries(starts_after, offsets).compact())
         same_layout(layout, ahead.layout(rows))
         for row, a, b in zip(rows, offsets, offsets[1:], strict=False):
             piece = data.piece_of(row, CONTEXT)
@@ -168,7 +168,7 @@ def test_a_batch_does_not_move_boundaries(corpus: Path, patcher: Path) -> None:
 
 
 def test_pieces_of_a_call(corpus: Path) -> None:
-    """On the CPU each alone; elsewhere as many as fit."""
+    """The CPU computes each piece alone; other devices compute as many as fit."""
     (rows,) = data.heldout_rows(data.find_sources([corpus]), 1 << 20, CONTEXT)
     assert list(data.group_rows(rows, 1)) == [[row] for row in rows]
     calls = list(data.group_rows(rows, 120))
@@ -192,7 +192,7 @@ def test_a_piece_that_a_batch_cuts_is_computed_once(
         for part in range(2):
             rows = batches.rows(step, part, 2)
             patches.layout(rows)
-            lone += sum(row.length == 1 for row in rows)  # of which it does not show what piece they end
+            lone += sum(row.length == 1 for row in rows)  # their text does not show which piece they end
     assert len(computed) <= len(batches.length) + lone
     assert len(set(computed)) >= len(batches.length) - 2
 
@@ -213,7 +213,7 @@ def test_every_field_of_the_configuration_is_of_the_rule_or_not() -> None:
 
 
 def trained(options: TrainConfig) -> tuple[list[float], float, dict[str, torch.Tensor]]:
-    """Losses of the steps, the held-out loss and the weights."""
+    """Return losses of the steps, the held-out loss and the weights."""
     run = loop._Run(options, ALONE)
     losses = [run.advance() for _ in range(options.steps)]
     bits, _ = run._measure(run.heldout_sources)
@@ -365,7 +365,7 @@ def test_saving_goes_on_where_it_was_stopped(
     reports: list[int] = []
     store(corpus, tmp_path / "parts", model, report=reports.append)
     assert sum(reports) == data.num_ids(data.find_sources([corpus]), CONTEXT)
-    assert len({row for rows in computed for row in rows}) == sum(map(len, computed))  # nothing twice
+    assert len({row for rows in computed for row in rows}) == sum(map(len, computed))  # nothing was computed twice
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     store(corpus, tmp_path / "parts", model, report=reports.append)
     assert reports[-1] == sum(reports[:-1])
@@ -388,7 +388,7 @@ def test_patches_that_are_lost_or_damaged_are_made_anew(corpus: Path, patcher: P
     whole, bits = contents(folder), folder / "patches.bits"
     for content in (None, b"", whole["patches.bits"][:-1], whole["patches.bits"][:-1] + b"\x55"):
         bits.unlink() if content is None else bits.write_bytes(content)
-        (folder / "done").write_bytes(b"\1" * 100)  # of the first time
+        (folder / "done").write_bytes(b"\1" * 100)  # these are marks of the first time
         reports: list[int] = []
         store(corpus, folder, model, report=reports.append)
         assert reports[0] == 0 < sum(reports)
@@ -470,7 +470,7 @@ def test_killed_on_two_processes_and_finished_on_one(
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert [int(process.stdout.readline()) > 0 for _ in range(4)] == [False, True, True, True]
         process.send_signal(signal.SIGKILL)
-        process.stdout.read()  # until the workers, which hold it too, have ended
+        process.stdout.read()  # it ends when the workers, which hold it too, have ended
     marks = (tmp_path / "killed" / "done").read_bytes()
     assert 3 <= marks.count(1) <= 4
     store(corpus, tmp_path / "killed", blt(patcher))

@@ -50,7 +50,7 @@ TINY = ByteLMConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=64, window=16)
 
 
 def whole(rules: Rules, data: bytes, entropy: Tensor) -> list[int]:
-    """Starts of the patches by the public ops."""
+    """Return starts of the patches by the public ops."""
     tokens, everything = bk.to_ids(data), torch.tensor([0, len(data)])
     if rules.scheme is Scheme.entropy:
         assert rules.threshold is not None
@@ -75,7 +75,7 @@ def whole(rules: Rules, data: bytes, entropy: Tensor) -> list[int]:
 
 
 def pieced(rules: Rules, data: bytes, entropy: Tensor, sizes: list[int]) -> list[int]:
-    """Starts of the patches when the stream comes in pieces of `sizes`, over and over."""
+    """Return starts of the patches when the stream comes in pieces of `sizes`, over and over."""
     cutter, at, starts = StreamCutter(rules), 0, []
     for size in itertools.cycle(sizes):
         piece = cutter.push(data[at : at + size], entropy[at : at + size])
@@ -87,7 +87,7 @@ def pieced(rules: Rules, data: bytes, entropy: Tensor, sizes: list[int]) -> list
             return starts
 
 
-# Bytes that the rules look at: letters, spaces, first and later bytes of UTF-8, delimiters; few entropies, so that
+# The rules tell these bytes apart: letters, spaces, first and later bytes of UTF-8, delimiters. Entropies are few, so
 # equal neighbours and thresholds that are hit exactly are frequent.
 BYTES = st.lists(st.sampled_from([*b"ab .\n", 0, 0x80, 0xC3, 0xE4, 0xBD, 0xF0, 0xFF]), max_size=40).map(bytes)
 BYTES |= st.text("ab .\né你🙂", max_size=20).map(str.encode)
@@ -183,12 +183,12 @@ def entropy_of(data: bytes, model: ByteLM) -> Tensor:
 
 
 def test_entropies_of_a_stream_are_those_of_the_whole() -> None:
-    model, data = tiny_model(), real_text(5000)  # two full blocks and a rest
+    model, data = tiny_model(), real_text(5000)  # the text has two full blocks and a rest
     with torch.inference_mode():
         expected = bk.token_entropy(model(bk.to_ids(data)))
     got = entropy_of(data, model)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    for size in (1, 999, 2048):  # to the last bit, or boundaries would depend on the source
+    for size in (1, 999, 2048):  # they agree to the last bit, or boundaries would depend on the source
         blocks = list(stream.with_entropy(split(data, size), model))
         assert b"".join(block for block, _ in blocks) == data
         assert_equal(torch.cat([entropy for _, entropy in blocks]), got)

@@ -23,7 +23,7 @@ CHOSEN = ["byte 128", "entropy 4.5 small"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A work directory, and the results beside it, of a study of a few steps."""
+    """Return a work directory, and the results beside it, of a study of a few steps."""
     root = tmp_path_factory.mktemp("study")
     (root / "files").mkdir()
     text = real_text(24000).replace(b"\0", b"")
@@ -49,7 +49,7 @@ def test_what_it_writes(finished: Path) -> None:
     rows = rows_of(finished / "out" / "runs.csv")
     assert [(row["model"], row["seed"]) for row in rows] == [(name, seed) for name in CHOSEN for seed in "01"]
     for row in rows:
-        # Equal training FLOPs, but for the rounding to whole steps.
+        # Training FLOPs are equal, but for the rounding to whole steps.
         per_step = 3e6 * float(row["mflops"]) * study.BATCH
         assert int(row["steps"]) * per_step == pytest.approx(0.02e12, abs=0.51 * per_step)
         assert int(row["trained_bytes"]) == int(row["steps"]) * study.BATCH
@@ -108,7 +108,7 @@ def test_noise(noise: str) -> None:
         assert len(noised) / len(text) == pytest.approx(1 + sign * rate, abs=0.01)
         short, long = sorted((text, noised), key=len)
         rest = iter(long)
-        assert all(byte in rest for byte in short)  # in this order
+        assert all(byte in rest for byte in short)  # they come in this order
 
 
 def test_spread() -> None:

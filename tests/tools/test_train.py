@@ -43,7 +43,7 @@ TINY = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64, "window": 16}
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Thirty small files with a pattern to learn, and things that must be left out."""
+    """Return thirty small files with a pattern to learn, and things that must be left out."""
     root = tmp_path / "corpus"
     (root / "deep" / "__pycache__").mkdir(parents=True)
     for i in range(30):
@@ -144,8 +144,8 @@ def test_parts_of_a_batch_share_its_rows(corpus: Path) -> None:
             shares = [batches.batch(step, part, parts) for part in range(parts)]
             assert sorted(row for share in shares for row in rows_of(share)) == sorted(rows_of(whole))
             sizes = [len(tokens) for tokens, _ in shares]
-            assert max(sizes) - min(sizes) <= 100  # one row
-    assert 0 in sizes  # 40 parts of fewer rows
+            assert max(sizes) - min(sizes) <= 100  # they differ by at most one row
+    assert 0 in sizes  # 40 parts share fewer rows
     assert data.share([3, 9, 4, 2], 2) == [[1], [0, 2, 3]]
 
 
@@ -179,10 +179,10 @@ def test_ngram_probabilities_sum_to_one(corpus: Path) -> None:
 
 
 def test_ngram_by_hand(tmp_path: Path) -> None:
-    """Of the file "ab": P(a) after three BOS, by Witten-Bell at each order."""
+    """The file "ab" gives P(a) after three BOS, by Witten-Bell at each order."""
     (tmp_path / "f").write_bytes(b"ab")
     model = NgramModel.train(data.find_sources([tmp_path]))
-    order0 = (1 + 2 / 256) / 4  # two bytes, two different, one of them a
+    order0 = (1 + 2 / 256) / 4  # there were two bytes, both different, one of them a
     order1 = (1 + order0) / 2  # BOS was followed by one byte, once
     order2 = (1 + order1) / 2
     order3 = (1 + order2) / 2
@@ -312,7 +312,7 @@ def test_a_killed_run_goes_on_to_bitwise_the_same_weights(corpus: Path, tmp_path
 
 
 def test_a_run_goes_on_with_more_steps(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the data, and from there on the learning rate, of a run that had as many from the beginning."""
+    """It has the data, and from there on the learning rate, of a run that had as many from the beginning."""
     options = config(corpus, tmp_path / "run", steps=6, checkpoint_every=2, log_every=1)
     loop.train(options)
     more = replace(options, steps=9)
@@ -360,7 +360,7 @@ def test_the_newest_checkpoints_stay_and_nothing_else_goes(corpus: Path, tmp_pat
         assert train_state.latest(folder).name == str(step)
     assert [path.name for path in (folder / "2").iterdir()] == ["mine.txt"]
     assert all(file.read_text() == "mine" for file in (*notes, folder / "todo.txt"))
-    # The older of two is whole; and fewer from now on.
+    # The older of two is whole. Fewer are kept from now on.
     for file in (folder / "6").iterdir():
         file.unlink()
     run = loop._Run(config(corpus, tmp_path, checkpoint_every=2, keep=2), ALONE)
@@ -382,7 +382,7 @@ SMALL_BLT = {
 
 
 def advance(corpus: Path, out: Path, steps: int = 4, **changes: object) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of the first steps of a BLT, and its weights after them."""
+    """Return losses of the first steps of a BLT, and its weights after them."""
     options = {"model": "blt", "overrides": SMALL_BLT, "batch_bytes": 1000, "context": 300, "learning_rate": 1e-3}
     run = loop._Run(config(corpus, out, **{**options, **changes}), ALONE)
     return [run.advance() for _ in range(steps)], run.model.state_dict()
@@ -428,7 +428,7 @@ def test_recomputed_layers_give_bitwise_the_same(corpus: Path, tmp_path: Path, m
     got, others = advance(corpus, tmp_path / "again", checkpoint_activations=True)
     assert got == expected
     assert all(others[name].equal(value) for name, value in weights.items())
-    assert len(calls) == 2 * 4 * 4  # twice, in 4 steps, 4 layers
+    assert len(calls) == 2 * 4 * 4  # each of 4 steps calls it twice in each of 4 layers
 
 
 @pytest.mark.slow
@@ -473,7 +473,7 @@ def test_tensorboard_events(corpus: Path, tmp_path: Path) -> None:
 
     out = tmp_path / "run"
     run = loop._Run(config(corpus, out, tensorboard=True, log_every=1, checkpoint_every=2), ALONE)
-    for _ in range(3):  # to be forgotten: the checkpoint is of step 2
+    for _ in range(3):  # step 3 is lost, since the checkpoint is of step 2
         run.record(run.advance(), 1.0)
     assert run.log is not None
     run.log.close()
@@ -529,7 +529,7 @@ def test_a_log_without_its_checkpoint_is_not_overwritten(corpus: Path, tmp_path:
 
 
 def test_a_run_inside_of_its_corpus(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it writes is not among the files that it goes on with, nor what its own directory had."""
+    """Its own directory, with all that it writes, is not among the files that it goes on with."""
     (corpus / "runs" / "entropy").mkdir(parents=True)
     (corpus / "runs" / "notes.txt").write_text("of the corpus")
     (corpus / "runs" / "entropy" / "notes.txt").write_text("of the run")
@@ -542,7 +542,7 @@ def test_a_run_inside_of_its_corpus(corpus: Path, tmp_path: Path, monkeypatch: p
     assert len(run.train_sources + run.heldout_sources) == 31
     assert "notes.txt" in names
     assert run.step == 2
-    # A corpus inside of a run is one.
+    # A folder of a run may be a corpus.
     assert loop._Run(config(corpus, tmp_path), ALONE).step == 0
     with pytest.raises(ValueError, match=r"^out: expected another directory than the paths to train on, got \."):
         loop.train(config(Path(), Path()))
@@ -595,7 +595,7 @@ BEGINNINGS = {
 
 @pytest.mark.parametrize("model", BEGINNINGS)
 def test_a_run_begins_as_a_model(model: str, corpus: Path, tmp_path: Path) -> None:
-    """With its configuration and weights, in fp32; the file stays as it is. An entropy model comes with a BLT."""
+    """It has the model's configuration and weights in fp32; the file stays as it is. A BLT brings its entropy model."""
     own, overrides = tmp_path / "own.safetensors", BEGINNINGS[model]
     begin = build_model(config(corpus, tmp_path, model=model, overrides=overrides))
     if model == "blt":
@@ -612,12 +612,12 @@ def test_a_run_begins_as_a_model(model: str, corpus: Path, tmp_path: Path) -> No
     loop.train(options)
     assert own.read_bytes() == stored
     trained = load_model(tmp_path / "run" / "model.safetensors")
-    if model != "entropy":  # whose threshold is chosen anew
+    if model != "entropy":  # its threshold is chosen anew
         assert trained.config == begin.config
     for name, value in trained.state_dict().items():
         kept = torch.equal(value, begin.state_dict()[name].bfloat16().float())
         assert kept == name.startswith("patcher."), name
-    # What the file has may be said, and nothing else; nor may the file be of another model.
+    # Options may repeat what the file has, but not contradict it, and the file has to be of the same model.
     repeated = replace(options, overrides=json.loads(json.dumps(overrides)))
     assert build_model(repeated).config == begin.config
     wide = {**TINY, "num_layers": 2}
@@ -677,7 +677,7 @@ def test_files_of_options_that_change_are_named(corpus: Path, tmp_path: Path) ->
 
 
 def test_a_run_begins_as_a_checkpoint_of_transformers(tmp_path: Path) -> None:
-    """With its patcher, or with another one and its threshold; a patcher alone begins an entropy model."""
+    """It keeps the patcher, or takes another one and its threshold; a patcher alone begins an entropy model."""
     fresh = build_model(TrainConfig("blt", [], tmp_path, overrides=SMALL_CHECKPOINT))
     fresh.config = replace(fresh.config, threshold=1.25)
     fresh.save_pretrained(tmp_path / "blt")
@@ -745,9 +745,9 @@ def test_measuring_does_not_count_eos(corpus: Path) -> None:
 
 @pytest.mark.parametrize("heldout", [0.5, 0.0])
 def test_the_threshold_makes_patches_of_the_size_asked_for(tmp_path: Path, heldout: float) -> None:
-    """On held-out files, or on those of the training if there are none."""
+    """They are measured on held-out files, or on those of the training if there are none."""
     generator = np.random.default_rng(0)
-    for i in range(12):  # random, so that no entropy comes twice
+    for i in range(12):  # the bytes are random, so that no entropy comes twice
         (tmp_path / f"{i}.bin").write_bytes(generator.integers(97, 123, 300, dtype=np.uint8).tobytes())
     options = config(tmp_path, tmp_path / "run", include=["*.bin"], heldout=heldout, patch_size=3.0, save_bf16=True)
     result = loop.train(options)

@@ -36,7 +36,7 @@ from blt_kernels.train.config import TrainConfig
 pytestmark = pytest.mark.slow
 
 STEPS, KILLED_AT = 6, 3
-PATIENCE = 600  # seconds, for machines with other things to do
+PATIENCE = 600  # it is in seconds, for busy machines
 LOCAL = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "window": 16}
 # The encoder pools at every layer: the cross attention of its first layer gets no gradient. The patcher is frozen. The
 # rows of the tables cannot be halved. Some runs read their patches, which the others compute.
@@ -72,7 +72,7 @@ def config(root: Path, name: str, **changes: Any) -> TrainConfig:
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
-    """Every number that was logged about the loss, in order."""
+    """Return every number that was logged about the loss, in order."""
     lines = train_log.read_log(out / "log.jsonl")
     return [(line["step"], line[key]) for line in lines for key in line if key.endswith("bits_per_byte")]
 
@@ -109,7 +109,7 @@ def work(rank: int, root: Path) -> None:
 
 
 def embedding_inputs(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Other numbers of bytes and rows on every rank, and bytes beyond the last row, which hold anything."""
+    """Return other numbers of bytes and rows on every rank, and bytes beyond the last row, which hold anything."""
     generator = torch.Generator().manual_seed(rank)
     tokens = torch.randint(4, 12, (40 - 17 * rank,), generator=generator)
     rows = [torch.tensor([0, 3, 3, 38]), torch.tensor([0, 23])][rank]
@@ -157,7 +157,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """Where the runs of two ranks, and those of one to compare them with, have been: once for all xdist workers."""
+    """Return the folder of runs on two ranks and on one. They run once for all xdist workers."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if hasattr(request.config, "workerinput") else base) / "parallel"
     with FileLock(f"{root}.lock"):
@@ -210,7 +210,7 @@ def test_a_sharded_embedding_is_the_whole_one(root: Path) -> None:
 
 
 def same(one: Path, other: Path, steps: int = STEPS) -> None:
-    """The same losses to rounding, in training and on held-out bytes."""
+    """Compare losses to rounding, in training and on held-out bytes."""
     expected = [entry for entry in losses(other) if entry[0] <= steps]
     got = losses(one)[: len(expected)]
     assert [step for step, _ in got] == [step for step, _ in expected]
@@ -236,7 +236,7 @@ def test_two_ranks_have_the_losses_of_one(name: str, root: Path) -> None:
 
 
 def stored_sizes(path: Path) -> dict[str, list[torch.Size]]:
-    """Names of what a checkpoint holds, and the sizes of the pieces that it is cut into."""
+    """Return names of what a checkpoint holds, and the sizes of the pieces that it is cut into."""
     from torch.distributed.checkpoint import FileSystemReader
 
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -304,7 +304,7 @@ def test_a_run_killed_on_two_ranks_goes_on_alone(root: Path, tmp_path: Path) -> 
 
 
 def test_a_run_killed_on_two_ranks_goes_on_under_torchrun(root: Path, tmp_path: Path) -> None:
-    """On the command line, on two ranks again but in another way; bytes of held-out files are measured once."""
+    """The command line divides it over two ranks in another way; bytes of held-out files are measured once."""
     killed = tmp_path / "killed"
     shutil.copytree(root / "killed", killed)
     options = [f"--{key.replace('_', '-')}={value}" for key, value in OPTIONS.items()]

@@ -112,9 +112,9 @@ def facts(statistics: Statistics, rules: Rules) -> list[tuple[str, str]]:
     found = [("scheme", f"{rules.scheme.value}: {rules.describe()}")]
     found += [("bytes", f"{statistics.bytes:,}"), ("patches", f"{statistics.patches:,}")]
     if statistics.patches:
-        least, most = min(statistics.lengths), max(statistics.lengths)
+        minimum, maximum = min(statistics.lengths), max(statistics.lengths)
         middle = f"mean {statistics.mean:.2f}, median {statistics.median:g}"
-        found.append(("patch length", f"{middle}, min {least:,}, max {most:,} bytes"))
+        found.append(("patch length", f"{middle}, min {minimum:,}, max {maximum:,} bytes"))
     if statistics.entropy is not None:
         found.append(("entropy", f"mean {statistics.entropy:.3f} nats ({statistics.entropy / math.log(2):.3f} bits)"))
     return found

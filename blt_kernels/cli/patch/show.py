@@ -51,9 +51,9 @@ class Outputs:
     def check(self, files: list[str]) -> None:
         """Raise ValueError naming an option that cannot work, before any time is spent."""
         numbers = (("start", self.start, 0), ("length", self.length, 1), ("max-show", self.max_show, 0))
-        for name, value, least in numbers:
-            if value is not None and value < least:
-                raise ValueError(f"--{name} {value}: expected a number of bytes of at least {least}")
+        for name, value, minimum in numbers:
+            if value is not None and value < minimum:
+                raise ValueError(f"--{name} {value}: expected a number of bytes of at least {minimum}")
         paths = (("plot", self.plot, (".png", ".svg", ".pdf")), ("html", self.html, (".html", ".htm")))
         for name, path, suffixes in paths:
             if path is None:

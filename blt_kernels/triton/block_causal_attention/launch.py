@@ -135,34 +135,3 @@ def decode_tiles(num_queries: int, documents: int, max_queries: int, heads_per_k
     """
     average = min(max_queries, -(-num_queries // max(documents, 1)))
     return max(1, min(-(-average * heads_per_kv_head // block_m), _MAX_TILES))
-
-
-def tiles_visited(first: torch.Tensor, last: torch.Tensor, block_m: int, block_n: int) -> tuple[int, int]:
-    """Count the tiles that a kernel takes for one head, and the fewest that could hold all unmasked pairs.
-
-    Parameters
-    ----------
-    first, last : int ``[T]``
-        Every query attends to the keys ``[first, last)``.
-    block_m, block_n
-        Those of a launch.
-
-    Returns
-    -------
-    visited, fewest
-        `fewest` is the number of tiles that the keys of `block_m` queries would fill if they lay side by side.
-    """
-    visited = fewest = 0
-    for block in range(0, first.shape[0], block_m):
-        runs: list[list[int]] = []
-        ends = zip(first[block : block + block_m].tolist(), last[block : block + block_m].tolist(), strict=True)
-        for begin, end in ends:
-            if begin >= end:
-                continue
-            if runs and begin <= runs[-1][1]:
-                runs[-1][1] = max(end, runs[-1][1])
-            else:
-                runs.append([begin, end])
-        visited += sum(-(-(end - begin) // block_n) for begin, end in runs)
-        fewest += -(-sum(end - begin for begin, end in runs) // block_n)
-    return visited, fewest
