@@ -87,6 +87,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# There is one of each model, and a BLT with all that reaches back: windows, documents, rises of entropies, lengths.
+FEW = ["byte_lm: documents and newlines", "blt: threshold_add, whole_characters and max_patch_length"]
+FEW += ["blt_cross_windows: documents", "blt: global window, documents", "megabyte_extended"]
+
 
 def text(*parts: str | bytes | int) -> Tensor:
     """Return ids of text, of bytes, and special ids."""

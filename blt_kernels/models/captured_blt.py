@@ -61,8 +61,11 @@ class BLTSteps(Steps):
         )
         self.rule_start = torch.tensor([starts[-1] for starts in state.rule_starts], device=device)
         self.closed = torch.tensor(closed, device=device)
+        # Patch that the document of the open patch starts with, and that of the next document, if it is known.
         documents = state._patch_documents(closed, [n + 2 for n in closed])
-        self.documents = torch.tensor([(starts[0], starts[-1]) for starts in documents], device=device)
+        self.document, self.next_document = (
+            torch.tensor([starts[i] for starts in documents], device=device) for i in (0, -1)
+        )
 
         # Byte p of a row is in slot ``p % room`` of what the encoder made of it.
         lengths = state.lengths
@@ -100,6 +103,7 @@ class BLTSteps(Steps):
         documents = right_aligned((position + 1).clamp(max=self.width), self.width)
         tail = self.tail.flatten()
         self._decide(tail, documents)
+        self._start_documents()
         self.byte_start.copy_(self.byte_starts.extend(self.ids, position))
         keys = self.encoder_keys.extend(model.ops, position, self.byte_start)
         states = encode(model, tail, documents, self.newest, position, keys)
@@ -123,6 +127,13 @@ class BLTSteps(Steps):
             )
         self.rule_start.copy_(torch.where(rule.index_select(0, self.newest), length, self.rule_start))
         self.closes.copy_(final.index_select(0, self.newest))
+
+    def _start_documents(self) -> None:
+        """Let documents of patches start after the patch that holds an EOS."""
+        config = self.model.config
+        if config.split_documents and not config.global_across_documents:
+            self.document.copy_(torch.where(self.closed >= self.next_document, self.next_document, self.document))
+            self.next_document.copy_(torch.where(self.ids == config.eos_id, self.closed + 1, self.next_document))
 
     # --- patches ------------------------------------------------------------------------------------------------------
 
@@ -164,9 +175,7 @@ class BLTSteps(Steps):
         patches = model.local_encoder.pool([x.index_select(0, slots) for x in self.encoded], layout)
         patches = patches.index_select(0, (row + 1) * per_row - 1)
 
-        start, following = self.documents.unbind(1)
-        start = torch.where(self.closed >= following, following, start)
-        keys = self.global_keys.extend(model.ops, self.closed, start, closing)
+        keys = self.global_keys.extend(model.ops, self.closed, self.document, closing)
         read = read_patches(model, patches, self.closed, keys)
         slot = torch.where(closing, self.closed % self.window_decoder, self.window_decoder)
         for x, new in zip(self.patches, read, strict=True):

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from triton_interpreter import NAN, check, inputs, intervals, key_intervals, tiles_visited
 
+from blt_kernels.nn import TransformerConfig, load_ops
+from blt_kernels.nn.cache import KeyCache
+from blt_kernels.nn.fixed_cache import FixedKeys
 from blt_kernels.testing import offsets_of
 from blt_kernels.triton.block_causal_attention.launch import launch_options
 
@@ -84,6 +87,26 @@ def test_decoding_rows_are_nothing_to_forward(run: Callable) -> None:
         "block_causal_attention_fwd_kernel": 2 * visited,
         "block_causal_attention_decode_kernel": 2 * 63,
     }
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_keys_of_fixed_shapes(run: Callable, splits: int) -> None:
+    """Between the documents of rows are others without queries, whose keys are NaN and are not loaded."""
+    config = TransformerConfig(dim=64, num_layers=1, num_heads=4, num_kv_heads=2, window=30)
+    fixed = FixedKeys(KeyCache(3, config, 0, dtype=torch.float32, device=torch.device("cpu")), total=100)
+    position, start = torch.tensor([4, 47, 90]), torch.tensor([0, 40, 0])
+    (layer,) = fixed.extend(load_ops("reference"), position, start)
+    cu_q, cu_k = layer.documents["cu_seqlens_q"], layer.documents["cu_seqlens_k"]
+    assert cu_k.diff()[1::2].tolist() == [5, 8, 30]
+    tensors = inputs(3, fixed.flat[0].shape[0], (4, 2), 16, torch.float32)
+    for begin, end in zip([0, *cu_k[2::2].tolist()], [*cu_k[1::2].tolist(), None], strict=True):
+        for x in tensors[1:3]:
+            x[begin:end] = NAN
+    check(run, tensors, cu_q, cu_k, window=30, splits=splits)
+    arguments = (*tensors[:3], cu_q, cu_k, 30, True, None, None)
+    _, loaded = run(arguments, splits=splits, count="bytes")
+    minimum = 2 * (5 + 8 + 30) * 2 * 16 * 4 + splits * tensors[0].nbytes
+    assert loaded["block_causal_attention_decode_kernel"] <= 1.10 * minimum
 
 
 @pytest.mark.parametrize(("heads", "count"), [((8, 1), 4), ((16, 4), 8), ((2, 2), 16)])

@@ -12,7 +12,8 @@ import torch
 from capture_rules import DEVICE, forbidden
 from model_cases import build
 from op_calls import tensors_of
-from state_cases import CASES, TOLERANCE, model_of, packed, patch_starts, rows_of_text, text
+from state_cases import CASES, FEW, TOLERANCE, model_of, packed, patch_starts, rows_of_text, text
+from tiers import slow_unless
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,11 +40,12 @@ class Dictation(Sampling):
 
 
 def dictated() -> tuple[list[Tensor], list[int]]:
-    """Return texts, and how many ids of each are the prompt. Windows, patches and documents end at many places."""
-    rows = [row for row in rows_of_text() if len(row)]
-    whole = torch.cat(rows)
-    lengths = [1, 2, 9, 23, 60]
-    return [torch.cat([whole.roll(-7 * r)[: n + NEW_IDS]]) for r, n in enumerate(lengths)], lengths
+    """Return texts, and how many ids of each are the prompt: it ends with an EOS, or 1 to 3 ids after one."""
+    whole = torch.cat([row[-45:] for row in rows_of_text()])
+    ends, lengths = (whole == EOS).nonzero()[:, 0].tolist(), [1, 2, 9, 23, 60]
+    after = [0, 1, 2, 3, 0]
+    begin = [end + more + 1 - n for end, more, n in zip(ends, after, lengths, strict=False)]
+    return [whole.roll(-b)[: n + NEW_IDS] for b, n in zip(begin, lengths, strict=True)], lengths
 
 
 @torch.no_grad()
@@ -67,7 +69,7 @@ def dictate(steps: Steps, rows: Sequence[Tensor], lengths: Sequence[int], ended:
 # --- as the ordinary path ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_unless(CASES, FEW))
 def test_steps_give_one_forward(case: str) -> None:
     """Rows of different lengths, two of which end before the others."""
     check_one_forward(case)
@@ -125,13 +127,13 @@ def both(model: ByteModel, prompts: Any, **options: Any) -> tuple[Generated, Gen
     return plain, fixed
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", slow_unless(SAMPLINGS, ["all"]))
 @pytest.mark.parametrize("name", MODELS)
 def test_generate(name: str, sampling: str) -> None:
     both(build(name), PROMPTS, max_new_bytes=24, seed=3, **SAMPLINGS[sampling])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_unless(MODELS, ["blt"]))
 def test_rows_end_by_themselves(name: str) -> None:
     """Rows end at stop strings and EOS in turn, and one of them with its first id."""
     model = build(name)
@@ -146,7 +148,7 @@ def test_rows_end_by_themselves(name: str) -> None:
     both(model, PROMPTS, max_new_bytes=60, temperature=1.0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_unless(MODELS, ["blt_space"]))
 def test_a_text_far_longer_than_the_windows(name: str) -> None:
     both(build(name), "x" * 100, max_new_bytes=150, temperature=1.0)
 
@@ -159,14 +161,14 @@ def test_a_patch_far_longer_than_all_before() -> None:
 
 
 @pytest.mark.parametrize("new", [0, 1, 2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_unless(MODELS, ["blt"]))
 def test_few_bytes(name: str, new: int) -> None:
     out = build(name).generate(PROMPTS, max_new_bytes=new, captured=True)
     assert out.ids == build(name).generate(PROMPTS, max_new_bytes=new).ids
     assert build(name).generate([], max_new_bytes=new, captured=True).ids == []
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_unless(MODELS, ["blt"]))
 def test_half_precision_streams_and_inference_mode(name: str) -> None:
     model = build(name, dtype=torch.bfloat16)
     pieces = model.stream("a text", max_new_bytes=12, captured=True, temperature=1e-9)
@@ -243,7 +245,7 @@ def on_device(steps: Steps) -> Steps:
     return steps
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", slow_unless(SAMPLINGS, ["greedy"]))
 @pytest.mark.parametrize("case", CAPTURED)
 @torch.no_grad()
 def test_a_step_waits_for_the_device_once(case: str, sampling: str) -> None:
@@ -282,7 +284,7 @@ def addresses(steps: Steps) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("case", CAPTURED)
+@pytest.mark.parametrize("case", slow_unless(CAPTURED, FEW))
 @torch.no_grad()
 def test_every_step_is_the_same_calls_on_the_same_memory(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the rows read: documents that end, patches that close, rows that have ended."""
@@ -337,7 +339,7 @@ class Addresses(TorchDispatchMode):
 GROWING = ("blt: byte", "blt: global window", "blt_cross_windows", "byte_lm", "megabyte_extended")
 
 
-@pytest.mark.parametrize("case", GROWING)
+@pytest.mark.parametrize("case", slow_unless(GROWING, ["blt: byte"]))
 def test_steps_are_captured_once_and_anew_where_patches_need_more_room(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

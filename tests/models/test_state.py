@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import SMALL_BLT, build
-from state_cases import CASES, TOLERANCE, Checked, model_of, packed, patch_starts, rows_of_text, text
+from state_cases import CASES, FEW, TOLERANCE, Checked, model_of, packed, patch_starts, rows_of_text, text
 from tiers import slow, slow_unless
 from torch import Tensor
 
@@ -30,9 +30,6 @@ from blt_kernels.nn.cache import RowBuffer
 from blt_kernels.testing import assert_close, real_text
 
 BLTS = [case for case in CASES if case.startswith("blt")]
-# There is one of each model, and a BLT with all that reaches back: windows, documents, rises of entropies, lengths.
-FEW = ["byte_lm: documents and newlines", "blt: threshold_add, whole_characters and max_patch_length"]
-FEW += ["blt_cross_windows: documents", "blt: global window, documents", "megabyte_extended"]
 EVERY_CASE = pytest.mark.parametrize("case", slow_unless(CASES, FEW))
 
 
