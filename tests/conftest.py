@@ -18,19 +18,24 @@ settings.register_profile("long", max_examples=3000, deadline=None, suppress_hea
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect on the emulator what has no kernel in CUDA C++: it would run the CPU's kernels a second time."""
-    left_out = [item for item in items if isinstance(item, pytest.Function) and not _has_kernel(item)]
-    config.hook.pytest_deselected(items=left_out)
-    gone = set(left_out)
-    items[:] = [item for item in items if item not in gone]
+    """Deselect on the emulator what has no kernel in CUDA C++: it would run the CPU's kernels a second time.
 
-
-def _has_kernel(item: pytest.Function) -> bool:
-    parameters = getattr(item, "callspec", None)
-    if parameters is None or parameters.params.get("backend") != "emulated":
-        return True
-    return item.get_closest_marker("triton") is None and getattr(parameters.params.get("case"), "emulated", True)
+    Of the cases that it does run, mark as slow those that the fast tier leaves to the CPU kernels.
+    """
+    left_out = set()
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters is None or parameters.params.get("backend") != "emulated":
+            continue
+        case = parameters.params.get("case")
+        if item.get_closest_marker("triton") is not None or not getattr(case, "emulated", True):
+            left_out.add(item)
+        elif not getattr(case, "fast", True):
+            item.add_marker("slow")
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(params=BACKENDS)

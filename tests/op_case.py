@@ -31,6 +31,7 @@ class OpCase:
     autocast : whether autocast casts the floating arguments
     sparse : whether gradients are sparse; gradcheck and tracing take dense ones only
     trace : whether opcheck and torch.compile run the case; one of a function's cases is enough unless options differ
+    fast : whether the fast tier runs the case on the emulator, too; the CPU kernels always run
     """
 
     function: Callable[..., Any]
@@ -42,6 +43,7 @@ class OpCase:
     autocast: bool = False
     sparse: bool = False
     trace: bool = True
+    fast: bool = True
 
     @property
     def op(self) -> str:

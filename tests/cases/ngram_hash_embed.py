@@ -19,7 +19,7 @@ CASES = [
     _embed("list", _make_embed(byte_table=False, ngram_sizes=(2, 4), num_functions=2), ("tables",)),
     _embed("sparse", _make_embed(grad="sparse"), _BOTH, sparse=True, trace=False),
     _embed("wide", _make_embed(fused=True, width=WIDE), _BOTH, trace=False),
-    _embed("sparse, wide", _make_embed(grad="sparse", width=WIDE), _BOTH, sparse=True, trace=False),
+    _embed("sparse, wide", _make_embed(grad="sparse", width=WIDE), _BOTH, sparse=True, trace=False, fast=False),
     _embed("shard", _make_embed(fused=True, row_range=(10, 40), vocab=53, ngram_sizes=(1, 3)), _BOTH),
     OpCase(
         bk.ngram_hash,

@@ -20,12 +20,12 @@ _cross = partial(
 _make_cross = inputs.make_cross_attention
 
 CASES = [
-    _cross("encode", _make_cross("encode")),
+    _cross("encode", _make_cross("encode"), fast=False),
     _cross("decode", _make_cross("decode")),
     _cross("encode, window", _make_cross("encode", "tail", window=3)),
-    _cross("decode, window", _make_cross("decode", "overflow", window=3, scale=0.5)),
-    _cross("encode, grouped", _make_cross("encode", heads=6, kv_heads=2)),
-    _cross("decode, grouped", _make_cross("decode", "tail", heads=4, kv_heads=1, window=2), trace=False),
-    _cross("encode, wide", _make_cross("encode", width=80), trace=False),
-    _cross("decode, wide", _make_cross("decode", width=80), trace=False),
+    _cross("decode, window", _make_cross("decode", "overflow", window=3, scale=0.5), fast=False),
+    _cross("encode, grouped", _make_cross("encode", heads=6, kv_heads=2), fast=False),
+    _cross("decode, grouped", _make_cross("decode", "tail", heads=4, kv_heads=1, window=2), trace=False, fast=False),
+    _cross("encode, wide", _make_cross("encode", width=80), trace=False, fast=False),
+    _cross("decode, wide", _make_cross("decode", width=80), trace=False, fast=False),
 ]

@@ -59,7 +59,7 @@ def test_strides(case: OpCase, kind: str, device: str) -> None:
 
 @EVERY_CASE
 def test_int32_and_int64_are_the_same(case: OpCase, device: str) -> None:
-    arguments = make(case, device, 200, 6)
+    arguments = make(case, device, 80, 6)
     outputs = []
     for dtype in (torch.int32, torch.int64):
         # A PatchLayout holds int32 always; only plain tensors come in both.
@@ -73,7 +73,7 @@ def test_int32_and_int64_are_the_same(case: OpCase, device: str) -> None:
 
 @EVERY_CASE
 def test_every_element_is_written(case: OpCase, device: str) -> None:
-    for num_bytes in (0, 1, 170):
+    for num_bytes in (0, 1, 90):
         arguments = make(case, device, num_bytes, 7)
         expected = run(case, case.function, arguments)
         with poisoned_empty():
@@ -96,7 +96,7 @@ def test_bitwise_the_same_in_every_run(case: OpCase, device: str) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.emulated], ids=lambda case: case.name)
 def test_the_same_in_every_order_of_threads(case: OpCase) -> None:
     """Results do not show in what order threads and blocks run."""
-    arguments = make(case, "cpu", 300, 8)
+    arguments = make(case, "cpu", 200, 8)
     with use("emulated"):
         expected = run(case, case.function, arguments)
         for name in ("BACKWARD", "RANDOM"):
@@ -272,7 +272,7 @@ def test_inductor(case: OpCase, installed: str) -> None:
 def test_autocast(case: OpCase, device: str) -> None:
     if torch.float32 not in case.dtypes:
         pytest.skip("no floating arguments")
-    arguments = make(case, device, 90, 17)
+    arguments = make(case, device, 50, 17)
     lower = cast(arguments, torch.bfloat16) if case.autocast else arguments
     expected, expected_grads = run(case, case.function, lower)
     with torch.autocast(device, torch.bfloat16):
@@ -315,7 +315,7 @@ def test_bad_indices_reach_no_memory(case: OpCase, backend: str, device: str) ->
     Compiled kernels on the CPU must name bad document offsets, which everything else is bounded by. Those for a GPU do
     not look at values before they run: they stay inside their tensors, as the emulator checks.
     """
-    arguments = make(case, device, 120, 20)
+    arguments = make(case, device, 60, 20)
     for operator, args in raw_calls(case, arguments):
         for position, good in enumerate(args):
             name = operator._schema.arguments[position].name
