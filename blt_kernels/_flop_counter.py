@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,8 +103,18 @@ def _(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, _lse: Tens
 
 
 @register_flop_formula(_OPS.few_row_linear_fwd, get_raw=True)
-def _(x: Tensor, weight: Tensor, **_out: Any) -> int:
+def _(x: Tensor, weight: Tensor, *_rest: Any, **_out: Any) -> int:
     return 2 * x.shape[0] * weight.numel()
+
+
+@register_flop_formula(_OPS.few_row_layer_step, get_raw=True)
+def _(
+    x: Tensor, weights: Sequence[Tensor], _scales: Any, _n: Tensor, _m: Tensor, _eps: float, _table: Tensor,
+    keys: Tensor, _values: Tensor, _index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window: int | None,
+    **_out: Any,
+) -> int:  # fmt: skip
+    pairs = weights[0].shape[0] * _visited(x, keys, cu_seqlens_q, cu_seqlens_k, window, True, None, None)
+    return 2 * x.shape[0] * sum(weight.numel() for weight in weights) + PAIR_FORWARD * pairs
 
 
 def _visited(q: Tensor, k: Tensor, *arguments: Any) -> int:

@@ -45,6 +45,7 @@ class GenerateOptions:
         str | None, Doc("Who drafts the next bytes: decoder, patcher, prompt, or the path of a ByteLM.")
     ] = None
     draft_bytes: Annotated[int, Doc("Bytes of a draft at most.")] = 8
+    weights: Annotated[str | None, Doc("Store the matrices in bf16 or int8, which are read faster.")] = None
     device: Annotated[str, Doc("cpu or cuda.")] = "cpu"
 
 
@@ -130,6 +131,8 @@ def _print_statistics(result: Generated, color: Color) -> None:
     if statistics.drafted:
         share = statistics.accepted / statistics.drafted
         out.print(f"drafted {statistics.drafted:,} bytes, accepted {statistics.accepted:,} ({share:.0%})")
+    if statistics.weight_error:
+        out.print(f"rounding changed the weights by {statistics.weight_error:.2%}")
 
 
 def _as_json(result: Generated) -> dict[str, Any]:

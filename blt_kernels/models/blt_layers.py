@@ -60,7 +60,7 @@ class LocalEncoder(nn.Module):
         patches = self.patch_embedding_projection(pooled).view(-1, pooled.shape[-1]).to(pooled.dtype)  # [C * K, D]
         for x, cross in zip(states, self.cross_attn_layers[-len(states) :], strict=True):
             # The residual is added twice: the released models were trained so.
-            patches = cross(patches, x, layout) + 2 * patches
+            patches = cross(patches, x, layout, residual_factor=2.0)
         return patches.unflatten(0, (-1, self.queries_per_patch)).flatten(1)
 
 
@@ -103,7 +103,7 @@ class LocalDecoder(nn.Module):
         read = patches if isinstance(patches, list) else [self.vectors(patches)] * len(self.cross_attn_layers)
         for i, (layer, own) in enumerate(zip(self.layers, of_layers(documents, len(self.layers)), strict=True)):
             if i < len(self.cross_attn_layers):
-                x = self.cross_attn_layers[i](x, read[i], layout) + 2 * x
+                x = self.cross_attn_layers[i](x, read[i], layout, residual_factor=2.0)
             x = layer(x, table, own, ranges)
         return self.norm(x)
 

@@ -28,6 +28,7 @@ from blt_kernels.models.captured_blt import BLTSteps
 from blt_kernels.models.captured_megabyte import MegaByteSteps
 from blt_kernels.models.drafts import make_draft
 from blt_kernels.models.megabyte_state import MegaByteState
+from blt_kernels.models.quantized import quantized, weight_error
 from blt_kernels.models.sampling import Sampling
 from blt_kernels.models.state import ByteLMState, ByteState
 
@@ -57,6 +58,8 @@ class Statistics:
         How often a draft of so many ids had so many accepted: by ``(drafted, accepted)``.
     prompt_seconds, seconds : float
         Time for the prompts, and for the rest, without what a reader of the stream takes.
+    weight_error : float
+        The root mean square of what rounding changed in `quantized` matrices, as a share of that of their weights.
     """
 
     prompt_bytes: int = 0
@@ -68,6 +71,7 @@ class Statistics:
     rounds: Counter[tuple[int, int]] = field(default_factory=Counter)
     prompt_seconds: float = 0.0
     seconds: float = 0.0
+    weight_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,13 +122,15 @@ class Generation:
         stop: Sequence[bytes | str] = (),
         draft: Any = None,
         draft_bytes: int = 8,
+        weights: str | None = None,
         captured: bool | None = None,
     ) -> None:
         _checks.check_int("max_new_bytes", max_new_bytes, 0)
         _checks.check_int("draft_bytes", draft_bytes, 1)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed: expected an int, got {seed!r}")
-        self.model, self.max_new_bytes = model, max_new_bytes
+        self.model = model = model if weights is None else quantized(model, weights)
+        self.max_new_bytes = max_new_bytes
         self.sampling = Sampling(temperature, top_k, top_p, min_p)
         self.prompts = prompt_ids(prompts, model.config)
         self.stop = _stop_ids(stop)
@@ -134,7 +140,7 @@ class Generation:
         self.undo = draft_bytes + 64
         self.draft = make_draft(draft, model, self.sampling, draft_bytes, count, self.undo)
         self.captured = _captures(captured, draft, model.lm_head.weight.device)
-        self.statistics = Statistics(prompt_bytes=sum(map(len, self.prompts)))
+        self.statistics = Statistics(prompt_bytes=sum(map(len, self.prompts)), weight_error=weight_error(model))
         self.result = Generated([[] for _ in range(count)], ["length"] * count, self.statistics)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from blt_kernels.models.cross_patch import CrossPatch
 from blt_kernels.models.state import ByteState
 from blt_kernels.nn import embed_ids, rotary_table
 from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
+from blt_kernels.nn.matrices import multiply_normed
 
 
 def read_patches(model: Any, x: Tensor, patch: Tensor, keys: Sequence[CachedKeys]) -> Tensor:
@@ -82,7 +83,7 @@ class MegaByteState(ByteState):
         x = read_slots(model, previous, place, parts, self._local_keys(first, slots, parts.dtype))
         for buffer in self._buffers():
             buffer.trim()
-        return model.lm_head(model.norm(x.index_select(0, of_bytes) if any(begins) else x))
+        return multiply_normed(model.norm, x.index_select(0, of_bytes) if any(begins) else x, model.lm_head)[0]
 
     def _read_patches(self, stop: Sequence[int]) -> None:
         """Pass the bytes of patches through the global model, for the patches behind them, until every slot has one."""

@@ -23,6 +23,7 @@ from blt_kernels._checks import Documents
 from blt_kernels.ids import NEWLINE
 from blt_kernels.nn import embed_ids, rotary_table
 from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
+from blt_kernels.nn.matrices import multiply_normed
 
 
 class DocumentStarts:
@@ -295,7 +296,7 @@ def byte_lm_logits(model: Any, ids: Tensor, positions: Tensor, keys: Sequence[Ca
     table = rotary_table(positions, model.config, x.dtype)
     for layer, own in zip(model.layers, keys, strict=True):
         x = layer(x, table, own)
-    return model.lm_head(model.norm(x))
+    return multiply_normed(model.norm, x, model.lm_head)[0]
 
 
 class ByteLMState(ByteState):

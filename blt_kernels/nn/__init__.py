@@ -13,9 +13,12 @@ from blt_kernels.nn.functional import (
 from blt_kernels.nn.layers import (
     CrossAttention,
     FeedForward,
-    RMSNorm,
     SelfAttention,
     TransformerLayer,
+)
+from blt_kernels.nn.matrices import (
+    QuantizedLinear,
+    RMSNorm,
     embedding,
     init_normal,
     linear,
@@ -31,6 +34,7 @@ from blt_kernels.nn.positions import (
 __all__ = [
     "CrossAttention",
     "FeedForward",
+    "QuantizedLinear",
     "RMSNorm",
     "SelfAttention",
     "TransformerConfig",

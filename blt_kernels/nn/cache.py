@@ -153,12 +153,15 @@ class CachedKeys:
         Where the new keys go.
     documents : dict
         ``cu_seqlens_q`` and ``cu_seqlens_k`` of the attention op.
+    offsets : (int32 ``[B+1]``, int32 ``[B+1]``), optional
+        The same as tensors; None where the ops are the reference.
     """
 
     keys: Tensor
     values: Tensor
     index: Tensor
     documents: dict[str, Any]
+    offsets: tuple[Tensor, ...] | None = None
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values, and return those of all rows."""
@@ -206,7 +209,11 @@ class KeyCache(RowBuffer):
         old = self.end
         index = self.append(counts)
         documents = self._documents(ops, old, counts, starts)
-        return [CachedKeys(k, v, index, documents) for k, v in zip(self.flat[::2], self.flat[1::2], strict=True)]
+        checked = [d.offsets for d in documents.values() if isinstance(d, Documents)]
+        return [
+            CachedKeys(k, v, index, documents, tuple(checked) or None)
+            for k, v in zip(self.flat[::2], self.flat[1::2], strict=True)
+        ]
 
     def _documents(
         self, ops: SimpleNamespace, old: Sequence[int], counts: Sequence[int], starts: Sequence[Sequence[int]]

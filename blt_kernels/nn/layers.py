@@ -6,11 +6,11 @@ They are Llama's blocks: RMSNorm, rotary positions in interleaved pairs, SwiGLU,
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from blt_kernels import _checks
@@ -18,127 +18,11 @@ from blt_kernels._checks import Documents
 from blt_kernels.layout import AttentionRanges, PatchLayout
 from blt_kernels.nn.cache import CachedKeys
 from blt_kernels.nn.config import TransformerConfig
-from blt_kernels.nn.functional import rms_norm, swiglu
+from blt_kernels.nn.functional import swiglu
+from blt_kernels.nn.matrices import RMSNorm, add_product, is_plain, linear, multiply_normed, stored
 from blt_kernels.nn.positions import rotate
-from blt_kernels.ops.few_row_linear import linear as product
-
-
-def init_normal(weight: Tensor, std: float) -> None:
-    """Draw a weight from a normal distribution, truncated at three deviations.
-
-    Parameters
-    ----------
-    weight : floating, any shape
-        Written in place. A fake tensor is left as it is.
-    std : float
-
-    Examples
-    --------
-    >>> weight = torch.empty(1000)
-    >>> init_normal(weight, std=0.1)
-    >>> bool(weight.abs().max() <= 0.3)
-    True
-    """
-    if not isinstance(weight, FakeTensor):  # torch reads the values and draws again until all of them fit
-        nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-
-
-class Linear(nn.Linear):
-    """Multiplies by its weight, a few rows by the kernel of `few_row_linear`.
-
-    It takes the arguments of `torch.nn.Linear`.
-
-    Examples
-    --------
-    >>> layer = Linear(3, 2, bias=False)
-    >>> layer(torch.zeros(4, 3)).tolist() == [[0.0, 0.0]] * 4
-    True
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply the last dimension.
-
-        Parameters
-        ----------
-        x : floating ``[..., K]``
-
-        Returns
-        -------
-        ``[..., N]``
-        """
-        return product(x, self.weight) if self.bias is None else super().forward(x)
-
-
-def linear(in_features: int, out_features: int) -> Linear:
-    """Return a layer without bias, drawn by `init_normal` with deviation ``in_features^-0.5``.
-
-    Parameters
-    ----------
-    in_features, out_features : int
-
-    Returns
-    -------
-    Linear
-
-    Examples
-    --------
-    >>> linear(4, 2)
-    Linear(in_features=4, out_features=2, bias=False)
-    """
-    layer = Linear(in_features, out_features, bias=False)
-    init_normal(layer.weight, in_features**-0.5)
-    return layer
-
-
-def embedding(rows: int, dim: int) -> nn.Embedding:
-    """Return a table drawn by `init_normal` with deviation 0.5, about that of the update of a layer.
-
-    Parameters
-    ----------
-    rows, dim : int
-
-    Returns
-    -------
-    torch.nn.Embedding
-
-    Examples
-    --------
-    >>> embedding(260, 8)
-    Embedding(260, 8)
-    """
-    table = nn.Embedding(rows, dim)
-    init_normal(table.weight, 0.5)
-    return table
-
-
-class RMSNorm(nn.RMSNorm):
-    """Computes ``x / sqrt(mean(x^2) + eps) * weight`` in the dtype of the weight.
-
-    It takes the arguments of `torch.nn.RMSNorm`.
-
-    Examples
-    --------
-    >>> RMSNorm(2, eps=0.0)(torch.tensor([3.0, -3.0])).detach().round(decimals=3).tolist()
-    [1.0, -1.0]
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension.
-
-        Parameters
-        ----------
-        x : floating ``[..., D]``
-            Converted to the dtype of the weight: autocast gives bf16.
-
-        Returns
-        -------
-        dtype of the weight ``x.shape``
-        """
-        x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
-        if not _checks.readable(x):
-            return super().forward(x)
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps  # as torch does
-        return rms_norm(x, self.weight, eps)
+from blt_kernels.ops.few_row_layer import few_row_layer_step
+from blt_kernels.ops.few_row_linear import takes
 
 
 class SelfAttention(nn.Module):
@@ -240,8 +124,14 @@ class CrossAttention(nn.Module):
         self.v_proj = linear(config.dim, config.kv_heads * config.head_dim)
         self.o_proj = linear(config.dim, config.dim)
 
-    def forward(self, queries: Tensor, states: Tensor | tuple[Tensor, Tensor], layout: PatchLayout) -> Tensor:
-        """Return the update of the queries, without their residual.
+    def forward(
+        self,
+        queries: Tensor,
+        states: Tensor | tuple[Tensor, Tensor],
+        layout: PatchLayout,
+        residual_factor: float = 0.0,
+    ) -> Tensor:
+        """Return the update of the queries, and `residual_factor` times the queries themselves.
 
         Parameters
         ----------
@@ -249,17 +139,19 @@ class CrossAttention(nn.Module):
         states : floating ``[T, D]`` to encode, ``[C * K, D]`` to decode
             Keys and values are computed from them. Or what `keys` returned for them.
         layout : PatchLayout
+        residual_factor : float
 
         Returns
         -------
         ``queries.shape``
         """
         k, v = states if isinstance(states, tuple) else self.keys(states)
-        q = self.q_proj(self.q_norm(queries)).unflatten(-1, (-1, self.head_dim))
+        (q,) = multiply_normed(self.q_norm, queries, self.q_proj)
+        q = q.unflatten(-1, (-1, self.head_dim))
         out = self.attention(
             q, k, v, layout, direction=self.direction, queries_per_patch=self.queries_per_patch, window=self.window
         )
-        return self.o_proj(out.flatten(-2))
+        return add_product(self.o_proj, out.flatten(-2), queries, residual_factor)
 
     def keys(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of what is read.
@@ -272,9 +164,8 @@ class CrossAttention(nn.Module):
         -------
         k, v : ``[*, G, E]``
         """
-        states = self.k_norm(states)
-        k, v = (p(states).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
-        return k, v
+        k, v = multiply_normed(self.k_norm, states, self.k_proj, self.v_proj)
+        return k.unflatten(-1, (-1, self.head_dim)), v.unflatten(-1, (-1, self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -367,5 +258,29 @@ class TransformerLayer(nn.Module):
     def _layer(
         self, x: Tensor, table: Tensor, documents: Tensor | Documents | CachedKeys, ranges: AttentionRanges | None
     ) -> Tensor:
+        offsets = documents.offsets if isinstance(documents, CachedKeys) else None
+        if isinstance(documents, CachedKeys) and offsets is not None:
+            weights = self._weights(x, documents)
+            if weights is not None:
+                cache = documents.keys, documents.values, documents.index
+                return few_row_layer_step(
+                    x, *weights, self.input_layernorm.eps, table, *cache, *offsets, self.self_attn.window
+                )
         x = x + self.self_attn(self.input_layernorm(x), table, documents, ranges)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def _weights(self, x: Tensor, documents: CachedKeys) -> tuple[Any, Any, Tensor, Tensor] | None:
+        """Return the weights as `few_row_layer` takes them; None if it does not compute the layer."""
+        parts: dict[str, Any] = self._modules  # reading an attribute of a module takes four times as long
+        attention, mlp = parts["self_attn"], parts["mlp"]
+        norms = parts["input_layernorm"], parts["post_attention_layernorm"]
+        matrices = *attention._modules.values(), *mlp._modules.values()
+        if documents.keys.dtype != x.dtype or not (
+            is_plain(attention, mlp, types=(SelfAttention, FeedForward)) and is_plain(*norms, *matrices)
+        ):
+            return None
+        weights, scales = zip(*map(stored, matrices), strict=True)
+        (input_norm, _), (post_norm, _) = map(stored, norms)
+        if not takes(x, weights[0], input_norm) or len({weight.dtype for weight in weights}) > 1:
+            return None
+        return weights, () if scales[0] is None else scales, input_norm, post_norm

@@ -26,6 +26,7 @@
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
+#include "block_causal_attention.h"
 #include "block_causal_attention/amx.h"
 #include "block_causal_attention/backward.h"
 #include "block_causal_attention/decode.h"
@@ -145,6 +146,8 @@ void attend_tiles(const Tensor& like, const Problem& problem, const Results& res
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(
     Tensor q, Tensor k, Tensor v, const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
     std::optional<int64_t> window, bool causal, std::optional<double> scale, const std::optional<Tensor>& seqused_k,
@@ -171,6 +174,8 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(
   });
   return {out, lse};
 }
+
+namespace {
 
 // --- backward --------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import blt_kernels as bk
 import blt_kernels.flops  # this registers the formula of FLOPs
-from blt_kernels.nn.layers import Linear
+from blt_kernels.nn.matrices import Linear
 from blt_kernels.ops import few_row_linear as op
 from blt_kernels.ops.few_row_linear import MAX_ROWS, MIN_ROWS, few_row_linear_fwd
 
@@ -108,7 +108,7 @@ def test_opcheck_and_flops() -> None:
         (torch.ones(4, 4), torch.ones(4), "weight: expected 2 dimensions"),
         (torch.ones(4, 4), torch.ones(3, 5), "weight: expected size 4"),
         (torch.ones(4, 4).double(), torch.ones(3, 4).double(), "x: expected dtype Float"),
-        (torch.ones(4, 4), torch.ones(3, 4).double(), "weight: expected dtype Float"),
+        (torch.ones(4, 4), torch.ones(3, 4).double(), "weight: expected dtype float32, bfloat16 or int8, got Double"),
     ],
 )
 @COMPILED

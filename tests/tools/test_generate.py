@@ -46,6 +46,14 @@ def test_prompts_are_text_or_files(blt: Path, tmp_path: Path) -> None:
     assert b"text" in invoke(*options)
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_weights_are_stored_in_fewer_bits(blt: Path, weights: str) -> None:
+    options = ["--model", str(blt), "--prompt", "text", "--max-new-bytes=9", "--weights", weights, "--json"]
+    found = json.loads(invoke(*options))
+    assert found["rows"][0]["ids"] == BLT.load(blt).quantized(weights).generate("text", max_new_bytes=9).ids[0]
+    assert 0 < found["statistics"]["weight_error"] < 0.01
+
+
 @pytest.mark.parametrize("draft", ["decoder", "patcher", "prompt", "model"])
 def test_drafts_write_the_same(blt: Path, tmp_path: Path, draft: str) -> None:
     if draft == "model":

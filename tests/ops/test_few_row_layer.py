@@ -1,0 +1,266 @@
+"""few_row_layer: its accuracy, its bits, the cache, wrong arguments, and which layers run on the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import inputs
+import pytest
+import torch
+from op_calls import has_cpu_kernel
+from torch import Tensor, nn
+
+import blt_kernels as bk
+from blt_kernels._checks import Documents
+from blt_kernels.nn import TransformerConfig, TransformerLayer, layers, load_ops, rotary_table
+from blt_kernels.nn.cache import CachedKeys
+from blt_kernels.nn.matrices import Linear, QuantizedLinear
+from blt_kernels.ops.few_row_layer import MAX_ROWS, few_row_layer_step
+from blt_kernels.reference.few_row_layer import few_row_layer_reference
+
+OVERLOAD = torch.ops.blt_kernels.few_row_layer_step.default
+COMPILED = pytest.mark.skipif(not has_cpu_kernel(OVERLOAD), reason="no compiled module")
+CONFIG = TransformerConfig(dim=48, num_layers=1, num_heads=6, num_kv_heads=2, ffn_dim=77)
+SLOTS, LENGTHS = 40, (5, 12, 1, 20)  # keys of each document; two slots belong to none
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of `few_row_layer`, in order."""
+
+    x: Tensor
+    weights: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    input_norm: Tensor
+    post_norm: Tensor
+    eps: float
+    table: Tensor
+    keys: Tensor
+    values: Tensor
+    index: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    window: int | None
+
+    def run(self, function: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output, and the keys and values after the call."""
+        cache = self.keys.clone(), self.values.clone()
+        arguments = vars(self) | dict(zip(("keys", "values"), cache, strict=True))
+        return function(*arguments.values()), *cache
+
+    def in_fp64(self) -> Call:
+        """Return the same call with matrices that hold the values of these, without scales."""
+        scales = self.scales or [torch.ones(len(w)) for w in self.weights]
+        weights = tuple(w.double() * s.double()[:, None] for w, s in zip(self.weights, scales, strict=True))
+        changes: dict[str, Any] = {
+            name: value.double()
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and value.dtype == torch.float32
+        }
+        return replace(self, **changes, weights=weights, scales=(), table=self.table.to(torch.complex128))
+
+
+def make(counts: tuple[int, ...], window: int | None = None, dtype: torch.dtype = torch.float32) -> Call:
+    """Return a call with `counts` new entries at the end of each document of LENGTHS."""
+    torch.manual_seed(0)
+    total, E, G = sum(counts), CONFIG.head_dim, CONFIG.kv_heads
+    sizes = ((48, 48), (G * E, 48), (G * E, 48), (48, 48), (77, 48), (77, 48), (48, 77))
+    matrices = [nn.Linear(k, n, bias=False) for n, k in sizes]
+    scales: tuple[Tensor, ...] = ()
+    if dtype != torch.float32:
+        quantized = [QuantizedLinear(matrix, dtype) for matrix in matrices]
+        weights = tuple(q.weight for q in quantized)
+        scales = tuple(q.scale for q in quantized if q.scale is not None)
+    else:
+        weights = tuple(matrix.weight.detach() for matrix in matrices)
+    ends = torch.tensor(LENGTHS).cumsum(0).tolist()
+    slots = [end - count + i for end, count in zip(ends, counts, strict=True) for i in range(count)]
+    positions = [n - count + i for n, count in zip(LENGTHS, counts, strict=True) for i in range(count)]
+    return Call(
+        inputs.random_normal(total, 48, dtype=torch.float32, seed=1),
+        weights,
+        scales,
+        *(1 + 0.1 * torch.randn(48) for _ in range(2)),
+        1e-5,
+        rotary_table(torch.tensor(positions, dtype=torch.int64), CONFIG, torch.float32),
+        *(inputs.random_normal(SLOTS, G, E, dtype=torch.float32, seed=s) for s in (2, 3)),
+        torch.tensor(slots, dtype=torch.int64),
+        *(torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32) for n in (counts, LENGTHS)),
+        window,
+    )
+
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("counts", [(1, 0, 0, 0), (1, 1, 1, 1), (3, 2, 1, 8), (5, 12, 1, 20), (0, 0, 0, 0)])
+def test_equals_the_reference_in_fp64(counts: tuple[int, ...], dtype: torch.dtype, window: int | None) -> None:
+    call = make(counts, window, dtype)
+    truth = call.in_fp64().run(few_row_layer_reference)
+    for function in (few_row_layer_step, bk.few_row_layer):
+        for actual, expected in zip(call.run(function), truth, strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@COMPILED
+def test_bits_of_a_document_depend_neither_on_others_nor_on_threads() -> None:
+    call = make((1, 1, 1, 1))
+    outputs, *_ = call.run(few_row_layer_step)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for row in range(4):
+            counts = torch.zeros(4, dtype=torch.int64).index_fill_(0, torch.tensor(row), 1)
+            alone = replace(
+                call,
+                **{name: getattr(call, name)[row : row + 1] for name in ("x", "table", "index")},
+                cu_seqlens_q=torch.tensor([0, *counts.cumsum(0).tolist()], dtype=torch.int32),
+            )
+            assert torch.equal(alone.run(few_row_layer_step)[0], outputs[row : row + 1])
+
+
+def test_nothing_but_the_new_entries_of_the_cache_changes() -> None:
+    call = make((3, 0, 1, 2))
+    _, *caches = call.run(few_row_layer_step)
+    others = torch.ones(SLOTS, dtype=torch.bool).index_fill_(0, call.index, False)
+    for before, after in zip((call.keys, call.values), caches, strict=True):
+        assert torch.equal(before[others], after[others])
+        assert (before != after)[call.index].any(-1).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_hostile_values_stay_in_their_document(value: float) -> None:
+    call = make((2, 2, 1, 1))
+    expected = call.run(few_row_layer_step)[0]
+    call.x[2, 5] = value
+    actual = call.run(few_row_layer_step)[0]
+    assert torch.equal(actual[[0, 1, 4, 5]], expected[[0, 1, 4, 5]])
+    assert actual[2:4].isnan().all()
+
+
+def test_strides() -> None:
+    call = make((2, 2, 1, 1))
+    expected = call.run(few_row_layer_step)[0]
+    room = torch.full((6, 100), torch.nan)
+    room[:, 20:68] = call.x
+    slots = torch.zeros(SLOTS, 3, *call.keys.shape[1:])
+    slots[:, 0], slots[:, 2] = call.keys, call.values
+    columns = tuple(weight.t().contiguous().t() for weight in call.weights)
+    strided = replace(call, x=room[:, 20:68], weights=columns)
+    arguments = vars(strided) | {"keys": slots[:, 0], "values": slots[:, 2]}
+    assert torch.equal(few_row_layer_step(*arguments.values()), expected)
+    assert not slots[:, 1].any()
+
+
+def test_opcheck() -> None:
+    for call in (make((1, 1, 0, 2)), make((1, 1, 0, 2), 3, torch.int8)):
+        torch.library.opcheck(OVERLOAD, tuple(vars(call).values()))
+
+
+@COMPILED
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index": torch.tensor([0, 40, 2, 3])}, "index: expected values from 0 to 39, got 40"),
+        ({"index": torch.tensor([0, 1, 2, -1])}, "index: expected values from 0 to 39, got -1"),
+        ({"index": torch.tensor([0, 1, 2])}, "index: expected size 4"),
+        ({"x": torch.ones(4, 47)}, "weights: expected size 47"),
+        ({"x": torch.ones(4, 48).double()}, "x: expected dtype Float"),
+        ({"weights": ()}, "weights: expected 7, got 0"),
+        ({"scales": (torch.ones(48),)}, "scales: expected none or 7, got 1"),
+        ({"table": torch.ones(4, 1, 3) + 0j}, "table: expected size 4"),
+        ({"keys": torch.ones(40, 2, 7)}, "values: expected size 7"),
+        ({"values": torch.ones(39, 2, 8)}, "values: expected size 40"),
+        ({"post_norm": torch.ones(47)}, "post_norm: expected size 48"),
+        ({"cu_seqlens_q": torch.tensor([0, 9, 9, 9, 9], dtype=torch.int32)}, "cu_seqlens_q"),
+        ({"cu_seqlens_k": torch.tensor([0, 5, 17, 18, 99], dtype=torch.int32)}, "cu_seqlens_k"),
+        ({"window": 0}, "window: expected a value >= 1"),
+    ],
+)
+def test_the_operator_names_wrong_arguments(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        replace(make((1, 1, 1, 1)), **changes).run(few_row_layer_step)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.ones(4, 48, 1)}, ValueError, "x: expected 2 dimensions"),
+        ({"weights": ()}, ValueError, "weights: expected 7, of q, k, v"),
+        ({"scales": (torch.ones(48),)}, ValueError, "scales: expected 0 or 7, of"),
+        ({"keys": torch.ones(40, 2, 8).double()}, TypeError, "keys: expected dtype"),
+        ({"values": torch.ones(39, 2, 8)}, ValueError, "values: expected shape"),
+        ({"input_norm": torch.ones(47)}, ValueError, "input_norm: expected shape"),
+        ({"table": torch.ones(4, 1, 4)}, TypeError, "table: expected dtype"),
+        ({"index": torch.tensor([0, 1, 2, 3], dtype=torch.int32)}, TypeError, "index: expected dtype"),
+        ({"cu_seqlens_q": torch.tensor([0, 3, 2, 4])}, ValueError, "cu_seqlens_q"),
+        ({"window": -1}, ValueError, "window: expected a value >= 1"),
+        ({"eps": "small"}, TypeError, "eps: expected a number"),
+    ],
+)
+def test_the_function_names_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        replace(make((1, 1, 1, 1)), **changes).run(bk.few_row_layer)
+
+
+# --- which layers run on the kernel -----------------------------------------------------------------------------------
+
+
+def calls_kernel(layer: nn.Module, rows: int = 2, dtype: torch.dtype = torch.float32, ops: str = "fused") -> bool:
+    offsets = torch.tensor([0, rows], dtype=torch.int32)
+    cu_seqlens = load_ops(ops).offsets(Documents(offsets, rows, rows))
+    cache = (torch.zeros(rows, CONFIG.kv_heads, CONFIG.head_dim, dtype=dtype) for _ in range(2))
+    documents = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    both = (offsets, offsets) if ops == "fused" else None
+    keys = CachedKeys(*cache, torch.arange(rows), documents, both)
+    table = rotary_table(torch.arange(rows), CONFIG, dtype)
+    with mock.patch.object(layers, "few_row_layer_step", wraps=few_row_layer_step) as step:
+        layer(inputs.random_normal(rows, 48, dtype=dtype, seed=1), table, keys)
+    return step.called
+
+
+def test_few_cached_rows_without_gradients_run_on_the_kernel() -> None:
+    layer = TransformerLayer(CONFIG, load_ops("fused"))
+    with torch.no_grad():
+        assert calls_kernel(layer)
+        assert calls_kernel(layer, MAX_ROWS)
+        assert not calls_kernel(layer, MAX_ROWS + 1)
+        assert not calls_kernel(TransformerLayer(CONFIG, load_ops("reference")), ops="reference")
+        assert not calls_kernel(TransformerLayer(CONFIG, load_ops("fused")).double(), dtype=torch.float64)
+        assert not calls_kernel(TransformerLayer(CONFIG, load_ops("fused")).bfloat16(), dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not calls_kernel(layer)
+    assert not calls_kernel(TransformerLayer(CONFIG, load_ops("fused")))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_quantized_matrices_run_on_the_kernel_if_all_are(dtype: torch.dtype) -> None:
+    layer = TransformerLayer(CONFIG, load_ops("fused"))
+    for count, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")):
+        module = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+        setattr(module, name, QuantizedLinear(getattr(module, name), dtype))
+        with torch.no_grad():
+            assert calls_kernel(layer) == (count == 6)
+
+
+def test_what_was_put_into_a_layer_runs() -> None:
+    seen: list[str] = []
+
+    class Doubled(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    def change(layer: TransformerLayer, part: str) -> None:
+        layer.get_submodule(part).register_forward_hook(lambda *_: seen.append(part))
+
+    for part in ("self_attn", "mlp", "input_layernorm", "self_attn.k_proj", "mlp.down_proj"):
+        layer = TransformerLayer(CONFIG, load_ops("fused"))
+        change(layer, part)
+        with torch.no_grad():
+            assert not calls_kernel(layer)
+        assert seen.pop() == part
+    layer = TransformerLayer(CONFIG, load_ops("fused"))
+    layer.self_attn.v_proj = Doubled(48, 16, bias=False)
+    with torch.no_grad():
+        assert not calls_kernel(layer)
