@@ -1,6 +1,6 @@
 // few_row_layer runs a transformer layer over a few new entries of rows whose earlier keys and values are cached:
 //
-//   q, k, v = rotate(W_q n), rotate(W_k n), W_v n        with n = norm(x); k and v go to the entries `index` of the cache
+//   q, k, v = rotate(W_q n), rotate(W_k n), W_v n        with n = norm(x); k and v are written to the cache
 //   h = x + W_o attention(q, keys, values)
 //   y = h + W_down (silu(W_gate n') * W_up n')           with n' = norm(h)
 //

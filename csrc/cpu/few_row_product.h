@@ -4,9 +4,9 @@
 //
 // Tiling: threads share the rows of weight, four of which (two with AVX2) are a tile. A tile is multiplied by up to six
 // rows of x at a time: weights come from memory for the first of these groups, and from L1 for the others. x is in L1
-// or L2. The next tile is prefetched meanwhile: the hardware would begin with each row anew. Weights of bf16 and int8 are
-// converted to fp32 in registers. An element of y has one vector of sums over rising k, whose lanes are added in a fixed
-// order. So its bits depend neither on the number of rows nor on the threads.
+// or L2. The next tile is prefetched meanwhile: the hardware would begin with each row anew. Weights of bf16 and int8
+// are converted to fp32 in registers. An element of y has one vector of sums over rising k, whose lanes are added in a
+// fixed order. So its bits depend neither on the number of rows nor on the threads.
 //
 // Bytes: those of the N K weights, and 4 M (K + N) of x and y. Flops: 2 M N K.
 #pragma once

@@ -10,7 +10,7 @@ namespace blt {
 // The weights of a transformer layer, in the order in which the operator takes them.
 enum LayerWeight { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLayerWeights };
 
-// The sizes of a layer: x [rows, dim], heads of q and of keys and values [slots, kv_heads, head_dim], SwiGLU of `hidden`.
+// x is [rows, dim], keys and values are [slots, kv_heads, head_dim], and SwiGLU has `hidden` columns.
 struct LayerSizes {
   int64_t rows, dim, heads, kv_heads, head_dim, hidden, slots;
 };
