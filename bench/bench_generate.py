@@ -64,6 +64,8 @@ BLT_CASES = (
     *(Case(1, 64, uncached=True), Case(1, 512, uncached=True), Case(1, 4096)),
     *(Case(8, 64), Case(8, 512), Case(8, 4096), Case(64, 512)),
 )
+# The same with weights of int8. It takes no part in the comparison above, where it would be the best peer.
+INT8_CASES = (Case(1, 64, uncached=True), Case(1, 512, uncached=True), Case(1, 4096), Case(8, 512))
 MEGABYTE_CASES = (Case(1, 64, uncached=True), Case(1, 512, uncached=True), Case(1, 4096), Case(8, 512))
 SMALL = (Case(2, 40, 5, uncached=True),)
 
@@ -72,17 +74,25 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
     """Yield BLT, then MegaByte."""
     for case in SMALL if small else BLT_CASES:
         yield partial(blt, case, device, small)
+    for case in SMALL if small else INT8_CASES:
+        yield partial(blt, case, device, small, "int8")
     for case in SMALL if small else MEGABYTE_CASES:
         yield partial(megabyte, case, device, small)
 
 
-def blt(case: Case, device: str, small: bool) -> Comparison:
-    """Compare with transformers, with the same weights, and with a byte transformer of as many parameters."""
+def blt(case: Case, device: str, small: bool, weights: str | None = None) -> Comparison:
+    """Compare with transformers, with the same weights, and with a byte transformer of as many parameters.
+
+    Ours is quantized, if `weights` says how, and then chooses other bytes.
+    """
     tokens = text(case.rows, case.length + case.new).to(device)
     theirs = peers.transformers_blt(tokens, PATCH_SIZE, small=small)
     if theirs is None:
         raise ImportError("the bench of generation compares with transformers: pip install transformers")
     ours = peers.with_weights_of(theirs, device)
+    parameters = millions(ours)
+    if weights is not None:
+        ours = ours.quantized(weights)
     calls: dict[str, Callable[[], Tensor]] = {OURS: Steps(ours, tokens, case)}
     if case.uncached:
         calls["transformers"] = partial(
@@ -91,7 +101,9 @@ def blt(case: Case, device: str, small: bool) -> Comparison:
     same = ByteLMConfig(dim=32, num_layers=1, num_heads=2) if small else byte_transformer(768, 9, 12)
     if case.rows * case.length <= LONGEST:
         calls.update(byte_transformers(tokens, case, device, same))
-    return comparison(BLT_OP, case, calls, "transformers", {}, device)
+    if weights is not None:
+        return comparison(BLT_OP, case, calls, parameters, None, {}, device, f"{weights} weights")
+    return comparison(BLT_OP, case, calls, parameters, "transformers", {}, device)
 
 
 def megabyte(case: Case, device: str, small: bool) -> Comparison:
@@ -113,16 +125,18 @@ def megabyte(case: Case, device: str, small: bool) -> Comparison:
             calls["MEGABYTE-pytorch"] = partial(without_cache, lambda ids: theirs(ids)[:, -1], tokens, case)
     if case.rows * case.length <= LONGEST:
         calls.update(byte_transformers(tokens, case, device, *configs))
-    return comparison(MEGABYTE_OP, case, calls, None, failures, device)
+    return comparison(MEGABYTE_OP, case, calls, millions(ours), None, failures, device)
 
 
 def comparison(
     op: str,
     case: Case,
     calls: dict[str, Callable[[], Tensor]],
+    parameters: str,
     equal: str | None,
     failures: dict[str, str],
     device: str,
+    dtype: str = "float32",
 ) -> Comparison:
     """Return a comparison of `calls`, of which `equal` must choose the same bytes as ours."""
 
@@ -135,11 +149,10 @@ def comparison(
 
     ours: Any = calls[OURS]
     matrix, vector = normal(*LIMIT_SHAPE, device=device), normal(LIMIT_SHAPE[1], device=device)
-    parameters = millions(ours.model)
     return Comparison(
         op,
         f"{parameters} parameters, {case.shape}, {ours.state.nbytes / 1e6:.3g} MB of state",
-        "float32",
+        dtype,
         calls,
         ours.work(),
         {"matrix-vector product": lambda: torch.mv(matrix, vector), **timing.reads(matrix)},
@@ -216,7 +229,7 @@ def bytes_of_step(model: Any, state: ByteState, before: Sequence[int]) -> int:
     """
     closed = [n for n, old in zip(state.num_patches, before, strict=True) if n > old]
     config, total = model.config, 0
-    for name, x in model.named_parameters():
+    for name, x in (*model.named_parameters(), *model.named_buffers()):  # quantized matrices are buffers
         if closes(name) and not closed:
             continue
         if name.endswith(TABLES):
@@ -253,7 +266,7 @@ def remarks(rows: list[timing.Row]) -> list[str]:
         if ours.op not in (BLT_OP, MEGABYTE_OP) or ours.implementation != OURS:
             continue
         new, _, batch = numbers_in(ours.shape)
-        same = [row for row in rows if (row.op, row.shape, row.threads) == (ours.op, ours.shape, ours.threads)]
+        same = [row for row in rows if key_of(row) == key_of(ours)]
         times = ", ".join(
             f"{row.implementation} {row.median_ms / ours.median_ms:.3g} times"
             for row in same
@@ -261,10 +274,14 @@ def remarks(rows: list[timing.Row]) -> list[str]:
         )
         step, limit = ours.median_ms / new, ours.median_ms * ours.share_of_limit / new
         lines.append(
-            f"{ours.op}, {ours.shape}, {ours.threads} threads: {step:.3g} ms a step, {batch * 1e3 / step:.4g} bytes/s;"
-            f" limit {limit:.3g} ms{'; ' + times if times else ''}"
+            f"{ours.op}, {ours.shape}, {ours.dtype}, {ours.threads} threads: {step:.3g} ms a step,"
+            f" {batch * 1e3 / step:.4g} bytes/s; limit {limit:.3g} ms{'; ' + times if times else ''}"
         )
     return lines
+
+
+def key_of(row: timing.Row) -> tuple[str, str, str, int]:
+    return row.op, row.shape, row.dtype, row.threads
 
 
 def plot(rows: list[timing.Row], path: Path) -> None:
@@ -287,11 +304,12 @@ def plot(rows: list[timing.Row], path: Path) -> None:
             if row.op != op or row.threads != threads or row.implementation.startswith("limit: "):
                 continue
             new, length, batch = numbers_in(row.shape)
-            if batch == 1:
-                curves.setdefault(row.implementation, []).append((length, row.median_ms / new))
+            kind = "" if row.dtype == "float32" else f", {row.dtype}"
+            if batch == 1 and (not kind or row.implementation == OURS):
+                curves.setdefault(row.implementation + kind, []).append((length, row.median_ms / new))
                 if row.implementation == OURS:
                     limit = row.median_ms * row.share_of_limit / new
-                    curves.setdefault("limit of ours", []).append((length, limit))
+                    curves.setdefault(f"limit of ours{kind}", []).append((length, limit))
         for name, points in curves.items():
             style = "--" if name.startswith("limit") else "-"
             axis.plot(*zip(*sorted(points), strict=True), style, marker=".", label=name)

@@ -24,7 +24,7 @@ GENERATION_MARKERS = ("<!-- generation:begin -->", "<!-- generation:end -->")
 GENERATION_SHAPE = re.compile(r"(.*), (\d+) bytes behind (\d+), batch (\d+), (.*) of state")  # bench_generate writes it
 GPUS = "nvidia"
 OURS, LIMIT = "blt_kernels", "limit: "
-TOLD_ELSEWHERE = re.compile(r"scaling|latency|generation|^decode ")
+TOLD_ELSEWHERE = re.compile(r"scaling|latency|generation|^decode |^few_row_")
 FORWARD, BACKWARD = " fwd", " fwd+bwd"
 
 Row = dict[str, str]
@@ -125,10 +125,10 @@ def table_of_generation(path: Path) -> str:
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["median_ms"] and "generation" in row["op"]]
     threads = max((row["threads"] for row in rows), key=int)
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         if row["threads"] == threads:
-            groups.setdefault((row["op"], row["shape"]), []).append(row)
+            groups.setdefault((row["op"], row["shape"], row["dtype"]), []).append(row)
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     lines = [
         f"`{shown}`, {threads} threads: milliseconds to append a byte to every row of a batch, medians of interleaved"
@@ -137,7 +137,7 @@ def table_of_generation(path: Path) -> str:
         "| model | behind bytes | batch | ms | limit | state | others |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
-    for (op, shape), group in groups.items():
+    for (op, shape, dtype), group in groups.items():
         found, by_name = GENERATION_SHAPE.fullmatch(shape), {row["implementation"]: row for row in group}
         if found is None or OURS not in by_name:
             continue
@@ -149,7 +149,7 @@ def table_of_generation(path: Path) -> str:
             for name, row in by_name.items()
             if name != OURS and not name.startswith(LIMIT)
         ]
-        model = f"{op.removesuffix(' generation')}, {parameters}"
+        model = f"{op.removesuffix(' generation')}, {parameters}, {dtype}"
         lines.append(f"| {model} | {length} | {batch} | {ours:.3g} | {limit:.2g} | {state} | {', '.join(others)} |")
     return "\n".join(lines)
 
