@@ -85,7 +85,7 @@ def generate_captured(
     rows, steps = expected.shape
     state = model.new_state(rows, undo=0)
     first = model.extend(prompts, state=state)[:, -1].argmax(-1)
-    captured = STEPS[type(state)](state, Sampling(), 3 * steps + 2)
+    captured = STEPS[type(state)](state, Sampling())
     captured.start(first.tolist())
     going, numbers = [True] * rows, [0.0] * rows
     written = [first.tolist(), *(captured.step(going, numbers) for _ in range(steps - 1))]

@@ -101,12 +101,10 @@ class FixedByteLM:
     Parameters
     ----------
     state : ByteLMState
-    total : int
-        The most ids that a row will have.
     """
 
-    def __init__(self, state: ByteLMState, total: int) -> None:
-        self.model, self.keys = state.model, FixedKeys(state.cache, total)
+    def __init__(self, state: ByteLMState) -> None:
+        self.model, self.keys = state.model, FixedKeys(state.cache)
         self.starts = FixedStarts(state.starts, state.device)
 
     def extend(self, ids: Tensor, position: Tensor) -> Tensor:
@@ -123,8 +121,6 @@ class Steps:
     state : ByteState
         It is copied. Each row has read an id at least.
     sampling : Sampling
-    max_new_bytes : int
-        The most ids that are appended to a row.
 
     Attributes
     ----------
@@ -147,10 +143,9 @@ class Steps:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, state: ByteState, sampling: Sampling, max_new_bytes: int) -> None:
+    def __init__(self, state: ByteState, sampling: Sampling) -> None:
         rows, device = state.rows, state.device
         self.model, self.device, self.sampling = state.model, device, sampling
-        self.total = max(state.lengths) + max_new_bytes
         self.position = torch.tensor(state.lengths, device=device)
         self.ids = torch.zeros_like(self.position)
         self.closes = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -165,7 +160,7 @@ class Steps:
         self._step = Step(self._write_and_read, device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with self._on_stream():
-            self._prepare(state, max_new_bytes)
+            self._prepare(state)
 
     def start(self, ids: Sequence[int]) -> None:
         """Append the ids that were chosen from the logits of the prompts."""
@@ -201,6 +196,8 @@ class Steps:
                 self._close(closing)
                 self.num_patches = [n + closes for n, closes in zip(self.num_patches, closing, strict=True)]
                 self.passes["global"] += 1
+            if self._reserve(max(self.lengths) + 1):
+                self._step = Step(self._write_and_read, self.device)
             if not self.sampling.greedy:
                 self._staged.copy_(torch.tensor(numbers, dtype=torch.float64))
                 self.numbers.copy_(self._staged, non_blocking=True)
@@ -227,8 +224,12 @@ class Steps:
         self._read()
         self.report.copy_(torch.stack([torch.where(finite, self.ids, -1), self.closes.long()]))
 
-    def _prepare(self, state: Any, max_new_bytes: int) -> None:
+    def _prepare(self, state: Any) -> None:
         """Copy what the state remembers."""
+        raise NotImplementedError
+
+    def _reserve(self, total: int) -> bool:
+        """Make room for rows of `total` ids. Return whether the tensors of a step are others now."""
         raise NotImplementedError
 
     def _read(self) -> None:
@@ -249,8 +250,11 @@ class ByteLMSteps(Steps):
 
     writing = ("byte_lm",)
 
-    def _prepare(self, state: ByteLMState, max_new_bytes: int) -> None:
-        self.state = FixedByteLM(state, self.total)
+    def _prepare(self, state: ByteLMState) -> None:
+        self.state = FixedByteLM(state)
+
+    def _reserve(self, total: int) -> bool:
+        return self.state.keys.reserve(total)
 
     def _write(self) -> Tensor:
         return self.state.extend(self.ids, self.position - 1)

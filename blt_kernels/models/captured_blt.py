@@ -20,10 +20,9 @@ from blt_kernels.layout import PatchLayout
 from blt_kernels.models.blt_state import BLTState, decode, encode, read_patches
 from blt_kernels.models.boundaries import cut_boundaries, rule_boundaries
 from blt_kernels.models.captured import FixedByteLM, FixedStarts, Step, Steps, shifted
-from blt_kernels.nn.fixed_cache import FixedKeys, last_entries, right_aligned, slots_of
+from blt_kernels.nn.fixed_cache import ROOM, FixedKeys, last_entries, right_aligned, slots_of
 
 _FEWEST_BYTES = 32  # of a row in the step of patches
-_PATCHES = 256  # by which the keys of patches grow at least
 
 
 class BLTSteps(Steps):
@@ -37,7 +36,7 @@ class BLTSteps(Steps):
 
     writing = ("decoder",)
 
-    def _prepare(self, state: BLTState, max_new_bytes: int) -> None:
+    def _prepare(self, state: BLTState) -> None:
         rows, device = state.rows, self.device
         self.row = row = torch.arange(rows, device=device)
         self.reading = ("encoder",) if state.patcher is None else ("patcher", "encoder")
@@ -47,7 +46,7 @@ class BLTSteps(Steps):
         self.tail, self.newest = last_entries(state.ids, width)[0].long(), row * width + width - 1
         self.patcher = None
         if state.patcher is not None:
-            self.patcher = FixedByteLM(state.patcher, self.total)
+            self.patcher = FixedByteLM(state.patcher)
             (self.entropy,) = last_entries(state.entropy, width)
 
         # Where the last patches of each row start, the open one last, and where it would if no patch was cut.
@@ -67,13 +66,7 @@ class BLTSteps(Steps):
             torch.tensor([starts[i] for starts in documents], device=device) for i in (0, -1)
         )
 
-        # Byte p of a row is in slot ``p % room`` of what the encoder made of it.
-        lengths = state.lengths
-        self.room = room = max(n - begin for n, begin in zip(lengths, first, strict=True)) + max_new_bytes
-        self.encoded = [x.new_zeros(rows * room, *x.shape[1:]) for x in state.encoded.flat]
-        slots = slots_of(first, lengths, room, room, device)
-        for x, kept in zip(self.encoded, state.encoded.read(first, lengths), strict=True):
-            x.index_copy_(0, slots, kept)
+        self._keep_encoded(state.encoded.read(first, state.lengths), first)
 
         # Patch p is in slot ``p % window_decoder`` of what the decoder reads. One slot more takes what nobody reads.
         stride = self.window_decoder + 1
@@ -85,13 +78,34 @@ class BLTSteps(Steps):
 
         self.byte_starts = FixedStarts(state.starts, device)
         self.byte_start = torch.zeros_like(self.position)
-        self.encoder_keys = FixedKeys(state.encoder_keys, self.total)
-        self.decoder_keys = FixedKeys(state.decoder_keys, self.total)
-        self.most_patches = max(closed) + min(max_new_bytes, _PATCHES)
-        self.global_keys = FixedKeys(state.global_keys, self.most_patches)
+        self.encoder_keys, self.decoder_keys = FixedKeys(state.encoder_keys), FixedKeys(state.decoder_keys)
+        self.global_keys = FixedKeys(state.global_keys)
         self.x = torch.zeros_like(self.encoded[-1][:rows])
         self.not_full = torch.zeros(1, dtype=torch.bool, device=device)
         self.close_steps: dict[int, Step] = {}
+
+    @torch.inference_mode(False)
+    def _keep_encoded(self, kept: Sequence[Tensor], first: Sequence[int]) -> None:
+        """Keep what the encoder made of the bytes of each row from `first` on: byte p in slot ``p % room``."""
+        rows = len(first)
+        self.room = room = 2 * max(n - begin for n, begin in zip(self.lengths, first, strict=True)) + ROOM
+        self.encoded = [x.new_zeros(rows * room, *x.shape[1:]) for x in kept]
+        slots = slots_of(first, self.lengths, room, room, self.device)
+        for x, values in zip(self.encoded, kept, strict=True):
+            x.index_copy_(0, slots, values)
+
+    def _reserve(self, total: int) -> bool:
+        patcher = [] if self.patcher is None else [self.patcher.keys]
+        moved = [keys.reserve(total) for keys in (*patcher, self.encoder_keys, self.decoder_keys)]
+        # What a row that has ended made of its bytes is not read any more.
+        pairs = zip(self._first_read(), self.lengths, self._going, strict=True)
+        first = [begin if goes else n for begin, n, goes in pairs]
+        if max(n - begin for n, begin in zip(self.lengths, first, strict=True)) == self.room:
+            slots = slots_of(first, self.lengths, self.room, self.room, self.device)
+            self._keep_encoded([x.index_select(0, slots) for x in self.encoded], first)
+            self.close_steps.clear()
+            moved.append(True)
+        return any(moved)
 
     # --- an id, before its patch closes -------------------------------------------------------------------------------
 
@@ -143,10 +157,8 @@ class BLTSteps(Steps):
 
     def _close(self, closing: Sequence[bool]) -> None:
         counts = [n - a for n, a, closes in zip(self.lengths, self._first_read(), closing, strict=True) if closes]
-        if max(self.num_patches) == self.most_patches:
-            self.most_patches += max(_PATCHES, self.most_patches // 2)
-            if self.global_keys.grow(self.most_patches):
-                self.close_steps.clear()  # graphs of the old addresses
+        if self.global_keys.reserve(max(self.num_patches) + 1):
+            self.close_steps.clear()  # graphs of the old addresses
         width = max(_FEWEST_BYTES, 1 << (max(counts) - 1).bit_length())
         if width not in self.close_steps:
             self.close_steps[width] = Step(partial(self._close_patches, width), self.device)

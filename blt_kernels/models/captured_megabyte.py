@@ -23,18 +23,20 @@ class MegaByteSteps(Steps):
 
     writing = ("local",)
 
-    def _prepare(self, state: MegaByteState, max_new_bytes: int) -> None:
+    def _prepare(self, state: MegaByteState) -> None:
         config, rows = self.model.config, state.rows
         size = config.patch_size
         self.row = torch.arange(rows, device=self.device)
         # Convolutions reach back over the ids before a patch.
         self.width = size + sum(n - 1 for n in config.conv_sizes)
         self.tail = last_entries(state.ids, self.width)[0].long()
-        self.global_keys = FixedKeys(state.global_keys, max(state.num_patches) + max_new_bytes // size + 1)
+        self.global_keys, self.local_keys = FixedKeys(state.global_keys), FixedKeys(state.local_keys)
         self.first_patch = torch.zeros_like(self.position)
-        self.local_keys = FixedKeys(state.local_keys, self.total + 1)  # a row of n ids has n + 1 slots
         self.parts = state.parts.read([n - size for n in state.parts.end], state.parts.end)[0]
-        self._close_patches_step = Step(self._close_patches, self.device)
+        self._close_step = Step(self._close_patches, self.device)
+
+    def _reserve(self, total: int) -> bool:
+        return self.local_keys.reserve(total + 1)  # a row of n ids has n + 1 slots
 
     def _read(self) -> None:
         self.tail.copy_(shifted(self.tail, self.ids))
@@ -42,7 +44,9 @@ class MegaByteSteps(Steps):
         self.closes.copy_(self.position % self.model.config.patch_size == 0)
 
     def _close(self, closing: Sequence[bool]) -> None:
-        self._close_patches_step()
+        if self.global_keys.reserve(max(self.lengths) // self.model.config.patch_size + 1):
+            self._close_step = Step(self._close_patches, self.device)
+        self._close_step()
 
     def _close_patches(self) -> None:
         """Give the slots of the next patch what the global model makes of the patches that are full."""

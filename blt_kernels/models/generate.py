@@ -180,7 +180,7 @@ class Generation:
                 statistics.patches += sum(num_patches if steps is None else steps.num_patches)
                 return
             if steps is None:
-                steps = STEPS[type(state)](state, self.sampling, self.max_new_bytes)
+                steps = STEPS[type(state)](state, self.sampling)
                 steps.start([self.result.ids[row][-1] for row in rows])
                 del state  # its memory is not needed any more
             drawn = not self.sampling.greedy

@@ -170,9 +170,8 @@ class GeneratingModel(nn.Module):
             often calls `quantized` once instead.
         captured : bool, optional
             Write byte by byte in fixed shapes: on CUDA as captured graphs, with one wait for the device a byte
-            (`blt_kernels.models.captured`). Local layers without a window take memory for `max_new_bytes` at once, and
-            the parameters of the model may not move meanwhile. None does so on CUDA where there are no drafts, outside
-            of autocast and of `torch.use_deterministic_algorithms`.
+            (`blt_kernels.models.captured`). The parameters of the model may not move meanwhile. None does so on CUDA
+            where there are no drafts, outside of autocast and of `torch.use_deterministic_algorithms`.
 
         Returns
         -------

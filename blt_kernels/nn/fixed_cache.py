@@ -15,6 +15,9 @@ from torch import Tensor
 from blt_kernels._checks import Documents
 from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
 
+ROOM = 256  # entries that a row has room for at first, beyond those that it has
+LARGE_WINDOW = 4096  # entries; memory for windows from this size on is taken as rows grow
+
 
 def last_entries(buffer: RowBuffer, width: int) -> list[Tensor]:
     """Return the last entries of every row, ``[rows, width, *shape]``, at the end of the row and behind zeros."""
@@ -45,42 +48,44 @@ def right_aligned(counts: Tensor, width: int) -> Documents:
 class FixedKeys:
     """Holds the keys and values of every layer of a stack: those that the window of the next entry of a row reaches.
 
-    A row has `period` slots, and position p is in slot ``p % period``. Rows that grow longer have the same keys in as
-    many slots behind these again, so that a window always lies end to end. The last slot takes keys that nobody reads.
+    Position p of a row is in slot ``p % period``. With a window, which is the period then, the same keys are in as many
+    slots behind these again, so that a window always lies end to end. Without one, or with a large one, `reserve` makes
+    the period longer than all rows. The last slot of a row takes keys that nobody reads.
 
     Parameters
     ----------
     cache : KeyCache
         Its keys are copied.
-    total : int
-        The most entries that a row will have, until `grow` is called.
     """
 
-    def __init__(self, cache: KeyCache, total: int) -> None:
-        self.window, self.rows, self.device = cache.window, len(cache.end), cache.flat[0].device
+    def __init__(self, cache: KeyCache) -> None:
+        self.rows, self.device = len(cache.end), cache.flat[0].device
         # Rows alternate with documents that have no queries: the keys between theirs.
         queries = torch.arange(2 * self.rows + 1, device=self.device) // 2
         self.queries = Documents(queries.int(), self.rows, self.rows)
-        self._allocate(cache.flat, total)
+        window, total = cache.window, max(cache.end) + ROOM
+        if window is None or window >= max(total, LARGE_WINDOW):
+            self.copies, period = 1, total
+        else:
+            self.copies, period = 2, window
+        self._allocate(cache.flat, period)
         begin = [max(first, end - self.period) for first, end in zip(cache.first, cache.end, strict=True)]
         slots = slots_of(begin, cache.end, self.period, self.stride, self.device)
         self._fill(slots, cache.read(begin, cache.end))
 
     @torch.inference_mode(False)
-    def grow(self, total: int) -> bool:
-        """Make room for rows of so many entries. Return whether the addresses are others now."""
+    def reserve(self, total: int) -> bool:
+        """Make room for rows of `total` entries. Return whether the addresses are others now."""
         if self.copies == 2 or total <= self.period:
             return False
         kept = [x.unflatten(0, (self.rows, -1))[:, : self.period].flatten(0, 1) for x in self.flat]
         positions = torch.arange(self.period, device=self.device)
-        self._allocate(self.flat, total)
+        self._allocate(self.flat, max(total, 2 * self.period))
         self._fill((self.base[:, None] + positions).flatten(), kept)
         return True
 
-    def _allocate(self, like: Sequence[Tensor], total: int) -> None:
-        self.period = total if self.window is None else min(self.window, total)
-        self.copies = 1 if self.period == total else 2
-        self.stride = self.copies * self.period + 1
+    def _allocate(self, like: Sequence[Tensor], period: int) -> None:
+        self.period, self.stride = period, self.copies * period + 1
         self.flat = [x.new_zeros(self.rows * self.stride, *x.shape[1:]) for x in like]
         self.base = torch.arange(self.rows, device=self.device) * self.stride
 

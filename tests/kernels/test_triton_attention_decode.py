@@ -93,7 +93,7 @@ def test_decoding_rows_are_nothing_to_forward(run: Callable) -> None:
 def test_keys_of_fixed_shapes(run: Callable, splits: int) -> None:
     """Between the documents of rows are others without queries, whose keys are NaN and are not loaded."""
     config = TransformerConfig(dim=64, num_layers=1, num_heads=4, num_kv_heads=2, window=30)
-    fixed = FixedKeys(KeyCache(3, config, 0, dtype=torch.float32, device=torch.device("cpu")), total=100)
+    fixed = FixedKeys(KeyCache(3, config, 0, dtype=torch.float32, device=torch.device("cpu")))
     position, start = torch.tensor([4, 47, 90]), torch.tensor([0, 40, 0])
     (layer,) = fixed.extend(load_ops("reference"), position, start)
     cu_q, cu_k = layer.documents["cu_seqlens_q"], layer.documents["cu_seqlens_k"]

@@ -49,11 +49,11 @@ def dictated() -> tuple[list[Tensor], list[int]]:
 
 
 @torch.no_grad()
-def steps_behind(model: ByteModel, prompts: Sequence[Tensor], sampling: Sampling, new_ids: int = NEW_IDS) -> Steps:
+def steps_behind(model: ByteModel, prompts: Sequence[Tensor], sampling: Sampling) -> Steps:
     """Return what decodes behind these prompts."""
     state = model.new_state(len(prompts), undo=0)
     state.extend(torch.cat(list(prompts)), [len(prompt) for prompt in prompts])
-    return STEPS[type(state)](state, sampling, new_ids)
+    return STEPS[type(state)](state, sampling)
 
 
 def dictate(steps: Steps, rows: Sequence[Tensor], lengths: Sequence[int], ended: dict[int, int]) -> Iterator[int]:
@@ -166,6 +166,11 @@ def test_few_bytes(name: str, new: int) -> None:
     out = build(name).generate(PROMPTS, max_new_bytes=new, captured=True)
     assert out.ids == build(name).generate(PROMPTS, max_new_bytes=new).ids
     assert build(name).generate([], max_new_bytes=new, captured=True).ids == []
+
+
+@pytest.mark.parametrize("name", slow_unless(MODELS, ["blt"]))
+def test_quantized_weights(name: str) -> None:
+    both(build(name), PROMPTS, max_new_bytes=8, weights="int8")
 
 
 @pytest.mark.parametrize("name", slow_unless(MODELS, ["blt"]))
@@ -336,12 +341,29 @@ class Addresses(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-GROWING = ("blt: byte", "blt: global window", "blt_cross_windows", "byte_lm", "megabyte_extended")
+@pytest.fixture
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows have room for few entries more than they have, and windows of any size are large."""
+    for module in ("blt_kernels.nn.fixed_cache", "blt_kernels.models.captured_blt"):
+        monkeypatch.setattr(f"{module}.ROOM", 8)
+    monkeypatch.setattr("blt_kernels.nn.fixed_cache.LARGE_WINDOW", 0)
 
 
-@pytest.mark.parametrize("case", slow_unless(GROWING, ["blt: byte"]))
-def test_steps_are_captured_once_and_anew_where_patches_need_more_room(
-    case: str, monkeypatch: pytest.MonkeyPatch
+# How many graphs are captured: keys of windows stay where they are, those of all bytes or patches need more room.
+GROWING = {
+    "byte_lm": 1,
+    "byte_lm: no window": 2,
+    "blt: byte": 3,
+    "blt: global window": 2,
+    "blt: no local windows": 3,
+    "blt_cross_windows": 2,
+    "megabyte_extended": 2,
+}
+
+
+@pytest.mark.parametrize("case", slow_unless(GROWING, ["blt: byte", "blt: no local windows"]))
+def test_steps_are_captured_once_and_anew_where_they_need_more_room(
+    case: str, little_room: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Steps] = []
     captured: list[Graph] = []
@@ -357,10 +379,20 @@ def test_steps_are_captured_once_and_anew_where_patches_need_more_room(
 
     monkeypatch.setattr(Step, "__init__", captures)
     monkeypatch.setattr("blt_kernels.models.captured.capture", capture)
-    monkeypatch.setattr("blt_kernels.models.captured_blt._PATCHES", 8)
     check_one_forward(case, made.append)
-    # Patches of a window are kept where they are; those of every byte need more room once.
-    assert len(captured) == {"byte_lm": 1, "blt: byte": 3}.get(case, 2)
+    assert len(captured) == GROWING[case]
+
+
+def test_a_window_that_is_longer_than_the_rows_at_first(little_room: None) -> None:
+    both(build("byte_lm", window=90), ["a", "bc"], max_new_bytes=200, temperature=1.0)
+
+
+def test_a_patch_far_longer_than_the_room(little_room: None) -> None:
+    """One of the two rows ends before its patch does."""
+    model = build("blt_static", patch_size=70)
+    plain = model.generate(["a", "b" * 30], max_new_bytes=20)
+    both(model, ["a", "b" * 30], max_new_bytes=100, stop=[plain.bytes[0][-2:]])
+    both(model, ["a", "b" * 30], max_new_bytes=160, temperature=1.0)
 
 
 @pytest.mark.parametrize("name", MODELS)
