@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from blt_kernels.reference.block_causal_attention import AttentionMask
+from blt_kernels.reference.patch_cross_attention import PatchMask
 
 # Each (query, key) pair takes two products for each element of a head, and five backward, which computes scores anew.
 PAIR_FORWARD, PAIR_BACKWARD = 4, 10
@@ -60,13 +62,12 @@ def counted_parts(counts: dict[str, dict[Any, int]]) -> dict[str, int]:
     True
     """
     total = {name: sum(ops.values()) for name, ops in counts.items() if name != "Global"}
-    parts: dict[str, int] = {}
+    parts: Counter[str] = Counter()
     for name, flops in total.items():
         inside = sum(other for child, other in total.items() if _outer(child, total) == name)
         place = name if name in _PLACES else _outer(name, _PLACES)
         if flops > inside:
-            part = "unknown" if place is None else _PLACES[place]
-            parts[part] = parts.get(part, 0) + flops - inside
+            parts["unknown" if place is None else _PLACES[place]] += flops - inside
     return parts
 
 
@@ -80,26 +81,6 @@ def _outer(name: str, names: Mapping[str, object]) -> str | None:
 
 
 _OPS = torch.ops.blt_kernels
-
-
-@register_flop_formula(_OPS.block_causal_attention_fwd, get_raw=True)
-def _(q: Tensor, k: Tensor, _v: Tensor, *rows: Any, **_out: Any) -> int:
-    return PAIR_FORWARD * q.shape[1] * q.shape[2] * _visited(q, k, *rows)
-
-
-@register_flop_formula(_OPS.block_causal_attention_bwd, get_raw=True)
-def _(_grad: Tensor, q: Tensor, k: Tensor, _v: Tensor, _out: Tensor, _lse: Tensor, *rows: Any, **_outs: Any) -> int:
-    return PAIR_BACKWARD * q.shape[1] * q.shape[2] * _visited(q, k, *rows)
-
-
-@register_flop_formula(_OPS.patch_cross_attention_fwd, get_raw=True)
-def _(q: Tensor, _k: Tensor, _v: Tensor, *patches: Any, **_out: Any) -> int:
-    return PAIR_FORWARD * q.shape[1] * q.shape[2] * _crossed(*patches)
-
-
-@register_flop_formula(_OPS.patch_cross_attention_bwd, get_raw=True)
-def _(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, _lse: Tensor, *patches: Any, **_outs: Any) -> int:
-    return PAIR_BACKWARD * q.shape[1] * q.shape[2] * _crossed(*patches)
 
 
 @register_flop_formula(_OPS.few_row_linear_fwd, get_raw=True)
@@ -117,6 +98,21 @@ def _(
     return 2 * x.shape[0] * sum(weight.numel() for weight in weights) + PAIR_FORWARD * pairs
 
 
+def _register_attention(operator: str, pairs: Callable[..., int]) -> None:
+    """Register attention with as many pairs as a function of q, k and the arguments behind the tensors returns."""
+
+    def forward(q: Tensor, k: Tensor, _v: Tensor, *arguments: Any, **_outs: Any) -> int:
+        return PAIR_FORWARD * q.shape[1] * q.shape[2] * pairs(q, k, *arguments)
+
+    def backward(
+        _grad: Tensor, q: Tensor, k: Tensor, _v: Tensor, _out: Tensor, _lse: Tensor, *arguments: Any, **_outs: Any
+    ) -> int:
+        return PAIR_BACKWARD * q.shape[1] * q.shape[2] * pairs(q, k, *arguments)
+
+    register_flop_formula(getattr(_OPS, f"{operator}_fwd"), get_raw=True)(forward)
+    register_flop_formula(getattr(_OPS, f"{operator}_bwd"), get_raw=True)(backward)
+
+
 def _visited(q: Tensor, k: Tensor, *arguments: Any) -> int:
     """Return the (query, key) pairs of block_causal_attention."""
     mask = AttentionMask(*arguments)
@@ -124,18 +120,15 @@ def _visited(q: Tensor, k: Tensor, *arguments: Any) -> int:
     return int((last - first).sum())
 
 
-def _crossed(
-    _offsets: Tensor,
-    cu_patches: Tensor,
-    ids: Tensor,
-    direction: str,
-    queries_per_patch: int,
-    window: int | None,
-    _scale: float | None,
-) -> int:
+def _crossed(_q: Tensor, _k: Tensor, *arguments: Any) -> int:
     """Return the (query, key) pairs of patch_cross_attention: a byte and K vectors of up to `window` patches."""
-    patch = ids[ids >= 0].long()
+    mask = PatchMask(*arguments)
+    patch, cu_patches = mask.ids[mask.ids >= 0].long(), mask.cu_patches
     row = torch.searchsorted(cu_patches[1:].long(), patch, right=True)
     # To encode, its own and later patches read a byte. To decode, a byte reads its own and earlier patches.
-    there = cu_patches[row + 1] - patch if direction == "encode" else patch - cu_patches[row] + 1
-    return queries_per_patch * int(there.clamp(max=window or 1).sum())
+    there = cu_patches[row + 1] - patch if mask.direction == "encode" else patch - cu_patches[row] + 1
+    return mask.queries_per_patch * int(there.clamp(max=mask.window or 1).sum())
+
+
+_register_attention("block_causal_attention", _visited)
+_register_attention("patch_cross_attention", _crossed)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +14,26 @@ from torch import Tensor
 def accumulator(x: Tensor) -> torch.dtype:
     """Return the dtype that values of `x` are summed in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def operator_of(make: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that turns a function into an operator.
+
+    In the place of the function's last argument, which `make` returns, the operator takes the arguments of `make`.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        *own, _made = inspect.signature(function).parameters.values()
+
+        @functools.wraps(function)
+        def operator(*arguments: Any) -> Any:
+            return function(*arguments[: len(own)], make(*arguments[len(own) :]))
+
+        parameters = [*own, *inspect.signature(make).parameters.values()]
+        operator.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return operator
+
+    return decorate
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:

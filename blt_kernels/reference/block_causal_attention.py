@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import AttentionRanges
-from blt_kernels.reference._ragged import accumulator, document_offsets, scale_of
+from blt_kernels.reference._ragged import accumulator, document_offsets, operator_of, scale_of
 
 _QUERY_BLOCK = 128
 
@@ -127,25 +127,13 @@ def block_causal_attention_reference(
     return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
 
 
-def block_causal_attention_fwd_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    window: int | None,
-    causal: bool,
-    scale: float | None,
-    seqused_k: Tensor | None,
-    ranges: Tensor | None = None,
-    num_documents: int = 1,
-) -> tuple[Tensor, Tensor]:
+@operator_of(AttentionMask)
+def block_causal_attention_fwd_reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
     """With s = scale * q k^T over the keys that a query attends to: out = softmax(s) v, lse = logsumexp(s)."""
-    mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges, num_documents)
     mask, same_bytes = mask.with_offsets(q, k), mask.same_bytes(q.shape[0], k.shape[0])
     first, last = mask.keys_of_queries(q.shape[0], k.shape[0])
     attended = attended_keys(first, last, k.shape[0])
-    query = _zero_unless(first < last, q) * scale_of(q, scale)
+    query = _zero_unless(first < last, q) * scale_of(q, mask.scale)
     key, value = _zero_unless(attended, k), _zero_unless(attended, v)
     if not key.shape[0]:  # a masked key, so that there is a maximum
         key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (key, value))
@@ -165,31 +153,18 @@ def block_causal_attention_fwd_reference(
     return torch.cat(outs).to(q.dtype), torch.cat(lses)
 
 
+@operator_of(AttentionMask)
 def block_causal_attention_bwd_reference(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    window: int | None,
-    causal: bool,
-    scale: float | None,
-    seqused_k: Tensor | None,
-    ranges: Tensor | None = None,
-    num_documents: int = 1,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: AttentionMask
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With p = softmax(s) and ds = p * (g v^T - sum(p * g v^T)): dq = scale * ds k, dk = scale * ds^T q, dv = p^T g.
 
     Kernels take p = exp(s - lse) and sum(g * out), which is the same but for the rounding of lse and out.
     """
-    mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, ranges, num_documents)
     mask, same_bytes = mask.with_offsets(q, k), mask.same_bytes(q.shape[0], k.shape[0])
     first, last = mask.keys_of_queries(q.shape[0], k.shape[0])
     attended = attended_keys(first, last, k.shape[0])
-    query = _zero_unless(first < last, q) * scale_of(q, scale)
+    query = _zero_unless(first < last, q) * scale_of(q, mask.scale)
     key, value = _zero_unless(attended, k), _zero_unless(attended, v)
     grad = _zero_unless(first < last, grad_out)
     grad_q, grad_k, grad_v = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -204,7 +179,7 @@ def block_causal_attention_bwd_reference(
             grad_q[rows] = _by_query(torch.bmm(ds, key[keys].transpose(0, 1)), query[rows])
             grad_k[keys] += torch.bmm(ds.mT, queries).transpose(0, 1)  # sums over the query heads of a key head
             grad_v[keys] += torch.bmm(p.mT, grads).transpose(0, 1)
-    grad_q *= scale_of(q, scale)
+    grad_q *= scale_of(q, mask.scale)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 

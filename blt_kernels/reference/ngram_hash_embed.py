@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blt_kernels.reference._ragged import accumulator, document_offsets, local_index
+from blt_kernels.reference._ragged import accumulator, document_offsets, local_index, operator_of
 
 PRIMES = (
     1000000007,
@@ -23,6 +23,8 @@ PRIMES = (
     5463458053,
     3367900313,
 )
+
+Lookups = list[tuple[int, Tensor, Tensor]]  # what `_lookups` returns
 
 
 def ngram_hash_reference(
@@ -92,6 +94,34 @@ def ngram_hash_embed_reference(
     return out.view(*tokens.shape, out.shape[-1])
 
 
+def _lookups(
+    tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    num_documents: int,
+    ngram_sizes: Sequence[int],
+    num_functions: int,
+    row_range: Sequence[int] | None,
+    vocab: int,
+    fused: bool,
+    alphabet: int | None,
+) -> Lookups:
+    """Return, for each table, the byte table last: its number of rows, the rows read ``[n, T]``, and which count."""
+    cu_seqlens = document_offsets(tokens, cu_seqlens, num_documents)
+    inside = local_index(tokens.shape[0], cu_seqlens) >= 0
+    low, high = (0, vocab) if row_range is None else row_range
+    hashes = ngram_hash_fwd_reference(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab)
+    rows, hits = (hashes - low).clamp(0, high - low - 1), (hashes >= low) & (hashes < high) & inside
+    if fused:
+        first = torch.arange(rows.shape[0], device=rows.device)[:, None] * (high - low)
+        lookups = [(rows.shape[0] * (high - low), rows + first, hits)]
+    else:
+        lookups = [(high - low, rows[i : i + 1], hits[i : i + 1]) for i in range(rows.shape[0])]
+    if alphabet is not None:  # of all shards, the one that begins at row 0 reads the byte table
+        known = inside & (tokens >= 0) & (tokens < alphabet) & (low == 0)
+        lookups.append((alphabet, tokens.long().clamp(0, alphabet - 1)[None], known[None]))
+    return lookups
+
+
 def ngram_hash_embed_fwd_reference(
     tokens: Tensor,
     tables: Sequence[Tensor],
@@ -116,21 +146,10 @@ def ngram_hash_embed_fwd_reference(
     return out.to(every[0].dtype)
 
 
-def ngram_hash_embed_bwd_reference(
-    grad_out: Tensor,
-    tokens: Tensor,
-    cu_seqlens: Tensor | None,
-    num_documents: int,
-    ngram_sizes: Sequence[int],
-    num_functions: int,
-    row_range: Sequence[int] | None,
-    vocab: int,
-    fused: bool,
-    alphabet: int | None,
-) -> list[Tensor]:
+@operator_of(_lookups)
+def ngram_hash_embed_bwd_reference(grad_out: Tensor, lookups: Lookups) -> list[Tensor]:
     """Dense gradients of the tables and, given `alphabet`, of the byte table: every row sums the bytes that read it."""
     grads = []
-    lookups = _lookups(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range, vocab, fused, alphabet)
     for size, rows, hits in lookups:
         grad = grad_out.new_zeros(size, grad_out.shape[1], dtype=accumulator(grad_out))
         for row, hit in zip(rows, hits, strict=True):
@@ -139,21 +158,10 @@ def ngram_hash_embed_bwd_reference(
     return grads
 
 
-def ngram_hash_embed_sparse_bwd_reference(
-    grad_out: Tensor,
-    tokens: Tensor,
-    cu_seqlens: Tensor | None,
-    num_documents: int,
-    ngram_sizes: Sequence[int],
-    num_functions: int,
-    row_range: Sequence[int] | None,
-    vocab: int,
-    fused: bool,
-    alphabet: int | None,
-) -> tuple[list[Tensor], list[Tensor]]:
+@operator_of(_lookups)
+def ngram_hash_embed_sparse_bwd_reference(grad_out: Tensor, lookups: Lookups) -> tuple[list[Tensor], list[Tensor]]:
     """Give the same gradients as rows in rising order, int64 ``[M]``, and their values ``[M, D]``."""
     all_rows, all_values = [], []
-    lookups = _lookups(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range, vocab, fused, alphabet)
     for size, rows, hits in lookups:
         # Lookups that miss go to one more row, which sorts last and is always there to be cut off.
         keys = F.pad(rows.where(hits, size).flatten(), (0, 1), value=size)
@@ -164,34 +172,6 @@ def ngram_hash_embed_sparse_bwd_reference(
         all_rows.append(unique[:-1].clone())
         all_values.append(values[:-1].to(grad_out.dtype, copy=True))
     return all_rows, all_values
-
-
-def _lookups(
-    tokens: Tensor,
-    cu_seqlens: Tensor | None,
-    num_documents: int,
-    ngram_sizes: Sequence[int],
-    num_functions: int,
-    row_range: Sequence[int] | None,
-    vocab: int,
-    fused: bool,
-    alphabet: int | None,
-) -> list[tuple[int, Tensor, Tensor]]:
-    """For each table, the byte table last: its number of rows, the rows read ``[n, T]``, and which of them count."""
-    cu_seqlens = document_offsets(tokens, cu_seqlens, num_documents)
-    inside = local_index(tokens.shape[0], cu_seqlens) >= 0
-    low, high = (0, vocab) if row_range is None else row_range
-    hashes = ngram_hash_fwd_reference(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab)
-    rows, hits = (hashes - low).clamp(0, high - low - 1), (hashes >= low) & (hashes < high) & inside
-    if fused:
-        first = torch.arange(rows.shape[0], device=rows.device)[:, None] * (high - low)
-        lookups = [(rows.shape[0] * (high - low), rows + first, hits)]
-    else:
-        lookups = [(high - low, rows[i : i + 1], hits[i : i + 1]) for i in range(rows.shape[0])]
-    if alphabet is not None:  # of all shards, the one that begins at row 0 reads the byte table
-        known = inside & (tokens >= 0) & (tokens < alphabet) & (low == 0)
-        lookups.append((alphabet, tokens.long().clamp(0, alphabet - 1)[None], known[None]))
-    return lookups
 
 
 def _wrap(x: int) -> int:
