@@ -80,7 +80,7 @@ def register_autograd(operator: str, backward: Backward, *, setup_context: Setup
     Function.__name__ = Function.__qualname__ = operator
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, _tensors(arguments))):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, _flatten(arguments, _lengths(arguments)))):
             raise NotImplementedError(
                 f"{operator}: expected no tangents, since blt_kernels has no forward-mode derivatives: use reverse mode"
                 " (torch.func.grad, vjp, jacrev), or the reference in blt_kernels.reference"
@@ -183,12 +183,12 @@ def saved_arguments(ctx: Any) -> list[Any]:
 
 @dataclass
 class _Call:
-    """One call of an operator. An autograd.Function takes and returns flat tensors only: the lengths are of its lists.
+    """One call of an operator. An autograd.Function takes and returns no lists: the lengths are those of its lists.
 
     Attributes
     ----------
     keyset : dispatch keys below Autograd
-    lengths : for each argument, the length of a list of tensors, or None
+    lengths : for each argument, the length of a list, or None
     output_lengths : the same of the outputs, known after the call
     """
 
@@ -198,7 +198,7 @@ class _Call:
 
 
 class _Context:
-    """The context of a backward, whose `needs_input_grad` has a list for each argument that is a list of tensors."""
+    """The context of a backward, whose `needs_input_grad` has a list for each argument that is a list."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx = ctx  # several threads may run backward with it: it is not written to
@@ -213,26 +213,15 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _lengths(values: Iterable[Any]) -> list[int | None]:
-    return [len(x) if _is_tensor_list(x) else None for x in values]
+    return [len(x) if isinstance(x, (list, tuple)) else None for x in values]
 
 
-def _is_tensor_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(x, Tensor) for x in value)
-
-
-def _tensors(arguments: Iterable[Any]) -> Iterable[Tensor]:
-    for value in arguments:
-        for x in value if _is_tensor_list(value) else (value,):
-            if isinstance(x, Tensor):
-                yield x
-
-
-def _has_tangent(x: Tensor) -> bool:
-    return x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
+def _has_tangent(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _flatten(values: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
-    """The entries of `values`, those of lists of tensors one by one; None stands for a whole list of None."""
+    """Return the entries of `values`, those of lists one by one; None stands for a whole list of None."""
     flat: list[Any] = []
     for value, length in zip(values, lengths, strict=True):
         if length is None:

@@ -7,6 +7,7 @@ decides about the byte to come, which only `PatchLayout.decode_ids` shows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -131,9 +132,7 @@ def patch_starts(
     """
     _checks.check_tensor("entropy", entropy, (1, 2), _checks.FLOATS)
     rules = _check_rules(threshold, threshold_add, monotonic, max_patch_length)
-    packed, offsets, documents = _checks.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
-    _checks.check_capacity(max_patches, documents)
-    return layout_of(patch_starts_fwd(packed, offsets, documents, *rules, max_patches), offsets)
+    return _cut(patch_starts_fwd, "entropy", entropy.detach(), cu_seqlens, *rules, max_patches)
 
 
 def space_patch(tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches: int | None = None) -> PatchLayout:
@@ -166,9 +165,7 @@ def space_patch(tokens: Tensor, cu_seqlens: Tensor | None = None, *, max_patches
     [b'a', b' ', b'cat,', b' a ', b'dog']
     """
     _checks.check_tensor("tokens", tokens, (1, 2), _checks.INTS)
-    packed, offsets, documents = _checks.documents_of("tokens", tokens, cu_seqlens, trailing=0)
-    _checks.check_capacity(max_patches, documents)
-    return layout_of(space_patch_fwd(packed, offsets, documents, max_patches), offsets)
+    return _cut(space_patch_fwd, "tokens", tokens, cu_seqlens, max_patches)
 
 
 def static_patch(
@@ -280,9 +277,7 @@ def delimiter_patch(
     """
     _checks.check_tensor("tokens", tokens, (1, 2), _checks.INTS)
     _checks.check_int("id", id, -_checks.INT64_MAX - 1)
-    packed, offsets, documents = _checks.documents_of("tokens", tokens, cu_seqlens, trailing=0)
-    _checks.check_capacity(max_patches, documents)
-    return layout_of(delimiter_patch_fwd(packed, offsets, documents, id, max_patches), offsets)
+    return _cut(delimiter_patch_fwd, "tokens", tokens, cu_seqlens, id, max_patches)
 
 
 def topk_patch(
@@ -318,9 +313,16 @@ def topk_patch(
     """
     _checks.check_tensor("entropy", entropy, (1, 2), _checks.FLOATS)
     _checks.check_int("patch_size", patch_size, 1)
-    packed, offsets, documents = _checks.documents_of("entropy", entropy.detach(), cu_seqlens, trailing=0)
-    _checks.check_capacity(max_patches, documents)
-    return layout_of(topk_patch_fwd(packed, offsets, documents, patch_size, max_patches), offsets)
+    return _cut(topk_patch_fwd, "entropy", entropy.detach(), cu_seqlens, patch_size, max_patches)
+
+
+def _cut(
+    operator: Callable[..., Any], name: str, data: Tensor, cu_seqlens: Tensor | None, *arguments: Any
+) -> PatchLayout:
+    """Return the patches of `data`, one number a byte. The last of the operator's `arguments` is the capacity."""
+    packed, offsets, documents = _checks.documents_of(name, data, cu_seqlens, trailing=0)
+    _checks.check_capacity(arguments[-1], documents)
+    return layout_of(operator(packed, offsets, documents, *arguments), offsets)
 
 
 def _check_rules(

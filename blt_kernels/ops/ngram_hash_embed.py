@@ -292,37 +292,31 @@ ngram_hash_embed_sparse_bwd = _common.define(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, num_functions, grad, row_range, vocab = inputs
     ctx.save_for_backward(tokens, cu_seqlens)
-    ctx.hash = num_documents, ngram_sizes, num_functions, row_range, vocab
-    ctx.shapes = [table.shape for table in tables]
-    ctx.byte_shape = None if byte_table is None else byte_table.shape
-    ctx.grad = grad
+    ctx.num_documents, ctx.grad = num_documents, grad
+    ctx.hash = ngram_sizes, num_functions, row_range, vocab, len(tables) < num_functions * len(ngram_sizes)
+    ctx.alphabet = None if byte_table is None else byte_table.shape[0]
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    tokens, cu_seqlens = ctx.saved_tensors
-    count = len(ctx.shapes)
-    shapes = [*ctx.shapes, ctx.byte_shape] if ctx.needs_input_grad[2] else ctx.shapes
-    _, ngram_sizes, num_functions, _, _ = ctx.hash
-    fused = count < num_functions * len(ngram_sizes)
-    alphabet = ctx.byte_shape[0] if ctx.needs_input_grad[2] else None
-    arguments = (grad_out, tokens, cu_seqlens, *ctx.hash, fused, alphabet)
+    hashing = *ctx.hash, ctx.alphabet if ctx.needs_input_grad[2] else None
+    arguments = grad_out, *ctx.saved_tensors, ctx.num_documents, *hashing
     if ctx.grad == "dense":
         grads = ngram_hash_embed_bwd(*arguments)
     else:
-        rows, values = ngram_hash_embed_sparse_bwd(*arguments)
+        found = zip(*ngram_hash_embed_sparse_bwd(*arguments), _table_sizes(*hashing), strict=True)
         grads = [
-            torch.sparse_coo_tensor(r[None], v, shape, is_coalesced=True, check_invariants=False)
-            for r, v, shape in zip(rows, values, shapes, strict=True)
+            torch.sparse_coo_tensor(
+                rows[None], values, (size, grad_out.shape[1]), is_coalesced=True, check_invariants=False
+            )
+            for rows, values, size in found
         ]
     needed = [g if n else None for g, n in zip(grads, ctx.needs_input_grad[1], strict=False)]
     return None, needed, (grads[-1] if ctx.needs_input_grad[2] else None)
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range, vocab, _fused, alphabet = (
-        inputs
-    )
-    ctx.save_for_backward(tokens, cu_seqlens)
+    ctx.save_for_backward(*inputs[1:3])
+    num_documents, ngram_sizes, num_functions, row_range, vocab, _fused, alphabet = inputs[3:]
     ctx.hash = num_documents, ngram_sizes, num_functions, "dense", row_range, vocab
     ctx.has_byte_table = alphabet is not None
 
@@ -336,14 +330,10 @@ def _second_backward(ctx: Any, *cotangents: Tensor) -> Tensor:
     return ngram_hash_embed_fwd(tokens, tables, byte_table, cu_seqlens, *ctx.hash)
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
-    pass
-
-
 def _no_second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     raise NotImplementedError('grad: expected "dense" where gradients are differentiated again, got "sparse"')
 
 
 _autograd.register_autograd("ngram_hash_embed_fwd", _backward, setup_context=_save)
 _autograd.register_autograd("ngram_hash_embed_bwd", _second_backward, setup_context=_save_gradients)
-_autograd.register_autograd("ngram_hash_embed_sparse_bwd", _no_second_backward, setup_context=_save_nothing)
+_autograd.register_autograd("ngram_hash_embed_sparse_bwd", _no_second_backward, setup_context=lambda *_: None)
