@@ -7,8 +7,7 @@ the device only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -111,16 +110,8 @@ class PatchLayout:
         This is the one explicit synchronisation of the library. On the CPU it costs nothing; on a GPU it waits for the
         layout.
         """
-        num_patches = int(self.cu_patches[-1])
-        return PatchLayout(
-            self.patch_offsets[: num_patches + 1],
-            self.cu_patches,
-            self.patch_ids,
-            self.decode_ids,
-            self.decode_offsets[: num_patches + 1],
-            self.cu_seqlens,
-            self.overflowed,
-        )
+        size = int(self.cu_patches[-1]) + 1
+        return replace(self, patch_offsets=self.patch_offsets[:size], decode_offsets=self.decode_offsets[:size])
 
     def to_lengths(self, include_next_byte: bool = False, padding: int = 0) -> Tensor:
         """Convert to the padded patch lengths of other code bases. Synchronises, to trim to the longest row.
@@ -152,23 +143,19 @@ class PatchLayout:
             raise ValueError("include_next_byte: expected False with padding = -1, got True")
         cu_patches = self.cu_patches.long()
         counts = cu_patches.diff()
-        widths = counts
-        if include_next_byte or padding:
-            opens = self._next_byte_opens_patch()
-            widths = counts + opens
+        widths = counts + self._next_byte_opens_patch() if include_next_byte or padding else counts
         width = int(widths.max()) if widths.numel() else 0
         column = torch.arange(width, device=self.device)
         patch = (cu_patches[:-1, None] + column).clamp(max=max(self.capacity - 1, 0))
         lengths = torch.zeros(self.num_documents, width, dtype=torch.int64, device=self.device)
         if self.capacity:
             lengths = self.patch_lengths.long()[patch].masked_fill_(column >= counts[:, None], 0)
+        last = (widths - 1)[:, None] == column
         if include_next_byte:
-            last = (widths - 1)[:, None] == column
             lengths = lengths + last
         if padding:
             short = widths[:, None] < width
-            last = short & ((widths - 1)[:, None] == column)
-            lengths = lengths + last.long() - (short & (column == width - 1)).long()
+            lengths = lengths + (short & last).long() - (short & (column == width - 1)).long()
         return lengths
 
     def _next_byte_opens_patch(self) -> Tensor:
@@ -346,14 +333,6 @@ def _allot(wanted: Tensor, occupied: Tensor, capacity: int) -> Tensor:
     return torch.nn.functional.pad(granted, (1, 0))
 
 
-def _flatten(layout: PatchLayout) -> tuple[list[Tensor], None]:
-    return [getattr(layout, f.name) for f in fields(layout)], None
-
-
-def _unflatten(tensors: Iterable[Tensor], _context: None) -> PatchLayout:
-    return PatchLayout(*tensors)
-
-
 @dataclass(frozen=True, eq=False)
 class AttentionRanges:
     """Holds which keys each query attends to, and which queries attend to each key; `attention_ranges` makes it.
@@ -383,7 +362,7 @@ class AttentionRanges:
     causal: bool
 
 
-pytree.register_pytree_node(PatchLayout, _flatten, _unflatten, serialized_type_name="blt_kernels.PatchLayout")
+pytree.register_dataclass(PatchLayout, serialized_type_name="blt_kernels.PatchLayout")
 pytree.register_pytree_node(
     AttentionRanges,
     lambda ranges: ([ranges.intervals], (ranges.num_queries, ranges.num_keys, ranges.window, ranges.causal)),
