@@ -39,8 +39,7 @@ class Package:
     max_head_dim
         Head width up to which it is used.
     arguments
-        Keyword arguments from offsets, maximum lengths, keys to each side, causal, scale, used keys and whether heads
-        are grouped.
+        Keyword arguments from offsets, maximum lengths, keys to each side, causal, scale and whether heads are grouped.
     """
 
     name: str
@@ -62,29 +61,22 @@ class Found:
 
 def _dao_arguments(
     returns: str, unlimited: int | None, offsets: tuple[Tensor, Tensor], max_lengths: tuple[int, int],
-    sides: tuple[int, int], causal: bool, scale: float, seqused_k: Tensor | None, _grouped: bool,
+    sides: tuple[int, int], causal: bool, scale: float, _grouped: bool,
 ) -> dict[str, Any]:  # fmt: skip
     named: dict[str, Any] = {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}
     named |= {"max_seqlen_q": max_lengths[0], "max_seqlen_k": max_lengths[1], "softmax_scale": scale, "causal": causal}
-    named |= {"window_size": tuple(unlimited if side < 0 else side for side in sides), returns: True}
-    return named if seqused_k is None else {**named, "seqused_k": seqused_k}
+    return named | {"window_size": tuple(unlimited if side < 0 else side for side in sides), returns: True}
 
 
 def _torch_arguments(
     offsets: tuple[Tensor, Tensor], max_lengths: tuple[int, int],
-    sides: tuple[int, int], _causal: bool, scale: float, seqused_k: Tensor | None, grouped: bool,
+    sides: tuple[int, int], _causal: bool, scale: float, grouped: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from torch.nn.attention.varlen import AuxRequest
 
-    named: dict[str, Any] = {
-        "cu_seq_q": offsets[0],
-        "cu_seq_k": offsets[1],
-        "max_q": max_lengths[0],
-        "max_k": max_lengths[1],
-    }
-    named |= {"scale": scale, "window_size": sides, "return_aux": AuxRequest(lse=True)}
-    named |= {"enable_gqa": True} if grouped else {}
-    return named if seqused_k is None else {**named, "seqused_k": seqused_k}
+    named: dict[str, Any] = {"cu_seq_q": offsets[0], "cu_seq_k": offsets[1]}
+    named |= {"max_q": max_lengths[0], "max_k": max_lengths[1], "scale": scale, "window_size": sides}
+    return named | {"return_aux": AuxRequest(lse=True)} | ({"enable_gqa": True} if grouped else {})
 
 
 PACKAGES = (  # the first one that takes a case is used
@@ -147,13 +139,12 @@ def arguments(package: Package, q: Tensor, k: Tensor, mask: AttentionMask, scale
     # With 1 as the longest, some kernels take documents for those of a batch of one query each, of which none is empty.
     max_lengths = max(q.shape[0], 2), max(k.shape[0], 2)
     reach = -1 if mask.window is None else min(mask.window - 1, max(max_lengths))  # the query itself is not counted
-    used = mask.seqused_k
-    if used is not None:
-        used = torch.minimum(used.clamp(min=0), mask.offsets[1].diff())
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     sides = reach, 0 if mask.causal else reach
-    grouped = q.shape[1] != k.shape[1]
-    return package.arguments(mask.offsets, max_lengths, sides, mask.causal, factor, used, grouped)
+    named = package.arguments(mask.offsets, max_lengths, sides, mask.causal, factor, q.shape[1] != k.shape[1])
+    if mask.seqused_k is not None:
+        named["seqused_k"] = torch.minimum(mask.seqused_k.clamp(min=0), mask.offsets[1].diff())
+    return named
 
 
 def refuses(

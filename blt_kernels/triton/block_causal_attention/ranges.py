@@ -77,44 +77,6 @@ def attended_keys(query, end_q, first, end, num_keys, window, CAUSAL: tl.constex
     return first, tl.minimum(tl.maximum(last, first), num_keys)
 
 
-@triton.jit
-def keys_of_query(
-    query, cu_q, cu_k, used, documents, length_q, length_k, top_bit, num_keys, window, skip,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr,
-):  # fmt: skip
-    """Return the keys ``[first, last)`` that each query attends to; none for documents of up to `skip` queries."""
-    document = document_of(query, cu_q, documents, length_q, top_bit)
-    begin_q, end_q, first, end = document_bounds(document, cu_q, cu_k, used, documents, length_q, length_k, USED)
-    first, last = attended_keys(query, end_q, first, end, num_keys, window, CAUSAL, WINDOWED)
-    last = tl.where(end_q - begin_q <= skip, first, last)
-    return tl.where(document < documents, first, num_keys), tl.where(document < documents, last, num_keys)
-
-
-@triton.jit
-def queries_of_key(
-    key, cu_q, cu_k, used, documents, length_q, length_k, top_bit, num_queries, window,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, USED: tl.constexpr,
-):  # fmt: skip
-    """Return the queries ``[first, last)`` that attend to each key.
-
-    They are within ``[0, num_queries)`` whatever the offsets are.
-    """
-    document = document_of(key, cu_k, documents, length_k, top_bit)
-    first, end_q, _, end_k = document_bounds(document, cu_q, cu_k, used, documents, length_q, length_k, USED)
-    aligned = key - end_k + end_q  # is the query at the key's own position
-    last = end_q
-    if CAUSAL:
-        first = tl.maximum(first, aligned)
-    elif WINDOWED:
-        first = tl.maximum(first, aligned - window + 1)
-    if WINDOWED:
-        last = tl.minimum(last, aligned + window)
-    # Unused keys are behind the used ones, and no query attends to them.
-    first = tl.where(key < end_k, first, end_q)
-    first = tl.where(document < documents, tl.minimum(tl.maximum(first, 0), num_queries), num_queries)
-    return first, tl.where(document < documents, tl.minimum(tl.maximum(last, first), num_queries), num_queries)
-
-
 @triton.jit(
     do_not_specialize=["documents", "length_q", "length_k", "top_bit", "num_queries", "num_keys", "window", "skip"]
 )
@@ -124,36 +86,38 @@ def block_causal_attention_ranges_kernel(
 ):  # fmt: skip
     """Write ``of_queries [2, num_queries]`` and ``of_keys [2, num_keys]``, first and last of each, padded to 16 bytes.
 
-    The blocks of queries come first. A grid of no more than these leaves the keys out.
+    Queries of documents with up to `skip` queries attend to no key. All intervals are within the other side, whatever
+    the offsets are. The blocks of queries come first. A grid of no more than these leaves the keys out.
     """
     blocks = tl.cdiv(num_queries, BLOCK)
     block = tl.program_id(0)
     if block < blocks:
         query = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        first, last = keys_of_query(
-            query,
-            cu_q,
-            cu_k,
-            used,
-            documents,
-            length_q,
-            length_k,
-            top_bit,
-            num_keys,
-            window,
-            skip,
-            CAUSAL,
-            WINDOWED,
-            USED,
-        )
+        document = document_of(query, cu_q, documents, length_q, top_bit)
+        begin_q, end_q, first, end_k = document_bounds(document, cu_q, cu_k, used, documents, length_q, length_k, USED)
+        first, last = attended_keys(query, end_q, first, end_k, num_keys, window, CAUSAL, WINDOWED)
+        last = tl.where(end_q - begin_q <= skip, first, last)
+        first = tl.where(document < documents, first, num_keys)
+        last = tl.where(document < documents, last, num_keys)
         size = tl.cdiv(num_queries, 4).to(tl.int64) * 4
         tl.store(of_queries + query, first.to(tl.int32), mask=query < size)
         tl.store(of_queries + size + query, last.to(tl.int32), mask=query < size)
     else:
         key = (block - blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        first, last = queries_of_key(
-            key, cu_q, cu_k, used, documents, length_q, length_k, top_bit, num_queries, window, CAUSAL, WINDOWED, USED
-        )
+        document = document_of(key, cu_k, documents, length_k, top_bit)
+        first, end_q, _, end_k = document_bounds(document, cu_q, cu_k, used, documents, length_q, length_k, USED)
+        aligned = key - end_k + end_q  # is the query at the key's own position
+        last = end_q
+        if CAUSAL:
+            first = tl.maximum(first, aligned)
+        elif WINDOWED:
+            first = tl.maximum(first, aligned - window + 1)
+        if WINDOWED:
+            last = tl.minimum(last, aligned + window)
+        # Unused keys are behind the used ones, and no query attends to them.
+        first = tl.where(key < end_k, first, end_q)
+        first = tl.where(document < documents, tl.minimum(tl.maximum(first, 0), num_queries), num_queries)
+        last = tl.where(document < documents, tl.minimum(tl.maximum(last, first), num_queries), num_queries)
         size = tl.cdiv(num_keys, 4).to(tl.int64) * 4
         tl.store(of_keys + key, first.to(tl.int32), mask=key < size)
         tl.store(of_keys + size + key, last.to(tl.int32), mask=key < size)

@@ -58,12 +58,6 @@ def multiply(x, power):
 
 
 @triton.jit
-def is_partial(start, first, last, BLOCK: tl.constexpr):
-    """Return whether part of the tile from `start` on is masked."""
-    return (start < tl.max(first)) | (start + BLOCK > tl.min(last))
-
-
-@triton.jit
 def unmasked(first, last, start, end, BLOCK: tl.constexpr):
     """Return which pairs of the tile from `start` on, in a range that stops at `end`, attend: ``[rows, BLOCK]``."""
     other = start + tl.arange(0, BLOCK)
@@ -90,7 +84,7 @@ def attend_range(
         k_tile = load_heads(tile_at(k, start, stride_kt, local, BLOCK_D), HEAD_DIM, BLOCK_D)
         v_tile = load_heads(tile_at(v, start, stride_vt, local, BLOCK_D), HEAD_DIM, BLOCK_D)
         score = tl.dot(q, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if is_partial(start, first, last, BLOCK_N):
+        if (start < tl.max(first)) | (start + BLOCK_N > tl.min(last)):  # part of the tile is masked
             if EXACT:
                 attends = unmasked(first, last, start, end, BLOCK_N)
             else:  # one unsigned comparison a pair, since a key in front of `first` is a huge one behind it
