@@ -20,15 +20,7 @@ from blt_kernels.models.byte_lm import ByteLM
 from blt_kernels.models.characters import patches_of_whole_characters
 from blt_kernels.models.checkpoint import open_blt, open_byte_lm, write_blt
 from blt_kernels.models.config import BLTConfig
-from blt_kernels.nn import (
-    attention_documents,
-    embedding,
-    layer_ranges,
-    linear,
-    load_ops,
-    rotary_table,
-    row_positions,
-)
+from blt_kernels.nn import attention_documents, embedding, layer_ranges, linear, load_ops, rotary_table, row_positions
 
 
 class BLT(ByteModel):
@@ -118,12 +110,10 @@ class BLT(ByteModel):
             wrong shape or dtype, or the repository has no such revision; the message names the file and them.
         """
         stored = open_blt(path, revision)
-        with torch.device("meta"):
-            model = cls(replace(stored.config, **changes), ops)
-        stored.fill(model, dtype, device)
+        model = stored.load(cls, ops, dtype, device, **changes)
         other = stored.patcher() if patcher is None else open_byte_lm(patcher, revision)
         if other is not None:
-            model.patcher = ByteLM.from_stored(other, ops, dtype, device).requires_grad_(False)
+            model.patcher = other.load(ByteLM, ops, dtype, device).requires_grad_(False)
             model.config = replace(model.config, patcher=model.patcher.config)
         return model
 

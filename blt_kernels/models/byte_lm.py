@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from blt_kernels.ids import NEWLINE, ids_of
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.base import ByteModel
 from blt_kernels.models.characters import patches_of_whole_characters
-from blt_kernels.models.checkpoint import Stored, open_byte_lm, write_byte_lm
+from blt_kernels.models.checkpoint import open_byte_lm, write_byte_lm
 from blt_kernels.models.config import ByteLMConfig
 from blt_kernels.models.state import ByteLMState
 from blt_kernels.nn import (
@@ -98,33 +97,7 @@ class ByteLM(ByteModel):
         ImportError, OSError, ValueError
             As in `BLT.from_pretrained`.
         """
-        return cls.from_stored(open_byte_lm(path, revision), ops, dtype, device, **changes)
-
-    @classmethod
-    def from_stored(
-        cls, stored: Stored, ops: str, dtype: torch.dtype | None, device: torch.device | str, **changes: Any
-    ) -> ByteLM:
-        """Read an entropy model that `blt_kernels.models.checkpoint.open_byte_lm` found.
-
-        Parameters
-        ----------
-        stored : Stored
-        ops, dtype, device, changes
-            As in `from_pretrained`.
-
-        Returns
-        -------
-        ByteLM
-
-        Raises
-        ------
-        OSError, ValueError
-            As in `from_pretrained`.
-        """
-        with torch.device("meta"):
-            model = cls(replace(stored.config, **changes), ops)
-        stored.fill(model, dtype, device)
-        return model
+        return open_byte_lm(path, revision).load(cls, ops, dtype, device, **changes)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a directory that transformers' ``BltPatcher.from_pretrained`` reads, and `from_pretrained` too.

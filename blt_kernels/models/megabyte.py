@@ -37,6 +37,7 @@ from blt_kernels.nn import (
     linear,
     load_ops,
     rotary_table,
+    row_positions,
 )
 
 
@@ -214,8 +215,7 @@ class MegaByte(ByteModel):
         read = (slot - row[:, None]).clamp(min=0, max=padded.shape[0] - 1)
         if self.patch_convolutions:
             x = embed_ids(self.global_embed_tokens, padded, known)
-            byte = torch.arange(padded.shape[0], device=padded.device)
-            positions = byte - rows[_row(rows, byte)]
+            positions = row_positions(rows, padded.shape[0])
             for convolution in self.patch_convolutions:
                 x = convolution(x, positions)
             x = F.embedding(read, x)

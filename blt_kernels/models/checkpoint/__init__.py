@@ -43,15 +43,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from blt_kernels.models.checkpoint import bytelatent, transformers
 from blt_kernels.models.checkpoint.fields import Values
-from blt_kernels.models.checkpoint.files import CONFIGURATIONS, Folder, Names, fill, write
+from blt_kernels.models.checkpoint.files import CONFIGURATIONS, Folder, Names, write
 from blt_kernels.models.config import BLTConfig, ByteLMConfig
+from blt_kernels.models.weights import check_tensors
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,33 @@ class Stored:
     prefix: str = ""
     apart: bool = False
 
-    def fill(self, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str) -> None:
-        """Give a model on the meta device the weights in the files."""
-        weights = self.folder.weights()
-        weights = {name: value for name, value in weights.items() if name.startswith(self.prefix)}
-        fill(model, self.folder, weights, self.names, dtype, device)
+    def load(
+        self, cls: type[Model], ops: str, dtype: torch.dtype | None, device: torch.device | str, **changes: Any
+    ) -> Model:
+        """Return a model of a class, with these changes of its configuration.
+
+        A parameter is the rows of its `names` in the files, in turn.
+        """
+        with torch.device("meta"):
+            model = cls(replace(self.config, **changes), ops)
+        weights = {name: value for name, value in self.folder.weights().items() if self._is_own(name)}
+        parts = {name: self.names(name) for name in model.state_dict()}
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        expected = {part: (shapes[name][0] // len(of), *shapes[name][1:]) for name, of in parts.items() for part in of}
+        check_tensors(f"{self.folder}: does not fit {cls.__name__}", weights, expected)
+        state = {}
+        for name, of in parts.items():
+            if len(of) == 1:
+                state[name] = weights[of[0]].to(device=device, dtype=dtype)
+            else:
+                state[name] = torch.empty(shapes[name], dtype=dtype or weights[of[0]].dtype, device=device)
+                for rows, part in zip(state[name].chunk(len(of)), of, strict=True):
+                    rows.copy_(weights[part])
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def _is_own(self, name: str) -> bool:
+        return name.startswith(self.prefix) and not name.endswith("freqs_cis")  # which is computed
 
     def patcher(self) -> Stored | None:
         """Find the entropy model of a BLT that is in files of its own, None if there is none."""
@@ -110,9 +135,9 @@ def _byte_lm(folder: Folder) -> Stored:
     if values["model_type"] == "blt":
         values.expect("patch_in_forward", True, True)  # without it there is no patcher
         prefix = "model.patcher."
-        return Stored(folder, transformers.read_patcher(values), partial(_prefixed, prefix), prefix)
+        return Stored(folder, transformers.read_patcher(values), lambda name: [prefix + name], prefix)
     values.expect("model_type", "blt_patcher")
-    return Stored(folder, transformers.read_byte_lm(values), partial(_prefixed, ""))
+    return Stored(folder, transformers.read_byte_lm(values), lambda name: [name])
 
 
 def holds_blt(path: str | os.PathLike[str]) -> bool:
@@ -140,8 +165,4 @@ def write_blt(model: nn.Module, config: BLTConfig, path: str | os.PathLike[str])
 def write_byte_lm(model: nn.Module, config: ByteLMConfig, path: str | os.PathLike[str]) -> None:
     """Write an entropy model for transformers: see `ByteLM.save_pretrained`."""
     alone = {"architectures": ["BltPatcher"], "model_type": "blt_patcher", "patching_threshold": config.threshold}
-    write(model, path, {**alone, **transformers.write_byte_lm(config)}, partial(_prefixed, ""))
-
-
-def _prefixed(prefix: str, name: str) -> list[str]:
-    return [prefix + name]
+    write(model, path, {**alone, **transformers.write_byte_lm(config)}, lambda name: [name])

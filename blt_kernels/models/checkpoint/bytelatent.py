@@ -141,7 +141,7 @@ def read_byte_lm(values: Values) -> ByteLMConfig:
     if sizes:  # `load_entropy_model` reads these alone, and the rest is always the same
         read = {key: sizes[key] for key in ("dim", "n_layers", "n_heads", "vocab_size", "ffn_dim_multiplier")}
         masks = {"sliding_window": 512, "attn_bias_type": "local_block_causal", "attn_impl": "xformers"}
-        args = Values.of(values.file, "entropy_model", {**read, **masks})
+        args = Values(values.file, "entropy_model", {**read, **masks})
     if not args or "dim_global" in args:
         raise ValueError(f"{values.file}: expected the arguments of an entropy model, got {', '.join(args or values)}")
     args = fields.LM_TRANSFORMER_ARGS.take(args)

@@ -24,8 +24,12 @@ Config = TypeVar("Config")
 class Values(dict[str, Any]):
     """A JSON object that can name the file it is from, and its place in there."""
 
-    file: Path
-    place: str
+    def __init__(self, file: Path, place: str, content: object) -> None:
+        if not isinstance(content, dict):
+            where = f"{file}: {place}" if place else str(file)
+            raise ValueError(f"{where}: expected a JSON object, got {type(content).__name__}")
+        super().__init__(content)
+        self.file, self.place = file, place
 
     @staticmethod
     def read(file: Path) -> Values:
@@ -34,21 +38,12 @@ class Values(dict[str, Any]):
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file}: expected JSON, got {error}") from error
-        return Values.of(file, "", content)
-
-    @staticmethod
-    def of(file: Path, place: str, content: object) -> Values:
-        if not isinstance(content, dict):
-            where = f"{file}: {place}" if place else str(file)
-            raise ValueError(f"{where}: expected a JSON object, got {type(content).__name__}")
-        values = Values(content)
-        values.file, values.place = file, place
-        return values
+        return Values(file, "", content)
 
     def inner(self, key: str) -> Values:
         """Return the object under a key; an empty one if there is none, or null."""
         content = self.get(key)
-        return Values.of(self.file, self._path(key), {} if content is None else content)
+        return Values(self.file, self._path(key), {} if content is None else content)
 
     def expect(self, key: str, expected: object, default: object = None) -> None:
         """Raise ValueError unless the value under `key`, or `default` if there is none, is the expected one."""
@@ -124,4 +119,4 @@ class Fields:
             if type(value) not in kinds and not (type(value) is int and float in kinds):
                 raise values.error(key, " or ".join("None" if k is NoneType else k.__name__ for k in kinds))
             taken[key] = value
-        return Values.of(values.file, values.place, taken)
+        return Values(values.file, values.place, taken)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blt_kernels._files import whole_file
 from blt_kernels.models.checkpoint.fields import Values
-from blt_kernels.models.weights import check_tensors, open_safetensors, write_safetensors
+from blt_kernels.models.weights import open_safetensors, write_safetensors
 
 Names = Callable[[str], list[str]]
 
@@ -144,31 +144,6 @@ def _pickled(file: Path) -> dict[str, Tensor]:
         got = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{file}: expected weights under 'model', got {got}")
     return {name: value for name, value in state["model"].items() if isinstance(value, Tensor)}
-
-
-def fill(
-    model: nn.Module,
-    folder: Folder,
-    weights: dict[str, Tensor],
-    names: Names,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-) -> None:
-    """Give a model on the meta device its weights: a parameter is the rows of its `names` in the files, in turn."""
-    weights = {name: value for name, value in weights.items() if not name.endswith("freqs_cis")}
-    parts = {name: names(name) for name in model.state_dict()}
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    expected = {part: (shapes[name][0] // len(of), *shapes[name][1:]) for name, of in parts.items() for part in of}
-    check_tensors(f"{folder}: does not fit {type(model).__name__}", weights, expected)
-    state = {}
-    for name, of in parts.items():
-        if len(of) == 1:
-            state[name] = weights[of[0]].to(device=device, dtype=dtype)
-        else:
-            state[name] = torch.empty(shapes[name], dtype=dtype or weights[of[0]].dtype, device=device)
-            for rows, part in zip(state[name].chunk(len(of)), of, strict=True):
-                rows.copy_(weights[part])
-    model.load_state_dict(state, assign=True)
 
 
 def write(model: nn.Module, path: str | os.PathLike[str], values: Mapping[str, Any], names: Names) -> None:

@@ -78,9 +78,8 @@ def load_global_transformer(model: BLT, path: str | os.PathLike[str], *, revisio
             )
     folder = Folder.open(path, revision)
     weights = folder.weights()
-    prefix = (
-        "model." if any(name.startswith("model.layers.") for name in weights) else ""
-    )  # a Llama without a head has no prefix
+    # A Llama without a head has no prefix.
+    prefix = "model." if any(name.startswith("model.layers.") for name in weights) else ""
     weights = {
         name.removeprefix(prefix): value
         for name, value in weights.items()

@@ -133,30 +133,26 @@ def write_blt(config: BLTConfig) -> dict[str, Any]:
     ValueError
         transformers would compute something else; the message names the field.
     """
-
-    def expect(field: str, expected: object, got: object) -> None:
-        _expect(f"config.{field}, to be read by transformers", expected, got)
-
     around = {"encoder": config.encoder, "decoder": config.decoder}
     for name, layers in around.items():
         cross = config.cross_attention(layers)
-        expect("cross_attn_heads", layers.num_heads, cross.num_heads)
+        _expect("cross_attn_heads", layers.num_heads, cross.num_heads)
         if cross.kv_heads != layers.kv_heads:
-            expect("cross_attn_grouped_heads", True, config.cross_attn_grouped_heads)
-        expect(f"cross_attn_window_{name}", None, getattr(config, f"cross_attn_window_{name}"))
+            _expect("cross_attn_grouped_heads", True, config.cross_attn_grouped_heads)
+        _expect(f"cross_attn_window_{name}", None, getattr(config, f"cross_attn_window_{name}"))
     if config.cross_attn_all_layers_encoder and config.encoder.num_layers > 1:
-        expect("pool_every_layer", True, config.pool_every_layer)
-    expect("decoder.window", config.encoder.window, config.decoder.window)
-    expect("global_transformer.window", None, config.global_transformer.window)
-    expect("whole_characters", False, config.whole_characters)
+        _expect("pool_every_layer", True, config.pool_every_layer)
+    _expect("decoder.window", config.encoder.window, config.decoder.window)
+    _expect("global_transformer.window", None, config.global_transformer.window)
+    _expect("whole_characters", False, config.whole_characters)
     if config.patching != "byte":
-        expect("patching", "entropy", config.patching)
-        expect("monotonic", False, config.monotonic)
-        expect("threshold_add", None, config.threshold_add)
-        expect("reset_at_newlines", False, config.reset_at_newlines)
+        _expect("patching", "entropy", config.patching)
+        _expect("monotonic", False, config.monotonic)
+        _expect("threshold_add", None, config.threshold_add)
+        _expect("reset_at_newlines", False, config.reset_at_newlines)
         if config.patcher is None:
             raise ValueError("config.patcher: expected one, since transformers patches by byte without, got None")
-        expect("patcher.reset_at_newlines", False, config.patcher.reset_at_newlines)
+        _expect("patcher.reset_at_newlines", False, config.patcher.reset_at_newlines)
 
     shared = {
         "vocab_size": config.vocab_size,
@@ -189,7 +185,7 @@ def write_byte_lm(config: ByteLMConfig) -> dict[str, Any]:
     ValueError
         transformers would compute something else; the message names the field.
     """
-    _expect("config.reset_at_newlines, to be read by transformers", False, config.reset_at_newlines)
+    _expect("reset_at_newlines", False, config.reset_at_newlines)
     own = {"vocab_size": config.vocab_size, "sliding_window": config.window}
     documents = {"split_documents": config.split_documents, "eos_id": config.eos_id}
     return {**_layer_values(config), **own, **documents}
@@ -211,6 +207,6 @@ def _layer_values(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _expect(what: str, expected: object, got: object) -> None:
+def _expect(field: str, expected: object, got: object) -> None:
     if got != expected:
-        raise ValueError(f"{what}: expected {expected!r}, got {got!r}")
+        raise ValueError(f"config.{field}, to be read by transformers: expected {expected!r}, got {got!r}")
