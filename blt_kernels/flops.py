@@ -24,7 +24,7 @@ registers the ops, forward and backward, with `torch.utils.flop_counter.FlopCoun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blt_kernels._flop_counter import PAIR_BACKWARD, PAIR_FORWARD
 from blt_kernels._flop_counter import counted_parts as counted_parts
@@ -166,26 +166,21 @@ def _paper_cross(dim: int, context: float, queries_per_key: float) -> float:
 
 
 def _paper_size(
-    local: tuple[int, int, int], wide: tuple[int, int, int], decoder_layers: int, queries_per_patch: int
+    dim: int, num_heads: int, wide: TransformerConfig, decoder_layers: int, queries_per_patch: int
 ) -> BLTConfig:
-    layers, heads, dim = local
-    global_layers, global_heads, global_dim = wide
-    return BLTConfig(
-        encoder=TransformerConfig(dim, layers, heads, window=512),
-        global_transformer=TransformerConfig(global_dim, global_layers, global_heads),
-        decoder=TransformerConfig(dim, decoder_layers, heads, window=512),
-        queries_per_patch=queries_per_patch,
-    )
+    encoder = TransformerConfig(dim, 1, num_heads, window=512)
+    decoder = replace(encoder, num_layers=decoder_layers)
+    return BLTConfig(encoder, wide, decoder, queries_per_patch=queries_per_patch)
 
 
-# Table 10 of the BLT paper: (layers, heads, width) of the encoder and of the global transformer, layers of the decoder,
-# which is as wide as the encoder, and K.
+# Table 10 of the BLT paper: width and heads of encoder and decoder; width, layers and heads of the global transformer;
+# layers of the decoder; K. The encoder has one layer.
 PAPER_SIZES: dict[str, BLTConfig] = {
-    "400M": _paper_size((1, 12, 768), (24, 10, 1280), 7, 2),
-    "1B": _paper_size((1, 16, 1024), (25, 16, 2048), 9, 2),
-    "2B": _paper_size((1, 16, 1024), (26, 20, 2560), 9, 3),
-    "4B": _paper_size((1, 16, 1024), (36, 24, 3072), 9, 3),
-    "8B": _paper_size((1, 20, 1280), (32, 32, 4096), 6, 4),
+    "400M": _paper_size(768, 12, TransformerConfig(1280, 24, 10), 7, 2),
+    "1B": _paper_size(1024, 16, TransformerConfig(2048, 25, 16), 9, 2),
+    "2B": _paper_size(1024, 16, TransformerConfig(2560, 26, 20), 9, 3),
+    "4B": _paper_size(1024, 16, TransformerConfig(3072, 36, 24), 9, 3),
+    "8B": _paper_size(1280, 20, TransformerConfig(4096, 32, 32), 6, 4),
 }
 
 

@@ -122,12 +122,17 @@ ColorOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for other programs to read.")]
 
 
+def installed(package: str) -> str | None:
+    """Return the version of an installed package, None if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def package_version() -> str:
     """Return the version of blt-kernels; "source tree" where it was not installed."""
-    try:
-        return version("blt-kernels")
-    except PackageNotFoundError:
-        return "source tree"
+    return installed("blt-kernels") or "source tree"
 
 
 def _print_version(wanted: bool) -> None:

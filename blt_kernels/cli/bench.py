@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -92,6 +93,7 @@ def bench(
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     timing = importlib.import_module("timing")
+    modules = {op: importlib.import_module(f"bench_{op}") for op in ops or known}
     out, rows = console(color), []
     path = csv or timing.csv_path(device)
     timing.read_csv(path)  # it raises before anything is measured
@@ -99,8 +101,7 @@ def bench(
     try:
         for count in counts:
             torch.set_num_threads(count)
-            for op in ops or known:
-                module = importlib.import_module(f"bench_{op}")
+            for module in modules.values():
                 options = {"small": small, "device": device, "compile_peers": compile_peers}
                 compare = partial(timing.compare, rounds=rounds, budget=budget, cpu_time=cpu_time)
                 for new in _measure(timing, module, compare, **options):
@@ -114,7 +115,6 @@ def bench(
                         timing.write_csv(new, path)
     finally:
         torch.set_num_threads(before)
-    modules = {op: importlib.import_module(f"bench_{op}") for op in ops or known}
     for module in modules.values():
         for line in module.remarks(_measured(rows)):
             out.print(line, soft_wrap=True)
@@ -135,15 +135,9 @@ def _measure(
     timing: ModuleType, module: ModuleType, compare: Callable[..., list[Any]], **options: Any
 ) -> Iterator[list[Any]]:
     """Yield the rows of every comparison, also of one that raises. The shapes of one op come together."""
-    rows: list[Any] = []
-    for make in module.comparisons(**options):
-        new = timing.rows_of(make, compare)
-        if rows and (rows[0].op, rows[0].dtype) != (new[0].op, new[0].dtype):
-            yield rows
-            rows = []
-        rows += new
-    if rows:
-        yield rows
+    comparisons = (timing.rows_of(make, compare) for make in module.comparisons(**options))
+    for _, group in groupby(comparisons, lambda rows: (rows[0].op, rows[0].dtype)):
+        yield list(chain.from_iterable(group))
 
 
 def _measured(rows: list[Any]) -> list[Any]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from blt_kernels.cli.base import ColorOption, Command, app
 from blt_kernels.cli.console import Color, console
@@ -45,11 +46,6 @@ class Row:
     error: float
 
 
-def default_file() -> Path:
-    """Return a file that every machine has: a module of the standard library."""
-    return Path(sysconfig.get_path("stdlib")) / "heapq.py"
-
-
 @app.command(cls=Command)
 def demo(
     file: Annotated[
@@ -59,20 +55,9 @@ def demo(
     color: ColorOption = Color.auto,
 ) -> None:
     """Cut a real file into patches, run it through BLT, fused ops against PyTorch, and generate bytes."""
-    run(file, rounds=rounds, color=color)
-
-
-def run(file: Path | None, *, rounds: int, color: Color) -> None:
-    """Draw the patches of `file`, and print a table of fused against reference ops on its bytes.
-
-    Raises
-    ------
-    ImportError, OSError, ValueError
-        A package or the entropy model is missing, or the file cannot be read or has no bytes.
-    """
     if rounds < 1:
         raise ValueError(f"--rounds {rounds}: expected at least 1")
-    file = file or default_file()
+    file = file or Path(sysconfig.get_path("stdlib")) / "heapq.py"
     with file.open("rb") as source:
         data = source.read(MODEL_BYTES)
     if not data:
@@ -156,10 +141,8 @@ def op_calls(model: BLT, tokens: Tensor, layout: PatchLayout) -> Iterator[tuple[
     size, capacity = tokens.shape[0], layout.capacity
     yield "entropy_patch", both("entropy_patch", logits, rows, threshold=config.threshold)
     tables, letters = model.encoder_hash_tok_embedding.weight, model.local_encoder.embed_tokens.weight
-    yield (
-        "ngram_hash_embed",
-        both("ngram_hash_embed", tokens, tables, letters, rows, ngram_sizes=config.ngram_sizes),
-    )
+    call = both("ngram_hash_embed", tokens, tables, letters, rows, ngram_sizes=config.ngram_sizes)
+    yield "ngram_hash_embed", call
     yield "patch_pool", both("patch_pool", random(size, local.dim), layout, "max")
     yield "patch_unpool", both("patch_unpool", random(capacity, local.dim), layout, "decode")
     for direction in ("encode", "decode"):
@@ -174,7 +157,7 @@ def op_calls(model: BLT, tokens: Tensor, layout: PatchLayout) -> Iterator[tuple[
 
 def measure(name: str, calls: tuple[Callable, Callable], rounds: int) -> Row:
     """Return medians over interleaved rounds, after a first round whose results are compared."""
-    error = max((_difference(a, b) for a, b in zip(*(_tensors(call()) for call in calls), strict=True)), default=0.0)
+    error = max((_difference(a, b) for a, b in zip(*(tree_leaves(call()) for call in calls), strict=True)), default=0.0)
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for call, seconds in zip(calls, times, strict=True):
@@ -182,10 +165,6 @@ def measure(name: str, calls: tuple[Callable, Callable], rounds: int) -> Row:
             call()
             seconds.append(time.perf_counter() - start)
     return Row(name, statistics.median(times[0]), statistics.median(times[1]), error)
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -6,16 +6,15 @@ import importlib.util
 import json
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from typing import Any
 
 import torch
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from blt_kernels import _extension, attention_backend
-from blt_kernels.cli.base import EXTRAS, ColorOption, Command, JsonOption, app, package_version
+from blt_kernels.cli.base import EXTRAS, ColorOption, Command, JsonOption, app, installed, package_version
 from blt_kernels.cli.console import Color, console
 from blt_kernels.models.byte_lm import BUNDLED
 from blt_kernels.triton.block_causal_attention import flash
@@ -63,19 +62,14 @@ def report() -> dict[str, Any]:
             "blt_kernels": package_version(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _installed("triton"),
+            "triton": installed("triton"),
             "CUDA of torch": torch.version.cuda,
             "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
             "threads": torch.get_num_threads(),
             "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "module": {
-            "isa": loaded.isa,
-            "path": loaded.path,
-            "reason": loaded.reason,
-            "available": list(loaded.available),
-        },
-        "cuda": {"compiler": cuda.compiler, "path": cuda.path, "reason": cuda.reason},
+        "module": asdict(loaded),
+        "cuda": asdict(cuda),
         "attention": attention(),
         "ops": owners(),
         "missing": missing,
@@ -85,15 +79,15 @@ def report() -> dict[str, Any]:
 @app.command(cls=Command)
 def doctor(json: JsonOption = False, color: ColorOption = Color.auto) -> None:
     """Say what is installed, which kernels run where, what is missing and the command that brings it."""
-    raise typer.Exit(run(as_json=json, color=color))
+    run(as_json=json, color=color)
 
 
-def run(*, as_json: bool, color: Color) -> int:
-    """Print the report and return the exit code: 0, since without kernels the references do the work."""
+def run(*, as_json: bool, color: Color) -> None:
+    """Print the report."""
     facts = report()
     if as_json:
         print(json.dumps(facts, indent=2))
-        return 0
+        return
     out = console(color)
     versions = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts["versions"].items():
@@ -127,11 +121,3 @@ def run(*, as_json: bool, color: Color) -> int:
         out.print(escape(f"missing: {item['what']}. To get it: {item['command']}"))
     if not facts["missing"]:
         out.print("Nothing is missing.")
-    return 0
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

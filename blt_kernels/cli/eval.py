@@ -22,17 +22,13 @@ def evaluate(
     """Measure a trained model in bits per byte."""
     if options["split"] == "all" and (ignored := given(ctx, "heldout", "seed")):
         raise ValueError(f"{ignored}: expected --split heldout or train beside it")
-    run(build(EvalConfig, options), as_json=json, color=color)
-
-
-def run(config: EvalConfig, *, as_json: bool, color: Color = Color.auto) -> None:
-    """Evaluate with a bar on stderr, then print the result, as JSON if asked for."""
+    config = build(EvalConfig, options)
     from blt_kernels.train.evaluate import evaluate as measure  # needs numpy, of the extra `train`
 
     with step_bar("eval", None, color) as advance:
         result = measure(config, lambda done, total, bits: advance(done, f"{bits:.3f} bits/byte", total))
     out = console(color)
-    if as_json:
+    if json:
         out.print(json_format.dumps(asdict(result)), soft_wrap=True)
         return
     size = f"{result.num_bytes:,} bytes in {result.num_files:,} files"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import json as json_format
 import os
 import warnings
 from collections.abc import Sequence
@@ -75,16 +75,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Holds what `FlopCounterMode` counted on `rows`, and `formula`, the `count_flops` of these rows.
-
-    `forward` is by part, without the patcher; `backward` is all of the model.
-    """
+    """Holds lines (part, FLOPs by `count_flops`, FLOPs that `FlopCounterMode` counted) of a model on `rows`."""
 
     rows: Rows
-    formula: Flops
-    forward: dict[str, int]
-    backward: int
-    patcher: int
+    lines: list[tuple[str, float, float]]
+
+    def record(self) -> dict[str, Any]:
+        """Return the object that ``--json`` prints."""
+        compared = {part: {"formula": formula, "counted": counted} for part, formula, counted in self.lines}
+        return {"bytes": sum(self.rows.num_bytes), "patches": sum(self.rows.num_patches), "flops": compared}
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Result:
     def record(self) -> dict[str, Any]:
         """Return the object that ``--json`` prints."""
         record = {"patch_size": self.patch_size, "paper": _lines(self.paper), "implementation": _lines(self.here)}
-        return record if self.measured is None else {**record, "measured": _measured_record(self.measured)}
+        return record if self.measured is None else {**record, "measured": self.measured.record()}
 
 
 def read_config(name: str) -> Config:
@@ -162,16 +161,20 @@ def measure(config: Config, patch_size: float, context: int, text: Sequence[Path
     with warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
         warnings.simplefilter("ignore")  # hooks of the counter warn where inputs need no gradient
         loss = model.loss(tokens, rows, **options)
-        forward = counted_parts(counter.get_flop_counts())
-        total = counter.get_total_flops()
+        parts, forward = counted_parts(counter.get_flop_counts()), counter.get_total_flops()
         loss.backward()
-        backward = counter.get_total_flops() - total
+        backward = counter.get_total_flops() - forward
     patcher = 0
     if isinstance(model, BLT) and model.patcher is not None:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.patcher(tokens, rows)
         patcher = counter.get_total_flops()
-    return Measurement(spans, count_flops(config, spans), forward, backward, patcher)
+    formula = count_flops(config, spans)
+    whole = formula.total
+    lines = [(name, formula.parts.get(name, Part()).forward, float(parts.get(name, 0))) for name in (*PARTS, "unknown")]
+    lines += [("forward", whole.forward, forward), ("backward", whole.backward, backward)]
+    lines.append(("patcher", formula.patcher, patcher))
+    return Measurement(spans, [line for line in lines if any(line[1:])])
 
 
 def _model(config: Config) -> ByteModel:
@@ -224,39 +227,34 @@ def flops(
 ) -> None:
     """Count the FLOPs of a byte by parts: by the BLT paper's formula, and of this implementation."""
     sizes = None if patch_sizes is None else numbers("--patch-sizes", patch_sizes, float)
-    run(configs or [], build(Options, options, patch_sizes=sizes), as_json=json, color=color)
-
-
-def run(names: Sequence[str], options: Options, *, as_json: bool, color: Color = Color.auto) -> None:
-    """Print tables, or JSON, of the configurations; the five sizes of the paper if there are no `names`."""
-    out, records = console(color), []
-    if not as_json:
-        rows = f"rows of {options.context:,} bytes"
+    chosen, out, records = build(Options, options, patch_sizes=sizes), console(color), []
+    if not json:
+        rows = f"rows of {chosen.context:,} bytes"
         out.print(f"millions of FLOPs a byte, {rows}: formula of the paper | this implementation", soft_wrap=True)
     read = {}
-    for name in names or PAPER_SIZES:
+    for name in configs or PAPER_SIZES:
         with checks.reading("config"):
             read[name] = read_config(name)
-    if options.window is not None and all(isinstance(config, MegaByteConfig) for config in read.values()):
-        raise ValueError(f"window: expected a configuration with windows beside MegaByte's, got {options.window}")
-    if options.patch_sizes is not None and all(_own_size(config) is not None for config in read.values()):
-        given = ",".join(f"{size:g}" for size in options.patch_sizes)
+    if chosen.window is not None and all(isinstance(config, MegaByteConfig) for config in read.values()):
+        raise ValueError(f"window: expected a configuration with windows beside MegaByte's, got {chosen.window}")
+    if chosen.patch_sizes is not None and all(_own_size(config) is not None for config in read.values()):
+        given = ",".join(f"{size:g}" for size in chosen.patch_sizes)
         raise ValueError(f"patch_sizes: expected a configuration without a patch size of its own, got {given}")
     for name, whole in read.items():
-        config, own, found = with_window(whole, options.window), _own_size(whole), []
-        for size in (options.patch_sizes or _PATCH_SIZES) if own is None else [own]:
-            options.check_patch_size(size)
-            here = count_flops(config, Rows.even(options.context, size)).per_byte(options.context)
-            done = measure(config, size, options.context, options.text) if options.measure else None
-            found.append(Result(size, paper_flops(config, size, options.context), here, done))
-        records += [{"model": name, "context": options.context, **result.record()} for result in found]
-        if not as_json:
+        config, own, found = with_window(whole, chosen.window), _own_size(whole), []
+        for size in (chosen.patch_sizes or _PATCH_SIZES) if own is None else [own]:
+            chosen.check_patch_size(size)
+            here = count_flops(config, Rows.even(chosen.context, size)).per_byte(chosen.context)
+            done = measure(config, size, chosen.context, chosen.text) if chosen.measure else None
+            found.append(Result(size, paper_flops(config, size, chosen.context), here, done))
+        records += [{"model": name, "context": chosen.context, **result.record()} for result in found]
+        if not json:
             out.print(_table(name, found))
             for result in found:
                 if result.measured is not None:
                     out.print(_measured_table(name, result.measured))
-    if as_json:
-        out.print(json.dumps(records, indent=2), soft_wrap=True)
+    if json:
+        out.print(json_format.dumps(records, indent=2), soft_wrap=True)
 
 
 def _own_size(config: Config) -> float | None:
@@ -299,32 +297,13 @@ def _measured_table(name: str, measurement: Measurement) -> Table:
     table.add_column("part")
     for heading in ("formula", "counted", "difference"):
         table.add_column(heading, justify="right")
-    for line, formula, counted in _compared(measurement):
+    for line, formula, counted in measurement.lines:
         difference = f"{100 * (formula / counted - 1):+.3f}%" if counted else ""
         table.add_row(line, _millions(formula / size), _millions(counted / size), difference)
     return table
-
-
-def _compared(measurement: Measurement) -> list[tuple[str, float, float]]:
-    """Return lines (part, by formula, counted)."""
-    formula, forward = measurement.formula, measurement.forward
-    parts = (*PARTS, "unknown")
-    every = [(part, formula.parts.get(part, Part()).forward, float(forward.get(part, 0))) for part in parts]
-    found = [row for row in every if row[1] or row[2]]
-    found.append(("forward", formula.total.forward, sum(forward.values())))
-    found.append(("backward", formula.total.backward, measurement.backward))
-    if measurement.patcher:
-        found.append(("patcher", formula.patcher, measurement.patcher))
-    return found
 
 
 def _millions(flops: float) -> str:
     """Format with four digits, or with all digits before the point."""
     millions = flops / 1e6
     return "-" if not flops else f"{millions:,.0f}" if millions >= 1000 else f"{millions:.4g}"
-
-
-def _measured_record(measurement: Measurement) -> dict[str, Any]:
-    rows = measurement.rows
-    compared = {what: {"formula": formula, "counted": counted} for what, formula, counted in _compared(measurement)}
-    return {"bytes": sum(rows.num_bytes), "patches": sum(rows.num_patches), "flops": compared}

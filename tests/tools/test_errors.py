@@ -364,7 +364,7 @@ def test_bugs_show_their_traceback(error: type[Exception], monkeypatch: pytest.M
     def broken(*args: object, **options: object) -> None:
         raise error("a bug")
 
-    monkeypatch.setattr(demo, "run", broken)
+    monkeypatch.setattr(demo, "load_entropy_model", broken)
     assert type(run("demo").exception) is error
 
 
@@ -372,13 +372,13 @@ def test_an_interruption_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "run", interrupted)
+    monkeypatch.setattr(demo, "load_entropy_model", interrupted)
     result = run("demo")
     assert (result.exit_code, result.output) == (130, "")
 
 
 def test_memory_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "run", lambda *args, **options: torch.empty(1 << 60))
+    monkeypatch.setattr(demo, "load_entropy_model", lambda *args, **options: torch.empty(1 << 60))
     fails(["demo"], "not enough memory for a model or batch of this size")
 
 

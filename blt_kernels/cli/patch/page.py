@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from string import Template
 
@@ -53,15 +54,11 @@ def build(title: str, window: Window, statistics: Statistics, rules: Rules) -> s
 
 def _spans(window: Window) -> str:
     """Return a span a patch with an element a glyph: ``data-o`` is its offset in the window, ``data-n`` its bytes."""
-    parts: list[str] = []
-    previous = None
-    for glyph in glyphs(window):
-        if glyph.patch != previous:
-            parts.append("</span>" if parts else "")
-            parts.append(f'<span class="p{glyph.patch % 2}">')
-            previous = glyph.patch
-        parts.append(_element(glyph, window))
-    return "".join([*parts, "</span>"] if parts else [])
+    spans = []
+    for patch, inside in groupby(glyphs(window), lambda glyph: glyph.patch):
+        elements = "".join(_element(glyph, window) for glyph in inside)
+        spans.append(f'<span class="p{patch % 2}">{elements}</span>')
+    return "".join(spans)
 
 
 def _element(glyph: Glyph, window: Window) -> str:

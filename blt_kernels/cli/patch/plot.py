@@ -31,7 +31,6 @@ def write(path: Path, title: str, window: Window, statistics: Statistics, rules:
         matplotlib is not installed; the message has the command.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as missing:
         raise ModuleNotFoundError(f"--plot: needs {missing.name}: pip install 'blt-kernels[cli]'") from None
@@ -40,7 +39,6 @@ def write(path: Path, title: str, window: Window, statistics: Statistics, rules:
     step = ROW if size <= LABELLED else size
     rows = max(math.ceil(size / step), 1)
     figure = Figure(figsize=(16, 1.2 + 2.1 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
     curve = window.entropy if window.entropy is not None else _patch_lengths(window)
     top = 1.08 * max([*curve, _limit(window, rules) or 0, 1e-9])

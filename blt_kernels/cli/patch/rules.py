@@ -37,11 +37,7 @@ AT_ONCE = {Scheme.topk: "ranks", Scheme.bpe: "tokenizes"}
 ENTROPY_SCHEMES = (Scheme.entropy, Scheme.topk)
 # The schemes that an option is for. The others raise an error for it.
 _OPTIONS = {
-    "threshold": (Scheme.entropy,),
-    "target_size": (Scheme.entropy,),
-    "threshold_add": (Scheme.entropy,),
-    "monotonic": (Scheme.entropy,),
-    "max_patch_length": (Scheme.entropy,),
+    **dict.fromkeys(("threshold", "target_size", "threshold_add", "monotonic", "max_patch_length"), (Scheme.entropy,)),
     "patch_size": (Scheme.static, Scheme.topk),
     "delimiter": (Scheme.delimiter,),
     "reset_at_newlines": ENTROPY_SCHEMES,

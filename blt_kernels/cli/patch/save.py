@@ -61,22 +61,16 @@ def run(config: SaveConfig, rules: Rules, model: Path | None, color: Color) -> N
     sources = data.find_sources(config.paths, config.include)
     size = sum(source.size for source in sources)
     total = data.num_ids(sources, config.context)
-    began, done, first = time.perf_counter(), 0, None
+    began, first = time.perf_counter(), None
     with progress(f"patch --save {config.folder}", total) as advance:
 
         def report(ids: int) -> None:
-            nonlocal done, first
-            first, done = ids if first is None else first, done + ids
+            nonlocal first
+            first = ids if first is None else first
             advance(ids)
 
         save_patches.save(
-            config.folder,
-            sources,
-            cutter,
-            config.context,
-            bf16=config.bf16,
-            processes=config.processes,
-            report=report,
+            config.folder, sources, cutter, config.context, bf16=config.bf16, processes=config.processes, report=report
         )
     seconds, fresh = time.perf_counter() - began, total - (first or 0)
     shown = console(color)

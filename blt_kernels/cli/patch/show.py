@@ -181,10 +181,7 @@ def _show(name: str, source: BinaryIO, rules: Rules, outputs: Outputs, model: By
         terminal = console(color)
         render.draw(terminal, title, window.narrow(min(outputs.max_show, window.length)), statistics.bytes)
         render.print_statistics(terminal, statistics, used, notes)
-    for path, length, write in (
-        (outputs.plot, PLOT_LENGTH, plot.write),
-        (outputs.html, HTML_LENGTH, page.write),
-    ):
+    for path, length, write in ((outputs.plot, PLOT_LENGTH, plot.write), (outputs.html, HTML_LENGTH, page.write)):
         if path is not None:
             try:
                 write(path, title, window.narrow(outputs.length or length), statistics, used)

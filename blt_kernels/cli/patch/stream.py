@@ -18,7 +18,7 @@ from torch import Tensor
 from blt_kernels.cli.patch.rules import AT_ONCE, Rules, Scheme, load_tokenizer
 from blt_kernels.ids import to_ids
 from blt_kernels.models import ByteLM
-from blt_kernels.models.characters import character_ends, patches_of_whole_characters
+from blt_kernels.models.characters import character_ends, cut_long_patches, patches_of_whole_characters
 from blt_kernels.models.threshold import find_threshold
 from blt_kernels.ops.token_entropy import token_entropy
 
@@ -89,22 +89,18 @@ class StreamCutter:
 
     def _cut_long_patches(self, starts: Tensor, between: Tensor | None, offset: int, longest: int) -> Tensor:
         at = torch.arange(offset, self.position)
-        begin = torch.full_like(at, self._patch_start)
-        begin[starts - offset] = starts
-        begin = begin.cummax(0).values
-        self._patch_start = int(begin[-1])
-        if between is None:
-            return at[(at - begin) % longest == 0]
-        # As in `blt_kernels.models.characters`: the first place between characters at or after a multiple of `longest`.
-        ends = torch.cat([torch.tensor([self._character_end]), torch.where(between, at, -1)]).cummax(0).values
-        self._character_end = int(ends[-1])
-        return at[between & ((at - begin) // longest > (ends[:-1] - begin) // longest)]
+        boundaries = torch.zeros(at.shape, dtype=torch.bool).index_fill(0, starts - offset, True)
+        ends = torch.ones_like(boundaries) if between is None else between
+        start, end = torch.full_like(at, self._patch_start), torch.full_like(at, self._character_end)
+        cuts = cut_long_patches(boundaries, ends, at, at == offset, start, longest, end)
+        self._patch_start = int(torch.where(boundaries, at, start).max())
+        self._character_end = int(torch.where(ends, at, end).max())
+        return at[cuts]
 
 
 def read(source: BinaryIO) -> Iterator[bytes]:
     """Yield the bytes of an open file in pieces."""
-    while data := source.read(READ_SIZE):
-        yield data
+    return iter(lambda: source.read(READ_SIZE), b"")
 
 
 def regroup(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
