@@ -60,10 +60,9 @@ def locked(folder: Path, name: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{name}: expected a directory, or a place for one, got {folder}: {error.strerror}") from None
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with (folder / "lock").open("a") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
                 f"{name}: another process is writing to {folder}: wait for it, or choose another directory"
@@ -72,5 +71,3 @@ def locked(folder: Path, name: str) -> Iterator[None]:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
         yield
-    finally:
-        os.close(descriptor)

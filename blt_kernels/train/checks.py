@@ -39,14 +39,14 @@ def reading(name: str) -> Iterator[None]:
         raise kind(f"{name}: {str(error).removeprefix('path: ')}") from error
 
 
-def check_device(device: str, name: str = "device") -> None:
+def check_device(device: str) -> None:
     """Raise ValueError unless there is such a device: "cpu", "cuda" or "cuda:N"."""
     if device == "cpu":
         return
     match = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
     if match is None:
-        raise ValueError(f"{name}: expected 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+        raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:N', got {device!r}")
     count = torch.cuda.device_count()
     if int(match[1] or 0) >= count:
         seen = f"torch sees {count} CUDA devices" if count else "torch sees no CUDA device"
-        raise ValueError(f"{name}: {seen}, got {device!r}")
+        raise ValueError(f"device: {seen}, got {device!r}")

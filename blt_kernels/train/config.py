@@ -12,6 +12,11 @@ from typing_extensions import Doc
 from blt_kernels._checks import check_choice
 from blt_kernels.train import checks
 
+_ONLY_FOR = {  # the models that an option is for
+    **dict.fromkeys(("init_global", "patches", "patcher", "shard_tables"), ("blt",)),
+    "global_learning_rate": ("blt", "megabyte"),
+}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -95,14 +100,13 @@ class TrainConfig:
         check_choice("model", self.model, ("entropy", "blt", "megabyte"))
         check_choice("preset", self.preset or "small", ("small", "paper"))
         check_choice("parallel", self.parallel, ("ddp", "fsdp"))
-        for name in ("init_global", "patches", "patcher"):
-            if self.model != "blt" and getattr(self, name) is not None:
-                raise ValueError(f"{name}: expected None, since model is {self.model!r}, got {getattr(self, name)}")
+        for name, models in _ONLY_FOR.items():
+            value = getattr(self, name)
+            if self.model not in models and value is not None and value is not False:
+                expected = False if value is True else None
+                raise ValueError(f"{name}: expected {expected}, since model is {self.model!r}, got {value}")
         if self.init is not None and self.init_global is not None:
             raise ValueError(f"init_global: expected None beside init, got {self.init_global}")
-        if self.model == "entropy" and self.global_learning_rate is not None:
-            got = self.global_learning_rate
-            raise ValueError(f"global_learning_rate: expected None, since model is 'entropy', got {got}")
         for name in ("batch_bytes", "context"):
             checks.check_count(name, getattr(self, name), 2)
         for name in ("steps", "eval_every", "eval_bytes", "checkpoint_every", "log_every", "accumulate", "keep"):
@@ -117,8 +121,6 @@ class TrainConfig:
         checks.check_finite("patch_size", self.patch_size, 1)
         checks.check_fraction("heldout", self.heldout)
         checks.check_device(self.device)
-        if self.shard_tables and self.model != "blt":
-            raise ValueError(f"shard_tables: expected False, since model is {self.model!r}, got True")
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,23 @@ def split_sources(sources: Sequence[Source], heldout: float, seed: int) -> tuple
     return train, held
 
 
-class PackedBatches:
+class Pieces:
+    """Lists the pieces of documents with `sizes` bytes: number of the document, first id and length of each piece."""
+
+    def __init__(self, sizes: Sequence[int], context: int) -> None:
+        ids = np.array(sizes, dtype=np.int64) + 2
+        counts = num_pieces(ids - 2, context)
+        self.first = counts.cumsum() - counts  # the first piece of each document
+        self.source = np.repeat(np.arange(len(ids)), counts)
+        self.start = (np.arange(len(self.source)) - self.first[self.source]) * (context - 1)
+        self.length = np.minimum(context, ids[self.source] - self.start)
+
+    def row(self, sources: Sequence[Source], number: int) -> Row:
+        """Return a piece of the documents in `sources`."""
+        return Row(sources[self.source[number]], int(self.start[number]), int(self.length[number]))
+
+
+class PackedBatches(Pieces):
     """Yields shuffled batches of the documents in `sources` without end.
 
     Parameters
@@ -106,13 +122,8 @@ class PackedBatches:
     """
 
     def __init__(self, sources: Sequence[Source], batch_bytes: int, context: int, seed: int) -> None:
+        super().__init__([source.size for source in sources], context)
         self.sources, self.seed = sources, seed
-        sizes = np.array([source.size + 2 for source in sources], dtype=np.int64)
-        counts = num_pieces(sizes - 2, context)
-        self.source = np.repeat(np.arange(len(sources)), counts)
-        rank = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        self.start = rank * (context - 1)
-        self.length = np.minimum(context, sizes[self.source] - self.start)
         self.batch_bytes = int(min(batch_bytes, self.length.sum()))
         self.batches_per_epoch = int(self.length.sum()) // self.batch_bytes
         self._epoch = -1

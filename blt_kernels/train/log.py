@@ -78,10 +78,13 @@ def draw_curve(log: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = read_log(log)
-    train_lines = [line for line in lines if "bits_per_byte" in line]
-    held_lines = [line for line in lines if "heldout_bits_per_byte" in line and "final" not in line]
-    final = [(line["step"], line["heldout_bits_per_byte"]) for line in lines if "final" in line]
-    steps, losses = [line["step"] for line in train_lines], [line["bits_per_byte"] for line in train_lines]
+
+    def points(name: str, final: bool = False) -> tuple[list[int], list[float]]:
+        found = [line for line in lines if name in line and ("final" in line) == final]
+        return [line["step"] for line in found], [line[name] for line in found]
+
+    steps, losses = points("bits_per_byte")
+    held, final = points("heldout_bits_per_byte"), points("heldout_bits_per_byte", final=True)
     smooth: list[float] = []
     for loss in losses:
         share = max(0.1, 2 / (len(smooth) + 2))  # the average gets wider with the steps
@@ -90,13 +93,10 @@ def draw_curve(log: Path, path: Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)
     axes.plot(steps, smooth, color="C0", label="training")
-    if held_lines:
-        held = [line["heldout_bits_per_byte"] for line in held_lines]
-        axes.plot(
-            [line["step"] for line in held_lines], held, "o-", color="C1", markersize=4, label="held out, a sample"
-        )
-    if final:
-        axes.plot(*final[-1], "*", color="C3", markersize=10, label=f"held out, all: {final[-1][1]:.3f}")
+    if held[0]:
+        axes.plot(*held, "o-", color="C1", markersize=4, label="held out, a sample")
+    for step, bits in zip(*final, strict=True):
+        axes.plot(step, bits, "*", color="C3", markersize=10, label=f"held out, all: {bits:.3f}")
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, min(8.5, max([1.0, *losses]))))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,7 @@ def train(config: TrainConfig, report: Callable[[Progress], None] | None = None)
     out = Path(config.out)
     if out.is_dir() and os.path.realpath(out) in map(os.path.realpath, config.paths):
         raise ValueError(f"out: expected another directory than the paths to train on, got {out}")
-    with (
-        parallel.start(config.device) as ranks,
-        locked(out, "out") if ranks.rank == 0 else nullcontext(),
-    ):
+    with parallel.start(config.device) as ranks, locked(out, "out") if ranks.rank == 0 else nullcontext():
         return _train(config, report, ranks)
 
 
@@ -359,10 +357,5 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
 
 def _first(sources: Sequence[data.Source], limit: int) -> list[data.Source]:
     """Return the first files up to `limit` bytes in all, at least one. The order by digest makes a fair sample."""
-    chosen, size = [sources[0]], sources[0].size
-    for source in sources[1:]:
-        size += source.size
-        if size > limit:
-            break
-        chosen.append(source)
-    return chosen
+    ends = accumulate(source.size for source in sources)
+    return [source for source, end in zip(sources, ends, strict=True) if end <= limit] or [sources[0]]

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from blt_kernels.ids import ALPHABET, BOS
-from blt_kernels.train.data import Source, read_ids
+from blt_kernels.train import data
+from blt_kernels.train.data import Row, Source, read_ids
 
 ORDER = 3
 _BLOCK_BYTES = 1 << 22
@@ -58,7 +59,8 @@ class NgramModel:
         ``log2(blocks)`` times, however many different windows there are.
         """
         tables: list[tuple[int, _Table]] = []  # (number of blocks, their table)
-        for windows in _blocks(sources):
+        for rows in data.group_rows(_chunks(sources), _BLOCK_BYTES):
+            windows = np.concatenate([_windows(row) for row in rows])
             blocks, table = 1, _sum_by_key(windows, np.ones(len(windows), dtype=np.int64))
             while tables and tables[-1][0] == blocks:
                 table, blocks = _merge([tables.pop()[1], table]), 2 * blocks
@@ -78,35 +80,24 @@ class NgramModel:
     def measure(self, sources: Sequence[Source]) -> float:
         """Return bits per byte on files."""
         bits, size = 0.0, 0
-        for source in sources:
-            for start in range(0, source.size, _BLOCK_BYTES):
-                windows = _windows(source, start)
-                bits -= float(np.log2(self.probability(windows)).sum())
-                size += len(windows)
+        for row in _chunks(sources):
+            bits -= float(np.log2(self.probability(_windows(row))).sum())
+            size += row.length
         return bits / max(size, 1)
 
 
-def _blocks(sources: Sequence[Source]) -> Iterator[np.ndarray]:
-    """Yield the windows of all files, at least `_BLOCK_BYTES` at a time apart from the last ones."""
-    waiting: list[np.ndarray] = []
-    size = 0
+def _chunks(sources: Sequence[Source]) -> Iterator[Row]:
+    """Yield the bytes of all files, without BOS and EOS, in rows of at most `_BLOCK_BYTES`."""
     for source in sources:
-        for start in range(0, source.size, _BLOCK_BYTES):
-            waiting.append(_windows(source, start))
-            size += len(waiting[-1])
-            if size >= _BLOCK_BYTES:
-                yield np.concatenate(waiting)
-                waiting, size = [], 0
-    if waiting:
-        yield np.concatenate(waiting)
+        for start in range(0, source.size, _BLOCK_BYTES):  # byte i of the file is id i + 1 of the document
+            yield Row(source, start + 1, min(_BLOCK_BYTES, source.size - start))
 
 
-def _windows(source: Source, start: int) -> np.ndarray:
-    """Return every byte of a block with the three ids before it, oldest first, as a number in base 260: int64."""
-    stop = min(start + _BLOCK_BYTES, source.size)
-    count = stop - start
-    first = max(start + 1 - ORDER, 0)  # byte i of the file is id i + 1 of the document
-    ids = read_ids(source, first, stop + 1 - first).astype(np.int64)
+def _windows(row: Row) -> np.ndarray:
+    """Return every byte of a row with the three ids before it, oldest first, as a number in base 260: int64."""
+    source, start, count = row
+    first = max(start - ORDER, 0)
+    ids = read_ids(source, first, start + count - first).astype(np.int64)
     ids = np.pad(ids, (count + ORDER - len(ids), 0), constant_values=BOS)
     return sum((ids[j : j + count] * ALPHABET ** (ORDER - j) for j in range(ORDER + 1)), np.zeros(count, np.int64))
 

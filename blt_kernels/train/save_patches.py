@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from blt_kernels._files import locked
 from blt_kernels.models import BLT
 from blt_kernels.train import data
-from blt_kernels.train.data import Row, Source
+from blt_kernels.train.data import Pieces, Row, Source
 from blt_kernels.train.row_patches import cut_pieces
-from blt_kernels.train.stored_patches import BITS, DONE, FORMAT, Places, provenance, read_index, write_index
+from blt_kernels.train.stored_patches import BITS, DONE, FORMAT, byte_offsets, provenance, read_index, write_index
 
 _BLOCK_IDS = 1 << 16  # a block of full pieces takes a CPU a few seconds
 
@@ -64,82 +64,73 @@ def save(
     """
     files = [{"name": str(s.path), "size": s.size, "sha256": s.digest} for s in sources]
     index = {"format": FORMAT, "made_with": provenance(model, context, bf16), "files": files, "sha256": None}
+    report, blocks = report or (lambda _: None), _Blocks(sources, model, context, bf16)
+    path, offsets = folder / BITS, byte_offsets(blocks.pieces)
     with locked(folder, "save"):
-        _save(folder, index, _Blocks(sources, context), model, processes, report or (lambda _: None))
-
-
-def _save(
-    folder: Path, index: dict[str, Any], blocks: _Blocks, model: BLT, processes: int, report: Callable[[int], None]
-) -> None:
-    """Store the patches while this process holds the lock."""
-    places, path = blocks.places, folder / BITS
-    stored = read_index(folder)
-    if stored is not None:
-        _check_same(folder, stored, index)
-        index["files"] = stored["files"]  # the names that the files had then
-    if stored is not None and stored["sha256"] is not None:
-        whole = path.exists() and path.stat().st_size == places.num_bytes
-        whole = whole and data.file_digest(path)[0] == stored["sha256"]
+        stored = read_index(folder)
+        if stored is not None:
+            _check_same(folder, stored, index)
+            index["files"] = stored["files"]  # the names that the files had then
+        if stored is not None and stored["sha256"] is not None:
+            whole = path.exists() and path.stat().st_size == offsets[-1]
+            whole = whole and data.file_digest(path)[0] == stored["sha256"]
+            (folder / DONE).unlink(missing_ok=True)
+            if whole:
+                report(sum(map(blocks.num_ids, range(blocks.count))))
+                return
+        digests = [blocks.digest(block) for block in range(blocks.count)]
+        for source in blocks.sources:
+            if data.file_digest(source.path) != (source.digest, source.size):
+                raise _changed(source)
+        write_index(folder, index)
+        path.touch()
+        (folder / DONE).touch()
+        with path.open("r+b") as bits, (folder / DONE).open("r+b") as done:
+            if path.stat().st_size != offsets[-1]:  # no mark can be true then
+                done.truncate(0)
+                bits.truncate(offsets[-1])
+            marks = done.read(blocks.count).ljust(blocks.count, b"\0")
+            todo = [block for block in range(blocks.count) if not marks[block]]
+            report(sum(blocks.num_ids(block) for block in range(blocks.count) if marks[block]))
+            for block, (content, read) in _compute(blocks, todo, processes):
+                if read != digests[block]:
+                    inside = [row.source for row in blocks.rows(block)]
+                    raise _changed(next((s for s in inside if data.file_digest(s.path)[0] != s.digest), inside[0]))
+                _write(bits, content, int(offsets[blocks.numbers(block).start]))
+                os.fsync(bits)  # before its mark is written
+                _write(done, b"\1", block)
+                report(blocks.num_ids(block))
+        index["sha256"] = data.file_digest(path)[0]
+        write_index(folder, index)
         (folder / DONE).unlink(missing_ok=True)
-        if whole:
-            report(data.num_ids(blocks.sources, places.context))
-            return
-    digests = [blocks.digest(block) for block in range(blocks.count)]
-    for source in blocks.sources:
-        if data.file_digest(source.path) != (source.digest, source.size):
-            raise _changed(source)
-    write_index(folder, index)
-    bits = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    done = os.open(folder / DONE, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if os.fstat(bits).st_size != places.num_bytes:  # no mark can be true then
-            os.ftruncate(done, 0)
-            os.ftruncate(bits, places.num_bytes)
-        marks = os.pread(done, blocks.count, 0).ljust(blocks.count, b"\0")
-        todo = [block for block in range(blocks.count) if not marks[block]]
-        report(sum(blocks.num_ids(block) for block in range(blocks.count) if marks[block]))
-        for block, (content, read) in _compute(model, blocks, index["made_with"]["bf16"], todo, processes):
-            if read != digests[block]:
-                files = [row.source for row in blocks.rows(block)]
-                raise _changed(next((s for s in files if data.file_digest(s.path)[0] != s.digest), files[0]))
-            _write_all(bits, content, places.byte_of(blocks.pieces(block).start))
-            os.fsync(bits)  # before its mark is written
-            os.pwrite(done, b"\1", block)
-            report(blocks.num_ids(block))
-        os.fsync(bits)
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            raise ValueError("processes: one of them was killed: is there memory for as many?") from None
-        raise
-    finally:
-        os.close(bits)
-        os.close(done)
-    index["sha256"] = data.file_digest(path)[0]
-    write_index(folder, index)
-    (folder / DONE).unlink(missing_ok=True)
 
 
-class _Blocks:
-    """Divides pieces into blocks of equal numbers of pieces."""
+class _Blocks(Dataset):
+    """Divides pieces into blocks of equal numbers of pieces, and computes their bits."""
 
-    def __init__(self, sources: Sequence[Source], context: int) -> None:
-        self.sources, self.places = sources, Places([source.size for source in sources], context)
-        self.size = max(1, _BLOCK_IDS // context)
-        self.total = int(self.places.first[-1])
+    def __init__(self, sources: Sequence[Source], model: BLT, context: int, bf16: bool) -> None:
+        self.model, self.bf16 = model, bf16
+        self.sources, self.pieces = sources, Pieces([source.size for source in sources], context)
+        self.size, self.total = max(1, _BLOCK_IDS // context), len(self.pieces.length)
         self.count = -(-self.total // self.size)
 
-    def pieces(self, block: int) -> range:
+    def numbers(self, block: int) -> range:
         return range(block * self.size, min((block + 1) * self.size, self.total))
 
-    def rows(self, block: int) -> Iterator[Row]:
-        for piece in self.pieces(block):
-            file, number = self.places.file_of(piece)
-            yield data.find_piece(self.sources[file], number, self.places.context)
+    def rows(self, block: int) -> list[Row]:
+        return [self.pieces.row(self.sources, number) for number in self.numbers(block)]
 
     def num_ids(self, block: int) -> int:
         return sum(row.length for row in self.rows(block))
 
-    def bits(self, model: BLT, block: int, bf16: bool) -> tuple[bytes, str]:
+    def __getitem__(self, block: int) -> tuple[int, Any]:
+        """Return a block and its `bits`. An exception is an item too: `DataLoader` would give it another message."""
+        try:
+            return block, self.bits(block)
+        except Exception as error:
+            return block, error
+
+    def bits(self, block: int) -> tuple[bytes, str]:
         """Return the bytes of a block in ``patches.bits``, and the `digest` of the ids that were read for it."""
         digest = hashlib.sha256()
 
@@ -148,27 +139,25 @@ class _Blocks:
             digest.update(tokens.numpy().tobytes())
             return tokens, offsets
 
-        boundaries = cut_pieces(model, list(self.rows(block)), bf16, read)
+        boundaries = cut_pieces(self.model, self.rows(block), self.bf16, read)
         return b"".join(np.packbits(each).tobytes() for each in boundaries), digest.hexdigest()
 
     def digest(self, block: int) -> str:
         """Return SHA-256 of the ids of a block."""
-        return hashlib.sha256(data.read_rows(list(self.rows(block)))[0].numpy().tobytes()).hexdigest()
+        return hashlib.sha256(data.read_rows(self.rows(block))[0].numpy().tobytes()).hexdigest()
 
 
 def _changed(source: Source) -> ValueError:
     return ValueError(f"{source.path}: the file has changed while patches were stored: bring it back or start anew")
 
 
-def _compute(
-    model: BLT, blocks: _Blocks, bf16: bool, todo: Sequence[int], processes: int
-) -> Iterator[tuple[int, tuple[bytes, str]]]:
+def _compute(blocks: _Blocks, todo: Sequence[int], processes: int) -> Iterator[tuple[int, tuple[bytes, str]]]:
     """Yield blocks and their `_Blocks.bits`, in the order in which they are done."""
     workers = min(processes, len(todo))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # `processes` is the user's choice
         loader: Any = DataLoader(
-            _Bits(model, blocks, bf16),
+            blocks,
             batch_size=None,
             sampler=todo,
             num_workers=workers if workers > 1 else 0,
@@ -176,23 +165,15 @@ def _compute(
             worker_init_fn=partial(_start, os.getpid(), max(1, torch.get_num_threads() // max(workers, 1))),
             in_order=False,
         )
-        for block, answer in loader:
-            if isinstance(answer, Exception):
-                raise answer
-            yield block, answer
-
-
-class _Bits(Dataset):
-    """Computes the bits of blocks. An exception is an item too: `DataLoader` would give it another message."""
-
-    def __init__(self, model: BLT, blocks: _Blocks, bf16: bool) -> None:
-        self.model, self.blocks, self.bf16 = model, blocks, bf16
-
-    def __getitem__(self, block: int) -> tuple[int, Any]:
         try:
-            return block, self.blocks.bits(self.model, block, self.bf16)
-        except Exception as error:
-            return block, error
+            for block, answer in loader:
+                if isinstance(answer, Exception):
+                    raise answer
+                yield block, answer
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise ValueError("processes: one of them was killed: is there memory for as many?") from None
+            raise
 
 
 def _start(parent: int, threads: int, _worker: int) -> None:
@@ -212,7 +193,7 @@ def _check_same(folder: Path, stored: dict[str, Any], index: dict[str, Any]) -> 
         raise ValueError(f"save: {folder} holds patches of something else ({', '.join(shown)}): choose another folder")
 
 
-def _write_all(descriptor: int, content: bytes, offset: int) -> None:
-    while content:
-        written = os.pwrite(descriptor, content, offset)
-        content, offset = content[written:], offset + written
+def _write(file: BinaryIO, content: bytes, offset: int) -> None:
+    file.seek(offset)
+    file.write(content)
+    file.flush()

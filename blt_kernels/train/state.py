@@ -38,7 +38,7 @@ _OWN = re.compile(r"\.metadata(\.tmp)?|values\.json|__\d+_\d+\.distcp")  # match
 
 def latest(folder: Path) -> Path | None:
     """Return the last complete checkpoint in a directory."""
-    return max((path for path in _checkpoints(folder) if _is_complete(path)), key=_step, default=None)
+    return next(reversed(_complete(folder)), None)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -46,12 +46,13 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*") if path.name.isascii() and path.name.isdecimal() and path.is_dir()]
 
 
+def _complete(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a directory, oldest first."""
+    return sorted(filter(_is_complete, _checkpoints(folder)), key=lambda path: int(path.name))
+
+
 def _is_complete(path: Path) -> bool:
     return all((path / name).exists() for name in (".metadata", "values.json"))
-
-
-def _step(path: Path) -> int:
-    return int(path.name)
 
 
 def _remove(path: Path) -> None:
@@ -112,7 +113,7 @@ def save(
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all checkpoints but the `keep` newest ones, and incomplete ones. Only rank 0 calls it."""
-    complete = sorted((path for path in _checkpoints(folder) if _is_complete(path)), key=_step)
+    complete = _complete(folder)
     for path in set(_checkpoints(folder)) - set(complete[-keep:]):
         if path in complete or all(_OWN.fullmatch(file.name) for file in path.iterdir()):
             _remove(path)

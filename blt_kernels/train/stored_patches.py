@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
@@ -29,7 +29,7 @@ import torch
 from blt_kernels._files import whole_file
 from blt_kernels.models import BLT, ByteLM
 from blt_kernels.train import data
-from blt_kernels.train.data import Row, Source
+from blt_kernels.train.data import Pieces, Row, Source
 
 FORMAT = 1
 INDEX, BITS, DONE = "index.json", "patches.bits", "done"
@@ -57,33 +57,9 @@ def model_digest(model: ByteLM) -> str:
     return digest.hexdigest()
 
 
-class Places:
-    """Locates the bits of each piece of files of `sizes` bytes."""
-
-    def __init__(self, sizes: Sequence[int], context: int) -> None:
-        self.context, self.stride = context, -(-context // 8)  # a full piece has `stride` bytes
-        array = np.array(sizes, dtype=np.int64)
-        counts = data.num_pieces(array, context)
-        last = array + 2 - (counts - 1) * (context - 1)
-        self.first = np.concatenate([[0], counts.cumsum()])  # the first piece of each file
-        self.begin = np.concatenate([[0], ((counts - 1) * self.stride - (-last // 8)).cumsum()])  # its first byte
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of ``patches.bits``."""
-        return int(self.begin[-1])
-
-    def file_of(self, piece: int) -> tuple[int, int]:
-        """Return the file of a piece, and its number in the file."""
-        file = int(np.searchsorted(self.first, piece, side="right")) - 1
-        return file, piece - int(self.first[file])
-
-    def byte_of(self, piece: int) -> int:
-        """Return the first byte of a piece."""
-        if piece == int(self.first[-1]):
-            return self.num_bytes
-        file, number = self.file_of(piece)
-        return int(self.begin[file]) + number * self.stride
+def byte_offsets(pieces: Pieces) -> np.ndarray:
+    """Return at which byte of ``patches.bits`` each piece begins, and where the last one ends."""
+    return np.concatenate([[0], (-(-pieces.length // 8)).cumsum()])
 
 
 class StoredPatches:
@@ -102,12 +78,13 @@ class StoredPatches:
         if index["sha256"] is None:
             raise ValueError(f"patches: {folder} is not complete: start blt-kernels patch --save {folder} again")
         self.folder, self.index, files = folder, index, index["files"]
-        self.places = Places([file["size"] for file in files], self.index["made_with"]["context"])
+        self.pieces = Pieces([file["size"] for file in files], index["made_with"]["context"])
+        self.offsets = byte_offsets(self.pieces)
         self.number = {file["sha256"]: i for i, file in enumerate(files)}
         path = folder / BITS
         if not path.exists() or data.file_digest(path)[0] != self.index["sha256"]:
             raise ValueError(f"patches: {path} is damaged: it is not what {INDEX} describes")
-        expected, got = self.places.num_bytes, path.stat().st_size
+        expected, got = int(self.offsets[-1]), path.stat().st_size
         if expected != got:
             message = f"files of these sizes have {expected:,} bytes of patches, and {BITS} has {got:,}"
             raise ValueError(f"patches: {folder / INDEX} is damaged: {message}")
@@ -136,9 +113,9 @@ class StoredPatches:
 
     def boundaries(self, piece: Row) -> np.ndarray:
         """Return, for each id of a piece, whether the next id starts a patch: bool ``[length]``."""
-        file = self.number[piece.source.digest]
-        begin = int(self.places.begin[file]) + piece.start // (self.places.context - 1) * self.places.stride
-        bits = self.bits[begin : begin - (-piece.length // 8)]
+        first = self.pieces.first[self.number[piece.source.digest]]
+        number = first + piece.start // (self.index["made_with"]["context"] - 1)
+        bits = self.bits[self.offsets[number] : self.offsets[number + 1]]
         return np.unpackbits(bits, count=piece.length).view(bool)
 
 
