@@ -14,6 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def compile_kernels(names: Sequence[str], arch: str) -> tuple[dict[str, str], by
     sources = {path.name: path.read_text() for path in sorted(HEADERS.glob("*.cuh"))}
     options = (*_OPTIONS, f"-arch={arch}", f"-I{cuda_headers()}")
     key = hashlib.sha256(repr((nvrtc.getVersion(), options, sorted(names), sorted(sources.items()))).encode())
-    cached = _cache_folder() / f"{key.hexdigest()}.cubin"
+    folder = os.environ.get("BLT_KERNELS_CACHE") or Path.home() / ".cache" / "blt_kernels"
+    cached = Path(folder, f"{key.hexdigest()}.cubin")
     if cached.exists():
         *lines, code = cached.read_bytes().split(b"\n", len(names))
         return dict(zip(names, (line.decode() for line in lines), strict=True)), code
@@ -138,19 +140,12 @@ class Launchers:
             return None
 
 
-def _cache_folder() -> Path:
-    folder = os.environ.get("BLT_KERNELS_CACHE")
-    return Path(folder) if folder else Path.home() / ".cache" / "blt_kernels"
-
-
 def _write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; without a cache the next process compiles again."""
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:
             part.write_bytes(content)
-    except OSError:
-        return
 
 
 def _text(name: str | bytes) -> str:

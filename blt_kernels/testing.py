@@ -10,7 +10,6 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +167,8 @@ def poisoned_empty() -> Iterator[None]:
     ...     torch.empty(2)
     tensor([nan, nan])
     """
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     deterministic: Any = torch.utils.deterministic  # a module whose attributes are properties
     fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -311,11 +308,6 @@ def ragged_logits(
     return x.to(dtype)
 
 
-@lru_cache(maxsize=1)
-def _sources() -> tuple[Path, ...]:
-    return tuple(sorted(Path(os.__file__).parent.glob("*.py")))
-
-
 def real_text(num_bytes: int, seed: int = 0) -> bytes:
     """Return text: sources of Python's standard library, with the `SCRIPTS` before every tenth file.
 
@@ -335,20 +327,14 @@ def real_text(num_bytes: int, seed: int = 0) -> bytes:
     1000
     """
     rng = random.Random(seed)
-    sources = _sources()
-    scripts = "\n".join(SCRIPTS.values()).encode()
+    sources = sorted(Path(os.__file__).parent.glob("*.py"))
     encoded = sorted((Path(os.__file__).parent / "test" / "cjkencodings").glob("*utf8.txt"))
-    parts, size = [], 0
-    for turn in range(num_bytes + 1):
-        if size >= num_bytes:
-            break
-        if turn % 10 == 0:
-            part = scripts + b"".join(path.read_bytes() for path in encoded)
-        else:
-            part = rng.choice(sources).read_bytes()
-        parts.append(part)
-        size += len(part)
-    return b"".join(parts)[:num_bytes]
+    scripts = "\n".join(SCRIPTS.values()).encode() + b"".join(path.read_bytes() for path in encoded)
+    out, turn = bytearray(), 0
+    while len(out) < num_bytes:
+        out += rng.choice(sources).read_bytes() if turn % 10 else scripts
+        turn += 1
+    return bytes(out[:num_bytes])
 
 
 def invalid_utf8(num_bytes: int, seed: int = 0) -> bytes:
