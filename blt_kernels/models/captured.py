@@ -8,6 +8,7 @@ A row that has ended stays among the others: its results are left out, and its p
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,13 +24,15 @@ from blt_kernels.nn.fixed_cache import FixedKeys
 _EAGER_CALLS = 3  # of each step: they compile kernels, and short texts need no graph
 
 
-def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+def capture(function: Callable[[], Any], stream: torch.cuda.Stream | None = None) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Return a graph of what `function` does, and its result. After a failure, captures and allocations work again.
+
+    It is captured on `stream`, which is not the default one, or on a new one.
 
     `torch.cuda.graph` leaves its stream current, and the allocator on the memory of the graph, when a capture ends in
     an error.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), stream or torch.cuda.Stream()
     with torch.cuda.stream(stream):
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -46,6 +49,21 @@ def end_allocations(graph: torch.cuda.CUDAGraph) -> None:
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
     except RuntimeError:
         return
+
+
+class _Streams(threading.local):
+    """Has one stream for each thread and device: cuBLAS keeps memory for every stream that it was called on."""
+
+    def __init__(self) -> None:
+        self.found: dict[torch.device, torch.cuda.Stream] = {}
+
+    def of(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self.found:
+            self.found[device] = torch.cuda.Stream(device)
+        return self.found[device]
+
+
+_streams = _Streams()
 
 
 def shifted(rows: Tensor, new: Tensor) -> Tensor:
@@ -70,7 +88,7 @@ class Step:
     def __call__(self) -> None:
         """Run the function."""
         if self.captures and self.graph is None and not self.eager_calls:
-            self.graph, _ = capture(self.function)
+            self.graph, _ = capture(self.function, torch.cuda.current_stream())
         if self.graph is not None:
             self.graph.replay()
         else:
@@ -158,7 +176,7 @@ class Steps:
         self._going = self._closing = [False] * rows
         self._staged = torch.zeros(rows, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._step = Step(self._write_and_read, device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _streams.of(device) if device.type == "cuda" else None
         with self._on_stream():
             self._prepare(state)
 

@@ -373,12 +373,13 @@ def test_steps_are_captured_once_and_anew_where_they_need_more_room(
         init(step, function, device)
         step.captures = True
 
-    def capture(function: Callable[[], None]) -> tuple[Graph, None]:
+    def capture(function: Callable[[], None], _stream: Any) -> tuple[Graph, None]:
         captured.append(Graph(function, *made))
         return captured[-1], None
 
     monkeypatch.setattr(Step, "__init__", captures)
     monkeypatch.setattr("blt_kernels.models.captured.capture", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     check_one_forward(case, made.append)
     assert len(captured) == GROWING[case]
 
