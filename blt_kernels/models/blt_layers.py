@@ -99,13 +99,20 @@ class LocalDecoder(nn.Module):
         self, x: Tensor, patches: Tensor | list[tuple[Tensor, Tensor]], table: Tensor, documents: Any,
         layout: PatchLayout, ranges: AttentionRanges | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return bytes ``[T, D]`` after the layers. `patches` may also be what `keys` returned for them."""
+        """Return bytes ``[T, D]`` after layers and norm. `patches` may also be what `keys` returned for them."""
+        return self.norm(self.states(x, patches, table, documents, layout, ranges))
+
+    def states(
+        self, x: Tensor, patches: Tensor | list[tuple[Tensor, Tensor]], table: Tensor, documents: Any,
+        layout: PatchLayout, ranges: AttentionRanges | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return bytes ``[T, D]`` after the layers."""
         read = patches if isinstance(patches, list) else [self.vectors(patches)] * len(self.cross_attn_layers)
         for i, (layer, own) in enumerate(zip(self.layers, of_layers(documents, len(self.layers)), strict=True)):
             if i < len(self.cross_attn_layers):
                 x = self.cross_attn_layers[i](x, read[i], layout, residual_factor=2.0)
             x = layer(x, table, own, ranges)
-        return self.norm(x)
+        return x
 
     def vectors(self, patches: Tensor) -> Tensor:
         """Return the vectors that bytes read, ``[C * K, D]``."""

@@ -19,6 +19,7 @@ from blt_kernels.models.boundaries import LOOKBACK, cut_boundaries, rule_boundar
 from blt_kernels.models.state import ByteLMState, ByteState, DocumentStarts
 from blt_kernels.nn import rotary_table
 from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
+from blt_kernels.nn.matrices import multiply_normed
 
 
 def encode(
@@ -58,7 +59,8 @@ def decode(
     flat = [y.flatten(0, 1) for y in read]
     table = rotary_table(positions, model.config.decoder, x.dtype)
     pairs = list(zip(flat[::2], flat[1::2], strict=True))
-    return model.lm_head(model.local_decoder(x, pairs, table, list(keys), layout))
+    x = model.local_decoder.states(x, pairs, table, list(keys), layout)
+    return multiply_normed(model.local_decoder.norm, x, model.lm_head)[0]
 
 
 class BLTState(ByteState):

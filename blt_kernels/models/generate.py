@@ -143,7 +143,7 @@ class Generation:
         self.statistics = Statistics(prompt_bytes=sum(map(len, self.prompts)), weight_error=weight_error(model))
         self.result = Generated([[] for _ in range(count)], ["length"] * count, self.statistics)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[int]]]:
         statistics, rows = self.statistics, list(range(len(self.prompts)))
         if not rows or not self.max_new_bytes:
