@@ -1,4 +1,4 @@
-"""Boundary decisions of a BLT about new bytes, from the last ids and entropies of each row."""
+"""A BLT decides after which new bytes patches start, from the last ids and entropies of each row."""
 
 from __future__ import annotations
 

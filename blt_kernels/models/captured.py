@@ -1,7 +1,8 @@
-"""Decoding without drafts in fixed shapes: every step is the same calls on the same memory, so CUDA graphs replay it.
+"""`Steps` decodes without drafts in fixed shapes: every step is the same calls on the same memory, as CUDA graphs need.
 
 What a state remembers of its rows is copied to buffers of fixed size, and lengths, boundary decisions and the choice of
 the next id are tensors on the device. A step reads back one tensor: the ids, and the rows whose patch has closed.
+Buffers that become too small are replaced by larger ones, and their steps are captured anew.
 
 A row that has ended stays among the others: its results are left out, and its patches do not close any more.
 """
@@ -72,7 +73,7 @@ def shifted(rows: Tensor, new: Tensor) -> Tensor:
 
 
 class Step:
-    """A function of no arguments and results. On CUDA, it is captured after its first calls, and then replayed.
+    """Calls a function without arguments and results. On CUDA, it is captured after its first calls, and then replayed.
 
     Parameters
     ----------
@@ -209,13 +210,13 @@ class Steps:
             if going != self._going:
                 self._going = list(going)
                 self.alive.copy_(torch.tensor(going))
+            if self._reserve(max(self.lengths) + 1):  # no step is running: its report was read
+                self._step = Step(self._write_and_read, self.device)
             closing = [a and b for a, b in zip(self._closing, going, strict=True)]
             if any(closing):
                 self._close(closing)
                 self.num_patches = [n + closes for n, closes in zip(self.num_patches, closing, strict=True)]
                 self.passes["global"] += 1
-            if self._reserve(max(self.lengths) + 1):
-                self._step = Step(self._write_and_read, self.device)
             if not self.sampling.greedy:
                 self._staged.copy_(torch.tensor(numbers, dtype=torch.float64))
                 self.numbers.copy_(self._staged, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Decoding with a `BLT` in fixed shapes, one id a row at a time.
+"""`BLTSteps` decodes with a `BLT` in fixed shapes, one id a row at a time.
 
 An id passes patcher and encoder. Where the rule starts a patch after it, the patch that it ends passes the global
 transformer, and then the decoder reads the id. So a step decodes the last id and encodes the next one. The patches that
@@ -41,7 +41,7 @@ class BLTSteps(Steps):
         self.row = row = torch.arange(rows, device=device)
         self.reading = ("encoder",) if state.patcher is None else ("patcher", "encoder")
 
-        # The last ids of each row, and their entropies, of which boundary decisions and n-grams are made.
+        # Boundary decisions and n-grams are made of the last ids of each row, and of their entropies.
         self.width = width = state.lookback + 1
         self.tail, self.newest = last_entries(state.ids, width)[0].long(), row * width + width - 1
         self.patcher = None
@@ -49,7 +49,7 @@ class BLTSteps(Steps):
             self.patcher = FixedByteLM(state.patcher)
             (self.entropy,) = last_entries(state.entropy, width)
 
-        # Where the last patches of each row start, the open one last, and where it would if no patch was cut.
+        # `starts` has the starts of the last patches, the open one last; `rule_start` its start if no patch was cut.
         self.window_encoder, self.window_decoder = state.window_encoder, state.window_decoder
         self.patch_starts = [list(starts) for starts in state.patch_starts]
         first, closed = self._first_read(), state.num_patches
@@ -60,7 +60,7 @@ class BLTSteps(Steps):
         )
         self.rule_start = torch.tensor([starts[-1] for starts in state.rule_starts], device=device)
         self.closed = torch.tensor(closed, device=device)
-        # Patch that the document of the open patch starts with, and that of the next document, if it is known.
+        # The document of the open patch starts with patch `document`, and `next_document` may start the next one.
         documents = state._patch_documents(closed, [n + 2 for n in closed])
         self.document, self.next_document = (
             torch.tensor([starts[i] for starts in documents], device=device) for i in (0, -1)
@@ -171,7 +171,7 @@ class BLTSteps(Steps):
         """Pass the patches that end with the last ids; they read at most `width` bytes."""
         model, row, rows, window = self.model, self.row, self.row.shape[0], self.window_encoder
         closing = self.closes & self.alive
-        # A row of `width` bytes: those before its patches are a patch and a document of their own.
+        # Of the `width` bytes of a row, those before its patches are a patch and a document of their own.
         begin = (self.starts - self.position[:, None] + width).clamp(min=0)
         begin = torch.where(closing[:, None], begin, width)
         ends = F.pad(begin, (0, 1), value=width) + row[:, None] * width

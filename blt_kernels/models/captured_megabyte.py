@@ -1,4 +1,4 @@
-"""Decoding with a `MegaByte` in fixed shapes, one id a row at a time.
+"""`MegaByteSteps` decodes with a `MegaByte` in fixed shapes, one id a row at a time.
 
 The id that fills a patch closes it: the global model reads the patch before the local model reads the id.
 """

@@ -124,7 +124,7 @@ class FixedKeys:
 
 
 class RepeatedKeys(CachedKeys):
-    """The keys and values of one layer of `FixedKeys`: ``index[:, r]`` has all slots of the new key of row r."""
+    """Holds the keys and values of one layer of `FixedKeys`: ``index[:, r]`` has all slots of the new key of row r."""
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values, and return those of all rows."""
