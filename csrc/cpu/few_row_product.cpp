@@ -56,9 +56,15 @@ struct Rows {
   const W* row(int64_t i) const { return data + i * stride; }
 };
 
+// The share of the next tile's lines that a group of rows prefetches. Were all of them asked for in the first group, it
+// would wait for memory, and memory would be idle during the others.
+struct Share {
+  int64_t group, groups;
+};
+
 // Computes y[m * y_stride + n] for m < kRows and n < kCount.
 template <int kRows, int kCount, class W>
-inline void multiply_tile(float* y, int64_t y_stride, Matrix x, Rows<W> weight, const Tail& tail) {
+inline void multiply_tile(float* y, int64_t y_stride, Matrix x, Rows<W> weight, const Tail& tail, Share share) {
   constexpr int kSums = (kRows * kCount + kLanes - 1) / kLanes * kLanes;
   constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(W));
   VecF sums[kSums] = {};
@@ -73,9 +79,13 @@ inline void multiply_tile(float* y, int64_t y_stride, Matrix x, Rows<W> weight, 
       for (int n = 0; n < kCount; ++n) sums[m * kCount + n] += a * w[n];
     }
   };
+  int64_t ahead = (tail.whole / kLine + share.groups) / share.groups * share.group * kLine, wait = 0;
   for (int64_t line = 0; line < tail.whole; line += kLine) {
+    if (wait-- == 0) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kCount; ++n) __builtin_prefetch(weight.row(kCount + n) + line);  // of the next tile
+      for (int n = 0; n < kCount; ++n) __builtin_prefetch(weight.row(kCount + n) + ahead);
+      ahead += kLine, wait = share.groups - 1;
+    }
     const int64_t end = std::min(tail.whole, line + kLine);
     for (int64_t k = line; k < end; k += kLanes) add([k](const auto* row) { return load_lanes(row + k); });
   }
@@ -88,9 +98,10 @@ inline void multiply_tile(float* y, int64_t y_stride, Matrix x, Rows<W> weight, 
 }
 
 template <int kCount, int kRows = kMaxRows, class W>
-inline void multiply_rows(int64_t rows, float* y, int64_t y_stride, Matrix x, Rows<W> weight, const Tail& tail) {
-  if (rows == kRows) return multiply_tile<kRows, kCount>(y, y_stride, x, weight, tail);
-  if constexpr (kRows > 1) multiply_rows<kCount, kRows - 1>(rows, y, y_stride, x, weight, tail);
+inline void multiply_rows(int64_t rows, float* y, int64_t y_stride, Matrix x, Rows<W> weight, const Tail& tail,
+                          Share share) {
+  if (rows == kRows) return multiply_tile<kRows, kCount>(y, y_stride, x, weight, tail, share);
+  if constexpr (kRows > 1) multiply_rows<kCount, kRows - 1>(rows, y, y_stride, x, weight, tail, share);
 }
 
 template <class W>
@@ -103,7 +114,7 @@ void multiply_by(const Product& product, Matrix x, int64_t rows, int64_t width, 
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = rows * group / groups, last = rows * (group + 1) / groups;
       multiply_rows<kCount>(last - first, product.y + first * outputs + n, outputs, {x.row(first), x.stride},
-                            Rows<W>{weights.row(n), stride}, tail);
+                            Rows<W>{weights.row(n), stride}, tail, {group, groups});
     }
   };
   int64_t n = begin;
