@@ -15,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 
 say := @printf '\033[1m==> %s\033[0m\n'
 
-.PHONY: help demo test test-fast bench lint gpu gpu-build cuda-check wheel-check sanitize clang clean
+.PHONY: help demo test test-fast bench bench-compare lint gpu gpu-build cuda-check wheel-check sanitize clang clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,12 @@ bench: .venv/built  ## Time the ops against the best that one could run instead
 	$(say) 'benchmarks; the rows go to bench/results'
 	blt-kernels bench
 
+# OPS="patch_pool models" picks benches; OPTIONS are those of bench/compare.py.
+bench-compare: .venv/built  ## Compare speed with revision BASE on the CPU; fails where an op is 5% slower
+	$(say) 'the CPU kernels of the base, then both in turn'
+	python bench/compare.py $(or $(BASE),$(error BASE: expected a revision, as in make bench-compare BASE=main)) \
+	    $(if $(OPS),--op $(OPS)) $(OPTIONS)
+
 lint: .venv/built  ## Check style and types: ruff, mypy, clang-format
 	$(say) 'ruff, mypy, clang-format'
 	ruff check .
@@ -78,8 +84,8 @@ wheel-check: .venv/built  ## Test the wheel only: its build from the sdist, cont
 	$(say) 'sdist, the wheel from it, and its audits'
 	pytest tests/tools/test_build.py
 
-OPS := $(patsubst blt_kernels/ops/%.py,%,$(filter-out blt_kernels/ops/_%,$(wildcard blt_kernels/ops/*.py)))
-OP_TESTS := $(foreach op,$(OPS),$(wildcard tests/ops/test_$(op)*.py))
+OP_NAMES := $(patsubst blt_kernels/ops/%.py,%,$(filter-out blt_kernels/ops/_%,$(wildcard blt_kernels/ops/*.py)))
+OP_TESTS := $(foreach op,$(OP_NAMES),$(wildcard tests/ops/test_$(op)*.py))
 # second_table measures memory, and AddressSanitizer takes some of its own.
 sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(say) 'building with sanitizers'

@@ -1,0 +1,199 @@
+"""Times another revision and the working tree in turn, and marks the rows that differ by more than noise.
+
+    make bench-compare BASE=<revision> [OPS="patch_pool models"] [OPTIONS="--match bfloat16"]
+
+The base is checked out and built below build/compare. Each of the two has a process, which loads its own package and
+its own bench/bench_<op>.py, and runs our implementation alone. A round runs a comparison once in both processes, in
+random order, so a drift of the machine reaches both. The table has the median of the ratios of the rounds with its
+interval. The exit code is 1 if an interval lies above the threshold as a whole, or if the working tree raises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from revision import Name, Revision, RevisionError
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE_SECONDS = 1e-2  # a shorter function is called in a loop
+SLOW_SECONDS = 0.2  # a longer function is warm after one call
+CONFIDENCE = 0.95
+MIN_ROUNDS = 6  # fewer have no interval of this confidence
+
+
+# --- measurement ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """Holds a comparison: medians in ms, and the ratio of the working tree's time to the base's with its interval."""
+
+    name: Name
+    base_ms: float
+    new_ms: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+
+    def verdict(self, threshold: float) -> str:
+        return "slower" if self.low > 1 + threshold else "faster" if self.high < 1 - threshold else ""
+
+
+def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return the interval of the sign test for the median: it holds for any distribution of independent values.
+
+    The k-th value from below and the k-th from above are its ends, for the largest k with P(X < k) at most half of what
+    the confidence leaves, where X ~ Binomial(n, 1/2) values are below the median.
+    """
+    ordered, count = sorted(values), len(values)
+    k, below = 0, 0.5**count
+    while 2 * below <= 1 - confidence:
+        k += 1
+        below += math.comb(count, k) / 2**count
+    if k == 0:
+        raise ValueError(f"values: expected enough for a confidence of {confidence}, got {count}")
+    return ordered[k - 1], ordered[-k]
+
+
+def measure(pair: Sequence[Revision], name: Name, rounds: int, budget: float, clock: str) -> Row:
+    """Run a comparison in turn until the rounds or the seconds of the budget are over."""
+    draw, seconds = random.Random(0), []
+    for revision in pair:
+        for _ in range(3):
+            seconds.append(revision.ask("run", 1, clock))
+            if seconds[-1] > SLOW_SECONDS:
+                break
+    repeats = max(1, math.ceil(SAMPLE_SECONDS / max(min(seconds), 1e-9)))
+    times: tuple[list[float], list[float]] = [], []
+    start = time.monotonic()
+    while len(times[0]) < rounds and (len(times[0]) < MIN_ROUNDS or time.monotonic() - start < budget):
+        for which in draw.sample((0, 1), 2):
+            times[which].append(pair[which].ask("run", repeats, clock))
+    ratios = [new / base for base, new in zip(*times, strict=True)]
+    base_ms, new_ms = (statistics.median(x) * 1e3 for x in times)
+    return Row(name, base_ms, new_ms, statistics.median(ratios), *interval(ratios), len(ratios))
+
+
+def compare(
+    pair: tuple[Revision, Revision], op: str, *, small: bool, match: str, rounds: int, budget: float, clock: str
+) -> Iterator[Row | str]:
+    """Yield the rows of an op, and a message for each comparison that only one of the two has or that fails."""
+    base, new = pair
+    for revision in pair:
+        revision.load(op, small)
+    for number in range(new.count):
+        try:
+            name = new.make(number)
+            if match not in " ".join(name):
+                continue
+            if base.find(name):
+                yield measure(pair, name, rounds, budget, clock)
+            else:
+                yield f"only {new.name} has {' '.join(name)}"
+        except RevisionError as error:
+            yield f"comparison {number} of {op}: {error}"
+    for number in range(base.count):
+        try:
+            name = base.names.get(number) or base.make(number)
+            if name not in new.names.values() and match in " ".join(name):
+                yield f"only {base.name} has {' '.join(name)}"
+        except RevisionError as error:
+            yield f"comparison {number} of {op}: {error}"
+
+
+# --- revisions and the command ----------------------------------------------------------------------------------------
+
+
+def build(revision: str, isa: str) -> Path:
+    """Check a revision out below build/compare, build its CPU kernels for `isa`, and return its folder."""
+    git = ["git", "-C", str(ROOT)]
+    found = subprocess.run(
+        [*git, "rev-parse", "--short=12", f"{revision}^{{commit}}"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    root = ROOT / "build" / "compare" / found.stdout.strip()
+    if not root.exists():
+        subprocess.run([*git, "worktree", "add", "--quiet", "--force", "--detach", root, root.name], check=True)
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DBLT_KERNELS_ISAS={isa}", "-DBLT_KERNELS_CUDA=OFF"]
+    if shutil.which("ccache"):
+        options.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
+    folder = root / "build" / "cmake"
+    subprocess.run(["cmake", "-S", root, "-B", folder, "-G", "Ninja", *options], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--build", folder, "--target", f"_C_{isa}"], check=True)
+    shutil.copy(folder / f"_C_{isa}.abi3.so", root / "blt_kernels")
+    return root
+
+
+def table(op: str, rows: Sequence[Row], base: str, threshold: float) -> Table:
+    shown = Table(title=op, title_justify="left")
+    shown.add_column("")
+    for column in (f"{base}, ms", "new, ms", "ratio", f"{CONFIDENCE:.0%}", "rounds", ""):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        verdict = row.verdict(threshold)
+        cells = f"{row.base_ms:.4g}", f"{row.new_ms:.4g}", f"{row.ratio:.3f}", f"{row.low:.3f} to {row.high:.3f}"
+        style = {"slower": "red", "faster": "green"}.get(verdict)
+        shown.add_row(", ".join(row.name), *cells, str(row.rounds), verdict, style=style)
+    return shown
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", help="revision that the working tree is compared with")
+    parser.add_argument("--op", nargs="+", metavar="OP", help="benches to run; those that both have if not given")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only comparisons whose name contains this")
+    parser.add_argument("--rounds", type=int, default=30, help=f"at least {MIN_ROUNDS}")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds a comparison, beyond the first rounds")
+    parser.add_argument("--small", action="store_true", help="small inputs, to see that everything runs")
+    parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="wall is for a machine at rest")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threshold", type=float, default=0.05, help="part of the time that may be lost")
+    options = parser.parse_args(arguments)
+    if options.rounds < MIN_ROUNDS:
+        parser.error(f"--rounds: expected at least {MIN_ROUNDS}, got {options.rounds}")
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error(f"--clock cpu: expected one thread, got {options.threads}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    isa = importlib.import_module("blt_kernels._extension").runnable()[0]
+    root, out = build(options.base, isa), Console()
+    benches = [{path.stem[6:] for path in (folder / "bench").glob("bench_*.py")} for folder in (root, ROOT)]
+    for op in options.op or ():
+        if op not in benches[0] & benches[1]:
+            raise SystemExit(f"--op: expected some of {', '.join(sorted(benches[0] & benches[1]))}, got {op!r}")
+    names = {"base": root, "new": ROOT}
+    pair = tuple(Revision(name, folder, options.threads, isa) for name, folder in names.items())
+    keys = ("small", "match", "rounds", "budget", "clock")
+    settings, failed = {key: getattr(options, key) for key in keys}, False
+    for op in options.op or sorted(benches[0] & benches[1]):
+        found = list(compare(pair, op, **settings))
+        rows = [row for row in found if isinstance(row, Row)]
+        messages = [message for message in found if isinstance(message, str)]
+        out.print(table(op, rows, root.name, options.threshold))
+        for message in messages:
+            out.print(message, markup=False, soft_wrap=True)
+        failed |= any(row.verdict(options.threshold) == "slower" for row in rows)
+        failed |= any(": new: " in message for message in messages)
+    for revision in pair:
+        revision.close()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
