@@ -104,6 +104,7 @@ def test_architecture(capability: tuple[int, int], name: str) -> None:
     assert _nvrtc.architecture(capability) == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "message"),
     [

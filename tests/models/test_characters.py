@@ -179,6 +179,7 @@ def test_whole_characters_of_an_entropy_model() -> None:
     assert [TEXT.encode()[a:b].decode() for a, b in itertools.pairwise(bounds)] == list(TEXT)
 
 
+@pytest.mark.slow
 def test_compiled_without_a_graph_break() -> None:
     model = blt(CONFIGS["space, capped"])
     compiled = torch.compile(model.patch, fullgraph=True, dynamic=True, backend="aot_eager")

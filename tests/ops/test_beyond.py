@@ -16,6 +16,7 @@ from inputs import random_normal
 from model_cases import CONFIGS, LENGTHS, build, documents
 from op_calls import make, tensors_of, with_grad
 from op_case import OpCase
+from tiers import slow_unless
 from torch import Tensor
 
 import blt_kernels as bk
@@ -213,7 +214,7 @@ def results(model: ByteModel, tokens: Tensor, rows: Tensor, beyond: float = 0.0,
     return [logits.detach(), loss.detach(), *(torch.zeros(()) if g is None else g for g in (*grads, *more))]
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, (9, 0), (0, 0), ()])
+@pytest.mark.parametrize("lengths", slow_unless([LENGTHS, (9, 0), (0, 0), ()], [LENGTHS]))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_ids_beyond_have_no_influence_on_models(name: str, lengths: tuple[int, ...]) -> None:
     """Whatever they are, all bits are the same; without them, all numbers are to rounding: products have fewer rows."""

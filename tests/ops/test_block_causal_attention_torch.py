@@ -225,6 +225,7 @@ def test_a_model_finds_ranges_once_a_stack(name: str, recompute: bool, monkeypat
     assert not [ranges for _, ranges in calls_in_models(make(), tokens, offsets_of([13, 27])) if ranges is not None]
 
 
+@pytest.mark.slow
 def test_ranges_of_a_compiled_model() -> None:
     """One graph for two lengths, in which they are found once."""
     torch._dynamo.reset()

@@ -20,7 +20,6 @@ from blt_kernels.nn import next_byte_bits, next_byte_targets
 GROUPED = replace(LOCAL, num_kv_heads=1)
 MODELS: dict[str, tuple[type[ByteModel], object, dict[str, object]]] = {
     "byte_lm": (ByteLM, replace(BYTE_LM, split_documents=True, reset_at_newlines=True), {}),
-    "blt_space": (BLT, replace(SMALL_BLT, patching="space", patcher=None), {}),
     "blt_entropy": (
         BLT,
         replace(
@@ -48,8 +47,7 @@ MODELS: dict[str, tuple[type[ByteModel], object, dict[str, object]]] = {
             pool_every_layer=True,
             num_functions=2,
             ngram_sizes=(2, 4),
-            patching="static",
-            patch_size=3,
+            patching="space",
             patcher=None,
         ),
         {"max_patches": 60},

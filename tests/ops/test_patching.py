@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_entropy_patch import RULES
 from test_layout import check_decode_offsets
+from tiers import slow
 from torch import Tensor
 
 import blt_kernels as bk
@@ -346,7 +347,7 @@ def sparse_boundaries(num_bytes: int, seed: int) -> tuple[Tensor, Tensor]:
     return entropy, torch.cat([torch.zeros(1), inner, inner[-1:], torch.tensor([num_bytes - 9])]).int()
 
 
-@pytest.mark.parametrize("order_of_blocks", ["BACKWARD", "RANDOM"])
+@pytest.mark.parametrize("order_of_blocks", ["BACKWARD", slow("RANDOM")])
 def test_chunks_of_several_groups(order_of_blocks: str) -> None:
     """The counts of 32 chunks and more are joined, whichever blocks run first. A wait would be a fault."""
     entropy, cu_seqlens = sparse_boundaries(150_000, 3)
@@ -357,6 +358,7 @@ def test_chunks_of_several_groups(order_of_blocks: str) -> None:
             assert_equal(bk.patch_starts(entropy, cu_seqlens, **rules), expected)
 
 
+@pytest.mark.slow
 def test_a_block_learns_what_is_before_it_at_a_fixed_cost() -> None:
     """In a text of two sections of 1024 chunks, bytes read for a byte of text are as many as in a short one."""
     size, longest, room = 2**21 + 2**16 + 5000, 70_001, 2000

@@ -382,6 +382,7 @@ def test_memory_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     fails(["demo"], "not enough memory for a model or batch of this size")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
 def test_a_full_disk() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(bk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
