@@ -24,11 +24,6 @@
 
 namespace blt {
 
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
 // All of these queries read these keys.
 struct Task {
   Range queries, keys;

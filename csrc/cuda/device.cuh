@@ -41,6 +41,9 @@ __device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
 template <class T>
 using acc_t = decltype(to_float(T()));
 
+__device__ __forceinline__ __nv_bfloat162 both(bf16 a, bf16 b) { return __halves2bfloat162(a, b); }
+__device__ __forceinline__ __half2 both(fp16 a, fp16 b) { return __halves2half2(a, b); }
+
 // Converts acc_t<T> to T, rounding to nearest even.
 template <class T>
 __device__ __forceinline__ T from_float(acc_t<T> x) {

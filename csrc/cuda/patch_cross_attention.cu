@@ -93,7 +93,7 @@ class PartMemory {
                                  .block = kPartSumThreads,
                                  .smem_bytes = sizeof(WarpSums<acc_t<T>>)};
     device.launch<patch_cross_attention_sum_kernel<T, kSoftmax>>(
-        config, arguments.readers(device), sums<acc_t<T>>(device), Summed<T>{device.write<T>(to), lse, width_});
+        config, arguments.readers(device), sums<acc_t<T>>(device), device.write<T>(to), lse, width_);
   }
 
  private:

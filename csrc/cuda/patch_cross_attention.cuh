@@ -91,12 +91,10 @@ __device__ __forceinline__ Task task_of_lane(int kv_heads) {
 
 // The block's shared memory has a ring for each warp.
 template <class Ring>
-struct Rings {
-  Ring of_warp[kWarps];
-};
+using Rings = Ring[kWarps];
 template <class Ring>
 __device__ __forceinline__ Ring& ring_of_warp() {
-  return shared_memory<Rings<Ring>>().of_warp[threadIdx.x / kWarp];
+  return shared_memory<Rings<Ring>>()[threadIdx.x / kWarp];
 }
 
 // --- numbers ---------------------------------------------------------------------------------------------------------

@@ -138,18 +138,13 @@ struct SavedSoftmax {
   }
 };
 
-// A pass goes through the units of a block up to own_end, and through its halo up to end, where it only saves the
-// softmax.
-struct Pass {
-  int own_end, end;
-};
-
 // Holds the queries of units and computes dq. If kWhole it also computes dk and dv, else it saves 1 / l and delta for
-// pass_of_keys.
+// pass_of_keys. It goes through the units of a block up to own_end, and through its halo up to `end`, where it only
+// saves.
 template <class S, bool kWhole>
 __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S::T>& problem,
                                                 const PatchReaders& readers, const CrossGradients<typename S::T>& grads,
-                                                const Task& task, const Pass& pass,
+                                                const Task& task, int own_end, int end,
                                                 const SavedSoftmax<typename S::T>& saved) {
   using A = typename S::A;
   using Ring = BackwardKeyRing<S>;
@@ -164,9 +159,9 @@ __device__ __forceinline__ void pass_of_queries(const CrossAttention<typename S:
     keys.start(readers.encode ? byte : vector, readers.encode ? run.bytes_end : run.vectors_end);
   };
 #pragma unroll 1
-  for (int first = task.unit; first < pass.end; first += kRun * kWarps) {
-    const bool halo = !kWhole && first >= pass.own_end;
-    for_each_unit<true, kRun>(readers, first, pass.end, start, [&](const PatchUnit& unit, const Run& run) {
+  for (int first = task.unit; first < end; first += kRun * kWarps) {
+    const bool halo = !kWhole && first >= own_end;
+    for_each_unit<true, kRun>(readers, first, end, start, [&](const PatchUnit& unit, const Run& run) {
       const u32 keys_end = readers.encode ? run.bytes_end : run.vectors_end;
       const u32 queries_end = problem.heads_per_kv_head > 1 ? 0 : readers.encode ? run.vectors_end : run.bytes_end;
 #pragma unroll 1
@@ -334,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<S>)
                                              CrossGradients<typename S::T> grads) {
   const Task task = task_of_lane<S>(problem.kv_heads);
   const int end = task.unit + kRun;
-  pass_of_queries<S, true>(problem, readers, grads, task, {end, end}, {});
+  pass_of_queries<S, true>(problem, readers, grads, task, end, end, {});
 }
 
 template <class S>
@@ -361,8 +356,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<S> > 2 ? 2 : kBackwa
                                        problem.heads, readers.parts, readers.encode};
   if (passes.halo > 0)
     saved.halo_begin = readers.encode ? static_cast<u32>(behind) * readers.queries_per_patch : readers.offset(behind);
-  const Pass pass = {own_end, max(own_end, min(own_end + passes.halo, readers.capacity))};
-  if (passes.queries) pass_of_queries<S, false>(problem, readers, grads, task, pass, saved);
+  const int end = max(own_end, min(own_end + passes.halo, readers.capacity));
+  if (passes.queries) pass_of_queries<S, false>(problem, readers, grads, task, own_end, end, saved);
   wait_for_copies<0>();
   __syncthreads();
   if (passes.keys) pass_of_keys<S, false>(problem, readers, grads, task, saved);

@@ -11,13 +11,6 @@
 
 namespace blt {
 
-template <class T>
-struct Summed {
-  T* to;          // [patches * vectors, heads, width]
-  acc_t<T>* lse;  // [patches * vectors, heads] if the sums are those of a softmax
-  int width;
-};
-
 template <class A>
 struct WarpSums {
   static constexpr int kWarps = kPartSumThreads / kWarp;
@@ -44,9 +37,10 @@ __device__ __forceinline__ void for_each_slot(const PatchReaders& readers, int p
   }
 }
 
+// to is [patches * vectors, heads, width], lse [patches * vectors, heads] for the sums of a softmax.
 template <class T, bool kSoftmax>
 __global__ void __launch_bounds__(kPartSumThreads, 1)
-    patch_cross_attention_sum_kernel(PatchReaders readers, PartSums<acc_t<T>> parts, Summed<T> summed) {
+    patch_cross_attention_sum_kernel(PatchReaders readers, PartSums<acc_t<T>> parts, T* to, acc_t<T>* lse, int width) {
   using A = acc_t<T>;
   constexpr int kWarps = WarpSums<A>::kWarps, kColumns = kMaxWidth / kWarp;
   auto& shared = shared_memory<WarpSums<A>>();
@@ -85,7 +79,7 @@ __global__ void __launch_bounds__(kPartSumThreads, 1)
         }
 #pragma unroll
         for (int c = 0; c < kColumns; ++c)
-          if (c * kWarp + lane < summed.width) sums[c] += weight * parts.sums[at * summed.width + c * kWarp + lane];
+          if (c * kWarp + lane < width) sums[c] += weight * parts.sums[at * width + c * kWarp + lane];
       });
       if (lane == 0) shared.totals[warp] = total;
 #pragma unroll
@@ -94,9 +88,9 @@ __global__ void __launch_bounds__(kPartSumThreads, 1)
       const i64 at = (static_cast<i64>(p) * parts.vectors + row) * parts.heads + head;
       A sum = 0, whole = 0;
       for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][threadIdx.x], whole += shared.totals[w];
-      if (kSoftmax && threadIdx.x == 0) summed.lse[at] = shift + log(whole);
-      if (static_cast<int>(threadIdx.x) < summed.width)
-        summed.to[at * summed.width + threadIdx.x] = from_float<T>(!kSoftmax ? sum : whole == 0 ? A(0) : sum / whole);
+      if (kSoftmax && threadIdx.x == 0) lse[at] = shift + log(whole);
+      if (static_cast<int>(threadIdx.x) < width)
+        to[at * width + threadIdx.x] = from_float<T>(!kSoftmax ? sum : whole == 0 ? A(0) : sum / whole);
       __syncthreads();
     }
   }

@@ -24,20 +24,15 @@ inline constexpr bool kIsPair<__nv_bfloat162> = true;
 template <>
 inline constexpr bool kIsPair<__half2> = true;
 
-template <class T, bool kPaired>
-struct Operand {
-  using type = T;
-};
-template <>
-struct Operand<bf16, true> {
-  using type = __nv_bfloat162;
-};
-template <>
-struct Operand<fp16, true> {
-  using type = __half2;
-};
 template <class T, int kVec>
-using operand_t = typename Operand<T, kVec % 2 == 0>::type;
+__device__ auto operand() {
+  if constexpr (sizeof(T) == 2 && kVec % 2 == 0)
+    return both(T(), T());
+  else
+    return T();
+}
+template <class T, int kVec>
+using operand_t = decltype(operand<T, kVec>());
 template <class T, int kVec>
 using Operands = AlignedVector<operand_t<T, kVec>, kVec * sizeof(T) / sizeof(operand_t<T, kVec>)>;
 

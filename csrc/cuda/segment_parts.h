@@ -23,7 +23,6 @@ struct Scratch {
 // Says which folds an op needs.
 struct Asked {
   bool max = false, min = false, sum = false;
-  bool any() const { return max || min || sum; }
 };
 
 // Holds the folds of the whole parts of rows x, by levels.
@@ -31,7 +30,7 @@ template <class T>
 class SegmentParts {
  public:
   SegmentParts(const Device& device, const Tensor& x, const Asked& asked)
-      : count_(asked.any() ? x.size(0) / kPart : 0),
+      : count_(asked.max || asked.min || asked.sum ? x.size(0) / kPart : 0),
         second_count_(x.size(0) >= kSecondLevelBytes ? count_ / kPart : 0),
         width_(static_cast<i32>(x.size(1))),
         first_(device, x, count_, asked),

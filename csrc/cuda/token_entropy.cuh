@@ -120,9 +120,6 @@ struct Maximum {
   __device__ __forceinline__ T value() const { return best; }
 };
 
-__device__ __forceinline__ __nv_bfloat162 both(bf16 a, bf16 b) { return __halves2bfloat162(a, b); }
-__device__ __forceinline__ __half2 both(fp16 a, fp16 b) { return __halves2half2(a, b); }
-
 template <class T>
 struct PairMaximum {
   using Pair = decltype(both(T(), T()));
@@ -144,18 +141,6 @@ template <>
 struct Maximum<bf16> : PairMaximum<bf16> {};
 template <>
 struct Maximum<fp16> : PairMaximum<fp16> {};
-
-// Returns dH/dx times the gradient of H, for a row with this maximum, entropy and log_sum.
-template <class A>
-struct EntropySlope {
-  A max, shift, upstream, h;
-  __device__ __forceinline__ EntropySlope(A max, A grad_entropy, A entropy, A log_sum)
-      : max(max), shift(log_sum * kPerNat<A>), upstream(-grad_entropy * kNats<A>), h(entropy * kPerNat<A>) {}
-  __device__ __forceinline__ A operator()(A x) const {
-    const A log_p = (x - max) * kPerNat<A> - shift;
-    return upstream * scaled_exp(log_p) * (blt::max(log_p, kLogOfZero<A>) + h);
-  }
-};
 
 // Points to logits[rows][alphabet] with a row stride of `stride` elements.
 template <class T>
@@ -301,7 +286,11 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
   // A row that forward has not read may hold anything. It was read here, since waiting for its log_sum would cost more.
   const bool unread = shift == unread_log_sum<A>();
   if (unread) upstream = h = shift = m = 0;
-  const EntropySlope<A> slope(m, upstream, h, shift);
+  upstream *= -kNats<A>, h *= kPerNat<A>, shift *= kPerNat<A>;
+  const auto slope = [=](A x) {  // returns dH/dx times the gradient of H
+    const A log_p = (x - m) * kPerNat<A> - shift;
+    return upstream * scaled_exp(log_p) * (max(log_p, kLogOfZero<A>) + h);
+  };
   T* const to = grad_logits + (there ? index * grad_stride : 0);
   for (i32 tile = 0; tile < tiles; ++tile) {
     if (tiles > 1) row.read(tile);

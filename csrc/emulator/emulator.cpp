@@ -14,8 +14,8 @@
 namespace blt::emulator {
 namespace {
 
-std::deque<Kernel>& registered() {
-  static auto* const all = new std::deque<Kernel>;
+std::vector<std::string>& registered() {
+  static auto* const all = new std::vector<std::string>;
   return *all;
 }
 
@@ -23,13 +23,12 @@ std::deque<Kernel>& registered() {
 
 // --- kernels and launches --------------------------------------------------------------------------------------------
 
-const Kernel* add_kernel(std::string_view name) { return &registered().emplace_back(name); }
-
-std::vector<std::string> kernels() {
-  std::vector<std::string> names;
-  for (const Kernel& kernel : registered()) names.emplace_back(kernel.name);
-  return names;
+std::string_view add_kernel(std::string_view name) {
+  registered().emplace_back(name);
+  return name;
 }
+
+std::vector<std::string> kernels() { return registered(); }
 
 std::vector<Launch>& launches() { return machine().launches; }
 
@@ -38,9 +37,9 @@ void set_order(Order order, uint64_t seed) {
   machine().random.seed(seed);
 }
 
-void launch(const Kernel* kernel, const LaunchConfig& config, void (*run)(const void*), const void* parameters) {
+void launch(std::string_view kernel, const LaunchConfig& config, void (*run)(const void*), const void* parameters) {
   Machine& m = machine();
-  const std::string name(kernel->name);
+  const std::string name(kernel);
   const auto [x, y] = config.grid;
   if (config.block < 1 || config.block > kMaxThreads)
     throw std::runtime_error(name + ": " + std::to_string(config.block) + " threads");

@@ -19,14 +19,11 @@ namespace blt::emulator {
 
 // --- kernels and launches --------------------------------------------------------------------------------------------
 
-// Some launcher can launch this kernel.
-struct Kernel {
-  std::string_view name;
-};
-const Kernel* add_kernel(std::string_view name);
+// Notes a kernel that some launcher can launch, and returns its name.
+std::string_view add_kernel(std::string_view name);
 
 template <auto kKernel>
-inline const Kernel* const kernel_of = add_kernel(names::kernel_name<kKernel>());
+inline const std::string_view kernel_of = add_kernel(names::kernel_name<kKernel>());
 
 // Records a launch. `read` and `written` are bytes that would cross from L2: whole sectors of 32 bytes, each
 // counted once per block unless it left a cache of 256 KB meanwhile. `loaded` and `stored` are the bytes that threads
@@ -40,7 +37,7 @@ struct Launch {
 };
 
 // Runs run(parameters) in every thread. Throws a std::runtime_error with the first fault.
-void launch(const Kernel* kernel, const LaunchConfig& config, void (*run)(const void*), const void* parameters);
+void launch(std::string_view kernel, const LaunchConfig& config, void (*run)(const void*), const void* parameters);
 
 // Lists the tensors that kernels may access while this lives.
 class Scope {

@@ -190,11 +190,9 @@ template <auto... kKernels>
 void launch_named(const Device& device, const LaunchConfig& config, const std::string& name, const Tensor& x,
                   Tensor& out) {
   const std::string ending = "::" + name + "_kernel";
-  const auto launch_if = [&](bool named, auto launch) {
-    if (named) launch();
-  };
-  (launch_if(names::kernel_name<kKernels>().ends_with(ending),
-             [&] { device.launch<kKernels>(config, device.read<float>(x), x.size(0), device.write<float>(out)); }),
+  const float* const from = device.read<float>(x);
+  float* const to = device.write<float>(out);
+  ((names::kernel_name<kKernels>().ends_with(ending) ? device.launch<kKernels>(config, from, x.size(0), to) : void()),
    ...);
 }
 

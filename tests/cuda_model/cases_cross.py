@@ -89,7 +89,7 @@ class Direction:
     def sums(self, softmax: bool) -> Launch:
         kernel = rf"patch_cross_attention_sum_kernel<__nv_bfloat16, (\(bool\))?{'(true|1)' if softmax else '(false|0)'}"
         to = [Array("to", self.queries * WIDTH * 2), Array("lse", self.queries * HEADS * 4), i32(HEAD)]
-        blocks, arguments = ceil_div(self.parts, 32), [self.readers(), self.part_sums(True), to]
+        blocks, arguments = ceil_div(self.parts, 32), [self.readers(), self.part_sums(True), *to]
         shared = 8 * 4 + 8 * 256 * 4
         return Launch("patch_cross_attention", kernel, (blocks, HEADS), arguments, [(blocks // 2, 3)], shared=shared)
 

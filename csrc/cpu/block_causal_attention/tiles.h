@@ -13,6 +13,7 @@
 #include <span>
 #include <vector>
 
+#include "../support/parallel.h"
 #include "product.h"
 
 namespace blt {
@@ -31,11 +32,6 @@ int64_t tiles_of_item(int64_t blocks, int64_t head_dim) {
   const int64_t fit = kBlockBytes / (blocks * head_dim * kWidth<A> * static_cast<int64_t>(sizeof(A)));
   return std::clamp<int64_t>(fit, 1, kMaxTiles<A>);
 }
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
 
 inline Range overlap(const Range& a, const Range& b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 

@@ -1,4 +1,4 @@
-// Runs loops on torch's threads. A loop of at most `grain` steps runs in the calling thread.
+// Runs loops over ranges on torch's threads. A loop of at most `grain` steps runs in the calling thread.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +7,11 @@
 #include <cstdint>
 
 namespace blt {
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
 
 template <class F>
 void parallel_for(int64_t size, int64_t grain, const F& f) {
