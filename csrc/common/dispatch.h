@@ -10,9 +10,7 @@
 namespace blt {
 
 template <class T>
-struct Tag {
-  using type = T;
-};
+struct Tag {};
 
 // The accumulator is fp32, and fp64 for fp64.
 template <class T>

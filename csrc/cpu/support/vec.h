@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -23,6 +24,7 @@
 
 namespace blt {
 
+using std::bit_cast;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
@@ -64,14 +66,6 @@ inline Vec<A> load(const A* p) {
 template <class A>
 inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof(v));
-}
-
-template <class To, class From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the bits");
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
 }
 
 template <class A = float>
