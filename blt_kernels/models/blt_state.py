@@ -164,16 +164,16 @@ class BLTState(ByteState):
             (entropy,) = self.entropy.read(begin, self.ids.end)
         elif config.patching in ("static", "byte"):
             positions = runs(begin, lengths, self.device)
-        cuts = rule_boundaries(config, self.model.ops, tail, entropy, documents, positions)
+        boundaries = rule_boundaries(config, self.model.ops, tail, entropy, documents, positions)
         if config.max_patch_length is None and not config.whole_characters:
-            return [cuts[new].tolist()] * 2
+            return [boundaries[new].tolist()] * 2
         first, start = (
             torch.tensor(numbers, dtype=torch.int64, device=self.device)
             for numbers in (begin, [starts[-1] for starts in self.rule_starts])
         )
         row = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=self.device))
         positions = runs(begin, lengths, self.device)
-        both = cut_boundaries(config, cuts, tail, documents, positions, row, first, start, new)
+        both = cut_boundaries(config, boundaries, tail, documents, positions, row, first, start, new)
         return [decisions[new].tolist() for decisions in both]
 
     def _close(

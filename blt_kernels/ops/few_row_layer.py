@@ -89,11 +89,12 @@ def few_row_layer(
     factors: Sequence[Tensor | None] = scales or [None] * len(weights)
     for name, weight, scale in zip(WEIGHTS, weights, factors, strict=True):
         check_weight(f"weights of {name}", weight, f"scales of {name}", scale, x)
-    (total, dim), (_, groups, width) = x.shape, keys.shape
-    if groups == 0 or width == 0 or width % 2:
+    (total, dim), (_, kv_heads, width) = x.shape, keys.shape
+    if kv_heads == 0 or width == 0 or width % 2:
         raise ValueError(f"keys: expected heads of even width in [S, G, E], got {list(keys.shape)}")
     queries, hidden = weights[0].shape[0] // width * width, weights[WEIGHTS.index("gate")].shape[0]
-    sizes = (queries, dim), (groups * width, dim), (groups * width, dim), (dim, queries), (hidden, dim), (hidden, dim)
+    keys_size, ffn_size = (kv_heads * width, dim), (hidden, dim)
+    sizes = (queries, dim), keys_size, keys_size, (dim, queries), ffn_size, ffn_size
     for name, weight, size in zip(WEIGHTS, weights, (*sizes, (dim, hidden)), strict=True):
         _checks.check_shape(f"weights of {name}", weight, size, "[N, K]")
     for name, norm in (("input_norm", input_norm), ("post_norm", post_norm)):

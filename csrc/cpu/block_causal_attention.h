@@ -1,4 +1,4 @@
-// The forward pass of block_causal_attention, for operators that contain it. block_causal_attention.cpp computes it.
+// Declares the forward pass of block_causal_attention, for operators that contain it.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -37,9 +37,9 @@ void rotate(float* x, const float* table, int64_t rows, int64_t heads, int64_t h
 float silu(float x) { return x / (1 + std::exp(-x)); }
 
 VecF silu(VecF x) {
-  constexpr float kLeast = -88;  // exp of a greater argument than 88 is infinite
-  const VecF power = max(broadcast(kExpMin), -max(broadcast(kLeast), x));
-  return x / (1 + (x < kLeast ? broadcast(std::numeric_limits<float>::infinity()) : exp(power)));
+  constexpr float kMinExponent = -88;  // exp of a greater argument than 88 is infinite
+  const VecF power = max(broadcast(kExpMin), -max(broadcast(kMinExponent), x));
+  return x / (1 + (x < kMinExponent ? broadcast(std::numeric_limits<float>::infinity()) : exp(power)));
 }
 
 // Computes y = silu(x weight^T) * (x up^T), for the y and the weight of `gate`; `up` has the same sizes.

@@ -1,4 +1,4 @@
-// The products of few_row_linear and few_row_layer: a few rows of fp32 by a weight matrix that is read once.
+// Computes the products of few_row_linear and few_row_layer: a few rows of fp32 by a weight matrix that is read once.
 //
 //   y[m][n] = scale[n] sum over k < K of x[m][k] weight[n][k]
 //
@@ -29,7 +29,7 @@ struct Matrix {
   const float* row(int64_t i) const { return data + i * stride; }
 };
 
-// A weight matrix of fp32, bf16 or int8; `scale` is null but for int8.
+// Describes a weight matrix of fp32, bf16 or int8; `scale` is null but for int8.
 struct Weights {
   Weights(const Tensor& weight, const std::optional<Tensor>& scale)
       : data(weight.const_data_ptr()),
@@ -43,7 +43,7 @@ struct Weights {
   const float* scale;
 };
 
-// A product of `weights` with an x that it shares with other products, into rows of y that are `weights.outputs` apart.
+// Multiplies `weights` with an x that other products share, into rows of y that are `weights.outputs` apart.
 struct Product {
   Weights weights;
   float* y;

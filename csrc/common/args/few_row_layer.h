@@ -7,7 +7,7 @@
 
 namespace blt {
 
-// The weights of a transformer layer, in the order in which the operator takes them.
+// The operator takes the weights of a transformer layer in this order.
 enum LayerWeight { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLayerWeights };
 
 // x is [rows, dim], keys and values are [slots, kv_heads, head_dim], and SwiGLU has `hidden` columns.
