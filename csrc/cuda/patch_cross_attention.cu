@@ -19,7 +19,7 @@ namespace blt {
 namespace {
 
 template <class T>
-HeadTensor<const T> rows_of(const Device& device, const Tensor& x) {
+HeadTensor<const T> input_rows(const Device& device, const Tensor& x) {
   return {device.read<T>(x), x.stride(1), static_cast<u32>(row_bytes(x))};
 }
 
@@ -60,9 +60,9 @@ struct Arguments : CrossArguments {
   }
   template <class T>
   CrossAttention<T> problem(const Device& device) const {
-    return {rows_of<T>(device, q),
-            rows_of<T>(device, k),
-            rows_of<T>(device, v),
+    return {input_rows<T>(device, q),
+            input_rows<T>(device, k),
+            input_rows<T>(device, v),
             heads(),
             kv_heads(),
             heads() / kv_heads(),
@@ -183,8 +183,8 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
     using A = acc_t<T>;
     const auto problem = arguments.problem<T>(device);
     const PatchReaders readers = arguments.readers(device);
-    CrossGradients<T> grads = {rows_of<T>(device, grad_out),
-                               rows_of<T>(device, out),
+    CrossGradients<T> grads = {input_rows<T>(device, grad_out),
+                               input_rows<T>(device, out),
                                device.read<A>(lse),
                                nullptr,
                                output_rows<T>(device, grad_q),

@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
   // A row that forward has not read may hold anything. It was read here, since waiting for its log_sum would cost more.
   const bool unread = shift == unread_log_sum<A>();
   if (unread) upstream = h = shift = m = 0;
-  upstream *= -kNats<A>, h *= kPerNat<A>, shift *= kPerNat<A>;
+  upstream = -upstream * kNats<A>, h *= kPerNat<A>, shift *= kPerNat<A>;
   const auto slope = [=](A x) {  // returns dH/dx times the gradient of H
     const A log_p = (x - m) * kPerNat<A> - shift;
     return upstream * scaled_exp(log_p) * (max(log_p, kLogOfZero<A>) + h);

@@ -38,19 +38,19 @@ __global__ void half_warp_kernel(const float* x, i64 n, float* out) {
 }
 
 // This kernel has no fault. It uses dynamic shared memory, a vote and atomics on integers.
-struct Counts {
-  int votes, arrivals;
+struct Votes {
+  int positive, arrivals;
 };
 __global__ void counts_kernel(const float* x, i64 n, float* out) {
-  Counts& counts = shared_memory<Counts>();
-  if (threadIdx.x == 0) counts = {0, 0};
+  Votes& votes = shared_memory<Votes>();
+  if (threadIdx.x == 0) votes = {0, 0};
   __syncthreads();
   const i64 i = my_index();
   const u32 positive = __ballot_sync(kAllLanes, i < n && x[i] > 0);
-  if (threadIdx.x % kWarp == 0) atomicAdd(&counts.votes, __popc(positive));
-  atomicAdd(&counts.arrivals, 1);
+  if (threadIdx.x % kWarp == 0) atomicAdd(&votes.positive, __popc(positive));
+  atomicAdd(&votes.arrivals, 1);
   __syncthreads();
-  if (i < n) out[i] = static_cast<float>(counts.votes + 1000 * counts.arrivals);
+  if (i < n) out[i] = static_cast<float>(votes.positive + 1000 * votes.arrivals);
 }
 
 // This kernel has no fault. Its last thread does all the work: one load per number of x, and a store.
@@ -138,18 +138,18 @@ __global__ void unwritten_static_kernel(const float*, i64, float* out) {
 }
 
 __global__ void unwritten_dynamic_kernel(const float*, i64, float* out) {
-  Counts& counts = shared_memory<Counts>();
-  if (threadIdx.x == 0) counts.votes = 1;
+  Votes& votes = shared_memory<Votes>();
+  if (threadIdx.x == 0) votes.positive = 1;
   __syncthreads();
-  out[0] = static_cast<float>(counts.arrivals);
+  out[0] = static_cast<float>(votes.arrivals);
 }
 
 // Only another block has written the value.
 __global__ void other_blocks_shared_kernel(const float*, i64, float* out) {
-  Counts& counts = shared_memory<Counts>();
-  if (blockIdx.x == 0) counts.votes = 1;
+  Votes& votes = shared_memory<Votes>();
+  if (blockIdx.x == 0) votes.positive = 1;
   __syncthreads();
-  out[0] = static_cast<float>(counts.votes);
+  out[0] = static_cast<float>(votes.positive);
 }
 
 __global__ void too_little_shared_kernel(const float*, i64, float* out) {
@@ -201,7 +201,7 @@ Tensor inject_fault(std::string name, const Tensor& x) {
   Tensor out = device_output(x, {x.size(0)});
   const LaunchConfig config = {.grid = {std::max<int64_t>(ceil_div<int64_t>(x.size(0), kThreads), 2)},
                                .block = kThreads,
-                               .smem_bytes = sizeof(Counts)};
+                               .smem_bytes = sizeof(Votes)};
   launch_named<block_sum_kernel, half_warp_kernel, counts_kernel, one_thread_kernel, vectors_kernel, copies_kernel,
                race_kernel, divergent_barrier_kernel, two_barriers_kernel, exited_lane_kernel, missing_lane_kernel,
                outside_mask_kernel, not_in_mask_kernel, different_collectives_kernel, unwritten_static_kernel,
