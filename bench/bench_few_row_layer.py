@@ -19,10 +19,10 @@ from blt_kernels.models.quantized import STORED
 from blt_kernels.nn import QuantizedLinear, TransformerConfig, TransformerLayer, load_ops, rotary_table
 from blt_kernels.nn.cache import KeyCache
 
-# Layers of a local and of a global model; all together have more weights than a cache of one core holds.
+# These are layers of a local and of a global model. Together their weights exceed a core's cache.
 CONFIGS = (TransformerConfig(256, 12, 4, ffn_dim=682), TransformerConfig(512, 8, 8, ffn_dim=1408))
 ROWS = (1, 4, 8, 16)
-CACHED = 128  # keys of each row
+CACHED = 128  # each row has so many keys
 PARTS = "part by part"
 
 
@@ -37,7 +37,7 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
 
 
 class Parts(nn.Module):
-    """A layer that computes its parts one by one, because a hook waits for one of them."""
+    """Computes the parts of a layer one by one, because a hook waits for one of them."""
 
     def __init__(self, layer: TransformerLayer) -> None:
         super().__init__()

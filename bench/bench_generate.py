@@ -64,7 +64,7 @@ BLT_CASES = (
     *(Case(1, 64, uncached=True), Case(1, 512, uncached=True), Case(1, 4096)),
     *(Case(8, 64), Case(8, 512), Case(8, 4096), Case(64, 512)),
 )
-# The same with weights of int8. It takes no part in the comparison above, where it would be the best peer.
+# This has weights of int8. It is left out of the comparison above, where it would be the best peer.
 INT8_CASES = (Case(1, 64, uncached=True), Case(1, 512, uncached=True), Case(1, 4096), Case(8, 512))
 MEGABYTE_CASES = (Case(1, 64, uncached=True), Case(1, 512, uncached=True), Case(1, 4096), Case(8, 512))
 SMALL = (Case(2, 40, 5, uncached=True),)

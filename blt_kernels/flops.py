@@ -173,8 +173,8 @@ def _paper_size(
     return BLTConfig(encoder, wide, decoder, queries_per_patch=queries_per_patch)
 
 
-# Table 10 of the BLT paper: width and heads of encoder and decoder; width, layers and heads of the global transformer;
-# layers of the decoder; K. The encoder has one layer.
+# Table 10 of the BLT paper gives width and heads of encoder and decoder; width, layers and heads of the global
+# transformer; layers of the decoder; K. The encoder has one layer.
 PAPER_SIZES: dict[str, BLTConfig] = {
     "400M": _paper_size(768, 12, TransformerConfig(1280, 24, 10), 7, 2),
     "1B": _paper_size(1024, 16, TransformerConfig(2048, 25, 16), 9, 2),

@@ -16,7 +16,7 @@ from blt_kernels.nn.matrices import Linear
 Module = TypeVar("Module", bound=nn.Module)
 
 STORED = {"bf16": torch.bfloat16, "int8": torch.int8}
-EXACT = ("patcher", "lm_head")  # the entropies that patches follow from, and the choice of the byte
+EXACT = ("patcher", "lm_head")  # these give the entropies that patches follow from, and the choice of the byte
 
 
 def quantized(model: Module, weights: str) -> Module:

@@ -24,7 +24,7 @@ PRIMES = (
     3367900313,
 )
 
-Lookups = list[tuple[int, Tensor, Tensor]]  # what `_lookups` returns
+Lookups = list[tuple[int, Tensor, Tensor]]  # `_lookups` returns them
 
 
 def ngram_hash_reference(

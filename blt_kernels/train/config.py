@@ -12,7 +12,7 @@ from typing_extensions import Doc
 from blt_kernels._checks import check_choice
 from blt_kernels.train import checks
 
-_ONLY_FOR = {  # the models that an option is for
+_ONLY_FOR = {  # each option is for these models
     **dict.fromkeys(("init_global", "patches", "patcher", "shard_tables"), ("blt",)),
     "global_learning_rate": ("blt", "megabyte"),
 }

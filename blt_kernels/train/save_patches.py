@@ -70,7 +70,7 @@ def save(
         stored = read_index(folder)
         if stored is not None:
             _check_same(folder, stored, index)
-            index["files"] = stored["files"]  # the names that the files had then
+            index["files"] = stored["files"]  # the files had these names then
         if stored is not None and stored["sha256"] is not None:
             whole = path.exists() and path.stat().st_size == offsets[-1]
             whole = whole and data.file_digest(path)[0] == stored["sha256"]

@@ -56,7 +56,7 @@ struct Rows {
   const W* row(int64_t i) const { return data + i * stride; }
 };
 
-// The share of the next tile's lines that a group of rows prefetches. Were all of them asked for in the first group, it
+// A group of rows prefetches this share of the next tile's lines. Were all of them asked for in the first group, it
 // would wait for memory, and memory would be idle during the others.
 struct Share {
   int64_t group, groups;

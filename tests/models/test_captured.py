@@ -349,7 +349,7 @@ def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blt_kernels.nn.fixed_cache.LARGE_WINDOW", 0)
 
 
-# How many graphs are captured: keys of windows stay where they are, those of all bytes or patches need more room.
+# So many graphs are captured: keys of windows stay where they are, those of all bytes or patches need more room.
 GROWING = {
     "byte_lm": 1,
     "byte_lm: no window": 2,

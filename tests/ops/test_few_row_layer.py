@@ -24,12 +24,12 @@ from blt_kernels.reference.few_row_layer import few_row_layer_reference
 OVERLOAD = torch.ops.blt_kernels.few_row_layer_step.default
 COMPILED = pytest.mark.skipif(not has_cpu_kernel(OVERLOAD), reason="no compiled module")
 CONFIG = TransformerConfig(dim=48, num_layers=1, num_heads=6, num_kv_heads=2, ffn_dim=77)
-SLOTS, LENGTHS = 40, (5, 12, 1, 20)  # keys of each document; two slots belong to none
+SLOTS, LENGTHS = 40, (5, 12, 1, 20)  # documents have so many keys; two slots belong to none
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of `few_row_layer`, in order."""
+    """Has the arguments of `few_row_layer`, in order."""
 
     x: Tensor
     weights: tuple[Tensor, ...]

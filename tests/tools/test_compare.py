@@ -125,7 +125,7 @@ def test_interval(compare: ModuleType) -> None:
     assert compare.interval([3, 1, 2, 6, 5, 4]) == (1, 6)
     with pytest.raises(ValueError, match="got 5"):
         compare.interval([1, 2, 3, 4, 5])
-    values = [float(n) for n in range(1, 31)]  # of 30 values the 10th from both ends, as in tables of the sign test
+    values = [float(n) for n in range(1, 31)]  # 30 values give the 10th from both ends, as in tables of the sign test
     assert compare.interval(values) == (10, 21)
 
 
@@ -135,7 +135,7 @@ def test_interval_covers_the_median_as_often_as_it_says(compare: ModuleType) -> 
     for _ in range(2000):
         low, high = compare.interval([math.exp(draw.expovariate(1) - math.log(2)) for _ in range(20)])
         covered.append(low <= 1 <= high)
-    assert 0.945 < statistics.mean(covered) < 0.975  # 0.9586 for 20 values
+    assert 0.945 < statistics.mean(covered) < 0.975  # 20 values give 0.9586
 
 
 @pytest.mark.parametrize("arguments", [["HEAD", "--rounds", "5"], ["HEAD", "--threads", "2"]])

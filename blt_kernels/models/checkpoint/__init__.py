@@ -102,7 +102,7 @@ class Stored:
         return model
 
     def _is_own(self, name: str) -> bool:
-        return name.startswith(self.prefix) and not name.endswith("freqs_cis")  # which is computed
+        return name.startswith(self.prefix) and not name.endswith("freqs_cis")  # freqs_cis is computed
 
     def patcher(self) -> Stored | None:
         """Find the entropy model of a BLT that is in files of its own, None if there is none."""
