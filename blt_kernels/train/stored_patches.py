@@ -78,16 +78,20 @@ class StoredPatches:
         if index["sha256"] is None:
             raise ValueError(f"patches: {folder} is not complete: start blt-kernels patch --save {folder} again")
         self.folder, self.index, files = folder, index, index["files"]
-        self.pieces = Pieces([file["size"] for file in files], index["made_with"]["context"])
-        self.offsets = byte_offsets(self.pieces)
-        self.number = {file["sha256"]: i for i, file in enumerate(files)}
         path = folder / BITS
         if not path.exists() or data.file_digest(path)[0] != self.index["sha256"]:
             raise ValueError(f"patches: {path} is damaged: it is not what {INDEX} describes")
-        expected, got = int(self.offsets[-1]), path.stat().st_size
-        if expected != got:
-            message = f"files of these sizes have {expected:,} bytes of patches, and {BITS} has {got:,}"
-            raise ValueError(f"patches: {folder / INDEX} is damaged: {message}")
+        sizes, got = [file["size"] for file in files], path.stat().st_size
+        damaged = (
+            f"patches: {folder / INDEX} is damaged: files of these sizes have %s bytes of patches, {BITS} has {got:,}"
+        )
+        if sum(sizes) > 8 * got:  # the table of their pieces might not fit into memory
+            raise ValueError(damaged % f"{sum(sizes) // 8:,} or more")
+        self.pieces = Pieces(sizes, index["made_with"]["context"])
+        self.offsets = byte_offsets(self.pieces)
+        self.number = {file["sha256"]: i for i, file in enumerate(files)}
+        if self.offsets[-1] != got:
+            raise ValueError(damaged % f"{self.offsets[-1]:,}")
         self.bits = np.memmap(path, dtype=np.uint8, mode="r")
 
     def check(self, made_with: dict[str, Any], sources: Iterable[Source]) -> None:

@@ -320,6 +320,7 @@ def test_a_folder_that_is_not_complete_or_damaged_is_refused(corpus: Path, patch
             files[longest]["size"] + 9 * context,
             r"index.json is damaged: files of these sizes have [\d,]+ bytes of patches",
         ),
+        ((1 << 48) - 1, r"index.json is damaged: files of these sizes have [\d,]+ or more bytes of patches"),
         (files[longest]["size"] ^ 1, r"index.json is damaged: the size of .*\.txt: expected \d+, got \d+"),
     ):
         changed = [{**file, "size": size if i == longest else file["size"]} for i, file in enumerate(files)]
