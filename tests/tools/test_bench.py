@@ -244,7 +244,7 @@ def test_readme_has_a_line_for_every_generation(timing: ModuleType, tmp_path: Pa
     timing.write_csv([row, *peers, failed, replace(row, op="pool"), replace(row, threads=1)], tmp_path / "rows.csv")
     table = importlib.import_module("readme").table_of_generation(tmp_path / "rows.csv").splitlines()
     assert "2 threads" in table[0]
-    assert table[4:] == ["| BLT, 9M parameters | 64 | 2 | 0.5 | 0.2 | 3 MB | slow 20 |"]
+    assert table[4:] == ["| BLT, 9M parameters, float32 | 64 | 2 | 0.5 | 0.2 | 3 MB | slow 20 |"]
 
 
 def test_readme_shows_results_of_gpus(timing: ModuleType, tmp_path: Path) -> None:
