@@ -97,9 +97,6 @@ class Watch:
 _watch: list[Watch] = []
 
 
-_watch: list[Watch] = []
-
-
 def start() -> None:
     assert "triton" not in sys.modules, "Triton was imported before the interpreter was chosen"
     os.environ["TRITON_INTERPRET"] = "1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import inputs
+import torch
 from op_case import OpCase
 
 import blt_kernels as bk
@@ -18,14 +19,22 @@ _cross = partial(
     autocast=True,
 )
 _make_cross = inputs.make_cross_attention
+# Every dtype meets windows and grouped heads in one direction; the plain cases have all of them.
+_BF16, _FP16 = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))
 
 CASES = [
     _cross("encode", _make_cross("encode"), fast=False),
     _cross("decode", _make_cross("decode")),
-    _cross("encode, window", _make_cross("encode", "tail", window=3)),
-    _cross("decode, window", _make_cross("decode", "overflow", window=3, scale=0.5), fast=False),
-    _cross("encode, grouped", _make_cross("encode", heads=6, kv_heads=2), fast=False),
-    _cross("decode, grouped", _make_cross("decode", "tail", heads=4, kv_heads=1, window=2), trace=False, fast=False),
+    _cross("encode, window", _make_cross("encode", "tail", window=3), dtypes=_BF16),
+    _cross("decode, window", _make_cross("decode", "overflow", window=3, scale=0.5), dtypes=_FP16, fast=False),
+    _cross("encode, grouped", _make_cross("encode", heads=6, kv_heads=2), dtypes=_FP16, fast=False),
+    _cross(
+        "decode, grouped",
+        _make_cross("decode", "tail", heads=4, kv_heads=1, window=2),
+        dtypes=_BF16,
+        trace=False,
+        fast=False,
+    ),
     _cross("encode, wide", _make_cross("encode", width=80), trace=False, fast=False),
     _cross("decode, wide", _make_cross("decode", width=80), trace=False, fast=False),
 ]

@@ -270,7 +270,7 @@ def test_compiled_models_ignore_ids_beyond(name: str) -> None:
     model = build(OPTIONS[name][0], **OPTIONS[name][1])
     tokens, rows = documents((9, 0, 12))
     torch._dynamo.reset()
-    loss = torch.compile(model.loss, backend="aot_eager")(with_tail(tokens), rows)
+    loss = torch.compile(model.loss, backend="eager")(with_tail(tokens), rows)
     torch.testing.assert_close(loss, model.loss(tokens, rows), rtol=1e-10, atol=0)
     loss.backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import order, use
+from backends import BACKENDS, order, use
 from cases import CASES
 from op_calls import (
     cast,
@@ -39,6 +39,8 @@ GRAD_CASES = pytest.mark.parametrize("case", [c for c in CASES if c.differentiab
 DENSE_CASES = pytest.mark.parametrize(
     "case", [c for c in CASES if c.differentiable and not c.sparse], ids=lambda case: case.name
 )
+# What is tested is above the kernels, or depends on threads of the CPU, of which the emulator has one.
+NOT_EMULATED = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "emulated"], indirect=True)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -81,6 +83,7 @@ def test_every_element_is_written(case: OpCase, device: str) -> None:
 
 
 @pytest.mark.slow
+@NOT_EMULATED
 @EVERY_CASE
 def test_bitwise_the_same_in_every_run(case: OpCase, device: str) -> None:
     arguments = make(case, device, 700, 8)
@@ -96,7 +99,7 @@ def test_bitwise_the_same_in_every_run(case: OpCase, device: str) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.emulated], ids=lambda case: case.name)
 def test_the_same_in_every_order_of_threads(case: OpCase) -> None:
     """Results do not show in what order threads and blocks run."""
-    arguments = make(case, "cpu", 200, 8)
+    arguments = make(case, "cpu", 300, 8)
     with use("emulated"):
         expected = run(case, case.function, arguments)
         for name in ("BACKWARD", "RANDOM"):
@@ -131,12 +134,14 @@ def test_gradcheck(case: OpCase, device: str) -> None:
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
+@NOT_EMULATED
 @DENSE_CASES
 def test_second_derivatives(case: OpCase, device: str) -> None:
     function, leaves = of_leaves(case, with_grad(case, make(case, device, 12, 10, torch.float64)))
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
+@NOT_EMULATED
 @pytest.mark.parametrize("case", [c for c in CASES if c.sparse], ids=lambda case: case.name)
 def test_sparse_gradients_have_no_second_derivative(case: OpCase, device: str) -> None:
     function, leaves = of_leaves(case, with_grad(case, make(case, device, 12, 10, torch.float64)))
@@ -146,6 +151,7 @@ def test_sparse_gradients_have_no_second_derivative(case: OpCase, device: str) -
 
 
 @pytest.mark.slow
+@NOT_EMULATED
 @DENSE_CASES
 def test_torch_func(case: OpCase, device: str) -> None:
     """Gradients of `torch.func`, also of each entry of a batch, are those of autograd; forward mode raises."""
@@ -195,6 +201,7 @@ def test_torch_func(case: OpCase, device: str) -> None:
 OF_OFFSETS_ALONE = ("static_patch", "byte_patch", "attention_ranges")
 
 
+@NOT_EMULATED
 @pytest.mark.parametrize(
     "case",
     [c for c in CASES if not c.differentiable and c.function.__name__ not in OF_OFFSETS_ALONE],
@@ -268,6 +275,7 @@ def test_inductor(case: OpCase, installed: str) -> None:
     check(case, [make(case, installed, num_bytes, 16) for num_bytes in (101, 250)], function)
 
 
+@NOT_EMULATED
 @EVERY_CASE
 def test_autocast(case: OpCase, device: str) -> None:
     if torch.float32 not in case.dtypes:
