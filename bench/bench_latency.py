@@ -50,6 +50,7 @@ def calls(
     layout = bk.static_patch(offsets, 4, num_bytes=num_rows)
     patches = layout.patch_offsets, layout.patch_ids
     q, queries = normal(num_rows, 2, 128, device=device), normal(2 * num_rows, 2, 128, device=device)
+    leaf, leaf_heads = q.clone().requires_grad_(), q.view(1, 2, num_rows, 128).clone().requires_grad_()
     heads, cross_heads = q.view(1, 2, num_rows, 128), queries.view(1, 2, 2 * num_rows, 128)
     rules = 1.3, None, False, None, None
     ragged = offsets, None, None, True, None, None, None, 1
@@ -93,6 +94,12 @@ def calls(
             lambda: bk.block_causal_attention(q, q, q, offsets),
             lambda: CALL["block_causal_attention_fwd"](q, q, q, *ragged),
             *attention,
+        ),
+        "block_causal_attention with a gradient": (
+            lambda: bk.block_causal_attention(leaf, leaf, leaf, offsets),
+            lambda: CALL["block_causal_attention_fwd"](q, q, q, *ragged),
+            "scaled_dot_product_attention",
+            lambda: F.scaled_dot_product_attention(leaf_heads, leaf_heads, leaf_heads),
         ),
         "patch_cross_attention": (
             lambda: bk.patch_cross_attention(queries, q, q, layout, **encode),

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.compiler import is_compiling
 
 from blt_kernels.layout import PatchLayout
 
@@ -98,7 +100,7 @@ def check_layout(layout: object, name: str, value: Tensor) -> None:
 def check_readers(layout: PatchLayout) -> None:
     """Raise unless the two offsets of `layout` are for as many patches, on one device."""
     patch_offsets, decode_offsets = layout.patch_offsets, layout.decode_offsets
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     check_same("layout.decode_offsets", decode_offsets, "layout.patch_offsets", patch_offsets)
     if decode_offsets.shape != patch_offsets.shape:
@@ -108,17 +110,12 @@ def check_readers(layout: PatchLayout) -> None:
 
 def readable(x: Tensor) -> bool:
     """Return whether the host can read the values of `x` at no cost: on the CPU, in eager code, not in `torch.func`."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
+    return type(x) is Tensor and x.is_cpu and not is_compiling() and not is_functorch_wrapped_tensor(x)
 
 
 def check_total(name: str, total: int) -> None:
     """Raise unless int32 offsets reach over the `total` positions of the data."""
-    if not torch.compiler.is_compiling() and total > INT32_MAX:
+    if not is_compiling() and total > INT32_MAX:
         raise ValueError(f"{name}: expected at most 2**31 - 1 positions, which int32 offsets reach, got {total}")
 
 
@@ -168,19 +165,22 @@ def check_documents(name: str, offsets: Tensor | Documents, total: int, *, devic
 
 def check_offsets(name: str, offsets: Tensor | Documents, total: int, *, device: torch.device) -> Tensor:
     """Check document offsets as `check_documents` does and return them as int32."""
-    if isinstance(offsets, Documents):
-        return check_documents(name, offsets, total, device=device).offsets
-    return _check_offsets(name, offsets, total, device)[0]
+    if not isinstance(offsets, Documents):
+        return _check_offsets(name, offsets, total, device)[0]
+    return check_documents(name, offsets, total, device=device).offsets
 
 
 def _check_offsets(name: str, offsets: Tensor, total: int, device: torch.device) -> tuple[Tensor, int, int | None]:
     """Return the fields of `Documents`."""
-    check_tensor(name, offsets, 1, INTS)
-    check_total(name, total)
+    dtype = offsets.dtype if isinstance(offsets, Tensor) else None
+    if dtype not in INTS or offsets.dim() != 1:
+        check_tensor(name, offsets, 1, INTS)
     if offsets.device != device:
         raise ValueError(f"{name}: expected device {device} of the data, got {offsets.device}")
     values = offsets.tolist() if readable(offsets) else None
-    if not (offsets.shape[0] if values is None else values):
+    if values is None or total > INT32_MAX:
+        check_total(name, total)
+    if not (offsets.numel() if values is None else values):
         raise ValueError(f"{name}: expected at least one entry, got an empty tensor")
     end = None
     if values is not None:
@@ -189,7 +189,7 @@ def _check_offsets(name: str, offsets: Tensor, total: int, device: torch.device)
             shown = values if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...] ending in {end}"
             expected = f"offsets that start at 0, never fall and end at most at {total}"
             raise ValueError(f"{name}: expected {expected}, got {shown}")
-    if offsets.dtype != torch.int32 or not offsets.is_contiguous():
+    if dtype is not torch.int32 or not offsets.is_contiguous():
         offsets = offsets.to(torch.int32).contiguous()
     return offsets, total, end
 
@@ -265,7 +265,7 @@ def pack(name: str, data: Tensor, cu_seqlens: Tensor | Documents | None, trailin
     if documents is None:
         total = packed.shape[0]
         length = data.shape[1] if data.dim() == trailing + 2 else total
-        if torch.compiler.is_compiling() or not length:  # a step of 0 is none
+        if is_compiling() or not length:  # a step of 0 is none
             offsets = torch.arange(count + 1, dtype=torch.int32, device=data.device) * length
         else:
             offsets = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=data.device)

@@ -9,7 +9,8 @@ a derivative has an Autograd kernel that either differentiates or raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # stands for every device
 _LIBRARY = torch.library.Library("blt_kernels", "IMPL")
+_DIFFERENTIABLE: dict[str, Callable[[Any, tuple[Any, ...]], Any]] = {}
+"""For each operator with a derivative: runs it on a dispatch key set and arguments of which one requires a gradient."""
 
 
 def register_autograd(operator: str, backward: Backward, *, setup_context: SetupContext) -> None:
@@ -47,34 +50,45 @@ def register_autograd(operator: str, backward: Backward, *, setup_context: Setup
         Saves what `backward` needs.
     """
     overload = getattr(torch.ops.blt_kernels, operator).default
+    bound = overload._op
+    several = len(overload._schema.returns) > 1
+    takes_lists = any(_tensors_of(x) == _LIST for x in overload._schema.arguments)
+    returns_lists = any(_tensors_of(x) == _LIST for x in overload._schema.returns)
 
     class Function(torch.autograd.Function):
         # An Autograd kernel runs once for each level of torch.func, with the tensors of that level.
         @classmethod
         def apply(cls, *arguments: Any) -> Any:
+            if not _are_functorch_transforms_active():
+                return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
             with enable_single_level_autograd_function():
                 return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
         @staticmethod
         def forward(ctx: Any, call: _Call, *flat: Any) -> tuple[Tensor, ...]:
             ctx.lengths, arguments = call.lengths, _unflatten(flat, call.lengths)
-            # Both modes are off here, but levels of torch.func below this one differentiate too.
-            nested = _are_functorch_transforms_active()
-            with (
-                torch.set_grad_enabled(nested),
-                forward_ad._set_fwd_grad_enabled(nested),
-                _AutoDispatchBelowAutograd(),
-            ):
-                output = overload.redispatch(call.keyset, *arguments)
-                setup_context(ctx, arguments, output)
+            if call.keyset is None:
+                with _AutoDispatchBelowAutograd():
+                    output = bound(*arguments)
+                    setup_context(ctx, arguments, output)
+            else:
+                # Both modes are off here, but levels of torch.func below this one differentiate too.
+                nested = _are_functorch_transforms_active()
+                with (
+                    torch.set_grad_enabled(nested),
+                    forward_ad._set_fwd_grad_enabled(nested),
+                    _AutoDispatchBelowAutograd(),
+                ):
+                    output = overload.redispatch(call.keyset, *arguments)
+                    setup_context(ctx, arguments, output)
             outputs = _as_tuple(output)
-            call.output_lengths = _lengths(outputs)
+            call.output_lengths = _lengths(outputs) if returns_lists else None
             return tuple(_flatten(outputs, call.output_lengths))
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             of_arguments = _as_tuple(backward(_Context(ctx), *grads))
-            missing = len(ctx.lengths) - len(of_arguments)
+            missing = len(overload._schema.arguments) - len(of_arguments)
             return None, *_flatten((*of_arguments, *[None] * missing), ctx.lengths)
 
     Function.__name__ = Function.__qualname__ = operator
@@ -87,32 +101,36 @@ def register_autograd(operator: str, backward: Backward, *, setup_context: Setup
             )
         keyset &= torch._C._after_autograd_keyset
         if torch.is_grad_enabled() and _any_requires_grad(*arguments):
-            call = _Call(keyset, _lengths(arguments))
-            outputs = _unflatten(Function.apply(call, *_flatten(arguments, call.lengths)), call.output_lengths)
-            return outputs if several else outputs[0]
+            return differentiable(keyset, arguments)
         with _AutoDispatchBelowAutograd():
             return overload.redispatch(keyset, *arguments)
 
-    several = len(overload._schema.returns) > 1
+    def differentiable(keyset: Any, arguments: tuple[Any, ...]) -> Any:
+        call = _Call(keyset, _lengths(arguments) if takes_lists else None)
+        outputs = _unflatten(Function.apply(call, *_flatten(arguments, call.lengths)), call.output_lengths)
+        return outputs if several else outputs[0]
+
+    _DIFFERENTIABLE[operator] = differentiable
     _LIBRARY.impl(operator, kernel, "Autograd", with_keyset=True)
 
 
 def caller(operator: str) -> Callable[..., Any]:
-    """Return a function that calls ``blt_kernels::operator``, below its Autograd kernel where nothing needs a gradient.
+    """Return a function that calls ``blt_kernels::operator`` without its Autograd kernel, to which torch takes 3 us.
 
-    That kernel takes 3 us. The function takes what the overload takes, without keywords.
+    The function takes what the overload takes, without keywords.
     """
     overload = getattr(torch.ops.blt_kernels, operator).default
     bound = overload._op  # what the overload calls: a frame of Python less
+    # What may require a gradient comes before all that is no tensor: torch takes 0.1 us for an argument.
+    tensors = [_tensors_of(x) is not None for x in overload._schema.arguments]
+    leading = tensors.index(False) if False in tensors else len(tensors)
 
     def call(*arguments: Any) -> Any:
-        if (
-            is_compiling()
-            or forward_ad._current_level >= 0
-            or _are_functorch_transforms_active()
-            or (torch.is_grad_enabled() and _any_requires_grad(*arguments))
-        ):
+        if is_compiling() or forward_ad._current_level >= 0 or _are_functorch_transforms_active():
             return overload(*arguments)
+        if torch.is_grad_enabled() and _any_requires_grad(*arguments[:leading]):
+            differentiable = _DIFFERENTIABLE.get(operator)
+            return overload(*arguments) if differentiable is None else differentiable(None, arguments)
         if _dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):  # as inference mode does
             return bound(*arguments)
         _dispatch_tls_set_dispatch_key_excluded(_AUTOGRAD, True)  # takes 0.3 us less than _AutoDispatchBelowAutograd
@@ -171,8 +189,8 @@ def second_derivative(
 def save_arguments(ctx: Any, arguments: Sequence[Any]) -> None:
     """Save tensors and other arguments, none of them a list of tensors, for `saved_arguments`."""
     ctx.are_tensors = [isinstance(x, Tensor) for x in arguments]
-    ctx.others = [x for x in arguments if not isinstance(x, Tensor)]
-    ctx.save_for_backward(*(x for x in arguments if isinstance(x, Tensor)))
+    ctx.others = [x for x, is_tensor in zip(arguments, ctx.are_tensors, strict=True) if not is_tensor]
+    ctx.save_for_backward(*compress(arguments, ctx.are_tensors))
 
 
 def saved_arguments(ctx: Any) -> list[Any]:
@@ -187,14 +205,14 @@ class _Call:
 
     Attributes
     ----------
-    keyset : dispatch keys below Autograd
-    lengths : for each argument, the length of a list, or None
+    keyset : dispatch keys below Autograd; None if Autograd was not dispatched to
+    lengths : for each argument, the length of a list, or None; None if the operator takes no list of tensors
     output_lengths : the same of the outputs, known after the call
     """
 
     keyset: Any
-    lengths: list[int | None]
-    output_lengths: list[int | None] = field(default_factory=list)
+    lengths: list[int | None] | None
+    output_lengths: list[int | None] | None = None
 
 
 class _Context:
@@ -206,6 +224,15 @@ class _Context:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ctx, name)
+
+
+_LIST = "List[Tensor]"
+
+
+def _tensors_of(argument: Any) -> str | None:
+    """Return the type of an argument or a result of a schema if it is of tensors."""
+    kind = str(argument.type)
+    return kind if kind in ("Tensor", "Optional[Tensor]", _LIST) else None
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -220,8 +247,10 @@ def _has_tangent(x: object) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
 
 
-def _flatten(values: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
+def _flatten(values: Sequence[Any], lengths: Sequence[int | None] | None) -> Sequence[Any]:
     """Return the entries of `values`, those of lists one by one; None stands for a whole list of None."""
+    if lengths is None:
+        return values
     flat: list[Any] = []
     for value, length in zip(values, lengths, strict=True):
         if length is None:
@@ -231,7 +260,9 @@ def _flatten(values: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
     return flat
 
 
-def _unflatten(flat: Sequence[Any], lengths: Sequence[int | None]) -> tuple[Any, ...]:
+def _unflatten(flat: tuple[Any, ...], lengths: Sequence[int | None] | None) -> tuple[Any, ...]:
+    if lengths is None:
+        return flat
     values, rest = [], iter(flat)
     for length in lengths:
         values.append(next(rest) if length is None else [next(rest) for _ in range(length)])

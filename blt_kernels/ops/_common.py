@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 from blt_kernels._extension import OPERATORS
 from blt_kernels.ops import _autograd
@@ -28,7 +29,9 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> Calla
 
 def autocast_enabled(x: Tensor) -> bool:
     """Is autocast on for the device of `x`? Never on "meta", which torch refuses to ask about."""
-    device = "cpu" if x.is_cpu else x.device.type
+    if not _is_any_autocast_enabled():
+        return False
+    device = x.device.type
     return device != "meta" and torch.is_autocast_enabled(device)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
+from operator import gt, sub
 from typing import Any
 
 import torch
@@ -100,9 +100,10 @@ def block_causal_attention(
     [1.0, 2.0, 5.0]
     """
     _checks.check_tensor("q", q, (3, 4), _checks.FLOATS)
-    dims, autocast = q.dim(), _common.autocast_enabled(q)
-    _checks.check_like("k", k, (dims,), "q", q, dtype=not autocast)
-    _checks.check_like("v", v, (dims,), "q", q, dtype=not autocast)
+    dims, dtype, device, autocast = q.dim(), q.dtype, q.device, _common.autocast_enabled(q)
+    for name, x in (("k", k), ("v", v)):
+        if not (isinstance(x, Tensor) and x.dtype == dtype and x.device == device and x.dim() == dims):
+            _checks.check_like(name, x, (dims,), "q", q, dtype=not autocast)
     q_shape, k_shape = q.shape, k.shape
     heads, width, kv_heads = q_shape[-2], q_shape[-1], k_shape[-2]
     if k_shape[-1] != width:
@@ -126,10 +127,14 @@ def block_causal_attention(
                 raise ValueError(f"{name}: expected None, since q is padded with shape {list(q.shape)}")
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k: expected None, since cu_seqlens_q is None")
-    packed_k, packed_v = (k.flatten(0, 1), v.flatten(0, 1)) if dims == 4 else (k, v)
-    packed_q, offsets_q, documents = _checks.documents_of("q", q, cu_seqlens_q, trailing=2, offsets_name="cu_seqlens_q")
-    offsets_k = None
+    packed_q, packed_k, packed_v, offsets_q, offsets_k = q, k, v, None, None
+    if cu_seqlens_q is not None:
+        offsets_q = _checks.check_offsets("cu_seqlens_q", cu_seqlens_q, q_shape[0], device=device)
+        documents = offsets_q.numel() - 1
+    else:
+        packed_q, _, documents = _checks.split_documents("q", q, None, trailing=2)
     if dims == 4:
+        packed_k, packed_v = k.flatten(0, 1), v.flatten(0, 1)
         if k_shape[0] != documents:
             raise ValueError(f"k: expected the B = {documents} documents of q, got shape {list(k.shape)}")
         _checks.check_total("k", k_shape[0] * k_shape[1])
@@ -147,7 +152,7 @@ def block_causal_attention(
         window, causal, scale, seqused_k, intervals, documents,
     )  # fmt: skip
     if dims == 4:
-        out, lse = out.view(q.shape), lse.view(q.shape[:-1])
+        out, lse = out.view(q_shape), lse.view(q_shape[:-1])
     return (out, lse) if return_lse else out
 
 
@@ -218,9 +223,9 @@ def attention_ranges(
 def _check_key_offsets(cu_seqlens_k: Tensor | _checks.Documents, keys: int, offsets_q: Tensor) -> Tensor:
     """Check the offsets of keys and return them as int32."""
     offsets_k = _checks.check_offsets("cu_seqlens_k", cu_seqlens_k, keys, device=offsets_q.device)
-    if offsets_k.shape != offsets_q.shape:
-        expected = f"{offsets_q.shape[0]} entries, as cu_seqlens_q has"
-        raise ValueError(f"cu_seqlens_k: expected {expected}, got {offsets_k.shape[0]}")
+    if offsets_k.numel() != offsets_q.numel():
+        expected = f"{offsets_q.numel()} entries, as cu_seqlens_q has"
+        raise ValueError(f"cu_seqlens_k: expected {expected}, got {offsets_k.numel()}")
     return offsets_k
 
 
@@ -245,16 +250,19 @@ def _check_seqused(seqused_k: Tensor, offsets_k: Tensor | None, documents: int, 
     """
     _checks.check_tensor("seqused_k", seqused_k, 1, _checks.INTS)
     _checks.check_same("seqused_k", seqused_k, "the data", data, dtype=False)
-    if seqused_k.shape[0] != documents:
-        raise ValueError(f"seqused_k: expected one entry for each of {documents} documents, got {seqused_k.shape[0]}")
+    if seqused_k.numel() != documents:
+        raise ValueError(f"seqused_k: expected one entry for each of {documents} documents, got {seqused_k.numel()}")
     if _checks.readable(seqused_k) and (offsets_k is None or _checks.readable(offsets_k)):
         if offsets_k is None:
             lengths = [data.shape[0] // max(documents, 1)] * documents
         else:
-            lengths = [end - begin for begin, end in pairwise(offsets_k.tolist())]
-        for document, (n, length) in enumerate(zip(seqused_k.tolist(), lengths, strict=True)):
-            if not 0 <= n <= length:
-                raise ValueError(f"seqused_k: expected 0 to {length} keys, the length of document {document}, got {n}")
+            ends = offsets_k.tolist()
+            lengths = list(map(sub, ends[1:], ends))
+        used = seqused_k.tolist()
+        if documents and (min(used) < 0 or any(map(gt, used, lengths))):
+            document = next(b for b in range(documents) if not 0 <= used[b] <= lengths[b])
+            expected = f"0 to {lengths[document]} keys, the length of document {document}"
+            raise ValueError(f"seqused_k: expected {expected}, got {used[document]}")
         if seqused_k.dtype == torch.int32 and seqused_k.is_contiguous():
             return seqused_k
     return seqused_k.clamp(max=_checks.INT32_MAX).to(torch.int32).contiguous()

@@ -166,3 +166,12 @@ def test_masked_keys_may_hold_anything(dtype: torch.dtype, device: str) -> None:
         results.append([out, *torch.autograd.grad(out, own, grad)])
         assert not any(x[~attended].any() for x in results[-1][2:])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("keys", [3, 70])
+def test_any_number_of_rows_of_a_key_head(keys: int, dtype: torch.dtype, device: str) -> None:
+    """Tiles of rows have powers of two rows, the last one some that are none: 1 to 17 heads read one key head."""
+    k, v = (randn(keys, 1, 64, seed=i, device=device) for i in (1, 2))
+    for heads in range(1, 18):
+        check_attention([{}], (randn(1, heads, 64, device=device), k, v), dtype, [[0, 1], [0, keys]])

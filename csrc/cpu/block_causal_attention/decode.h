@@ -1,10 +1,10 @@
 // Computes the forward pass of block_causal_attention for tiles of few queries: decoding with a cache, and short
 // documents.
 //
-// Such a tile would leave most lanes empty with queries across them. So here E lies across the lanes, and keys lie
-// across them in the softmax. Keys and values are not packed: products read the rows of the tensors, a block of keys
-// at a time for all heads, because a row holds the heads side by side. The query heads that share a key/value head are
-// rows of one matrix, up to four of which share what is loaded.
+// Such a tile would leave most lanes empty with kWidth queries across them. So here the lanes are divided among a few
+// rows, which are the queries of all heads that share a key/value head, and what is left is E, or keys (decode_rows.h).
+// Keys and values are not packed: products read them as they are stored, in fp32, or with a single row. Otherwise a few
+// keys are copied first, converted to the accumulator or padded to whole vectors.
 //
 // Tiling. A tile's keys are divided into parts of kPartKeys. Threads take equal shares of the parts, and of the heads
 // where there are few parts. The results of several parts are combined in the order of the keys, so they are the same
