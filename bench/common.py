@@ -70,7 +70,7 @@ def layout_of(lengths: Sequence[int], *, mean: float = 4.5, device: str = "cpu",
     boundaries = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 1 / mean
     document_starts = cu_seqlens[:-1].long()
     boundaries[document_starts[document_starts < size]] = True
-    return PatchLayout.from_boundaries(boundaries.to(device), cu_seqlens.to(device)).compact()
+    return PatchLayout.from_cuts(boundaries.to(device), cu_seqlens.to(device)).compact()
 
 
 def local_ids(ids: Tensor, layout: PatchLayout) -> Tensor:

@@ -241,16 +241,16 @@ class PatchLayout:
             real |= (lengths == 0) & (starts > 0) & (starts == seqlens[:, None])
         boundaries = torch.zeros(num_bytes, dtype=torch.bool, device=lengths.device)
         boundaries[(cu_seqlens[:-1, None] + starts - 1)[real]] = True
-        return PatchLayout.from_boundaries(boundaries, cu_seqlens.int(), max(lengths.numel(), lengths.shape[0]))
+        return PatchLayout.from_cuts(boundaries, cu_seqlens.int(), max(lengths.numel(), lengths.shape[0]))
 
     @staticmethod
-    def from_boundaries(boundaries: Tensor, cu_seqlens: Tensor, max_patches: int | None = None) -> PatchLayout:
+    def from_cuts(cuts: Tensor, cu_seqlens: Tensor, max_patches: int | None = None) -> PatchLayout:
         """Build a layout from boundary decisions, without synchronising: the specification of every patching op.
 
         Parameters
         ----------
-        boundaries : bool ``[T]``
-            ``boundaries[i]``: the byte after byte ``i`` starts a patch. The first byte of a document always does.
+        cuts : bool ``[T]``
+            ``cuts[i]``: the byte after byte ``i`` starts a patch. The first byte of a document always does.
         cu_seqlens : int32 ``[B+1]``
         max_patches
             The capacity C, at least B; T if None. If it is too small, starts are dropped from the end of the documents
@@ -265,16 +265,16 @@ class PatchLayout:
         ValueError
             The capacity is beyond what int32 ids count.
         """
-        num_bytes, num_documents = boundaries.shape[0], cu_seqlens.shape[0] - 1
+        num_bytes, num_documents = cuts.shape[0], cu_seqlens.shape[0] - 1
         capacity = num_bytes if max_patches is None else max_patches
         if capacity > _MAX_BYTES:
             raise ValueError(f"max_patches: expected at most {_MAX_BYTES}, as int32 ids count, got {capacity}")
-        position = torch.arange(num_bytes, device=boundaries.device)
+        position = torch.arange(num_bytes, device=cuts.device)
         cu = cu_seqlens.long()
         document = torch.searchsorted(cu[1:], position, right=True)  # [T], B for bytes beyond the last document
         inside = document < num_documents
         first = torch.nn.functional.pad(cu, (0, 1), value=-1)[document]  # [T], first byte of the byte's document
-        previous_boundary = torch.nn.functional.pad(boundaries, (1, 0))[:num_bytes]
+        previous_boundary = torch.nn.functional.pad(cuts, (1, 0))[:num_bytes]
         starts = inside & ((position == first) | previous_boundary)
         order = torch.nn.functional.pad(starts.cumsum(0), (1, 0))  # [T+1], starts before each byte
         wanted = order[cu].diff()  # [B]
@@ -287,7 +287,7 @@ class PatchLayout:
             kept = starts & (rank < granted)
             patch_ids = torch.where(inside, cu_patches[own] + torch.minimum(rank, granted - 1), -1)
             last = inside & (position + 1 == cu[own + 1])
-            opens = torch.where(last, boundaries & (wanted[own] == granted), kept.roll(-1))
+            opens = torch.where(last, cuts & (wanted[own] == granted), kept.roll(-1))
             decode_ids = patch_ids - (~opens).long()
             decode_ids = torch.where(inside & (decode_ids >= cu_patches[own]), decode_ids, -1)
         else:

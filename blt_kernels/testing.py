@@ -263,7 +263,7 @@ def ragged_layout(
     generator = torch.Generator().manual_seed(seed)
     boundaries = torch.rand(num_bytes, generator=generator) < 1 / mean
     cu_seqlens = offsets_of(document_lengths(num_bytes, seed))
-    return PatchLayout.from_boundaries(boundaries.to(device), cu_seqlens.to(device), max_patches)
+    return PatchLayout.from_cuts(boundaries.to(device), cu_seqlens.to(device), max_patches)
 
 
 def ragged_logits(

@@ -138,7 +138,7 @@ def make_layout(num_bytes: int, seed: int, kind: str = "") -> PatchLayout:
     """Return ragged patches: with too few slots ("overflow"), or with bytes beyond the last document ("tail")."""
     if kind == "tail":
         covered = documents(num_bytes * 2 // 3, seed)
-        return PatchLayout.from_boundaries(torch.arange(num_bytes) % 4 == seed % 4, covered)
+        return PatchLayout.from_cuts(torch.arange(num_bytes) % 4 == seed % 4, covered)
     room = num_bytes // 12 + 7 if kind == "overflow" else None  # 7 is one for each document
     return ragged_layout(num_bytes, seed, max_patches=room)
 

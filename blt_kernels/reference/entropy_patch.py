@@ -1,7 +1,7 @@
 """Entropy patching in plain PyTorch: the specification of `ops.entropy_patch`.
 
 Every patching rule is a vector of boundary decisions, ``boundaries: bool[T]``: boundaries[i] means that the byte after
-byte i starts a patch. `PatchLayout.from_boundaries` turns decisions into a layout. A local index is 0 at the first byte
+byte i starts a patch. `PatchLayout.from_cuts` turns decisions into a layout. A local index is 0 at the first byte
 of a document.
 """
 
@@ -56,7 +56,7 @@ def patch_starts_reference(
     boundaries = boundaries | (local == 0)
     if max_patch_length is not None:
         boundaries = _cut_long_patches(boundaries, max_patch_length)
-    return PatchLayout.from_boundaries(boundaries, cu_seqlens, max_patches)
+    return PatchLayout.from_cuts(boundaries, cu_seqlens, max_patches)
 
 
 def entropy_patch_reference(
@@ -84,7 +84,7 @@ def space_patch_reference(tokens: Tensor, cu_seqlens: Tensor, max_patches: int |
     space_like = ~(digit | letter | continuation)
     local = local_index(tokens.shape[0], cu_seqlens)
     boundaries = (space_like & ~space_like.roll(1)) | (tokens < 4) | (local == 0)
-    return PatchLayout.from_boundaries(boundaries, cu_seqlens, max_patches)
+    return PatchLayout.from_cuts(boundaries, cu_seqlens, max_patches)
 
 
 def static_patch_reference(
@@ -92,7 +92,7 @@ def static_patch_reference(
 ) -> PatchLayout:
     """A first patch of `first` bytes, then patches of `size`."""
     after = local_index(num_bytes, cu_seqlens) + 1
-    return PatchLayout.from_boundaries((after >= first) & ((after - first) % size == 0), cu_seqlens, max_patches)
+    return PatchLayout.from_cuts((after >= first) & ((after - first) % size == 0), cu_seqlens, max_patches)
 
 
 def delimiter_patch_reference(
@@ -100,7 +100,7 @@ def delimiter_patch_reference(
 ) -> PatchLayout:
     """Patches end at the delimiter; the first byte is a patch of its own."""
     boundaries = (tokens.long() == id) | (local_index(tokens.shape[0], cu_seqlens) == 0)
-    return PatchLayout.from_boundaries(boundaries, cu_seqlens, max_patches)
+    return PatchLayout.from_cuts(boundaries, cu_seqlens, max_patches)
 
 
 def topk_patch_reference(
@@ -120,7 +120,7 @@ def topk_patch_reference(
     rank = rank - F.pad(cu_seqlens, (0, 1)).long()[document]
     seqlens = F.pad(cu_seqlens.diff(), (0, 1)).long()[document]
     boundaries = ((rank < seqlens // patch_size - 2) & (local != 0)) | (local == 0)
-    return PatchLayout.from_boundaries(boundaries, cu_seqlens, max_patches)
+    return PatchLayout.from_cuts(boundaries, cu_seqlens, max_patches)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------

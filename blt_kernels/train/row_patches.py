@@ -65,7 +65,7 @@ class RowPatches:
         while len(self._cut) > 2:  # the piece that ends in the batch, and the piece that begins
             self._cut.pop(next(iter(self._cut)))
         offsets = np.cumsum([0, *(row.length for row in rows)], dtype=np.int32)
-        layout = PatchLayout.from_boundaries(
+        layout = PatchLayout.from_cuts(
             torch.from_numpy(np.concatenate(boundaries)), torch.from_numpy(offsets)
         ).compact()
         return layout.to(next(self.model.parameters()).device)

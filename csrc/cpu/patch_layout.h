@@ -1,4 +1,4 @@
-// Builds the tensors of a PatchLayout from boundary decisions, in one pass over the bytes. PatchLayout.from_boundaries
+// Builds the tensors of a PatchLayout from boundary decisions, in one pass over the bytes. PatchLayout.from_cuts
 // in blt_kernels/layout.py specifies it.
 //
 //   boundary(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?

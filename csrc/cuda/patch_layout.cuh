@@ -1,11 +1,11 @@
-// Builds the tensors of a PatchLayout from boundary decisions, in one kernel. PatchLayout.from_boundaries specifies it.
+// Builds the tensors of a PatchLayout from boundary decisions, in one kernel. PatchLayout.from_cuts specifies it.
 //
 //   rule(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
 //
 // The layout is computed in parallel. A document start is the first byte of a document that is not empty; all other
 // patches begin at an interior start.
 //   - Every document start begins a patch. So `room` = C - (number of document starts) patches are left for interior
-//     starts, which from_boundaries assigns in the order of the bytes:
+//     starts, which from_cuts assigns in the order of the bytes:
 //       patch of byte t = document starts up to t + min(interior starts up to t, room) - 1.
 //     The whole layout follows from these two running counts.
 //   - The rule's own decisions are called boundaries. With a maximum patch length m, a patch starts after byte t if

@@ -202,7 +202,7 @@ def test_pairs_of_self_attention(causal: bool, window: int | None, lengths: str)
 def test_pairs_of_cross_attention(direction: str, window: int | None) -> None:
     vectors, heads, width, size = 3, 2, 8, 40
     boundaries = torch.rand(size, generator=torch.Generator().manual_seed(3)) < 0.3
-    layout = PatchLayout.from_boundaries(boundaries, offsets_of([25, 0, 1, 14])).compact()
+    layout = PatchLayout.from_cuts(boundaries, offsets_of([25, 0, 1, 14])).compact()
     count = layout.capacity * vectors
     sizes = (count, size, size) if direction == "encode" else (size, count, count)
     forward, backward = counted(

@@ -26,7 +26,7 @@ def as_lists(layout: PatchLayout) -> dict[str, Any]:
 
 def from_documents(documents: list[list[bool]], max_patches: int | None = None, tail: int = 0) -> PatchLayout:
     boundaries = [own for document in documents for own in document] + [True] * tail
-    return PatchLayout.from_boundaries(
+    return PatchLayout.from_cuts(
         torch.tensor(boundaries, dtype=torch.bool), offsets_of([len(d) for d in documents]), max_patches
     )
 
@@ -54,7 +54,7 @@ def starts_of(document: list[bool]) -> list[int]:
 
 
 @given(DOCUMENTS, st.none() | st.integers(0, 16))
-def test_from_boundaries_against_brute_force(documents: list[list[bool]], room: int | None) -> None:
+def test_from_cuts_against_brute_force(documents: list[list[bool]], room: int | None) -> None:
     max_patches = None if room is None else len(documents) + room
     layout = from_documents(documents, max_patches)
     sizes = [len(d) for d in documents]
@@ -326,12 +326,12 @@ def test_it_goes_through_torch_compile() -> None:
             assert_equal(compiled(layout), lengths_and_layout(layout))
 
 
-def test_from_boundaries_compiles_without_a_graph_break() -> None:
-    compiled = torch.compile(PatchLayout.from_boundaries, fullgraph=True, dynamic=True, backend="aot_eager")
+def test_from_cuts_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(PatchLayout.from_cuts, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in (40, 70):
             boundaries, cu_seqlens = torch.arange(size) % 3 == 0, offsets_of([7, 0, size - 7])
-            assert_equal(compiled(boundaries, cu_seqlens), PatchLayout.from_boundaries(boundaries, cu_seqlens))
+            assert_equal(compiled(boundaries, cu_seqlens), PatchLayout.from_cuts(boundaries, cu_seqlens))
 
 
 class Patches(torch.nn.Module):

@@ -99,7 +99,7 @@ def test_long_patches_are_not_cut(device: str) -> None:
     cu_seqlens = documents(150, 1).to(device)
     entropy = random_normal(150, dtype=torch.float32, seed=1).to(device)
     never = bk.patch_starts(entropy, cu_seqlens, threshold=1e30)
-    whole = PatchLayout.from_boundaries(torch.zeros(150, dtype=torch.bool), cu_seqlens.cpu()).to(device)
+    whole = PatchLayout.from_cuts(torch.zeros(150, dtype=torch.bool), cu_seqlens.cpu()).to(device)
     for size in LARGE:
         assert_equal(bk.patch_starts(entropy, cu_seqlens, threshold=1e30, max_patch_length=size), never)
         assert_equal(bk.topk_patch(entropy, size, cu_seqlens), never)
@@ -139,7 +139,7 @@ def test_a_capacity_beyond_int32_is_named() -> None:
             lambda n: bk.static_patch(cu_seqlens, 4, max_patches=n),
             lambda n: bk.space_patch(tokens, max_patches=n),
             lambda n: bk.delimiter_patch(tokens, 3, max_patches=n),
-            lambda n: PatchLayout.from_boundaries(tokens > 0, cu_seqlens.int(), n),
+            lambda n: PatchLayout.from_cuts(tokens > 0, cu_seqlens.int(), n),
             lambda n: build("blt").patch(tokens + 4, max_patches=n),
         ):
             with pytest.raises(ValueError, match=rf"max_patches: expected at most .*, as int32 ids count, got {size}"):

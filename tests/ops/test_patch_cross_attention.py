@@ -26,7 +26,7 @@ K = 2
 def worked_layout(device: str = "cpu") -> PatchLayout:
     """Return documents of 5, 0, 2 and 1 bytes, and one byte beyond; patches 0 | 1 2 | 3 4, 5 6, and 7; room for 6."""
     boundaries = torch.tensor([True, False, True, False, False, False, False, False, True], device=device)
-    return PatchLayout.from_boundaries(boundaries, torch.tensor([0, 5, 5, 7, 8], dtype=torch.int32, device=device), 6)
+    return PatchLayout.from_cuts(boundaries, torch.tensor([0, 5, 5, 7, 8], dtype=torch.int32, device=device), 6)
 
 
 def randn(*shape: int, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Tensor:
@@ -150,7 +150,7 @@ def test_short_documents(direction: str, num_bytes: int, device: str) -> None:
     for offsets in ([0, num_bytes], [0, 0, num_bytes], [0]):
         for room in (len(offsets) - 1, num_bytes + 2):
             cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
-            layout = PatchLayout.from_boundaries(boundaries, cu_seqlens, room)
+            layout = PatchLayout.from_cuts(boundaries, cu_seqlens, room)
             for window in (None, 2):
                 *leaves, grad = inputs(layout, direction)
                 for x in leaves:
@@ -287,7 +287,7 @@ def long_layout(device: str = "cpu") -> PatchLayout:
     boundaries = torch.zeros(474, dtype=torch.bool)
     boundaries[[s - 1 for s in starts[1:]]] = True  # a boundary is the byte before a start
     offsets = torch.tensor([0, 271, 304, 470], dtype=torch.int32)
-    layout = PatchLayout.from_boundaries(boundaries.to(device), offsets.to(device), 9)
+    layout = PatchLayout.from_cuts(boundaries.to(device), offsets.to(device), 9)
     assert layout.patch_offsets.tolist() == [*starts, 470, 470, 470]
     return layout
 
@@ -601,7 +601,7 @@ def test_divided_patches(
     ends = torch.tensor([length for lengths in documents for length in lengths]).cumsum(0)
     boundaries = torch.zeros(num_bytes + 70, dtype=torch.bool).index_fill(0, ends - 1, True)
     cu_seqlens = torch.tensor([0, *(sum(x) for x in documents)], dtype=torch.int32).cumsum(0).int()
-    layout = PatchLayout.from_boundaries(boundaries.to(device), cu_seqlens.to(device), 20)
+    layout = PatchLayout.from_cuts(boundaries.to(device), cu_seqlens.to(device), 20)
     assert layout.patch_offsets[1 : len(ends) + 1].tolist() == ends.tolist()
     tensors, rest = arguments(layout, direction, vectors, heads, 64, window, kv_heads)
     check_raw([x.to(dtype) for x in tensors], rest)

@@ -30,7 +30,7 @@ def longer(layout: PatchLayout, more: int) -> PatchLayout:
 def worked_layout(device: str = "cpu") -> PatchLayout:
     """Return patches 0 | 1 2 3 | 4 of documents of 4, 0 and 1 bytes, room for two more, and 2 bytes beyond them."""
     boundaries = torch.tensor([True, False, False, False, False, False, False], device=device)
-    return PatchLayout.from_boundaries(boundaries, torch.tensor([0, 4, 4, 5], dtype=torch.int32, device=device), 5)
+    return PatchLayout.from_cuts(boundaries, torch.tensor([0, 4, 4, 5], dtype=torch.int32, device=device), 5)
 
 
 def oracle(x: torch.Tensor, layout: PatchLayout, reduce: str) -> torch.Tensor:
@@ -133,9 +133,7 @@ def test_short_documents(num_bytes: int, device: str) -> None:
     x = torch.randn(num_bytes, 2, dtype=torch.float64, device=device, requires_grad=True)
     for room in (1, num_bytes + 1):
         boundaries = torch.ones(num_bytes, dtype=torch.bool, device=device)
-        layout = PatchLayout.from_boundaries(
-            boundaries, torch.tensor([0, num_bytes], dtype=torch.int32, device=device), room
-        )
+        layout = PatchLayout.from_cuts(boundaries, torch.tensor([0, num_bytes], dtype=torch.int32, device=device), room)
         out = patch_pool(x, layout, ALL)
         expected = torch.cat([oracle(x, layout, name) for name in ALL], -1)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=0)
@@ -145,7 +143,7 @@ def test_short_documents(num_bytes: int, device: str) -> None:
 
 
 def test_no_documents_at_all(device: str) -> None:
-    layout = PatchLayout.from_boundaries(
+    layout = PatchLayout.from_cuts(
         torch.ones(3, dtype=torch.bool, device=device), torch.zeros(1, dtype=torch.int32, device=device), 2
     )
     x = torch.full((3, 4), NAN, device=device, requires_grad=True)

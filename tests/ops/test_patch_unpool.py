@@ -26,7 +26,7 @@ def worked_layout(last_boundary: bool, device: str = "cpu") -> PatchLayout:
     """
     boundaries = torch.tensor([True, False, True, False, last_boundary, False, False, False, True], device=device)
     cu_seqlens = torch.tensor([0, 5, 5, 7, 8], dtype=torch.int32, device=device)
-    return PatchLayout.from_boundaries(boundaries, cu_seqlens, 6)
+    return PatchLayout.from_cuts(boundaries, cu_seqlens, 6)
 
 
 @pytest.mark.parametrize("last_boundary", [False, True])
@@ -63,9 +63,7 @@ def test_gradient_is_the_sum_over_readers(device: str) -> None:
 def test_short_documents(num_bytes: int, ids: str, device: str) -> None:
     boundaries = torch.ones(num_bytes, dtype=torch.bool, device=device)
     for room in (1, num_bytes + 1):
-        layout = PatchLayout.from_boundaries(
-            boundaries, torch.tensor([0, num_bytes], dtype=torch.int32, device=device), room
-        )
+        layout = PatchLayout.from_cuts(boundaries, torch.tensor([0, num_bytes], dtype=torch.int32, device=device), room)
         y = torch.arange(1.0, room + 1, device=device)[:, None].requires_grad_()
         out = patch_unpool(y, layout, ids)
         if room > num_bytes:  # every byte is a complete patch

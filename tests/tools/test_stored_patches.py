@@ -138,7 +138,7 @@ def test_rows_have_the_patches_of_their_pieces(name: str, corpus: Path, patcher:
         layout = computed.layout(rows)
         _, offsets = data.read_rows(rows)
         starts_after = layout.decode_ids == layout.patch_ids
-        same_layout(layout, PatchLayout.from_boundaries(starts_after, offsets).compact())
+        same_layout(layout, PatchLayout.from_cuts(starts_after, offsets).compact())
         same_layout(layout, ahead.layout(rows))
         for row, a, b in zip(rows, offsets, offsets[1:], strict=False):
             piece = data.piece_of(row, CONTEXT)
