@@ -108,6 +108,10 @@ def sample(
             times[which].append(pair[which].ask("run", repeats, clock))
 
 
+def title(name: Name) -> str:
+    return ", ".join(name)
+
+
 def compare(
     pair: tuple[Revision, Revision], op: str, *, small: bool, match: str, **settings: Any
 ) -> Iterator[Row | str]:
@@ -118,19 +122,19 @@ def compare(
     for number in range(new.count):
         try:
             name = new.make(number)
-            if match not in " ".join(name):
+            if match not in title(name):
                 continue
             if base.find(name):
                 yield measure(pair, name, **settings)
             else:
-                yield f"only {new.name} has {' '.join(name)}"
+                yield f"only {new.name} has {title(name)}"
         except RevisionError as error:
             yield f"comparison {number} of {op}: {error}"
     for number in range(base.count):
         try:
             name = base.names.get(number) or base.make(number)
-            if name not in new.names.values() and match in " ".join(name):
-                yield f"only {base.name} has {' '.join(name)}"
+            if name not in new.names.values() and match in title(name):
+                yield f"only {base.name} has {title(name)}"
         except RevisionError as error:
             yield f"comparison {number} of {op}: {error}"
 
@@ -166,7 +170,7 @@ def table(op: str, rows: Sequence[Row], base: str, threshold: float) -> Table:
         verdict = row.verdict(threshold)
         cells = f"{row.base_ms:.4g}", f"{row.new_ms:.4g}", f"{row.ratio:.3f}", f"{row.low:.3f} to {row.high:.3f}"
         style = {"slower": "red", "faster": "green"}.get(verdict)
-        shown.add_row(", ".join(row.name), *cells, str(row.rounds), verdict, style=style)
+        shown.add_row(title(row.name), *cells, str(row.rounds), verdict, style=style)
     return shown
 
 

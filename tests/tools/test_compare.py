@@ -67,7 +67,7 @@ def test_a_slower_revision_is_found(compare: ModuleType, revisions: Callable[...
         assert row.low <= row.ratio <= row.high
         assert row.verdict(0.05) == "slower"
         assert row.rounds == 21  # measured again with new inputs, since it looked slower
-    assert [row.verdict(0.05) for row in run(compare, pair[::-1], match="two")] == ["faster"]
+    assert [row.verdict(0.05) for row in run(compare, pair[::-1], match="op, two")] == ["faster"]
 
 
 def test_the_command_fails_where_the_working_tree_is_slower(
@@ -97,10 +97,10 @@ def test_comparisons_are_paired_by_name(compare: ModuleType, revisions: Callable
     both, *messages = run(compare, pair, rounds=6)
     assert both.name[1] == "both"
     assert messages == [
-        "only new has op young int64",
+        "only new has op, young, int64",
         "comparison 2 of op: new: ValueError: no such shape",
         "comparison 0 of op: base: ValueError: no such shape",
-        "only base has op old int64",
+        "only base has op, old, int64",
     ]
 
 
