@@ -101,7 +101,9 @@ class GeneratingModel(nn.Module):
         ------
         TypeError, ValueError
             An argument has the wrong type, dtype, shape or value, or the state is of another model, or of another
-            dtype or device than the model. The message names the argument, and the state is as it was.
+            dtype or device than the model. The message names the argument.
+
+        After any error or interruption, the state is as it was.
 
         Examples
         --------
@@ -124,7 +126,12 @@ class GeneratingModel(nn.Module):
             raise ValueError(f"tokens: expected {state.rows} rows as in state, got {len(counts)}")
         if sum(counts) != ids.shape[0]:
             raise ValueError(f"cu_seqlens: expected the last offset to be T = {ids.shape[0]}, got {sum(counts)}")
-        return state.extend(ids, counts).view(*tokens.shape, self.config.vocab_size)
+        before = state.lengths
+        try:
+            return state.extend(ids, counts).view(*tokens.shape, self.config.vocab_size)
+        except BaseException:  # an interruption, too
+            state.truncate(before)
+            raise
 
     def generate(
         self,

@@ -131,10 +131,15 @@ class RowBuffer:
         """Drop the entries that need not be kept, and leave room for `counts` new ones and some more."""
         first = self._first_needed()
         width = max((e - f + n for e, f, n in zip(self.end, first, counts, strict=True)), default=0)
-        source, old = self.index(first, self.end), self.flat
-        self.first, self.capacity = first, -(-(width + max(_BLOCK, width // 4)) // _BLOCK) * _BLOCK
-        self.flat = [x.new_zeros(len(first) * self.capacity, *x.shape[1:]) for x in old]
-        self.write(self.index(first, self.end), *(x.index_select(0, source) for x in old))
+        capacity = -(-(width + max(_BLOCK, width // 4)) // _BLOCK) * _BLOCK
+        kept = [e - f for e, f in zip(self.end, first, strict=True)]
+        source = self.index(first, self.end)
+        target = runs(range(0, len(kept) * capacity, capacity), kept, source.device)
+        flat = [
+            x.new_zeros(len(kept) * capacity, *x.shape[1:]).index_copy_(0, target, x.index_select(0, source))
+            for x in self.flat
+        ]
+        self.first, self.capacity, self.flat = first, capacity, flat  # all at once: an interruption changes nothing
 
 
 def of_layers(documents: Any, num_layers: int) -> list[Any]:

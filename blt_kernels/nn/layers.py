@@ -24,6 +24,9 @@ from blt_kernels.nn.positions import rotate
 from blt_kernels.ops.few_row_layer import few_row_layer_step
 from blt_kernels.ops.few_row_linear import takes
 
+_ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP_MATRICES = ("gate_proj", "up_proj", "down_proj")
+
 
 class SelfAttention(nn.Module):
     """Attends causally within documents, with rotary positions.
@@ -274,13 +277,15 @@ class TransformerLayer(nn.Module):
         parts: dict[str, Any] = self._modules  # reading an attribute of a module takes four times as long
         attention, mlp = parts["self_attn"], parts["mlp"]
         norms = parts["input_layernorm"], parts["post_attention_layernorm"]
-        matrices = *attention._modules.values(), *mlp._modules.values()
+        matrices = [*map(attention._modules.get, _ATTENTION_MATRICES), *map(mlp._modules.get, _MLP_MATRICES)]
         if documents.keys.dtype != x.dtype or not (
             is_plain(attention, mlp, types=(SelfAttention, FeedForward)) and is_plain(*norms, *matrices)
         ):
             return None
+        if not isinstance(norms[0].eps, float) or norms[0].eps != norms[1].eps:
+            return None
         weights, scales = zip(*map(stored, matrices), strict=True)
         (input_norm, _), (post_norm, _) = map(stored, norms)
-        if not takes(x, weights[0], input_norm) or len({weight.dtype for weight in weights}) > 1:
+        if not takes(x, *weights, input_norm, post_norm) or len({(type(w), w.dtype) for w in weights}) > 1:
             return None
         return weights, () if scales[0] is None else scales, input_norm, post_norm

@@ -103,8 +103,10 @@ class QuantizedLinear(nn.Module):
         exact, scale = layer.weight.detach(), None
         weight = exact.to(dtype)
         if dtype == torch.int8:
-            scale = exact.abs().amax(1).div_(127).clamp_(min=torch.finfo(exact.dtype).tiny)
-            weight = (exact / scale[:, None]).round_().to(dtype)
+            wide = exact.to(torch.promote_types(exact.dtype, torch.float32))
+            scale = wide.abs().amax(1).div_(127).clamp_(min=torch.finfo(exact.dtype).tiny).to(exact.dtype)
+            # A scale that was rounded down must not lead beyond 127, which int8 would wrap around.
+            weight = (wide / scale[:, None]).round_().clamp_(-127, 127).to(dtype)
         self.weight: Tensor
         self.scale: Tensor | None
         self.register_buffer("weight", weight)
@@ -230,11 +232,16 @@ def add_product(layer: nn.Module, x: Tensor, residual: Tensor, factor: float) ->
 
 
 def is_plain(*modules: Any, types: tuple[type, ...] = (Linear, QuantizedLinear, RMSNorm)) -> bool:
-    """Return whether an op may compute what these modules compute: they are of these types, without hooks or bias."""
+    """Return whether an op may compute what these modules compute.
+
+    They are of these types, without hooks, a bias or a `forward` of their own.
+    """
     if torch.compiler.is_compiling() or _has_any_global_hook():
         return False
     for module in modules:
         if type(module) not in types or module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if "forward" in module.__dict__:
             return False
         if module._parameters.get("bias") is not None:
             return False

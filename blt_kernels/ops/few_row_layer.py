@@ -109,7 +109,7 @@ def few_row_layer(
     cu_seqlens_k = _checks.check_offsets("cu_seqlens_k", cu_seqlens_k, keys.shape[0], device=x.device)
     if window is not None:
         _checks.check_int("window", window, 1)
-    step = few_row_layer_step if takes(x, weights[0], *weights[1:], input_norm, post_norm) else reference_step
+    step = few_row_layer_step if takes(x, *weights, *scales, input_norm, post_norm) else reference_step
     return step(
         x, weights, scales, input_norm, post_norm, eps, table, keys, values, index, cu_seqlens_q, cu_seqlens_k, window
     )

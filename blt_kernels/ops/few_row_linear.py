@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from blt_kernels import _checks
@@ -16,6 +16,7 @@ MIN_ROWS, MIN_WEIGHTS = 4, 2**17
 
 _DIMS = range(1, 65)
 _STORED = (*_checks.FLOATS, torch.int8)
+_PLAIN = (Tensor, nn.Parameter)
 
 # --- public function --------------------------------------------------------------------------------------------------
 
@@ -105,7 +106,9 @@ def linear(
 ) -> Tensor:
     """Do as `few_row_linear` does; the arguments are not checked."""
     alone = norm is None and residual is None and weight.dtype == x.dtype
-    if takes(x, weight, norm, residual) and not (alone and (x.shape[0] < MIN_ROWS or weight.numel() < MIN_WEIGHTS)):
+    if takes(x, weight, scale, norm, residual) and not (
+        alone and (x.shape[0] < MIN_ROWS or weight.numel() < MIN_WEIGHTS)
+    ):
         return few_row_linear_fwd(x, weight, scale, norm, eps, residual, residual_factor)
     return reference.few_row_linear_reference(x, weight, scale, norm, eps, residual, residual_factor)
 
@@ -118,6 +121,7 @@ def takes(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         x.dtype == torch.float32
         and weight.dtype in (torch.float32, torch.bfloat16, torch.int8)
         and type(x) is Tensor
+        and type(weight) in _PLAIN  # a subclass may compute products by itself
         and x.is_cpu
         and weight.is_cpu
         and weight.stride(1) == 1

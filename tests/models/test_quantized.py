@@ -48,6 +48,18 @@ def test_rounding_of_a_row(values: list[float]) -> None:
     assert math.isfinite(quantized.error)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_weight_changes_its_sign_where_the_scale_is_rounded(dtype: torch.dtype) -> None:
+    layer = nn.Linear(64, 300, bias=False, dtype=dtype)
+    quantized = QuantizedLinear(layer, torch.int8)
+    assert quantized.scale is not None
+    assert quantized.scale.dtype == dtype
+    exact = layer.weight.detach().float()
+    error = dequantized(quantized.weight, quantized.scale, layer.weight).float() - exact
+    assert (error.abs() <= exact.abs().amax(1, keepdim=True) / 127).all()
+    assert quantized.error < 0.01
+
+
 @EVERY_KIND
 def test_the_error_is_that_of_the_matrix(weights: str) -> None:
     layer = nn.Linear(300, 200, bias=False)

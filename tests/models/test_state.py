@@ -8,8 +8,9 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from blt_kernels.models import BLT
 from blt_kernels.models.base import ByteModel
 from blt_kernels.models.blt_state import BLTState
 from blt_kernels.models.state import ByteState
-from blt_kernels.nn import cache
+from blt_kernels.nn import TransformerLayer, cache
 from blt_kernels.nn.cache import RowBuffer
 from blt_kernels.testing import assert_close, real_text
 
@@ -365,6 +366,24 @@ def test_copies(case: str) -> None:
         assert torch.equal(owner.extend(row[90:], state=own), expected)
         own.truncate([40])
         assert own.lengths == [40]
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_an_interrupted_call_leaves_no_trace(case: str, block: int) -> None:
+    checked = Checked(model_of(case), 2, undo=2)
+    model, (row, *_) = checked.model, rows_of_text()
+    layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
+    for module in (layers[0], layers[len(layers) // 2], layers[-1], model.lm_head):
+        for count in (20, 90):
+            checked.extend([row[:30], row[5:6]])
+            state, before = checked.state, checked.state.lengths
+            once = mock.Mock(side_effect=chain([KeyboardInterrupt], repeat(None)))
+            handle = module.register_forward_hook(once)
+            with pytest.raises(KeyboardInterrupt):
+                model.extend(*packed([row[30 : 30 + count], row[:count]]), state=state)
+            handle.remove()
+            assert state.lengths == before
+            checked.extend([row[30:33], row[40:90]])
 
 
 @pytest.mark.parametrize("case", FEW)

@@ -264,3 +264,53 @@ def test_what_was_put_into_a_layer_runs() -> None:
     layer.self_attn.v_proj = Doubled(48, 16, bias=False)
     with torch.no_grad():
         assert not calls_kernel(layer)
+
+
+def change_forward(layer: TransformerLayer) -> None:
+    layer.mlp.up_proj.forward = lambda x: torch.zeros(*x.shape[:-1], 77)  # type: ignore[method-assign]
+
+
+def change_order(layer: TransformerLayer) -> None:
+    module = layer.self_attn.k_proj
+    del layer.self_attn.k_proj
+    layer.self_attn.k_proj = module
+
+
+def add_matrix(layer: TransformerLayer) -> None:
+    layer.mlp.unused = Linear(48, 48, bias=False)
+
+
+def change_eps(layer: TransformerLayer) -> None:
+    layer.post_attention_layernorm.eps = 0.5
+
+
+def take_default_eps(layer: TransformerLayer) -> None:
+    layer.input_layernorm.eps = layer.post_attention_layernorm.eps = None
+
+
+class Halved(Tensor):
+    """Computes half of a product with it, by overriding ``F.linear`` as quantized tensors do."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return 0.5 * out.as_subclass(Tensor) if func is nn.functional.linear else out
+
+
+def change_weight(layer: TransformerLayer) -> None:
+    layer.mlp.down_proj.weight = nn.Parameter(layer.mlp.down_proj.weight.detach().as_subclass(Halved))
+
+
+@pytest.mark.parametrize(
+    "change", [change_forward, change_order, add_matrix, change_eps, take_default_eps, change_weight]
+)
+def test_a_changed_layer_computes_what_its_modules_do(change: Callable[[TransformerLayer], None]) -> None:
+    torch.manual_seed(0)
+    layer = TransformerLayer(replace(CONFIG, num_kv_heads=6), load_ops("fused"))
+    change(layer)
+    x, offsets = inputs.random_normal(2, 48, dtype=torch.float32, seed=1), torch.tensor([0, 2], dtype=torch.int32)
+    table, documents = rotary_table(torch.arange(2), CONFIG, torch.float32), Documents(offsets, 2, 2)
+    cache = torch.zeros(2, 6, 8), torch.zeros(2, 6, 8), torch.arange(2)
+    keys = CachedKeys(*cache, {"cu_seqlens_q": documents, "cu_seqlens_k": documents}, (offsets, offsets))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, table, keys), layer(x, table, documents), rtol=1e-5, atol=1e-5)

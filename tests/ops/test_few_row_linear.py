@@ -139,6 +139,10 @@ def calls_kernel(function: Callable[[], Tensor]) -> bool:
 LAYER = Linear(512, 1024, bias=False)
 
 
+class OwnTensor(Tensor):
+    """A subclass without changes."""
+
+
 def test_few_rows_without_gradients_run_on_the_kernel() -> None:
     with torch.no_grad():
         for rows in range(20):
@@ -160,8 +164,16 @@ def test_torch_computes_everything_else() -> None:
     assert not calls_kernel(lambda: torch.func.grad(lambda w: bk.few_row_linear(x, w).sum())(frozen))
     assert not calls_kernel(lambda: torch.func.jvp(lambda v: bk.few_row_linear(v, frozen), (x,), (x,))[0])
     assert not calls_kernel(lambda: bk.few_row_linear(x.to("meta"), frozen.to("meta")))
+    assert not calls_kernel(lambda: bk.few_row_linear(x, frozen.as_subclass(OwnTensor))), "it may have its own product"
     with torch.autocast("cpu", torch.bfloat16):
         assert bk.few_row_linear(x, frozen).dtype == torch.bfloat16
+
+
+def test_scales_get_gradients() -> None:
+    x, weight = normal(4, 32), torch.ones(3, 32, dtype=torch.int8)
+    scale = torch.ones(3, requires_grad=True)
+    bk.few_row_linear(x, weight, scale=scale).sum().backward()
+    torch.testing.assert_close(scale.grad, x.sum().expand(3))
 
 
 def test_a_layer_has_gradients_hooks_and_names_of_torchs() -> None:
