@@ -97,19 +97,26 @@ def few_row_layer(
     sizes = (queries, dim), keys_size, keys_size, (dim, queries), ffn_size, ffn_size
     for name, weight, size in zip(WEIGHTS, weights, (*sizes, (dim, hidden)), strict=True):
         _checks.check_shape(f"weights of {name}", weight, size, "[N, K]")
+    if queries // width % kv_heads:
+        raise ValueError(f"weights of q: expected a multiple of {kv_heads} heads of keys, got {queries // width}")
     for name, norm in (("input_norm", input_norm), ("post_norm", post_norm)):
         _checks.check_like(name, norm, (1,), "x", x)
         _checks.check_shape(name, norm, (dim,), "[D of x]")
     _checks.check_number("eps", eps)
     _checks.check_tensor("table", table, 3, (torch.complex64, torch.complex128))
     _checks.check_shape("table", table, (total, 1, width // 2), "[T of x, 1, E of keys / 2]")
+    _checks.check_same("table", table, "x", x, dtype=False)
     _checks.check_tensor("index", index, 1, (torch.int64,))
+    _checks.check_same("index", index, "x", x, dtype=False)
     _checks.check_shape("index", index, (total,), "[T of x]")
     cu_seqlens_q = _checks.check_offsets("cu_seqlens_q", cu_seqlens_q, total, device=x.device)
     cu_seqlens_k = _checks.check_offsets("cu_seqlens_k", cu_seqlens_k, keys.shape[0], device=x.device)
+    _checks.check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "[B+1 of cu_seqlens_q]")
     if window is not None:
         _checks.check_int("window", window, 1)
-    step = few_row_layer_step if takes(x, *weights, *scales, input_norm, post_norm) else reference_step
+    contiguous = all(cache.stride()[1:] == (width, 1) for cache in (keys, values))
+    kernel = contiguous and table.dtype == torch.complex64 and takes(x, *weights, *scales, input_norm, post_norm)
+    step = few_row_layer_step if kernel else reference_step
     return step(
         x, weights, scales, input_norm, post_norm, eps, table, keys, values, index, cu_seqlens_q, cu_seqlens_k, window
     )

@@ -153,6 +153,38 @@ def test_strides() -> None:
     assert not slots[:, 1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    call = make((2, 2, 1, 1))
+    half = {
+        name: value.to(dtype)
+        for name, value in vars(call).items()
+        if isinstance(value, Tensor) and value.dtype == torch.float32
+    }
+    rounded = replace(call, **half, weights=tuple(weight.to(dtype) for weight in call.weights))
+    for actual, expected in zip(rounded.run(bk.few_row_layer), call.run(bk.few_row_layer), strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_autocast() -> None:
+    call = make((2, 2, 1, 1))
+    expected = call.run(bk.few_row_layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        for actual, exact in zip(call.run(bk.few_row_layer), expected, strict=True):
+            assert actual.dtype == torch.float32
+            torch.testing.assert_close(actual, exact, rtol=0.05, atol=0.05)
+
+
+def test_any_strides_of_the_cache_and_a_table_of_fp64() -> None:
+    call = make((2, 2, 1, 1))
+    expected, *cache = call.run(bk.few_row_layer)
+    keys, values = (x.clone().transpose(0, 2).contiguous().transpose(0, 2) for x in (call.keys, call.values))
+    changed = vars(call) | {"keys": keys, "values": values, "table": call.table.to(torch.complex128)}
+    torch.testing.assert_close(bk.few_row_layer(*changed.values()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((keys, values), tuple(cache), rtol=1e-5, atol=1e-5)
+
+
 def test_opcheck() -> None:
     for call in (make((1, 1, 0, 2)), make((1, 1, 0, 2), 3, torch.int8)):
         torch.library.opcheck(OVERLOAD, tuple(vars(call).values()))
@@ -197,6 +229,10 @@ def test_the_operator_names_wrong_arguments(changes: dict[str, Any], message: st
         ({"cu_seqlens_q": torch.tensor([0, 3, 2, 4])}, ValueError, "cu_seqlens_q"),
         ({"window": -1}, ValueError, "window: expected a value >= 1"),
         ({"eps": "small"}, TypeError, "eps: expected a number"),
+        ({"table": torch.ones(4, 1, 4, device="meta") + 0j}, ValueError, "table: expected device cpu"),
+        ({"index": torch.arange(4, device="meta")}, ValueError, "index: expected device cpu"),
+        ({"cu_seqlens_q": torch.tensor([0, 4])}, ValueError, "cu_seqlens_k: expected shape"),
+        ({"keys": torch.ones(40, 4, 8), "values": torch.ones(40, 4, 8)}, ValueError, "weights of k: expected shape"),
     ],
 )
 def test_the_function_names_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
