@@ -343,13 +343,13 @@ def check_raw(tensors: list[Tensor], rest: list[Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("window", [None, 2, 1000])
-@pytest.mark.parametrize("vectors", [1, 2, 15, 16, 17, 33])
+@pytest.mark.parametrize("vectors", [1, 2, 9, 15, 16, 17, 33])
 def test_patches_and_windows_longer_than_a_tile(
     direction: str, window: int | None, vectors: int, backend: str, device: str
 ) -> None:
     """A tile holds 16 rows by 16, or more of one side where there are fewer of the other."""
-    if backend == "emulated" and vectors in (15, 16, 33):
-        pytest.skip("tiles of the CPU kernels; those for CUDA take 4 vectors at a time, and 17 is slow enough here")
+    if backend == "emulated" and vectors > 9:
+        pytest.skip("tiles of the CPU kernels; those for CUDA take 4 vectors at a time, and 9 are slow enough here")
     tensors, rest = arguments(long_layout(device), direction, vectors, 2, 3, window)
     check_raw(tensors, rest)
     check_raw([x.half() for x in tensors], rest)  # sums that more than one tile adds to stay in fp32
@@ -494,7 +494,7 @@ def test_traffic(
     direction: str, dtype: torch.dtype, vectors: int, window: int | None, kv_heads: int, bound: float
 ) -> None:
     """Every tensor is read or written once, but backward does not read `out`. There are 16 heads of 64."""
-    layout = ragged_layout(1200, 2).compact()
+    layout = ragged_layout(600, 2).compact()
     tensors, rest = arguments(layout, direction, vectors, 16, 64, window, kv_heads)
     q, k, v, grad = (x.to(dtype) for x in tensors)
     raw = torch.ops.blt_kernels
