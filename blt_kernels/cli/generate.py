@@ -79,6 +79,10 @@ def run(options: GenerateOptions, *, as_json: bool, color: Color) -> None:
                 pass
         else:
             _print_as_it_comes(generation)
+    except KeyboardInterrupt:
+        reasons = generation.result.reasons
+        reasons[:] = ["interruption" if generation.goes_on(row) else reason for row, reason in enumerate(reasons)]
+        raise
     finally:  # an interruption tells what there is, too
         if as_json:
             console(color).print(json_format.dumps(_as_json(generation.result)), soft_wrap=True, markup=False)
@@ -123,10 +127,12 @@ def _print_statistics(result: Generated, color: Color) -> None:
     if not statistics.bytes:
         return
     passes = ", ".join(f"{part} {count:,}" for part, count in sorted(statistics.passes.items()))
-    speed = statistics.bytes / max(statistics.seconds, 1e-9)
+    # The first byte of every row comes from the pass over the prompts.
+    later = statistics.bytes - sum(map(bool, result.ids))
+    speed = f", {later / statistics.seconds:,.0f} bytes/s" if later and statistics.seconds else ""
     prompt = f"{statistics.prompt_bytes:,} of prompt in {statistics.prompt_seconds:.2f} s"
     reasons = ", ".join(sorted(set(result.reasons)))
-    out.print(f"{statistics.bytes:,} bytes, {speed:,.0f} bytes/s after {prompt}; ended by {reasons}", soft_wrap=True)
+    out.print(f"{statistics.bytes:,} bytes{speed} after {prompt}; ended by {reasons}", soft_wrap=True)
     out.print(f"passes: {passes or 'none'}")
     if statistics.drafted:
         share = statistics.accepted / statistics.drafted

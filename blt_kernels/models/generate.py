@@ -157,7 +157,7 @@ class Generation:
             of_row = dict(zip(rows, new, strict=True))
             yield [of_row.get(row, []) for row in range(len(self.prompts))]
             begin = time.perf_counter()
-            going = [i for i, row in enumerate(rows) if self._goes_on(row)]
+            going = [i for i, row in enumerate(rows) if self.goes_on(row)]
             if len(going) < len(rows):
                 statistics.patches += sum(n for i, n in enumerate(state.num_patches) if i not in going)
                 if not going:
@@ -175,7 +175,7 @@ class Generation:
         while True:
             yield new
             begin = time.perf_counter()
-            going = [self._goes_on(row) for row in rows]
+            going = [self.goes_on(row) for row in rows]
             if not any(going):
                 statistics.patches += sum(num_patches if steps is None else steps.num_patches)
                 return
@@ -239,13 +239,14 @@ class Generation:
                 self.result.reasons[row] = "eos"
             elif any(written[-len(stop) :] == stop for stop in self.stop):
                 self.result.reasons[row] = "stop"
-            if not self._goes_on(row):
+            if not self.goes_on(row):
                 ids = ids[: i + 1]
                 break
         self.statistics.bytes += len(ids)
         return ids
 
-    def _goes_on(self, row: int) -> bool:
+    def goes_on(self, row: int) -> bool:
+        """Return whether a row has not ended yet."""
         return self.result.reasons[row] == "length" and len(self.result.ids[row]) < self.max_new_bytes
 
 

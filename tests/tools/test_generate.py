@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from blt_kernels.cli import app, demo
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig
+from blt_kernels.models.sampling import Sampling
 from blt_kernels.nn import TransformerConfig
 
 LAYERS = TransformerConfig(16, 1, 1, ffn_dim=16, window=16)
@@ -36,6 +38,26 @@ def invoke(*args: str, data: bytes = b"") -> bytes:
 def test_the_bundled_model_writes_behind_standard_input() -> None:
     expected = ByteLM.bundled().generate(b"def \xff", max_new_bytes=20)
     assert invoke("--prompt", "-", "--max-new-bytes=20", data=b"def \xff") == expected.bytes[0]
+
+
+@pytest.mark.parametrize(("count", "has_speed"), [(1, False), (2, True)])
+def test_the_speed_is_that_behind_the_prompt(count: int, has_speed: bool) -> None:
+    result = CliRunner().invoke(app, ["generate", f"--max-new-bytes={count}"], catch_exceptions=False)
+    assert ("bytes/s" in result.stderr) == has_speed
+
+
+def test_an_interruption_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, calls = Sampling.draw, iter(range(3))
+
+    def interrupted(*args: Any) -> list[int]:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(Sampling, "draw", interrupted)
+    result = CliRunner().invoke(app, ["generate", "--json"], catch_exceptions=False)
+    (row,) = json.loads(result.stdout)["rows"]
+    assert (result.exit_code, len(row["ids"]), row["reason"]) == (130, 3, "interruption")
 
 
 def test_prompts_are_text_or_files(blt: Path, tmp_path: Path) -> None:
