@@ -40,8 +40,8 @@ class Drafts:
     def __init__(self) -> None:
         self.passes: Counter[str] = Counter()
 
-    def start(self, ids: Tensor, counts: Sequence[int]) -> None:
-        """Read the prompts, packed."""
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Read the prompts."""
 
     def propose(
         self, state: ByteState, last: Sequence[int], room: Sequence[int], random: Sequence[Random]
@@ -85,9 +85,9 @@ class PromptDrafts(AdaptiveDrafts):
         # Maps an n-gram of each row to the index of the id after it.
         self.seen: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
 
-    def start(self, ids: Tensor, counts: Sequence[int]) -> None:
-        for r, row in enumerate(ids.split(list(counts))):
-            self._read(r, row.tolist())
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        for r, prompt in enumerate(prompts):
+            self._read(r, prompt)
 
     def propose(
         self, state: ByteState, last: Sequence[int], room: Sequence[int], random: Sequence[Random]
@@ -139,9 +139,9 @@ class ModelDrafts(AdaptiveDrafts):
         self.kind, self.sampling, self.eos_id = kind, sampling, eos_id
         self.own = None if isinstance(kind, str) else kind.new_state(rows, undo=undo)
 
-    def start(self, ids: Tensor, counts: Sequence[int]) -> None:
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
         if self.own is not None:
-            self.own.extend(ids.to(self.own.device), counts)
+            self.own.read(prompts)
 
     def propose(
         self, state: ByteState, last: Sequence[int], room: Sequence[int], random: Sequence[Random]

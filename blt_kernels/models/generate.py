@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from random import Random
 from typing import Any
 
@@ -194,10 +193,8 @@ class Generation:
         """Return the state that has read the prompts, and the first id of each row."""
         begin = time.perf_counter()
         state = self.model.new_state(len(self.prompts), undo=0 if self.captured else self.undo)
-        counts = list(map(len, self.prompts))
-        ids = torch.tensor([x for prompt in self.prompts for x in prompt], device=state.device)
-        logits = state.extend(ids, counts)[[end - 1 for end in accumulate(counts)]]
-        self.draft.start(ids, counts)
+        logits = state.read(self.prompts)
+        self.draft.start(self.prompts)
         state.passes.clear()
         first = self.sampling.draw(self.sampling.probabilities(logits), self.random)
         new = [self._keep(row, [x]) for row, x in enumerate(first)]

@@ -25,6 +25,8 @@ from blt_kernels.nn import embed_ids, rotary_table
 from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
 from blt_kernels.nn.matrices import multiply_normed
 
+_PART = 4096  # ids of each row that a long text is read by
+
 
 class DocumentStarts:
     """Notes where attention starts anew in each row: after `eos_id`, and at `newline`.
@@ -219,6 +221,29 @@ class ByteState:
             The class is that of no model.
         """
         raise NotImplementedError
+
+    def read(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Append the ids of a text to each row, a part at a time, so that memory does not grow with their length.
+
+        Parameters
+        ----------
+        texts : sequence of sequence of int
+            One for each row, of an id at least.
+
+        Returns
+        -------
+        ``[rows, vocab_size]``
+            The logits of the last ids.
+        """
+        last: dict[int, Tensor] = {}
+        for begin in range(0, max(map(len, texts)), _PART):
+            parts = [text[begin : begin + _PART] for text in texts]
+            counts = list(map(len, parts))
+            logits = self.extend(torch.tensor([x for part in parts for x in part], device=self.device), counts)
+            for r, (text, count, end) in enumerate(zip(texts, counts, accumulate(counts), strict=True)):
+                if count and begin + count == len(text):
+                    last[r] = logits[end - 1].clone()
+        return torch.stack([last[r] for r in range(len(texts))])
 
     def draft(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
         """Do as `extend` does, but without the global transformer: bytes read the patches that are there.

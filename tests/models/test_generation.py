@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from transformers_blt import batch, their_model
 from blt_kernels import to_ids
 from blt_kernels.ids import BOS, EOS
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
+from blt_kernels.models import state as states
 from blt_kernels.models.base import ByteModel
 from blt_kernels.models.generate import Generated, prompt_ids
 from blt_kernels.models.sampling import Sampling
@@ -566,3 +568,23 @@ def test_a_reader_of_a_stream_may_stop_and_compute_gradients() -> None:
         model.loss(to_ids(piece, bos=True)).backward()
         break
     assert model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_long_prompts_are_read_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_cases.build(name)
+    prompts = ["a long prompt of some words", "short", ""]
+    options: dict[str, Any] = {"max_new_bytes": 6, "temperature": 0.9}
+    expected = [model.generate(prompts, draft=draft, **options).ids for draft in (None, model, "prompt")]
+    monkeypatch.setattr(states, "_PART", 5)
+    most: list[int] = []
+    extend = type(model.new_state()).extend
+
+    def counted(self: ByteState, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        most.append(max(counts))
+        return extend(self, ids, counts)
+
+    monkeypatch.setattr(type(model.new_state()), "extend", counted)
+    assert model.generate(prompts, **options).ids == expected[0]
+    assert max(most) == 5
+    assert [model.generate(prompts, draft=draft, **options).ids for draft in (model, "prompt")] == expected[1:]
