@@ -6,15 +6,24 @@
 
 namespace blt {
 
+namespace {
+
+// Has its numbers as parameters, which stay in registers. What a lambda captures is read again after every store.
+template <class A, class T>
+void copy_rows(A* block, int64_t pitch, const T* row, int64_t stride, int64_t count, int64_t head_dim) {
+  const int64_t whole = head_dim / lanes<A> * lanes<A>;
+  for (int64_t i = 0; i < count; ++i, block += pitch, row += stride) {
+    for (int64_t e = 0; e < whole; e += lanes<A>) store(block + e, load_as<A>(row + e));
+    for (int64_t e = whole; e < head_dim; ++e) block[e] = static_cast<A>(row[e]);
+  }
+}
+
+}  // namespace
+
 template <class A>
 void gather_rows(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, int64_t pitch) {
   dispatch_storage<A>(x.dtype, [&]<class T>(Tag<T>) {
-    const int64_t whole = head_dim / lanes<A> * lanes<A>;
-    for (int64_t i = 0; i < rows.size(); ++i) {
-      const T* const row = x.row<T>(rows.begin + i, head);
-      for (int64_t e = 0; e < whole; e += lanes<A>) store(block + i * pitch + e, load_as<A>(row + e));
-      for (int64_t e = whole; e < head_dim; ++e) block[i * pitch + e] = static_cast<A>(row[e]);
-    }
+    copy_rows(block, pitch, x.row<T>(rows.begin, head), x.row_stride, rows.size(), head_dim);
   });
 }
 
