@@ -71,7 +71,7 @@ class DocumentStarts:
 class ByteState:
     """Holds what a model remembers of rows. `ByteModel.new_state` makes it, `ByteModel.extend` appends ids to the rows.
 
-    A deep copy goes on by itself, with the same model.
+    A deep copy goes on by itself, with the same model. One thread at a time may use a state.
 
     Parameters
     ----------
