@@ -97,7 +97,7 @@ class BLTSteps(Steps):
     def _reserve(self, total: int) -> bool:
         patcher = [] if self.patcher is None else [self.patcher.keys]
         moved = [keys.reserve(total) for keys in (*patcher, self.encoder_keys, self.decoder_keys)]
-        # What a row that has ended made of its bytes is not read any more.
+        # No one reads the encoded bytes of a row that has ended.
         pairs = zip(self._first_read(), self.lengths, self._going, strict=True)
         first = [begin if goes else n for begin, n, goes in pairs]
         if max(n - begin for n, begin in zip(self.lengths, first, strict=True)) == self.room:
@@ -171,7 +171,7 @@ class BLTSteps(Steps):
         """Pass the patches that end with the last ids; they read at most `width` bytes."""
         model, row, rows, window = self.model, self.row, self.row.shape[0], self.window_encoder
         closing = self.closes & self.alive
-        # Of the `width` bytes of a row, those before its patches are a patch and a document of their own.
+        # The bytes of a row before its patches are a patch and a document of their own.
         begin = (self.starts - self.position[:, None] + width).clamp(min=0)
         begin = torch.where(closing[:, None], begin, width)
         ends = F.pad(begin, (0, 1), value=width) + row[:, None] * width

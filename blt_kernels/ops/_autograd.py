@@ -121,7 +121,7 @@ def caller(operator: str) -> Callable[..., Any]:
     """
     overload = getattr(torch.ops.blt_kernels, operator).default
     bound = overload._op  # what the overload calls: a frame of Python less
-    # What may require a gradient comes before all that is no tensor: torch takes 0.1 us for an argument.
+    # Tensors that may require a gradient come before other arguments: torch takes 0.1 us to look at one.
     tensors = [_tensors_of(x) is not None for x in overload._schema.arguments]
     leading = tensors.index(False) if False in tensors else len(tensors)
 

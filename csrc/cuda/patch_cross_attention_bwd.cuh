@@ -2,8 +2,8 @@
 //
 // There are two passes, one for either side of a unit that is held. With a and b the held rows, q and grad_out or k and
 // v, and x and y the streamed rows of the other side, both passes compute the products a . x and b . y and no others.
-// Where all rows of the patch are held at once, the gradients of the streamed rows are complete after their tile, so
-// one pass does all, and every tensor is read once.
+// The gradients of the streamed rows are complete after their tile where all rows of the patch are held at once. So one
+// pass does all, and every tensor is read once.
 //
 //   queries held   adds up dq. It streams keys twice: first for the sums of the softmax, l and delta, then from the
 //                  ring. Encoding without a window, K <= kHeld and H = G, it computes dk and dv as well.

@@ -39,7 +39,7 @@ GRAD_CASES = pytest.mark.parametrize("case", [c for c in CASES if c.differentiab
 DENSE_CASES = pytest.mark.parametrize(
     "case", [c for c in CASES if c.differentiable and not c.sparse], ids=lambda case: case.name
 )
-# What is tested is above the kernels, or depends on threads of the CPU, of which the emulator has one.
+# These tests are of code above the kernels, or of threads of the CPU, of which the emulator has one.
 NOT_EMULATED = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "emulated"], indirect=True)
 
 
