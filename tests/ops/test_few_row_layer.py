@@ -240,6 +240,15 @@ def test_the_function_names_wrong_arguments(changes: dict[str, Any], error: type
         replace(make((1, 1, 1, 1)), **changes).run(bk.few_row_layer)
 
 
+@pytest.mark.slow
+def test_a_compiled_call_agrees() -> None:
+    """The default backend of torch.compile composes the layer of torch's functions."""
+    torch._dynamo.reset()
+    for call in (make((3, 2, 1, 8)), make((1, 1, 1, 1), dtype=torch.int8)):
+        for actual, expected in zip(call.run(torch.compile(bk.few_row_layer)), call.run(bk.few_row_layer), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 # --- which layers run on the kernel -----------------------------------------------------------------------------------
 
 
