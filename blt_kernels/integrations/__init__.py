@@ -1,0 +1,1 @@
+"""Integrations put the ops under the models of other code bases, in place, and take them out again."""
