@@ -124,6 +124,48 @@ def test_values_by_hand(device: str) -> None:
     assert out.flatten().tolist() == pytest.approx([14, 12, 15.2])
 
 
+def padded_layout(device: str) -> PatchLayout:
+    """Return 3 rows of 4 patches, as other code bases pad them: empty patches between others and in the place of a row.
+
+    The rows have 5, 0 and 4 bytes, in patches of 1, 0, 4, 0 | 0, 0, 0, 0 | 0, 3, 0, 1.
+    """
+    lengths = torch.tensor([1, 0, 4, 0, 0, 0, 0, 0, 0, 3, 0, 1])
+    decode_ids = torch.tensor([0, 0, 0, 2, 2, -1, 8, 9, 9])
+    columns = {
+        "patch_offsets": F.pad(lengths.cumsum(0), (1, 0)),
+        "cu_patches": torch.tensor([0, 4, 8, 12]),
+        "patch_ids": torch.arange(12).repeat_interleave(lengths),
+        "decode_ids": decode_ids,
+        "decode_offsets": torch.tensor([0, 3, 3, 5, 5, 5, 5, 5, 6, 7, 9, 9, 9]),
+        "cu_seqlens": torch.tensor([0, 5, 5, 9]),
+    }
+    return PatchLayout(**{name: x.int() for name, x in columns.items()}, overflowed=torch.tensor([False])).to(device)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize(("window", "heads", "kv_heads"), [(None, 6, 2), (None, 4, 1), (3, 6, 3), (2, 4, 4)])
+def test_grouped_heads_and_empty_patches_anywhere(
+    direction: str, window: int | None, heads: int, kv_heads: int, device: str
+) -> None:
+    """Query head h reads head h // (H / G), forward and backward; rows of empty patches give 0, whatever they hold."""
+    layout = padded_layout(device)
+    *leaves, grad = arguments(layout, direction, K, heads, 4, kv_heads=kv_heads)[0]
+    unmasked = mask(layout, direction, window)
+    reads, read = unmasked.any(1), unmasked.any(0)
+    for x, rows in zip((*leaves, grad), (reads, read, read, reads), strict=True):
+        x[~rows] = NAN
+    for x in leaves:
+        x.requires_grad_()
+    out = patch_cross_attention(*leaves, layout, direction=direction, queries_per_patch=K, window=window)
+    q, k, v = (x.where(rows[:, None, None], 0) for x, rows in zip(leaves, (reads, read, read), strict=True))
+    repeated = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+    expected = masked_attention(q, *repeated, unmasked)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    ours = torch.autograd.grad(out, leaves, grad)
+    theirs = torch.autograd.grad(expected, leaves, grad.where(reads[:, None, None], 0))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.slow
 @given(data=st.data())
 def test_any_layout_against_a_mask(device: str, data: st.DataObject) -> None:
