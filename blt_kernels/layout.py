@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-_MAX_BYTES = 2**31 - 1  # offsets are int32
+from blt_kernels import _padded
+from blt_kernels._padded import MAX_BYTES
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PatchLayout:
     """Holds ragged patches over packed bytes.
+
+    A patch may be empty, anywhere: its two offsets are equal, no byte has its id, and it counts as a patch of its
+    document. The patching ops leave empty patches at the end only; `from_ids` keeps those of a padded patch axis. Every
+    op takes them: they pool to zeros, as queries without keys they attend to nothing, no byte reads them unless
+    `decode_ids` says so, and windows of patches count them.
 
     Attributes
     ----------
@@ -196,52 +202,66 @@ class PatchLayout:
             `lengths` is not two-dimensional, has a negative entry where `padding` has none, a row does not sum to what
             `seq_len` asks for, or there are more bytes than an int32 counts.
         """
-        if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-            got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-            raise TypeError(f"lengths: expected an integer tensor, got {got}")
-        if lengths.dim() != 2:
-            raise ValueError(f"lengths: expected shape [B, Pmax], got {list(lengths.shape)}")
-        if padding not in (None, 0, -1):
-            raise ValueError(f"padding: expected None, 0 or -1, got {padding!r}")
-        lengths = lengths.long()
-        low, high = (int(x) for x in lengths.aminmax()) if lengths.numel() else (0, 0)
-        padding = min(0, max(-1, low)) if padding is None else padding
-        if low < padding or high > _MAX_BYTES:
-            allowed = "values >= 0" if padding == 0 else "values >= -1, which pads,"
-            raise ValueError(f"lengths: expected {allowed} up to {_MAX_BYTES}, got {low if low < padding else high}")
-        counted = lengths.clamp(min=0)
-        starts = counted.cumsum(1) - counted
-        behind = (lengths < 0).long().cumsum(1) - (lengths < 0).long()  # the number of -1s before each entry
-        misplaced = ((behind > 0) & (lengths != 0)).nonzero()
-        if misplaced.numel():
-            row, column = (int(x) for x in misplaced[0])
-            entry = int(lengths[row, column])
-            raise ValueError(f"lengths: expected nothing but zeros behind the -1 of row {row}, got {entry}")
-        sums = lengths.sum(1)
-        if seq_len is None:
-            seqlens = sums
-            if bool((sums < 0).any()):
-                raise ValueError(f"lengths: row {int(sums.argmin())} sums to {int(sums.min())}, expected 0 or more")
-        else:
-            if not 0 <= seq_len <= _MAX_BYTES:
-                raise ValueError(f"seq_len: expected 0 to {_MAX_BYTES}, got {seq_len}")
-            seqlens = torch.full_like(sums, seq_len)
-            wrong = ((sums != seq_len) & (sums != seq_len + 1 + padding)).nonzero()
-            if wrong.numel():
-                row, other = int(wrong[0]), "" if padding else " or seq_len + 1"
-                raise ValueError(f"lengths: row {row} sums to {int(sums[row])}, expected seq_len = {seq_len}{other}")
-        cu_seqlens = torch.nn.functional.pad(seqlens.cumsum(0), (1, 0))
-        num_bytes = int(cu_seqlens[-1])
-        if num_bytes > _MAX_BYTES:
-            raise ValueError(f"lengths: expected at most {_MAX_BYTES} bytes in all, got {num_bytes}")
-        # A start at local position s >= 1 is the decision after byte s - 1. A start at s = seqlen is the decision after
-        # the last byte. A start beyond it does not exist.
-        real = (lengths > 0) & (starts > 0) & (starts <= seqlens[:, None])
-        if padding:
-            real |= (lengths == 0) & (starts > 0) & (starts == seqlens[:, None])
-        boundaries = torch.zeros(num_bytes, dtype=torch.bool, device=lengths.device)
-        boundaries[(cu_seqlens[:-1, None] + starts - 1)[real]] = True
-        return PatchLayout.from_cuts(boundaries, cu_seqlens.int(), max(lengths.numel(), lengths.shape[0]))
+        boundaries, cu_seqlens = _padded.boundaries_of_lengths(lengths, seq_len, padding)
+        return PatchLayout.from_cuts(boundaries, cu_seqlens, max(lengths.numel(), lengths.shape[0]))
+
+    @staticmethod
+    def from_ids(patch_ids: Tensor, decode_ids: Tensor, slots: int) -> PatchLayout:
+        """Build a layout with a padded patch axis from the patches of bytes, without synchronising.
+
+        Every row is a document of S bytes and owns `slots` patches, so that what ops take and return for patches,
+        ``[C, D]``, is a view of ``[B, slots, D]``. Slot p of row b is patch ``b * slots + p``. A slot that no byte has
+        is an empty patch.
+
+        Parameters
+        ----------
+        patch_ids : integer ``[B, S]``
+            The slot of each byte in its row, from 0 to ``slots - 1``; ids never fall along a row.
+        decode_ids : integer ``[B, S]``
+            The slot whose global output each byte reads, or -1 for none; ids never fall along a row.
+        slots : int
+            Patches in a row, at least 1.
+
+        Returns
+        -------
+        PatchLayout
+            Of capacity ``B * slots``. `cu_patches` is ``[0, slots, 2 * slots, ...]``: empty slots count as patches.
+            Values are not checked, but never lead out of bounds: an id beyond its range becomes the nearest one in it,
+            and an id below an earlier one of its row becomes that one. `overflowed` is true if a patch id was `slots`
+            or more.
+
+        Raises
+        ------
+        TypeError
+            The ids are not integer tensors.
+        ValueError
+            The ids are not ``[B, S]``, differ in shape, `slots` is below 1, or there are more bytes or slots than an
+            int32 counts.
+
+        Examples
+        --------
+        >>> ids, decode_ids = torch.tensor([[0, 1, 1], [0, 2, 2]]), torch.tensor([[0, 0, 0], [-1, 0, 2]])
+        >>> layout = PatchLayout.from_ids(ids, decode_ids, slots=3)
+        >>> layout.patch_offsets.tolist(), layout.cu_patches.tolist()  # patches 2 and 4 are empty
+        ([0, 1, 3, 3, 4, 4, 6], [0, 3, 6])
+        >>> layout.patch_ids.tolist(), layout.decode_ids.tolist()
+        ([0, 1, 1, 3, 5, 5], [0, 0, 0, -1, 3, 5])
+        """
+        for name, ids in (("patch_ids", patch_ids), ("decode_ids", decode_ids)):
+            _padded.check_integers(name, ids, "[B, S]")
+        if decode_ids.shape != patch_ids.shape:
+            expected = f"shape {list(patch_ids.shape)} of patch_ids"
+            raise ValueError(f"decode_ids: expected {expected}, got {list(decode_ids.shape)}")
+        rows, size = patch_ids.shape
+        if slots < 1 or rows * slots > MAX_BYTES:
+            raise ValueError(f"slots: expected 1 to {MAX_BYTES} // {rows} rows, got {slots}")
+        if rows * size > MAX_BYTES:
+            raise ValueError(f"patch_ids: expected at most {MAX_BYTES} bytes in all, got {rows * size}")
+        row = torch.arange(rows + 1, dtype=torch.int32, device=patch_ids.device)
+        packed, patch_offsets = _padded.packed_ids(patch_ids, 0, slots)
+        readers, decode_offsets = _padded.packed_ids(decode_ids, -1, slots)
+        overflowed = (patch_ids >= slots).any()[None]
+        return PatchLayout(patch_offsets, row * slots, packed, readers, decode_offsets, row * size, overflowed)
 
     @staticmethod
     def from_cuts(cuts: Tensor, cu_seqlens: Tensor, max_patches: int | None = None) -> PatchLayout:
@@ -267,8 +287,8 @@ class PatchLayout:
         """
         num_bytes, num_documents = cuts.shape[0], cu_seqlens.shape[0] - 1
         capacity = num_bytes if max_patches is None else max_patches
-        if capacity > _MAX_BYTES:
-            raise ValueError(f"max_patches: expected at most {_MAX_BYTES}, as int32 ids count, got {capacity}")
+        if capacity > MAX_BYTES:
+            raise ValueError(f"max_patches: expected at most {MAX_BYTES}, as int32 ids count, got {capacity}")
         position = torch.arange(num_bytes, device=cuts.device)
         cu = cu_seqlens.long()
         document = torch.searchsorted(cu[1:], position, right=True)  # [T], B for bytes beyond the last document

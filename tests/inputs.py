@@ -135,12 +135,27 @@ def make_topk() -> Make:
 
 
 def make_layout(num_bytes: int, seed: int, kind: str = "") -> PatchLayout:
-    """Return ragged patches: with too few slots ("overflow"), or with bytes beyond the last document ("tail")."""
+    """Return ragged patches.
+
+    "overflow": the capacity is too small; "tail": bytes lie beyond the last document; "slots": empty patches lie
+    before, between and behind the others.
+    """
+    if kind == "slots":
+        return make_slots(num_bytes, seed)
     if kind == "tail":
         covered = documents(num_bytes * 2 // 3, seed)
         return PatchLayout.from_cuts(torch.arange(num_bytes) % 4 == seed % 4, covered)
     room = num_bytes // 12 + 7 if kind == "overflow" else None  # 7 is one for each document
     return ragged_layout(num_bytes, seed, max_patches=room)
+
+
+def make_slots(num_bytes: int, seed: int) -> PatchLayout:
+    """Return rows of one length with a padded patch axis; some bytes read a patch that they do not follow, or none."""
+    rows = next(n for n in (4, 3, 2, 1) if num_bytes % n == 0)
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(-6, 3, (2, rows, num_bytes // rows), generator=generator).clamp(min=0)
+    patch_ids, decode_ids = steps.cumsum(-1)
+    return PatchLayout.from_ids(patch_ids, decode_ids - 1, int(steps.sum(-1).amax()) + 1 + seed % 3)
 
 
 def make_patch_pool(reduce: str | tuple[str, ...], kind: str = "", width: int = 21) -> Make:

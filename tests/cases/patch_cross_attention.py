@@ -35,6 +35,10 @@ CASES = [
         trace=False,
         fast=False,
     ),
+    _cross("encode, slots", _make_cross("encode", "slots"), trace=False, fast=False),
+    _cross("decode, slots", _make_cross("decode", "slots"), trace=False, fast=False),
+    _cross("encode, slots, window", _make_cross("encode", "slots", window=3), dtypes=_FP16, trace=False, fast=False),
+    _cross("decode, slots, window", _make_cross("decode", "slots", window=3), dtypes=_BF16, trace=False, fast=False),
     _cross("encode, wide", _make_cross("encode", width=80), trace=False, fast=False),
     _cross("decode, wide", _make_cross("decode", width=80), trace=False, fast=False),
 ]

@@ -17,5 +17,6 @@ CASES = [
     _pool("all", inputs.make_patch_pool(REDUCTIONS)),
     _pool("tail", inputs.make_patch_pool(REDUCTIONS, "tail"), trace=False),
     _pool("overflow", inputs.make_patch_pool(("mean", "max"), "overflow"), trace=False),
+    _pool("slots", inputs.make_patch_pool(REDUCTIONS, "slots"), trace=False),
     _pool("wide", inputs.make_patch_pool(REDUCTIONS, width=WIDE), trace=False),
 ]

@@ -17,5 +17,7 @@ CASES = [
     _unpool("decode", inputs.make_patch_unpool("decode")),
     _unpool("patch, tail", inputs.make_patch_unpool("patch", "tail"), trace=False),
     _unpool("decode, overflow", inputs.make_patch_unpool("decode", "overflow"), trace=False),
+    _unpool("patch, slots", inputs.make_patch_unpool("patch", "slots"), trace=False),
+    _unpool("decode, slots", inputs.make_patch_unpool("decode", "slots"), trace=False),
     _unpool("decode, wide", inputs.make_patch_unpool("decode", width=WIDE), trace=False),
 ]
