@@ -23,10 +23,16 @@ from blt_kernels.cli import bench as tool
 from blt_kernels.models import MegaByte, MegaByteConfig
 from blt_kernels.nn import TransformerConfig
 
-needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+NEEDS = {"bench_generate": "transformers", "bench_models": "transformers", "bench_integrations": "MEGABYTE_pytorch"}
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")
+
+
 OPTIONAL = {"MEGABYTE-pytorch"}  # these peers need not be installed
 BENCHES = [
-    pytest.param(name, marks=needs_transformers if name in ("bench_generate", "bench_models") else ())
+    pytest.param(name, marks=needs(NEEDS[name]) if name in NEEDS else ())
     for name in sorted(path.stem for path in tool.SOURCE.glob("bench_*.py"))
 ]
 

@@ -15,8 +15,9 @@ import torch
 
 import blt_kernels
 from blt_kernels import distributed, flops, models, nn, optim, testing
+from blt_kernels.integrations import megabyte
 
-MODULES = (blt_kernels, nn, models, optim, testing, flops, distributed)
+MODULES = (blt_kernels, nn, models, optim, testing, flops, distributed, megabyte)
 
 
 def is_function(value: Any) -> bool:
