@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
+from operator import contains
 from types import MethodType, ModuleType, TracebackType
 from typing import Any
 
@@ -148,7 +149,7 @@ class Applied:
 
     def counted(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function`, whose calls the report counts under `label`."""
-        self._calls.setdefault(label, 0)
+        self.add_label(label)
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -156,6 +157,10 @@ class Applied:
             return function(*args, **kwargs)
 
         return call
+
+    def add_label(self, label: str) -> None:
+        """List a replacement in the report before its first call."""
+        self._calls.setdefault(label, 0)
 
     def count(self, label: str) -> None:
         """Count one call of a replacement, unless torch.compile traces it."""
@@ -227,15 +232,19 @@ def stock(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-def check_parameters(function: Callable[..., Any], expected: Sequence[str], code_base: str) -> None:
+Parameters = Sequence[str | tuple[str, ...]]
+
+
+def check_parameters(function: Callable[..., Any], expected: Parameters, code_base: str) -> None:
     """Raise unless a function takes the parameters that its replacement was written for.
 
     Parameters
     ----------
     function
         The stock function. Decorators that keep ``__wrapped__`` are looked through.
-    expected : sequence of str
-        The names of its parameters in order, ``self`` included, without ``*args`` and ``**kwargs``.
+    expected : sequence of str, or of tuples of str
+        The names of its parameters in order, ``self`` included, without ``*args`` and ``**kwargs``. A tuple holds the
+        names that one has in several versions.
     code_base : str
         Name and version of the code base.
 
@@ -246,9 +255,10 @@ def check_parameters(function: Callable[..., Any], expected: Sequence[str], code
     """
     variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     names = [p.name for p in inspect.signature(function).parameters.values() if p.kind not in variadic]
-    if names != list(expected):
+    known = [(name,) if isinstance(name, str) else name for name in expected]
+    if len(names) != len(known) or not all(map(contains, known, names)):
         where = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
-        wanted = f"expected parameters ({', '.join(expected)}), which blt_kernels can replace"
+        wanted = f"expected parameters ({', '.join(map('|'.join, known))}), which blt_kernels can replace"
         raise TypeError(f"{where} of {code_base}: {wanted}, got ({', '.join(names)})")
 
 
