@@ -53,14 +53,19 @@ def read_patches(model: Any, patches: Tensor, positions: Tensor, keys: Sequence[
 
 
 def decode(
-    model: Any, x: Tensor, read: Sequence[Tensor], positions: Tensor, keys: Sequence[CachedKeys], layout: PatchLayout
-) -> Tensor:
-    """Return the logits of encoded bytes; `read` is what `read_patches` returned for the patches of `layout`."""
+    model: Any, x: Tensor, read: Sequence[Tensor], positions: Tensor, keys: Sequence[CachedKeys], layout: PatchLayout,
+    head: bool = True,
+) -> Tensor:  # fmt: skip
+    """Return the logits of encoded bytes, or what `lm_head` reads.
+
+    `read` is what `read_patches` returned for the patches of `layout`.
+    """
     flat = [y.flatten(0, 1) for y in read]
     table = rotary_table(positions, model.config.decoder, x.dtype)
     pairs = list(zip(flat[::2], flat[1::2], strict=True))
     x = model.local_decoder.states(x, pairs, table, list(keys), layout)
-    return multiply_normed(model.local_decoder.norm, x, model.lm_head)[0]
+    norm = model.local_decoder.norm
+    return multiply_normed(norm, x, model.lm_head)[0] if head else norm(x)
 
 
 class BLTState(ByteState):
@@ -111,7 +116,11 @@ class BLTState(ByteState):
     def draft(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
         return self._extend(ids, counts, closing=False)
 
-    def _extend(self, ids: Tensor, counts: Sequence[int], closing: bool) -> Tensor:
+    def extend_states(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        """Do as `extend` does, but return what `lm_head` reads, ``[T, D]``, and leave `lm_head` alone."""
+        return self._extend(ids, counts, closing=True, head=False)
+
+    def _extend(self, ids: Tensor, counts: Sequence[int], closing: bool, head: bool = True) -> Tensor:
         model, ops = self.model, self.model.ops
         old, positions = self._append(ids, counts)
         begin = [max(0, n - self.lookback) for n in old]
@@ -129,9 +138,9 @@ class BLTState(ByteState):
         self.encoded.write(self.encoded.append(counts), *states)
         if closing:
             self._read_closed_patches()
-        logits = self._decode(states[-1], positions, starts, counts, decode_ids)
+        out = self._decode(states[-1], positions, starts, counts, decode_ids, head)
         self._trim()
-        return logits
+        return out
 
     def extend_patcher(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
         """Append ids to the rows of the patcher alone, which `extend` must be given next; return their logits."""
@@ -242,9 +251,10 @@ class BLTState(ByteState):
         return documents
 
     def _decode(
-        self, x: Tensor, positions: Tensor, starts: list[list[int]], counts: Sequence[int], decode_ids: Sequence[int]
-    ) -> Tensor:
-        """Return the logits of the new bytes."""
+        self, x: Tensor, positions: Tensor, starts: list[list[int]], counts: Sequence[int], decode_ids: Sequence[int],
+        head: bool,
+    ) -> Tensor:  # fmt: skip
+        """Return the logits of the new bytes, or what `lm_head` reads."""
         offsets, closed, window = [0, *accumulate(counts)], self.patches.end, self.window_decoder
         oldest = [
             max(0, decode_ids[at] - window + 1) if count else end
@@ -262,7 +272,7 @@ class BLTState(ByteState):
         full = torch.zeros(1, dtype=torch.bool, device=self.device)
         layout = PatchLayout(reads, cu, read, read, reads, rows, full)
         keys = self.decoder_keys.extend(self.model.ops, counts, starts)
-        return decode(self.model, x, self.patches.read(oldest, closed), positions, keys, layout)
+        return decode(self.model, x, self.patches.read(oldest, closed), positions, keys, layout, head)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
