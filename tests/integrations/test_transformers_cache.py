@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from types import MethodType
 
 import pytest
 import torch
@@ -16,29 +15,18 @@ from transformers_blt import CASES, batch, their_model
 
 transformers = pytest.importorskip("transformers")
 
-from transformers.models.blt import modeling_blt as modeling  # noqa: E402
-
+from blt_kernels.integrations import transformers as integration  # noqa: E402
 from blt_kernels.integrations._applied import Applied  # noqa: E402
-from blt_kernels.integrations._applied import stock as stock_value  # noqa: E402
-from blt_kernels.integrations.transformers import cache as cache_module  # noqa: E402
-from blt_kernels.integrations.transformers.cache import BltCache, Caching  # noqa: E402
+from blt_kernels.integrations.transformers import BltCache, caching  # noqa: E402
 
 NEW = 14  # bytes that each generation writes
 FAST = ("released", "all_encoder_layers", "long_patches", "bytes")
 
 
 def cached(model=None, compare: str = "fp32") -> Applied:
-    """Replace what the cache needs, of one model or of all."""
-    applied = Applied("transformers")
-    caching = Caching(applied, compare)
-    for cls, inner, name, make in (
-        (modeling.BltModel, True, "forward", caching.forward),
-        (modeling.BltForCausalLM, False, "_prepare_cache_for_generation", caching.preparation),
-    ):
-        owner = model.model if inner and model is not None else model
-        new = make(stock_value(cls, name))
-        applied.replace(owner or cls, name, new if model is None else MethodType(new, owner))
-    return applied
+    """Put the cache alone under one model or all."""
+    others = dict.fromkeys(("attention", "cross_attention", "hash_embedding", "pooling", "patching"), False)
+    return integration.apply(model, **others, compare=compare)
 
 
 @cache
@@ -198,7 +186,7 @@ def test_any_history_equals_whole_rows(history, case: str, undo: int) -> None:
 
 def test_long_prompts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     stock, ours = pair("released")
-    monkeypatch.setattr(cache_module, "_PART", 4)
+    monkeypatch.setattr(caching, "_PART", 4)
     ids, mask = batch(2, 19), torch.ones(2, 19, dtype=torch.int64)
     mask[0, :6] = 0
     with torch.no_grad():
@@ -329,7 +317,7 @@ def test_adapters_run_and_tables_with_adapters_fall_back() -> None:
         torch.manual_seed(0)
         options = {"target_modules": targets, "init_lora_weights": False}
         ours = peft.get_peft_model(their_model("released"), peft.LoraConfig(**options)).eval()
-        with cached(ours.base_model.model) as applied:
+        with cached(ours) as applied:
             out = ours(input_ids=prompt())
             tokens = ours.generate(input_ids=prompt(), max_new_tokens=5, do_sample=False)
             expected = ours(input_ids=prompt(), use_cache=False)
@@ -391,7 +379,7 @@ def test_errors() -> None:
         (ValueError, r"attention_mask: expected shape \[2, 9\]", {"attention_mask": torch.ones(2, 3)}),
         (ValueError, "to be masked as before", {"attention_mask": longer.index_fill(1, torch.tensor(2), 0)}),
         (ValueError, "input_ids: expected 2 rows", {"input_ids": ids[:1, :3]}),
-        (ValueError, "position_ids: expected", {"position_ids": torch.tensor([6, 8, 9])}),
+        (ValueError, "position_ids that do not follow", {"position_ids": torch.tensor([6, 8, 9])}),
         (ValueError, "alphabet", {"input_ids": torch.full((2, 3), 260)}),
         (ValueError, "inputs_embeds is given", {"input_ids": None, "inputs_embeds": torch.zeros(2, 3, 32)}),
         (ValueError, "of another model", {"past_key_values": pair("one_query")[1](ids).past_key_values}),
@@ -422,7 +410,7 @@ def test_methods() -> None:
     assert not cache.is_compileable
     cache.batch_select_indices(torch.tensor([False, True]))
     assert cache.batch_size == 1
-    assert torch.equal(cache._columns(), prompt(2, 7)[1:])
+    assert torch.equal(cache.columns(), prompt(2, 7)[1:])
     cache.crop(-99)
     assert cache.get_seq_length() == 0
     cache.reset()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blt_kernels import _checks
 from blt_kernels.integrations._applied import Applied, check_parameters, stock, version_of
@@ -19,7 +19,10 @@ from blt_kernels.integrations.transformers.patching import lengths_from_entropie
 from blt_kernels.integrations.transformers.pooling import patch_reduce
 from blt_kernels.integrations.transformers.signatures import PARAMETERS
 
-__all__ = ["apply"]
+if TYPE_CHECKING:
+    from blt_kernels.integrations.transformers.cache import BltCache
+
+__all__ = ["BltCache", "apply"]
 
 
 def apply(
@@ -31,6 +34,7 @@ def apply(
     pooling: bool = True,
     patching: bool = True,
     norms: bool = False,
+    cache: bool = True,
     compare: str = "fp32",
 ) -> Applied:
     """Put the ops under transformers' BLT.
@@ -48,6 +52,8 @@ def apply(
         Entropies and patch boundaries.
     norms : bool
         RMSNorm. In 16 bits it rounds once, where transformers rounds twice.
+    cache : bool
+        `BltCache`: ``generate()``, and any forward without gradients, keeps what it computed of the bytes before.
     compare : "fp32" or "model"
         Entropies are compared with the threshold in fp32, or in the dtype of the model. With "model", transformers
         itself computes the entropies, so that every decision is its own in 16 bits too.
@@ -134,8 +140,24 @@ def apply(
         replace("BltPatcher.forward", lambda old: patcher_forward(applied, modeling, old, attention, patching))
     if norms:
         replace("BltRMSNorm.forward", lambda old: norm(applied, old))
-    replace("BltModel.forward", lambda old: model_forward(options, old))
+    if cache:
+        from blt_kernels.integrations.transformers.caching import Caching  # imports transformers
+
+        caching = Caching(applied, compare)
+        replace("BltModel.forward", lambda old: caching.forward(model_forward(options, old)))
+        replace("BltForCausalLM._prepare_cache_for_generation", caching.preparation)
+    else:
+        replace("BltModel.forward", lambda old: model_forward(options, old))
     return applied
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs transformers, which takes seconds, when it is asked for."""
+    if name != "BltCache":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from blt_kernels.integrations.transformers.cache import BltCache
+
+    return BltCache
 
 
 def _found(modeling: Any, path: str) -> Any:

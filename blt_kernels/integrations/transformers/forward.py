@@ -170,7 +170,7 @@ def _compute(options: Options) -> Callable[..., Any]:
         patches = _patches(options, self, input_ids, patch_lengths, embeds)
         if position_ids is None:
             position_ids = torch.arange(length, device=embeds.device)[None]
-        dropout = self.training and _dropout(config)
+        dropout = self.training and has_dropout(config)
         if dropout and (options.attention or options.cross_attention):
             options.applied.fell_back("attention", "dropout")
         mask = _byte_mask(options, config, embeds, dropout)
@@ -209,7 +209,8 @@ def _compute(options: Options) -> Callable[..., Any]:
     return forward
 
 
-def _dropout(config: Any) -> bool:
+def has_dropout(config: Any) -> bool:
+    """Return whether a BLT has dropout in training."""
     parts = config.encoder_config, config.global_config, config.decoder_config
     return any(part.dropout for part in parts)
 

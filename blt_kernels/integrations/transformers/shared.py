@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.blt import modeling_blt
 
+from blt_kernels.integrations.transformers.patching import has_windows
 from blt_kernels.models import BLT
 from blt_kernels.models.checkpoint.fields import Values
 from blt_kernels.models.checkpoint.transformers import read_blt
@@ -93,11 +94,12 @@ def _hooked(model: nn.Module) -> list[str]:
 
 def _new_blt(model: Any) -> BLT:
     """Return a BLT of the same configuration on the meta device."""
-    values = model.config.to_dict()
     # BltForCausalLM keeps the head, and transformers knows no documents.
-    values |= {"tie_word_embeddings": False, "split_documents": False}
-    if values.get("patcher_config"):
-        values["patcher_config"] = values["patcher_config"] | {"split_documents": False}
+    values = {**model.config.to_dict(), "tie_word_embeddings": False, "split_documents": False}
+    patcher = {**(values.get("patcher_config") or {}), "split_documents": False}
+    if not has_windows(modeling_blt):
+        values["local_attention_window_len"] = patcher["sliding_window"] = None
+    values["patcher_config"] = patcher
     try:
         config = read_blt(Values(Path("config"), "", values))
         with torch.device("meta"):

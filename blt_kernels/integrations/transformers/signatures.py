@@ -25,6 +25,9 @@ PARAMETERS: dict[str, Parameters] = {
     "BltSelfAttention.forward": ("self", "hidden_states", "attention_mask", "position_embeddings", _CACHE),
     "BltCrossAttention.forward": ("self", "hidden_states", "cross_attention_states", "attention_mask"),
     "BltRMSNorm.forward": ("self", "hidden_states"),
+    "BltForCausalLM._prepare_cache_for_generation": (
+        "self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length",
+    ),
     "compute_hash_embeddings": (
         "local_encoder_tokens", "local_encoder", "encoder_hash_tok_embedding", "encoder_hash_byte_group_nb_functions",
         "encoder_hash_byte_group_size", "encoder_hash_byte_group_vocab",
