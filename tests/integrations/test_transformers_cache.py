@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -33,8 +34,19 @@ def cached(model=None, compare: str = "fp32") -> Applied:
 def pair(case: str):
     """Return transformers' model, and one of the same parameters with the cache."""
     stock, ours = their_model(case), their_model(case)
-    ours.applied = cached(ours)
+    ours.applied = APPLIED[case] = cached(ours)
     return stock, ours
+
+
+APPLIED: dict[str, Applied] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stock_afterwards() -> Iterator[None]:
+    yield
+    for applied in APPLIED.values():
+        applied.undo()
+    pair.cache_clear()
 
 
 def prompt(rows: int = 1, length: int = 11) -> Tensor:

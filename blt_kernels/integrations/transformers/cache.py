@@ -108,6 +108,13 @@ class BltCache(Cache):
         return True
 
     @property
+    def is_linear(self) -> list[bool]:
+        """False: a row can be taken back, and ids that are in the cache are not passed again."""
+        return [False]
+
+    is_sliding = is_dummy = is_linear
+
+    @property
     def is_initialized(self) -> bool:
         """Whether there was a forward."""
         return self.state is not None

@@ -243,10 +243,9 @@ def _patches(
 
 
 def _byte_mask(options: Options, config: Any, embeds: Tensor, dropout: bool) -> Any:
-    window = config.encoder_config.sliding_window if config.local_attention_window_len is not None else None
+    windowed = config.local_attention_window_len is not None and has_windows(options.modeling)
+    window = config.encoder_config.sliding_window if windowed else None
     if options.attention and not dropout:
-        if not has_windows(options.modeling):
-            window = None
         return CausalMask.of(embeds.shape[0], embeds.shape[1], window, embeds.device)
     return dense_mask(options.modeling, config.encoder_config, window, embeds)
 
