@@ -13,10 +13,10 @@ import timing
 import torch
 from common import nbytes, normal
 from timing import OURS, Comparison, Make
-from torch import Tensor, nn
+from torch import Tensor
 
 from blt_kernels.models.quantized import STORED
-from blt_kernels.nn import QuantizedLinear, TransformerConfig, TransformerLayer, load_ops, rotary_table
+from blt_kernels.nn import QuantizedLinear, TransformerConfig, TransformerLayer, load_ops, rotary_table, run_layers
 from blt_kernels.nn.cache import KeyCache
 
 # These are layers of a local and of a global model. Together their weights exceed a core's cache.
@@ -36,20 +36,8 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
                 yield partial(stack, config, rows, weights)
 
 
-class Parts(nn.Module):
-    """Computes the parts of a layer one by one, because a hook waits for one of them."""
-
-    def __init__(self, layer: TransformerLayer) -> None:
-        super().__init__()
-        self.layer = layer
-        layer.mlp.register_forward_hook(lambda *_: None)
-
-    def forward(self, *arguments: Any) -> Tensor:
-        return self.layer(*arguments)
-
-
 def stack(config: TransformerConfig, rows: int, weights: str | None) -> Comparison:
-    """Compare layers that run in one call each with the same layers, whose parts run one by one."""
+    """Compare layers that run in one call with the same layers, whose parts run one by one."""
     ops = load_ops("fused")
     torch.manual_seed(0)
     ours, parts = (
@@ -62,6 +50,8 @@ def stack(config: TransformerConfig, rows: int, weights: str | None) -> Comparis
             for module in (layer.self_attn, layer.mlp):
                 for name, matrix in list(module.named_children()):
                     setattr(module, name, QuantizedLinear(matrix, STORED[weights]))
+    for layer in parts:
+        layer.mlp.register_forward_hook(lambda *_: None)  # a layer with a hook runs its modules
     cache = KeyCache(rows, config, 64, dtype=torch.float32, device=torch.device("cpu"))
     cache.extend(ops, [CACHED] * rows, [[0]] * rows)
     keys = cache.extend(ops, [1] * rows, [[0]] * rows)
@@ -69,17 +59,14 @@ def stack(config: TransformerConfig, rows: int, weights: str | None) -> Comparis
     x = normal(rows, config.dim)
 
     def run(layers: list[Any]) -> Tensor:
-        y = x
-        for layer, own in zip(layers, keys, strict=True):
-            y = layer(y, table, own)
-        return y
+        return run_layers(layers, x, table, keys)
 
     def agree(results: dict[str, Any]) -> None:
         torch.testing.assert_close(results[OURS], results[PARTS], rtol=1e-4, atol=1e-4)
 
     matrices = [x for layer in ours for x in (*layer.parameters(), *layer.buffers())]
     work = nbytes(*matrices) + nbytes(*cache.flat) * (CACHED + 1) // cache.capacity
-    implementations = {OURS: partial(run, ours), PARTS: partial(run, [Parts(layer) for layer in parts])}
+    implementations = {OURS: partial(run, ours), PARTS: partial(run, parts)}
     floats = [x for x in matrices if x.is_floating_point()]
     limits = {"read the weights": lambda: [x.sum() for x in floats]}
     shape = f"{rows} rows behind {CACHED}, {config.num_layers} layers of {config.dim}"

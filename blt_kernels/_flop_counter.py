@@ -90,11 +90,19 @@ def _(x: Tensor, weight: Tensor, *_rest: Any, **_out: Any) -> int:
 
 @register_flop_formula(_OPS.few_row_layer_step, get_raw=True)
 def _(
-    x: Tensor, weights: Sequence[Tensor], _scales: Any, _n: Tensor, _m: Tensor, _eps: float, _table: Tensor,
-    keys: Tensor, _values: Tensor, _index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window: int | None,
-    **_out: Any,
+    x: Tensor, weights: Sequence[Tensor], _scales: Any, _norms: Any, _eps: float, _table: Tensor,
+    keys: Sequence[Tensor], _values: Any, _index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    window: int | None, patch_keys: Sequence[Tensor], *_rest: Any, **_out: Any,
 ) -> int:  # fmt: skip
-    pairs = weights[0].shape[0] * _visited(x, keys, cu_seqlens_q, cu_seqlens_k, window, True, None, None)
+    matrices = iter(weights)
+    pairs = 0
+    for layer, cache in enumerate(keys):
+        if layer < len(patch_keys):  # W_q of the cross attention and W_o, then W_q of the layer and six others
+            pairs += next(matrices).shape[0] * x.shape[0] * patch_keys[layer].shape[1]
+            next(matrices)
+        pairs += next(matrices).shape[0] * _visited(x, cache, cu_seqlens_q, cu_seqlens_k, window, True, None, None)
+        for _ in range(6):
+            next(matrices)
     return 2 * x.shape[0] * sum(weight.numel() for weight in weights) + PAIR_FORWARD * pairs
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from blt_kernels.layout import AttentionRanges, PatchLayout
 from blt_kernels.models.config import BLTConfig
-from blt_kernels.nn import CrossAttention, RMSNorm, TransformerLayer, embedding, linear
+from blt_kernels.nn import CrossAttention, RMSNorm, TransformerLayer, embedding, linear, run_layers
 from blt_kernels.nn.cache import of_layers
+from blt_kernels.nn.few_rows import few_rows
 
 
 class LocalEncoder(nn.Module):
@@ -48,11 +49,13 @@ class LocalEncoder(nn.Module):
 
     def states(self, x: Tensor, table: Tensor, documents: Any, ranges: AttentionRanges | None = None) -> list[Tensor]:
         """Return bytes ``[T, D]`` after the layers that patches read: every one, or the last."""
+        if self.num_states == 1:
+            return [run_layers(self.layers, x, table, documents, ranges)]
         states = []
         for layer, own in zip(self.layers, of_layers(documents, len(self.layers)), strict=True):
-            x = layer(x, table, own, ranges)
+            x = run_layers((layer,), x, table, [own] if isinstance(documents, list) else own, ranges)
             states.append(x)
-        return states[-self.num_states :]
+        return states
 
     def pool(self, states: Sequence[Tensor], layout: PatchLayout) -> Tensor:
         """Return patches ``[C, K * D]`` of the bytes after these layers."""
@@ -75,9 +78,7 @@ class GlobalTransformer(nn.Module):
 
     def forward(self, patches: Tensor, table: Tensor, documents: Any, ranges: AttentionRanges | None = None) -> Tensor:
         x = self.token_embedding_projection(patches).to(patches.dtype)  # residuals keep their dtype under autocast
-        for layer, own in zip(self.layers, of_layers(documents, len(self.layers)), strict=True):
-            x = layer(x, table, own, ranges)
-        return x
+        return run_layers(self.layers, x, table, documents, ranges)
 
 
 class LocalDecoder(nn.Module):
@@ -86,6 +87,7 @@ class LocalDecoder(nn.Module):
     def __init__(self, config: BLTConfig, ops: SimpleNamespace) -> None:
         super().__init__()
         layer, queries = config.decoder, config.queries_per_patch
+        self.queries_per_patch = queries
         count = layer.num_layers if config.cross_attn_all_layers_decoder else 1
         self.patch_embedding_projection = linear(config.global_transformer.dim, queries * layer.dim)
         cross, window = config.cross_attention(layer), config.cross_attn_window_decoder
@@ -99,7 +101,10 @@ class LocalDecoder(nn.Module):
         self, x: Tensor, patches: Tensor | list[tuple[Tensor, Tensor]], table: Tensor, documents: Any,
         layout: PatchLayout, ranges: AttentionRanges | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return bytes ``[T, D]`` after layers and norm. `patches` may also be what `keys` returned for them."""
+        """Return bytes ``[T, D]`` after layers and norm.
+
+        `patches` may also be keys and values ``[C, K, G, E]`` for every cross attention: those that `keys` returned.
+        """
         return self.norm(self.states(x, patches, table, documents, layout, ranges))
 
     def states(
@@ -107,6 +112,10 @@ class LocalDecoder(nn.Module):
         layout: PatchLayout, ranges: AttentionRanges | None = None,
     ) -> Tensor:  # fmt: skip
         """Return bytes ``[T, D]`` after the layers."""
+        if isinstance(patches, list) and isinstance(documents, list):
+            y = few_rows([*self.layers], x, table, documents, [*self.cross_attn_layers], patches, layout.decode_ids)
+            if y is not None:
+                return y
         read = patches if isinstance(patches, list) else [self.vectors(patches)] * len(self.cross_attn_layers)
         for i, (layer, own) in enumerate(zip(self.layers, of_layers(documents, len(self.layers)), strict=True)):
             if i < len(self.cross_attn_layers):
@@ -119,6 +128,10 @@ class LocalDecoder(nn.Module):
         return self.patch_embedding_projection(patches).view(-1, self.norm.weight.shape[0])
 
     def keys(self, patches: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return keys and values ``[C * K, G, E]`` of patches for every cross attention."""
+        """Return keys and values ``[C, K, G, E]`` of patches for every cross attention."""
         vectors = self.vectors(patches)
-        return [cross.keys(vectors) for cross in self.cross_attn_layers]  # type: ignore[operator]
+        pairs = [cross.keys(vectors) for cross in self.cross_attn_layers]  # type: ignore[operator]
+        return [
+            (k.unflatten(0, (-1, self.queries_per_patch)), v.unflatten(0, (-1, self.queries_per_patch)))
+            for k, v in pairs
+        ]

@@ -48,8 +48,7 @@ def read_patches(model: Any, patches: Tensor, positions: Tensor, keys: Sequence[
     """
     table = rotary_table(positions, model.config.global_transformer, patches.dtype)
     patches = model.global_transformer(patches, table, list(keys))
-    read = [x for pair in model.local_decoder.keys(patches) for x in pair]
-    return [x.unflatten(0, (-1, model.config.queries_per_patch)) for x in read]
+    return [x for pair in model.local_decoder.keys(patches) for x in pair]
 
 
 def decode(
@@ -60,9 +59,8 @@ def decode(
 
     `read` is what `read_patches` returned for the patches of `layout`.
     """
-    flat = [y.flatten(0, 1) for y in read]
     table = rotary_table(positions, model.config.decoder, x.dtype)
-    pairs = list(zip(flat[::2], flat[1::2], strict=True))
+    pairs = list(zip(read[::2], read[1::2], strict=True))
     x = model.local_decoder.states(x, pairs, table, list(keys), layout)
     norm = model.local_decoder.norm
     return multiply_normed(norm, x, model.lm_head)[0] if head else norm(x)

@@ -15,7 +15,7 @@ from torch import Tensor
 from blt_kernels._checks import Documents
 from blt_kernels.models.cross_patch import CrossPatch
 from blt_kernels.models.state import ByteState
-from blt_kernels.nn import embed_ids, rotary_table
+from blt_kernels.nn import embed_ids, rotary_table, run_layers
 from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
 from blt_kernels.nn.matrices import multiply_normed
 
@@ -23,8 +23,7 @@ from blt_kernels.nn.matrices import multiply_normed
 def read_patches(model: Any, x: Tensor, patch: Tensor, keys: Sequence[CachedKeys]) -> Tensor:
     """Pass patches of a `MegaByte` through the global model; return what their slots add, ``[P * patch_size, D]``."""
     table = rotary_table(patch, model.config.global_transformer, x.dtype)
-    for layer, own in zip(model.global_layers, keys, strict=True):
-        x = layer(x, table, own)
+    x = run_layers(model.global_layers, x, table, list(keys))
     x = model.global_norm(x).unflatten(-1, (model.config.patch_size, -1))
     return model.global_to_local(x.flatten(0, 1))
 
@@ -36,9 +35,7 @@ def read_slots(
     x = embed_ids(model.local_embed_tokens, ids, None)
     x = torch.where((place == 0)[:, None], model.local_embed_first, x) + parts
     table = rotary_table(place, model.local_config, x.dtype)
-    for layer, own in zip(model.local_layers, keys, strict=True):
-        x = layer(x, table, own)
-    return x
+    return run_layers(model.local_layers, x, table, list(keys))
 
 
 class MegaByteState(ByteState):

@@ -21,7 +21,7 @@ from torch import Tensor
 from blt_kernels import _checks
 from blt_kernels._checks import Documents
 from blt_kernels.ids import NEWLINE
-from blt_kernels.nn import embed_ids, rotary_table
+from blt_kernels.nn import embed_ids, rotary_table, run_layers
 from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
 from blt_kernels.nn.matrices import multiply_normed
 
@@ -319,8 +319,7 @@ def byte_lm_logits(model: Any, ids: Tensor, positions: Tensor, keys: Sequence[Ca
     """Return the logits of new ids of a `ByteLM`; `keys` are those of each layer."""
     x = embed_ids(model.embed_tokens, ids, None)
     table = rotary_table(positions, model.config, x.dtype)
-    for layer, own in zip(model.layers, keys, strict=True):
-        x = layer(x, table, own)
+    x = run_layers(model.layers, x, table, list(keys))
     return multiply_normed(model.norm, x, model.lm_head)[0]
 
 

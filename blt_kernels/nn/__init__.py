@@ -1,6 +1,7 @@
 """`ByteLM`, `BLT` and `MegaByte` are composed of these layers and functions over the ops."""
 
 from blt_kernels.nn.config import TransformerConfig as TransformerConfig
+from blt_kernels.nn.few_rows import run_layers as run_layers
 from blt_kernels.nn.functional import embed_ids as embed_ids
 from blt_kernels.nn.functional import known_ids as known_ids
 from blt_kernels.nn.functional import load_ops as load_ops

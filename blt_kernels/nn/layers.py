@@ -6,7 +6,6 @@ They are Llama's blocks: RMSNorm, rotary positions in interleaved pairs, SwiGLU,
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +18,8 @@ from blt_kernels.layout import AttentionRanges, PatchLayout
 from blt_kernels.nn.cache import CachedKeys
 from blt_kernels.nn.config import TransformerConfig
 from blt_kernels.nn.functional import swiglu
-from blt_kernels.nn.matrices import RMSNorm, add_product, is_plain, linear, multiply_normed, stored
+from blt_kernels.nn.matrices import RMSNorm, add_product, linear, multiply_normed
 from blt_kernels.nn.positions import rotate
-from blt_kernels.ops.few_row_layer import few_row_layer_step
-from blt_kernels.ops.few_row_linear import takes
-
-_ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP_MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
 class SelfAttention(nn.Module):
@@ -140,7 +134,7 @@ class CrossAttention(nn.Module):
         ----------
         queries : floating ``[C * K, D]`` to encode, ``[T, D]`` to decode
         states : floating ``[T, D]`` to encode, ``[C * K, D]`` to decode
-            Keys and values are computed from them. Or what `keys` returned for them.
+            Keys and values are computed from them. Or what `keys` returned for them, with a dimension of patches.
         layout : PatchLayout
         residual_factor : float
 
@@ -148,7 +142,7 @@ class CrossAttention(nn.Module):
         -------
         ``queries.shape``
         """
-        k, v = states if isinstance(states, tuple) else self.keys(states)
+        k, v = (x.flatten(0, 1) for x in states) if isinstance(states, tuple) else self.keys(states)
         (q,) = multiply_normed(self.q_norm, queries, self.q_proj)
         q = q.unflatten(-1, (-1, self.head_dim))
         out = self.attention(
@@ -261,31 +255,5 @@ class TransformerLayer(nn.Module):
     def _layer(
         self, x: Tensor, table: Tensor, documents: Tensor | Documents | CachedKeys, ranges: AttentionRanges | None
     ) -> Tensor:
-        offsets = documents.offsets if isinstance(documents, CachedKeys) else None
-        if isinstance(documents, CachedKeys) and offsets is not None:
-            weights = self._weights(x, documents)
-            if weights is not None:
-                cache = documents.keys, documents.values, documents.index
-                return few_row_layer_step(
-                    x, *weights, self.input_layernorm.eps, table, *cache, *offsets, self.self_attn.window
-                )
         x = x + self.self_attn(self.input_layernorm(x), table, documents, ranges)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-    def _weights(self, x: Tensor, documents: CachedKeys) -> tuple[Any, Any, Tensor, Tensor] | None:
-        """Return the weights as `few_row_layer` takes them; None if it does not compute the layer."""
-        parts: dict[str, Any] = self._modules  # reading an attribute of a module takes four times as long
-        attention, mlp = parts["self_attn"], parts["mlp"]
-        norms = parts["input_layernorm"], parts["post_attention_layernorm"]
-        matrices = [*map(attention._modules.get, _ATTENTION_MATRICES), *map(mlp._modules.get, _MLP_MATRICES)]
-        if documents.keys.dtype != x.dtype or not (
-            is_plain(attention, mlp, types=(SelfAttention, FeedForward)) and is_plain(*norms, *matrices)
-        ):
-            return None
-        if not isinstance(norms[0].eps, float) or norms[0].eps != norms[1].eps:
-            return None
-        weights, scales = zip(*map(stored, matrices), strict=True)
-        (input_norm, _), (post_norm, _) = map(stored, norms)
-        if not takes(x, *weights, input_norm, post_norm) or len({(type(w), w.dtype) for w in weights}) > 1:
-            return None
-        return weights, () if scales[0] is None else scales, input_norm, post_norm

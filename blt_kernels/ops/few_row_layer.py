@@ -116,20 +116,22 @@ def few_row_layer(
         _checks.check_int("window", window, 1)
     contiguous = all(cache.stride()[1:] == (width, 1) for cache in (keys, values))
     kernel = contiguous and table.dtype == torch.complex64 and takes(x, *weights, *scales, input_norm, post_norm)
-    step = few_row_layer_step if kernel else reference_step
-    return step(
-        x, weights, scales, input_norm, post_norm, eps, table, keys, values, index, cu_seqlens_q, cu_seqlens_k, window
-    )
+    documents = index, cu_seqlens_q, cu_seqlens_k, window
+    if not kernel:
+        arguments = x, weights, scales, input_norm, post_norm, eps, table, keys, values
+        return reference.few_row_layer_reference(*arguments, *documents)
+    norms, caches = (input_norm, post_norm), ((keys,), (values,))
+    return few_row_layer_step(x, weights, scales, norms, eps, table, *caches, *documents, (), (), None)
 
 
 # --- schema and fake --------------------------------------------------------------------------------------------------
 
-reference_step = reference.few_row_layer_reference
+# The operator runs a stack of layers. Its lists have the tensors of all of them, end to end.
 few_row_layer_step = _common.define(
     "few_row_layer_step",
-    "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor input_norm, Tensor post_norm, float eps, Tensor table,"
-    " Tensor(a!) keys, Tensor(b!) values, Tensor index, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? window)"
-    " -> Tensor",
-    reference_step,
+    "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] norms, float eps, Tensor table, Tensor(a!)[] keys,"
+    " Tensor(b!)[] values, Tensor index, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? window,"
+    " Tensor[] patch_keys, Tensor[] patch_values, Tensor? patches) -> Tensor",
+    reference.few_row_layer_step_reference,
     lambda x, *_: x.new_empty(x.shape),
 )

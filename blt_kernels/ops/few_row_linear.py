@@ -119,15 +119,22 @@ def takes(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         return False  # without a guard on the number of rows in a compiled graph
     return (
         x.dtype == torch.float32
-        and weight.dtype in (torch.float32, torch.bfloat16, torch.int8)
         and type(x) is Tensor
-        and type(weight) in _PLAIN  # a subclass may compute products by itself
         and x.is_cpu
-        and weight.is_cpu
-        and weight.stride(1) == 1
+        and stores(weight)
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *others)))
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def stores(weight: Tensor) -> bool:
+    """Return whether the kernel reads this weight matrix."""
+    return (
+        weight.dtype in (torch.float32, torch.bfloat16, torch.int8)
+        and type(weight) in _PLAIN  # a subclass may compute products by itself
+        and weight.is_cpu
+        and weight.stride(1) == 1
     )
 
 

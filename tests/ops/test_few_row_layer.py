@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -15,11 +18,12 @@ from torch import Tensor, nn
 
 import blt_kernels as bk
 from blt_kernels._checks import Documents
-from blt_kernels.nn import TransformerConfig, TransformerLayer, layers, load_ops, rotary_table
+from blt_kernels.nn import TransformerConfig, TransformerLayer, few_rows, load_ops, rotary_table, run_layers
 from blt_kernels.nn.cache import CachedKeys
 from blt_kernels.nn.matrices import Linear, QuantizedLinear
-from blt_kernels.ops.few_row_layer import MAX_ROWS, few_row_layer_step
-from blt_kernels.reference.few_row_layer import few_row_layer_reference
+from blt_kernels.ops import few_row_layer as op
+from blt_kernels.ops.few_row_layer import MAX_ROWS
+from blt_kernels.reference.few_row_layer import few_row_layer_reference, few_row_layer_step_reference
 
 OVERLOAD = torch.ops.blt_kernels.few_row_layer_step.default
 COMPILED = pytest.mark.skipif(not has_cpu_kernel(OVERLOAD), reason="no compiled module")
@@ -63,6 +67,18 @@ class Call:
         return replace(self, **changes, weights=weights, scales=(), table=self.table.to(torch.complex128))
 
 
+def operator_arguments(
+    x: Tensor, weights: Any, scales: Any, input_norm: Tensor, post_norm: Tensor, eps: float, table: Tensor,
+    keys: Tensor, values: Tensor, *documents: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Return the arguments of the operator for those of `few_row_layer`."""
+    return x, weights, scales, (input_norm, post_norm), eps, table, (keys,), (values,), *documents, (), (), None
+
+
+def few_row_layer_step(*arguments: Any) -> Tensor:
+    return op.few_row_layer_step(*operator_arguments(*arguments))
+
+
 def make(counts: tuple[int, ...], window: int | None = None, dtype: torch.dtype = torch.float32) -> Call:
     """Return a call with `counts` new entries at the end of each document of LENGTHS."""
     torch.manual_seed(0)
@@ -102,6 +118,112 @@ def test_equals_the_reference_in_fp64(counts: tuple[int, ...], dtype: torch.dtyp
     for function in (few_row_layer_step, bk.few_row_layer):
         for actual, expected in zip(call.run(function), truth, strict=True):
             torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def stack(counts: tuple[int, ...], dtype: torch.dtype = torch.float32, crosses: int = 2) -> tuple[Any, ...]:
+    """Return the operator's arguments for three layers, the first `crosses` of which read patches of three vectors."""
+    layer, total = make(counts, 7, dtype), sum(counts)
+    torch.manual_seed(1)
+    vectors = [
+        [inputs.random_normal(6, 3, 2, 12, dtype=torch.float32, seed=s + i) for i in range(crosses)] for s in (4, 7)
+    ]
+    weights: list[Tensor] = []
+    scales: list[Tensor] = []
+    norms: list[Tensor] = []
+    for i in range(3):
+        if i < crosses:
+            for n, k in ((96, 48), (48, 96)):
+                matrix = nn.Linear(k, n, bias=False)
+                stored = matrix if dtype == torch.float32 else QuantizedLinear(matrix, dtype)
+                weights.append(stored.weight.detach())
+                scales += [] if dtype != torch.int8 else [stored.scale]  # type: ignore[list-item]
+            norms.append(1 + 0.1 * torch.randn(48))
+        own = [w.roll(i, 1) for w in layer.weights]
+        weights += own
+        scales += layer.scales
+        norms += [layer.input_norm, layer.post_norm]
+    caches = ([cache.roll(i, 0).clone() for i in range(3)] for cache in (layer.keys, layer.values))
+    documents = layer.index, layer.cu_seqlens_q, layer.cu_seqlens_k, layer.window
+    patches = torch.tensor([4, -1, 0, 5, 2, 2, 3, -1] * 5, dtype=torch.int32)[:total]
+    return layer.x, weights, scales, norms, layer.eps, layer.table, *caches, *documents, *vectors, patches
+
+
+def in_fp64(x: Any) -> Any:
+    if isinstance(x, list):
+        return [in_fp64(y) for y in x]
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return x
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
+@pytest.mark.parametrize("crosses", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("counts", [(1, 0, 0, 0), (3, 2, 1, 8), (0, 0, 0, 0)])
+def test_a_stack_with_cross_attention_equals_the_reference_in_fp64(
+    counts: tuple[int, ...], dtype: torch.dtype, crosses: int
+) -> None:
+    arguments = stack(counts, dtype, crosses)
+    exact = list(in_fp64(list(arguments)))
+    if dtype == torch.int8:
+        exact[1] = [w.double() * s.double()[:, None] for w, s in zip(arguments[1], arguments[2], strict=True)]
+    exact[2] = []
+    expected = few_row_layer_step_reference(*exact)
+    actual = op.few_row_layer_step(*arguments)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=2e-5)
+    for cache, other in zip((*arguments[6], *arguments[7]), (*exact[6], *exact[7]), strict=True):
+        torch.testing.assert_close(cache.double(), other, rtol=1e-5, atol=2e-5)
+
+
+@COMPILED
+def test_a_stack_is_its_layers_one_after_another() -> None:
+    """Bitwise, and for any number of threads."""
+    x, weights, _scales, norms, eps, table, keys, values, *documents = stack((3, 2, 1, 8), crosses=0)[:12]
+    caches = [y.clone() for y in keys], [y.clone() for y in values]
+    expected = x
+    for i, cache in enumerate(zip(*caches, strict=True)):
+        own = weights[7 * i : 7 * i + 7], (), *norms[2 * i : 2 * i + 2]
+        expected = few_row_layer_step(expected, *own, eps, table, *cache, *documents)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(op.few_row_layer_step(*stack((3, 2, 1, 8), crosses=0)), expected)
+
+
+@COMPILED
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_hostile_patches_reach_their_readers_alone(value: float) -> None:
+    arguments = stack((1, 1, 1, 1), crosses=1)
+    expected = op.few_row_layer_step(*arguments)
+    arguments = stack((1, 1, 1, 1), crosses=1)
+    arguments[12][0][4] = value
+    actual = op.few_row_layer_step(*arguments)
+    assert torch.equal(actual[1:], expected[1:])
+    assert actual[0].isnan().all()
+
+
+@COMPILED
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (1, [], "weights: expected 25, got 0"),
+        (3, [], "norms: expected 8, got 0"),
+        (6, [], "weights: expected 4, got 25"),
+        (7, [], "values: expected 3, got 0"),
+        (12, [torch.ones(6, 3, 2, 12)] * 4, "weights: expected 29, got 25"),
+        (12, [torch.ones(6, 3, 2, 12)] * 2, ""),
+        (12, [torch.ones(6, 3, 2, 11)] * 2, "patch_values: expected size 11"),
+        (12, [torch.ones(6, 3, 24)] * 2, "patch_keys: expected 4 dim"),
+        (12, [torch.ones(6, 3, 12, 2).transpose(2, 3)] * 2, "patch_keys: expected contiguous entries"),
+        (13, [torch.ones(6, 3, 2, 12)], "patch_values: expected 2, got 1"),
+        (14, None, "patches: expected a tensor"),
+        (14, torch.tensor([0, 1, 2, 6], dtype=torch.int32), "patches: expected values below 6, got 6"),
+        (14, torch.tensor([0, 1, 2], dtype=torch.int32), "patches: expected size 4"),
+    ],
+)
+def test_a_stack_names_wrong_arguments(place: int, value: Any, message: str) -> None:
+    arguments = list(stack((1, 1, 1, 1)))
+    arguments[place] = value
+    with pytest.raises(RuntimeError, match=message) if message else nullcontext():
+        op.few_row_layer_step(*arguments)
 
 
 @COMPILED
@@ -187,7 +309,9 @@ def test_any_strides_of_the_cache_and_a_table_of_fp64() -> None:
 
 def test_opcheck() -> None:
     for call in (make((1, 1, 0, 2)), make((1, 1, 0, 2), 3, torch.int8)):
-        torch.library.opcheck(OVERLOAD, tuple(vars(call).values()))
+        torch.library.opcheck(OVERLOAD, operator_arguments(*vars(call).values()))
+    for dtype in (torch.float32, torch.int8):
+        torch.library.opcheck(OVERLOAD, stack((1, 1, 0, 2), dtype))
 
 
 @COMPILED
@@ -200,11 +324,11 @@ def test_opcheck() -> None:
         ({"x": torch.ones(4, 47)}, "weights: expected size 47"),
         ({"x": torch.ones(4, 48).double()}, "x: expected dtype Float"),
         ({"weights": ()}, "weights: expected 7, got 0"),
-        ({"scales": (torch.ones(48),)}, "scales: expected none or 7, got 1"),
+        ({"scales": (torch.ones(48),)}, "scales: expected 7, got 1"),
         ({"table": torch.ones(4, 1, 3) + 0j}, "table: expected size 4"),
-        ({"keys": torch.ones(40, 2, 7)}, "values: expected size 7"),
+        ({"keys": torch.ones(40, 2, 7)}, "keys: expected heads of even width, got 7"),
         ({"values": torch.ones(39, 2, 8)}, "values: expected size 40"),
-        ({"post_norm": torch.ones(47)}, "post_norm: expected size 48"),
+        ({"post_norm": torch.ones(47)}, "norms: expected size 48"),
         ({"cu_seqlens_q": torch.tensor([0, 9, 9, 9, 9], dtype=torch.int32)}, "cu_seqlens_q"),
         ({"cu_seqlens_k": torch.tensor([0, 5, 17, 18, 99], dtype=torch.int32)}, "cu_seqlens_k"),
         ({"window": 0}, "window: expected a value >= 1"),
@@ -260,8 +384,8 @@ def calls_kernel(layer: nn.Module, rows: int = 2, dtype: torch.dtype = torch.flo
     both = (offsets, offsets) if ops == "fused" else None
     keys = CachedKeys(*cache, torch.arange(rows), documents, both)
     table = rotary_table(torch.arange(rows), CONFIG, dtype)
-    with mock.patch.object(layers, "few_row_layer_step", wraps=few_row_layer_step) as step:
-        layer(inputs.random_normal(rows, 48, dtype=dtype, seed=1), table, keys)
+    with mock.patch.object(few_rows, "few_row_layer_step", wraps=op.few_row_layer_step) as step:
+        run_layers((layer,), inputs.random_normal(rows, 48, dtype=dtype, seed=1), table, [keys])
     return step.called
 
 
@@ -311,6 +435,59 @@ def test_what_was_put_into_a_layer_runs() -> None:
         assert not calls_kernel(layer)
 
 
+def cast_in_place(layer: TransformerLayer) -> None:
+    layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data.double()
+
+
+def make_parametrized(layer: TransformerLayer) -> None:
+    nn.utils.parametrize.register_parametrization(layer.self_attn.q_proj, "weight", nn.Identity())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.mlp.up_proj.register_forward_pre_hook(lambda *_: None),
+        lambda layer: setattr(layer.self_attn, "o_proj", nn.Linear(48, 48, bias=False)),
+        lambda layer: setattr(layer.self_attn, "forward", layer.self_attn.forward),
+        lambda layer: setattr(layer.self_attn.o_proj, "bias", nn.Parameter(torch.ones(48))),
+        lambda layer: setattr(layer.input_layernorm, "eps", 0.5),
+        lambda layer: setattr(layer.mlp.gate_proj, "__class__", nn.Linear),
+        cast_in_place,
+        make_parametrized,
+    ],
+)
+def test_what_is_put_into_a_layer_after_a_call_runs(change: Callable[[TransformerLayer], None]) -> None:
+    layer = TransformerLayer(CONFIG, load_ops("fused"))
+    with torch.no_grad():
+        assert calls_kernel(layer)
+        change(layer)
+        with mock.patch.object(TransformerLayer, "forward", side_effect=lambda x, *_: x) as forward:
+            assert not calls_kernel(layer)
+        assert forward.called
+
+
+def test_a_weight_that_was_replaced_after_a_call_is_used() -> None:
+    torch.manual_seed(0)
+    layer = TransformerLayer(CONFIG, load_ops("fused"))
+    with torch.no_grad():
+        assert calls_kernel(layer)
+        layer.mlp.down_proj.weight = nn.Parameter(torch.zeros(48, 77))
+        assert calls_kernel(layer)
+        stack = few_rows._KNOWN[layer]
+    assert stack.weights[6] is layer.mlp.down_proj.weight
+
+
+def test_what_is_known_of_layers_goes_with_them() -> None:
+    layer = TransformerLayer(CONFIG, load_ops("fused"))
+    with torch.no_grad():
+        assert calls_kernel(layer)
+    reference = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert reference() is None
+
+
 def change_forward(layer: TransformerLayer) -> None:
     layer.mlp.up_proj.forward = lambda x: torch.zeros(*x.shape[:-1], 77)  # type: ignore[method-assign]
 
@@ -358,4 +535,5 @@ def test_a_changed_layer_computes_what_its_modules_do(change: Callable[[Transfor
     cache = torch.zeros(2, 6, 8), torch.zeros(2, 6, 8), torch.arange(2)
     keys = CachedKeys(*cache, {"cu_seqlens_q": documents, "cu_seqlens_k": documents}, (offsets, offsets))
     with torch.no_grad():
-        torch.testing.assert_close(layer(x, table, keys), layer(x, table, documents), rtol=1e-5, atol=1e-5)
+        actual = run_layers((layer,), x, table, [keys])
+        torch.testing.assert_close(actual, layer(x, table, documents), rtol=1e-5, atol=1e-5)

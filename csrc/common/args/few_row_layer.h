@@ -1,76 +1,127 @@
 // Checks the arguments of few_row_layer.
 #pragma once
 
+#include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "few_row_linear.h"
 
 namespace blt {
 
-// The operator takes the weights of a transformer layer in this order.
+// The operator takes the weights of a transformer layer in this order, and before them those of its cross attention.
 enum LayerWeight { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLayerWeights };
+enum CrossWeight { kCrossQuery, kCrossOutput, kCrossWeights };
+enum LayerNorm { kInputNorm, kPostNorm, kLayerNorms };
+
+// The operator takes lists of tensors, of all layers end to end. A list of scales is empty or as long as the weights.
+struct LayerLists {
+  std::vector<Tensor> weights, scales, norms, keys, values, patch_keys, patch_values;
+  size_t layers() const { return keys.size(); }
+  size_t crosses() const { return patch_keys.size(); }
+};
 
 // x is [rows, dim], keys and values are [slots, kv_heads, head_dim], and SwiGLU has `hidden` columns.
 struct LayerSizes {
-  int64_t rows, dim, heads, kv_heads, head_dim, hidden, slots;
+  int64_t rows, dim, heads, kv_heads, head_dim, hidden;
+  int64_t width() const { return heads * head_dim; }
+  int64_t kv_width() const { return kv_heads * head_dim; }
 };
 
-struct LayerArguments {
-  LayerSizes sizes;
-  Tensor x;
-  std::vector<Tensor> weights;
-  std::vector<std::optional<Tensor>> scales;
-  Tensor input_norm, post_norm, table, index;
+// Keys and values of patches are [patches, vectors, kv_heads, head_dim].
+struct CrossSizes {
+  int64_t rows, dim, heads, patches, vectors, kv_heads, head_dim;
 };
 
-// Gives everything but keys and values unit strides. Rows of keys and values may have any stride.
-inline LayerArguments check_few_row_layer(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> scales,
-                                          Tensor input_norm, Tensor post_norm, Tensor table, const Tensor& keys,
-                                          const Tensor& values, Tensor index) {
-  check_dim(x, "x", 2);
-  const int64_t rows = x.size(0), dim = x.size(1);
-  STD_TORCH_CHECK(weights.size() == kLayerWeights, "weights: expected ", int{kLayerWeights}, ", got ", weights.size());
-  STD_TORCH_CHECK(scales.empty() || scales.size() == kLayerWeights, "scales: expected none or ", int{kLayerWeights},
-                  ", got ", scales.size());
-  for (const auto& [cache, name] : {std::pair(&keys, "keys"), std::pair(&values, "values")}) {
-    check_dim(*cache, name, 3);
+inline void check_lengths(const LayerLists& lists) {
+  const size_t layers = lists.layers(), crosses = lists.crosses();
+  const auto check = [](const std::vector<Tensor>& list, const char* name, size_t expected) {
+    STD_TORCH_CHECK(list.size() == expected, name, ": expected ", expected, ", got ", list.size());
+  };
+  check(lists.weights, "weights", layers * kLayerWeights + crosses * kCrossWeights);
+  if (!lists.scales.empty()) check(lists.scales, "scales", lists.weights.size());
+  check(lists.norms, "norms", layers * kLayerNorms + crosses);
+  check(lists.values, "values", layers);
+  check(lists.patch_values, "patch_values", crosses);
+  STD_TORCH_CHECK(crosses <= layers, "patch_keys: expected at most ", layers, ", got ", crosses);
+}
+
+// Checks weights [outputs, inputs] from `first` on, and gives them unit strides.
+inline void check_weights(LayerLists& lists, size_t first, std::initializer_list<std::pair<int64_t, int64_t>> sizes) {
+  for (const auto& [outputs, inputs] : sizes) {
+    std::optional<Tensor> scale;
+    if (!lists.scales.empty()) scale = lists.scales[first];
+    check_weight(lists.weights[first], scale, "weights", inputs);
+    check_size(lists.weights[first], "weights", 0, outputs);
+    if (scale) lists.scales[first] = *scale;
+    ++first;
+  }
+}
+
+// Checks that `values` is fp32 of the sizes of `keys`, like which it has contiguous entries of any stride.
+inline void check_cache(const Tensor& keys, const Tensor& values, const char* keys_name, const char* values_name,
+                        int64_t dims) {
+  for (const auto& [cache, name] : {std::pair(&keys, keys_name), std::pair(&values, values_name)}) {
+    check_dim(*cache, name, dims);
     check_dtype(*cache, name, ScalarType::Float);
-    for (int d = 0; d < 3; ++d) check_size(*cache, name, d, keys.size(d));
-    STD_TORCH_CHECK(cache->stride(2) == 1 && cache->stride(1) == cache->size(2), name,
-                    ": expected contiguous entries, got strides ", cache->stride(1), " and ", cache->stride(2));
+    for (int64_t d = 0; d < dims; ++d) check_size(*cache, name, d, keys.size(d));
+    int64_t stride = 1;
+    for (int64_t d = dims - 1; d > 0; stride *= cache->size(d--))
+      STD_TORCH_CHECK(cache->stride(d) == stride, name, ": expected contiguous entries, got stride ", cache->stride(d));
   }
-  const int64_t kv_heads = keys.size(1), head_dim = keys.size(2);
-  STD_TORCH_CHECK(kv_heads > 0 && head_dim > 0 && head_dim % 2 == 0, "keys: expected heads of even width, got ",
-                  kv_heads, " of ", head_dim);
-  for (const LayerWeight kind : {kQuery, kGate}) check_dim(weights[kind], "weights", 2);
-  const int64_t heads = weights[kQuery].size(0) / head_dim, hidden = weights[kGate].size(0);
-  const int64_t outputs[] = {heads * head_dim, kv_heads * head_dim, kv_heads * head_dim, dim, hidden, hidden, dim};
-  const int64_t inputs[] = {dim, dim, dim, heads * head_dim, dim, dim, hidden};
-  std::vector<std::optional<Tensor>> optional_scales(kLayerWeights);
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (!scales.empty()) optional_scales[i] = scales[i];
-    check_weight(weights[i], optional_scales[i], "weights", inputs[i]);
-    check_size(weights[i], "weights", 0, outputs[i]);
-  }
-  check_norm(input_norm, "input_norm", dim);
-  check_norm(post_norm, "post_norm", dim);
+}
+
+// Checks the rotations [rows, 1, head_dim / 2], gives them unit strides, and returns head_dim: that of all keys.
+inline int64_t check_table(Tensor& table, const LayerLists& lists, int64_t rows) {
+  STD_TORCH_CHECK(lists.layers() > 0, "keys: expected those of at least one layer, got none");
+  check_dim(lists.keys[0], "keys", 3);
+  const int64_t head_dim = lists.keys[0].size(2);
+  STD_TORCH_CHECK(head_dim > 0 && head_dim % 2 == 0, "keys: expected heads of even width, got ", head_dim);
   check_dtype(table, "table", ScalarType::ComplexFloat);
   check_shape(table, "table", {rows, 1, head_dim / 2});
-  check_dtype(index, "index", ScalarType::Long);
-  check_shape(index, "index", {rows});
-  index = as_contiguous(index);
+  table = as_contiguous(table);
+  return head_dim;
+}
+
+// Checks layer number `layer`, whose weights and norms begin at these indices.
+inline LayerSizes check_layer(LayerLists& lists, size_t layer, size_t weight, size_t norm, int64_t rows, int64_t dim,
+                              int64_t head_dim, const Tensor& index) {
+  const Tensor& keys = lists.keys[layer];
+  check_cache(keys, lists.values[layer], "keys", "values", 3);
+  check_size(keys, "keys", 2, head_dim);
+  const int64_t kv_heads = keys.size(1);
+  STD_TORCH_CHECK(kv_heads > 0, "keys: expected at least one head, got 0");
+  for (const LayerWeight kind : {kQuery, kGate}) check_dim(lists.weights[weight + kind], "weights", 2);
+  const int64_t heads = lists.weights[weight + kQuery].size(0) / head_dim;
+  const int64_t hidden = lists.weights[weight + kGate].size(0);
+  const LayerSizes sizes = {rows, dim, heads, kv_heads, head_dim, hidden};
+  const int64_t width = sizes.width(), kv_width = sizes.kv_width();
+  check_weights(
+      lists, weight,
+      {{width, dim}, {kv_width, dim}, {kv_width, dim}, {dim, width}, {hidden, dim}, {hidden, dim}, {dim, hidden}});
+  for (const LayerNorm kind : {kInputNorm, kPostNorm}) check_norm(lists.norms[norm + kind], "norms", dim);
   const int64_t* const slot = index.const_data_ptr<int64_t>();
   for (int64_t m = 0; m < rows; ++m)
     STD_TORCH_CHECK(slot[m] >= 0 && slot[m] < keys.size(0), "index: expected values from 0 to ", keys.size(0) - 1,
                     ", got ", slot[m]);
-  return {{rows, dim, heads, kv_heads, head_dim, hidden, keys.size(0)},
-          check_fp32_rows(x, "x", dim),
-          std::move(weights),
-          std::move(optional_scales),
-          input_norm,
-          post_norm,
-          as_contiguous(table),
-          index};
+  return sizes;
+}
+
+// Checks the cross attention of layer number `layer`, whose weights and norm begin at these indices.
+inline CrossSizes check_cross(LayerLists& lists, size_t layer, size_t weight, size_t norm, int64_t rows, int64_t dim,
+                              const int32_t* patch) {
+  const Tensor& keys = lists.patch_keys[layer];
+  check_cache(keys, lists.patch_values[layer], "patch_keys", "patch_values", 4);
+  const int64_t patches = keys.size(0), kv_heads = keys.size(2), head_dim = keys.size(3);
+  check_dim(lists.weights[weight + kCrossQuery], "weights", 2);
+  const int64_t width = lists.weights[weight + kCrossQuery].size(0);
+  STD_TORCH_CHECK(kv_heads > 0 && head_dim > 0 && width % (kv_heads * head_dim) == 0,
+                  "patch_keys: expected heads that divide ", width, " columns, got ", kv_heads, " of ", head_dim);
+  check_weights(lists, weight, {{width, dim}, {dim, width}});
+  check_norm(lists.norms[norm], "norms", dim);
+  for (int64_t m = 0; m < rows; ++m)
+    STD_TORCH_CHECK(patch[m] < patches, "patches: expected values below ", patches, ", got ", patch[m]);
+  return {rows, dim, width / head_dim, patches, keys.size(1), kv_heads, head_dim};
 }
 
 }  // namespace blt

@@ -1,0 +1,216 @@
+"""Layers over a few cached rows run in one call of the operator of `few_row_layer`, if it computes what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from operator import attrgetter, is_
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from blt_kernels.layout import AttentionRanges
+from blt_kernels.nn.cache import CachedKeys, of_layers
+from blt_kernels.nn.layers import CrossAttention, FeedForward, SelfAttention, TransformerLayer
+from blt_kernels.nn.matrices import Linear, QuantizedLinear, RMSNorm
+from blt_kernels.ops.few_row_layer import few_row_layer_step
+from blt_kernels.ops.few_row_linear import stores, takes
+
+# The norms and matrices of a module in the order of the operator, by the path to each.
+_NORMS = {CrossAttention: ("q_norm",), TransformerLayer: ("input_layernorm", "post_attention_layernorm")}
+_MATRICES = {
+    CrossAttention: ("q_proj", "o_proj"),
+    TransformerLayer: (
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    ),
+}
+_PLAIN = {*_MATRICES, SelfAttention, FeedForward, Linear, QuantizedLinear, RMSNorm}
+
+
+def run_layers(
+    layers: Iterable[Any], x: Tensor, table: Tensor, documents: Any, ranges: AttentionRanges | None = None
+) -> Tensor:
+    """Return `x` after all layers.
+
+    Parameters
+    ----------
+    layers : iterable of TransformerLayer
+    x, table, ranges
+        As in `TransformerLayer.forward`.
+    documents
+        As there, or a list with what each layer takes, such as its own `CachedKeys`.
+
+    Returns
+    -------
+    ``[T, D]``
+
+    Examples
+    --------
+    >>> config = TransformerConfig(dim=8, num_layers=2, num_heads=2)
+    >>> layers = [TransformerLayer(config, load_ops("fused")) for _ in range(2)]
+    >>> table = rotary_table(torch.arange(5), config, torch.float32)
+    >>> run_layers(layers, torch.randn(5, 8), table, torch.tensor([0, 5])).shape
+    torch.Size([5, 8])
+    """
+    layers = list(layers)
+    y = few_rows(layers, x, table, documents) if isinstance(documents, list) else None
+    if y is not None:
+        return y
+    for layer, own in zip(layers, of_layers(documents, len(layers)), strict=True):
+        x = layer(x, table, own, ranges)
+    return x
+
+
+def few_rows(
+    layers: Sequence[Any], x: Tensor, table: Tensor, keys: Sequence[Any], crosses: Sequence[Any] = (),
+    patches: Sequence[tuple[Tensor, Tensor]] = (), patch_ids: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Return `x` after all layers, from one call of the operator; None if it does not compute what they do.
+
+    Parameters
+    ----------
+    layers : sequence of TransformerLayer
+    x, table
+        As in `run_layers`.
+    keys : sequence of CachedKeys
+        Those of each layer.
+    crosses : sequence of CrossAttention
+        Each runs before a layer, and adds its queries twice.
+    patches : sequence of (``[C, K, G, E]``, ``[C, K, G, E]``)
+        The keys and values of each of `crosses`.
+    patch_ids : int32 ``[T]``, optional
+        The patch that each entry reads; -1 for none.
+    """
+    own = keys[0] if keys else None
+    if type(own) is not CachedKeys or own.offsets is None or own.keys.dtype != x.dtype:
+        return None
+    if torch.compiler.is_compiling() or _has_any_global_hook():
+        return None
+    modules = [m for pair in zip_longest(crosses, layers) for m in pair if m is not None]
+    stack = _KNOWN.get(modules[0])
+    if stack is None or not stack.is_of(modules):
+        stack = _stack_of(modules)
+        if stack is None:
+            return None
+        _KNOWN[modules[0]] = stack
+    if not takes(x, *stack.weights, *stack.norms):
+        return None
+    return few_row_layer_step(
+        x, stack.weights, stack.scales, stack.norms, stack.eps, table, [k.keys for k in keys],
+        [k.values for k in keys], own.index, *own.offsets, stack.window, [k for k, _ in patches],
+        [v for _, v in patches], patch_ids,
+    )  # fmt: skip
+
+
+class _Facts:
+    """Notes what dictionaries hold, so that one pass in C tells whether they still do."""
+
+    def __init__(self) -> None:
+        self.places: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.values: list[Any] = []
+
+    def note(self, place: dict[str, Any], name: str) -> Any:
+        """Return what `place` has under `name`, or None."""
+        self.places.append(place)
+        self.names.append(name)
+        self.values.append(place.get(name))
+        return self.values[-1]
+
+    def hold(self) -> bool:
+        return all(map(is_, map(dict.get, self.places, self.names), self.values))
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Has the tensors of a stack of modules as the operator takes them, and all that tells whether they are in use.
+
+    Attributes
+    ----------
+    own : list of dict
+        Those of the attributes of each module: the modules are the keys of `_KNOWN`, which must not refer to them.
+    parts : list of Module
+        The modules inside.
+    hooks : list of dict
+    facts : _Facts
+        The parts, parameters and attributes that the operator's arguments follow from.
+    types, dtypes : list
+        The types of the modules and their parts, and the dtypes of the matrices.
+    """
+
+    own: list[dict[str, Any]]
+    parts: list[Any]
+    hooks: list[dict[int, Any]]
+    facts: _Facts
+    types: list[type]
+    dtypes: list[torch.dtype]
+    weights: list[Tensor]
+    scales: list[Tensor]
+    norms: list[Tensor]
+    eps: float
+    window: int | None
+
+    def is_of(self, modules: Sequence[Any]) -> bool:
+        """Return whether these modules compute what the operator computes from these tensors.
+
+        It runs before every call: loops of Python would take as long as the operator.
+        """
+        return (
+            len(modules) == len(self.own)
+            and all(map(is_, map(attrgetter("__dict__"), modules), self.own))
+            and not any(self.hooks)
+            and self.facts.hold()
+            and [*map(type, modules), *map(type, self.parts)] == self.types
+            and [*map(attrgetter("dtype"), self.weights)] == self.dtypes
+        )
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()  # by the first module of a stack
+
+
+def _stack_of(modules: Sequence[Any]) -> _Stack | None:
+    """Return what the operator takes for these modules; None if it does not compute what they do."""
+    facts, parts = _Facts(), []
+
+    def part(module: Any, path: str) -> Any:
+        for name in path.split("."):
+            module = facts.note(module._modules, name)
+            if type(module) not in _PLAIN:
+                return None
+            parts.append(module)
+        return module
+
+    if not all(type(module) in _MATRICES for module in modules):
+        return None
+    matrices = [part(module, path) for module in modules for path in _MATRICES[type(module)]]
+    norms = [part(module, path) for module in modules for path in _NORMS[type(module)]]
+    if None in matrices or None in norms:
+        return None
+    weights = [facts.note(matrix._parameters or matrix._buffers, "weight") for matrix in matrices]
+    scales = [facts.note(matrix._buffers, "scale") for matrix in matrices]
+    norm_weights = [facts.note(norm._parameters, "weight") for norm in norms]
+    if not all(isinstance(x, Tensor) for x in (*weights, *norm_weights)) or not all(map(stores, weights)):
+        return None
+    dtypes = [weight.dtype for weight in weights]
+    eps = [facts.note(norm.__dict__, "eps") for norm in norms]
+    attentions = [module._modules.get("self_attn", module) for module in modules]
+    windows = [facts.note(attention.__dict__, "window") for attention in attentions]
+    of_patches = [isinstance(attention, CrossAttention) for attention in attentions]
+    window = windows[of_patches.index(False)]
+    every = [*modules, *parts]
+    changed = [facts.note(m.__dict__, "forward") or facts.note(m._parameters, "bias") for m in every]
+    hooks = [own for m in every for own in (m._forward_hooks, m._forward_pre_hooks)]
+    if any(hooks) or any(x is not None for x in changed) or len(set(dtypes)) > 1:
+        return None
+    if not isinstance(eps[0], float) or len(set(eps)) > 1:
+        return None
+    if any(w not in ((None, 1) if patches else (window,)) for w, patches in zip(windows, of_patches, strict=True)):
+        return None
+    own, types = [module.__dict__ for module in modules], [type(m) for m in every]
+    scales = [scale for scale in scales if scale is not None]
+    return _Stack(own, parts, hooks, facts, types, dtypes, weights, scales, norm_weights, eps[0], window)
