@@ -52,7 +52,7 @@ def calls(
     q, queries = normal(num_rows, 2, 128, device=device), normal(2 * num_rows, 2, 128, device=device)
     leaf, leaf_heads = q.clone().requires_grad_(), q.view(1, 2, num_rows, 128).clone().requires_grad_()
     heads, cross_heads = q.view(1, 2, num_rows, 128), queries.view(1, 2, 2 * num_rows, 128)
-    rules = 1.3, None, False, None, None
+    rules = 1.3, None, False, None, "fp32", None
     ragged = offsets, None, None, True, None, None, None, 1
     encode = {"direction": "encode", "queries_per_patch": 2}
     index = layout.patch_ids.long()

@@ -19,19 +19,45 @@ def check_integers(name: str, x: object, shape: str) -> None:
         raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
 
 
-def boundaries_of_lengths(lengths: Tensor, seq_len: int | None, padding: int | None) -> tuple[Tensor, Tensor]:
-    """Return the boundary decisions of patch lengths and their int32 cu_seqlens; see `PatchLayout.from_lengths`."""
+def check_ids(patch_ids: object, decode_ids: object, slots: int) -> None:
+    """Raise unless these are arguments of `PatchLayout.from_ids`; their values are not read."""
+    for name, ids in (("patch_ids", patch_ids), ("decode_ids", decode_ids)):
+        check_integers(name, ids, "[B, S]")
+    assert isinstance(patch_ids, Tensor)
+    assert isinstance(decode_ids, Tensor)
+    if decode_ids.shape != patch_ids.shape:
+        expected = f"shape {list(patch_ids.shape)} of patch_ids"
+        raise ValueError(f"decode_ids: expected {expected}, got {list(decode_ids.shape)}")
+    rows, size = patch_ids.shape
+    if slots < 1 or rows * slots > MAX_BYTES:
+        raise ValueError(f"slots: expected 1 to {MAX_BYTES} // {rows} rows, got {slots}")
+    if rows * size > MAX_BYTES:
+        raise ValueError(f"patch_ids: expected at most {MAX_BYTES} bytes in all, got {rows * size}")
+
+
+def check_lengths(lengths: Tensor, seq_len: int | None, padding: int | None, max_patches: int | None) -> None:
+    """Raise unless these are arguments of `PatchLayout.from_lengths`. Without all sizes it reads the values."""
     check_integers("lengths", lengths, "[B, Pmax]")
     if padding not in (None, 0, -1):
         raise ValueError(f"padding: expected None, 0 or -1, got {padding!r}")
+    if seq_len is not None and not 0 <= seq_len <= MAX_BYTES:
+        raise ValueError(f"seq_len: expected 0 to {MAX_BYTES}, got {seq_len}")
+    rows = lengths.shape[0]
+    if max_patches is not None and max_patches < rows:
+        raise ValueError(f"max_patches: expected at least one patch a row ({rows}), got {max_patches}")
+    if seq_len is not None and seq_len * rows > MAX_BYTES:
+        raise ValueError(f"seq_len: expected at most {MAX_BYTES} bytes in all, got {seq_len} in {rows} rows")
+    if seq_len is None or max_patches is None:
+        _check_values(lengths, seq_len, padding)
+
+
+def _check_values(lengths: Tensor, seq_len: int | None, padding: int | None) -> None:
     lengths = lengths.long()
     low, high = (int(x) for x in lengths.aminmax()) if lengths.numel() else (0, 0)
     padding = min(0, max(-1, low)) if padding is None else padding
     if low < padding or high > MAX_BYTES:
         allowed = "values >= 0" if padding == 0 else "values >= -1, which pads,"
         raise ValueError(f"lengths: expected {allowed} up to {MAX_BYTES}, got {low if low < padding else high}")
-    counted = lengths.clamp(min=0)
-    starts = counted.cumsum(1) - counted
     behind = (lengths < 0).long().cumsum(1) - (lengths < 0).long()  # the number of -1s before each entry
     misplaced = ((behind > 0) & (lengths != 0)).nonzero()
     if misplaced.numel():
@@ -40,29 +66,53 @@ def boundaries_of_lengths(lengths: Tensor, seq_len: int | None, padding: int | N
         raise ValueError(f"lengths: expected nothing but zeros behind the -1 of row {row}, got {entry}")
     sums = lengths.sum(1)
     if seq_len is None:
-        seqlens = sums
         if bool((sums < 0).any()):
             raise ValueError(f"lengths: row {int(sums.argmin())} sums to {int(sums.min())}, expected 0 or more")
+        if int(sums.sum()) > MAX_BYTES:
+            raise ValueError(f"lengths: expected at most {MAX_BYTES} bytes in all, got {int(sums.sum())}")
     else:
-        if not 0 <= seq_len <= MAX_BYTES:
-            raise ValueError(f"seq_len: expected 0 to {MAX_BYTES}, got {seq_len}")
-        seqlens = torch.full_like(sums, seq_len)
         wrong = ((sums != seq_len) & (sums != seq_len + 1 + padding)).nonzero()
         if wrong.numel():
             row, other = int(wrong[0]), "" if padding else " or seq_len + 1"
             raise ValueError(f"lengths: row {row} sums to {int(sums[row])}, expected seq_len = {seq_len}{other}")
-    cu_seqlens = F.pad(seqlens.cumsum(0), (1, 0))
-    num_bytes = int(cu_seqlens[-1])
-    if num_bytes > MAX_BYTES:
-        raise ValueError(f"lengths: expected at most {MAX_BYTES} bytes in all, got {num_bytes}")
-    # A start at local position s >= 1 is the decision after byte s - 1. A start at s = seqlen is the decision after
-    # the last byte. A start beyond it does not exist.
-    real = (lengths > 0) & (starts > 0) & (starts <= seqlens[:, None])
-    if padding:
-        real |= (lengths == 0) & (starts > 0) & (starts == seqlens[:, None])
-    boundaries = torch.zeros(num_bytes, dtype=torch.bool, device=lengths.device)
-    boundaries[(cu_seqlens[:-1, None] + starts - 1)[real]] = True
-    return boundaries, cu_seqlens.int()
+
+
+def boundaries_of_lengths(lengths: Tensor, seq_len: int | None, padding: int | None) -> tuple[Tensor, Tensor]:
+    """Return the boundary decisions of patch lengths and their int32 cu_seqlens; see `PatchLayout.from_lengths`.
+
+    With `seq_len` no value is read. Without it the host waits for the number of bytes.
+    """
+    rows = lengths.shape[0]
+    lengths = lengths.long().clamp(-1, MAX_BYTES)
+    if seq_len is None:
+        cu_seqlens = F.pad(lengths.sum(1).cumsum(0), (1, 0))
+        num_bytes = int(cu_seqlens[-1])
+    else:
+        cu_seqlens = torch.arange(rows + 1, device=lengths.device) * seq_len
+        num_bytes = rows * seq_len
+    counted = lengths.clamp(min=0)
+    starts, size = counted.cumsum(1) - counted, cu_seqlens.diff()[:, None]
+    padded = (lengths < 0).any() if padding is None else padding == -1
+    # A start at local position s >= 1 is the decision after byte s - 1. A start at s = size is the decision after the
+    # last byte; with lengths of transformers it may be that of a patch of length 0. A start beyond it does not exist.
+    real = (starts > 0) & (starts <= size) & ((lengths > 0) | ((lengths == 0) & (starts == size) & padded))
+    byte = torch.where(real, cu_seqlens[:-1, None] + starts - 1, num_bytes)
+    boundaries = torch.zeros(num_bytes + 1, dtype=torch.bool, device=lengths.device)
+    return boundaries.index_fill(0, byte.flatten(), True)[:num_bytes], cu_seqlens.int()
+
+
+def lengths_of_starts(
+    starts: Tensor, counts: Tensor, opens: Tensor, size: Tensor, counts_next_byte: bool, include_next_byte: bool
+) -> Tensor:
+    """Return patch lengths ``[B, Pmax]`` of starts ``[B, Pmax+1]``; see `PatchLayout.to_lengths`.
+
+    The first `counts` starts of a row are real. Then comes that of the next byte if it `opens` a patch, at the `size`
+    of the row. All others are where the row closes: there, or one byte behind if the next byte counts.
+    """
+    column = torch.arange(starts.shape[1], device=starts.device)
+    starts = torch.where(column < counts, starts, size + counts_next_byte)
+    starts = torch.where((column == counts) & opens, size, starts)
+    return torch.where(column == starts.shape[1] - 1, size + include_next_byte, starts).diff()
 
 
 def packed_ids(ids: Tensor, lowest: int, slots: int) -> tuple[Tensor, Tensor]:

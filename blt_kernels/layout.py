@@ -119,8 +119,8 @@ class PatchLayout:
         size = int(self.cu_patches[-1]) + 1
         return replace(self, patch_offsets=self.patch_offsets[:size], decode_offsets=self.decode_offsets[:size])
 
-    def to_lengths(self, include_next_byte: bool = False, padding: int = 0) -> Tensor:
-        """Convert to the padded patch lengths of other code bases. Synchronises, to trim to the longest row.
+    def to_lengths(self, include_next_byte: bool = False, padding: int = 0, width: int | None = None) -> Tensor:
+        """Convert to the padded patch lengths of other code bases. Empty patches at the end of a document are left out.
 
         Parameters
         ----------
@@ -132,6 +132,9 @@ class PatchLayout:
             0, or -1 for the lengths of transformers' BLT. There a row sums to the length of its document S. If the
             decision after the last byte was a start, that start is a patch of length 0 at S. A row of fewer starts than
             others is closed by starts at S + 1: its last patch counts the byte to come, then come zeros and a -1.
+        width
+            Pmax. Starts for which a row has no room are left out: its last patch takes their bytes. If None, it is that
+            of the longest row, for which the host waits for the device; with a width it does not.
 
         Returns
         -------
@@ -141,40 +144,37 @@ class PatchLayout:
         Raises
         ------
         ValueError
-            `padding` is neither 0 nor -1, or -1 together with `include_next_byte`.
+            `padding` is neither 0 nor -1, or -1 together with `include_next_byte`, or `width` is below 1.
         """
         if padding not in (0, -1):
             raise ValueError(f"padding: expected 0 or -1, got {padding!r}")
         if padding and include_next_byte:
             raise ValueError("include_next_byte: expected False with padding = -1, got True")
-        cu_patches = self.cu_patches.long()
-        counts = cu_patches.diff()
-        widths = counts + self._next_byte_opens_patch() if include_next_byte or padding else counts
-        width = int(widths.max()) if widths.numel() else 0
-        column = torch.arange(width, device=self.device)
-        patch = (cu_patches[:-1, None] + column).clamp(max=max(self.capacity - 1, 0))
-        lengths = torch.zeros(self.num_documents, width, dtype=torch.int64, device=self.device)
-        if self.capacity:
-            lengths = self.patch_lengths.long()[patch].masked_fill_(column >= counts[:, None], 0)
-        last = (widths - 1)[:, None] == column
-        if include_next_byte:
-            lengths = lengths + last
-        if padding:
-            short = widths[:, None] < width
-            lengths = lengths + (short & last).long() - (short & (column == width - 1)).long()
-        return lengths
-
-    def _next_byte_opens_patch(self) -> Tensor:
-        """Return whether the byte after each document would start a patch of its own, bool ``[B]``."""
-        seqlens = self.cu_seqlens.diff()
-        if self.num_bytes == 0:
-            return torch.ones_like(seqlens, dtype=torch.bool)
-        last = (self.cu_seqlens[1:].long() - 1).clamp(min=0)
-        return (self.decode_ids[last] == self.patch_ids[last]) | (seqlens == 0)
+        if width is not None and width < 1:
+            raise ValueError(f"width: expected a value >= 1, got {width}")
+        documents, first = self.cu_seqlens.long(), self.cu_patches[:-1].long()
+        size, counts = documents.diff(), torch.zeros_like(first)
+        opens = size == 0  # whether the byte to come starts a patch
+        if self.num_bytes:
+            last = (documents[1:] - 1).clamp(min=0)
+            counts = torch.where(opens, 0, self.patch_ids[last] + 1 - first)
+            opens = opens | (self.decode_ids[last] == self.patch_ids[last])
+        counts_next_byte = include_next_byte or padding == -1
+        if width is None:
+            width = int((counts + (opens & counts_next_byte)).max()) if counts.numel() else 0
+        patches = (first[:, None] + torch.arange(width + 1, device=self.device)).clamp(max=self.capacity)
+        starts = self.patch_offsets[patches] - documents[:-1, None]
+        return _padded.lengths_of_starts(
+            starts, counts[:, None], opens[:, None], size[:, None], counts_next_byte, include_next_byte
+        )
 
     @staticmethod
-    def from_lengths(lengths: Tensor, seq_len: int | None = None, padding: int | None = None) -> PatchLayout:
-        """Build a layout from padded patch lengths. Synchronises, to validate them.
+    def from_lengths(
+        lengths: Tensor, seq_len: int | None = None, padding: int | None = None, max_patches: int | None = None
+    ) -> PatchLayout:
+        """Build a layout from padded patch lengths.
+
+        The host waits for the device, to check them, unless `seq_len` and `max_patches` are given.
 
         Parameters
         ----------
@@ -189,6 +189,10 @@ class PatchLayout:
             document, the -1 counted, and a patch of length 0 at its end is the decision that the byte to come starts a
             patch. 0 for the others. If None, it is -1 where `lengths` has one: a batch of transformers whose rows all
             have as many starts holds none.
+        max_patches
+            The capacity C, at least B; one for each of the lengths if None. Given with `seq_len`, values are not
+            checked, so that nothing waits and the function compiles: negative lengths count as 0, starts beyond the end
+            of a row do not exist, and the last patch of a row has all bytes that its lengths leave.
 
         Returns
         -------
@@ -200,10 +204,16 @@ class PatchLayout:
             `lengths` is not an integer tensor.
         ValueError
             `lengths` is not two-dimensional, has a negative entry where `padding` has none, a row does not sum to what
-            `seq_len` asks for, or there are more bytes than an int32 counts.
+            `seq_len` asks for, there are more bytes than an int32 counts, or fewer patches than rows.
         """
+        _padded.check_lengths(lengths, seq_len, padding, max_patches)
         boundaries, cu_seqlens = _padded.boundaries_of_lengths(lengths, seq_len, padding)
-        return PatchLayout.from_cuts(boundaries, cu_seqlens, max(lengths.numel(), lengths.shape[0]))
+        capacity = max(lengths.numel(), lengths.shape[0]) if max_patches is None else max_patches
+        # `ops.boundary_patch` defines the operator. Its module is above this one, so that it is not imported here.
+        operator = torch.ops.blt_kernels.boundary_patch_fwd
+        outputs = operator(boundaries, cu_seqlens, 0, None, None, "end", None, capacity)
+        patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, _ = outputs
+        return PatchLayout(patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, cu_seqlens, overflowed)
 
     @staticmethod
     def from_ids(patch_ids: Tensor, decode_ids: Tensor, slots: int) -> PatchLayout:
@@ -247,16 +257,8 @@ class PatchLayout:
         >>> layout.patch_ids.tolist(), layout.decode_ids.tolist()
         ([0, 1, 1, 3, 5, 5], [0, 0, 0, -1, 3, 5])
         """
-        for name, ids in (("patch_ids", patch_ids), ("decode_ids", decode_ids)):
-            _padded.check_integers(name, ids, "[B, S]")
-        if decode_ids.shape != patch_ids.shape:
-            expected = f"shape {list(patch_ids.shape)} of patch_ids"
-            raise ValueError(f"decode_ids: expected {expected}, got {list(decode_ids.shape)}")
+        _padded.check_ids(patch_ids, decode_ids, slots)
         rows, size = patch_ids.shape
-        if slots < 1 or rows * slots > MAX_BYTES:
-            raise ValueError(f"slots: expected 1 to {MAX_BYTES} // {rows} rows, got {slots}")
-        if rows * size > MAX_BYTES:
-            raise ValueError(f"patch_ids: expected at most {MAX_BYTES} bytes in all, got {rows * size}")
         row = torch.arange(rows + 1, dtype=torch.int32, device=patch_ids.device)
         packed, patch_offsets = _padded.packed_ids(patch_ids, 0, slots)
         readers, decode_offsets = _padded.packed_ids(decode_ids, -1, slots)

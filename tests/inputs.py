@@ -131,6 +131,25 @@ def make_topk() -> Make:
     return make
 
 
+# --- boundary_patch ---------------------------------------------------------------------------------------------------
+
+
+def make_marks(share: float | None = None, *, thresholds: str = "one", **options: Any) -> Make:
+    """Make scores with "one" threshold or one for "each" document, or bool marks for "none"; `share` as above."""
+
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        cu_seqlens = documents(num_bytes, seed)
+        count = cu_seqlens.numel() - 1
+        scores = random_normal(num_bytes, dtype=dtype, seed=seed)
+        capacity = {} if share is None else {"max_patches": int(num_bytes * share) + count}
+        arguments = {"marks": scores, "cu_seqlens": cu_seqlens, **options, **capacity}
+        if thresholds == "none":
+            return {**arguments, "marks": scores > 0.5}
+        return {**arguments, "threshold": torch.linspace(-0.5, 1.5, count) if thresholds == "each" else 0.5}
+
+    return make
+
+
 # --- patch_pool, patch_unpool -----------------------------------------------------------------------------------------
 
 

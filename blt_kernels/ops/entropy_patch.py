@@ -30,6 +30,7 @@ def entropy_patch(
     threshold_add: float | None = None,
     monotonic: bool = False,
     max_patch_length: int | None = None,
+    compare: str = "fp32",
     max_patches: int | None = None,
 ) -> tuple[Tensor, PatchLayout]:
     """Cut bytes into patches where the next byte is hard to predict, straight from the logits.
@@ -44,7 +45,10 @@ def entropy_patch(
     cu_seqlens : int32 or int64 ``[B+1]``, optional
         Documents of packed logits; one document if None. Padded logits are B documents of length S.
     threshold, threshold_add, monotonic, max_patch_length, max_patches
-        As in `patch_starts`. Compared in fp32 whatever the dtype of the logits.
+        As in `patch_starts`.
+    compare : str
+        "fp32", whatever the dtype of the logits, or "model": entropies are rounded to the dtype of the logits, and
+        compared as in `patch_starts`. The entropies that are returned are not rounded.
 
     Returns
     -------
@@ -62,6 +66,9 @@ def entropy_patch(
     -----
     The BLT paper (arXiv 2412.09871), section 2.3; its released models use ``threshold=1.335442066192627``.
 
+    With ``compare="model"`` a decision of a bf16 model may still differ from that of transformers, which computes the
+    entropy itself in bf16. `patch_starts` of its entropies decides as it does, always.
+
     Examples
     --------
     >>> logits = torch.zeros(4, 260)
@@ -74,7 +81,7 @@ def entropy_patch(
     """
     _checks.check_tensor("logits", logits, (2, 3), _checks.FLOATS)
     check_alphabet("logits", logits.shape[-1])
-    rules = _check_rules(threshold, threshold_add, monotonic, max_patch_length)
+    rules = _check_rules(threshold, threshold_add, monotonic, max_patch_length, compare)
     packed, offsets, documents = _checks.documents_of("logits", logits, cu_seqlens, trailing=1)
     _checks.check_capacity(max_patches, documents)
     entropy, _log_sum, *layout = entropy_patch_fwd(packed, offsets, documents, *rules, max_patches)
@@ -89,6 +96,7 @@ def patch_starts(
     threshold_add: float | None = None,
     monotonic: bool = False,
     max_patch_length: int | None = None,
+    compare: str = "fp32",
     max_patches: int | None = None,
 ) -> PatchLayout:
     """Cut bytes into patches by entropies that are already there.
@@ -103,13 +111,16 @@ def patch_starts(
     Parameters
     ----------
     entropy : fp32, bf16, fp16 or fp64 ``[T]`` or ``[B, S]``
-        In nats; compared in fp32.
+        In nats.
     cu_seqlens : int32 or int64 ``[B+1]``, optional
         Documents of packed entropies; one document if None.
     threshold, threshold_add : float
         In nats.
     max_patch_length : int, optional
         Cut longer patches from the left into ``[m, m, ..., rest]``. The byte to come counts.
+    compare : str
+        "fp32": entropies and thresholds are rounded to fp32 and compared there. "model": in the dtype of the entropies,
+        as PyTorch does: thresholds and differences are rounded to it. In bf16 the released threshold becomes 1.3359375.
     max_patches : int, optional
         Capacity C of the layout, at least the number of documents; T if None. If it is too small, surplus bytes stay in
         the last patch of their document and ``layout.overflowed`` is true.
@@ -131,7 +142,7 @@ def patch_starts(
     [0, 1, 3, 5, 6]
     """
     _checks.check_tensor("entropy", entropy, (1, 2), _checks.FLOATS)
-    rules = _check_rules(threshold, threshold_add, monotonic, max_patch_length)
+    rules = _check_rules(threshold, threshold_add, monotonic, max_patch_length, compare)
     return _cut(patch_starts_fwd, "entropy", entropy.detach(), cu_seqlens, *rules, max_patches)
 
 
@@ -326,7 +337,7 @@ def _cut(
 
 
 def _check_rules(
-    threshold: float, threshold_add: float | None, monotonic: bool, max_patch_length: int | None
+    threshold: float, threshold_add: float | None, monotonic: bool, max_patch_length: int | None, compare: str
 ) -> tuple[Any, ...]:
     """Check the rules and return them in the order of the schemas."""
     _checks.check_number("threshold", threshold)
@@ -336,11 +347,14 @@ def _check_rules(
         raise TypeError(f"monotonic: expected a bool, got {monotonic!r}")
     if max_patch_length is not None:
         _checks.check_int("max_patch_length", max_patch_length, 1)
-    return threshold, threshold_add, monotonic, max_patch_length
+    _checks.check_choice("compare", compare, ("fp32", "model"))
+    return threshold, threshold_add, monotonic, max_patch_length, compare
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
-_RULES = "float threshold, float? threshold_add, bool monotonic, SymInt? max_patch_length, SymInt? max_patches"
+_RULES = (
+    "float threshold, float? threshold_add, bool monotonic, SymInt? max_patch_length, str compare, SymInt? max_patches"
+)
 
 patch_starts_fwd = define_scheme("patch_starts_fwd", "entropy", _RULES, reference.patch_starts_fwd_reference)
 space_patch_fwd = define_scheme("space_patch_fwd", "tokens", "SymInt? max_patches", reference.space_patch_fwd_reference)

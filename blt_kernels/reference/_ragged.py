@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from blt_kernels.layout import PatchLayout
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -41,10 +44,16 @@ def scale_of(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
+def document_of(num_bytes: int, cu_seqlens: Tensor) -> Tensor:
+    """Return the document of each byte, int64 ``[T]``; B beyond the last document."""
+    position = torch.arange(num_bytes, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+
+
 def local_index(num_bytes: int, cu_seqlens: Tensor) -> Tensor:
     """Return the position of each byte in its document, int64 ``[T]``; -1 beyond the last document."""
     position = torch.arange(num_bytes, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    document = document_of(num_bytes, cu_seqlens)
     local = position - cu_seqlens.long()[document]
     return local.where(document < cu_seqlens.shape[0] - 1, -1)
 
@@ -55,3 +64,22 @@ def document_offsets(x: Tensor, cu_seqlens: Tensor | None, num_documents: int) -
         return cu_seqlens
     length = x.shape[0] // max(num_documents, 1)
     return torch.arange(num_documents + 1, dtype=torch.int32, device=x.device) * length
+
+
+def scheme_operator(scheme: Callable[..., PatchLayout]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the operator of a scheme: its arguments, with `num_documents` behind the offsets."""
+    x, offsets, *rest = inspect.signature(scheme).parameters.values()
+
+    @functools.wraps(scheme)
+    def operator(x: Tensor, cu_seqlens: Tensor | None, num_documents: int, *arguments: Any) -> tuple[Tensor, ...]:
+        return layout_tensors(scheme(x, document_offsets(x, cu_seqlens, num_documents), *arguments), cu_seqlens)
+
+    names = [x, offsets, offsets.replace(name="num_documents"), *rest]
+    operator.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    return operator
+
+
+def layout_tensors(layout: PatchLayout, given: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the outputs of an operator that builds `layout`; `given` are the offsets that it was called with."""
+    made = layout.cu_seqlens if given is None else layout.cu_seqlens.new_empty(0)
+    return (*(getattr(layout, field.name) for field in fields(layout) if field.name != "cu_seqlens"), made)

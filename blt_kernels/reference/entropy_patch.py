@@ -8,17 +8,20 @@ of a document.
 from __future__ import annotations
 
 import ctypes
-import inspect
-from collections.abc import Callable
-from dataclasses import fields
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
-from blt_kernels.reference._ragged import document_offsets, local_index
+from blt_kernels.reference._ragged import (
+    accumulator,
+    document_of,
+    document_offsets,
+    layout_tensors,
+    local_index,
+    scheme_operator,
+)
 from blt_kernels.reference.token_entropy import token_entropy_fwd_reference
 
 
@@ -39,18 +42,18 @@ def patch_starts_reference(
     threshold_add: float | None = None,
     monotonic: bool = False,
     max_patch_length: int | None = None,
+    compare: str = "fp32",
     max_patches: int | None = None,
 ) -> PatchLayout:
-    """Cut patches by thresholds of entropies ``[T]``. All comparisons are in fp32."""
-    h = entropy.float()
+    """Cut patches by thresholds of entropies ``[T]``, compared in fp32 or, for "model", in their own dtype."""
+    h = entropy if compare == "model" else entropy.float()
     local = local_index(h.shape[0], cu_seqlens)
     rise = h - h.roll(1)
-    limit = torch.full((), _fp32(threshold), dtype=torch.float32, device=h.device)
+    limit = _rounded(threshold, h)
     if monotonic:
         boundaries = (rise > limit) | (local == 1)
     elif threshold_add is not None:
-        limit_add = torch.full((), _fp32(threshold_add), dtype=torch.float32, device=h.device)
-        boundaries = ((rise > limit_add) & (h > limit) & (local != 2)) | (local == 1)
+        boundaries = ((rise > _rounded(threshold_add, h)) & (h > limit) & (local != 2)) | (local == 1)
     else:
         boundaries = h > limit
     boundaries = boundaries | (local == 0)
@@ -66,13 +69,14 @@ def entropy_patch_reference(
     threshold_add: float | None = None,
     monotonic: bool = False,
     max_patch_length: int | None = None,
+    compare: str = "fp32",
     max_patches: int | None = None,
 ) -> tuple[Tensor, PatchLayout]:
     """Return entropies and patches of logits ``[T, A]``."""
     entropy = document_entropy_reference(logits, cu_seqlens)[0]
-    return entropy, patch_starts_reference(
-        entropy.detach(), cu_seqlens, threshold, threshold_add, monotonic, max_patch_length, max_patches
-    )
+    rules = threshold, threshold_add, monotonic, max_patch_length, compare
+    compared = entropy.detach().to(logits.dtype) if compare == "model" else entropy.detach()
+    return entropy, patch_starts_reference(compared, cu_seqlens, *rules, max_patches)
 
 
 def space_patch_reference(tokens: Tensor, cu_seqlens: Tensor, max_patches: int | None = None) -> PatchLayout:
@@ -109,9 +113,7 @@ def topk_patch_reference(
     """Patches end at the S // patch_size - 2 highest entropies after the first byte; the earlier wins ties."""
     num_bytes = entropy.shape[0]
     local = local_index(num_bytes, cu_seqlens)
-    document = torch.searchsorted(
-        cu_seqlens[1:].contiguous(), torch.arange(num_bytes, device=entropy.device), right=True
-    )
+    document = document_of(num_bytes, cu_seqlens)
     # Bytes by document, then first bytes last, then entropy from high to low: stable sorts, least significant first.
     order = entropy.float().sort(descending=True, stable=True).indices
     order = order[(local[order] == 0).long().sort(stable=True).indices]
@@ -128,28 +130,16 @@ def topk_patch_reference(
 # out, and last the offsets that were made; none where they were given.
 
 
-def _operator(scheme: Callable[..., PatchLayout]) -> Callable[..., tuple[Tensor, ...]]:
-    """Return the operator of a scheme: its arguments, with `num_documents` behind the offsets."""
-    x, offsets, *rest = inspect.signature(scheme).parameters.values()
-
-    def operator(x: Tensor, cu_seqlens: Tensor | None, num_documents: int, *arguments: Any) -> tuple[Tensor, ...]:
-        return _tensors(scheme(x, document_offsets(x, cu_seqlens, num_documents), *arguments), cu_seqlens)
-
-    names = [x, offsets, offsets.replace(name="num_documents"), *rest]
-    operator.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
-    return operator
-
-
-patch_starts_fwd_reference = _operator(patch_starts_reference)
-space_patch_fwd_reference = _operator(space_patch_reference)
-delimiter_patch_fwd_reference = _operator(delimiter_patch_reference)
-topk_patch_fwd_reference = _operator(topk_patch_reference)
+patch_starts_fwd_reference = scheme_operator(patch_starts_reference)
+space_patch_fwd_reference = scheme_operator(space_patch_reference)
+delimiter_patch_fwd_reference = scheme_operator(delimiter_patch_reference)
+topk_patch_fwd_reference = scheme_operator(topk_patch_reference)
 
 
 def static_patch_fwd_reference(
     cu_seqlens: Tensor, num_bytes: int, size: int, first: int, max_patches: int | None
 ) -> tuple[Tensor, ...]:
-    return _tensors(static_patch_reference(cu_seqlens, num_bytes, size, first, max_patches), cu_seqlens)
+    return layout_tensors(static_patch_reference(cu_seqlens, num_bytes, size, first, max_patches), cu_seqlens)
 
 
 def entropy_patch_fwd_reference(
@@ -160,25 +150,23 @@ def entropy_patch_fwd_reference(
     threshold_add: float | None,
     monotonic: bool,
     max_patch_length: int | None,
+    compare: str,
     max_patches: int | None,
 ) -> tuple[Tensor, ...]:
     entropy, log_sum = document_entropy_reference(logits, document_offsets(logits, cu_seqlens, num_documents))
-    rules = threshold, threshold_add, monotonic, max_patch_length
-    layout = patch_starts_fwd_reference(entropy, cu_seqlens, num_documents, *rules, max_patches)
+    rules = threshold, threshold_add, monotonic, max_patch_length, compare
+    compared = entropy.to(logits.dtype) if compare == "model" else entropy
+    layout = patch_starts_fwd_reference(compared, cu_seqlens, num_documents, *rules, max_patches)
     return entropy, log_sum, *layout
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _fp32(x: float) -> float:
-    """The fp32 next to `x`: infinite beyond their range, where `torch.full` would raise."""
-    return ctypes.c_float(x).value
-
-
-def _tensors(layout: PatchLayout, given: Tensor | None) -> tuple[Tensor, ...]:
-    made = layout.cu_seqlens if given is None else layout.cu_seqlens.new_empty(0)
-    return (*(getattr(layout, field.name) for field in fields(layout) if field.name != "cu_seqlens"), made)
+def _rounded(x: float, like: Tensor) -> Tensor:
+    """Return `x` in the dtype of `like`; infinite beyond the range of fp32 and fp16, where `torch.full` would raise."""
+    value = x if like.dtype == torch.float64 else ctypes.c_float(x).value
+    return torch.tensor(value, dtype=torch.float64).to(like.device).to(accumulator(like)).to(like.dtype)
 
 
 def _cut_long_patches(boundaries: Tensor, max_patch_length: int) -> Tensor:

@@ -1,8 +1,9 @@
 // Computes entropies of next-byte logits, boundary decisions, and the ragged layout that they give.
 //
-// token_entropy.cpp computes the entropies; one pass over them, which are 1/260 of the data, then cuts the text into
-// patches. Bytes moved for [T, 260] fp32 logits: 1040 read, 8 written a row for entropy and log_sum, 8 for the layout
-// and 8 a patch; nothing else is allocated.
+// token_entropy.cpp computes the entropies, which are 1/260 of the data. One pass over them, whose loops the compiler
+// vectorises, decides after which bytes a patch starts; a second one builds the layout.
+// Bytes moved for [T, 260] fp32 logits: 1040 read, 8 written a row for entropy and log_sum, 1 for decisions, 8 for the
+// layout and 8 a patch; nothing else is allocated.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +12,8 @@
 #include <array>
 #include <cmath>
 #include <numeric>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../common/args/token_entropy.h"
@@ -21,53 +24,79 @@
 namespace blt {
 namespace {
 
+template <class A>
+inline constexpr ScalarType scalar_type_of = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
 // --- patching rules -------------------------------------------------------------------------------------------------
 
-// Returns entropies in fp32, in which all rules compare them. A copy costs less than a variant of each rule for each
-// dtype.
-Tensor fp32_entropies(const Tensor& entropy) {
+// Returns entropies rounded to R, as numbers of its accumulator.
+template <class R>
+Tensor rounded_entropies(const Tensor& entropy) {
+  using A = accumulator_t<R>;
   const Tensor values = check_values(entropy, "entropy");
-  if (values.scalar_type() == ScalarType::Float) return values;
-  Tensor fp32 = new_output(values, {values.size(0)}, ScalarType::Float);
+  if (std::is_same_v<R, A> && values.scalar_type() == scalar_type_of<A>) return values;
+  Tensor rounded = new_output(values, {values.size(0)}, scalar_type_of<A>);
   dispatch_float(values.scalar_type(), "entropy", [&]<class T>(Tag<T>) {
     const T* const from = values.const_data_ptr<T>();
-    std::transform(from, from + values.size(0), fp32.mutable_data_ptr<float>(),
-                   [](T h) { return static_cast<float>(h); });
+    std::transform(from, from + values.size(0), rounded.mutable_data_ptr<A>(), [](T h) { return round_to<R>(h); });
   });
-  return fp32;
+  return rounded;
 }
 
-LayoutTensors patch_starts_fwd_cpu(const Tensor& entropy, const std::optional<Tensor>& cu_seqlens,
-                                   int64_t num_documents, double threshold, std::optional<double> threshold_add,
-                                   bool monotonic, std::optional<int64_t> max_patch_length,
-                                   std::optional<int64_t> max_patches) {
+// Compares entropies in `dtype`: they, their differences and the thresholds are rounded to it.
+LayoutTensors layout_of_entropies(const Tensor& entropy, ScalarType dtype, const std::optional<Tensor>& cu_seqlens,
+                                  int64_t num_documents, double threshold, std::optional<double> threshold_add,
+                                  bool monotonic, std::optional<int64_t> max_patch_length,
+                                  std::optional<int64_t> max_patches) {
   check_max_patch_length(max_patch_length);
-  const Tensor values = fp32_entropies(entropy);
-  const TextDocuments text(cu_seqlens, num_documents, values, values.size(0));
-  const float* const h = values.const_data_ptr<float>();
-  const float above = static_cast<float>(threshold), add = static_cast<float>(threshold_add.value_or(0));
-  const auto build = [&](auto boundary) {
-    if (!max_patch_length) return build_layout(text, values.size(0), max_patches, boundary);
+  return dispatch_float(dtype, "entropy", [&]<class R>(Tag<R>) {
+    using A = accumulator_t<R>;
+    const Tensor values = rounded_entropies<R>(entropy);
+    const TextDocuments text(cu_seqlens, num_documents, values, values.size(0));
+    const A* const h = values.const_data_ptr<A>();
+    const A above = round_to<R>(threshold), add = round_to<R>(threshold_add.value_or(0));
+    const auto rise = [=](int64_t t) { return round_to<R>(h[t] - h[t - 1]); };
+    const Tensor decisions =
+        decisions_of(text, values.size(0), [&](int64_t, int64_t begin, int64_t end, bool* starts_after) {
+          const int64_t forced = monotonic || threshold_add ? 2 : 1;
+          int64_t t = begin;
+          for (; t < std::min(begin + forced, end); ++t) starts_after[t] = true;
+          if (monotonic) {
+            for (; t < end; ++t) starts_after[t] = rise(t) > above;
+          } else if (threshold_add) {
+            for (; t < std::min(begin + 3, end); ++t) starts_after[t] = false;
+            for (; t < end; ++t) starts_after[t] = (rise(t) > add) & (h[t] > above);
+          } else {
+            for (; t < end; ++t) starts_after[t] = h[t] > above;
+          }
+        });
+    const bool* const starts_after = decisions.const_data_ptr<bool>();
+    if (!max_patch_length)
+      return build_layout(text, values.size(0), max_patches, [=](int64_t t, int64_t) { return starts_after[t]; });
     // A boundary at the length limit restarts the count, as one of the rule does.
     return build_layout(text, values.size(0), max_patches,
                         [=, limit = *max_patch_length, length = int64_t{0}](int64_t t, int64_t i) mutable {
                           length = i == 0 ? 1 : length + 1;
-                          const bool starts = boundary(t, i) | (length == limit);
+                          const bool starts = starts_after[t] | (length == limit);
                           length = starts ? 0 : length;
                           return starts;
                         });
-  };
-  if (monotonic) return build([=](int64_t t, int64_t i) { return (i < 2) | (h[t] - h[t - (i > 0)] > above); });
-  if (threshold_add)
-    return build(
-        [=](int64_t t, int64_t i) { return (i < 2) | ((i > 2) & (h[t] - h[t - (i > 0)] > add) & (h[t] > above)); });
-  return build([=](int64_t t, int64_t i) { return (i == 0) | (h[t] > above); });
+  });
+}
+
+LayoutTensors patch_starts_fwd_cpu(const Tensor& entropy, const std::optional<Tensor>& cu_seqlens,
+                                   int64_t num_documents, double threshold, std::optional<double> threshold_add,
+                                   bool monotonic, std::optional<int64_t> max_patch_length, std::string compare,
+                                   std::optional<int64_t> max_patches) {
+  return layout_of_entropies(entropy, check_compare(compare, entropy), cu_seqlens, num_documents, threshold,
+                             threshold_add, monotonic, max_patch_length, max_patches);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cpu(
     const Tensor& logits, const std::optional<Tensor>& cu_seqlens, int64_t num_documents, double threshold,
-    std::optional<double> threshold_add, bool monotonic, std::optional<int64_t> max_patch_length,
+    std::optional<double> threshold_add, bool monotonic, std::optional<int64_t> max_patch_length, std::string compare,
     std::optional<int64_t> max_patches) {
+  const ScalarType dtype = check_compare(compare, logits);
   const Tensor rows = check_logits(logits);
   int64_t count = rows.size(0);
   if (cu_seqlens) {
@@ -75,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     count = check_offsets(offsets, "cu_seqlens", rows.size(0))[offsets.size(0) - 1];
   }
   auto scores = entropies_of_rows(rows, count);
-  auto layout = patch_starts_fwd_cpu(std::get<0>(scores), cu_seqlens, num_documents, threshold, threshold_add,
-                                     monotonic, max_patch_length, max_patches);
+  auto layout = layout_of_entropies(std::get<0>(scores), dtype, cu_seqlens, num_documents, threshold, threshold_add,
+                                    monotonic, max_patch_length, max_patches);
   return std::tuple_cat(std::move(scores), std::move(layout));
 }
 
@@ -134,7 +163,7 @@ LayoutTensors static_patch_fwd_cpu(const Tensor& cu_seqlens, int64_t num_bytes, 
 LayoutTensors topk_patch_fwd_cpu(const Tensor& entropy, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                                  int64_t patch_size, std::optional<int64_t> max_patches) {
   check_patch_size(patch_size);
-  const Tensor values = fp32_entropies(entropy);
+  const Tensor values = rounded_entropies<float>(entropy);
   const TextDocuments text(cu_seqlens, num_documents, values, values.size(0));
   Tensor offsets = text.cu_seqlens;
   const int32_t* const documents = check_offsets(offsets, "cu_seqlens", values.size(0));

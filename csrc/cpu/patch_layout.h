@@ -29,6 +29,18 @@ struct TextDocuments {
         made(given ? new_output(like, {0}, ScalarType::Int) : cu_seqlens) {}
 };
 
+// Returns decisions about all bytes, bool [num_bytes]. decide(b, begin, end, decisions) makes those of document b, which
+// is bytes [begin, end).
+template <class Decide>
+Tensor decisions_of(const TextDocuments& text, int64_t num_bytes, const Decide& decide) {
+  Tensor cu_seqlens = text.cu_seqlens;
+  const int32_t* const documents = check_offsets(cu_seqlens, "cu_seqlens", num_bytes);
+  Tensor decisions = new_output(cu_seqlens, {num_bytes}, ScalarType::Bool);
+  bool* const starts_after = decisions.mutable_data_ptr<bool>();
+  for (int64_t b = 0; b + 1 < cu_seqlens.size(0); ++b) decide(b, documents[b], documents[b + 1], starts_after);
+  return decisions;
+}
+
 template <class Boundary>
 LayoutTensors build_layout(const TextDocuments& text, int64_t num_bytes, std::optional<int64_t> max_patches,
                            Boundary boundary) {

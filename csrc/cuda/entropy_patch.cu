@@ -3,118 +3,60 @@
 #include "entropy_patch.cuh"
 
 #include <algorithm>
-#include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 
-#include "../common/args/entropy_patch.h"
-#include "../launch/launch.h"
+#include "patch_layout.h"
 #include "token_entropy.h"
 
 namespace blt {
 namespace {
 
-// --- layouts ---------------------------------------------------------------------------------------------------------
-
-// Without cu_seqlens it makes `num_documents` documents of the same length.
-Documents check_documents(const Device& device, std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                          int64_t bytes) {
-  STD_TORCH_CHECK(bytes <= std::numeric_limits<int32_t>::max() - 2 * kChunkBytes, "cu_seqlens: ", bytes,
-                  " positions do not fit into int32");
-  if (cu_seqlens) {
-    const int64_t count = check_num_segments(*cu_seqlens, "cu_seqlens");
-    return {device.read<i32>(*cu_seqlens), count, static_cast<i32>(bytes), 0};
+Rounding rounding_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16: return Rounding::kBf16;
+    case ScalarType::Half: return Rounding::kFp16;
+    case ScalarType::Double: return Rounding::kFp64;
+    default: return Rounding::kFp32;
   }
-  const i32 length = check_even_documents(num_documents, bytes);
-  return {nullptr, num_documents, static_cast<i32>(bytes), length};
 }
 
-// Describes a layout to build: its documents, its capacity, and the memory through which blocks exchange their counts.
-struct Plan {
-  Documents documents;
-  int64_t capacity;
-  LayoutScratch scratch;
-  Tensor memory;
-};
-
-Plan plan_layout(const Device& device, const Documents& documents, const Tensor& like,
-                 std::optional<int64_t> max_patches) {
-  const int64_t bytes = documents.bytes, capacity = check_capacity(max_patches, bytes);
-  const int64_t chunks = bytes / kChunkBytes + 1;
-  const int64_t parts = capacity >= bytes ? 0 : std::min<int64_t>(ceil_div<int64_t>(documents.count, 128), kMaxParts);
-  constexpr int64_t kWords = sizeof(Published) / sizeof(i32);
-  const int64_t published = ChunkCounts::slots(chunks) * kWords;
-  Tensor memory = device_output(like, {published + 1 + parts}, ScalarType::Int);
-  i32* const words = device.write<i32>(memory);
-  const ChunkCounts counts = {reinterpret_cast<Published*>(words), words + published, static_cast<i32>(chunks)};
-  return {documents, capacity, {counts, words + published + 1, static_cast<int>(parts)}, memory};
-}
-
-// Builds the layout after a launch that has prepared it.
-template <class Rule>
-LayoutTensors launch_layout(const Device& device, const Rule& rule, const Plan& plan,
-                            std::optional<int64_t> max_patch_length) {
-  check_max_patch_length(max_patch_length);
-  const i32 limit = static_cast<i32>(std::min<int64_t>(max_patch_length.value_or(kNoLimit), kNoLimit));
-  const int64_t bytes = plan.documents.bytes, capacity = plan.capacity;
-  const bool even = plan.documents.offsets == nullptr;
-  const auto output = [&](int64_t size) { return device_output(plan.memory, {size}); };
-  Tensor patch_offsets = output(capacity + 1), cu_patches = output(plan.documents.count + 1), patch_ids = output(bytes),
-         decode_ids = output(bytes), decode_offsets = output(capacity + 1),
-         cu_seqlens = output(even ? plan.documents.count + 1 : 0);
-  Tensor overflowed = device_output(plan.memory, {1}, ScalarType::Bool);
-  const LayoutOutputs out = {.patch_offsets = device.write<i32>(patch_offsets),
-                             .cu_patches = device.write<i32>(cu_patches),
-                             .patch_ids = device.write<i32>(patch_ids),
-                             .decode_ids = device.write<i32>(decode_ids),
-                             .decode_offsets = device.write<i32>(decode_offsets),
-                             .overflowed = device.write<bool>(overflowed),
-                             .cu_seqlens = even ? device.write<i32>(cu_seqlens) : nullptr,
-                             .capacity = capacity};
-  const int64_t blocks = plan.scratch.counts.chunks + ceil_div<int64_t>(capacity + 1, kChunkBytes);
-  device.launch<patch_layout_kernel<Rule>>({.grid = {blocks}, .block = kLayoutThreads}, rule, plan.documents, limit,
-                                           plan.scratch, out);
-  return {patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, cu_seqlens};
-}
-
-template <class Rule>
-LayoutTensors build_layout(const Device& device, const Rule& rule, const Documents& documents, const Tensor& like,
-                           std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
-  const Plan plan = plan_layout(device, documents, like, max_patches);
-  const int64_t work = std::max<int64_t>(ChunkCounts::slots(plan.scratch.counts.chunks), plan.scratch.parts * kWarp);
-  device.launch<prepare_layout_kernel>({.grid = {ceil_div<int64_t>(work, kLayoutThreads)}, .block = kLayoutThreads},
-                                       documents, plan.scratch);
-  return launch_layout(device, rule, plan, max_patch_length);
-}
-
-// Calls f with the EntropyRule of the entropies.
+// Calls f with the EntropyRule of entropies, which are compared in `dtype`.
 template <class F>
-LayoutTensors dispatch_rule(const Device& device, const Tensor& entropy, double threshold,
+LayoutTensors dispatch_rule(const Device& device, const Tensor& entropy, ScalarType dtype, double threshold,
                             std::optional<double> threshold_add, bool monotonic, F&& f) {
   const EntropyMode mode = monotonic       ? EntropyMode::kMonotonic
                            : threshold_add ? EntropyMode::kBoth
                                            : EntropyMode::kGlobal;
   return dispatch_device_float(entropy.scalar_type(), "entropy", [&]<class T>(Tag<T>) {
-    return f(EntropyRule<T>{device.read<T>(entropy), static_cast<float>(threshold),
-                            static_cast<float>(threshold_add.value_or(0)), mode});
+    const auto rounded = [&](double x) {
+      return static_cast<acc_t<T>>(
+          dispatch_float(dtype, "compare", [&]<class R>(Tag<R>) -> double { return round_to<R>(x); }));
+    };
+    return f(EntropyRule<T>{device.read<T>(entropy), rounded(threshold), rounded(threshold_add.value_or(0)), mode,
+                            rounding_of(dtype)});
   });
 }
 
 LayoutTensors patch_starts_fwd_cuda(const Tensor& entropy, std::optional<Tensor> cu_seqlens, int64_t num_documents,
                                     double threshold, std::optional<double> threshold_add, bool monotonic,
-                                    std::optional<int64_t> max_patch_length, std::optional<int64_t> max_patches) {
+                                    std::optional<int64_t> max_patch_length, std::string compare,
+                                    std::optional<int64_t> max_patches) {
   const Tensor values = check_values(entropy, "entropy");
   const Device device(values);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, values.size(0));
-  return dispatch_rule(device, values, threshold, threshold_add, monotonic, [&](const auto& rule) {
+  const ScalarType dtype = check_compare(compare, entropy);
+  return dispatch_rule(device, values, dtype, threshold, threshold_add, monotonic, [&](const auto& rule) {
     return build_layout(device, rule, documents, values, max_patch_length, max_patches);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd_cuda(
     const Tensor& logits, std::optional<Tensor> cu_seqlens, int64_t num_documents, double threshold,
-    std::optional<double> threshold_add, bool monotonic, std::optional<int64_t> max_patch_length,
+    std::optional<double> threshold_add, bool monotonic, std::optional<int64_t> max_patch_length, std::string compare,
     std::optional<int64_t> max_patches) {
+  const ScalarType dtype = check_compare(compare, logits);
   const Tensor rows = check_logits(logits);
   const Device device(rows);
   const Documents documents = check_documents(device, cu_seqlens, num_documents, rows.size(0));
@@ -127,9 +69,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     device.launch<entropy_patch_fwd_kernel<T>>(config, logit_rows<T>(device, rows), documents, plan.scratch,
                                                device.write<acc_t<T>>(entropy), device.write<acc_t<T>>(log_sum));
   });
-  LayoutTensors layout = dispatch_rule(device, entropy, threshold, threshold_add, monotonic, [&](const auto& rule) {
-    return launch_layout(device, rule, plan, max_patch_length);
-  });
+  LayoutTensors layout =
+      dispatch_rule(device, entropy, dtype, threshold, threshold_add, monotonic,
+                    [&](const auto& rule) { return launch_layout(device, rule, plan, max_patch_length); });
   return std::tuple_cat(std::move(outputs), std::move(layout));
 }
 

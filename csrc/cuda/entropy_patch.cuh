@@ -1,6 +1,6 @@
 // Defines the rules that divide a text into patches; patch_layout.cuh evaluates them.
 //
-//   rule(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
+//   rule(t, i, last) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
 //
 // A layout from logits takes two launches: entropy_patch_fwd_kernel, then patch_layout_kernel with an EntropyRule.
 // Bytes: the logits, their entropies (8 written and 4 read per row) and the layout. If the first kernel stored its
@@ -16,20 +16,31 @@ namespace blt {
 
 enum class EntropyMode : int { kGlobal, kMonotonic, kBoth };
 
-// Compares in fp32 for every T. No decision depends on entropy[0] of a document.
+// Entropies, their differences and thresholds are rounded to this dtype before they are compared.
+enum class Rounding : int { kFp32, kBf16, kFp16, kFp64 };
+
+// No decision depends on entropy[0] of a document.
 template <class T>
 struct EntropyRule {
   const T* entropy;
-  float threshold, threshold_add;
+  acc_t<T> threshold, threshold_add;
   EntropyMode mode;
+  Rounding rounding;
 
-  __device__ __forceinline__ float at(i32 t) const { return static_cast<float>(to_float(entropy[t])); }
-  __device__ __forceinline__ bool operator()(i32 t, i32 i) const {
+  __device__ __forceinline__ acc_t<T> rounded(acc_t<T> x) const {
+    if (rounding == Rounding::kFp64) return x;
+    const float y = static_cast<float>(x);
+    if (rounding == Rounding::kBf16) return to_float(from_float<bf16>(y));
+    if (rounding == Rounding::kFp16) return to_float(from_float<fp16>(y));
+    return y;
+  }
+  __device__ __forceinline__ acc_t<T> at(i32 t) const { return rounded(to_float(entropy[t])); }
+  __device__ __forceinline__ bool operator()(i32 t, i32 i, bool) const {
     if (i <= 0) return true;
-    const float h = at(t);
+    const acc_t<T> h = at(t);
     if (mode == EntropyMode::kGlobal) return h > threshold;
     if (i == 1) return true;
-    const float rise = h - at(t - 1);
+    const acc_t<T> rise = rounded(h - at(t - 1));
     if (mode == EntropyMode::kMonotonic) return rise > threshold;
     return i > 2 && rise > threshold_add && h > threshold;
   }
@@ -56,14 +67,14 @@ struct SpaceRule {
                lower = byte >= 'a' && byte <= 'z';
     return !(digit || upper || lower || (byte >= 0x80 && byte < 0xc0));
   }
-  __device__ __forceinline__ bool operator()(i32 t, i32 i) const {
+  __device__ __forceinline__ bool operator()(i32 t, i32 i, bool) const {
     return i <= 0 || tokens[t] < 4 || (space_like(tokens[t]) && !space_like(tokens[t - 1]));
   }
 };
 
 struct StaticRule {
   i32 size, first;
-  __device__ __forceinline__ bool operator()(i32, i32 i) const {
+  __device__ __forceinline__ bool operator()(i32, i32 i, bool) const {
     const i32 after = i + 1;
     return after >= first && static_cast<u32>(after - first) % static_cast<u32>(size) == 0;
   }
@@ -73,13 +84,13 @@ template <class T>
 struct DelimiterRule {
   const T* tokens;
   i64 id;
-  __device__ __forceinline__ bool operator()(i32 t, i32 i) const { return i <= 0 || tokens[t] == id; }
+  __device__ __forceinline__ bool operator()(i32 t, i32 i, bool) const { return i <= 0 || tokens[t] == id; }
 };
 
 // Repeats the decisions of an earlier kernel.
 struct GivenRule {
   const u8* boundaries;
-  __device__ __forceinline__ bool operator()(i32 t, i32 i) const { return i <= 0 || boundaries[t] != 0; }
+  __device__ __forceinline__ bool operator()(i32 t, i32 i, bool) const { return i <= 0 || boundaries[t] != 0; }
 };
 
 // --- topk_patch ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 // Builds the tensors of a PatchLayout from boundary decisions, in one kernel. PatchLayout.from_cuts specifies it.
 //
-//   rule(t, i) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
+//   rule(t, i, last) -> bool: does the byte after byte t, which is byte i of its document, start a patch?
+//
+// `last` says that byte t is the last one of its document.
 //
 // The layout is computed in parallel. A document start is the first byte of a document that is not empty; all other
 // patches begin at an interior start.
@@ -326,7 +328,8 @@ __global__ void __launch_bounds__(kLayoutThreads, 3)
   for (int w = warp; w < kChunkWords; w += kLayoutWarps) {
     const i32 t = start + w * 32 + lane;
     const i32 begin = max(0, last_until(bits.begins, bits.begin_before, start, w, lane));
-    const u32 vote = __ballot_sync(kAllLanes, t < place.end && rule(t, t - begin));
+    const bool last = bits.begins_at(w * 32 + lane + 1);
+    const u32 vote = __ballot_sync(kAllLanes, t < place.end && rule(t, t - begin, last));
     if (lane == 0) bits.boundaries[w] = vote;
   }
   __syncthreads();

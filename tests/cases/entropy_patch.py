@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import inputs
+import torch
 from op_case import IDS, OpCase
 from torch import Tensor
 
@@ -34,6 +35,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 _entropy_patch = partial(OpCase, bk.entropy_patch, entropy_patch_reference, differentiable=("logits",))
 _patch_starts = partial(OpCase, bk.patch_starts, patch_starts_reference)
+_EXACT = (torch.float32, torch.float64)
 _scheme = partial(OpCase, dtypes=IDS)
 
 CASES = [
@@ -45,6 +47,9 @@ CASES = [
         _patch_starts(label, inputs.make_patch_starts(**rule), trace=label in ("", "overflow"))
         for label, rule in RULES.items()
     ),
+    # In fp32 and fp64, rounding to the model's dtype moves no entropy past a threshold of these.
+    _entropy_patch("model", inputs.make_entropy_patch(compare="model"), dtypes=_EXACT, fast=False),
+    _patch_starts("model", inputs.make_patch_starts(compare="model", monotonic=True), dtypes=_EXACT, fast=False),
     OpCase(bk.topk_patch, topk_patch_reference, "", inputs.make_topk()),
     _scheme(bk.space_patch, space_patch_reference, "", inputs.make_tokens()),
     _scheme(bk.delimiter_patch, delimiter_patch_reference, "", inputs.make_tokens(id=ord("\n") + 4)),

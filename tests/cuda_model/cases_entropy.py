@@ -66,7 +66,7 @@ def entropy_patch_launches(rows: int) -> list[Launch]:
     count = len(own.cu_seqlens) - 1
     documents = [None, i64(count), i32(rows), i32(DOCUMENT)]  # they have one length
     entropies = [logit_rows(rows), documents, scratch, Array("entropy", rows * 4), Array("log_sum", rows * 4)]
-    rule = [data("entropy", starts, True), f32(1.335), f32(0), i32(0)]
+    rule = [data("entropy", starts, True), f32(1.335), f32(0), i32(0), i32(0)]
     outputs = [
         Array("patch_offsets", (rows + 1) * 4), Array("cu_patches", (count + 1) * 4),
         Array("patch_ids", rows * 4), Array("decode_ids", rows * 4), Array("decode_offsets", (rows + 1) * 4),

@@ -138,6 +138,13 @@ def _f2fp(i: Instruction) -> Action:
     return lambda w, m: write(w, m, _to_half(high(w), bf16) << U32(16) | _to_half(low(w), bf16))
 
 
+def _f2f(i: Instruction) -> Action:
+    if not (i.has("BF16") or i.has("F16")) or not i.has("F32"):
+        raise UnknownInstructionError(i.name)
+    x, write, bf16 = floats(i.operands[1]), setter(i.operands[0]), i.has("BF16")
+    return lambda w, m: write(w, m, _to_half(x(w), bf16))
+
+
 def halves(operand: Operand, bf16: bool, second: Operand | None = None) -> Callable[[Warp], tuple[np.ndarray, ...]]:
     """Return a getter of the low and the high half as fp32. Numbers come in pairs, the high one first."""
     if operand.kind in ("number", "other"):
@@ -244,8 +251,8 @@ def _false(i: Instruction) -> Action:
 
 FLOATING: dict[str, Builder] = {
     "FADD": _floating(np.add), "FMUL": _floating(np.multiply), "FFMA": _floating(lambda a, b, c: a * b + c),
-    "MUFU": _mufu, "FSETP": _fsetp, "FSET": _fset, "FMNMX": _fmnmx, "FSEL": _fsel, "F2FP": _f2fp, "FCHK": _false,
-    "I2F": _int_to_float, "I2FP": _int_to_float, "F2I": _float_to_int,
+    "MUFU": _mufu, "FSETP": _fsetp, "FSET": _fset, "FMNMX": _fmnmx, "FSEL": _fsel, "F2FP": _f2fp, "F2F": _f2f,
+    "I2F": _int_to_float, "I2FP": _int_to_float, "F2I": _float_to_int, "FCHK": _false,
     "HADD2": _half_op(np.add), "HMUL2": _half_op(np.multiply), "HFMA2": _half_op(lambda a, b, c: a * b + c),
     "HSET2": _half_set, "HMNMX2": _half_op(_extreme), "VHMNMX": _half_op(_extreme),
 }  # fmt: skip

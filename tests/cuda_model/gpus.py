@@ -48,7 +48,7 @@ PIPES = {"fp32": 4.0, "multiply": 2.0, "integer": 2.0, "special": 0.5, "load/sto
 _PIPE = (
     dict.fromkeys(("FFMA", "FADD", "FMUL", "HADD2", "HMUL2", "HFMA2"), "fp32")
     | dict.fromkeys(("IMAD",), "multiply")
-    | dict.fromkeys(("MUFU", "POPC", "FLO", "BREV", "I2F", "F2I", "FCHK", "MATCH", "S2R"), "special")
+    | dict.fromkeys(("MUFU", "POPC", "FLO", "BREV", "I2F", "F2I", "F2F", "FCHK", "MATCH", "S2R"), "special")
     | dict.fromkeys(("LDG", "STG", "LDS", "STS", "ATOMS", "SHFL", "LDSM", "LDGSTS", "STSM", "LDC"), "load/store")
     | dict.fromkeys(
         ("BRA", "BSSY", "BSYNC", "EXIT", "NOP", "CALL", "RET", "BAR", "WARPSYNC", "BREAK", "DEPBAR", "LDGDEPBAR"),

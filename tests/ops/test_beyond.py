@@ -48,6 +48,8 @@ def garbage(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if dtype.is_floating_point:
         most = torch.finfo(dtype).max
         values: list[Any] = [NAN, INF, -INF, most, -most]
+    elif dtype == torch.bool:
+        values = [True, False, True]
     else:
         info = torch.iinfo(dtype)
         values = [max(info.min, min(id, info.max)) for id in GARBAGE_IDS]

@@ -196,6 +196,12 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
         "max_patch_length.*0",
     ),
     ("fraction", lambda: bk.patch_starts(E, threshold=1.0, max_patch_length=1.5), TypeError, r"max_patch_length.*1\.5"),
+    (
+        "compare",
+        lambda: bk.patch_starts(E, threshold=1.0, compare="bf16"),
+        ValueError,
+        "compare.*'fp32', 'model'.*'bf16'",
+    ),
     ("max_patches", lambda: bk.patch_starts(E, CU, threshold=1.0, max_patches=0), ValueError, "max_patches.*0"),
     ("no room", lambda: bk.byte_patch(torch.tensor([0, 1, 2]), max_patches=1), ValueError, "max_patches.*2.*1"),
     ("cu_seqlens float", lambda: bk.patch_starts(E, CU.float(), threshold=1.0), TypeError, "cu_seqlens.*float32"),

@@ -257,6 +257,102 @@ def test_lengths_of_transformers_itself(size: int, rows: list[list[bool]]) -> No
         assert as_lists(PatchLayout.from_lengths(theirs).compact()) == as_lists(layout.compact())
 
 
+# --- lengths whose sizes are known ------------------------------------------------------------------------------------
+
+ANY_LENGTH = st.integers(-3, 9) | st.sampled_from([-(2**63), 2**63 - 1, 2**31])
+
+
+def starts_of_lengths(row: list[int], size: int, padding: int | None) -> list[int]:
+    """Return the starts of a row of any lengths, as the docstring of `from_lengths` has them."""
+    counted = [max(0, min(n, 2**31 - 1)) for n in row]
+    starts = [sum(counted[:i]) for i in range(len(row))]
+    lengths_of_transformers = padding == -1
+    real = {s for s, n in zip(starts, row, strict=True) if s and s <= size and n > 0}
+    if lengths_of_transformers:
+        real |= {s for s, n in zip(starts, row, strict=True) if s == size > 0 and n == 0}
+    return sorted(real | {0}) if size else []
+
+
+@given(
+    st.integers(0, 9),
+    st.lists(st.lists(ANY_LENGTH, min_size=6, max_size=6), max_size=4),
+    st.sampled_from([None, 0, -1]),
+    st.integers(0, 30),
+)
+def test_any_lengths_make_a_layout(size: int, rows: list[list[int]], padding: int | None, room: int) -> None:
+    """Values are not checked where all sizes are given, and never lead out of bounds."""
+    capacity = len(rows) + room
+    lengths = torch.tensor(rows, dtype=torch.int64).view(len(rows), 6)
+    layout = PatchLayout.from_lengths(lengths, size, padding, capacity)
+    found = (-1 if any(n < 0 for row in rows for n in row) else 0) if padding is None else padding
+    starts = [starts_of_lengths(row, size, found) for row in rows]
+    assert as_lists(layout) == oracle.layout_of(starts, [size] * len(rows), capacity)
+
+
+@given(
+    st.integers(0, 9), st.lists(st.lists(st.booleans(), min_size=9, max_size=9), max_size=5), st.sampled_from([0, -1])
+)
+def test_known_sizes_change_nothing(size: int, rows: list[list[bool]], padding: int) -> None:
+    layout = from_documents([row[:size] for row in rows])
+    lengths = layout.to_lengths(include_next_byte=padding == 0, padding=padding)
+    checked = PatchLayout.from_lengths(lengths, size, padding)
+    known = PatchLayout.from_lengths(lengths, size, padding, max_patches=checked.capacity)
+    assert as_lists(known) == as_lists(checked)
+    if lengths.shape[1]:
+        again = layout.to_lengths(include_next_byte=padding == 0, padding=padding, width=lengths.shape[1])
+        assert again.tolist() == lengths.tolist()
+
+
+def test_lengths_of_a_width() -> None:
+    """A wider row is padded; in a narrower one the last patch takes the bytes of those that have no room."""
+    layout = PatchLayout.from_lengths(torch.tensor([[1, 1, 3, 1], [1, 1, 4, 0], [2, 1, 1, 1]]), seq_len=5)
+    expected = {
+        (False, 0): {1: [[5], [5], [5]], 2: [[1, 4], [1, 4], [2, 3]], 4: [[1, 1, 3, 0], [1, 1, 3, 0], [2, 1, 1, 1]]},
+        (True, 0): {2: [[1, 5], [1, 5], [2, 4]], 5: [[1, 1, 3, 1, 0], [1, 1, 4, 0, 0], [2, 1, 1, 2, 0]]},
+        (False, -1): {3: [[1, 1, 3], [1, 1, 3], [2, 1, 2]], 5: [[1, 1, 3, 1, -1], [1, 1, 4, 0, -1], [2, 1, 1, 2, -1]]},
+    }
+    for (include_next_byte, padding), by_width in expected.items():
+        for width, lengths in by_width.items():
+            assert layout.to_lengths(include_next_byte, padding, width).tolist() == lengths, (padding, width)
+
+
+def test_lengths_of_slots() -> None:
+    """Empty patches within a row are lengths of 0; those behind its last byte are left out, as is a start there."""
+    ids = torch.tensor([[0, 0, 2], [1, 1, 1]])
+    layout = PatchLayout.from_ids(ids, torch.tensor([[-1, -1, 2], [-1, -1, -1]]), 5)
+    assert layout.to_lengths().tolist() == [[2, 0, 1], [0, 3, 0]]
+    assert layout.to_lengths(True).tolist() == [[2, 0, 1, 1], [0, 4, 0, 0]]
+    assert layout.to_lengths(padding=-1).tolist() == [[2, 0, 1, 0], [0, 4, 0, -1]]
+    assert layout.to_lengths(width=5).tolist() == [[2, 0, 1, 0, 0], [0, 3, 0, 0, 0]]
+
+
+def there_and_back(lengths: torch.Tensor, size: int, capacity: int, width: int) -> tuple[PatchLayout, torch.Tensor]:
+    layout = PatchLayout.from_lengths(lengths, size, max_patches=capacity)
+    return layout, layout.to_lengths(True, width=width)
+
+
+def test_known_sizes_read_no_value_and_compile_once() -> None:
+    """On "meta" there are no values to read."""
+    layout, lengths = there_and_back(torch.empty(3, 4, dtype=torch.int64, device="meta"), 9, 12, 5)
+    assert (layout.capacity, lengths.shape) == (12, (3, 5))
+    compiled = torch.compile(there_and_back, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows, size, width in ((2, 7, 4), (3, 9, 5)):
+            lengths = torch.arange(rows * width).view(rows, width) % 3
+            expected = there_and_back(lengths, size, rows * width, width)
+            assert_equal(compiled(lengths, size, rows * width, width), expected)
+
+
+def test_wrong_sizes_are_named() -> None:
+    lengths = torch.ones(3, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"max_patches: expected at least one patch a row \(3\), got 2"):
+        PatchLayout.from_lengths(lengths, 2, max_patches=2)
+    with pytest.raises(ValueError, match="seq_len: expected at most 2147483647 bytes in all, got 1073741824 in 3 rows"):
+        PatchLayout.from_lengths(lengths, 2**30, max_patches=9)
+    with pytest.raises(ValueError, match="width: expected a value >= 1, got 0"):
+        ragged_layout(5).to_lengths(width=0)
+
+
 # --- capacity ---------------------------------------------------------------------------------------------------------
 
 

@@ -66,7 +66,7 @@ def test_int32_and_int64_are_the_same(case: OpCase, device: str) -> None:
     for dtype in (torch.int32, torch.int64):
         # A PatchLayout holds int32 always; only plain tensors come in both.
         chosen = {
-            name: x.to(dtype) if isinstance(x, Tensor) and not x.is_floating_point() else x
+            name: x.to(dtype) if isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64) else x
             for name, x in arguments.items()
         }
         outputs.append(run(case, case.function, chosen))
@@ -210,7 +210,7 @@ OF_OFFSETS_ALONE = ("static_patch", "byte_patch", "attention_ranges")
 def test_vmap(case: OpCase, device: str) -> None:
     """Ops without gradients take batches too; offsets stay shared."""
     batch = [make(case, device, 30, seed) for seed in (1, 2)]
-    name = next(name for name in ("tokens", "entropy", "x") if name in batch[0])
+    name = next(name for name in ("tokens", "entropy", "marks", "x") if name in batch[0])
     shared = {key: x for key, x in batch[0].items() if key != name}
     values = [entry[name] for entry in batch]
     expected = [case.function(**{name: x}, **shared) for x in values]

@@ -3,9 +3,11 @@
 
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../check.h"
+#include "../dispatch.h"
 
 namespace blt {
 
@@ -28,6 +30,18 @@ inline int64_t check_capacity(std::optional<int64_t> max_patches, int64_t num_by
 
 inline void check_max_patch_length(std::optional<int64_t> length) {
   STD_TORCH_CHECK(!length || *length >= 1, "max_patch_length: expected at least 1, got ", length.value_or(0));
+}
+
+// Returns the dtype that entropies are compared in: fp32, or the model's, which is that of `values`.
+inline ScalarType check_compare(const std::string& compare, const Tensor& values) {
+  STD_TORCH_CHECK(compare == "fp32" || compare == "model", "compare: expected fp32 or model, got ", compare);
+  return compare == "model" ? values.scalar_type() : ScalarType::Float;
+}
+
+// Rounds to R through its accumulator, as torch does.
+template <class R>
+accumulator_t<R> round_to(double x) {
+  return static_cast<accumulator_t<R>>(static_cast<R>(static_cast<accumulator_t<R>>(x)));
 }
 
 inline void check_static_patch(int64_t num_bytes, int64_t size, int64_t first) {
