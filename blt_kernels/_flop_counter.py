@@ -110,12 +110,12 @@ def _register_attention(operator: str, pairs: Callable[..., int]) -> None:
     """Register attention with as many pairs as a function of q, k and the arguments behind the tensors returns."""
 
     def forward(q: Tensor, k: Tensor, _v: Tensor, *arguments: Any, **_outs: Any) -> int:
-        return PAIR_FORWARD * q.shape[1] * q.shape[2] * pairs(q, k, *arguments)
+        return PAIR_FORWARD * q.shape[-2] * q.shape[-1] * pairs(q, k, *arguments)
 
     def backward(
         _grad: Tensor, q: Tensor, k: Tensor, _v: Tensor, _out: Tensor, _lse: Tensor, *arguments: Any, **_outs: Any
     ) -> int:
-        return PAIR_BACKWARD * q.shape[1] * q.shape[2] * pairs(q, k, *arguments)
+        return PAIR_BACKWARD * q.shape[-2] * q.shape[-1] * pairs(q, k, *arguments)
 
     register_flop_formula(getattr(_OPS, f"{operator}_fwd"), get_raw=True)(forward)
     register_flop_formula(getattr(_OPS, f"{operator}_bwd"), get_raw=True)(backward)
@@ -124,6 +124,7 @@ def _register_attention(operator: str, pairs: Callable[..., int]) -> None:
 def _visited(q: Tensor, k: Tensor, *arguments: Any) -> int:
     """Return the (query, key) pairs of block_causal_attention."""
     mask = AttentionMask(*arguments)
+    q, k = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k))
     first, last = mask.with_offsets(q, k).keys_of_queries(q.shape[0], k.shape[0])
     return int((last - first).sum())
 

@@ -11,7 +11,7 @@ from torch._C import _is_any_autocast_enabled
 
 from blt_kernels._extension import OPERATORS
 from blt_kernels.ops import _autograd
-from blt_kernels.reference._ragged import accumulator
+from blt_kernels.reference._ragged import accumulator, ordered_like
 
 
 def define(name: str, schema: str, reference: Callable, fake: Callable) -> Callable[..., Any]:
@@ -46,6 +46,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Allocate contiguous tensors of these shapes and dtypes."""
     return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+def empty_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Allocate the gradients of tensors of heads, ``[T, H, E]`` or ``[B, S, H, E]``, as `ordered_like` orders them."""
+    return tuple(ordered_like(x, x.new_empty(x.shape)) for x in tensors)
 
 
 def empty_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from blt_kernels import _checks
 from blt_kernels.layout import AttentionRanges
 from blt_kernels.ops import _attention_backend, _common
 from blt_kernels.reference import block_causal_attention as reference
+from blt_kernels.reference._ragged import backward_takes_padded_heads, takes_padded_heads
 from blt_kernels.triton.block_causal_attention import flash
 
 
@@ -43,7 +44,9 @@ def block_causal_attention(
     q : fp32, bf16, fp16 or fp64 ``[Tq, H, E]`` or ``[B, Sq, H, E]``
         Queries, packed or padded: padded tensors are B documents of one length.
     k, v : same dtype ``[Tk, G, E]`` or ``[B, Sk, G, E]``
-        Keys and values, packed if q is. G divides H; query head h reads head ``h // (H / G)``.
+        Keys and values, packed if q is. G divides H; query head h reads head ``h // (H / G)``. Padded tensors may have
+        any strides, as transposed ``[B, H, S, E]`` tensors have: the CPU reads them where they are, CUDA packs them by
+        a copy. Gradients have their order of dimensions in memory, so that transposing them back makes no copy.
     cu_seqlens_q : int32 or int64 ``[B+1]``, optional
         Documents of packed queries; one document if None. None for padded queries.
     cu_seqlens_k : int32 or int64 ``[B+1]``, optional
@@ -67,8 +70,9 @@ def block_causal_attention(
     Returns
     -------
     out : dtype and shape of `q`
-        0 for a query that attends to no key, or lies beyond the last document. Accumulated in fp32 (fp64 for fp64
-        inputs). Such queries, and keys and values that no query attends to, may hold anything and get gradients of 0.
+        Contiguous. 0 for a query that attends to no key, or lies beyond the last document. Accumulated in fp32 (fp64
+        for fp64 inputs). Such queries, and keys and values that no query attends to, may hold anything and get
+        gradients of 0.
     lse : fp32 (fp64 for fp64 inputs) ``q.shape[:-1]``, if `return_lse`
         Natural logarithm; -inf for a query that attends to no key. Not differentiable.
 
@@ -127,31 +131,34 @@ def block_causal_attention(
                 raise ValueError(f"{name}: expected None, since q is padded with shape {list(q.shape)}")
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k: expected None, since cu_seqlens_q is None")
-    packed_q, packed_k, packed_v, offsets_q, offsets_k = q, k, v, None, None
-    if cu_seqlens_q is not None:
-        offsets_q = _checks.check_offsets("cu_seqlens_q", cu_seqlens_q, q_shape[0], device=device)
-        documents = offsets_q.numel() - 1
-    else:
-        packed_q, _, documents = _checks.split_documents("q", q, None, trailing=2)
+    offsets_q, offsets_k, documents, num_queries, num_keys = None, None, 1, q_shape[0], k_shape[0]
     if dims == 4:
-        packed_k, packed_v = k.flatten(0, 1), v.flatten(0, 1)
+        documents, num_queries, num_keys = q_shape[0], q_shape[0] * q_shape[1], k_shape[0] * k_shape[1]
         if k_shape[0] != documents:
             raise ValueError(f"k: expected the B = {documents} documents of q, got shape {list(k.shape)}")
-        _checks.check_total("k", k_shape[0] * k_shape[1])
-    elif offsets_q is not None and cu_seqlens_k is not None:
-        offsets_k = _check_key_offsets(cu_seqlens_k, k_shape[0], offsets_q)
-    elif k_shape[0] != q_shape[0]:
-        raise ValueError(f"cu_seqlens_k: expected offsets, since q has {q.shape[0]} rows and k {k.shape[0]}; got None")
+    elif cu_seqlens_q is not None:
+        offsets_q = _checks.check_offsets("cu_seqlens_q", cu_seqlens_q, num_queries, device=device)
+        documents = offsets_q.numel() - 1
+        if cu_seqlens_k is not None:
+            offsets_k = _check_key_offsets(cu_seqlens_k, num_keys, offsets_q)
+    if dims == 3 and offsets_k is None and num_keys != num_queries:
+        raise ValueError(f"cu_seqlens_k: expected offsets, since q has {num_queries} rows and k {num_keys}; got None")
+    if offsets_q is None:
+        _checks.check_total("q", num_queries)
+        _checks.check_total("k", num_keys)
     if seqused_k is not None:
         keys = offsets_q if offsets_k is None else offsets_k
-        seqused_k = _check_seqused(seqused_k, keys, documents, packed_k)
+        seqused_k = _check_seqused(seqused_k, keys, documents, num_keys, device)
+    intervals = None if ranges is None else _check_ranges(ranges, q, num_queries, num_keys, window, causal)
+    packs = dims == 4 and _packs(q) and _packs(k) and _packs(v)
+    if packs:
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     if autocast:
-        packed_q, packed_k, packed_v = _common.autocast(packed_q, packed_k, packed_v)
-    intervals = None if ranges is None else _check_ranges(ranges, packed_q, packed_k, window, causal)
-    out, lse = block_causal_attention_fwd(packed_q, packed_k, packed_v, offsets_q, offsets_k,
+        q, k, v = _common.autocast(q, k, v)
+    out, lse = block_causal_attention_fwd(q, k, v, offsets_q, offsets_k,
         window, causal, scale, seqused_k, intervals, documents,
     )  # fmt: skip
-    if dims == 4:
+    if packs:
         out, lse = out.view(q_shape), lse.view(q_shape[:-1])
     return (out, lse) if return_lse else out
 
@@ -213,11 +220,16 @@ def attention_ranges(
         raise ValueError(f"num_keys: expected num_queries = {num_queries}, since cu_seqlens_k is None; got {num_keys}")
     if seqused_k is not None:
         keys = offsets_q if offsets_k is None else offsets_k
-        seqused_k = _check_seqused(seqused_k, keys, offsets_q.shape[0] - 1, offsets_q)
+        seqused_k = _check_seqused(seqused_k, keys, offsets_q.shape[0] - 1, num_keys, device)
     intervals = block_causal_attention_ranges_fwd(
         offsets_q, offsets_k, num_queries, num_keys, window, causal, seqused_k
     )
     return AttentionRanges(intervals, num_queries, num_keys, window, causal)
+
+
+def _packs(x: Tensor) -> bool:
+    """Return whether ``[B, S, ...]`` is ``[B * S, ...]`` without a copy. Operators take the others as they are."""
+    return x.shape[0] <= 1 or x.shape[1] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
 
 
 def _check_key_offsets(cu_seqlens_k: Tensor | _checks.Documents, keys: int, offsets_q: Tensor) -> Tensor:
@@ -229,32 +241,37 @@ def _check_key_offsets(cu_seqlens_k: Tensor | _checks.Documents, keys: int, offs
     return offsets_k
 
 
-def _check_ranges(ranges: object, q: Tensor, k: Tensor, window: int | None, causal: bool) -> Tensor:
+def _check_ranges(
+    ranges: object, q: Tensor, num_queries: int, num_keys: int, window: int | None, causal: bool
+) -> Tensor:
     """Check that `ranges` were made for such a call, as far as the host knows, and return the intervals."""
     if not isinstance(ranges, AttentionRanges):
         raise TypeError(f"ranges: expected an AttentionRanges, got {type(ranges).__name__}")
     _checks.check_same("ranges", ranges.intervals, "q", q, dtype=False)
-    if ranges.num_queries != q.shape[0] or ranges.num_keys != k.shape[0]:
+    if ranges.num_queries != num_queries or ranges.num_keys != num_keys:
         made = f"{ranges.num_queries} queries and {ranges.num_keys} keys"
-        raise ValueError(f"ranges: expected those of {q.shape[0]} queries and {k.shape[0]} keys, got {made}")
+        raise ValueError(f"ranges: expected those of {num_queries} queries and {num_keys} keys, got {made}")
     if ranges.window != window or ranges.causal != causal:
         made = f"window = {ranges.window} and causal = {ranges.causal}"
         raise ValueError(f"ranges: expected those of window = {window} and causal = {causal}, got {made}")
     return ranges.intervals
 
 
-def _check_seqused(seqused_k: Tensor, offsets_k: Tensor | None, documents: int, data: Tensor) -> Tensor:
+def _check_seqused(
+    seqused_k: Tensor, offsets_k: Tensor | None, documents: int, num_keys: int, device: torch.device
+) -> Tensor:
     """Check the used lengths and return them as int32; their values where they are readable.
 
     Without `offsets_k` all documents have as many keys.
     """
     _checks.check_tensor("seqused_k", seqused_k, 1, _checks.INTS)
-    _checks.check_same("seqused_k", seqused_k, "the data", data, dtype=False)
+    if seqused_k.device != device:
+        raise ValueError(f"seqused_k: expected device {device} of the data, got {seqused_k.device}")
     if seqused_k.numel() != documents:
         raise ValueError(f"seqused_k: expected one entry for each of {documents} documents, got {seqused_k.numel()}")
     if _checks.readable(seqused_k) and (offsets_k is None or _checks.readable(offsets_k)):
         if offsets_k is None:
-            lengths = [data.shape[0] // max(documents, 1)] * documents
+            lengths = [num_keys // max(documents, 1)] * documents
         else:
             ends = offsets_k.tolist()
             lengths = list(map(sub, ends[1:], ends))
@@ -287,7 +304,7 @@ block_causal_attention_bwd = _common.define(
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     reference.block_causal_attention_bwd_reference,
-    lambda _grad, q, k, v, *_: _common.empty_like(q, k, v),
+    lambda _grad, q, k, v, *_: _common.empty_gradients(q, k, v),
 )
 
 
@@ -314,6 +331,19 @@ _common.register_attention(
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 
 
+@takes_padded_heads
+def _forward_cuda(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if _attention_backend.attention_backend() == "flash":
+        mask = reference.AttentionMask(*arguments)
+        return flash.forward(q, k, v, mask, mask.scale)
+    return _launchers()["fwd"](q, k, v, *arguments)
+
+
+@backward_takes_padded_heads
+def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _launchers()["bwd"](*arguments)
+
+
 @cache
 def _launchers() -> dict[str, Callable[..., Any]]:
     """Return the Triton launchers by the ends of the operators' names. Triton is imported at the first call."""
@@ -326,17 +356,6 @@ def _launchers() -> dict[str, Callable[..., Any]]:
         "bwd": backward.block_causal_attention_bwd_cuda,
         "ranges_fwd": ranges.block_causal_attention_ranges_fwd_cuda,
     }
-
-
-def _forward_cuda(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    if _attention_backend.attention_backend() == "flash":
-        mask = reference.AttentionMask(*arguments)
-        return flash.forward(q, k, v, mask, mask.scale)
-    return _launchers()["fwd"](q, k, v, *arguments)
-
-
-def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _launchers()["bwd"](*arguments)
 
 
 def _ranges_cuda(*arguments: Any) -> Tensor:

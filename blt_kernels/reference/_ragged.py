@@ -39,6 +39,40 @@ def operator_of(make: Callable[..., Any]) -> Callable[[Callable[..., Any]], Call
     return decorate
 
 
+def takes_padded_heads(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the forward of attention, which takes packed heads, take ``[B, S, H, E]`` too: they are packed by a copy."""
+
+    @functools.wraps(forward)
+    def padded(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        if q.dim() == 3:
+            return forward(q, k, v, *arguments)
+        out, lse = forward(*(x.flatten(0, 1) for x in (q, k, v)), *arguments)
+        return out.view(q.shape), lse.view(q.shape[:-1])
+
+    return padded
+
+
+def backward_takes_padded_heads(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Do the same for the backward."""
+
+    @functools.wraps(backward)
+    def padded(grad_out: Tensor, q: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        if q.dim() == 3:
+            return backward(grad_out, q, *tensors)
+        k, v, out, lse, *arguments = tensors
+        grads = backward(*(x.flatten(0, 1) for x in (grad_out, q, k, v, out, lse)), *arguments)
+        return tuple(ordered_like(x, grad.view(x.shape)) for x, grad in zip((q, k, v), grads, strict=True))
+
+    return padded
+
+
+def ordered_like(x: Tensor, gradient: Tensor) -> Tensor:
+    """Return the contiguous gradient of `x`, or one whose heads are outside of the sequence if those of `x` are."""
+    if x.dim() == 4 and x.stride(2) > x.stride(1):
+        return gradient.transpose(1, 2).contiguous().transpose(1, 2)
+    return gradient
+
+
 def scale_of(q: Tensor, scale: float | None) -> float:
     """Return the factor of the scores of attention."""
     return q.shape[-1] ** -0.5 if scale is None else scale

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import AttentionRanges
-from blt_kernels.reference._ragged import accumulator, document_offsets, operator_of, scale_of
+from blt_kernels.reference._ragged import (
+    accumulator,
+    backward_takes_padded_heads,
+    document_offsets,
+    operator_of,
+    scale_of,
+    takes_padded_heads,
+)
 
 _QUERY_BLOCK = 128
 
@@ -120,13 +127,13 @@ def block_causal_attention_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention within documents; see `ops.block_causal_attention`. It does not read `ranges`."""
     num_documents = q.shape[0] if q.dim() == 4 else 1
-    query, key, value = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
     out, lse = block_causal_attention_fwd_reference(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, None, num_documents
+        q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale, seqused_k, None, num_documents
     )
-    return (out.view(q.shape), lse.view(q.shape[:-1])) if return_lse else out.view(q.shape)
+    return (out, lse) if return_lse else out
 
 
+@takes_padded_heads
 @operator_of(AttentionMask)
 def block_causal_attention_fwd_reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
     """With s = scale * q k^T over the keys that a query attends to: out = softmax(s) v, lse = logsumexp(s)."""
@@ -153,6 +160,7 @@ def block_causal_attention_fwd_reference(q: Tensor, k: Tensor, v: Tensor, mask: 
     return torch.cat(outs).to(q.dtype), torch.cat(lses)
 
 
+@backward_takes_padded_heads
 @operator_of(AttentionMask)
 def block_causal_attention_bwd_reference(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: AttentionMask

@@ -32,6 +32,7 @@
 #include "block_causal_attention/decode.h"
 #include "block_causal_attention/forward.h"
 #include "block_causal_attention/items.h"
+#include "block_causal_attention/short.h"
 #include "support/alloc.h"
 #include "support/check_values.h"
 #include "support/documents.h"
@@ -42,11 +43,20 @@ namespace {
 
 constexpr int64_t kRowGrain = 1024;  // so many dot products are worth a thread
 
-Heads heads_of(const Tensor& x, ScalarType dtype) { return {x.const_data_ptr(), dtype, x.stride(0), x.stride(1)}; }
+// Counts the rows of a [T, heads, E] or a [documents, length, heads, E] tensor.
+int64_t num_rows(const Tensor& x) { return x.dim() == 3 ? x.size(0) : x.size(0) * x.size(1); }
 
-OutputHeads output_heads(Tensor& x, ScalarType dtype) {
-  return {x.mutable_data_ptr(), dtype, x.stride(0), x.stride(1)};
+template <class Void>
+HeadsOf<Void> heads_at(Void* data, const Tensor& x, ScalarType dtype) {
+  if (x.dim() == 3) return {data, dtype, x.stride(0), x.stride(1)};
+  const int64_t length = std::max<int64_t>(x.size(1), 1);
+  const int64_t jump = x.size(0) > 1 ? x.stride(0) - x.size(1) * x.stride(1) : 0;
+  return {data, dtype, x.stride(1), x.stride(2), length, jump};
 }
+
+Heads heads_of(const Tensor& x, ScalarType dtype) { return heads_at(x.const_data_ptr(), x, dtype); }
+
+OutputHeads output_heads(Tensor& x, ScalarType dtype) { return heads_at(x.mutable_data_ptr(), x, dtype); }
 
 // --- checks ----------------------------------------------------------------------------------------------------------
 
@@ -85,45 +95,62 @@ KeyRanges check_ranges(const Tensor& like, int64_t queries, int64_t keys, Offset
 }
 
 // Returns the dtype of all three, which torch takes 20 ns to find out.
-ScalarType check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
+ScalarType check_heads(const Tensor& q, const Tensor& k, const Tensor& v, const Offsets& offsets) {
   const ScalarType dtype = q.scalar_type();
-  check_dim(q, "q", 3);
-  check_dim(k, "k", 3);
-  check_dim(v, "v", 3);
+  const int64_t dims = q.dim();
+  STD_TORCH_CHECK(dims == 3 || dims == 4, "q: expected 3 or 4 dimensions, got ", dims);
+  check_dim(k, "k", dims);
+  check_dim(v, "v", dims);
   check_dtype(k, "k", dtype);
   check_dtype(v, "v", dtype);
-  for (int dim = 0; dim < 3; ++dim) check_size(v, "v", dim, k.size(dim));
-  check_size(k, "k", 2, q.size(2));
-  STD_TORCH_CHECK(k.size(1) >= 1 && q.size(1) % k.size(1) == 0, "k: expected a number of heads that divides ",
-                  q.size(1), ", got ", k.size(1));
+  for (int dim = 0; dim < dims; ++dim) check_size(v, "v", dim, k.size(dim));
+  check_size(k, "k", dims - 1, q.size(dims - 1));
+  const int64_t heads = q.size(dims - 2), kv_heads = k.size(dims - 2);
+  STD_TORCH_CHECK(kv_heads >= 1 && heads % kv_heads == 0, "k: expected a number of heads that divides ", heads,
+                  ", got ", kv_heads);
+  if (dims == 4) {
+    STD_TORCH_CHECK(!offsets.q, "cu_seqlens_q: expected none, since q has 4 dimensions");
+    STD_TORCH_CHECK(offsets.num_documents == q.size(0), "num_documents: expected the ", q.size(0), " of q, got ",
+                    offsets.num_documents);
+    check_size(k, "k", 0, q.size(0));
+  }
   return dtype;
 }
 
 Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, ScalarType dtype, std::optional<double> scale,
                    const KeyRanges& ranges) {
+  const int64_t last = q.dim() - 1, head_dim = q.size(last);
   return {heads_of(q, dtype),
           heads_of(k, dtype),
           heads_of(v, dtype),
-          q.size(1),
-          k.size(1),
-          q.size(2),
-          scale.value_or(1 / std::sqrt(static_cast<double>(q.size(2)))),
+          q.size(last - 1),
+          k.size(last - 1),
+          head_dim,
+          scale.value_or(1 / std::sqrt(static_cast<double>(head_dim))),
           ranges};
+}
+
+std::vector<int64_t> sizes_of(const Tensor& x) {
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t dim = 0; dim < x.dim(); ++dim) sizes[dim] = x.size(dim);
+  return sizes;
+}
+
+// Allocates the gradient of x. It is contiguous, or [B, S, H, E] with the sequence inside the heads if x is.
+Tensor new_gradient(const Tensor& x) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  const bool heads_outside = x.dim() == 4 && x.stride(2) > x.stride(1);
+  if (heads_outside) std::swap(sizes[1], sizes[2]);
+  Tensor gradient = new_output(x, {sizes.data(), sizes.size()});
+  return heads_outside ? torch::stable::transpose(gradient, 1, 2) : gradient;
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// Fills rows of a contiguous tensor from `begin` on: those of queries beyond the last document.
-template <class A>
-void fill_rows(Tensor& x, int64_t begin, A value) {
-  A* const data = x.mutable_data_ptr<A>();
-  const int64_t row = x.size(0) ? x.numel() / x.size(0) : 0;
-  std::fill(data + begin * row, data + x.numel(), value);
-}
-
+// Zeroes the rows from `begin` on, which are those beyond the last document. With 4 dimensions there are none.
 void zero_rows(Tensor& x, int64_t begin) {
-  const int64_t row = x.size(0) ? x.numel() / x.size(0) * static_cast<int64_t>(x.element_size()) : 0;
-  if (row > 0) std::memset(static_cast<char*>(x.mutable_data_ptr()) + begin * row, 0, (x.size(0) - begin) * row);
+  const int64_t rows = num_rows(x), row = rows ? x.numel() / rows * static_cast<int64_t>(x.element_size()) : 0;
+  if (begin < rows) std::memset(static_cast<char*>(x.mutable_data_ptr()) + begin * row, 0, (rows - begin) * row);
 }
 
 bool use_amx([[maybe_unused]] const Problem& problem) {
@@ -157,25 +184,28 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(
     Tensor q, Tensor k, Tensor v, const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
     std::optional<int64_t> window, bool causal, std::optional<double> scale, const std::optional<Tensor>& seqused_k,
     [[maybe_unused]] const std::optional<Tensor>& ranges, int64_t num_documents) {
-  const ScalarType dtype = check_heads(q, k, v);
   Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k, num_documents};
-  const KeyRanges key_ranges = check_ranges(q, q.size(0), k.size(0), offsets, window, causal);
+  const ScalarType dtype = check_heads(q, k, v, offsets);
+  const KeyRanges key_ranges = check_ranges(q, num_rows(q), num_rows(k), offsets, window, causal);
   q = with_unit_stride(q), k = with_unit_stride(k), v = with_unit_stride(v);
-  Tensor out = new_output(q, {q.size(0), q.size(1), q.size(2)});
-  Tensor lse = new_output(q, {q.size(0), q.size(1)}, accumulator(q));
+  const auto sizes = sizes_of(q);
+  Tensor out = new_output(q, {sizes.data(), sizes.size()});
+  Tensor lse = new_output(q, {sizes.data(), sizes.size() - 1}, accumulator(q));
   const Problem problem = problem_of(q, k, v, dtype, scale, key_ranges);
   const int64_t queries = key_ranges.cu_seqlens_q[key_ranges.documents];
   zero_rows(out, queries);
   dispatch_accumulator(dtype, "q", [&]<class A>(Tag<A>) {
-    fill_rows(lse, queries, kMaskedScore<A>);
-    std::vector<Tile> tiles = query_tiles(key_ranges, kWidth<A>, kMaxDecodeQueries), few;
-    std::erase_if(tiles, [&](const Tile& tile) {
-      if (tile.few) few.push_back(tile);
-      return tile.few;
-    });
-    const Output<A> results = {output_heads(out, dtype), lse.mutable_data_ptr<A>()};
+    A* const lses = lse.mutable_data_ptr<A>();
+    std::fill(lses + queries * problem.num_heads, lses + lse.numel(), kMaskedScore<A>);
+    const ShortDocuments documents(key_ranges);
+    std::vector<Tile> tiles, few;
+    for (const Range& run : documents.others())
+      for (const Tile& tile : query_tiles(key_ranges, run, kWidth<A>, kMaxDecodeQueries))
+        (tile.few ? few : tiles).push_back(tile);
+    const Output<A> results = {output_heads(out, dtype), lses};
     attend_tiles<A>(q, problem, results, tiles, [](int64_t, Run) { return true; });
     decode<A>(q, problem, results.out, results.lse, few);
+    attend_short<A>(q, problem, results.out, results.lse, documents);
   });
   return {out, lse};
 }
@@ -200,72 +230,93 @@ std::optional<Tensor> sum_softmax(const Tensor& like, const Problem& problem, Ro
   return memory;
 }
 
+// Computes the gradients of runs of documents that are not short.
+template <class A>
+void propagate_tiles(const Tensor& like, const Problem& problem, RowSoftmax<A> saved, const Heads& out,
+                     const Gradients& grads, const std::vector<Range>& runs) {
+  if (runs.empty()) return;
+  const KeyRanges& ranges = problem.ranges;
+  const int64_t heads = problem.num_heads, kv_heads = problem.num_kv_heads, head_dim = problem.head_dim;
+  const int64_t num_queries = ranges.cu_seqlens_q[ranges.documents];
+  int64_t blocks = kBackwardBlocks, size = tile_scratch<A>(blocks, head_dim), padding = 0;
+  auto run = propagate<A>;
+#if BLT_AMX
+  if constexpr (std::is_same_v<A, float>)
+    if (use_amx(problem)) {
+      run = propagate_amx, blocks = kAmxBackwardBlocks, padding = kAmxBackwardPadding;
+      size = amx_scratch(blocks, kAmxBackwardGathered, head_dim);
+    }
+#endif
+  std::vector<Tile> all_queries, tiles;
+  for (const Range& documents : runs) {
+    const Range own = {ranges.cu_seqlens_q[documents.begin], ranges.cu_seqlens_q[documents.end]};
+    parallel_for(own.size() * heads, kRowGrain, [&](int64_t begin, int64_t end) {
+      dot_rows<A>(saved.delta, grads.out, out, own.begin * heads + begin, own.begin * heads + end, heads, head_dim);
+    });
+    const std::vector<Tile> queries = query_tiles(ranges, documents, kWidth<A>, 0);
+    const Range keys = {ranges.cu_seqlens_k[documents.begin], ranges.cu_seqlens_k[documents.end]};
+    const std::vector<Tile> of_keys = key_tiles(queries, keys, kWidth<A>);
+    all_queries.insert(all_queries.end(), queries.begin(), queries.end());
+    tiles.insert(tiles.end(), of_keys.begin(), of_keys.end());
+  }
+  const std::optional<Tensor> softmax = sum_softmax(like, problem, saved, all_queries, num_queries);
+  const std::vector<Segment> segments =
+      segments_of(tiles, kv_heads, tiles_of_item<A>(blocks, head_dim), num_queries, padding);
+  const int64_t pitch = whole_vectors<A>(head_dim), shared = problem.heads_per_kv_head();
+  const int64_t rows = segments.empty() ? 0 : segments.back().before + segments.back().queries.size() + padding;
+  Tensor memory = new_output(like, {rows * heads * pitch}, accumulator(like));
+  std::vector<QuerySums<A>> sums;
+  for (const Segment& segment : segments)
+    sums.push_back({memory.mutable_data_ptr<A>() + segment.before * heads * pitch, segment.queries.begin,
+                    segment.queries.size() + padding, pitch});
+  for_each_item<A>(like, kv_heads, segments, kWidth<A>, size,
+                   [&](int64_t kv_head, const Segment& segment, Scratch<A> scratch) {
+                     const QuerySums<A>& own = sums[&segment - segments.data()];
+                     std::fill_n(own.row(own.first, kv_head * shared), shared * own.rows * pitch, A(0));
+                     for (const Run& tiles : segment.runs)
+                       run(problem, saved, grads.k, grads.v, own, kv_head, tiles, scratch);
+                   });
+  for (const Range& documents : runs) {
+    const Range own = {ranges.cu_seqlens_q[documents.begin], ranges.cu_seqlens_q[documents.end]};
+    parallel_for(own.size(), kRowGrain / heads + 1, [&](int64_t begin, int64_t end) {
+      add_sums<A>(grads.q, segments, sums, {own.begin + begin, own.begin + end}, heads, head_dim,
+                  static_cast<A>(problem.scale));
+    });
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
     Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, const std::optional<Tensor>& cu_seqlens_q,
     const std::optional<Tensor>& cu_seqlens_k, std::optional<int64_t> window, bool causal, std::optional<double> scale,
     const std::optional<Tensor>& seqused_k, [[maybe_unused]] const std::optional<Tensor>& ranges,
     int64_t num_documents) {
-  const ScalarType dtype = check_heads(q, k, v);
   Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k, num_documents};
-  const KeyRanges key_ranges = check_ranges(q, q.size(0), k.size(0), offsets, window, causal);
+  const ScalarType dtype = check_heads(q, k, v, offsets);
+  const KeyRanges key_ranges = check_ranges(q, num_rows(q), num_rows(k), offsets, window, causal);
   for (const auto& [x, name] : {std::pair(&grad_out, "grad_out"), std::pair(&out, "out")}) {
-    check_dim(*x, name, 3);
+    check_dim(*x, name, q.dim());
     check_dtype(*x, name, dtype);
-    for (int dim = 0; dim < 3; ++dim) check_size(*x, name, dim, q.size(dim));
+    for (int dim = 0; dim < q.dim(); ++dim) check_size(*x, name, dim, q.size(dim));
   }
-  check_dim(lse, "lse", 2);
+  check_dim(lse, "lse", q.dim() - 1);
   check_dtype(lse, "lse", accumulator(q));
-  for (int dim = 0; dim < 2; ++dim) check_size(lse, "lse", dim, q.size(dim));
+  for (int dim = 0; dim < lse.dim(); ++dim) check_size(lse, "lse", dim, q.size(dim));
   q = with_unit_stride(q), k = with_unit_stride(k), v = with_unit_stride(v);
   grad_out = with_unit_stride(grad_out), out = with_unit_stride(out), lse = as_contiguous(lse);
-  Tensor grad_q = new_output(q, {q.size(0), q.size(1), q.size(2)});
-  Tensor grad_k = new_output(k, {k.size(0), k.size(1), k.size(2)});
-  Tensor grad_v = new_output(k, {k.size(0), k.size(1), k.size(2)});
-  Tensor delta = new_output(q, {q.size(0), q.size(1)}, accumulator(q));
+  Tensor grad_q = new_gradient(q), grad_k = new_gradient(k), grad_v = new_gradient(v);
+  Tensor delta = new_output(q, {num_rows(q) * q.size(q.dim() - 2)}, accumulator(q));
   const Problem problem = problem_of(q, k, v, dtype, scale, key_ranges);
-  const int64_t heads = problem.num_heads, kv_heads = problem.num_kv_heads, head_dim = problem.head_dim;
-  const int64_t num_queries = key_ranges.cu_seqlens_q[key_ranges.documents];
-  zero_rows(grad_q, num_queries);
+  zero_rows(grad_q, key_ranges.cu_seqlens_q[key_ranges.documents]);
+  zero_rows(grad_k, key_ranges.cu_seqlens_k[key_ranges.documents]);
+  zero_rows(grad_v, key_ranges.cu_seqlens_k[key_ranges.documents]);
   dispatch_accumulator(dtype, "q", [&]<class A>(Tag<A>) {
-    const Heads grads = heads_of(grad_out, dtype);
-    const OutputHeads grads_q = output_heads(grad_q, dtype), grads_k = output_heads(grad_k, dtype),
-                      grads_v = output_heads(grad_v, dtype);
-    RowSoftmax<A> saved = {grads,   lse.const_data_ptr<A>(), delta.mutable_data_ptr<A>(), nullptr,
-                           nullptr, large_lse<A>(dtype)};
-    parallel_for(num_queries * heads, kRowGrain, [&](int64_t begin, int64_t end) {
-      dot_rows<A>(saved.delta, grads, heads_of(out, dtype), begin, end, heads, head_dim);
-    });
-    const std::vector<Tile> queries = query_tiles(key_ranges, kWidth<A>, 0);
-    const std::optional<Tensor> softmax = sum_softmax(q, problem, saved, queries, num_queries);
-    int64_t blocks = kBackwardBlocks, size = tile_scratch<A>(blocks, head_dim), padding = 0;
-    auto run = propagate<A>;
-#if BLT_AMX
-    if constexpr (std::is_same_v<A, float>)
-      if (use_amx(problem)) {
-        run = propagate_amx, blocks = kAmxBackwardBlocks, padding = kAmxBackwardPadding;
-        size = amx_scratch(blocks, kAmxBackwardGathered, head_dim);
-      }
-#endif
-    const std::vector<Tile> tiles = key_tiles(queries, k.size(0), kWidth<A>);
-    const std::vector<Segment> segments =
-        segments_of(tiles, kv_heads, tiles_of_item<A>(blocks, head_dim), num_queries, padding);
-    const int64_t pitch = whole_vectors<A>(head_dim), shared = problem.heads_per_kv_head();
-    const int64_t rows = segments.empty() ? 0 : segments.back().before + segments.back().queries.size() + padding;
-    Tensor memory = new_output(q, {rows * heads * pitch}, accumulator(q));
-    std::vector<QuerySums<A>> sums;
-    for (const Segment& segment : segments)
-      sums.push_back({memory.mutable_data_ptr<A>() + segment.before * heads * pitch, segment.queries.begin,
-                      segment.queries.size() + padding, pitch});
-    for_each_item<A>(q, kv_heads, segments, kWidth<A>, size,
-                     [&](int64_t kv_head, const Segment& segment, Scratch<A> scratch) {
-                       const QuerySums<A>& own = sums[&segment - segments.data()];
-                       std::fill_n(own.row(own.first, kv_head * shared), shared * own.rows * pitch, A(0));
-                       for (const Run& tiles : segment.runs)
-                         run(problem, saved, grads_k, grads_v, own, kv_head, tiles, scratch);
-                     });
-    parallel_for(num_queries, kRowGrain / heads + 1, [&](int64_t begin, int64_t end) {
-      add_sums<A>(grads_q, segments, sums, {begin, end}, heads, head_dim, static_cast<A>(problem.scale));
-    });
+    const Gradients grads = {heads_of(grad_out, dtype), output_heads(grad_q, dtype), output_heads(grad_k, dtype),
+                             output_heads(grad_v, dtype)};
+    const RowSoftmax<A> saved = {grads.out, lse.const_data_ptr<A>(), delta.mutable_data_ptr<A>(), nullptr,
+                                 nullptr,   large_lse<A>(dtype)};
+    const ShortDocuments documents(key_ranges);
+    propagate_tiles<A>(q, problem, saved, heads_of(out, dtype), grads, documents.others());
+    propagate_short<A>(q, problem, grads, documents);
   });
   return {grad_q, grad_k, grad_v};
 }

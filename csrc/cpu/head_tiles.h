@@ -2,7 +2,8 @@
 //
 // A Table holds one number a head for each pair of rows (i, j): cell (i, j) is a vector across heads. So a softmax
 // over i or j is vertical, and there is nothing to shuffle in it. Rows are [heads, E]: all heads of a row lie side by
-// side and are read in that order.
+// side and are read in that order (HeadView). The heads may also be those of several documents, each with rows of its
+// own (LaneView).
 //   dots:           table_ij = factor * x_i . y_j. Products are summed in vectors along E, then the vectors of lanes<A>
 //                   heads are transposed while they are folded, at about two shuffles a dot product.
 //   weighted_sums:  out_j = sum_i table_ij x_i, in registers along E.
@@ -41,6 +42,23 @@ struct HeadView {
   T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
 };
 
+// Points to rows of E numbers in each lane. Those of a lane begin at data[lane].
+template <class T>
+struct LaneView {
+  T* const* data;
+  int64_t row_stride, first_row = 0;
+  LaneView from(int64_t row, int64_t lane) const { return {data + lane, row_stride, first_row + row}; }
+  T* at(int64_t row, int64_t lane) const { return data[lane] + (first_row + row) * row_stride; }
+};
+
+// Reads the rows of a LaneView times `factor`.
+template <class T>
+struct ScaledView {
+  LaneView<const T> rows;
+  accumulator_t<T> factor;
+  ScaledView from(int64_t row, int64_t lane) const { return {rows.from(row, lane), factor}; }
+};
+
 struct HeadShape {
   int64_t heads, width;
 };
@@ -67,11 +85,30 @@ void store_part(T* p, PairOf<accumulator_t<T>> x, int64_t count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
+// Loads a pair of a row, or the first `count` elements of one.
+template <class View>
+auto load_pair(const View& x, int64_t row, int64_t head, int64_t e) {
+  return load_pair(x.at(row, head) + e);
+}
+template <class View>
+auto load_part(const View& x, int64_t row, int64_t head, int64_t e, int64_t count) {
+  return load_part(x.at(row, head) + e, count);
+}
+template <class T, class A = accumulator_t<T>>
+PairOf<A> load_pair(const ScaledView<T>& x, int64_t row, int64_t head, int64_t e) {
+  const PairOf<A> pair = load_pair(x.rows.at(row, head) + e);
+  return {x.factor * pair.a, x.factor * pair.b};
+}
+template <class T, class A = accumulator_t<T>>
+PairOf<A> load_part(const ScaledView<T>& x, int64_t row, int64_t head, int64_t e, int64_t count) {
+  const PairOf<A> pair = load_part(x.rows.at(row, head) + e, count);
+  return {x.factor * pair.a, x.factor * pair.b};
+}
+
 // --- products --------------------------------------------------------------------------------------------------------
 
-template <int kI, int kJ, class T, class A = accumulator_t<T>>
-void dots_block(A* table, int64_t n, HeadView<const T> x, HeadView<const T> y, HeadView<const T> next, HeadShape shape,
-                A factor) {
+template <int kI, int kJ, class X, class Y, class A>
+void dots_block(A* table, int64_t pitch, X x, Y y, Y next, HeadShape shape, A factor) {
   Vec<A> sums[kI][kJ][lanes<A>];
   for (int64_t head = 0; head < lanes<A>; ++head) {
     Vec<A> sum[kI][kJ];
@@ -83,17 +120,17 @@ void dots_block(A* table, int64_t n, HeadView<const T> x, HeadView<const T> y, H
         if (next.data)
           for (int j = 0; j < kJ; ++j) prefetch_pair(next.at(j, head) + e);
         PairOf<A> right[kJ];
-        for (int j = 0; j < kJ; ++j) right[j] = load_pair(y.at(j, head) + e);
+        for (int j = 0; j < kJ; ++j) right[j] = load_pair(y, j, head, e);
         for (int i = 0; i < kI; ++i) {
-          const PairOf<A> left = load_pair(x.at(i, head) + e);
+          const PairOf<A> left = load_pair(x, i, head, e);
           for (int j = 0; j < kJ; ++j) sum[i][j] += left.a * right[j].a, sum[i][j] += left.b * right[j].b;
         }
       }
       if (e < shape.width)
         for (int i = 0; i < kI; ++i)
           for (int j = 0; j < kJ; ++j) {
-            const PairOf<A> left = load_part(x.at(i, head) + e, shape.width - e);
-            const PairOf<A> right = load_part(y.at(j, head) + e, shape.width - e);
+            const PairOf<A> left = load_part(x, i, head, e, shape.width - e);
+            const PairOf<A> right = load_part(y, j, head, e, shape.width - e);
             sum[i][j] += left.a * right.a + left.b * right.b;
           }
     }
@@ -101,19 +138,19 @@ void dots_block(A* table, int64_t n, HeadView<const T> x, HeadView<const T> y, H
       for (int j = 0; j < kJ; ++j) sums[i][j][head] = sum[i][j];
   }
   for (int i = 0; i < kI; ++i)
-    for (int j = 0; j < kJ; ++j) store(table + (i * n + j) * lanes<A>, factor * lane_sums<A>(sums[i][j]));
+    for (int j = 0; j < kJ; ++j) store(table + (i * pitch + j) * lanes<A>, factor * lane_sums<A>(sums[i][j]));
 }
 
-// Computes table_ij = factor * x_i . y_j for rows i < m and j < n; j runs fastest. Lanes beyond the heads are 0.
-// Meanwhile it prefetches n rows of `next`: row strides are too long for the hardware prefetcher.
-template <class T, class A = accumulator_t<T>>
-void dots(A* table, HeadView<const T> x, int64_t m, HeadView<const T> y, int64_t n, HeadView<const T> next,
-          HeadShape shape, A factor) {
+// Computes table_ij = factor * x_i . y_j for rows i < m and j < n; j runs fastest, and rows i are `pitch` cells apart.
+// Lanes beyond the heads are 0. Meanwhile it prefetches n rows of `next`: row strides are too long for the hardware
+// prefetcher.
+template <class X, class Y, class A>
+void dots(A* table, int64_t pitch, X x, int64_t m, Y y, int64_t n, Y next, HeadShape shape, A factor) {
   for (int64_t i = 0; i < m; i += 2)
     for (int64_t j = 0; j < n; j += 2) {
       const auto run = [&]<int kI, int kJ>(std::integer_sequence<int, kI, kJ>) {
-        dots_block<kI, kJ>(table + (i * n + j) * lanes<A>, n, x.from(i, 0), y.from(j, 0),
-                           i == 0 && next.data ? next.from(j, 0) : HeadView<const T>{}, shape, factor);
+        dots_block<kI, kJ>(table + (i * pitch + j) * lanes<A>, pitch, x.from(i, 0), y.from(j, 0),
+                           i == 0 && next.data ? next.from(j, 0) : Y{}, shape, factor);
       };
       if (i + 1 < m && j + 1 < n)
         run(std::integer_sequence<int, 2, 2>{});
@@ -167,9 +204,9 @@ struct Stage {
 };
 
 // Arguments are values: stores may alias what a reference leads to, and then nothing stays in registers.
-template <int kJ, class T, class A = accumulator_t<T>>
-void weighted_sums_block(HeadView<T> out, HeadView<A> partial, HeadView<const T> x, int64_t count, const A* table,
-                         Steps steps, HeadShape shape, Stage stage) {
+template <int kJ, class T, class Out, class X, class A = accumulator_t<T>>
+void weighted_sums_block(Out out, HeadView<A> partial, X x, int64_t count, const A* table, Steps steps, HeadShape shape,
+                         Stage stage) {
   for (int64_t head = 0; head < shape.heads; ++head) {
     const auto sum = [&](int64_t e, const auto& load, const auto& save) {
       PairOf<A> sums[kJ];
@@ -204,9 +241,9 @@ void weighted_sums_block(HeadView<T> out, HeadView<A> partial, HeadView<const T>
 
 // Computes out_j = sum over i of table_ij x_i, for i < count and j < rows. Sums that go on from or into other tables
 // are partial.
-template <class T, class A = accumulator_t<T>>
-void weighted_sums(HeadView<T> out, Partial<A>& partial, int64_t rows, HeadView<const T> x, int64_t count,
-                   const A* table, Steps steps, HeadShape shape, Stage stage) {
+template <class T, class Out, class X, class A = accumulator_t<T>>
+void weighted_sums(Out out, Partial<A>& partial, int64_t rows, X x, int64_t count, const A* table, Steps steps,
+                   HeadShape shape, Stage stage) {
   for (int64_t j = 0; j < rows; j += 4)
     for (int64_t i = 0; i < count; i += kTileSide) {
       const int64_t size = std::min(kTileSide, count - i);

@@ -91,7 +91,7 @@ void attend(const Problem<T>& problem, const Output<T>& output, const Task& task
   for (int64_t key = keys.begin; key < keys.end; key += step) {
     const int64_t n = std::min(step, keys.end - key);
     const Stage stage = {key == keys.begin, task.slot < 0 && key + n == keys.end};
-    dots(table, q, m, problem.k.from(key, head), n, problem.v.from(key, head), shape, problem.scale);
+    dots(table, n, q, m, problem.k.from(key, head), n, problem.v.from(key, head), shape, problem.scale);
     for (int64_t i = 0; i < m; ++i) {
       A* const weights = table + i * n * lanes<A>;
       const Vec<A> factor = softmax[i].add(weights, n);

@@ -87,8 +87,8 @@ void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const Task&
   const auto g = repeat(grads.grad_out, repeats, r).from(tile.queries.begin, head);
   const auto out = repeat(grads.out, repeats, r).from(tile.queries.begin, head);
   const auto k = problem.k.from(tile.keys.begin, head), v = problem.v.from(tile.keys.begin, head);
-  dots(weights, q, m, k, n, v, shape, problem.scale);
-  dots(slopes, g, m, v, n, {}, shape, A(1));
+  dots(weights, n, q, m, k, n, v, shape, problem.scale);
+  dots(slopes, n, g, m, v, n, {}, shape, A(1));
   for (int64_t i = 0; i < m; ++i) {
     A* const p = weights + i * n * lanes<A>;
     A* const ds = slopes + i * n * lanes<A>;
@@ -103,7 +103,7 @@ void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const Task&
       sum += weight * load(ds + j);
     }
     if (!all_keys) {
-      dots(delta, g.from(i, 0), 1, out.from(i, 0), 1, {}, shape, A(1));
+      dots(delta, 1, g.from(i, 0), 1, out.from(i, 0), 1, {}, shape, A(1));
       total = Vec<A>{} + 1, sum = load(delta);
     }
     // lse is rounded, so the weights sum to 1 only after a division by their sum.

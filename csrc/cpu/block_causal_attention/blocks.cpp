@@ -23,7 +23,11 @@ void copy_rows(A* block, int64_t pitch, const T* row, int64_t stride, int64_t co
 template <class A>
 void gather_rows(A* block, const Heads& x, int64_t head, const Range& rows, int64_t head_dim, int64_t pitch) {
   dispatch_storage<A>(x.dtype, [&]<class T>(Tag<T>) {
-    copy_rows(block, pitch, x.row<T>(rows.begin, head), x.row_stride, rows.size(), head_dim);
+    for (int64_t begin = rows.begin, end; begin < rows.end; begin = end) {
+      end = x.even_rows(begin, rows.end);
+      copy_rows(block + (begin - rows.begin) * pitch, pitch, x.row<T>(begin, head), x.row_stride, end - begin,
+                head_dim);
+    }
   });
 }
 
@@ -52,18 +56,19 @@ A* transpose_in(A* block, const Heads& x, int64_t head, const Range& rows, int64
     const int64_t begin = rows.begin, count = rows.size();
     const int64_t whole = head_dim / lanes<A> * lanes<A>;
     for (int64_t lane = 0; lane < width; lane += lanes<A>) {
+      const T* row[lanes<A>];
+      for (int64_t i = 0; i < lanes<A>; ++i) row[i] = lane + i < count ? x.row<T>(begin + lane + i, head) : nullptr;
       for (int64_t e = 0; e < whole; e += lanes<A>) {
         Vec<A> square[lanes<A>];
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes<A>; ++i)
-          square[i] = lane + i < count ? factor * load_as<A>(x.row<T>(begin + lane + i, head) + e) : Vec<A>{};
+        for (int i = 0; i < lanes<A>; ++i) square[i] = row[i] ? factor * load_as<A>(row[i] + e) : Vec<A>{};
         transpose<A>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes<A>; ++i) store(block + (e + i) * width + lane, square[i]);
       }
-      for (int64_t i = lane; i < lane + lanes<A>; ++i)
+      for (int64_t i = 0; i < lanes<A>; ++i)
         for (int64_t e = whole; e < head_dim; ++e)
-          block[e * width + i] = i < count ? factor * static_cast<A>(x.row<T>(begin + i, head)[e]) : A(0);
+          block[e * width + lane + i] = row[i] ? factor * static_cast<A>(row[i][e]) : A(0);
     }
   });
   return block;
@@ -76,18 +81,19 @@ void transpose_out(const OutputHeads& x, int64_t head, const Range& rows, int64_
     const int64_t begin = rows.begin, count = rows.size();
     const int64_t whole = head_dim / lanes<A> * lanes<A>;
     for (int64_t lane = 0; lane < count; lane += lanes<A>) {
-      const int64_t end = std::min<int64_t>(count, lane + lanes<A>);
+      const int64_t own = std::min<int64_t>(count - lane, lanes<A>);
+      T* row[lanes<A>];
+      for (int64_t i = 0; i < own; ++i) row[i] = x.row<T>(begin + lane + i, head);
       for (int64_t e = 0; e < whole; e += lanes<A>) {
         Vec<A> square[lanes<A>];
 #pragma GCC unroll 16
         for (int i = 0; i < lanes<A>; ++i) square[i] = load(block + (e + i) * kWidth<A> + lane);
         transpose<A>(square);
-        for (int64_t i = lane; i < end; ++i)
-          store_as<T, A>(x.row<T>(begin + i, head) + e, factor[i] * square[i - lane]);
+        for (int64_t i = 0; i < own; ++i) store_as<T, A>(row[i] + e, factor[lane + i] * square[i]);
       }
-      for (int64_t i = lane; i < end; ++i)
+      for (int64_t i = 0; i < own; ++i)
         for (int64_t e = whole; e < head_dim; ++e)
-          x.row<T>(begin + i, head)[e] = static_cast<T>(factor[i] * block[e * kWidth<A> + i]);
+          row[i][e] = static_cast<T>(factor[lane + i] * block[e * kWidth<A> + lane + i]);
     }
   });
 }

@@ -18,17 +18,21 @@
 
 namespace blt {
 
-// Points to a [T, heads, E] tensor with unit stride in E.
+// Points to a [T, heads, E] tensor with unit stride in E, or to [documents, length, heads, E] with T = documents *
+// length rows, where `jump` elements are added to a row's address for each document before its own.
 template <class Void>
 struct HeadsOf {
   Void* data;
   torch::headeronly::ScalarType dtype;
-  int64_t row_stride, head_stride;
+  int64_t row_stride, head_stride, length = 1, jump = 0;
   template <class T>
   auto* row(int64_t i, int64_t head) const {
     using Element = std::conditional_t<std::is_const_v<Void>, const T, T>;
-    return static_cast<Element*>(data) + i * row_stride + head * head_stride;
+    Element* const own = static_cast<Element*>(data) + i * row_stride + head * head_stride;
+    return jump == 0 ? own : own + i / length * jump;
   }
+  // Returns the end of the rows from i on, up to `end`, that are row_stride apart.
+  int64_t even_rows(int64_t i, int64_t end) const { return jump == 0 ? end : std::min(end, (i / length + 1) * length); }
 };
 using Heads = HeadsOf<const void>;
 using OutputHeads = HeadsOf<void>;

@@ -79,13 +79,13 @@ inline Range streamed_by(std::span<const Tile> tiles) {
 // At most so many queries of a document take the decode path together.
 inline constexpr int64_t kMaxDecodeQueries = 16;
 
-// Makes tiles of up to `lanes` queries and the keys that they attend to. Queries beyond the last document have none. A
-// document of at most `alone` queries is a tile of few queries, and so is what is left of a longer one.
-inline std::vector<Tile> query_tiles(const KeyRanges& ranges, int64_t lanes, int64_t alone) {
+// Makes tiles of up to `lanes` queries of the documents and the keys that they attend to. A document of at most `alone`
+// queries is a tile of few queries, and so is what is left of a longer one.
+inline std::vector<Tile> query_tiles(const KeyRanges& ranges, const Range& documents, int64_t lanes, int64_t alone) {
   std::vector<Tile> tiles;
-  const int64_t queries = ranges.cu_seqlens_q[ranges.documents];
+  const int64_t queries = ranges.cu_seqlens_q[documents.end];
   const auto size_of = [&](int64_t b) { return ranges.cu_seqlens_q[b + 1] - ranges.cu_seqlens_q[b]; };
-  for (int64_t begin = 0, b = 0; begin < queries;) {
+  for (int64_t begin = ranges.cu_seqlens_q[documents.begin], b = documents.begin; begin < queries;) {
     while (ranges.cu_seqlens_q[b + 1] <= begin) ++b;
     int64_t end = std::min(queries, begin + lanes);
     if (size_of(b) <= alone) end = ranges.cu_seqlens_q[b + 1];
@@ -106,11 +106,11 @@ inline std::vector<Tile> query_tiles(const KeyRanges& ranges, int64_t lanes, int
 }
 
 // Makes tiles of up to `lanes` keys and the queries that attend to them.
-inline std::vector<Tile> key_tiles(const std::vector<Tile>& queries, int64_t keys, int64_t lanes) {
+inline std::vector<Tile> key_tiles(std::span<const Tile> queries, const Range& keys, int64_t lanes) {
   std::vector<Tile> tiles;
   auto first = queries.begin();
-  for (int64_t begin = 0; begin < keys; begin += lanes) {
-    Tile tile = {{begin, std::min(keys, begin + lanes)}, {0, 0}};
+  for (int64_t begin = keys.begin; begin < keys.end; begin += lanes) {
+    Tile tile = {{begin, std::min(keys.end, begin + lanes)}, {0, 0}};
     while (first != queries.end() && (first->work() == 0 || first->streamed.end <= begin)) ++first;
     for (auto q = first; q != queries.end() && (q->work() == 0 || q->streamed.begin < tile.lanes.end); ++q) {
       if (q->work() == 0) continue;
