@@ -46,7 +46,8 @@ def calls(
     tokens = torch.full((num_rows,), 70, device=device)
     offsets = torch.tensor([0, num_rows], dtype=torch.int32, device=device)
     tables, byte_table = normal(6 * 1000, 256, device=device), normal(260, 256, device=device)
-    rows, sizes = torch.zeros(num_rows, 7, dtype=torch.int64, device=device), [3, 4, 5, 6, 7, 8]
+    rows = torch.zeros(num_rows, 7, dtype=torch.int64, device=device)
+    hashing = [3, 4, 5, 6, 7, 8], [0], "dense", None, [1000]
     layout = bk.static_patch(offsets, 4, num_bytes=num_rows)
     patches = layout.patch_offsets, layout.patch_ids
     q, queries = normal(num_rows, 2, 128, device=device), normal(2 * num_rows, 2, 128, device=device)
@@ -86,7 +87,7 @@ def calls(
         ),
         "ngram_hash_embed": (
             lambda: bk.ngram_hash_embed(tokens, tables, byte_table),
-            lambda: CALL["ngram_hash_embed_fwd"](tokens, [tables], byte_table, None, 1, sizes, 1, "dense", None, 1000),
+            lambda: CALL["ngram_hash_embed_fwd"](tokens, [tables], byte_table, None, 1, *hashing),
             "embedding_bag",
             lambda: F.embedding_bag(rows, tables, mode="sum"),
         ),

@@ -1,6 +1,7 @@
 """Benches of ngram_hash_embed: real text, the six tables of the released BLT models, against loops of embeddings.
 
 The tables take 6 GB forward. Forward and backward together have smaller ones: a dense gradient is as large as they are.
+Tables of different sizes have 1536 to 49152 rows, as those of Bolmo.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import blt_kernels as bk
 from blt_kernels.testing import assert_equal, real_text
 
 NGRAMS = (3, 4, 5, 6, 7, 8)
+DIFFERENT = (1536, 3072, 6144, 12288, 24576, 49152)
 ALPHABET = 260
 SAMPLE = 16  # so many columns are compared with fp64
 
@@ -43,7 +45,8 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
     if device == "cuda":
         sizes = replace(sizes, width=2 * sizes.width, dtype=torch.bfloat16)
     yield partial(hash_comparison, sizes, device)
-    yield partial(forward_comparison, sizes, device)
+    yield partial(forward_comparison, sizes, (sizes.vocab,) * len(NGRAMS), device)
+    yield partial(forward_comparison, sizes, DIFFERENT, device)
     for grad in ("dense", "sparse"):
         yield partial(backward_comparison, sizes, grad, device)
 
@@ -80,38 +83,41 @@ def hash_comparison(sizes: Sizes, device: str) -> Comparison:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Holds tokens, the rows of the fused table that their n-grams hash to ``[T, N]``, and the tables."""
+    """Holds tokens, the rows of the fused table that their n-grams hash to ``[T, N]``, and tables of `vocab` rows."""
 
     tokens: Tensor
     rows: Tensor
     fused: Tensor
     byte_table: Tensor
+    vocab: tuple[int, ...]
 
     @property
     def tables(self) -> list[Tensor]:
         """Return the fused table as N leaves that share its memory."""
-        return [x.detach().requires_grad_(x.requires_grad) for x in self.fused.chunk(len(NGRAMS))]
+        return [x.detach().requires_grad_(x.requires_grad) for x in self.fused.split(self.vocab)]
 
 
-def inputs(sizes: Sizes, vocab: int, trained: bool, device: str) -> Inputs:
+def inputs(sizes: Sizes, vocab: tuple[int, ...], trained: bool, device: str) -> Inputs:
     tokens = text(sizes, device)
     hashes = bk.ngram_hash(tokens, ngram_sizes=NGRAMS, vocab=vocab).flatten(1)
-    rows = (hashes + torch.arange(len(NGRAMS), device=device)[:, None] * vocab).T.contiguous()
+    first_rows = torch.tensor([sum(vocab[:n]) for n in range(len(vocab))], device=device)
+    rows = (hashes.T + first_rows).contiguous()
     # torch's own generator is unusable on a GPU from a failed capture until the next one that succeeds.
     generator = torch.Generator(device).manual_seed(0)
-    fused = torch.empty(len(NGRAMS) * vocab, sizes.width, dtype=sizes.dtype, device=device)
+    fused = torch.empty(sum(vocab), sizes.width, dtype=sizes.dtype, device=device)
     fused.uniform_(-1, 1, generator=generator)
     byte_table = normal(ALPHABET, sizes.width, dtype=sizes.dtype, device=device)
-    return Inputs(tokens, rows, fused.requires_grad_(trained), byte_table.requires_grad_(trained))
+    return Inputs(tokens, rows, fused.requires_grad_(trained), byte_table.requires_grad_(trained), vocab)
 
 
 def implementations(data: Inputs, grad: Tensor | None, sparse: bool) -> dict[str, Callable[[], Any]]:
     """Return our op and all peers: forward, or the gradients of the tables and the byte table."""
     tokens, fused, byte_table, tables = data.tokens, data.fused, data.byte_table, data.tables
     one = (fused, byte_table)
-    kind = "sparse" if sparse else "dense"
+    kind, equal = "sparse" if sparse else "dense", len(set(data.vocab)) == 1
+    options = {"ngram_sizes": NGRAMS, "grad": kind, "vocab": None if equal else data.vocab}
     found = {
-        OURS: steps(lambda: bk.ngram_hash_embed(tokens, fused, byte_table, ngram_sizes=NGRAMS, grad=kind), one, grad),
+        OURS: steps(lambda: bk.ngram_hash_embed(tokens, fused, byte_table, **options), one, grad),
         "facebookresearch/blt": steps(
             lambda: peers.blt_embed(tokens, tables, byte_table, NGRAMS, sparse=sparse), (*tables, byte_table), grad
         ),
@@ -119,13 +125,14 @@ def implementations(data: Inputs, grad: Tensor | None, sparse: bool) -> dict[str
             lambda: peers.bag_embed(tokens, data.rows, fused, byte_table, sparse=sparse), one, grad
         ),
     }
-    if embed := peers.transformers_embed():
+    if equal and (embed := peers.transformers_embed()):
         found["transformers"] = steps(lambda: embed(tokens, fused, byte_table, NGRAMS, sparse=sparse), one, grad)
     return found
 
 
-def forward_comparison(sizes: Sizes, device: str) -> Comparison:
-    data = inputs(sizes, sizes.vocab, False, device)
+def forward_comparison(sizes: Sizes, vocab: tuple[int, ...], device: str) -> Comparison:
+    data = inputs(sizes, vocab, False, device)
+    rows = vocab[0] if len(set(vocab)) == 1 else f"{min(vocab)} to {max(vocab)}"
     out = torch.empty(*data.tokens.shape, sizes.width, dtype=sizes.dtype, device=device)
 
     def agree(results: dict[str, Any]) -> None:
@@ -136,7 +143,7 @@ def forward_comparison(sizes: Sizes, device: str) -> Comparison:
 
     return Comparison(
         "ngram_hash_embed fwd",
-        f"{list(data.tokens.shape)}, {len(NGRAMS)} x [{sizes.vocab}, {sizes.width}]",
+        f"{list(data.tokens.shape)}, {len(NGRAMS)} x [{rows}, {sizes.width}]",
         name_of(sizes.dtype),
         implementations(data, None, False),
         nbytes(data.tokens) + nbytes(out) * (2 + len(NGRAMS)),
@@ -148,7 +155,7 @@ def forward_comparison(sizes: Sizes, device: str) -> Comparison:
 
 
 def backward_comparison(sizes: Sizes, kind: str, device: str) -> Comparison:
-    data = inputs(sizes, sizes.trained_vocab, True, device)
+    data = inputs(sizes, (sizes.trained_vocab,) * len(NGRAMS), True, device)
     grad = normal(*data.tokens.shape, sizes.width, seed=1, dtype=sizes.dtype, device=device)
 
     def agree(results: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blt_kernels import PatchLayout
 from blt_kernels.ids import to_ids
+from blt_kernels.reference.ngram_hash_embed import held_rows
 from blt_kernels.reference.token_entropy import token_entropy_reference
 from blt_kernels.testing import assert_close, document_lengths, offsets_of, ragged_layout, real_text
 
@@ -199,15 +200,16 @@ def make_patch_unpool(ids: str, kind: str = "", width: int = 21) -> Make:
 
 
 def make_ngram_hash_embed(*, fused: bool = False, byte_table: bool = True, width: int = 9, **options: Any) -> Make:
-    sizes, functions = options.get("ngram_sizes", (3, 4, 5, 6, 7, 8)), options.get("num_functions", 1)
-    low, high = options.get("row_range", (0, 53))
-    count, rows = functions * len(sizes), high - low
+    functions = options.get("functions", range(options.get("num_functions", 1)))
+    count = len(functions) * len(options.get("ngram_sizes", (3, 4, 5, 6, 7, 8)))
+    vocab = options.get("vocab", 53)
+    rows = held_rows(options.get("row_range"), [vocab] if isinstance(vocab, int) else vocab, count)
 
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
-        tables = random_normal(count * rows, width, dtype=dtype, seed=seed)
+        tables = random_normal(sum(rows), width, dtype=dtype, seed=seed)
         return {
             **make_tokens()(torch.int64, num_bytes, seed),
-            "tables": tables if fused else list(tables.chunk(count)),
+            "tables": tables if fused else list(tables.split(rows)),
             **({"byte_table": random_normal(260, width, dtype=dtype, seed=seed + 1)} if byte_table else {}),
             **options,
         }

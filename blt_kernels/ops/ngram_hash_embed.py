@@ -25,9 +25,11 @@ def ngram_hash_embed(
     *,
     ngram_sizes: Sequence[int] = (3, 4, 5, 6, 7, 8),
     num_functions: int = 1,
+    functions: Sequence[int] | None = None,
+    table_order: str = "function_major",
     grad: str = "dense",
     row_range: tuple[int, int] | None = None,
-    vocab: int | None = None,
+    vocab: int | Sequence[int] | None = None,
 ) -> Tensor:
     """Sum of the byte embedding and of N hashed n-gram embeddings, N = ``num_functions * len(ngram_sizes)``.
 
@@ -38,23 +40,26 @@ def ngram_hash_embed(
     ----------
     tokens : int32 or int64 ``[T]`` or ``[B, S]``
         Ids: byte + 4. Padded tokens are B documents of length S.
-    tables : fp32, bf16, fp16 or fp64 ``[N * V, D]``, or N tensors ``[V, D]``
-        Table of function f and size number s is number ``f * len(ngram_sizes) + s``. Never copied. At most 128 on CUDA.
+    tables : fp32, bf16, fp16 or fp64 ``[V_0 + ... + V_(N-1), D]``, or N tensors ``[V_n, D]``
+        Table n has V_n rows, in the order of `table_order`. Never copied. At most 128 on CUDA.
     byte_table : same dtype ``[A, D]``, optional
     cu_seqlens : int32 or int64 ``[B+1]``, optional
         Documents of packed tokens, which no n-gram crosses; one document if None.
-    ngram_sizes, num_functions
+    ngram_sizes, num_functions, functions, table_order
         As in `ngram_hash`.
     grad : str
         Gradient of the tables and of `byte_table`: "dense", or "sparse" as from ``nn.Embedding(sparse=True)``, but
         coalesced: every row that was read, once, in rising order. Sparse gradients wait for the device, since their
         size depends on the data.
     row_range : (int, int), optional
-        Shard the tables by rows: each holds only the rows ``lo <= row < hi`` of a table of `vocab` rows, V is
-        ``hi - lo``, and n-grams that hash to other rows add nothing. The sum over shards that cover ``[0, vocab)`` once
-        is the whole embedding: every shard is given `byte_table`, but only the one with ``lo == 0`` adds it.
-    vocab : int, optional
-        What hashes are taken modulo: V if None. Needed with `row_range`.
+        Shard the tables by rows: each holds only the rows ``lo <= row < hi`` of a table of `vocab` rows, none if the
+        table ends before `lo`, and n-grams that hash to other rows add nothing. The sum over shards that cover
+        ``[0, vocab)`` once is the whole embedding: every shard is given `byte_table`, but only the one with ``lo == 0``
+        adds it.
+    vocab : int or N ints, optional
+        Rows of each whole table, which its hashes are taken modulo. If None, a list of tables has the rows of its
+        tensors, and a fused tensor is split into N equal tables. Needed with `row_range`, and where tables of different
+        sizes are fused.
 
     Returns
     -------
@@ -79,14 +84,10 @@ def ngram_hash_embed(
     >>> ngram_hash_embed(tokens, tables, byte_table, cu_seqlens, ngram_sizes=(3, 4)).shape
     torch.Size([6, 4])
     """
-    sizes = _check_hash(tokens, ngram_sizes, num_functions)
+    sizes, numbers = _check_hash(tokens, ngram_sizes, num_functions, functions, table_order)
     _checks.check_choice("grad", grad, ("dense", "sparse"))
-    table_list, rows = _check_tables(tables, num_functions * len(sizes), tokens)
+    table_list, rows = _check_tables(tables, tokens, len(sizes), row_range, vocab)
     width = table_list[0].shape[1]
-    if row_range is not None:
-        vocab = _check_row_range(row_range, vocab, rows)
-    elif vocab is not None and vocab != rows:
-        raise ValueError(f"vocab: expected None or the {rows} rows of a table, since row_range is None, got {vocab}")
     packed, documents, count = _checks.split_documents("tokens", tokens, cu_seqlens, trailing=0)
     if byte_table is not None:
         _checks.check_like("byte_table", byte_table, (2,), "tables", table_list[0])
@@ -104,10 +105,10 @@ def ngram_hash_embed(
         None if documents is None else documents.offsets,
         count,
         sizes,
-        num_functions,
+        numbers,
         grad,
         None if row_range is None else list(row_range),
-        rows if vocab is None else vocab,
+        rows,
     )
     return out if tokens.dim() == 1 else out.view(*tokens.shape, width)
 
@@ -118,7 +119,9 @@ def ngram_hash(
     *,
     ngram_sizes: Sequence[int] = (3, 4, 5, 6, 7, 8),
     num_functions: int = 1,
-    vocab: int,
+    functions: Sequence[int] | None = None,
+    table_order: str = "function_major",
+    vocab: int | Sequence[int],
 ) -> Tensor:
     """Hash the n-grams that end at each byte: the rows that `ngram_hash_embed` reads.
 
@@ -133,14 +136,20 @@ def ngram_hash(
     ngram_sizes : sequence of int
         Bytes in an n-gram.
     num_functions : int
-        Hash functions, each with a prime of its own: 1 to 11.
-    vocab : int
-        Number of rows of a table.
+        Number of hash functions, the first ones of 11. Each has a prime of its own.
+    functions : sequence of int, optional
+        The hash functions by number, 0 to 10, instead of the first `num_functions`.
+    table_order : str
+        "function_major": table ``f * len(ngram_sizes) + s`` has function number f and size number s, as in
+        transformers and facebookresearch/blt. "size_major": it is table ``s * num_functions + f``, as in
+        allenai/OLMo-core.
+    vocab : int or N ints
+        Number of rows of every table, or of each.
 
     Returns
     -------
     int64 ``[N, *tokens.shape]``
-        In ``[0, vocab)``, by function, then by size. 0 for bytes beyond the last document.
+        In ``[0, vocab)``, in the order of the tables. 0 for bytes beyond the last document.
 
     Raises
     ------
@@ -154,16 +163,26 @@ def ngram_hash(
     >>> rows.shape, bool((rows[0, :3] == rows[0, 3:]).all())
     (torch.Size([1, 6]), True)
     """
-    sizes = _check_hash(tokens, ngram_sizes, num_functions)
-    _checks.check_int("vocab", vocab, 1)
+    sizes, numbers = _check_hash(tokens, ngram_sizes, num_functions, functions, table_order)
+    rows = _check_vocab(vocab, len(sizes))
     packed, offsets, documents = _checks.documents_of("tokens", tokens, cu_seqlens, trailing=0)
-    hashes = ngram_hash_fwd(packed, offsets, documents, sizes, num_functions, vocab)
+    hashes = ngram_hash_fwd(packed, offsets, documents, sizes, numbers, rows)
     return hashes if tokens.dim() == 1 else hashes.view(hashes.shape[0], *tokens.shape)
 
 
-def _check_hash(tokens: Tensor, ngram_sizes: Sequence[int], num_functions: int) -> list[int]:
+def _check_hash(
+    tokens: Tensor,
+    ngram_sizes: Sequence[int],
+    num_functions: int,
+    functions: Sequence[int] | None,
+    table_order: str,
+) -> tuple[list[int], list[int]]:
+    """Return the n-gram size of each table, and its hash function, or the only one."""
     _checks.check_tensor("tokens", tokens, (1, 2), _checks.INTS)
-    return check_sizes(ngram_sizes, num_functions)
+    _checks.check_choice("table_order", table_order, ("function_major", "size_major"))
+    sizes = check_sizes(ngram_sizes, num_functions)
+    numbers = list(range(num_functions)) if functions is None else _check_functions(functions, num_functions)
+    return (sizes, numbers) if len(numbers) == 1 else reference.hash_of_tables(sizes, numbers, table_order)
 
 
 def check_sizes(ngram_sizes: Sequence[int], num_functions: int) -> list[int]:
@@ -178,8 +197,38 @@ def check_sizes(ngram_sizes: Sequence[int], num_functions: int) -> list[int]:
     return list(ngram_sizes)
 
 
-def _check_tables(tables: Tensor | Sequence[Tensor], count: int, tokens: Tensor) -> tuple[list[Tensor], int]:
-    """Return the tables as a list and the number of rows of one of them, V."""
+def _check_functions(functions: Sequence[int], num_functions: int) -> list[int]:
+    if not isinstance(functions, (list, tuple)) or not functions:
+        raise TypeError(f"functions: expected a sequence of at least one int, got {functions!r}")
+    for function in functions:
+        _checks.check_int("functions", function, 0)
+        if function >= len(reference.PRIMES):
+            raise ValueError(f"functions: expected numbers from 0 to {len(reference.PRIMES) - 1}, got {function}")
+    if num_functions not in (1, len(functions)):
+        raise ValueError(f"num_functions: expected none beside functions={functions!r}, got {num_functions}")
+    return list(functions)
+
+
+def _check_vocab(vocab: int | Sequence[int], count: int) -> list[int]:
+    """Return the number of rows of each of `count` tables, or of all."""
+    if not isinstance(vocab, (list, tuple)):
+        _checks.check_int("vocab", vocab, 1)
+        return [vocab]  # type: ignore[list-item]
+    for rows in vocab:
+        _checks.check_int("vocab", rows, 1)
+    if len(vocab) != count:
+        raise ValueError(f"vocab: expected an int or N = {count} ints, one for each table, got {vocab!r}")
+    return list(vocab)
+
+
+def _check_tables(
+    tables: Tensor | Sequence[Tensor],
+    tokens: Tensor,
+    count: int,
+    row_range: tuple[int, int] | None,
+    vocab: int | Sequence[int] | None,
+) -> tuple[list[Tensor], list[int]]:
+    """Return the tables as a list, and the number of rows of each whole table, or of all."""
     fused = isinstance(tables, Tensor)
     if not fused and not isinstance(tables, (list, tuple, torch.nn.ParameterList)):
         raise TypeError(f"tables: expected a tensor or a sequence of tensors, got {type(tables).__name__}")
@@ -194,59 +243,80 @@ def _check_tables(tables: Tensor | Sequence[Tensor], count: int, tokens: Tensor)
         if i == 0:
             continue
         _checks.check_same(name, table, "tables[0]", table_list[0])
-        if table.shape != table_list[0].shape:
-            raise ValueError(
-                f"{name}: expected shape {list(table_list[0].shape)} of tables[0], got {list(table.shape)}"
-            )
-    rows = table_list[0].shape[0]
-    if fused and rows % count:
-        raise ValueError(f"tables: expected a multiple of N = {count} rows, got shape {list(table_list[0].shape)}")
-    rows = rows // count if fused else rows
-    if rows < 1:
-        raise ValueError(f"tables: expected at least one row a table, got shape {list(table_list[0].shape)}")
+        if table.shape[1] != table_list[0].shape[1]:
+            width = table_list[0].shape[1]
+            raise ValueError(f"{name}: expected the width D = {width} of tables[0], got shape {list(table.shape)}")
+    if vocab is not None:
+        return table_list, _check_rows(table_list, fused, count, row_range, vocab)
+    if row_range is not None:
+        raise ValueError("vocab: expected the number of rows of a whole table, since row_range is given, got None")
+    if fused:
+        total = table_list[0].shape[0]
+        if total % count:
+            raise ValueError(f"tables: expected a multiple of N = {count} rows, got shape {list(table_list[0].shape)}")
+        if total < 1:
+            raise ValueError(f"tables: expected at least one row a table, got shape {list(table_list[0].shape)}")
+        return table_list, [total // count]
+    rows = [table.shape[0] for table in table_list]
+    for i, number in enumerate(rows):
+        if number < 1:
+            raise ValueError(f"tables[{i}]: expected at least one row, got shape {list(table_list[i].shape)}")
     return table_list, rows
 
 
-def _check_row_range(row_range: tuple[int, int], vocab: int | None, rows: int) -> int:
+def _check_rows(
+    tables: list[Tensor],
+    fused: bool,
+    count: int,
+    row_range: tuple[int, int] | None,
+    vocab: int | Sequence[int],
+) -> list[int]:
+    """Return the number of rows of each whole table, or of all."""
+    rows = _check_vocab(vocab, count)
+    if row_range is not None:
+        _check_row_range(row_range, max(rows))
+    held = reference.held_rows(row_range, rows, count)
+    for i, (table, expected) in enumerate(zip(tables, [sum(held)] if fused else held, strict=True)):
+        if table.shape[0] != expected:
+            name, given = "tables" if fused else f"tables[{i}]", f"vocab is {vocab} and row_range {row_range}"
+            raise ValueError(f"{name}: expected {expected} rows, since {given}, got shape {list(table.shape)}")
+    return rows
+
+
+def _check_row_range(row_range: tuple[int, int], vocab: int) -> None:
     if not isinstance(row_range, (list, tuple)) or len(row_range) != 2:
         raise TypeError(f"row_range: expected a pair of ints (lo, hi), got {row_range!r}")
-    if vocab is None:
-        raise ValueError("vocab: expected the number of rows of a whole table, since row_range is given, got None")
-    _checks.check_int("vocab", vocab, 1)
     low, high = row_range
     _checks.check_int("row_range", low, 0)
     _checks.check_int("row_range", high, 1)
     if not low < high <= vocab:
         raise ValueError(f"row_range: expected 0 <= lo < hi <= vocab = {vocab}, got {tuple(row_range)}")
-    if high - low != rows:
-        raise ValueError(f"row_range: expected hi - lo = {rows}, the rows of a table, got {tuple(row_range)}")
-    return vocab
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 # Without cu_seqlens there are num_documents documents of one length. `tables` is a list of N, or of the fused one
-# alone; row_range is (0, vocab) if None. In backward `fused` says which of the two, and `alphabet` is the number of
-# rows of byte_table if it needs a gradient too, which comes last; else None.
+# alone. ngram_sizes has an entry for each table, functions and vocab one for each or one for all; row_range is all rows
+# if None. In backward `fused` says which form the tables have, and `alphabet` is the number of rows of byte_table if it
+# needs a gradient too, which comes last; else None.
 
-_HASH = "int[] ngram_sizes, int num_functions"
+_HASH = "int[] ngram_sizes, int[] functions"
 _BACKWARD = (
     f"Tensor grad_out, Tensor tokens, Tensor? cu_seqlens, SymInt num_documents, {_HASH},"
-    " int[]? row_range, SymInt vocab, bool fused, SymInt? alphabet"
+    " int[]? row_range, SymInt[] vocab, bool fused, SymInt? alphabet"
 )
 
 
 def _table_sizes(
     ngram_sizes: list[int],
-    num_functions: int,
+    _functions: list[int],
     row_range: list[int] | None,
-    vocab: int,
+    vocab: list[int],
     fused: bool,
     alphabet: int | None,
 ) -> list[int]:
     """Return the number of rows of each gradient."""
-    count = num_functions * len(ngram_sizes)
-    rows = vocab if row_range is None else row_range[1] - row_range[0]
-    return ([count * rows] if fused else [rows] * count) + ([] if alphabet is None else [alphabet])
+    rows = reference.held_rows(row_range, vocab, len(ngram_sizes))
+    return ([sum(rows)] if fused else rows) + ([] if alphabet is None else [alphabet])
 
 
 def _empty_sparse(
@@ -258,16 +328,14 @@ def _empty_sparse(
 
 ngram_hash_fwd = _common.define(
     "ngram_hash_fwd",
-    f"(Tensor tokens, Tensor? cu_seqlens, SymInt num_documents, {_HASH}, SymInt vocab) -> Tensor hashes",
+    f"(Tensor tokens, Tensor? cu_seqlens, SymInt num_documents, {_HASH}, SymInt[] vocab) -> Tensor hashes",
     reference.ngram_hash_fwd_reference,
-    lambda tokens, _cu, _documents, sizes, count, _vocab: tokens.new_empty(
-        count * len(sizes), tokens.shape[0], dtype=torch.int64
-    ),
+    lambda tokens, _cu, _documents, sizes, *_: tokens.new_empty(len(sizes), tokens.shape[0], dtype=torch.int64),
 )
 ngram_hash_embed_fwd = _common.define(
     "ngram_hash_embed_fwd",
     f"(Tensor tokens, Tensor[] tables, Tensor? byte_table, Tensor? cu_seqlens, SymInt num_documents, {_HASH},"
-    " str grad, int[]? row_range, SymInt vocab) -> Tensor out",
+    " str grad, int[]? row_range, SymInt[] vocab) -> Tensor out",
     reference.ngram_hash_embed_fwd_reference,
     lambda tokens, tables, *_: tables[0].new_empty(tokens.shape[0], tables[0].shape[1]),
 )
@@ -290,10 +358,10 @@ ngram_hash_embed_sparse_bwd = _common.define(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, num_functions, grad, row_range, vocab = inputs
+    tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, functions, grad, row_range, vocab = inputs
     ctx.save_for_backward(tokens, cu_seqlens)
     ctx.num_documents, ctx.grad = num_documents, grad
-    ctx.hash = ngram_sizes, num_functions, row_range, vocab, len(tables) < num_functions * len(ngram_sizes)
+    ctx.hash = ngram_sizes, functions, row_range, vocab, len(tables) < len(ngram_sizes)
     ctx.alphabet = None if byte_table is None else byte_table.shape[0]
 
 
@@ -316,8 +384,8 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*inputs[1:3])
-    num_documents, ngram_sizes, num_functions, row_range, vocab, _fused, alphabet = inputs[3:]
-    ctx.hash = num_documents, ngram_sizes, num_functions, "dense", row_range, vocab
+    num_documents, ngram_sizes, functions, row_range, vocab, _fused, alphabet = inputs[3:]
+    ctx.hash = num_documents, ngram_sizes, functions, "dense", row_range, vocab
     ctx.has_byte_table = alphabet is not None
 
 

@@ -33,10 +33,14 @@ def ngram_hash_reference(
     *,
     ngram_sizes: Sequence[int],
     num_functions: int = 1,
-    vocab: int,
+    functions: Sequence[int] | None = None,
+    table_order: str = "function_major",
+    vocab: int | Sequence[int],
 ) -> Tensor:
     """Return the row of every byte's n-grams in each table; see `ops.ngram_hash`."""
-    hashes = ngram_hash_fwd_reference(tokens.flatten(), cu_seqlens, _rows(tokens), ngram_sizes, num_functions, vocab)
+    sizes, functions = hash_of_tables(ngram_sizes, functions or range(num_functions), table_order)
+    rows = [vocab] if isinstance(vocab, int) else vocab
+    hashes = ngram_hash_fwd_reference(tokens.flatten(), cu_seqlens, _rows(tokens), sizes, functions, rows)
     return hashes.view(hashes.shape[0], *tokens.shape)
 
 
@@ -45,8 +49,8 @@ def ngram_hash_fwd_reference(
     cu_seqlens: Tensor | None,
     num_documents: int,
     ngram_sizes: Sequence[int],
-    num_functions: int,
-    vocab: int,
+    functions: Sequence[int],
+    vocab: Sequence[int],
 ) -> Tensor:
     """Return ``sum_j window[j] * prime**j mod vocab``, in int64 that wraps: ``[N, T]``. j = 0 is the oldest byte."""
     local = local_index(tokens.shape[0], document_offsets(tokens, cu_seqlens, num_documents))
@@ -54,12 +58,12 @@ def ngram_hash_fwd_reference(
     reach = min(max(ngram_sizes), tokens.shape[0])
     back = [F.pad(tokens.long(), (d, 0))[: local.shape[0]].where(local >= d, 0) for d in range(reach)]
     hashes = []
-    for prime in PRIMES[:num_functions]:
-        for size in ngram_sizes:
-            total = torch.zeros_like(local)
-            for d in range(min(size, reach)):
-                total = total + back[d] * _wrap(pow(prime, size - 1 - d, 2**64))
-            hashes.append(total.remainder(vocab))
+    count = len(ngram_sizes)
+    for size, function, rows in zip(ngram_sizes, _each(functions, count), _each(vocab, count), strict=True):
+        total = torch.zeros_like(local)
+        for d in range(min(size, reach)):
+            total = total + back[d] * _wrap(pow(PRIMES[function], size - 1 - d, 2**64))
+        hashes.append(total.remainder(rows))
     return torch.stack(hashes)
 
 
@@ -71,27 +75,55 @@ def ngram_hash_embed_reference(
     *,
     ngram_sizes: Sequence[int] = (3, 4, 5, 6, 7, 8),
     num_functions: int = 1,
+    functions: Sequence[int] | None = None,
+    table_order: str = "function_major",
     grad: str = "dense",
     row_range: tuple[int, int] | None = None,
-    vocab: int | None = None,
+    vocab: int | Sequence[int] | None = None,
 ) -> Tensor:
     """Return the byte embedding plus the rows of the byte's n-grams; see `ops.ngram_hash_embed`."""
     tables = [tables] if isinstance(tables, Tensor) else list(tables)
+    sizes, functions = hash_of_tables(ngram_sizes, functions or range(num_functions), table_order)
     if vocab is None:
-        vocab = sum(table.shape[0] for table in tables) // (num_functions * len(ngram_sizes))
+        fused = len(tables) < len(sizes)
+        vocab = tables[0].shape[0] // len(sizes) if fused else [table.shape[0] for table in tables]
+    rows = [vocab] if isinstance(vocab, int) else vocab
     out = ngram_hash_embed_fwd_reference(
         tokens.flatten(),
         tables,
         byte_table,
         cu_seqlens,
         _rows(tokens),
-        ngram_sizes,
-        num_functions,
+        sizes,
+        functions,
         grad,
         row_range,
-        vocab,
+        rows,
     )
     return out.view(*tokens.shape, out.shape[-1])
+
+
+def hash_of_tables(
+    ngram_sizes: Sequence[int], functions: Sequence[int], table_order: str
+) -> tuple[list[int], list[int]]:
+    """Return the n-gram size and the hash function of each table."""
+    if table_order == "size_major":
+        return [size for size in ngram_sizes for _ in functions], [*functions] * len(ngram_sizes)
+    return [*ngram_sizes] * len(functions), [function for function in functions for _ in ngram_sizes]
+
+
+def held_rows(row_range: Sequence[int] | None, vocab: Sequence[int], count: int) -> list[int]:
+    """Return how many rows of each of `count` tables a shard has: those that lie in row_range, or all."""
+    whole = _each(vocab, count)
+    if row_range is None:
+        return whole
+    low, high = row_range
+    return [max(min(high, rows) - low, 0) for rows in whole]
+
+
+def _each(values: Sequence[int], count: int) -> list[int]:
+    """Return a value for each of `count` tables, from one for each or one for all."""
+    return [*values] * count if len(values) == 1 else [*values]
 
 
 def _lookups(
@@ -99,23 +131,24 @@ def _lookups(
     cu_seqlens: Tensor | None,
     num_documents: int,
     ngram_sizes: Sequence[int],
-    num_functions: int,
+    functions: Sequence[int],
     row_range: Sequence[int] | None,
-    vocab: int,
+    vocab: Sequence[int],
     fused: bool,
     alphabet: int | None,
 ) -> Lookups:
     """Return, for each table, the byte table last: its number of rows, the rows read ``[n, T]``, and which count."""
     cu_seqlens = document_offsets(tokens, cu_seqlens, num_documents)
     inside = local_index(tokens.shape[0], cu_seqlens) >= 0
-    low, high = (0, vocab) if row_range is None else row_range
-    hashes = ngram_hash_fwd_reference(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab)
-    rows, hits = (hashes - low).clamp(0, high - low - 1), (hashes >= low) & (hashes < high) & inside
+    low, sizes = 0 if row_range is None else row_range[0], held_rows(row_range, vocab, len(ngram_sizes))
+    rows = ngram_hash_fwd_reference(tokens, cu_seqlens, num_documents, ngram_sizes, functions, vocab) - low
+    hits = torch.stack([(row >= 0) & (row < size) for row, size in zip(rows, sizes, strict=True)]) & inside
     if fused:
-        first = torch.arange(rows.shape[0], device=rows.device)[:, None] * (high - low)
-        lookups = [(rows.shape[0] * (high - low), rows + first, hits)]
+        rows = torch.stack([row + sum(sizes[:n]) for n, row in enumerate(rows)]).where(hits, 0)
+        lookups = [(sum(sizes), rows, hits)]
     else:
-        lookups = [(high - low, rows[i : i + 1], hits[i : i + 1]) for i in range(rows.shape[0])]
+        rows = rows.where(hits, 0)
+        lookups = [(size, rows[i : i + 1], hits[i : i + 1]) for i, size in enumerate(sizes)]
     if alphabet is not None:  # of all shards, the one that begins at row 0 reads the byte table
         known = inside & (tokens >= 0) & (tokens < alphabet) & (low == 0)
         lookups.append((alphabet, tokens.long().clamp(0, alphabet - 1)[None], known[None]))
@@ -129,18 +162,21 @@ def ngram_hash_embed_fwd_reference(
     cu_seqlens: Tensor | None,
     num_documents: int,
     ngram_sizes: Sequence[int],
-    num_functions: int,
+    functions: Sequence[int],
     grad: str,
     row_range: Sequence[int] | None,
-    vocab: int,
+    vocab: Sequence[int],
 ) -> Tensor:
     """out[i] = byte_table[tokens[i]] + sum over tables of table[hash[i]], added up in fp32 and rounded once."""
     alphabet, fused = None if byte_table is None else byte_table.shape[0], len(tables) == 1
-    lookups = _lookups(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range, vocab, fused, alphabet)
+    lookups = _lookups(tokens, cu_seqlens, num_documents, ngram_sizes, functions, row_range, vocab, fused, alphabet)
     every = [*tables] if byte_table is None else [*tables, byte_table]
     out = torch.zeros(tokens.shape[0], every[0].shape[1], dtype=accumulator(every[0]), device=tokens.device)
     pairs = list(zip(lookups, every, strict=True))
-    for (_, rows, hits), table in pairs[len(tables) :] + pairs[: len(tables)]:  # the byte table is first
+    for (size, rows, hits), table in pairs[len(tables) :] + pairs[: len(tables)]:  # the byte table is first
+        if size == 0:
+            out = out + table.sum(0)  # adds zeros, and the gradient is an empty tensor
+            continue
         for row, hit in zip(rows, hits, strict=True):
             out = out + F.embedding(row, table, sparse=grad == "sparse").where(hit[:, None], 0)
     return out.to(every[0].dtype)
@@ -151,10 +187,11 @@ def ngram_hash_embed_bwd_reference(grad_out: Tensor, lookups: Lookups) -> list[T
     """Dense gradients of the tables and, given `alphabet`, of the byte table: every row sums the bytes that read it."""
     grads = []
     for size, rows, hits in lookups:
-        grad = grad_out.new_zeros(size, grad_out.shape[1], dtype=accumulator(grad_out))
-        for row, hit in zip(rows, hits, strict=True):
-            grad.index_add_(0, row, grad_out.to(grad.dtype).where(hit[:, None], 0))
-        grads.append(grad.to(grad_out.dtype))
+        # Lookups that miss go to one more row, which is cut off.
+        grad = grad_out.new_zeros(size + 1, grad_out.shape[1], dtype=accumulator(grad_out))
+        for row in rows.where(hits, size):
+            grad.index_add_(0, row, grad_out.to(grad.dtype))
+        grads.append(grad[:size].to(grad_out.dtype, copy=True))
     return grads
 
 

@@ -5,11 +5,13 @@
 // where the bytes before the document have id 0.
 //
 // The hash of an n-gram is the hash of the next shorter one times the prime, plus the oldest byte. So a byte takes as
-// many steps as its longest n-gram has bytes in the document, for any number of sizes, and no window is stored.
+// many steps per hash function as its longest n-gram has bytes in the document, for any number of sizes, and no window
+// is stored.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../common/args/ngram_hash_embed.h"
@@ -29,32 +31,42 @@ struct Modulus : Reciprocal {
   }
 };
 
-// Describes the hash of each table, functions outermost, and the documents that bound the n-grams.
-struct Ngrams {
-  std::vector<uint64_t> primes;
-  std::vector<int64_t> sizes;
+struct HashedTable {
+  int64_t index, size;  // is table `index`, of n-grams of `size` bytes
+  uint64_t prime;
   Modulus vocab;
+};
+
+// Describes the hash of each table, those of a function side by side, and the documents that bound the n-grams.
+struct Ngrams {
+  std::vector<HashedTable> tables;
   const int32_t* cu_seqlens;
   int64_t documents;
   Tensor offsets;  // owns cu_seqlens
 
-  int64_t tables() const { return static_cast<int64_t>(primes.size() * sizes.size()); }
   int64_t end_of_documents() const { return cu_seqlens[documents]; }
-  Ngrams only(int64_t table) const {
-    const int64_t count = static_cast<int64_t>(sizes.size());
-    return {{primes[table / count]}, {sizes[table % count]}, vocab, cu_seqlens, documents, offsets};
+  Ngrams only(int64_t index) const {
+    HashedTable table = *std::ranges::find(tables, index, &HashedTable::index);
+    table.index = 0;
+    return {{table}, cu_seqlens, documents, offsets};
   }
 };
 
 inline Ngrams ngrams_of(const HashArguments& arguments) {
   Tensor offsets = document_offsets(arguments.cu_seqlens, arguments.documents, arguments.tokens, arguments.bytes());
   const int32_t* const values = check_offsets(offsets, "cu_seqlens", arguments.bytes());
-  return {{kPrimes.begin(), kPrimes.begin() + arguments.num_functions},
-          arguments.sizes,
-          {reciprocal_of(arguments.vocab)},
-          values,
-          arguments.documents,
-          offsets};
+  std::vector<HashedTable> tables;
+  tables.reserve(arguments.tables());
+  for (size_t function = 0; function < kPrimes.size(); ++function) {
+    for (int64_t n = 0; n < arguments.tables(); ++n) {
+      if (arguments.functions[n] != static_cast<int64_t>(function)) continue;
+      const int64_t vocab = arguments.vocab[n];
+      const bool same = !tables.empty() && tables.back().vocab.divisor == static_cast<uint64_t>(vocab);
+      const Modulus modulus = same ? tables.back().vocab : Modulus{reciprocal_of(vocab)};
+      tables.push_back({n, arguments.sizes[n], kPrimes[function], modulus});
+    }
+  }
+  return {std::move(tables), values, arguments.documents, offsets};
 }
 
 // Returns base^exponent in wrapping arithmetic.
@@ -68,21 +80,23 @@ inline uint64_t power(uint64_t base, int64_t exponent) {
 // Calls f(t, one hash per table) for the bytes of [begin, end) that are in a document.
 template <class Id, class F>
 void for_each_hash(const Ngrams& ngrams, const Id* tokens, int64_t begin, int64_t end, const F& f) {
-  const int64_t longest = *std::max_element(ngrams.sizes.begin(), ngrams.sizes.end());
+  const int64_t longest = std::ranges::max(ngrams.tables, {}, &HashedTable::size).size;
   end = std::min(end, ngrams.end_of_documents());
-  std::vector<uint64_t> by_size(std::min(longest, ngrams.end_of_documents()) + 1), hashes(ngrams.tables());
+  std::vector<uint64_t> by_size(std::min(longest, ngrams.end_of_documents()) + 1), hashes(ngrams.tables.size());
   const int32_t* const first = ngrams.cu_seqlens + 1;
   int64_t document = std::upper_bound(first, first + ngrams.documents, begin) - first;
   for (int64_t t = begin; t < end; ++t) {
     while (ngrams.cu_seqlens[document + 1] <= t) ++document;
     const int64_t known = std::min<int64_t>(longest, t + 1 - ngrams.cu_seqlens[document]);
-    uint64_t* out = hashes.data();
-    for (const uint64_t prime : ngrams.primes) {
-      uint64_t hash = 0;
-      for (int64_t n = 0; n < known; ++n)
-        by_size[n + 1] = hash = hash * prime + static_cast<uint64_t>(int64_t{tokens[t - n]});
-      for (const int64_t size : ngrams.sizes)
-        *out++ = ngrams.vocab(size <= known ? by_size[size] : hash * power(prime, size - known));
+    uint64_t prime = 0, hash = 0;
+    for (const HashedTable& table : ngrams.tables) {
+      if (table.prime != prime) {
+        prime = table.prime, hash = 0;
+        for (int64_t n = 0; n < known; ++n)
+          by_size[n + 1] = hash = hash * prime + static_cast<uint64_t>(int64_t{tokens[t - n]});
+      }
+      const uint64_t own = table.size <= known ? by_size[table.size] : hash * power(prime, table.size - known);
+      hashes[table.index] = table.vocab(own);
     }
     f(t, static_cast<const uint64_t*>(hashes.data()));
   }

@@ -30,8 +30,9 @@ namespace {
 constexpr int64_t kHashGrain = 2048;  // so many bytes are worth a thread
 
 Tensor ngram_hash_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                          const std::vector<int64_t>& ngram_sizes, int64_t num_functions, int64_t vocab) {
-  const HashArguments arguments = check_hash(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab);
+                          const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
+                          const std::vector<int64_t>& vocab) {
+  const HashArguments arguments = check_hash(tokens, cu_seqlens, num_documents, ngram_sizes, functions, vocab);
   const Ngrams ngrams = ngrams_of(arguments);
   const Tensor& ids = arguments.tokens;
   const int64_t bytes = arguments.bytes(), tables = arguments.tables();
@@ -54,11 +55,12 @@ Tensor ngram_hash_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_
 
 Tensor ngram_hash_embed_fwd_cpu(const Tensor& tokens, std::vector<Tensor> tables, std::optional<Tensor> byte_table,
                                 const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                                const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
+                                const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
                                 [[maybe_unused]] const std::string& grad,
-                                const std::optional<std::vector<int64_t>>& row_range, int64_t vocab) {
+                                const std::optional<std::vector<int64_t>>& row_range,
+                                const std::vector<int64_t>& vocab) {
   const EmbedArguments arguments =
-      check_embed(tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range, vocab);
+      check_embed(tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, functions, row_range, vocab);
   const Ngrams ngrams = ngrams_of(arguments.hash);
   const TableShard& shard = arguments.shard;
   const Tensor& ids = arguments.hash.tokens;
@@ -111,7 +113,7 @@ struct TableGrads : TableGradArguments {
         const Id* const id = hash.tokens.const_data_ptr<Id>();
         parallel_for(bytes(), kHashGrain, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; ++t) readers[t] = {none, static_cast<uint32_t>(t)};
-          if (table < ngrams.tables()) {
+          if (table < hash.tables()) {
             for_each_hash(ngrams.only(table), id, begin, end, [&](int64_t t, const uint64_t* row) {
               if (shard.has(*row)) readers[t].row = static_cast<uint32_t>(static_cast<int64_t>(*row) - shard.low);
             });
@@ -141,10 +143,12 @@ struct TableGrads : TableGradArguments {
 
 std::vector<Tensor> ngram_hash_embed_bwd_cpu(const Tensor& grad_out, const Tensor& tokens,
                                              const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                                             const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
-                                             const std::optional<std::vector<int64_t>>& row_range, int64_t vocab,
-                                             bool fused, std::optional<int64_t> alphabet) {
-  TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range,
+                                             const std::vector<int64_t>& ngram_sizes,
+                                             const std::vector<int64_t>& functions,
+                                             const std::optional<std::vector<int64_t>>& row_range,
+                                             const std::vector<int64_t>& vocab, bool fused,
+                                             std::optional<int64_t> alphabet) {
+  TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, functions, row_range,
                                      vocab, fused, alphabet));
   const int64_t width = grads.width();
   std::vector<int64_t> sizes(grads.results(), 0);
@@ -169,9 +173,10 @@ std::vector<Tensor> ngram_hash_embed_bwd_cpu(const Tensor& grad_out, const Tenso
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd_cpu(
     const Tensor& grad_out, const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-    const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
-    const std::optional<std::vector<int64_t>>& row_range, int64_t vocab, bool fused, std::optional<int64_t> alphabet) {
-  TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range,
+    const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
+    const std::optional<std::vector<int64_t>>& row_range, const std::vector<int64_t>& vocab, bool fused,
+    std::optional<int64_t> alphabet) {
+  TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, functions, row_range,
                                      vocab, fused, alphabet));
   const int64_t width = grads.width();
   std::vector<int64_t> sizes(grads.results(), 0), before(grads.tables());

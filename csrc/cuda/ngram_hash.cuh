@@ -6,8 +6,9 @@
 //
 // A thread computes a hash from the newest token to the oldest, with one multiplication per token, and by squaring for
 // the ids before the document. Tokens come from L1, since n-grams of neighbours overlap. The remainder takes three
-// multiplications and no division. The kernel below has a thread per byte; those of ngram_hash_embed.cuh hash in a
-// first step of their own.
+// multiplications and no division if all tables have equal sizes, else a division of some 70 instructions: reciprocals
+// of 128 tables do not fit beside the rest into 4 KB of parameters. The kernel below has a thread per byte; those of
+// ngram_hash_embed.cuh hash in a first step of their own.
 //
 // Bytes of the kernel: tokens read and hashes written once. Roofline: a memory copy of 8 N bytes per byte of text.
 // Registers: at most 40, for 6 blocks of 256 threads an SM.
@@ -45,11 +46,13 @@ struct Text {
   i32 length;
 };
 
-// Describes the hash of each table, functions outermost.
+// Describes the hash of each table. Tables of equal sizes have a Modulus, and no `rows`.
 struct Ngrams {
   u64 primes[kMaxFunctions];
   i64 sizes[kMaxTables];
-  int num_sizes, tables;
+  u32 rows[kMaxTables];
+  u8 functions[kMaxTables];
+  int tables, equal;
   Modulus vocab;
 };
 
@@ -64,8 +67,8 @@ __device__ __forceinline__ i64 document_start(const Text<Id>& text, i64 t) {
 // Returns the hash, for a table, of the n-gram that ends at byte t of a document that begins at `start`.
 template <class Id>
 __device__ __forceinline__ u64 ngram_hash(const Text<Id>& text, const Ngrams& ngrams, int table, i64 t, i64 start) {
-  const u64 prime = ngrams.primes[table / ngrams.num_sizes];
-  const i64 size = ngrams.sizes[table % ngrams.num_sizes];
+  const u64 prime = ngrams.primes[ngrams.functions[table]];
+  const i64 size = ngrams.sizes[table];
   const int known = static_cast<int>(min(size, t - start + 1));
   const Id* const newest = text.tokens + t;
   u64 hash = 0;
@@ -74,7 +77,9 @@ __device__ __forceinline__ u64 ngram_hash(const Text<Id>& text, const Ngrams& ng
   u64 base = prime;
   for (i64 left = size - known; left > 0; left >>= 1, base *= base)
     if (left & 1) hash *= base;
-  return ngrams.vocab(hash);
+  if (ngrams.equal) return ngrams.vocab(hash);
+  const i64 rows = ngrams.rows[table], remainder = static_cast<i64>(hash) % rows;
+  return remainder < 0 ? remainder + rows : remainder;
 }
 
 // Writes hashes[tables][bytes], 0 for bytes of no document.

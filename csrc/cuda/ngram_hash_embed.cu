@@ -26,15 +26,22 @@ struct Hashed {
   Ngrams ngrams = {};
 
   explicit Hashed(const HashArguments& arguments) : arguments(arguments) {
-    const std::vector<int64_t>& sizes = arguments.sizes;
     STD_TORCH_CHECK(arguments.tables() <= kMaxTables, "ngram_sizes: expected 1 to ", kMaxTables,
-                    " tables on CUDA, got ", arguments.num_functions, " functions of ", sizes.size(), " sizes");
-    const Reciprocal vocab = reciprocal_of(arguments.vocab);
+                    " tables on CUDA, got ", arguments.tables());
     std::copy(kPrimes.begin(), kPrimes.end(), ngrams.primes);
-    std::copy(sizes.begin(), sizes.end(), ngrams.sizes);
-    ngrams.num_sizes = static_cast<int>(sizes.size());
+    std::ranges::copy(arguments.sizes, ngrams.sizes);
+    std::ranges::transform(arguments.functions, ngrams.functions, [](int64_t f) { return static_cast<u8>(f); });
     ngrams.tables = static_cast<int>(arguments.tables());
-    ngrams.vocab = {vocab.divisor, vocab.reciprocal, vocab.wrap, vocab.bits};
+    ngrams.equal = std::ranges::count(arguments.vocab, arguments.vocab[0]) == arguments.tables();
+    if (ngrams.equal) {
+      const Reciprocal vocab = reciprocal_of(arguments.vocab[0]);
+      ngrams.vocab = {vocab.divisor, vocab.reciprocal, vocab.wrap, vocab.bits};
+      return;
+    }
+    for (const int64_t rows : arguments.vocab)
+      STD_TORCH_CHECK(rows <= UINT32_MAX, "vocab: expected less than 2**32 rows on CUDA where sizes differ, got ",
+                      rows);
+    std::ranges::transform(arguments.vocab, ngrams.rows, [](int64_t rows) { return static_cast<u32>(rows); });
   }
   template <class Id>
   Text<Id> text(const Device& device) const {
@@ -44,7 +51,7 @@ struct Hashed {
 };
 
 ShardRows shard_rows(const TableShard& shard, std::optional<int64_t> alphabet) {
-  return {static_cast<u64>(shard.low), static_cast<u64>(shard.rows()),
+  return {static_cast<u64>(shard.low), static_cast<u64>(shard.high - shard.low),
           shard.has_byte_table() ? alphabet.value_or(0) : 0};
 }
 
@@ -55,8 +62,9 @@ void check_width(int64_t width) {
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 Tensor ngram_hash_fwd_cuda(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                           const std::vector<int64_t>& ngram_sizes, int64_t num_functions, int64_t vocab) {
-  const HashArguments arguments = check_hash(tokens, cu_seqlens, num_documents, ngram_sizes, num_functions, vocab);
+                           const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
+                           const std::vector<int64_t>& vocab) {
+  const HashArguments arguments = check_hash(tokens, cu_seqlens, num_documents, ngram_sizes, functions, vocab);
   const Hashed hashed(arguments);
   const Device device(arguments.tokens);
   Tensor hashes = device_output(arguments.tokens, {arguments.tables(), arguments.bytes()}, ScalarType::Long);
@@ -70,11 +78,12 @@ Tensor ngram_hash_fwd_cuda(const Tensor& tokens, const std::optional<Tensor>& cu
 
 Tensor ngram_hash_embed_fwd_cuda(const Tensor& tokens, std::vector<Tensor> tables, std::optional<Tensor> byte_table,
                                  const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                                 const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
+                                 const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
                                  [[maybe_unused]] const std::string& grad,
-                                 const std::optional<std::vector<int64_t>>& row_range, int64_t vocab) {
+                                 const std::optional<std::vector<int64_t>>& row_range,
+                                 const std::vector<int64_t>& vocab) {
   const EmbedArguments arguments =
-      check_embed(tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, num_functions, row_range, vocab);
+      check_embed(tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, functions, row_range, vocab);
   const Hashed hashed(arguments.hash);
   byte_table = arguments.byte_table;
   const ShardRows shard = shard_rows(arguments.shard, byte_table ? byte_table->size(0) : 0);
@@ -116,13 +125,18 @@ struct TableGrads : TableGradArguments {
   explicit TableGrads(const TableGradArguments& arguments)
       : TableGradArguments(arguments), hashed(hash), held(shard_rows(shard, alphabet)) {
     check_width(width());
-    for (const int64_t list : {int64_t{0}, lists() - 1})
-      STD_TORCH_CHECK(rows(list) < UINT32_MAX, "tables: ", rows(list), " rows are too many to sort");
+    STD_TORCH_CHECK(most_rows(lists()) < UINT32_MAX, "tables: ", most_rows(lists()), " rows are too many to sort");
   }
   int64_t lists() const { return TableGradArguments::tables(); }
   int64_t hashed_lists() const { return hash.tables(); }
+  // Returns the rows of the largest of the first `count` lists.
+  int64_t most_rows(int64_t count) const {
+    int64_t most = 0;
+    for (int64_t n = 0; n < count; ++n) most = std::max(most, rows(n));
+    return most;
+  }
   // Returns a sentinel larger than any row, for entries that read nothing.
-  u32 none() const { return static_cast<u32>(std::max(rows(0), rows(lists() - 1))); }
+  u32 none() const { return static_cast<u32>(most_rows(lists())); }
 };
 
 // Replaces counts of digits by places, at once or by segments of kScanTiles tiles.
@@ -224,10 +238,12 @@ void launch_owners(const TableGrads& grads, int vec, int64_t first_list, int64_t
 
 std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tensor& tokens,
                                               const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                                              const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
-                                              const std::optional<std::vector<int64_t>>& row_range, int64_t vocab,
-                                              bool fused, std::optional<int64_t> alphabet) {
-  const TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions,
+                                              const std::vector<int64_t>& ngram_sizes,
+                                              const std::vector<int64_t>& functions,
+                                              const std::optional<std::vector<int64_t>>& row_range,
+                                              const std::vector<int64_t>& vocab, bool fused,
+                                              std::optional<int64_t> alphabet) {
+  const TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, functions,
                                            row_range, vocab, fused, alphabet));
   const Device device(grads.grad_out);
   std::vector<int64_t> sizes(grads.results(), 0);
@@ -248,18 +264,19 @@ std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tens
       const Runs runs = {device.read<u32>(found.starts), device.read<i32>(found.totals), owned};
       device.launch<ngram_hash_embed_bwd_kernel<T, vec()>>(config, readers, runs, first_list, to);
     };
-    const auto max_runs = [&](int64_t list) { return std::min(grads.bytes(), grads.rows(list)); };
-    launch_owners(grads, vec(), 0, grads.hashed_lists(), max_runs(0), launch);
-    if (grads.alphabet) launch_owners(grads, vec(), grads.hashed_lists(), 1, max_runs(grads.hashed_lists()), launch);
+    const int64_t hashed = grads.hashed_lists();
+    launch_owners(grads, vec(), 0, hashed, std::min(grads.bytes(), grads.most_rows(hashed)), launch);
+    if (grads.alphabet) launch_owners(grads, vec(), hashed, 1, std::min(grads.bytes(), grads.rows(hashed)), launch);
   });
   return result;
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd_cuda(
     const Tensor& grad_out, const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-    const std::vector<int64_t>& ngram_sizes, int64_t num_functions,
-    const std::optional<std::vector<int64_t>>& row_range, int64_t vocab, bool fused, std::optional<int64_t> alphabet) {
-  const TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, num_functions,
+    const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
+    const std::optional<std::vector<int64_t>>& row_range, const std::vector<int64_t>& vocab, bool fused,
+    std::optional<int64_t> alphabet) {
+  const TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, functions,
                                            row_range, vocab, fused, alphabet));
   const Device device(grads.grad_out);
   const int64_t lists = grads.lists(), width = grads.width();
@@ -277,9 +294,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd
   }
   with_readers(device, grads, sorted, [&]<class T>(Tag<T>, auto vec, const auto& readers) {
     SparseGrads<T> to = {};
-    to.tables = static_cast<int>(grads.hashed_lists());
-    to.numbers = grads.fused ? grads.rows(0) : 0;
     for (int64_t n = 0; n < lists; ++n) {
+      to.first_rows[n] = grads.first_row(n);
       to.rows[n] = device.write<i64>(rows[grads.result(n)]) + before[n];
       to.values[n] = device.write<T>(values[grads.result(n)]) + before[n] * width;
     }

@@ -105,6 +105,10 @@ __device__ __forceinline__ void add_rows(acc_t<T> (&sum)[kVec], u32 begin, u32 e
   }
 }
 
+static_assert(sizeof(Text<i64>) + sizeof(Ngrams) + sizeof(ShardRows) + sizeof(TableRows<float>) + 2 * sizeof(i64) <=
+                  4096,
+              "the parameters of a kernel take at most 4 KB before CUDA 12.1");
+
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 template <class T, class Id, int kVec>
@@ -274,13 +278,13 @@ __global__ void __launch_bounds__(kEmbedThreads, 10)
   write_runs<kVec>(from, runs, list, [=](i64, u32 row, bool) { return to + row * from.width; });
 }
 
-// Points to the outputs of each list. Rows of a fused tensor are numbered through all hashed tables.
+// Points to the outputs of each list, whose rows are numbered from first_rows on: through all hashed tables if they are
+// fused.
 template <class T>
 struct SparseGrads {
   i64* rows[kMaxTables + 1];
   T* values[kMaxTables + 1];
-  int tables;
-  i64 numbers;  // counts the row numbers of a table, or is 0 if every table has its own tensor
+  i64 first_rows[kMaxTables + 1];
 };
 
 // Writes sparse gradients of the lists from `first_list` on.
@@ -291,7 +295,7 @@ __global__ void __launch_bounds__(kEmbedThreads, 10)
   const int list = first_list + blockIdx.y;
   i64* const rows = grads.rows[list];
   T* const values = grads.values[list];
-  const i64 number = list < grads.tables ? list * grads.numbers : 0;
+  const i64 number = grads.first_rows[list];
   write_runs<kVec>(from, runs, list, [=](i64 run, u32 row, bool once) {
     if (once) rows[run] = number + row;
     return values + run * from.width;

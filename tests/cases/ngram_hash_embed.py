@@ -13,6 +13,7 @@ from blt_kernels.reference.ngram_hash_embed import ngram_hash_embed_reference, n
 _embed = partial(OpCase, bk.ngram_hash_embed, ngram_hash_embed_reference)
 _make_embed = inputs.make_ngram_hash_embed
 _BOTH = ("tables", "byte_table")
+_DIFFERENT = {"ngram_sizes": (1, 3), "functions": (4, 0), "table_order": "size_major", "vocab": (5, 53, 1, 20)}
 
 CASES = [
     _embed("fused", _make_embed(fused=True), _BOTH),
@@ -21,6 +22,8 @@ CASES = [
     _embed("wide", _make_embed(fused=True, width=WIDE), _BOTH, trace=False),
     _embed("sparse, wide", _make_embed(grad="sparse", width=WIDE), _BOTH, sparse=True, trace=False, fast=False),
     _embed("shard", _make_embed(fused=True, row_range=(10, 40), vocab=53, ngram_sizes=(1, 3)), _BOTH),
+    _embed("different sizes", _make_embed(fused=True, **_DIFFERENT), _BOTH),
+    _embed("different sizes, shard", _make_embed(row_range=(3, 40), **_DIFFERENT), _BOTH, fast=False),
     OpCase(
         bk.ngram_hash,
         ngram_hash_reference,

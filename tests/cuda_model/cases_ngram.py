@@ -40,7 +40,9 @@ def modulus(divisor: int) -> list:
 
 def ngrams() -> list:
     sizes = [*range(3, 9)] + [0] * 122
-    return [[Scalar("Q", p) for p in PRIMES], [i64(n) for n in sizes], i32(6), i32(TABLES), modulus(VOCAB)]
+    rows, functions = [Scalar("I", 0)] * 128, [Scalar("B", 0)] * 128  # equal tables, of the first function
+    primes = [Scalar("Q", p) for p in PRIMES]
+    return [primes, [i64(n) for n in sizes], rows, functions, i32(TABLES), i32(1), modulus(VOCAB)]
 
 
 @cache
@@ -164,7 +166,8 @@ def sparse_gradient() -> list[Launch | Library]:
     found, pad = runs().sum(1).tolist(), [None] * (129 - LISTS)
     rows: list = [Array("rows" if n < TABLES else "byte rows", count * 8) for n, count in enumerate(found)]
     values: list = [Array("values" if n < TABLES else "byte values", c * WIDTH * 2) for n, c in enumerate(found)]
-    gradients = [[*rows, *pad], [*values, *pad], i32(TABLES), i64(VOCAB)]
+    first_rows = [i64(n * VOCAB) for n in range(TABLES)] + [i64(0)] * (129 - TABLES)
+    gradients = [[*rows, *pad], [*values, *pad], first_rows]
     kernel = r"ngram_hash_embed_sparse_bwd_kernel<__nv_bfloat16, 8>"
     return [*sort_launches(), *run_launches(), *owner_launches(kernel, (max(found[:-1]), found[-1]), gradients)]
 

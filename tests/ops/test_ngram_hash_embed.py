@@ -402,9 +402,9 @@ GOOD = {"tokens": torch.arange(10), "tables": torch.zeros(12, 3), "byte_table": 
         ({"tables": [torch.zeros(2, 3)] * 5}, ValueError, r"tables: expected N = .* = 6 tensors, got 5"),
         ({"tables": [torch.zeros(2, 3)] * 5 + [1]}, TypeError, r"tables\[5\]: expected a tensor, got int"),
         (
-            {"tables": [torch.zeros(2, 3)] * 5 + [torch.zeros(3, 3)]},
+            {"tables": [torch.zeros(2, 3)] * 5 + [torch.zeros(2, 4)]},
             ValueError,
-            r"tables\[5\]: expected shape \[2, 3\] of tables\[0\], got \[3, 3\]",
+            r"tables\[5\]: expected the width D = 3 of tables\[0\], got shape \[2, 4\]",
         ),
         (
             {"tables": [torch.zeros(2, 3)] * 5 + [torch.zeros(2, 3).half()]},
@@ -433,7 +433,11 @@ GOOD = {"tokens": torch.arange(10), "tables": torch.zeros(12, 3), "byte_table": 
         ({"num_functions": 0}, ValueError, "num_functions: expected a value >= 1, got 0"),
         ({"num_functions": 12}, ValueError, "num_functions: expected at most 11, got 12"),
         ({"grad": "none"}, ValueError, "grad: expected one of 'dense', 'sparse', got 'none'"),
-        ({"vocab": 3}, ValueError, "vocab: expected None or the 2 rows of a table, since row_range is None, got 3"),
+        (
+            {"vocab": 3},
+            ValueError,
+            r"tables: expected 18 rows, since vocab is 3 and row_range None, got shape \[12, 3\]",
+        ),
         ({"row_range": (0, 2)}, ValueError, "vocab: expected the number of rows of a whole table, since row_range is"),
         ({"row_range": 2, "vocab": 9}, TypeError, r"row_range: expected a pair of ints \(lo, hi\), got 2"),
         ({"row_range": (0.0, 2), "vocab": 9}, TypeError, "row_range: expected an int, got 0.0"),
@@ -444,7 +448,11 @@ GOOD = {"tokens": torch.arange(10), "tables": torch.zeros(12, 3), "byte_table": 
             r"row_range: expected 0 <= lo < hi <= vocab = 9, got \(8, 10\)",
         ),
         ({"row_range": (2, 2), "vocab": 9}, ValueError, r"row_range: expected 0 <= lo < hi <= vocab = 9, got \(2, 2\)"),
-        ({"row_range": (0, 3), "vocab": 9}, ValueError, r"row_range: expected hi - lo = 2, the rows of a table, got"),
+        (
+            {"row_range": (0, 3), "vocab": 9},
+            ValueError,
+            r"tables: expected 18 rows, since vocab is 9 and row_range \(0, 3\), got shape \[12, 3\]",
+        ),
     ],
 )
 def test_errors(change: dict, error: type[Exception], message: str) -> None:
@@ -469,7 +477,7 @@ def test_hash_errors(change: dict, error: type[Exception], message: str) -> None
 
 # --- the CUDA kernels on the emulator ---------------------------------------------------------------------------------
 
-LARGE = {"ngram_sizes": [3, 4, 5, 6, 7, 8], "num_functions": 1}  # BLT has these
+LARGE = {"ngram_sizes": [3, 4, 5, 6, 7, 8], "functions": [0] * 6}  # BLT has these
 EMULATED_BACKWARD = ["ngram_hash_embed_bwd", "ngram_hash_embed_sparse_bwd"]
 
 
@@ -497,12 +505,19 @@ def test_traffic_of_the_embedding(dtype: torch.dtype) -> None:
     cu_seqlens = torch.tensor([0, 100, num_bytes, 4096], dtype=torch.int32)
     arguments = (cu_seqlens, 3, *LARGE.values())
     out, launches = emulated(
-        "ngram_hash_embed_fwd", random_tokens(num_bytes), [weights], byte_table, *arguments, "dense", None, rows
+        "ngram_hash_embed_fwd",
+        random_tokens(num_bytes),
+        [weights],
+        byte_table,
+        *arguments,
+        "dense",
+        None,
+        [rows] * tables,
     )
     assert (out == tables + 1).all()
     assert len(launches) == 1
     assert_traffic(launches, num_bytes * (8 + (tables + 2) * width * dtype.itemsize))
-    _, launches = emulated("ngram_hash_fwd", random_tokens(4096), *arguments, rows)
+    _, launches = emulated("ngram_hash_fwd", random_tokens(4096), *arguments, [rows] * tables)
     assert_traffic(launches, 4096 * 8 * (1 + tables))
 
 
@@ -519,7 +534,7 @@ def test_traffic_of_the_gradient(rows: int, dtype: torch.dtype, op: str) -> None
     num_bytes, width, lists = 512, 768, 7
     grad_out, tokens = torch.ones(num_bytes, width, dtype=dtype), random_tokens(num_bytes)
     cu_seqlens = torch.tensor([0, 100, num_bytes], dtype=torch.int32)
-    result, launches = emulated(op, grad_out, tokens, cu_seqlens, 2, *LARGE.values(), None, rows, True, A)
+    result, launches = emulated(op, grad_out, tokens, cu_seqlens, 2, *LARGE.values(), None, [rows] * 6, True, A)
     values = result if op.endswith("embed_bwd") else result[1]
     assert sum(x.sum(dtype=torch.float64).item() for x in values) == lists * num_bytes * width
     hashes = ngram_hash(tokens, cu_seqlens, vocab=rows)
@@ -534,7 +549,7 @@ def test_traffic_of_the_gradient(rows: int, dtype: torch.dtype, op: str) -> None
 def sums_by_id(ids: Tensor, op: str, grad_out: Tensor, rows: int = 200) -> tuple[Tensor, list[Any]]:
     """Return the gradient of a table that ids alone choose rows of, and the launches."""
     cu_seqlens = torch.tensor([0, ids.numel()], dtype=torch.int32)
-    result, launches = emulated(op, grad_out, ids, cu_seqlens, 1, [1], 1, None, rows, True, None)
+    result, launches = emulated(op, grad_out, ids, cu_seqlens, 1, [1], [0], None, [rows], True, None)
     if op.endswith("embed_bwd"):
         return result[0], launches
     return torch.zeros(rows, grad_out.shape[1]).index_add_(0, result[0][0], result[1][0]), launches
@@ -585,7 +600,7 @@ def test_sorting_moves_as_many_bytes_for_each_reader_of_a_long_text() -> None:
 @pytest.mark.parametrize(("rows", "passes"), [(1, 1), (255, 1), (256, 2), (65535, 2), (65536, 3)])
 def test_only_digits_of_the_rows_are_sorted(rows: int, passes: int) -> None:
     backends.emulator()
-    arguments = (torch.ones(9, 1), random_tokens(9), None, 1, [2], 1, None, rows, True)
+    arguments = (torch.ones(9, 1), random_tokens(9), None, 1, [2], [0], None, [rows], True)
     _, launches = emulated("ngram_hash_embed_bwd", *arguments, None)
     assert sum("scatter" in launch.kernel for launch in launches) == passes
 
@@ -599,7 +614,7 @@ def test_rows_add_up_their_bytes_in_order() -> None:
     for token, grad in zip(tokens.tolist(), grad_out, strict=True):
         expected[token] += grad
     assert int(tokens.bincount().max()) < 64
-    arguments = (grad_out, tokens, None, 1, [1], 1, None, 300, True, 300)
+    arguments = (grad_out, tokens, None, 1, [1], [0], None, [300], True, 300)
     for grad in emulated("ngram_hash_embed_bwd", *arguments)[0]:  # these are of the table and of the byte table
         assert torch.equal(grad, expected)
 
@@ -615,10 +630,12 @@ def test_every_order_of_blocks_and_threads_gives_the_same(width: int) -> None:
 
     def run() -> list[Tensor]:
         hashing = (cu_seqlens, 3, *LARGE.values())
-        arguments = (grad_out, text(num_bytes), *hashing, None, rows, True, A)
+        arguments = (grad_out, text(num_bytes), *hashing, None, [rows] * 6, True, A)
         return tree_leaves(
             [
-                emulated("ngram_hash_embed_fwd", text(num_bytes), [weights], byte_table, *hashing, "dense", None, rows),
+                emulated(
+                    "ngram_hash_embed_fwd", text(num_bytes), [weights], byte_table, *hashing, "dense", *arguments[-4:-2]
+                ),
                 *(emulated(op, *arguments)[0] for op in EMULATED_BACKWARD),
             ]
         )
@@ -636,19 +653,18 @@ def test_offsets_and_ids_that_make_no_sense_are_survived(offsets: list[int]) -> 
     """Results are arbitrary, but nothing outside the tensors is touched, which the emulator would report."""
     backends.emulator()
     tokens = torch.randint(-(2**63), 2**63 - 1, (2100,), generator=torch.Generator().manual_seed(6))
-    hashing = (torch.tensor(offsets, dtype=torch.int32), len(offsets) - 1, [1, 30, 4], 2)
-    emulated("ngram_hash_fwd", tokens, *hashing, 7)
-    emulated("ngram_hash_embed_fwd", tokens, [torch.ones(42, 3)], torch.ones(A, 3), *hashing, "dense", None, 7)
-    for op in EMULATED_BACKWARD:
-        emulated(op, torch.ones(2100, 3), tokens, *hashing, [2, 5], 7, False, A)
+    hashing = (torch.tensor(offsets, dtype=torch.int32), len(offsets) - 1, [1, 30, 4] * 2, [0] * 3 + [1] * 3)
+    for vocab in ([7] * 6, [7, 12, 2, 6, 8, 7]):
+        emulated("ngram_hash_fwd", tokens, *hashing, vocab)
+        emulated("ngram_hash_embed_fwd", tokens, [torch.ones(42, 3)], torch.ones(A, 3), *hashing, "dense", None, vocab)
+        for op in EMULATED_BACKWARD:
+            emulated(op, torch.ones(2100, 3), tokens, *hashing, [2, 5], vocab, False, A)
 
 
 def test_too_many_tables_for_a_launch_are_refused() -> None:
     backends.emulator()
     tokens, cu_seqlens = random_tokens(5), torch.tensor([0, 5], dtype=torch.int32)
-    hashes, _ = emulated("ngram_hash_fwd", tokens, cu_seqlens, 1, [1] * 128, 1, 9)
+    hashes, _ = emulated("ngram_hash_fwd", tokens, cu_seqlens, 1, [1] * 128, [0] * 128, [9] * 128)
     assert hashes.shape == (128, 5)
-    with pytest.raises(
-        RuntimeError, match="ngram_sizes: expected 1 to 128 tables on CUDA, got 1 functions of 129 sizes"
-    ):
-        emulated("ngram_hash_fwd", tokens, cu_seqlens, 1, [1] * 129, 1, 9)
+    with pytest.raises(RuntimeError, match="ngram_sizes: expected 1 to 128 tables on CUDA, got 129"):
+        emulated("ngram_hash_fwd", tokens, cu_seqlens, 1, [1] * 129, [0] * 129, [9] * 129)
