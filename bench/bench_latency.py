@@ -44,7 +44,10 @@ def calls(
     """Return for each op the public call, its operator, the name of a comparable torch function, and that function."""
     logits, x = normal(num_rows, 260, device=device), normal(num_rows, 256, device=device)
     tokens = torch.full((num_rows,), 70, device=device)
-    offsets = torch.tensor([0, num_rows], dtype=torch.int32, device=device)
+    offsets, weights = (
+        torch.tensor([0, num_rows], dtype=torch.int32, device=device),
+        torch.ones(num_rows, device=device),
+    )
     tables, byte_table = normal(6 * 1000, 256, device=device), normal(260, 256, device=device)
     rows = torch.zeros(num_rows, 7, dtype=torch.int64, device=device)
     hashing = [3, 4, 5, 6, 7, 8], [0], "dense", None, [1000]
@@ -84,6 +87,12 @@ def calls(
             lambda: CALL["patch_unpool_fwd"](x, *patches),
             "index_select",
             lambda: x.index_select(0, index),
+        ),
+        "ema_scan": (
+            lambda: bk.ema_scan(x, weights),
+            lambda: CALL["ema_scan_fwd"](x, weights, None, 1),
+            "cumsum",
+            lambda: x.cumsum(0),
         ),
         "ngram_hash_embed": (
             lambda: bk.ngram_hash_embed(tokens, tables, byte_table),

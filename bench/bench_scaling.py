@@ -94,6 +94,11 @@ def patch_unpool(text: Text) -> Run:
     return Run(lambda y: bk.patch_unpool(y, layout), (text.normal(layout.capacity, WIDTH),))
 
 
+def ema_scan(text: Text) -> Run:
+    cu_seqlens, weights = text.cu_seqlens(), torch.full((text.size,), 0.75, device=text.device)
+    return Run(lambda x, p: bk.ema_scan(x, p, cu_seqlens), (text.normal(text.size, WIDTH), weights))
+
+
 def ngram_hash(text: Text) -> Run:
     tokens, cu_seqlens = bk.to_ids(real_text(text.size), device=text.device), text.cu_seqlens()
     return Run(lambda: bk.ngram_hash(tokens, cu_seqlens, vocab=text.vocab))
@@ -139,6 +144,7 @@ ON_PATCHES = {
 ON_DOCUMENTS = {
     "patch_starts": patch_starts,
     "entropy_patch": entropy_patch,
+    "ema_scan": ema_scan,
     "ngram_hash": ngram_hash,
     "ngram_hash_embed sparse": ngram_hash_embed,
     "block_causal_attention window 512": block_causal_attention,

@@ -18,6 +18,7 @@ from blt_kernels.ops._attention_backend import set_attention_backend as set_atte
 from blt_kernels.ops.block_causal_attention import attention_ranges as attention_ranges
 from blt_kernels.ops.block_causal_attention import block_causal_attention as block_causal_attention
 from blt_kernels.ops.boundary_patch import boundary_patch as boundary_patch
+from blt_kernels.ops.ema_scan import ema_scan as ema_scan
 from blt_kernels.ops.entropy_patch import byte_patch as byte_patch
 from blt_kernels.ops.entropy_patch import delimiter_patch as delimiter_patch
 from blt_kernels.ops.entropy_patch import entropy_patch as entropy_patch

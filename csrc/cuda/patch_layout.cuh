@@ -30,6 +30,7 @@
 #pragma once
 
 #include "chunk_counts.cuh"
+#include "documents.cuh"
 
 namespace blt {
 
@@ -37,17 +38,7 @@ inline constexpr int kLayoutThreads = 512;
 inline constexpr int kLayoutWarps = kLayoutThreads / kWarp;
 inline constexpr int kChunkWords = kChunkBytes / 32;
 
-// Document b has bytes [at(b), at(b+1)) of `bytes`, which are fewer than 2^31 - 2 kChunkBytes.
-struct Documents {
-  const i32* offsets;  // [count + 1], or null for documents of `length` bytes each
-  i64 count;
-  i32 bytes, length;
-
-  __device__ __forceinline__ i32 at(i64 b) const {
-    return offsets != nullptr ? offsets[b] : static_cast<i32>(b) * length;
-  }
-  __device__ __forceinline__ i32 end() const { return max(0, min(at(count), bytes)); }
-};
+static_assert(kMaxPositions <= 0x7fffffff - 2 * kChunkBytes, "positions of two more chunks fit into int32");
 
 __device__ __forceinline__ u32 bits_before(int bit) { return (1u << bit) - 1; }
 __device__ __forceinline__ u32 bits_until(int bit) { return bits_before(bit) | 1u << bit; }

@@ -2,27 +2,14 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <optional>
 
 #include "../common/args/entropy_patch.h"
 #include "../launch/launch.h"
+#include "documents.h"
 #include "patch_layout.cuh"
 
 namespace blt {
-
-// Without cu_seqlens it makes `num_documents` documents of the same length.
-inline Documents check_documents(const Device& device, std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                                 int64_t bytes) {
-  STD_TORCH_CHECK(bytes <= std::numeric_limits<int32_t>::max() - 2 * kChunkBytes, "cu_seqlens: ", bytes,
-                  " positions do not fit into int32");
-  if (cu_seqlens) {
-    const int64_t count = check_num_segments(*cu_seqlens, "cu_seqlens");
-    return {device.read<i32>(*cu_seqlens), count, static_cast<i32>(bytes), 0};
-  }
-  const i32 length = check_even_documents(num_documents, bytes);
-  return {nullptr, num_documents, static_cast<i32>(bytes), length};
-}
 
 // Describes a layout to build: its documents, its capacity, and the memory through which blocks exchange their counts.
 struct Plan {

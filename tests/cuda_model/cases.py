@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cuda_model.cases_cross import cross_cases
+from cuda_model.cases_ema import ema_cases
 from cuda_model.cases_entropy import entropy_cases, linear_entropy_cases
 from cuda_model.cases_ngram import ngram_cases
 from cuda_model.cases_rows import pool_cases
@@ -20,5 +21,6 @@ def cases() -> Iterator[Case]:
     yield from entropy_cases()
     yield from linear_entropy_cases()
     yield from pool_cases()
+    yield from ema_cases()
     yield from ngram_cases()
     yield from cross_cases()
