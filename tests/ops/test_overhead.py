@@ -52,6 +52,7 @@ def padded_calls(device: str) -> dict[str, Callable[[], Any]]:
         "space_patch": lambda: bk.space_patch(tokens),
         "delimiter_patch": lambda: bk.delimiter_patch(tokens, 7),
         "topk_patch": lambda: bk.topk_patch(entropy, 2),
+        "ema_scan": lambda: bk.ema_scan(logits, entropy),
         "ngram_hash": lambda: bk.ngram_hash(tokens, vocab=11),
         "ngram_hash_embed": lambda: bk.ngram_hash_embed(tokens, table, byte_table),
         "block_causal_attention": lambda: bk.block_causal_attention(q, k, k),
