@@ -52,6 +52,9 @@ CASES = {  # each has the passes that are measured: backward or not
         (Case([1, 2] * 50_000, dtype=torch.bfloat16), (False, True)),
     ),
 }
+# Local layers of MegaByte have a document for each patch: MEGABYTE-pytorch's have one byte more than the patch.
+PADDED = [(512, 5), (64, 9)]  # documents, and bytes of each
+PADDED_HEADS = 8
 ROOM = 8192  # a cache has room for so many keys
 USED = [ROOM * (n % 8 + 1) // 8 - n for n in range(64)]
 BLOCK = 512  # fp64 takes so many queries at a time
@@ -66,6 +69,12 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
             case = replace(case, lengths=SMALL, window=case.window and 16)
         for backward in passes:
             yield partial(comparison, case, device, backward, compile_peers)
+    if device == "cpu":
+        for documents, length in [(3, 4)] if small else PADDED:
+            for dtype in (torch.float32, torch.bfloat16):
+                for heads_outside in (False, True):
+                    for backward in (False, True):
+                        yield partial(padded, documents, length, dtype, heads_outside, backward)
     if device == "cuda":
         yield partial(decoding, [60, 1, 33] if small else USED, 64 if small else ROOM, device)
 
@@ -168,6 +177,41 @@ def comparison(case: Case, device: str, backward: bool, compile_peers: bool) -> 
         unit="flop",
         device=device,
         failures=failures,
+    )
+
+
+def padded(documents: int, length: int, dtype: torch.dtype, heads_outside: bool, backward: bool) -> Comparison:
+    """Compare many documents of one length; with `heads_outside` they are ``[B, H, S, E]`` in memory."""
+    sizes = (documents, length, PADDED_HEADS, WIDTH)
+    q, k, v, grad = (normal(*sizes, seed=seed, dtype=dtype) for seed in range(4))
+    if heads_outside:
+        q, k, v, grad = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad))
+    inputs = tuple(x.requires_grad_(backward) for x in (q, k, v))
+
+    def run(attention: Callable[..., Tensor]) -> Callable[[], Any]:
+        return steps(lambda: attention(*inputs), inputs, grad if backward else None)
+
+    def agree(results: dict[str, Any]) -> None:
+        packed = [x.detach().flatten(0, 1) for x in inputs]
+        truth = exact(packed, [length] * documents, None, grad.flatten(0, 1) if backward else None)
+        shown = {
+            name: [x.flatten(0, 1) for x in (result if backward else [result])] for name, result in results.items()
+        }
+        assert_agree(shown, truth, "SDPA")
+
+    side = 128 if documents < 64 else 1024
+    square = normal(side, side, dtype=dtype)
+    pairs = documents * length * (length + 1) // 2
+    return Comparison(
+        f"block_causal_attention {name_of_pass(backward)}",
+        f"{list(sizes)}{', heads outside' if heads_outside else ''} in {documents} documents",
+        name_of(dtype),
+        {OURS: run(bk.block_causal_attention), "SDPA": run(peers.causal_attention)},
+        (14 if backward else 4) * pairs * PADDED_HEADS * WIDTH,
+        {"torch.mm": lambda: square @ square},
+        2 * side**3,
+        agree,
+        unit="flop",
     )
 
 

@@ -48,6 +48,12 @@ def attention_by_document(lengths: list[int], window: int | None) -> Callable[[T
     return attention
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Call torch's attention once for documents of one length ``[B, S, H, E]``."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
 def flex_attention(cu_seqlens: Tensor, window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return torch's flex_attention, compiled, with a block mask that is made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask
