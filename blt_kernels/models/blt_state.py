@@ -18,7 +18,7 @@ from blt_kernels.layout import PatchLayout
 from blt_kernels.models.boundaries import LOOKBACK, cut_boundaries, rule_boundaries
 from blt_kernels.models.state import ByteLMState, ByteState, DocumentStarts
 from blt_kernels.nn import rotary_table
-from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
+from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, numbers, runs
 from blt_kernels.nn.matrices import multiply_normed
 
 
@@ -103,6 +103,7 @@ class BLTState(ByteState):
         count = len(model.local_decoder.cross_attn_layers)
         self.patches = RowBuffer(rows, [shape] * (2 * count), undo + self.window_decoder, **place)
         self.decoder_keys = KeyCache(rows, decoder, undo, **place)
+        self.not_full = torch.zeros(1, dtype=torch.bool, device=self.device)
 
     @property
     def num_patches(self) -> list[int]:
@@ -173,10 +174,10 @@ class BLTState(ByteState):
             positions = runs(begin, lengths, self.device)
         boundaries = rule_boundaries(config, self.model.ops, tail, entropy, documents, positions)
         if config.max_patch_length is None and not config.whole_characters:
-            return [boundaries[new].tolist()] * 2
+            return [boundaries.index_select(0, new).tolist()] * 2
         first, start = (
-            torch.tensor(numbers, dtype=torch.int64, device=self.device)
-            for numbers in (begin, [starts[-1] for starts in self.rule_starts])
+            torch.tensor(values, dtype=torch.int64, device=self.device)
+            for values in (begin, [starts[-1] for starts in self.rule_starts])
         )
         row = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=self.device))
         positions = runs(begin, lengths, self.device)
@@ -224,12 +225,12 @@ class BLTState(ByteState):
 
     def _layout(self, lengths: Sequence[int], cu_patches: Sequence[int]) -> PatchLayout:
         """Return the layout of patches that read bytes."""
-        sizes, ends = torch.tensor(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        ids = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), sizes)
-        rows, full = ends[list(cu_patches)], torch.zeros(1, dtype=torch.bool)
-        return PatchLayout(ends, torch.tensor(cu_patches, dtype=torch.int32), ids, ids, ends, rows, full).to(
-            self.device
+        ends = [0, *accumulate(lengths)]
+        ids = torch.tensor([p for p, n in enumerate(lengths) for _ in range(n)], dtype=torch.int32, device=self.device)
+        offsets, cu, rows = (
+            numbers(values, torch.int32, self.device) for values in (ends, cu_patches, [ends[p] for p in cu_patches])
         )
+        return PatchLayout(offsets, cu, ids, ids, offsets, rows, self.not_full)
 
     def _patch_documents(self, before: Sequence[int], after: Sequence[int]) -> list[list[int]]:
         """Return the patches that documents start with: that of the first new patch, and the later ones."""
@@ -263,12 +264,10 @@ class BLTState(ByteState):
         ids = [d + s for s, at, n in zip(shift, offsets, counts, strict=False) for d in decode_ids[at : at + n]]
         bounds = [bisect_left(ids, patch) for patch in range(cu_patches[-1] + 1)]
         read, reads, cu, rows = (
-            torch.tensor(numbers, dtype=torch.int32, device=self.device)
-            for numbers in (ids, bounds, cu_patches, offsets)
+            numbers(values, torch.int32, self.device) for values in (ids, bounds, cu_patches, offsets)
         )
         # To decode, a layout is read by its decode ids alone.
-        full = torch.zeros(1, dtype=torch.bool, device=self.device)
-        layout = PatchLayout(reads, cu, read, read, reads, rows, full)
+        layout = PatchLayout(reads, cu, read, read, reads, rows, self.not_full)
         keys = self.decoder_keys.extend(self.model.ops, counts, starts)
         return decode(self.model, x, self.patches.read(oldest, closed), positions, keys, layout, head)
 

@@ -32,7 +32,7 @@ class MegaByteSteps(Steps):
         self.tail = last_entries(state.ids, self.width)[0].long()
         self.global_keys, self.local_keys = FixedKeys(state.global_keys), FixedKeys(state.local_keys)
         self.first_patch = torch.zeros_like(self.position)
-        self.parts = state.parts.read([n - size for n in state.parts.end], state.parts.end)[0]
+        self.parts = state.parts.read([n - size for n in state.parts.end], state.parts.end)[0].clone()
         self._close_step = Step(self._close_patches, self.device)
 
     def _reserve(self, total: int) -> bool:

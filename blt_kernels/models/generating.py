@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -121,7 +122,7 @@ class GeneratingModel(nn.Module):
             expected, got = f"{weight.dtype} on {weight.device}", f"{state.dtype} on {state.device}"
             raise ValueError(f"state: expected one made since the model is in {expected}, got one in {got}")
         ids, rows = self.pack(tokens, cu_seqlens)
-        counts = rows.offsets.diff().tolist()
+        counts = [b - a for a, b in pairwise(rows.offsets.tolist())]
         if len(counts) != state.rows:
             raise ValueError(f"tokens: expected {state.rows} rows as in state, got {len(counts)}")
         if sum(counts) != ids.shape[0]:

@@ -22,7 +22,7 @@ from blt_kernels import _checks
 from blt_kernels._checks import Documents
 from blt_kernels.ids import NEWLINE
 from blt_kernels.nn import embed_ids, rotary_table, run_layers
-from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, runs
+from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, numbers, runs
 from blt_kernels.nn.matrices import multiply_normed
 
 _PART = 4096  # ids of each row that a long text is read by
@@ -292,7 +292,7 @@ class ByteState:
     def _append(self, ids: Tensor, counts: Sequence[int]) -> tuple[list[int], Tensor]:
         """Append ids; return the lengths before, and the positions of the new ids, int64 ``[T]``."""
         old = self.lengths
-        self.ids.write(self.ids.append(counts), ids.int())
+        self.ids.write(self.ids.append(counts), ids)
         return old, runs(old, counts, self.device)
 
     def _tail(self, old: Sequence[int], begin: Sequence[int]) -> tuple[Tensor, Documents, Tensor]:
@@ -300,9 +300,7 @@ class ByteState:
         (ids,) = self.ids.read(begin, self.ids.end)
         offsets = [0, *accumulate(end - b for b, end in zip(begin, self.ids.end, strict=True))]
         total = offsets[-1]
-        documents = Documents(
-            torch.tensor(offsets, dtype=torch.int32, device=self.device), total, total, self.model.config.vocab_size
-        )
+        documents = Documents(numbers(offsets, torch.int32, self.device), total, total, self.model.config.vocab_size)
         counts = [end - n for n, end in zip(old, self.ids.end, strict=True)]
         new = runs([end - n for end, n in zip(offsets[1:], counts, strict=True)], counts, self.device)
         return ids, documents, new

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +17,45 @@ from blt_kernels.nn.config import TransformerConfig
 
 _BLOCK = 64  # entries by which a buffer grows at least
 _FEW = 256  # numbers that are faster to list in Python than to make by a call of torch for each row
+_SHARED = 16  # numbers of a tensor that is kept
+
+
+def numbers(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of these numbers. Nobody may write to it: several parts of a step may get the same one."""
+    if len(values) > _SHARED or device.type != "cpu":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _shared_numbers(tuple(values), dtype)
+
+
+@lru_cache(maxsize=32)  # those of a step or two
+def _shared_numbers(values: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype)
 
 
 def runs(start: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
-    """Return ``start[r], start[r] + 1, ...`` of ``counts[r]`` numbers for every r, end to end, int64."""
+    """Return ``start[r], start[r] + 1, ...`` of ``counts[r]`` numbers for every r, end to end, int64, as `numbers`."""
     if sum(counts) <= _FEW:
-        numbers = [x for s, n in zip(start, counts, strict=True) for x in range(s, s + n)]
-        return torch.tensor(numbers, dtype=torch.int64, device=device)
+        values = [x for s, n in zip(start, counts, strict=True) for x in range(s, s + n)]
+        return numbers(values, torch.int64, device)
     parts = [torch.arange(s, s + n, device=device) for s, n in zip(start, counts, strict=True)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class Slots(NamedTuple):
+    """Entries of a `RowBuffer`: ``counts[r]`` from slot ``begin[r]`` on for each row, which may be none."""
+
+    begin: list[int]
+    counts: list[int]
+
+    def run(self) -> tuple[int, int] | None:
+        """Return slot and count of the entries if they are those of one row, as in a step of a single one."""
+        rows = [r for r, n in enumerate(self.counts) if n]
+        return (self.begin[rows[0]], self.counts[rows[0]]) if len(rows) == 1 else None
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """Return all slots, int64 ``[T]``."""
+        return runs(self.begin, self.counts, device)
 
 
 class RowBuffer:
@@ -66,27 +97,37 @@ class RowBuffer:
         """Bytes of memory."""
         return sum(x.nbytes for x in self.flat)
 
-    def append(self, counts: Sequence[int]) -> Tensor:
-        """Make room for `counts` new entries a row. Return where they go in the flattened tensors, int64 ``[T]``."""
+    def append(self, counts: Sequence[int]) -> Slots:
+        """Make room for `counts` new entries a row. Return where they go in the flattened tensors."""
         if max((e - f + n for e, f, n in zip(self.end, self.first, counts, strict=True)), default=0) > self.capacity:
             self._resize(counts)
         old = self.end
         self.end = [e + n for e, n in zip(old, counts, strict=True)]
-        return self.index(old, self.end)
+        return self.slots(old, self.end)
 
-    def index(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
-        """Return where positions ``[start[r], stop[r])`` of every row are in the flattened tensors, int64 ``[T]``."""
+    def slots(self, start: Sequence[int], stop: Sequence[int]) -> Slots:
+        """Return where positions ``[start[r], stop[r])`` of every row are in the flattened tensors."""
         begin = [r * self.capacity + s - f for r, (s, f) in enumerate(zip(start, self.first, strict=True))]
-        return runs(begin, [b - a for a, b in zip(start, stop, strict=True)], self.flat[0].device)
+        return Slots(begin, [b - a for a, b in zip(start, stop, strict=True)])
 
-    def write(self, index: Tensor, *values: Tensor) -> None:
+    def write(self, slots: Slots, *values: Tensor) -> None:
         """Write packed entries ``[T, *shape]`` of each tensor where `append` said."""
+        run = slots.run()
+        if run:
+            for flat, value in zip(self.flat, values, strict=True):
+                flat.narrow(0, *run).copy_(value)
+            return
+        index = slots.tensor(self.flat[0].device)
         for flat, value in zip(self.flat, values, strict=True):
             flat.index_copy_(0, index, value.to(flat.dtype))
 
     def read(self, start: Sequence[int], stop: Sequence[int]) -> list[Tensor]:
-        """Return positions ``[start[r], stop[r])`` of every row, packed."""
-        index = self.index(start, stop)
+        """Return positions ``[start[r], stop[r])`` of every row, packed; maybe as views, which later calls change."""
+        slots = self.slots(start, stop)
+        run = slots.run()
+        if run:
+            return [x.narrow(0, *run) for x in self.flat]
+        index = slots.tensor(self.flat[0].device)
         return [x.index_select(0, index) for x in self.flat]
 
     def holds(self, position: Sequence[int]) -> list[bool]:
@@ -133,7 +174,7 @@ class RowBuffer:
         width = max((e - f + n for e, f, n in zip(self.end, first, counts, strict=True)), default=0)
         capacity = -(-(width + max(_BLOCK, width // 4)) // _BLOCK) * _BLOCK
         kept = [e - f for e, f in zip(self.end, first, strict=True)]
-        source = self.index(first, self.end)
+        source = self.slots(first, self.end).tensor(self.flat[0].device)
         target = runs(range(0, len(kept) * capacity, capacity), kept, source.device)
         flat = [
             x.new_zeros(len(kept) * capacity, *x.shape[1:]).index_copy_(0, target, x.index_select(0, source))
@@ -147,7 +188,7 @@ def of_layers(documents: Any, num_layers: int) -> list[Any]:
     return documents if isinstance(documents, list) else [documents] * num_layers
 
 
-@dataclass(frozen=True)
+@dataclass
 class CachedKeys:
     """The keys and values of one layer: `SelfAttention` takes them in the place of documents.
 
@@ -212,7 +253,7 @@ class KeyCache(RowBuffer):
             Where documents start in each row, in rising order: the document of the first new entry, and those after it.
         """
         old = self.end
-        index = self.append(counts)
+        index = self.append(counts).tensor(self.flat[0].device)
         documents = self._documents(ops, old, counts, starts)
         checked = [d.offsets for d in documents.values() if isinstance(d, Documents)]
         return [
@@ -241,7 +282,7 @@ class KeyCache(RowBuffer):
                 ends.append(base + stop)
 
         def documents(offsets: list[int], total: int) -> Tensor:
-            values = torch.tensor(offsets, dtype=torch.int32, device=self.flat[0].device)
+            values = numbers(offsets, torch.int32, self.flat[0].device)
             return ops.offsets(Documents(values, total, offsets[-1]))
 
         slots = len(counts) * self.capacity

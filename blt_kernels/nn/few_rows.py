@@ -175,14 +175,16 @@ _KNOWN: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()  # by the fir
 
 def _stack_of(modules: Sequence[Any]) -> _Stack | None:
     """Return what the operator takes for these modules; None if it does not compute what they do."""
-    facts, parts = _Facts(), []
+    facts = _Facts()
+    parts: dict[tuple[int, str], Any] = {}  # by the parent and the name
 
     def part(module: Any, path: str) -> Any:
         for name in path.split("."):
-            module = facts.note(module._modules, name)
+            if (id(module), name) not in parts:
+                parts[id(module), name] = facts.note(module._modules, name)
+            module = parts[id(module), name]
             if type(module) not in _PLAIN:
                 return None
-            parts.append(module)
         return module
 
     if not all(type(module) in _MATRICES for module in modules):
@@ -192,7 +194,7 @@ def _stack_of(modules: Sequence[Any]) -> _Stack | None:
     if None in matrices or None in norms:
         return None
     weights = [facts.note(matrix._parameters or matrix._buffers, "weight") for matrix in matrices]
-    scales = [facts.note(matrix._buffers, "scale") for matrix in matrices]
+    scales = [facts.note(matrix._buffers, "scale") for matrix in matrices if matrix._buffers]
     norm_weights = [facts.note(norm._parameters, "weight") for norm in norms]
     if not all(isinstance(x, Tensor) for x in (*weights, *norm_weights)) or not all(map(stores, weights)):
         return None
@@ -202,8 +204,11 @@ def _stack_of(modules: Sequence[Any]) -> _Stack | None:
     windows = [facts.note(attention.__dict__, "window") for attention in attentions]
     of_patches = [isinstance(attention, CrossAttention) for attention in attentions]
     window = windows[of_patches.index(False)]
-    every = [*modules, *parts]
-    changed = [facts.note(m.__dict__, "forward") or facts.note(m._parameters, "bias") for m in every]
+    every = [*modules, *parts.values()]
+    changed = [
+        *(facts.note(m.__dict__, "forward") for m in every),
+        *(facts.note(matrix._parameters, "bias") for matrix in matrices),
+    ]
     hooks = [own for m in every for own in (m._forward_hooks, m._forward_pre_hooks)]
     if any(hooks) or any(x is not None for x in changed) or len(set(dtypes)) > 1:
         return None
@@ -213,4 +218,4 @@ def _stack_of(modules: Sequence[Any]) -> _Stack | None:
         return None
     own, types = [module.__dict__ for module in modules], [type(m) for m in every]
     scales = [scale for scale in scales if scale is not None]
-    return _Stack(own, parts, hooks, facts, types, dtypes, weights, scales, norm_weights, eps[0], window)
+    return _Stack(own, [*parts.values()], hooks, facts, types, dtypes, weights, scales, norm_weights, eps[0], window)

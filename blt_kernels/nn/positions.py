@@ -18,6 +18,9 @@ from blt_kernels._checks import Documents
 from blt_kernels.layout import AttentionRanges
 from blt_kernels.nn.config import TransformerConfig
 
+_FEW = 16  # positions whose rotations are read from a table that is kept
+_MIN_KEPT, _MAX_KEPT = 1024, 2**15  # rows of such tables; 16 MB for heads of 128
+
 
 def row_positions(cu_seqlens: Tensor | Documents, total: int) -> Tensor:
     """Return the index of each entry in its row.
@@ -139,13 +142,28 @@ def rotary_table(positions: Tensor, config: TransformerConfig, dtype: torch.dtyp
     torch.Size([3, 1, 2])
     """
     dtype = dtype if dtype == torch.float64 else torch.float32
-    head_dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
-    if _checks.readable(positions):
-        period = _cpu_periods(head_dim, theta, scaling, dtype)
-    else:
-        period = _periods(head_dim, theta, scaling, dtype, positions.device)
-    angle = positions.to(dtype).view(-1, 1, 1) / period
+    frequencies = config.head_dim, config.rope_theta, config.rope_scaling
+    if not _checks.readable(positions):
+        return _rotations(positions, _periods(*frequencies, dtype, positions.device), dtype)
+    values = positions.tolist() if positions.numel() <= _FEW else ()
+    if values and min(values) >= 0 and max(values) < _MAX_KEPT:
+        size = max(_MIN_KEPT, 1 << max(values).bit_length())
+        return _kept_rotations(*frequencies, dtype, size).index_select(0, positions)
+    return _rotations(positions, _cpu_periods(*frequencies, dtype), dtype)
+
+
+def _rotations(positions: Tensor, periods: Tensor, dtype: torch.dtype) -> Tensor:
+    angle = positions.to(dtype).view(-1, 1, 1) / periods
     return torch.polar(torch.ones_like(angle), angle)
+
+
+@lru_cache(maxsize=64)
+def _kept_rotations(
+    head_dim: int, theta: float, scaling: tuple[float, float, float, float] | None, dtype: torch.dtype, size: int
+) -> Tensor:
+    """Return the rotations of positions 0 to `size` on the CPU, computed once a process."""
+    with torch.inference_mode(False):  # an inference tensor could not be saved for backward
+        return _rotations(torch.arange(size), _cpu_periods(head_dim, theta, scaling, dtype), dtype)
 
 
 def _periods(
