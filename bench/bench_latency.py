@@ -48,6 +48,7 @@ def calls(
         torch.tensor([0, num_rows], dtype=torch.int32, device=device),
         torch.ones(num_rows, device=device),
     )
+    marks = weights > 0
     tables, byte_table = normal(6 * 1000, 256, device=device), normal(260, 256, device=device)
     rows = torch.zeros(num_rows, 7, dtype=torch.int64, device=device)
     hashing = [3, 4, 5, 6, 7, 8], [0], "dense", None, [1000]
@@ -74,6 +75,11 @@ def calls(
         "space_patch": (
             lambda: bk.space_patch(tokens),
             lambda: CALL["space_patch_fwd"](tokens, None, 1, None),
+            *consecutive,
+        ),
+        "boundary_patch": (
+            lambda: bk.boundary_patch(marks),
+            lambda: CALL["boundary_patch_fwd"](marks, None, 1, None, None, "end", None, None),
             *consecutive,
         ),
         "patch_pool": (

@@ -70,6 +70,12 @@ def patch_starts(text: Text) -> Run:
     return Run(lambda: bk.patch_starts(entropy, cu_seqlens, threshold=RELEASED_THRESHOLD))
 
 
+def boundary_patch(text: Text) -> Run:
+    scores, cu_seqlens = ragged_entropies(text.size, device=text.device), text.cu_seqlens()
+    thresholds = torch.full((text.documents,), RELEASED_THRESHOLD, device=text.device)
+    return Run(lambda: bk.boundary_patch(scores, cu_seqlens, at="start", threshold=thresholds))
+
+
 def entropy_patch(text: Text) -> Run:
     logits, cu_seqlens = text.normal(text.size, ALPHABET), text.cu_seqlens()
     return Run(lambda: bk.entropy_patch(logits, cu_seqlens, threshold=RELEASED_THRESHOLD))
@@ -143,6 +149,7 @@ ON_PATCHES = {
 }
 ON_DOCUMENTS = {
     "patch_starts": patch_starts,
+    "boundary_patch": boundary_patch,
     "entropy_patch": entropy_patch,
     "ema_scan": ema_scan,
     "ngram_hash": ngram_hash,
@@ -150,7 +157,7 @@ ON_DOCUMENTS = {
     "block_causal_attention window 512": block_causal_attention,
     **ON_PATCHES,
 }
-FORWARD_ONLY = (patch_starts, entropy_patch, linear_entropy, ngram_hash)
+FORWARD_ONLY = (patch_starts, boundary_patch, entropy_patch, linear_entropy, ngram_hash)
 ALL = {"token_entropy": token_entropy, "linear_entropy": linear_entropy, **ON_DOCUMENTS}
 
 # --- what changes -----------------------------------------------------------------------------------------------------

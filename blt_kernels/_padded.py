@@ -101,20 +101,6 @@ def boundaries_of_lengths(lengths: Tensor, seq_len: int | None, padding: int | N
     return boundaries.index_fill(0, byte.flatten(), True)[:num_bytes], cu_seqlens.int()
 
 
-def lengths_of_starts(
-    starts: Tensor, counts: Tensor, opens: Tensor, size: Tensor, counts_next_byte: bool, include_next_byte: bool
-) -> Tensor:
-    """Return patch lengths ``[B, Pmax]`` of starts ``[B, Pmax+1]``; see `PatchLayout.to_lengths`.
-
-    The first `counts` starts of a row are real. Then comes that of the next byte if it `opens` a patch, at the `size`
-    of the row. All others are where the row closes: there, or one byte behind if the next byte counts.
-    """
-    column = torch.arange(starts.shape[1], device=starts.device)
-    starts = torch.where(column < counts, starts, size + counts_next_byte)
-    starts = torch.where((column == counts) & opens, size, starts)
-    return torch.where(column == starts.shape[1] - 1, size + include_next_byte, starts).diff()
-
-
 def packed_ids(ids: Tensor, lowest: int, slots: int) -> tuple[Tensor, Tensor]:
     """Return the packed ids ``[B*S]`` and offsets ``[B*slots+1]`` of ids that are local to their row; both are int32.
 

@@ -159,14 +159,16 @@ class PatchLayout:
             last = (documents[1:] - 1).clamp(min=0)
             counts = torch.where(opens, 0, self.patch_ids[last] + 1 - first)
             opens = opens | (self.decode_ids[last] == self.patch_ids[last])
-        counts_next_byte = include_next_byte or padding == -1
+        if include_next_byte or padding:
+            counts = counts + opens
         if width is None:
-            width = int((counts + (opens & counts_next_byte)).max()) if counts.numel() else 0
-        patches = (first[:, None] + torch.arange(width + 1, device=self.device)).clamp(max=self.capacity)
-        starts = self.patch_offsets[patches] - documents[:-1, None]
-        return _padded.lengths_of_starts(
-            starts, counts[:, None], opens[:, None], size[:, None], counts_next_byte, include_next_byte
-        )
+            width = int(counts.max()) if counts.numel() else 0
+        column = torch.arange(width + 1, device=self.device)
+        patches = (first[:, None] + column).clamp(max=self.capacity)
+        starts = torch.minimum(self.patch_offsets[patches], documents[1:, None]) - documents[:-1, None]
+        if include_next_byte or padding:
+            starts = starts + (column >= counts[:, None])  # those beyond close the row, after the byte to come
+        return torch.cat([starts[:, :-1], (size + include_next_byte)[:, None]], 1).diff()
 
     @staticmethod
     def from_lengths(
