@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from backends import BACKENDS, DEVICES, use
 from hypothesis import HealthCheck, settings
+
+STAND_INS = Path(__file__).parent / "stand_ins"
 
 # There is no deadline, since the first call of an op may compile or load something.
 # Fixtures may be shared by all examples: `device` holds no state, and threads are set once.
@@ -55,6 +59,21 @@ def device(backend: str) -> str:
 def installed(request: pytest.FixtureRequest) -> str:
     """Return a device of this machine, to test what torch makes of the kernels that the package loads."""
     return request.param
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the code bases of `tests/stand_ins`, which are not on the package index, be imported while the test runs."""
+    places = [path for path in STAND_INS.iterdir() if path.is_dir()]
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] in {path.name for path in places}]:
+            del sys.modules[name]
+
+    forget()
+    monkeypatch.syspath_prepend(str(STAND_INS))
+    yield
+    forget()
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ import torch
 
 import blt_kernels
 from blt_kernels import distributed, flops, models, nn, optim, testing
-from blt_kernels.integrations import megabyte
+from blt_kernels.integrations import hnet, megabyte
 
-MODULES = (blt_kernels, nn, models, optim, testing, flops, distributed, megabyte)
+MODULES = (blt_kernels, nn, models, optim, testing, flops, distributed, hnet, megabyte)
 
 
 def is_function(value: Any) -> bool:
@@ -89,7 +89,7 @@ def test_classes_have_arguments_and_an_example(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_examples_run(name: str) -> None:
+def test_examples_run(name: str, stand_ins: None) -> None:
     names = {key.rpartition(".")[2]: value for key, value in PUBLIC.items()} | {"torch": torch}
     runner = doctest.DocTestRunner()
     for test in doctest.DocTestFinder().find(PUBLIC[name], name, globs=names):
