@@ -6,6 +6,7 @@ It takes transformers 5.17 to 5.24, whose functions it replaces are checked by t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -108,12 +109,14 @@ def apply(
         """Replace a method, of the class or of the instances that the model holds, by what is made of the stock one."""
         cls, name = getattr(modeling, path.split(".")[0]), path.split(".")[1]
         new = make(stock(cls, name))
+        new.__name__ = name  # pickle stores bound methods by name
         if model is None:
             applied.replace(cls, name, staticmethod(new) if static else new)
+        bound = _without_self(new) if static else new
         for owner in _instances(model, cls):
             # accelerate keeps the forward that its hooks surround here.
             own = "_old_forward" if "_old_forward" in vars(owner) and name == "forward" else name
-            applied.replace(owner, own, new if static else MethodType(new, owner))
+            applied.replace(owner, own, MethodType(bound, owner))
         applied.add_label(path)
 
     embed = stock(modeling, "compute_hash_embeddings")
@@ -158,6 +161,14 @@ def __getattr__(name: str) -> Any:
     from blt_kernels.integrations.transformers.cache import BltCache
 
     return BltCache
+
+
+def _without_self(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return method
 
 
 def _found(modeling: Any, path: str) -> Any:
