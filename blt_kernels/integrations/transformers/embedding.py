@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor
 
 from blt_kernels.integrations._applied import Applied
+from blt_kernels.integrations._embeddings import unreadable
 from blt_kernels.ops.ngram_hash_embed import ngram_hash, ngram_hash_embed
 from blt_kernels.reference.ngram_hash_embed import PRIMES
 
@@ -34,7 +33,7 @@ def hash_embeddings(applied: Applied, stock: Callable[..., Any]) -> Callable[...
             applied.fell_back(LABEL, f"{functions} hash functions of sizes {sizes}")
             return stock(tokens, local_encoder, encoder_hash_tok_embedding, functions, sizes, vocab)
         applied.count(LABEL)
-        reason = _unreadable(byte_table, tables)
+        reason = unreadable(byte_table, [tables])
         if reason is None:
             return ngram_hash_embed(
                 tokens, tables.weight, byte_table.weight, ngram_sizes=sizes, num_functions=functions, vocab=vocab
@@ -47,24 +46,3 @@ def hash_embeddings(applied: Applied, stock: Callable[..., Any]) -> Callable[...
         return out
 
     return compute_hash_embeddings
-
-
-def _unreadable(byte_table: Any, tables: Any) -> str | None:
-    """Return why the op may not read the weights of these two modules, or None if it may."""
-    for name, module in (("byte table", byte_table), ("hash tables", tables)):
-        if type(module) is not nn.Embedding:
-            return f"the {name} are {type(module).__name__}, no plain Embedding"
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            return f"the {name} have hooks or a forward of their own"
-        if module.padding_idx is not None or module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-            return f"the {name} have options of nn.Embedding"
-        weight = module.weight
-        if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
-            return f"the weight of the {name} is a {type(weight).__name__} on {weight.device}"
-    if _has_any_global_hook():
-        return "there are global hooks of modules"
-    if byte_table.weight.dtype != tables.weight.dtype or byte_table.weight.device != tables.weight.device:
-        return "the tables differ in dtype or device"
-    if not torch.is_floating_point(tables.weight) or tables.weight.dtype.itemsize < 2:
-        return f"the tables are {tables.weight.dtype}"
-    return None
