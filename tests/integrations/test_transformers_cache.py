@@ -479,3 +479,32 @@ def test_bfloat16() -> None:
     logits = whole(stock, tokens)[0, -NEW - 1 : -1]
     chosen = logits.gather(1, tokens[0, -NEW:, None])[:, 0]
     assert (logits.amax(1) - chosen).max() <= 2 * bound
+
+
+@pytest.mark.slow
+def test_trainer(tmp_path) -> None:
+    """`Trainer` trains and evaluates a model that would use a cache, and computes what it computes without."""
+    pytest.importorskip("accelerate")
+    ids = batch(8, 24)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    options = {"per_device_train_batch_size": 4, "num_train_epochs": 6, "learning_rate": 3e-3, "report_to": []}
+    options |= {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no", "seed": 0}
+
+    def train(use_cache: bool):
+        model = their_model("released")
+        arguments = transformers.TrainingArguments(str(tmp_path), use_cache=use_cache, **options)
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        return model, before, trainer.evaluate()["eval_loss"]
+
+    theirs, *expected = train(use_cache=False)
+    with cached() as applied:
+        ours, before, after = train(use_cache=True)
+        calls = applied.report().replaced["BltCache"]
+    assert (before, after) == pytest.approx(expected, abs=1e-3)
+    assert after < before - 0.3
+    assert calls == 2  # both evaluations
+    assert ("BltCache", "training") in applied.report().fell_back
+    for name, value in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), value, atol=1e-3, rtol=0)

@@ -23,7 +23,12 @@ from blt_kernels.cli import bench as tool
 from blt_kernels.models import MegaByte, MegaByteConfig
 from blt_kernels.nn import TransformerConfig
 
-NEEDS = {"bench_generate": "transformers", "bench_models": "transformers", "bench_integrations": "MEGABYTE_pytorch"}
+NEEDS = {
+    "bench_generate": "transformers",
+    "bench_integrations": "MEGABYTE_pytorch",
+    "bench_models": "transformers",
+    "bench_transformers_generate": "transformers",
+}
 
 
 def needs(package: str) -> pytest.MarkDecorator:
