@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 from collections.abc import Callable
@@ -17,6 +18,12 @@ from blt_kernels.layout import PatchLayout
 def accumulator(x: Tensor) -> torch.dtype:
     """Return the dtype that values of `x` are summed in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def rounded(x: float, like: Tensor) -> Tensor:
+    """Return `x` in the dtype of `like`; infinite beyond the range of fp32 and fp16, where `torch.full` would raise."""
+    value = x if like.dtype == torch.float64 else ctypes.c_float(x).value
+    return torch.full((), value, dtype=accumulator(like), device=like.device).to(like.dtype)
 
 
 def operator_of(make: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

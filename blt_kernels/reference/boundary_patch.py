@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
-from blt_kernels.reference._ragged import document_of, document_offsets, layout_tensors, local_index
+from blt_kernels.reference._ragged import document_of, document_offsets, layout_tensors, local_index, rounded
 
 
 def boundary_patch_reference(
@@ -22,8 +21,11 @@ def boundary_patch_reference(
     num_bytes = marks.shape[0]
     local = local_index(num_bytes, cu_seqlens)
     if threshold is not None:
-        limits = torch.as_tensor(threshold, dtype=torch.float32, device=marks.device).expand(cu_seqlens.shape[0] - 1)
-        marks = marks.float() > F.pad(limits, (0, 1))[document_of(num_bytes, cu_seqlens)]
+        marks = marks.float()
+        if isinstance(threshold, Tensor):
+            marks = marks > F.pad(threshold.float(), (0, 1))[document_of(num_bytes, cu_seqlens)]
+        else:
+            marks = marks > rounded(threshold, marks)
     if at == "start":
         marks = marks.roll(-1) & (local.roll(-1) == local + 1)  # of the next byte, which the document may not have
     if first is not None:

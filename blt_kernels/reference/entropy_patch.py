@@ -7,19 +7,17 @@ of a document.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
 from blt_kernels.reference._ragged import (
-    accumulator,
     document_of,
     document_offsets,
     layout_tensors,
     local_index,
+    rounded,
     scheme_operator,
 )
 from blt_kernels.reference.token_entropy import token_entropy_fwd_reference
@@ -49,11 +47,11 @@ def patch_starts_reference(
     h = entropy if compare == "model" else entropy.float()
     local = local_index(h.shape[0], cu_seqlens)
     rise = h - h.roll(1)
-    limit = _rounded(threshold, h)
+    limit = rounded(threshold, h)
     if monotonic:
         boundaries = (rise > limit) | (local == 1)
     elif threshold_add is not None:
-        boundaries = ((rise > _rounded(threshold_add, h)) & (h > limit) & (local != 2)) | (local == 1)
+        boundaries = ((rise > rounded(threshold_add, h)) & (h > limit) & (local != 2)) | (local == 1)
     else:
         boundaries = h > limit
     boundaries = boundaries | (local == 0)
@@ -161,12 +159,6 @@ def entropy_patch_fwd_reference(
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _rounded(x: float, like: Tensor) -> Tensor:
-    """Return `x` in the dtype of `like`; infinite beyond the range of fp32 and fp16, where `torch.full` would raise."""
-    value = x if like.dtype == torch.float64 else ctypes.c_float(x).value
-    return torch.tensor(value, dtype=torch.float64).to(like.device).to(accumulator(like)).to(like.dtype)
 
 
 def _cut_long_patches(boundaries: Tensor, max_patch_length: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from capture_rules import forbidden
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
@@ -335,6 +336,8 @@ def test_known_sizes_read_no_value_and_compile_once() -> None:
     """On "meta" there are no values to read."""
     layout, lengths = there_and_back(torch.empty(3, 4, dtype=torch.int64, device="meta"), 9, 12, 5)
     assert (layout.capacity, lengths.shape) == (12, (3, 5))
+    lengths = torch.ones(3, 4, dtype=torch.int64)
+    assert not forbidden(lambda: there_and_back(lengths, 9, 12, 5)), "a CUDA graph cannot capture it"
     compiled = torch.compile(there_and_back, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows, size, width in ((2, 7, 4), (3, 9, 5)):

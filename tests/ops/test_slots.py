@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from capture_rules import forbidden
 from hypothesis import given
 from hypothesis import strategies as st
 from test_layout import as_lists
@@ -76,6 +77,8 @@ def test_from_ids_reads_no_value_and_compiles_once() -> None:
     """On "meta" there are no values to read."""
     meta = torch.empty(2, 7, dtype=torch.int64, device="meta")
     assert PatchLayout.from_ids(meta, meta, 5).capacity == 10
+    zeros = torch.zeros(2, 7, dtype=torch.int64)
+    assert not forbidden(lambda: PatchLayout.from_ids(zeros, zeros, 5)), "a CUDA graph cannot capture it"
     compiled = torch.compile(PatchLayout.from_ids, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows, size, slots in ((2, 9, 6), (3, 7, 5)):
