@@ -11,7 +11,7 @@
 //
 //   1. The owner of a chunk scans it as if nothing came before. It writes the last sums, `ends`, and a factor, by which
 //      the sums before the chunk enter them: the product of 1 - p, or nothing if a document begins in the chunk.
-//   2. The chunks of each group of 64 are joined in the same way, to the ends and the factor of the group.
+//   2. The chunks of each group of 32 are joined in the same way, to the ends and the factor of the group.
 //   3. A thread per group and kVec columns joins the groups before its own, then replaces the ends of each chunk of its
 //      group by the sums before that chunk.
 //   4. The owner of a chunk scans it again, from these sums, and writes its rows.
@@ -19,9 +19,9 @@
 // A single chunk needs step 4 alone, a single group no step 2. Backward, rows and chunks run from the last to the first.
 // The lanes of a row add up its part of grad_p in a fixed order; a last launch adds up the panels. There are no atomics.
 //
-// Bytes: forward reads x twice and writes y; backward reads grad_y twice, x and y, and writes grad_x. The ends take an
-// eighth of the bytes of 16-bit rows, a sixteenth of those of fp32 rows in step 1, and as much in steps 3 (twice) and 4.
-// They mostly stay in L2, as x does if it is smaller. Roofline: a memory copy.
+// Bytes: forward reads x twice and writes y; backward reads grad_y twice, x and y, and writes grad_x. The ends, a
+// sixteenth of the bytes of 16-bit rows, are written once, read three times and replaced once. They mostly stay in L2, as x
+// does if it is small enough. Roofline: a memory copy.
 #pragma once
 
 #include "documents.cuh"
@@ -30,10 +30,11 @@
 namespace blt {
 
 inline constexpr int kEmaThreads = 256, kEmaWarps = kEmaThreads / kWarp;
-inline constexpr int kEmaRows = kWarp;      // rows of a chunk: a lane holds the weight of one
-inline constexpr int kEmaChunks = 64;       // chunks of a group
-inline constexpr int kEmaPrefetch = 8;      // rows of one tensor, or chunks of a group
-inline constexpr int kEmaGradPrefetch = 3;  // rows of three tensors
+inline constexpr int kEmaRows = kWarp;       // rows of a chunk: a lane holds the weight of one
+inline constexpr int kEmaChunks = 32;        // chunks of a group
+inline constexpr int kEmaPrefetch = 8;       // rows of one tensor
+inline constexpr int kEmaPartPrefetch = 16;  // chunks or groups
+inline constexpr int kEmaGradPrefetch = 3;   // rows of three tensors
 
 // Says how the sums before some chunks enter those at their end: multiplied by `product`, or not at all if `resets` is 1.
 template <class A>
@@ -162,17 +163,17 @@ template <int kVec, class A, class Visit>
 __device__ __forceinline__ void walk_parts(const EmaParts<A>& parts, i32 begin, i32 end, i32 width, i32 column,
                                            const Visit& visit) {
 #pragma unroll 1
-  for (i32 first = begin; first < end; first += kEmaPrefetch) {
-    AlignedVector<A, kVec> ends[kEmaPrefetch];
-    Factor<A> factors[kEmaPrefetch];
+  for (i32 first = begin; first < end; first += kEmaPartPrefetch) {
+    AlignedVector<A, kVec> ends[kEmaPartPrefetch];
+    Factor<A> factors[kEmaPartPrefetch];
 #pragma unroll
-    for (int i = 0; i < kEmaPrefetch; ++i)
+    for (int i = 0; i < kEmaPartPrefetch; ++i)
       if (first + i < end) {
         ends[i] = load<kVec>(parts.ends + static_cast<i64>(first + i) * width + column);
         factors[i] = parts.factors[first + i];
       }
 #pragma unroll
-    for (int i = 0; i < kEmaPrefetch; ++i)
+    for (int i = 0; i < kEmaPartPrefetch; ++i)
       if (first + i < end) visit(first + i, ends[i], factors[i]);
   }
 }

@@ -8,7 +8,7 @@ import numpy as np
 
 from cuda_model.launches import WIDTH, Array, Case, Launch, blocks_at, ceil_div, data, i32, i64, layout
 
-CHUNK, GROUP, WARPS = 32, 64, 8
+CHUNK, GROUP, WARPS = 32, 32, 8
 PANELS = WIDTH // 256  # a warp has 8 columns in each lane
 VECTORS = WIDTH // 4  # the sums of chunks are fp32
 TILE = [i32(256 // VECTORS), i32(VECTORS), i32(65535 // VECTORS + 1)]
