@@ -92,7 +92,8 @@ def _(x: Tensor, weight: Tensor, *_rest: Any, **_out: Any) -> int:
 def _(
     x: Tensor, weights: Sequence[Tensor], _scales: Any, _norms: Any, _eps: float, _table: Tensor,
     keys: Sequence[Tensor], _values: Any, _index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    window: int | None, patch_keys: Sequence[Tensor], *_rest: Any, **_out: Any,
+    window: int | None, patch_keys: Sequence[Tensor], _patch_values: Any, _patches: Any, _head_norm: Any,
+    head: Tensor | None, **_out: Any,
 ) -> int:  # fmt: skip
     matrices = iter(weights)
     pairs = 0
@@ -103,7 +104,8 @@ def _(
         pairs += next(matrices).shape[0] * _visited(x, cache, cu_seqlens_q, cu_seqlens_k, window, True, None, None)
         for _ in range(6):
             next(matrices)
-    return 2 * x.shape[0] * sum(weight.numel() for weight in weights) + PAIR_FORWARD * pairs
+    used = (*weights, head) if head is not None else weights
+    return 2 * x.shape[0] * sum(weight.numel() for weight in used) + PAIR_FORWARD * pairs
 
 
 def _register_attention(operator: str, pairs: Callable[..., int]) -> None:

@@ -16,6 +16,7 @@ from blt_kernels.models.config import BLTConfig
 from blt_kernels.nn import CrossAttention, RMSNorm, TransformerLayer, embedding, linear, run_layers
 from blt_kernels.nn.cache import of_layers
 from blt_kernels.nn.few_rows import few_rows
+from blt_kernels.nn.matrices import multiply_normed
 
 
 class LocalEncoder(nn.Module):
@@ -109,11 +110,13 @@ class LocalDecoder(nn.Module):
 
     def states(
         self, x: Tensor, patches: Tensor | list[tuple[Tensor, Tensor]], table: Tensor, documents: Any,
-        layout: PatchLayout, ranges: AttentionRanges | None = None,
+        layout: PatchLayout, ranges: AttentionRanges | None = None, head: Sequence[Any] = (),
     ) -> Tensor:  # fmt: skip
-        """Return bytes ``[T, D]`` after the layers."""
+        """Return bytes ``[T, D]`` after the layers, or what the norm and the matrix of a `head` make of them."""
         if isinstance(patches, list) and isinstance(documents, list):
-            y = few_rows([*self.layers], x, table, documents, [*self.cross_attn_layers], patches, layout.decode_ids)
+            y = few_rows(
+                [*self.layers], x, table, documents, [*self.cross_attn_layers], patches, layout.decode_ids, head
+            )
             if y is not None:
                 return y
         read = patches if isinstance(patches, list) else [self.vectors(patches)] * len(self.cross_attn_layers)
@@ -121,7 +124,7 @@ class LocalDecoder(nn.Module):
             if i < len(self.cross_attn_layers):
                 x = self.cross_attn_layers[i](x, read[i], layout, residual_factor=2.0)
             x = layer(x, table, own, ranges)
-        return x
+        return multiply_normed(head[0], x, head[1])[0] if head else x
 
     def vectors(self, patches: Tensor) -> Tensor:
         """Return the vectors that bytes read, ``[C * K, D]``."""

@@ -19,7 +19,6 @@ from blt_kernels.models.boundaries import LOOKBACK, cut_boundaries, rule_boundar
 from blt_kernels.models.state import ByteLMState, ByteState, DocumentStarts
 from blt_kernels.nn import rotary_table
 from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, numbers, runs
-from blt_kernels.nn.matrices import multiply_normed
 
 
 def encode(
@@ -61,9 +60,10 @@ def decode(
     """
     table = rotary_table(positions, model.config.decoder, x.dtype)
     pairs = list(zip(read[::2], read[1::2], strict=True))
-    x = model.local_decoder.states(x, pairs, table, list(keys), layout)
-    norm = model.local_decoder.norm
-    return multiply_normed(norm, x, model.lm_head)[0] if head else norm(x)
+    decoder = model.local_decoder
+    if not head:
+        return decoder(x, pairs, table, list(keys), layout)
+    return decoder.states(x, pairs, table, list(keys), layout, head=(decoder.norm, model.lm_head))
 
 
 class BLTState(ByteState):

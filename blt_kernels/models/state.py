@@ -23,7 +23,6 @@ from blt_kernels._checks import Documents
 from blt_kernels.ids import NEWLINE
 from blt_kernels.nn import embed_ids, rotary_table, run_layers
 from blt_kernels.nn.cache import CachedKeys, KeyCache, RowBuffer, numbers, runs
-from blt_kernels.nn.matrices import multiply_normed
 
 _PART = 4096  # ids of each row that a long text is read by
 
@@ -317,8 +316,7 @@ def byte_lm_logits(model: Any, ids: Tensor, positions: Tensor, keys: Sequence[Ca
     """Return the logits of new ids of a `ByteLM`; `keys` are those of each layer."""
     x = embed_ids(model.embed_tokens, ids, None)
     table = rotary_table(positions, model.config, x.dtype)
-    x = run_layers(model.layers, x, table, list(keys))
-    return multiply_normed(model.norm, x, model.lm_head)[0]
+    return run_layers(model.layers, x, table, list(keys), head=(model.norm, model.lm_head))
 
 
 class ByteLMState(ByteState):

@@ -121,17 +121,24 @@ def few_row_layer(
         arguments = x, weights, scales, input_norm, post_norm, eps, table, keys, values
         return reference.few_row_layer_reference(*arguments, *documents)
     norms, caches = (input_norm, post_norm), ((keys,), (values,))
-    return few_row_layer_step(x, weights, scales, norms, eps, table, *caches, *documents, (), (), None)
+    return few_row_layer_step(x, weights, scales, norms, eps, table, *caches, *documents, (), (), None, None, None)
 
 
 # --- schema and fake --------------------------------------------------------------------------------------------------
+
+
+def _empty(x: Tensor, *rest: object) -> Tensor:
+    head = rest[-1]
+    return x.new_empty(x.shape if head is None else (x.shape[0], head.shape[0]))  # type: ignore[attr-defined]
+
 
 # The operator runs a stack of layers. Its lists have the tensors of all of them, end to end.
 few_row_layer_step = _common.define(
     "few_row_layer_step",
     "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] norms, float eps, Tensor table, Tensor(a!)[] keys,"
     " Tensor(b!)[] values, Tensor index, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? window,"
-    " Tensor[] patch_keys, Tensor[] patch_values, Tensor? patches) -> Tensor",
+    " Tensor[] patch_keys, Tensor[] patch_values, Tensor? patches, Tensor? head_norm,"
+    " Tensor? head) -> Tensor",
     reference.few_row_layer_step_reference,
-    lambda x, *_: x.new_empty(x.shape),
+    _empty,
 )

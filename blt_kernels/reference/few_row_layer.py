@@ -61,8 +61,13 @@ def few_row_layer_step_reference(
     patch_keys: Sequence[Tensor],
     patch_values: Sequence[Tensor],
     patches: Tensor | None,
+    head_norm: Tensor | None,
+    head: Tensor | None,
 ) -> Tensor:
-    """Run layers one by one. The first ones have a cross attention in front, whose two weights and norm come first."""
+    """Run layers one by one. The first ones have a cross attention in front, whose two weights and norm come first.
+
+    Return the product of the norm of the result with `head`, if there is one.
+    """
     factors_of: Sequence[Tensor | None] = scales or [None] * len(weights)
     matrices = iter(zip(weights, factors_of, strict=True))
     norm, cross = iter(norms), iter(zip(patch_keys, patch_values, strict=True))
@@ -78,7 +83,7 @@ def few_row_layer_step_reference(
             x, own, factors if scales else (), next(norm), next(norm), eps, table, *cache,
             index, cu_seqlens_q, cu_seqlens_k, window,
         )  # fmt: skip
-    return x
+    return x if head is None else few_row_linear_reference(x, head, None, head_norm, eps)
 
 
 def _read(q: Tensor, keys: Tensor, values: Tensor, patches: Tensor) -> Tensor:

@@ -8,6 +8,8 @@
 //
 //   x <- 2 x + W_o attention(W_q norm(x), patch_keys, patch_values)
 //
+// With a head, W norm(y) of the last layer is returned, in the place of y.
+//
 // A step of decoding has one row in each of these products, so calls and passes over small tensors would cost more than
 // the arithmetic. The calling thread computes what is small, cross attention too. Threads share the outputs of the
 // products, those of equal input together (few_row_product.h), and self-attention (block_causal_attention/decode.h).
@@ -184,7 +186,8 @@ Tensor few_row_layer_step_cpu(const Tensor& x, std::vector<Tensor> weights, std:
                               std::vector<Tensor> norms, double eps, Tensor table, std::vector<Tensor> keys,
                               std::vector<Tensor> values, Tensor index, const Tensor& cu_seqlens_q,
                               const Tensor& cu_seqlens_k, std::optional<int64_t> window, std::vector<Tensor> patch_keys,
-                              std::vector<Tensor> patch_values, std::optional<Tensor> patches) {
+                              std::vector<Tensor> patch_values, std::optional<Tensor> patches,
+                              std::optional<Tensor> head_norm, std::optional<Tensor> head) {
   LayerLists lists = {std::move(weights), std::move(scales),     std::move(norms),       std::move(keys),
                       std::move(values),  std::move(patch_keys), std::move(patch_values)};
   check_lengths(lists);
@@ -201,6 +204,7 @@ Tensor few_row_layer_step_cpu(const Tensor& x, std::vector<Tensor> weights, std:
     patch = check_int32(*patches, "patches");
     check_shape(*patches, "patches", {rows});
   }
+  check_head(head_norm, head, dim);
   Step step = {lists, x, table, index, cu_seqlens_q, cu_seqlens_k, window, static_cast<float>(eps), {}};
   Tensor y = new_output(x, {rows, dim});
   float* const output = y.mutable_data_ptr<float>();
@@ -219,7 +223,13 @@ Tensor few_row_layer_step_cpu(const Tensor& x, std::vector<Tensor> weights, std:
     feed_forward(step, output, {h, dim}, sizes, weight, norm);
     from = {output, dim}, weight += kLayerWeights, norm += kLayerNorms;
   }
-  return y;
+  if (!head) return y;
+  Tensor logits = new_output(x, {rows, head->size(0)});
+  float* const normalized = step.scratch(rows * dim);
+  normalize(normalized, from, rows, dim, head_norm->const_data_ptr<float>(), step.epsilon);
+  const Product product = {{*head, std::nullopt}, logits.mutable_data_ptr<float>()};
+  multiply_all({&product, 1}, {normalized, dim}, rows, dim, kNothing);
+  return logits;
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ import blt_kernels as bk
 from blt_kernels._checks import Documents
 from blt_kernels.nn import TransformerConfig, TransformerLayer, few_rows, load_ops, rotary_table, run_layers
 from blt_kernels.nn.cache import CachedKeys
-from blt_kernels.nn.matrices import Linear, QuantizedLinear
+from blt_kernels.nn.matrices import Linear, QuantizedLinear, RMSNorm
 from blt_kernels.ops import few_row_layer as op
 from blt_kernels.ops.few_row_layer import MAX_ROWS
 from blt_kernels.reference.few_row_layer import few_row_layer_reference, few_row_layer_step_reference
@@ -72,7 +72,22 @@ def operator_arguments(
     keys: Tensor, values: Tensor, *documents: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the arguments of the operator for those of `few_row_layer`."""
-    return x, weights, scales, (input_norm, post_norm), eps, table, (keys,), (values,), *documents, (), (), None
+    return (
+        x,
+        weights,
+        scales,
+        (input_norm, post_norm),
+        eps,
+        table,
+        (keys,),
+        (values,),
+        *documents,
+        (),
+        (),
+        None,
+        None,
+        None,
+    )
 
 
 def few_row_layer_step(*arguments: Any) -> Tensor:
@@ -121,7 +136,10 @@ def test_equals_the_reference_in_fp64(counts: tuple[int, ...], dtype: torch.dtyp
 
 
 def stack(counts: tuple[int, ...], dtype: torch.dtype = torch.float32, crosses: int = 2) -> tuple[Any, ...]:
-    """Return the operator's arguments for three layers, the first `crosses` of which read patches of three vectors."""
+    """Return the operator's arguments for three layers, the first `crosses` of which read patches of three vectors.
+
+    There is a head if `crosses` is odd.
+    """
     layer, total = make(counts, 7, dtype), sum(counts)
     torch.manual_seed(1)
     vectors = [
@@ -144,8 +162,9 @@ def stack(counts: tuple[int, ...], dtype: torch.dtype = torch.float32, crosses: 
         norms += [layer.input_norm, layer.post_norm]
     caches = ([cache.roll(i, 0).clone() for i in range(3)] for cache in (layer.keys, layer.values))
     documents = layer.index, layer.cu_seqlens_q, layer.cu_seqlens_k, layer.window
+    head = (1 + 0.1 * torch.randn(48), 0.1 * torch.randn(29, 48)) if crosses % 2 else (None, None)
     patches = torch.tensor([4, -1, 0, 5, 2, 2, 3, -1] * 5, dtype=torch.int32)[:total]
-    return layer.x, weights, scales, norms, layer.eps, layer.table, *caches, *documents, *vectors, patches
+    return layer.x, weights, scales, norms, layer.eps, layer.table, *caches, *documents, *vectors, patches, *head
 
 
 def in_fp64(x: Any) -> Any:
@@ -217,6 +236,8 @@ def test_hostile_patches_reach_their_readers_alone(value: float) -> None:
         (14, None, "patches: expected a tensor"),
         (14, torch.tensor([0, 1, 2, 6], dtype=torch.int32), "patches: expected values below 6, got 6"),
         (14, torch.tensor([0, 1, 2], dtype=torch.int32), "patches: expected size 4"),
+        (15, torch.ones(48), "head: expected one with head_norm"),
+        (16, torch.ones(9, 48), "head: expected one with head_norm"),
     ],
 )
 def test_a_stack_names_wrong_arguments(place: int, value: Any, message: str) -> None:
@@ -310,8 +331,8 @@ def test_any_strides_of_the_cache_and_a_table_of_fp64() -> None:
 def test_opcheck() -> None:
     for call in (make((1, 1, 0, 2)), make((1, 1, 0, 2), 3, torch.int8)):
         torch.library.opcheck(OVERLOAD, operator_arguments(*vars(call).values()))
-    for dtype in (torch.float32, torch.int8):
-        torch.library.opcheck(OVERLOAD, stack((1, 1, 0, 2), dtype))
+    for dtype, crosses in ((torch.float32, 2), (torch.int8, 3)):
+        torch.library.opcheck(OVERLOAD, stack((1, 1, 0, 2), dtype, crosses))
 
 
 @COMPILED
@@ -465,6 +486,30 @@ def test_what_is_put_into_a_layer_after_a_call_runs(change: Callable[[Transforme
         with mock.patch.object(TransformerLayer, "forward", side_effect=lambda x, *_: x) as forward:
             assert not calls_kernel(layer)
         assert forward.called
+
+
+def test_a_head_of_another_class_follows_the_kernel() -> None:
+    torch.manual_seed(0)
+    layer, norm, head = TransformerLayer(CONFIG, load_ops("fused")), RMSNorm(48, 1e-5), Linear(48, 9, bias=False)
+    with torch.no_grad():
+        expected, called = run_head(layer, norm, head)
+        assert called == 1
+        hooked = Linear(48, 9, bias=False)
+        hooked.weight = head.weight
+        hooked.register_forward_hook(lambda _module, _inputs, out: 2 * out)
+        actual, called = run_head(layer, norm, hooked)
+        assert called == 1
+        torch.testing.assert_close(actual, 2 * expected, rtol=1e-5, atol=1e-5)
+
+
+def run_head(layer: nn.Module, *head: nn.Module) -> tuple[Tensor, int]:
+    x, offsets = inputs.random_normal(2, 48, dtype=torch.float32, seed=1), torch.tensor([0, 2], dtype=torch.int32)
+    cache = torch.zeros(2, 2, 8), torch.zeros(2, 2, 8), torch.arange(2)
+    documents = Documents(offsets, 2, 2)
+    keys = CachedKeys(*cache, {"cu_seqlens_q": documents, "cu_seqlens_k": documents}, (offsets, offsets))
+    table = rotary_table(torch.arange(2), CONFIG, torch.float32)
+    with mock.patch.object(few_rows, "few_row_layer_step", wraps=op.few_row_layer_step) as step:
+        return run_layers((layer,), x, table, [keys], head=head), step.call_count
 
 
 def test_a_weight_that_was_replaced_after_a_call_is_used() -> None:

@@ -83,6 +83,15 @@ inline int64_t check_table(Tensor& table, const LayerLists& lists, int64_t rows)
   return head_dim;
 }
 
+// Checks the norm and the matrix behind the layers, and gives them unit strides.
+inline void check_head(std::optional<Tensor>& norm, std::optional<Tensor>& head, int64_t dim) {
+  STD_TORCH_CHECK(norm.has_value() == head.has_value(), "head: expected one with head_norm, and none without");
+  if (!head) return;
+  std::optional<Tensor> scale;
+  check_weight(*head, scale, "head", dim);
+  check_norm(*norm, "head_norm", dim);
+}
+
 // Checks layer number `layer`, whose weights and norms begin at these indices.
 inline LayerSizes check_layer(LayerLists& lists, size_t layer, size_t weight, size_t norm, int64_t rows, int64_t dim,
                               int64_t head_dim, const Tensor& index) {
