@@ -49,6 +49,8 @@ def padded_calls(device: str) -> dict[str, Callable[[], Any]]:
     return {
         "entropy_patch": lambda: bk.entropy_patch(logits, threshold=1.0),
         "patch_starts": lambda: bk.patch_starts(entropy, threshold=1.0),
+        "boundary_patch": lambda: bk.boundary_patch(entropy, threshold=1.0, at="start", first=1),
+        "boundary_patch, thresholds": lambda: bk.boundary_patch(entropy, threshold=entropy[:, 0]),
         "space_patch": lambda: bk.space_patch(tokens),
         "delimiter_patch": lambda: bk.delimiter_patch(tokens, 7),
         "topk_patch": lambda: bk.topk_patch(entropy, 2),
