@@ -15,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 
 say := @printf '\033[1m==> %s\033[0m\n'
 
-.PHONY: help demo test test-fast bench bench-compare lint gpu gpu-build cuda-check wheel-check sanitize clang clean
+.PHONY: help demo test test-fast bench bench-compare lint gpu gpu-build cuda-check wheel-check hub sanitize clang clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,8 @@ demo: .venv/built  ## Patch a real file, and run it through BLT with our ops and
 	blt-kernels demo
 
 EMULATOR := build/emulator/blt_emulator.so
-test: .venv/built $(EMULATOR) build/triton-3.6/triton  ## Run the tests, those of the CUDA kernels on the emulator
+HUB := build/kernels/kernels build/hub-native/build
+test: .venv/built $(EMULATOR) build/triton-3.6/triton $(HUB)  ## Run the tests, those of the CUDA kernels on the emulator
 	$(say) 'pytest, two tests at a time'
 	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
 
@@ -41,6 +42,22 @@ build/triton-3.6/triton: .venv/installed
 	if [ "$$(uname)" = Linux ]; then PIP_CONSTRAINT= $(PIP) install --no-deps --target build/triton-3.6 triton==3.6.0; \
 	    else mkdir -p $@; fi
 	@touch $@
+
+# The loader of kernels of the Hugging Face hub, without sigstore, which it imports to verify signatures only.
+build/kernels/kernels: .venv/installed
+	$(say) 'the loader of the hub (once)'
+	PIP_CONSTRAINT= $(PIP) install --no-deps --target build/kernels kernels==0.17.2 tomlkit==0.15.2
+	@touch $@
+
+# The kernel of the hub that tests/tools/test_hub.py loads, for the instruction set of this machine.
+build/hub-native/build: .venv/built bench/hub.py $(shell find blt_kernels -name "*.py")
+	$(say) 'the kernel of the hub, for this machine'
+	python bench/hub.py --isas native --out build/hub-native
+	@touch $@
+
+hub: .venv/built  ## Build the kernel of the Hugging Face hub into build/hub (CUDA=1: for CUDA, with nvcc)
+	$(say) 'the kernel of the hub, for every instruction set'
+	python bench/hub.py $(if $(CUDA),--cuda)
 
 $(EMULATOR): .venv/installed CMakeLists.txt $(SOURCES)
 	$(say) 'building the emulator'

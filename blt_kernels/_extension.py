@@ -22,6 +22,7 @@ from types import ModuleType
 import torch
 
 from blt_kernels import _nvrtc
+from blt_kernels._namespace import NAMESPACE
 
 # Operator -> op: `ops/<op>.py` defines the operator. `ops._common.define` adds to the table.
 OPERATORS: dict[str, str] = {}
@@ -183,7 +184,7 @@ def owner(operator: str, device: str) -> str:
 
     It returns "reference" where no kernel is registered.
     """
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"blt_kernels::{operator}", device):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", device):
         return "reference"
     if device == "CPU":
         return f"C++ ({load_cpu().isa})"
@@ -192,12 +193,12 @@ def owner(operator: str, device: str) -> str:
 
 def is_triton(op: str) -> bool:
     """Return whether an op's kernels for CUDA are in ``triton/``, and not in a compiled module."""
-    return find_spec(f"blt_kernels.triton.{op}") is not None
+    return find_spec(f"{NAMESPACE}.triton.{op}") is not None
 
 
 def _import(name: str, path: Path) -> ModuleType:
     """Load a module from a file, under a name of this package."""
-    full = f"blt_kernels.{name}"
+    full = f"{NAMESPACE}.{name}"
     loader = ExtensionFileLoader(full, str(path))
     try:
         module = module_from_spec(ModuleSpec(full, loader, origin=str(path)))

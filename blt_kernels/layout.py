@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from blt_kernels import _padded
+from blt_kernels._namespace import NAMESPACE
 from blt_kernels._padded import MAX_BYTES
 
 
@@ -212,7 +213,7 @@ class PatchLayout:
         boundaries, cu_seqlens = _padded.boundaries_of_lengths(lengths, seq_len, padding)
         capacity = max(lengths.numel(), lengths.shape[0]) if max_patches is None else max_patches
         # `ops.boundary_patch` defines the operator. Its module is above this one, so that it is not imported here.
-        operator = torch.ops.blt_kernels.boundary_patch_fwd
+        operator = getattr(torch.ops, NAMESPACE).boundary_patch_fwd
         outputs = operator(boundaries, cu_seqlens, 0, None, None, "end", None, capacity)
         patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, _ = outputs
         return PatchLayout(patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, cu_seqlens, overflowed)
@@ -386,10 +387,10 @@ class AttentionRanges:
     causal: bool
 
 
-pytree.register_dataclass(PatchLayout, serialized_type_name="blt_kernels.PatchLayout")
+pytree.register_dataclass(PatchLayout, serialized_type_name=f"{NAMESPACE}.PatchLayout")
 pytree.register_pytree_node(
     AttentionRanges,
     lambda ranges: ([ranges.intervals], (ranges.num_queries, ranges.num_keys, ranges.window, ranges.causal)),
     lambda tensors, context: AttentionRanges(*tensors, *context),
-    serialized_type_name="blt_kernels.AttentionRanges",
+    serialized_type_name=f"{NAMESPACE}.AttentionRanges",
 )

@@ -27,11 +27,13 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
+from blt_kernels._namespace import NAMESPACE
+
 Backward = Callable[..., Any]
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # stands for every device
-_LIBRARY = torch.library.Library("blt_kernels", "IMPL")
+_LIBRARY = torch.library.Library(NAMESPACE, "IMPL")
 _DIFFERENTIABLE: dict[str, Callable[[Any, tuple[Any, ...]], Any]] = {}
 """For each operator with a derivative: runs it on a dispatch key set and arguments of which one requires a gradient."""
 
@@ -49,7 +51,7 @@ def register_autograd(operator: str, backward: Backward, *, setup_context: Setup
     setup_context : (ctx, inputs, output) -> None
         Saves what `backward` needs.
     """
-    overload = getattr(torch.ops.blt_kernels, operator).default
+    overload = _overload(operator)
     bound = overload._op
     several = len(overload._schema.returns) > 1
     takes_lists = any(_tensors_of(x) == _LIST for x in overload._schema.arguments)
@@ -119,7 +121,7 @@ def caller(operator: str) -> Callable[..., Any]:
 
     The function takes what the overload takes, without keywords.
     """
-    overload = getattr(torch.ops.blt_kernels, operator).default
+    overload = _overload(operator)
     bound = overload._op  # what the overload calls: a frame of Python less
     # Tensors that may require a gradient come before other arguments: torch takes 0.1 us to look at one.
     tensors = [_tensors_of(x) is not None for x in overload._schema.arguments]
@@ -144,7 +146,7 @@ def caller(operator: str) -> Callable[..., Any]:
 
 def register_vmap(operator: str) -> None:
     """Let `torch.vmap` call ``blt_kernels::operator`` once for each entry of the batch, and stack the results."""
-    overload = getattr(torch.ops.blt_kernels, operator).default
+    overload = _overload(operator)
 
     def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
         flat, spec = pytree.tree_flatten(arguments)
@@ -159,7 +161,11 @@ def register_vmap(operator: str) -> None:
         stacked = pytree.tree_map(lambda *entries: torch.stack(entries)[: info.batch_size], *outputs)
         return stacked, pytree.tree_map(lambda _: 0, stacked)
 
-    torch.library.register_vmap(f"blt_kernels::{operator}", rule)
+    torch.library.register_vmap(f"{NAMESPACE}::{operator}", rule)
+
+
+def _overload(operator: str) -> Any:
+    return getattr(getattr(torch.ops, NAMESPACE), operator).default
 
 
 def second_derivative(

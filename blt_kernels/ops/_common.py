@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
 from blt_kernels._extension import OPERATORS
+from blt_kernels._namespace import NAMESPACE
 from blt_kernels.ops import _autograd
 from blt_kernels.reference._ragged import accumulator, ordered_like
 
@@ -19,9 +20,9 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> Calla
 
     `reference` runs wherever no compiled or Triton kernel is registered. `fake` allocates the outputs as kernels do.
     """
-    torch.library.define(f"blt_kernels::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"blt_kernels::{name}", "default", reference)
-    torch.library.register_fake(f"blt_kernels::{name}", fake)
+    torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"{NAMESPACE}::{name}", "default", reference)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     _autograd.register_vmap(name)
     OPERATORS[name] = reference.__module__.rpartition(".")[2]
     return _autograd.caller(name)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blt_kernels import _checks
+from blt_kernels._namespace import NAMESPACE
 from blt_kernels.layout import AttentionRanges
 from blt_kernels.ops import _attention_backend, _common
 from blt_kernels.reference import block_causal_attention as reference
@@ -363,6 +364,6 @@ def _ranges_cuda(*arguments: Any) -> Tensor:
 
 
 if _attention_backend.HAS_TRITON:
-    torch.library.impl("blt_kernels::block_causal_attention_fwd", "CUDA", _forward_cuda)
-    torch.library.impl("blt_kernels::block_causal_attention_bwd", "CUDA", _backward_cuda)
-    torch.library.impl("blt_kernels::block_causal_attention_ranges_fwd", "CUDA", _ranges_cuda)
+    torch.library.impl(f"{NAMESPACE}::block_causal_attention_fwd", "CUDA", _forward_cuda)
+    torch.library.impl(f"{NAMESPACE}::block_causal_attention_bwd", "CUDA", _backward_cuda)
+    torch.library.impl(f"{NAMESPACE}::block_causal_attention_ranges_fwd", "CUDA", _ranges_cuda)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blt_kernels._namespace import NAMESPACE
 from blt_kernels.ops import _common
 from blt_kernels.reference import optim as reference
 
@@ -37,7 +38,7 @@ def sgd_step(table: Tensor, rows: Tensor, values: Tensor, lr: float) -> None:
     >>> table.tolist()
     [[1.0, 1.0], [0.5, 0.5], [1.0, 1.0]]
     """
-    torch.ops.blt_kernels.sgd_step(table, rows, values, lr)
+    getattr(torch.ops, NAMESPACE).sgd_step(table, rows, values, lr)
 
 
 def rowwise_adagrad_step(table: Tensor, sums: Tensor, rows: Tensor, values: Tensor, lr: float, eps: float) -> None:
@@ -64,7 +65,7 @@ def rowwise_adagrad_step(table: Tensor, sums: Tensor, rows: Tensor, values: Tens
     >>> table.tolist(), sums.tolist()
     ([[1.0, 1.0], [0.5, 0.5], [1.0, 1.0]], [0.0, 16.0, 0.0])
     """
-    torch.ops.blt_kernels.rowwise_adagrad_step(table, sums, rows, values, lr, eps)
+    getattr(torch.ops, NAMESPACE).rowwise_adagrad_step(table, sums, rows, values, lr, eps)
 
 
 # --- schemas and fakes ------------------------------------------------------------------------------------------------

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import triton
 
+from blt_kernels._namespace import NAMESPACE
+
 
 def refuse_in_captures() -> None:
     """Let the kernels of this folder raise RuntimeError where Triton would compile them inside of a capture."""
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith("blt_kernels.triton.")]
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{NAMESPACE}.triton.")]
     for kernel in {value for module in modules for value in vars(module).values() if isinstance(value, _Compiled)}:
         if "_do_compile" not in vars(kernel):
             kernel._do_compile = _checked(kernel.__name__, kernel._do_compile)
