@@ -432,6 +432,24 @@ def test_methods() -> None:
         BltCache(undo=-1)
 
 
+@torch.no_grad()
+def test_compiled_forwards() -> None:
+    """A compiled forward makes no cache by default, which would break its graph, and takes one that is given."""
+    stock, ours = their_model("bytes"), their_model("bytes")
+    ids = prompt(1, 8)
+    with cached(ours):
+        expected = torch._dynamo.explain(stock.model)(ids, use_cache=False).graph_break_count
+        torch._dynamo.reset()
+        assert torch._dynamo.explain(ours.model)(ids).graph_break_count <= expected
+        torch._dynamo.reset()
+        compiled = torch.compile(ours, backend="eager")
+        assert compiled(ids).past_key_values is None
+        cache = compiled(ids, use_cache=True).past_key_values
+        out = compiled(ids, past_key_values=cache)
+    torch.testing.assert_close(out.logits, whole(stock, torch.cat([ids, ids], 1))[:, 8:], atol=1e-5, rtol=0)
+    torch._dynamo.reset()
+
+
 def test_undo_leaves_nothing() -> None:
     ours = their_model("released")
     owners = ours, ours.model, type(ours), type(ours.model)

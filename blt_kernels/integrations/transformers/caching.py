@@ -73,16 +73,25 @@ class Caching:
                 reason = "training"
             elif use_cache is None and any(p.requires_grad for p in model.parameters()):
                 reason = "gradients"
+        if reason is None and cache is None and use_cache is None and torch.compiler.is_compiling():
+            reason = "torch.compile"  # a cache would break the graph
         if reason is None:
-            try:
-                shared = self.shared.setdefault(model, SharedBLT(self.compare))
-                return shared.get(model, cache is None or cache.state is None)
-            except NotSharedError as error:
-                reason = str(error)
+            found = self._shared(model, cache is None or cache.state is None)
+            if isinstance(found, BLT):
+                return found
+            reason = found
         if cache is not None:
             raise ValueError(f"{_NAME}: expected None, since no cache can be used here, got a BltCache: {reason}")
         self.applied.fell_back(LABEL, reason)
         return None
+
+    @torch.compiler.disable
+    def _shared(self, model: Any, begins: bool) -> BLT | str:
+        """Return the BLT of the parameters of `model`, or why there is none."""
+        try:
+            return self.shared.setdefault(model, SharedBLT(self.compare)).get(model, begins)
+        except NotSharedError as error:
+            return str(error)
 
     @torch.compiler.disable
     def _cached(
