@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import platform
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,14 @@ from blt_kernels.models.byte_lm import BUNDLED
 from blt_kernels.triton.block_causal_attention import flash
 
 DEVICES = ("CPU", "CUDA")
+# Other code bases, by the integrations that put the ops under them: the package to import, the distribution that has
+# its version, and a file that tells it apart from a package of the same name, such as hnet of the package index.
+CODE_BASES = {
+    "transformers": ("transformers", "transformers", "models/blt/modeling_blt.py"),
+    "bytelatent": ("bytelatent", "bytelatent", "model/blt.py"),
+    "hnet": ("hnet", "hnet", "modules/dc.py"),
+    "megabyte": ("MEGABYTE_pytorch", "MEGABYTE-pytorch", "attend.py"),
+}
 
 
 def owners() -> dict[str, dict[str, str]]:
@@ -38,6 +48,28 @@ def attention() -> dict[str, Any]:
     backend = attention_backend()
     owners = [name for name, reason in reasons.items() if reason is None] if backend == "flash" else ["Triton"]
     return {"backend": backend, "forward": " or ".join(owners), "packages": reasons}
+
+
+def code_bases() -> dict[str, dict[str, Any] | None]:
+    """Return version, folder and what ``apply`` replaces, by integration, None where it is not there.
+
+    No code base is imported.
+    """
+    found: dict[str, dict[str, Any] | None] = {}
+    for name, (package, distribution, file) in CODE_BASES.items():
+        spec = importlib.util.find_spec(package)
+        folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+        folder = next((folder for folder in folders if (folder / file).is_file()), None)
+        module = f"blt_kernels.integrations.{name}"
+        found[name] = None
+        if folder is not None:
+            found[name] = {
+                "version": installed(distribution),
+                "path": str(folder),
+                "apply": f"{module}.apply()",
+                "replaces": importlib.import_module(module).REPLACES,
+            }
+    return found
 
 
 def report() -> dict[str, Any]:
@@ -72,6 +104,7 @@ def report() -> dict[str, Any]:
         "cuda": asdict(cuda),
         "attention": attention(),
         "ops": owners(),
+        "code_bases": code_bases(),
         "missing": missing,
     }
 
@@ -117,7 +150,25 @@ def run(*, as_json: bool, color: Color) -> None:
         owners.add_row(name, *by_device.values())
     out.print(owners)
     out.print('"reference" is plain PyTorch: right, differentiable and slow.')
+    out.print(table_of_code_bases(facts["code_bases"]))
     for item in facts["missing"]:
         out.print(escape(f"missing: {item['what']}. To get it: {item['command']}"))
     if not facts["missing"]:
         out.print("Nothing is missing.")
+
+
+def table_of_code_bases(found: dict[str, dict[str, Any] | None]) -> Table | str:
+    """Return one line for each function that ``apply`` of the code bases that are there would replace."""
+    there = {name: base for name, base in found.items() if base is not None}
+    if not there:
+        return f"no code base that the ops can be put under: {', '.join(CODE_BASES)}"
+    table = Table(title="what the ops replace in other code bases, by apply()", title_justify="left")
+    for column in ("code base", "replaced", "computed by"):
+        table.add_column(column)
+    for name, base in there.items():
+        first = f"{name} {base['version'] or 'of unknown version'}"
+        for replaced, computed in base["replaces"].items():
+            table.add_row(escape(first), escape(replaced), escape(computed))
+            first = ""
+        table.add_section()
+    return table

@@ -333,3 +333,8 @@ def test_report() -> None:
         logits_of(model, batch(1))
     assert isinstance(applied, Applied)
     assert "BltModel.forward: 1 call" in str(applied.report())
+
+
+def test_the_table_of_doctor_is_what_is_replaced() -> None:
+    with integration.apply(norms=True) as applied:
+        assert set(applied.report().replaced) == {*integration.REPLACES, "BltCache"}  # counts what the cache computed

@@ -25,6 +25,7 @@ import torch
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 from typing_extensions import Doc
 
@@ -736,6 +737,32 @@ def test_doctor() -> None:
     assert torch.__version__ in out
     for name in facts["ops"]:
         assert name in out
+
+
+def test_doctor_lists_code_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imports none of them, and tells one from a package of the same name."""
+    doctor.code_bases()
+    for name, (package, _, file) in doctor.CODE_BASES.items():
+        path = tmp_path / name / package / file
+        path.parent.mkdir(parents=True)
+        path.write_text("raise AssertionError")
+        (tmp_path / name / package / "__init__.py").write_text("raise AssertionError")
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "path", [str(tmp_path / name)])
+            for other, _, _ in doctor.CODE_BASES.values():
+                patched.delitem(sys.modules, other, raising=False)
+            found = doctor.code_bases()
+            assert {name for name, base in found.items() if base} == {name}
+            assert found[name]["path"] == str(tmp_path / name / package)
+            assert found[name]["apply"] == f"blt_kernels.integrations.{name}.apply()"
+            assert found[name]["replaces"]
+            console = Console(width=200, record=True, file=io.StringIO())
+            console.print(doctor.table_of_code_bases(found))
+            shown = console.export_text()
+            assert all(text in shown for pair in found[name]["replaces"].items() for text in pair)
+            path.unlink()
+            assert not any(doctor.code_bases().values())
+    assert doctor.table_of_code_bases(dict.fromkeys(doctor.CODE_BASES)).startswith("no code base")
 
 
 def test_doctor_names_every_operator() -> None:

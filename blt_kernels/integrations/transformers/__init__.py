@@ -19,6 +19,7 @@ from blt_kernels.integrations.transformers.norms import norm
 from blt_kernels.integrations.transformers.patching import lengths_from_entropies, patcher_forward
 from blt_kernels.integrations.transformers.pooling import patch_reduce
 from blt_kernels.integrations.transformers.signatures import PARAMETERS
+from blt_kernels.integrations.transformers.signatures import REPLACES as REPLACES
 
 if TYPE_CHECKING:
     from blt_kernels.integrations.transformers.cache import BltCache

@@ -1,4 +1,4 @@
-"""The parameters of what is replaced or called in transformers: versions differ only in the name of the cache."""
+"""What is replaced or called in transformers, and its parameters: versions differ only in the name of the cache."""
 
 from __future__ import annotations
 
@@ -38,3 +38,16 @@ PARAMETERS: dict[str, Parameters] = {
         "patch_ids", "num_patches", "sequence_length", "patches_as_queries", "cross_attn_k", "dtype",
     ),
 }  # fmt: skip
+
+# What `apply` replaces, and what computes it.
+REPLACES = {
+    "BltModel.forward": "PatchLayout, made once",
+    "BltSelfAttention.forward": "block_causal_attention",
+    "BltCrossAttention.forward": "patch_cross_attention",
+    "BltLocalEncoder.patch_reduce": "patch_pool",
+    "BltPatcher.forward": "token_entropy",
+    "BltPatcher.patch_lengths_from_entropies": "patch_starts",
+    "compute_hash_embeddings": "ngram_hash_embed",
+    "BltRMSNorm.forward": "torch.nn.functional.rms_norm, with norms=True",
+    "BltForCausalLM._prepare_cache_for_generation": "BltCache",
+}
