@@ -86,7 +86,7 @@ def blt(case: Case, device: str, small: bool, weights: str | None = None) -> Com
     Ours is quantized, if `weights` says how, and then chooses other bytes.
     """
     tokens = text(case.rows, case.length + case.new).to(device)
-    theirs = peers.transformers_blt(tokens, PATCH_SIZE, small=small)
+    theirs = peers.transformers_blt(tokens, PATCH_SIZE, peers.SMALLEST if small else peers.SMALL)
     if theirs is None:
         raise ImportError("the bench of generation compares with transformers: pip install transformers")
     ours = peers.with_weights_of(theirs, device)

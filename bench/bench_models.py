@@ -32,7 +32,7 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
 
 def comparison(rows: int, length: int, device: str, backward: bool, small: bool) -> Comparison:
     tokens = text(rows, length).to(device)
-    theirs = peers.transformers_blt(tokens, PATCH_SIZE, small=small)
+    theirs = peers.transformers_blt(tokens, PATCH_SIZE, peers.SMALLEST if small else peers.SMALL)
     if theirs is None:
         raise ImportError("the benches of models compare with transformers: pip install transformers")
     ours = peers.with_weights_of(theirs, device)

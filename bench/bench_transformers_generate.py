@@ -37,7 +37,7 @@ def generation(case: Case, device: str, small: bool) -> Comparison:
     from blt_kernels.integrations import transformers as integration
 
     tokens = text(case.rows, case.length + case.new).to(device)
-    theirs = peers.transformers_blt(tokens, PATCH_SIZE, small=small)
+    theirs = peers.transformers_blt(tokens, PATCH_SIZE, peers.SMALLEST if small else peers.SMALL)
     if theirs is None:
         raise ImportError("this bench compares with transformers: pip install transformers")
     model = copy.deepcopy(theirs)

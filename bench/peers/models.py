@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +13,38 @@ from blt_kernels.models import BLT
 from blt_kernels.nn import TransformerConfig
 
 
-def transformers_blt(tokens: Tensor, patch_size: float, *, small: bool = False) -> Any | None:
+@dataclass(frozen=True)
+class Sizes:
+    """Holds the widths and numbers of layers of a BLT. Heads have a width of 64.
+
+    Attributes
+    ----------
+    local, wide, patcher : widths of encoder and decoder, of the global transformer, and of the patcher
+    ffn, wide_ffn, patcher_ffn : widths inside of their MLPs
+    decoder_layers, wide_layers : the encoder has one, the patcher two
+    rows : of each of the six hash tables
+    """
+
+    local: int
+    ffn: int
+    wide: int
+    wide_ffn: int
+    patcher: int
+    patcher_ffn: int
+    decoder_layers: int
+    wide_layers: int
+    rows: int
+
+
+SMALLEST = Sizes(256, 682, 512, 1408, 256, 682, decoder_layers=4, wide_layers=1, rows=50)
+SMALL = Sizes(256, 682, 512, 1408, 256, 682, decoder_layers=4, wide_layers=8, rows=20000)  # 63.9M parameters
+MEDIUM = Sizes(512, 1365, 768, 2048, 256, 682, decoder_layers=4, wide_layers=8, rows=10500)  # 113.9M parameters
+
+
+def transformers_blt(tokens: Tensor, patch_size: float, sizes: Sizes = SMALL) -> Any | None:
     """Return a BLT of transformers with random weights, whose patcher cuts `tokens` into patches of about `patch_size`.
 
-    It has 63.9M parameters: one local layer and four of width 256, eight global ones of width 512, six tables of 20000
-    rows, and a patcher of two layers. With `small`, one global layer and six tables of 50 rows. None where transformers
-    is not installed.
+    None where transformers is not installed.
     """
     try:
         from transformers import BltConfig, BltForCausalLM
@@ -25,15 +52,19 @@ def transformers_blt(tokens: Tensor, patch_size: float, *, small: bool = False) 
     except ImportError:
         return None
     logging.disable_progress_bar()
-    longest = {"max_position_embeddings": max(4096, tokens.shape[1])}
-    local = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 682}
-    wide = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 1408}
+
+    def part(width: int, ffn: int, layers: int) -> dict[str, int]:
+        heads, longest = width // 64, max(4096, tokens.shape[1])
+        shape = {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": heads}
+        numbers = {"intermediate_size": ffn, "num_hidden_layers": layers, "max_position_embeddings": longest}
+        return {**shape, **numbers}
+
     config = BltConfig(
-        encoder_hash_byte_group_vocab=50 if small else 20000,
-        encoder_config={**local, **longest, "num_hidden_layers": 1, "hidden_size_global": 512},
-        decoder_config={**local, **longest, "num_hidden_layers": 4, "hidden_size_global": 512},
-        global_config={**wide, **longest, "num_hidden_layers": 1 if small else 8},
-        patcher_config={**local, **longest, "num_hidden_layers": 2},
+        encoder_hash_byte_group_vocab=sizes.rows,
+        encoder_config={**part(sizes.local, sizes.ffn, 1), "hidden_size_global": sizes.wide},
+        decoder_config={**part(sizes.local, sizes.ffn, sizes.decoder_layers), "hidden_size_global": sizes.wide},
+        global_config=part(sizes.wide, sizes.wide_ffn, sizes.wide_layers),
+        patcher_config=part(sizes.patcher, sizes.patcher_ffn, 2),
         attn_implementation="sdpa",
     )
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ NEEDS = {
     "bench_generate": "transformers",
     "bench_integrations": "MEGABYTE_pytorch",
     "bench_models": "transformers",
+    "bench_transformers": "transformers",
     "bench_transformers_generate": "transformers",
 }
 

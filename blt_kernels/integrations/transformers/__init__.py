@@ -86,8 +86,10 @@ def apply(
     Examples
     --------
     >>> from transformers.models.blt import BltConfig, BltForCausalLM
+    >>> from blt_kernels.integrations.transformers import apply
     >>> part = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
-    >>> parts = {f"{name}_config": part for name in ("patcher", "encoder", "decoder")}
+    >>> local = {**part, "hidden_size_global": 64}
+    >>> parts = {"patcher_config": part, "encoder_config": local, "decoder_config": local}
     >>> parts["global_config"] = {**part, "hidden_size": 64}
     >>> model = BltForCausalLM(BltConfig(encoder_hash_byte_group_vocab=53, **parts))
     >>> with apply(model) as applied:

@@ -209,7 +209,23 @@ class BltCache(Cache):
     # --- what the model calls -------------------------------------------------------------------------------------
 
     def bind(self, blt: BLT, rows: int) -> BLTState:
-        """Return the state, which is made if there is none."""
+        """Return the state, which is made if there is none.
+
+        Parameters
+        ----------
+        blt : BLT
+            That of the model.
+        rows : int
+
+        Returns
+        -------
+        BLTState
+
+        Raises
+        ------
+        ValueError
+            The state is of another model, or of another number of rows.
+        """
         if self.state is None:
             self.state = blt.new_state(rows, undo=self.undo)
             self.mask = torch.zeros(rows, 0, dtype=torch.bool)
@@ -223,7 +239,24 @@ class BltCache(Cache):
         return self.state
 
     def new_columns(self, attention_mask: Tensor | None, count: int) -> Tensor:
-        """Return which new columns are bytes, bool ``[rows, count]`` on the CPU."""
+        """Return which new columns are bytes.
+
+        Parameters
+        ----------
+        attention_mask : ``[rows, columns + count]``, optional
+            Of all columns; all are bytes if None.
+        count : int
+            The number of new columns.
+
+        Returns
+        -------
+        bool ``[rows, count]`` on the CPU
+
+        Raises
+        ------
+        ValueError
+            The mask has another shape, or other columns before the new ones than it had.
+        """
         rows, past = self.mask.shape
         if attention_mask is None:
             return torch.ones(rows, count, dtype=torch.bool)
