@@ -18,6 +18,7 @@ from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models import BLT
+from blt_kernels.ops.boundary_patch import boundary_patch
 from blt_kernels.train import data
 from blt_kernels.train.data import Row
 from blt_kernels.train.stored_patches import StoredPatches
@@ -65,9 +66,7 @@ class RowPatches:
         while len(self._cut) > 2:  # the piece that ends in the batch, and the piece that begins
             self._cut.pop(next(iter(self._cut)))
         offsets = np.cumsum([0, *(row.length for row in rows)], dtype=np.int32)
-        layout = PatchLayout.from_cuts(
-            torch.from_numpy(np.concatenate(boundaries)), torch.from_numpy(offsets)
-        ).compact()
+        layout = boundary_patch(torch.from_numpy(np.concatenate(boundaries)), torch.from_numpy(offsets)).compact()
         return layout.to(next(self.model.parameters()).device)
 
     def _of_pieces(self, pieces: Sequence[Row]) -> list[np.ndarray]:
