@@ -1,4 +1,7 @@
-"""Times other code bases with our ops under them, beside the same code without: MEGABYTE-pytorch's local layers."""
+"""Times other code bases with our ops under them, beside the same code without.
+
+MEGABYTE-pytorch's local layers are its own. H-Net's chunks are beside its steps in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from typing import Any
 
 import timing
 import torch
-from common import assert_agree, name_of_pass, normal, steps
+from common import assert_agree, name_of_pass, nbytes, normal, steps
+from peers import hnet as hnet_peers
 from timing import OURS, Comparison, Make
 from torch import Tensor, nn
 
-from blt_kernels.integrations import megabyte
+from blt_kernels.integrations import hnet, megabyte
 
 # Patches, and their bytes with the start before them: patches of 4 and of 8 bytes.
 LOCAL = ((512, 5), (64, 9))
@@ -27,6 +31,8 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
         for backward in (False, True):
             for make in (attention, layers):
                 yield partial(make, patches, length, backward, device)
+    for backward in (False, True):
+        yield partial(chunks, (2, 64, 32) if small else (4, 2048, 512), backward, device)
 
 
 def attention(patches: int, length: int, backward: bool, device: str) -> Comparison:
@@ -76,6 +82,45 @@ def layers(patches: int, length: int, backward: bool, device: str) -> Comparison
         2 * side**3,
         agree,
         unit="flop",
+        device=device,
+    )
+
+
+def chunks(shape: tuple[int, int, int], backward: bool, device: str) -> Comparison:
+    """Compare H-Net's chunking and dechunking of packed documents, with nothing between them."""
+    rows, length, width = shape
+    x, grad = (normal(rows * length, width, seed=seed, device=device) for seed in (0, 1))
+    cu_seqlens = torch.arange(rows + 1, device=device) * length
+    p = torch.rand(rows * length, generator=torch.Generator(device).manual_seed(2), device=device) ** 2
+    p[cu_seqlens[:-1]] = 1
+    marks = p > 0.5
+    leaves = x.requires_grad_(backward), p.requires_grad_(backward)
+
+    def ours(x: Tensor, p: Tensor) -> Tensor:
+        kept, layout = hnet.chunk(x, marks, cu_seqlens)
+        return hnet.dechunk(kept, p, layout)
+
+    def plain(x: Tensor, p: Tensor) -> Tensor:
+        return hnet_peers.dechunk(*hnet_peers.chunk(x, marks, cu_seqlens), marks, p)
+
+    def run(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Any]:
+        return steps(lambda: function(*leaves), leaves, grad if backward else None)
+
+    def agree(results: dict[str, Any]) -> None:
+        wide = [v.detach().double().requires_grad_(backward) for v in leaves]
+        out = plain(*wide)
+        truth = list(torch.autograd.grad(out, wide, grad.double())) if backward else [out]
+        assert_agree({name: list(r) if backward else [r] for name, r in results.items()}, truth, "plain PyTorch")
+
+    return Comparison(
+        f"H-Net chunk and dechunk {name_of_pass(backward)}",
+        str(list(shape)),
+        "float32",
+        {OURS: run(ours), "plain PyTorch": run(plain)},
+        nbytes(x) * (4 if backward else 2),  # the vectors of all bytes are read and written
+        timing.copies(x.detach()),
+        2 * nbytes(x),
+        agree,
         device=device,
     )
 

@@ -199,20 +199,13 @@ def make_patch_unpool(ids: str, kind: str = "", width: int = 21) -> Make:
 # --- ema_scan ---------------------------------------------------------------------------------------------------------
 
 
-def make_ema_scan(*, width: int = 21, tail: int = 0, rows: int | None = None) -> Make:
-    """Make arguments: ragged documents and `tail` rows of NaN beyond them, or `rows` documents of one length."""
+def make_ema_scan(*, width: int = 21, tail: int = 0) -> Make:
+    """Make arguments: ragged documents and `tail` rows of NaN beyond them."""
 
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         p = torch.rand(num_bytes, generator=torch.Generator().manual_seed(seed))
         p[::7] = 1  # as in H-Net the average of a document may begin anew
-        x = random_normal(num_bytes, width, dtype=dtype, seed=seed)
-        if rows is not None:
-            length = num_bytes // rows
-            return {
-                "x": x[: rows * length].view(rows, length, width),
-                "p": p[: rows * length].view(rows, length).to(dtype),
-            }
-        covered = max(num_bytes - tail, 0)
+        x, covered = random_normal(num_bytes, width, dtype=dtype, seed=seed), max(num_bytes - tail, 0)
         x[covered:] = torch.nan
         return {"x": x, "p": p.to(dtype), "cu_seqlens": documents(covered, seed)}
 

@@ -88,9 +88,10 @@ Tensor ema_scan_fwd_cpu(const Tensor& x, const Tensor& p, std::optional<Tensor> 
           sums = rounded_later.data();
         const A weight = weights[t], keep = A(1) - weight;
         if (before)
-          map_row<A>(sums, columns, [weight, keep](auto x, auto sum) { return weight * x + keep * sum; }, row, before);
+          map_row<A>(
+              sums, columns, [weight, keep](auto value, auto sum) { return weight * value + keep * sum; }, row, before);
         else
-          map_row<A>(sums, columns, [weight](auto x) { return weight * x; }, row);
+          map_row<A>(sums, columns, [weight](auto value) { return weight * value; }, row);
         if constexpr (!kExact) map_row<A>(out, columns, kSame, static_cast<const A*>(sums));
         before = sums;
       }

@@ -15,6 +15,5 @@ _scan = partial(OpCase, bk.ema_scan, ema_scan_reference, differentiable=("x", "p
 CASES = [
     _scan("", inputs.make_ema_scan()),
     _scan("tail", inputs.make_ema_scan(tail=5), trace=False),
-    _scan("padded", inputs.make_ema_scan(rows=2)),
     _scan("wide", inputs.make_ema_scan(width=WIDE), trace=False),
 ]

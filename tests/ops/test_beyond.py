@@ -82,7 +82,7 @@ def rows_beyond(name: str, arguments: dict[str, Any]) -> int:
 def with_beyond(case: OpCase, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the same documents in longer tensors, which hold garbage behind them."""
     result = dict(arguments)
-    for name in ("logits", "entropy", "tokens", "x", "y", "q", "k", "v"):
+    for name in ("logits", "entropy", "tokens", "x", "p", "y", "q", "k", "v"):
         if name in arguments:
             result[name] = longer(arguments[name], rows_beyond(name, arguments))
     if "layout" in arguments:

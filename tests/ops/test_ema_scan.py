@@ -161,8 +161,11 @@ def test_weights_of_another_dtype(device: str) -> None:
 
 def test_padded_rows_are_documents(device: str) -> None:
     x, p = torch.randn(3, 50, 7, device=device), torch.rand(3, 50, device=device)
-    packed = ema_scan(x.flatten(0, 1), p.flatten(), torch.arange(4, device=device) * 50)
-    assert_equal(ema_scan(x, p), packed.view(3, 50, 7))
+    offsets = torch.arange(4, device=device) * 50
+    packed, packed_grads = run(CASE, ema_scan, {"x": x.flatten(0, 1), "p": p.flatten(), "cu_seqlens": offsets})
+    y, grads = run(CASE, ema_scan, {"x": x, "p": p})
+    assert_equal(y, packed.view(3, 50, 7))
+    assert_equal(grads, [g.view(v.shape) for g, v in zip(packed_grads, (x, p), strict=True)])
     assert_equal(ema_scan(x[0], p[0]), packed[:50])  # one document
 
 
