@@ -15,9 +15,9 @@ import torch
 
 import blt_kernels
 from blt_kernels import distributed, flops, models, nn, optim, testing
-from blt_kernels.integrations import hnet, megabyte, transformers
+from blt_kernels.integrations import bytelatent, hnet, megabyte, transformers
 
-MODULES = (blt_kernels, nn, models, optim, testing, flops, distributed, hnet, megabyte, transformers)
+MODULES = (blt_kernels, nn, models, optim, testing, flops, distributed, bytelatent, hnet, megabyte, transformers)
 
 
 def is_function(value: Any) -> bool:
