@@ -223,12 +223,14 @@ def test_hidden_states_and_attentions(case: str) -> None:
     with cached(ours) as applied:
         first = ours(ids[:, :past], output_hidden_states=True)
         ours.config.output_hidden_states = True  # transformers also reads it from the configuration
-        rest = ours(ids[:, past:], past_key_values=first.past_key_values, output_attentions=True)
+        second = ours(ids[:, past:-1], past_key_values=first.past_key_values)
+        last = ours(ids[:, -1:], past_key_values=first.past_key_values, output_attentions=True)
     assert first.attentions is None
-    for one, other, both in zip(first.hidden_states, rest.hidden_states, expected.hidden_states, strict=True):
-        torch.testing.assert_close(torch.cat([one, other], 1), both, atol=1e-5, rtol=0)
-    for own, theirs in zip(rest.attentions, expected.attentions, strict=True):
-        torch.testing.assert_close(own, theirs[:, :, past:], atol=1e-5, rtol=0)
+    parts = zip(first.hidden_states, second.hidden_states, last.hidden_states, strict=True)
+    for own, theirs in zip(parts, expected.hidden_states, strict=True):
+        torch.testing.assert_close(torch.cat(own, 1), theirs, atol=1e-5, rtol=0)
+    for own, theirs in zip(last.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(own, theirs[:, :, -1:], atol=1e-5, rtol=0)
     assert "output_attentions" in str(applied.report())
 
 
