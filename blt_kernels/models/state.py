@@ -149,7 +149,15 @@ class ByteState:
         Returns
         -------
         int64 ``[lengths[row]]``
+
+        Raises
+        ------
+        TypeError, ValueError
+            There is no such row.
         """
+        _checks.check_int("row", row, 0)
+        if row >= self.rows:
+            raise ValueError(f"row: expected 0 to {self.rows - 1}, got {row}")
         return self.ids.flat[0].view(self.rows, self.ids.capacity)[row, : self.ids.end[row]].long()
 
     @torch.no_grad()

@@ -461,6 +461,9 @@ def test_wrong_arguments_are_named_and_change_nothing(case: str) -> None:
         with pytest.raises((TypeError, ValueError), match=r"^lengths: expected"):
             state.truncate(lengths)  # type: ignore[arg-type]
         checked.check()
+    for row in (2, -1, 0.0, None):
+        with pytest.raises((TypeError, ValueError), match=r"^row: expected"):
+            state.row_ids(row)  # type: ignore[arg-type]
     for selected in ([2], [-2], [0.0], ["0"], 0, None):
         with pytest.raises((TypeError, ValueError), match=r"^rows: expected"):
             state.select(selected)  # type: ignore[arg-type]

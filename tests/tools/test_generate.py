@@ -46,6 +46,15 @@ def test_the_speed_is_that_behind_the_prompt(count: int, has_speed: bool) -> Non
     assert ("bytes/s" in result.stderr) == has_speed
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no POSIX shell")
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_a_closed_stream_is_an_empty_one(closed: str) -> None:
+    command = f'"{sys.executable}" -m blt_kernels generate --prompt - --max-new-bytes=2 {closed}'
+    result = subprocess.run(["sh", "-c", command], input=b"", capture_output=True, check=True)
+    assert b"2 bytes" in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
 def test_an_interruption_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     draw, calls = Sampling.draw, iter(range(3))
 
