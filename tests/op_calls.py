@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from op_case import OpCase
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -153,6 +154,30 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.numel = max([self.numel, *(x.numel() for x in tensors_of(out))])
         return out
+
+
+def heads_outside(x: Tensor) -> Tensor:
+    """Return ``[B, S, H, E]`` with the memory of ``[B, H, S, E]``, as other code bases hold heads."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def first_of_a_cache(x: Tensor) -> Tensor:
+    """Return ``[B, S, H, E]`` as the first S of the longer sequence that a cache has room for, before NaN."""
+    batch, length, heads, width = x.shape
+    cache = x.new_full((batch, heads, length + 3, width), float("nan"))
+    cache[:, :, :length] = x.transpose(1, 2)
+    return cache[:, :, :length].transpose(1, 2)
+
+
+def bytes_without_copies(call: Callable[[], Any]) -> int:
+    """Return the bytes that a call allocates, and assert that it runs no operator that copies."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
+        results = call()
+    names = {event.name for event in records.events()}
+    copies = {name for name in names if any(word in name for word in ("copy", "clone", "contiguous"))}
+    assert not copies, names
+    del results
+    return sum(max(event.cpu_memory_usage, 0) for event in records.events())
 
 
 def raw_calls(case: OpCase, arguments: dict[str, Any]) -> list[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:

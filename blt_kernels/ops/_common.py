@@ -54,6 +54,20 @@ def empty_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(ordered_like(x, x.new_empty(x.shape)) for x in tensors)
 
 
+def packed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors of heads packed, ``[B * S, H, E]``; or padded as they are, if all are, and packing would copy one.
+
+    Operators of attention take padded tensors of any strides.
+    """
+    if all(x.dim() == 4 for x in tensors) and not all(map(_is_packed, tensors)):
+        return tensors
+    return tuple(x.flatten(0, 1) if x.dim() == 4 else x for x in tensors)
+
+
+def _is_packed(x: Tensor) -> bool:
+    return x.shape[0] <= 1 or x.shape[1] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
 def empty_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """Allocate `out` and `lse` of attention."""
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=accumulator(q))

@@ -151,15 +151,14 @@ def block_causal_attention(
         keys = offsets_q if offsets_k is None else offsets_k
         seqused_k = _check_seqused(seqused_k, keys, documents, num_keys, device)
     intervals = None if ranges is None else _check_ranges(ranges, q, num_queries, num_keys, window, causal)
-    packs = dims == 4 and _packs(q) and _packs(k) and _packs(v)
-    if packs:
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    if dims == 4:
+        q, k, v = _common.packed(q, k, v)
     if autocast:
         q, k, v = _common.autocast(q, k, v)
     out, lse = block_causal_attention_fwd(q, k, v, offsets_q, offsets_k,
         window, causal, scale, seqused_k, intervals, documents,
     )  # fmt: skip
-    if packs:
+    if q.dim() != dims:
         out, lse = out.view(q_shape), lse.view(q_shape[:-1])
     return (out, lse) if return_lse else out
 
@@ -226,11 +225,6 @@ def attention_ranges(
         offsets_q, offsets_k, num_queries, num_keys, window, causal, seqused_k
     )
     return AttentionRanges(intervals, num_queries, num_keys, window, causal)
-
-
-def _packs(x: Tensor) -> bool:
-    """Return whether ``[B, S, ...]`` is ``[B * S, ...]`` without a copy. Operators take the others as they are."""
-    return x.shape[0] <= 1 or x.shape[1] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
 
 
 def _check_key_offsets(cu_seqlens_k: Tensor | _checks.Documents, keys: int, offsets_q: Tensor) -> Tensor:

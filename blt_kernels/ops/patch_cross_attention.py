@@ -31,8 +31,11 @@ def patch_cross_attention(
     ----------
     q, k, v : fp32, bf16, fp16 or fp64
         One side has a row for each byte, ``[T, H, E]`` or ``[B, S, H, E]`` with ``B * S = T``. The other has K rows for
-        each patch, ``[C * K, H, E]``: row ``p * K + j`` is vector j of patch p. E is at most 256 on CUDA. k and v may
-        have fewer heads, ``[*, G, E]`` with a G that divides H: query head h reads head ``h // (H / G)``.
+        each patch, ``[C * K, H, E]`` or ``[B, P * K, H, E]`` with ``B * P = C``: row ``p * K + j`` is vector j of patch
+        p. E is at most 256 on CUDA. k and v may have fewer heads, ``[*, G, E]`` with a G that divides H: query head h
+        reads head ``h // (H / G)``. Padded tensors may have any strides, as transposed ``[B, H, S, E]`` tensors have:
+        the CPU reads them where they are, if no patch reads over the end of a row; otherwise, and on CUDA, they are
+        packed by a copy. Gradients have their order of dimensions in memory.
 
         - "encode": q is on the patches, k and v on the bytes.
         - "decode": q is on the bytes, k and v on the patches.
@@ -83,25 +86,23 @@ def patch_cross_attention(
     _checks.check_choice("direction", direction, ("encode", "decode"))
     _checks.check_int("queries_per_patch", queries_per_patch, 1)
     encode = direction == "encode"
-    _checks.check_tensor("q", q, 3 if encode else (3, 4), _checks.FLOATS)
+    _checks.check_tensor("q", q, (3, 4), _checks.FLOATS)
     autocast = _common.autocast_enabled(q)
     for name, x in (("k", k), ("v", v)):
-        _checks.check_like(name, x, (3, 4) if encode else (3,), "q", q, dtype=not autocast)
+        _checks.check_like(name, x, (3, 4), "q", q, dtype=not autocast)
     _checks.check_layout(layout, "q", q)
     heads, width = q.shape[-2], q.shape[-1]
     if heads < 1 or width < 1:
         raise ValueError(f"q: expected at least one head, of a width of at least 1, got shape {list(q.shape)}")
-    packed = (q, k, v)
-    if q.dim() == 4 or k.dim() == 4 or v.dim() == 4:
-        packed = tuple(x.flatten(0, 1) if x.dim() == 4 else x for x in packed)  # type: ignore[assignment]
-    kv_heads = packed[1].shape[1]
+    kv_heads = k.shape[-2]
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"k: expected a number of heads G that divides H = {heads}, got {kv_heads}")
     patch_rows, byte_rows = layout.capacity * queries_per_patch, layout.patch_ids.shape[0]
     q_rows, kv_rows = (patch_rows, byte_rows) if encode else (byte_rows, patch_rows)
     expected = (q_rows, heads, width), (kv_rows, kv_heads, width), (kv_rows, kv_heads, width)
-    for name, x, shape in zip("qkv", packed, expected, strict=True):
-        if x.shape != shape:
+    for name, x, shape in zip("qkv", (q, k, v), expected, strict=True):
+        rows = x.shape[0] if x.dim() == 3 else x.shape[0] * x.shape[1]
+        if (rows, *x.shape[-2:]) != shape:
             on_patches = (name == "q") == encode
             meaning = f"C * K = {layout.capacity} * {queries_per_patch}" if on_patches else f"T = {byte_rows}"
             letter = "H" if name == "q" else "G"
@@ -113,12 +114,15 @@ def patch_cross_attention(
         _checks.check_int("window", window, 1)
     if scale is not None:
         _checks.check_number("scale", scale)
+    tensors = (q, k, v)
+    if q.dim() == 4 or k.dim() == 4 or v.dim() == 4:
+        tensors = (*_common.packed(q), *_common.packed(k, v))  # type: ignore[assignment]
     offsets, ids = layout.patch_offsets, layout.patch_ids
     if not encode:
         _checks.check_readers(layout)
         offsets, ids = layout.decode_offsets, layout.decode_ids
     out, _lse = patch_cross_attention_fwd(
-        *(_common.autocast(*packed) if autocast else packed),
+        *(_common.autocast(*tensors) if autocast else tensors),
         offsets,
         layout.cu_patches,
         ids,
@@ -127,7 +131,7 @@ def patch_cross_attention(
         window,
         scale,
     )
-    return out if q.dim() == 3 else out.view(q.shape)
+    return out if q.dim() == out.dim() else out.view(q.shape)
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ patch_cross_attention_bwd = _common.define(
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     reference.patch_cross_attention_bwd_reference,
-    lambda _grad, q, k, v, *_: _common.empty_like(q, k, v),
+    lambda _grad, q, k, v, *_: _common.empty_gradients(q, k, v),
 )
 
 

@@ -51,9 +51,7 @@ def takes_padded_heads(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def padded(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        if q.dim() == 3:
-            return forward(q, k, v, *arguments)
-        out, lse = forward(*(x.flatten(0, 1) for x in (q, k, v)), *arguments)
+        out, lse = forward(*map(_packed_heads, (q, k, v)), *arguments)
         return out.view(q.shape), lse.view(q.shape[:-1])
 
     return padded
@@ -63,14 +61,18 @@ def backward_takes_padded_heads(backward: Callable[..., Any]) -> Callable[..., A
     """Do the same for the backward."""
 
     @functools.wraps(backward)
-    def padded(grad_out: Tensor, q: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        if q.dim() == 3:
-            return backward(grad_out, q, *tensors)
-        k, v, out, lse, *arguments = tensors
-        grads = backward(*(x.flatten(0, 1) for x in (grad_out, q, k, v, out, lse)), *arguments)
+    def padded(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+    ) -> tuple[Tensor, ...]:
+        lse = lse.flatten(0, 1) if q.dim() == 4 else lse
+        grads = backward(*map(_packed_heads, (grad_out, q, k, v, out)), lse, *arguments)
         return tuple(ordered_like(x, grad.view(x.shape)) for x, grad in zip((q, k, v), grads, strict=True))
 
     return padded
+
+
+def _packed_heads(x: Tensor) -> Tensor:
+    return x.flatten(0, 1) if x.dim() == 4 else x
 
 
 def ordered_like(x: Tensor, gradient: Tensor) -> Tensor:

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blt_kernels.layout import PatchLayout
-from blt_kernels.reference._ragged import accumulator, operator_of, scale_of
+from blt_kernels.reference._ragged import (
+    accumulator,
+    backward_takes_padded_heads,
+    operator_of,
+    scale_of,
+    takes_padded_heads,
+)
 
 
 def patch_cross_attention_reference(
@@ -32,11 +38,10 @@ def patch_cross_attention_reference(
     """Compute attention between patches and bytes; see `ops.patch_cross_attention`."""
     encode = direction == "encode"
     offsets, ids = (layout.patch_offsets, layout.patch_ids) if encode else (layout.decode_offsets, layout.decode_ids)
-    query, key, value = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
     out, _lse = patch_cross_attention_fwd_reference(
-        query, key, value, offsets, layout.cu_patches, ids, direction, queries_per_patch, window, scale
+        q, k, v, offsets, layout.cu_patches, ids, direction, queries_per_patch, window, scale
     )
-    return out.view(q.shape)
+    return out
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class PatchMask:
     scale: float | None
 
 
+@takes_padded_heads
 @operator_of(PatchMask)
 def patch_cross_attention_fwd_reference(q: Tensor, k: Tensor, v: Tensor, mask: PatchMask) -> tuple[Tensor, Tensor]:
     """With s = scale * q k^T over the edges of a query: out = softmax(s) v, lse = logsumexp(s)."""
@@ -73,6 +79,7 @@ def patch_cross_attention_fwd_reference(q: Tensor, k: Tensor, v: Tensor, mask: P
     return out.reshape(q.shape).to(q.dtype), lse.reshape(q.shape[:-1])
 
 
+@backward_takes_padded_heads
 @operator_of(PatchMask)
 def patch_cross_attention_bwd_reference(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: PatchMask

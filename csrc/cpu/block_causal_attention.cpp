@@ -36,15 +36,13 @@
 #include "support/alloc.h"
 #include "support/check_values.h"
 #include "support/documents.h"
+#include "support/heads.h"
 #include "support/parallel.h"
 
 namespace blt {
 namespace {
 
 constexpr int64_t kRowGrain = 1024;  // so many dot products are worth a thread
-
-// Counts the rows of a [T, heads, E] or a [documents, length, heads, E] tensor.
-int64_t num_rows(const Tensor& x) { return x.dim() == 3 ? x.size(0) : x.size(0) * x.size(1); }
 
 template <class Void>
 HeadsOf<Void> heads_at(Void* data, const Tensor& x, ScalarType dtype) {
@@ -97,15 +95,12 @@ KeyRanges check_ranges(const Tensor& like, int64_t queries, int64_t keys, Offset
 // Returns the dtype of all three, which torch takes 20 ns to find out.
 ScalarType check_heads(const Tensor& q, const Tensor& k, const Tensor& v, const Offsets& offsets) {
   const ScalarType dtype = q.scalar_type();
-  const int64_t dims = q.dim();
-  STD_TORCH_CHECK(dims == 3 || dims == 4, "q: expected 3 or 4 dimensions, got ", dims);
-  check_dim(k, "k", dims);
-  check_dim(v, "v", dims);
+  check_head_dims(q, "q");
+  check_dim(k, "k", q.dim());
+  const int64_t dims = q.dim(), heads = num_heads(q), kv_heads = num_heads(k);
   check_dtype(k, "k", dtype);
-  check_dtype(v, "v", dtype);
-  for (int dim = 0; dim < dims; ++dim) check_size(v, "v", dim, k.size(dim));
-  check_size(k, "k", dims - 1, q.size(dims - 1));
-  const int64_t heads = q.size(dims - 2), kv_heads = k.size(dims - 2);
+  check_heads_like(v, "v", k);
+  check_size(k, "k", static_cast<int>(dims) - 1, head_width(q));
   STD_TORCH_CHECK(kv_heads >= 1 && heads % kv_heads == 0, "k: expected a number of heads that divides ", heads,
                   ", got ", kv_heads);
   if (dims == 4) {
@@ -119,30 +114,15 @@ ScalarType check_heads(const Tensor& q, const Tensor& k, const Tensor& v, const 
 
 Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, ScalarType dtype, std::optional<double> scale,
                    const KeyRanges& ranges) {
-  const int64_t last = q.dim() - 1, head_dim = q.size(last);
+  const int64_t head_dim = head_width(q);
   return {heads_of(q, dtype),
           heads_of(k, dtype),
           heads_of(v, dtype),
-          q.size(last - 1),
-          k.size(last - 1),
+          num_heads(q),
+          num_heads(k),
           head_dim,
           scale.value_or(1 / std::sqrt(static_cast<double>(head_dim))),
           ranges};
-}
-
-std::vector<int64_t> sizes_of(const Tensor& x) {
-  std::vector<int64_t> sizes(x.dim());
-  for (int64_t dim = 0; dim < x.dim(); ++dim) sizes[dim] = x.size(dim);
-  return sizes;
-}
-
-// Allocates the gradient of x. It is contiguous, or [B, S, H, E] with the sequence inside the heads if x is.
-Tensor new_gradient(const Tensor& x) {
-  std::vector<int64_t> sizes = sizes_of(x);
-  const bool heads_outside = x.dim() == 4 && x.stride(2) > x.stride(1);
-  if (heads_outside) std::swap(sizes[1], sizes[2]);
-  Tensor gradient = new_output(x, {sizes.data(), sizes.size()});
-  return heads_outside ? torch::stable::transpose(gradient, 1, 2) : gradient;
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
@@ -188,9 +168,8 @@ std::tuple<Tensor, Tensor> block_causal_attention_fwd_cpu(
   const ScalarType dtype = check_heads(q, k, v, offsets);
   const KeyRanges key_ranges = check_ranges(q, num_rows(q), num_rows(k), offsets, window, causal);
   q = with_unit_stride(q), k = with_unit_stride(k), v = with_unit_stride(v);
-  const auto sizes = sizes_of(q);
-  Tensor out = new_output(q, {sizes.data(), sizes.size()});
-  Tensor lse = new_output(q, {sizes.data(), sizes.size() - 1}, accumulator(q));
+  Tensor out = new_like(q);
+  Tensor lse = new_like(q, 1, accumulator(q));
   const Problem problem = problem_of(q, k, v, dtype, scale, key_ranges);
   const int64_t queries = key_ranges.cu_seqlens_q[key_ranges.documents];
   zero_rows(out, queries);
@@ -293,18 +272,15 @@ std::tuple<Tensor, Tensor, Tensor> block_causal_attention_bwd_cpu(
   Offsets offsets = {cu_seqlens_q, cu_seqlens_k, seqused_k, num_documents};
   const ScalarType dtype = check_heads(q, k, v, offsets);
   const KeyRanges key_ranges = check_ranges(q, num_rows(q), num_rows(k), offsets, window, causal);
-  for (const auto& [x, name] : {std::pair(&grad_out, "grad_out"), std::pair(&out, "out")}) {
-    check_dim(*x, name, q.dim());
-    check_dtype(*x, name, dtype);
-    for (int dim = 0; dim < q.dim(); ++dim) check_size(*x, name, dim, q.size(dim));
-  }
+  check_heads_like(grad_out, "grad_out", q);
+  check_heads_like(out, "out", q);
   check_dim(lse, "lse", q.dim() - 1);
   check_dtype(lse, "lse", accumulator(q));
   for (int dim = 0; dim < lse.dim(); ++dim) check_size(lse, "lse", dim, q.size(dim));
   q = with_unit_stride(q), k = with_unit_stride(k), v = with_unit_stride(v);
   grad_out = with_unit_stride(grad_out), out = with_unit_stride(out), lse = as_contiguous(lse);
   Tensor grad_q = new_gradient(q), grad_k = new_gradient(k), grad_v = new_gradient(v);
-  Tensor delta = new_output(q, {num_rows(q) * q.size(q.dim() - 2)}, accumulator(q));
+  Tensor delta = new_output(q, {num_rows(q) * num_heads(q)}, accumulator(q));
   const Problem problem = problem_of(q, k, v, dtype, scale, key_ranges);
   zero_rows(grad_q, key_ranges.cu_seqlens_q[key_ranges.documents]);
   zero_rows(grad_k, key_ranges.cu_seqlens_k[key_ranges.documents]);

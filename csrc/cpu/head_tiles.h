@@ -42,6 +42,21 @@ struct HeadView {
   T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
 };
 
+// Points to a HeadView's tensor, or to a [B, length, heads, E] tensor of B * length rows, where `jump` elements are added
+// to a row's address for each of the B before its own.
+template <class T>
+struct HeadRows {
+  HeadView<T> rows;
+  int64_t length = 1, jump = 0;
+  // Returns a view of the rows from `row` on, up to the end of its `length` rows.
+  HeadView<T> from(int64_t row, int64_t head) const {
+    HeadView<T> view = rows.from(row, head);
+    if (jump != 0) view.data += row / length * jump;
+    return view;
+  }
+  T* at(int64_t row, int64_t head) const { return from(row, head).data; }
+};
+
 // Points to rows of E numbers in each lane. Those of a lane begin at data[lane].
 template <class T>
 struct LaneView {

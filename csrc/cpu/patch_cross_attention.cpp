@@ -36,7 +36,7 @@
 #include "../common/args/patch_cross_attention.h"
 #include "../common/dispatch.h"
 #include "patch_cross_attention_backward.h"
-#include "support/alloc.h"
+#include "support/heads.h"
 #include "support/rows.h"
 
 namespace blt {
@@ -46,7 +46,7 @@ namespace {
 
 template <class T>
 struct Output {
-  HeadView<T> out;
+  HeadRows<T> out;
   accumulator_t<T>* lse;
   PartSums<accumulator_t<T>> sums;
 };
@@ -86,8 +86,8 @@ void attend(const Problem<T>& problem, const Output<T>& output, const Task& task
   RunningSoftmax<A> softmax[kTileSide];
   const Range keys = task.keys;
   const int64_t begin = task.queries.begin, m = task.queries.size(), step = kCells / m, repeats = problem.repeats;
-  const auto q = repeat(problem.q, repeats, r).from(begin, head);
-  const auto out = repeat(output.out, repeats, r).from(begin, head);
+  const auto q = repeat(problem.q, repeats, r, begin, head);
+  const auto out = repeat(output.out, repeats, r, begin, head);
   for (int64_t key = keys.begin; key < keys.end; key += step) {
     const int64_t n = std::min(step, keys.end - key);
     const Stage stage = {key == keys.begin, task.slot < 0 && key + n == keys.end};
@@ -160,7 +160,7 @@ class PartMemory {
 
 // Sets out to the sums of the parts of every divided patch, added up, with weights exp(m_n - m) / l for a softmax.
 template <class T>
-void add_up(const PatchTasks& tasks, const PartSums<accumulator_t<T>>& sums, const HeadView<T>& out,
+void add_up(const PatchTasks& tasks, const PartSums<accumulator_t<T>>& sums, const HeadRows<T>& out,
             accumulator_t<T>* lse, int64_t width) {
   using A = accumulator_t<T>;
   const int64_t per_patch = sums.vectors * sums.heads;
@@ -195,20 +195,43 @@ void add_up(const PatchTasks& tasks, const PartSums<accumulator_t<T>>& sums, con
 // --- entries ---------------------------------------------------------------------------------------------------------
 
 template <class T>
-HeadView<const T> view_of(const Tensor& x) {
-  return {x.const_data_ptr<T>(), x.stride(0), x.stride(1)};
+HeadRows<T> rows_at(T* data, const Tensor& x) {
+  if (x.dim() == 3) return {{data, x.stride(0), x.stride(1)}};
+  const int64_t jump = x.size(0) > 1 ? x.stride(0) - x.size(1) * x.stride(1) : 0;
+  return {{data, x.stride(1), x.stride(2)}, std::max<int64_t>(x.size(1), 1), jump};
 }
 
 template <class T>
-HeadView<T> output_view(Tensor& x) {
-  return {x.mutable_data_ptr<T>(), x.stride(0), x.stride(1)};
+HeadRows<const T> rows_of(const Tensor& x) {
+  return rows_at(x.const_data_ptr<T>(), x);
+}
+
+template <class T>
+HeadRows<T> output_rows(Tensor& x) {
+  return rows_at(x.mutable_data_ptr<T>(), x);
+}
+
+// Checks the arguments, and packs padded tensors in which a task has rows of several of the B.
+PatchTasks tasks_of(CrossArguments& arguments, bool backward) {
+  PatchTasks tasks(arguments, backward);
+  const auto pack = [&](Tensor& x, bool of_queries) {
+    if (x.dim() == 4 && tasks.cross(x.size(1), of_queries)) x = as_contiguous(x);
+  };
+  pack(arguments.q, true), pack(arguments.k, false), pack(arguments.v, false);
+  return tasks;
+}
+
+// Returns a contiguous tensor in the order of dimensions that the gradient of x has.
+Tensor as_gradient(const Tensor& x, const Tensor& contiguous) {
+  if (!heads_outside(x)) return contiguous;
+  return torch::stable::transpose(as_contiguous(torch::stable::transpose(contiguous, 1, 2)), 1, 2);
 }
 
 template <class T>
 Problem<T> problem_of(const CrossArguments& arguments) {
-  return {view_of<T>(arguments.q),
-          view_of<T>(arguments.k),
-          view_of<T>(arguments.v),
+  return {rows_of<T>(arguments.q),
+          rows_of<T>(arguments.k),
+          rows_of<T>(arguments.v),
           arguments.kv_heads(),
           arguments.heads() / arguments.kv_heads(),
           arguments.width(),
@@ -219,17 +242,17 @@ std::tuple<Tensor, Tensor> patch_cross_attention_fwd_cpu(Tensor q, Tensor k, Ten
                                                          Tensor cu_patches, Tensor ids, std::string direction,
                                                          int64_t queries_per_patch, std::optional<int64_t> window,
                                                          std::optional<double> scale) {
-  const CrossArguments arguments =
+  CrossArguments arguments =
       check_cross_attention(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window, scale);
-  const PatchTasks tasks(arguments, false);
-  Tensor out = new_output(q, {q.size(0), q.size(1), q.size(2)});
-  Tensor lse = new_output(q, {q.size(0), q.size(1)}, accumulator(q));
+  const PatchTasks tasks = tasks_of(arguments, false);
+  Tensor out = new_like(q);
+  Tensor lse = new_like(q, 1, accumulator(q));
   dispatch_float(q.scalar_type(), "q", [&]<class T>(Tag<T>) {
     using A = accumulator_t<T>;
     const Problem<T> problem = problem_of<T>(arguments);
     const int64_t heads = problem.query_heads(), width = problem.width;
     const PartMemory<A> memory(tasks, heads, width);
-    const Output<T> output = {output_view<T>(out), lse.mutable_data_ptr<A>(), memory.sums()};
+    const Output<T> output = {output_rows<T>(out), lse.mutable_data_ptr<A>(), memory.sums()};
     tasks.for_each_run(row_grain(heads * width), [&](std::span<const Task> run) {
       Partial<A> partial(q, width);
       for (const Task& task : run) attend_task(problem, output, task, partial);
@@ -245,20 +268,20 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cpu(Tensor grad_out
                                                                  int64_t queries_per_patch,
                                                                  std::optional<int64_t> window,
                                                                  std::optional<double> scale) {
-  const CrossArguments arguments =
+  CrossArguments arguments =
       check_cross_attention(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window, scale);
   check_cross_grads(arguments, grad_out, out, lse);
-  const PatchTasks tasks(arguments, true);
-  Tensor grad_q = new_output(q, {q.size(0), q.size(1), q.size(2)});
-  Tensor grad_k = new_output(k, {k.size(0), k.size(1), k.size(2)});
-  Tensor grad_v = new_output(v, {v.size(0), v.size(1), v.size(2)});
+  const PatchTasks tasks = tasks_of(arguments, true);
+  if (q.dim() == 4 && tasks.cross(q.size(1), true)) grad_out = as_contiguous(grad_out), out = as_contiguous(out);
+  // The gradients of what was packed are packed.
+  Tensor grad_q = new_gradient(arguments.q), grad_k = new_gradient(arguments.k), grad_v = new_gradient(arguments.v);
   dispatch_float(q.scalar_type(), "q", [&]<class T>(Tag<T>) {
     using A = accumulator_t<T>;
     const Problem<T> problem = problem_of<T>(arguments);
     const int64_t heads = tasks.encode() ? problem.query_heads() : problem.heads, width = problem.width;
     const PartMemory<A> first(tasks, heads, width), second(tasks, heads, width);
-    const Gradients<T> grads = {view_of<T>(grad_out),         view_of<T>(out),        lse.const_data_ptr<A>(),
-                                output_view<T>(grad_q),       output_view<T>(grad_k), output_view<T>(grad_v),
+    const Gradients<T> grads = {rows_of<T>(grad_out),         rows_of<T>(out),        lse.const_data_ptr<A>(),
+                                output_rows<T>(grad_q),       output_rows<T>(grad_k), output_rows<T>(grad_v),
                                 {first.sums(), second.sums()}};
     tasks.for_each_run(row_grain(problem.query_heads() * width), [&](std::span<const Task> run) {
       Partials<A> partials = {{q, width}, {q, width}, {q, width}};
@@ -268,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cpu(Tensor grad_out
     add_up<T>(tasks, grads.sums[0], grads.k, nullptr, width);
     add_up<T>(tasks, grads.sums[1], grads.v, nullptr, width);
   });
-  return {grad_q, grad_k, grad_v};
+  return {as_gradient(q, grad_q), as_gradient(k, grad_k), as_gradient(v, grad_v)};
 }
 
 }  // namespace

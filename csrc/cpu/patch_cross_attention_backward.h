@@ -15,17 +15,18 @@ namespace {
 // following.
 template <class T>
 struct Problem {
-  HeadView<const T> q, k, v;
+  HeadRows<const T> q, k, v;
   int64_t heads, repeats, width;
   accumulator_t<T> scale;
 
   int64_t query_heads() const { return heads * repeats; }
 };
 
-// Selects the r-th query head of every head of k and v.
+// Returns the rows from `row` on of the r-th query head of every head of k and v, from `head` on.
 template <class T>
-HeadView<T> repeat(const HeadView<T>& view, int64_t repeats, int64_t r) {
-  return {view.data + r * view.head_stride, view.row_stride, view.head_stride * repeats};
+HeadView<T> repeat(const HeadRows<T>& rows, int64_t repeats, int64_t r, int64_t row, int64_t head) {
+  const HeadView<T> view = rows.from(row, head * repeats + r);
+  return {view.data, view.row_stride, view.head_stride * repeats};
 }
 
 // Holds sums of parts by slot, vector of the patch and head: E numbers, and m and l of a softmax.
@@ -55,17 +56,20 @@ void for_each_group(int64_t heads, int64_t width, const F& f) {
 }
 
 template <class T>
-void clear(const HeadView<T>& x, Range rows, int64_t heads, int64_t width) {
-  for (int64_t i = rows.begin; i < rows.end; ++i) std::fill_n(x.at(i, 0), heads * width, T(0));
+void clear(const HeadRows<T>& x, Range rows, int64_t heads, int64_t width) {
+  const bool whole = x.rows.head_stride == width;
+  for (int64_t i = rows.begin; i < rows.end; ++i)
+    for (int64_t head = 0; head < (whole ? 1 : heads); ++head)
+      std::fill_n(x.at(i, head), whole ? heads * width : width, T(0));
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Gradients {
-  HeadView<const T> grad_out, out;
+  HeadRows<const T> grad_out, out;
   const accumulator_t<T>* lse;
-  HeadView<T> q, k, v;
+  HeadRows<T> q, k, v;
   PartSums<accumulator_t<T>> sums[2];  // is for q, or for k and v
 };
 
@@ -83,9 +87,9 @@ void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const Task&
   const int64_t m = tile.queries.size(), n = tile.keys.size(), repeats = problem.repeats;
   // If a tile has all keys of its queries, g_i . out_i is a sum over them, and out is not read.
   const bool all_keys = tile.for_queries && query_stage.whole();
-  const auto q = repeat(problem.q, repeats, r).from(tile.queries.begin, head);
-  const auto g = repeat(grads.grad_out, repeats, r).from(tile.queries.begin, head);
-  const auto out = repeat(grads.out, repeats, r).from(tile.queries.begin, head);
+  const auto q = repeat(problem.q, repeats, r, tile.queries.begin, head);
+  const auto g = repeat(grads.grad_out, repeats, r, tile.queries.begin, head);
+  const auto out = repeat(grads.out, repeats, r, tile.queries.begin, head);
   const auto k = problem.k.from(tile.keys.begin, head), v = problem.v.from(tile.keys.begin, head);
   dots(weights, n, q, m, k, n, v, shape, problem.scale);
   dots(slopes, n, g, m, v, n, {}, shape, A(1));
@@ -114,8 +118,8 @@ void grad_tile(const Problem<T>& problem, const Gradients<T>& grads, const Task&
     }
   }
   if (tile.for_queries)
-    weighted_sums<T>(repeat(grads.q, repeats, r).from(tile.queries.begin, head), partials.q, m, k, n, slopes, {1, n},
-                     shape, query_stage);
+    weighted_sums<T>(repeat(grads.q, repeats, r, tile.queries.begin, head), partials.q, m, k, n, slopes, {1, n}, shape,
+                     query_stage);
   if (tile.for_keys) {
     weighted_sums<T>(grads.k.from(tile.keys.begin, head), partials.k, n, q, m, slopes, {n, 1}, shape, key_stage);
     weighted_sums<T>(grads.v.from(tile.keys.begin, head), partials.v, n, g, m, weights, {n, 1}, shape, key_stage);

@@ -107,6 +107,13 @@ class PatchTasks {
   }
 
   bool encode() const { return encode_; }
+  // Returns whether the queries or the keys of a task are in several runs of `length` rows.
+  bool cross(int64_t length, bool of_queries) const {
+    return std::any_of(tasks_.begin(), tasks_.end(), [&](const Task& task) {
+      const Range& rows = of_queries ? task.queries : task.keys;
+      return task.queries.size() > 0 && task.keys.size() > 0 && rows.begin / length != (rows.end - 1) / length;
+    });
+  }
   int64_t vectors_per_patch() const { return vectors_per_patch_; }
   int64_t num_slots() const { return divided_.empty() ? 0 : divided_.back().slot + divided_.back().count; }
   const std::vector<DividedPatch>& divided() const { return divided_; }

@@ -18,6 +18,21 @@
 namespace blt {
 namespace {
 
+// Returns packed heads, by a copy where strides ask for one.
+Tensor packed(const Tensor& x) { return x.dim() == 3 ? x : torch::stable::flatten(x, 0, 1); }
+
+Tensor in_shape_of(const Tensor& like, const Tensor& x) {
+  return torch::stable::view(x, {like.size(0), like.size(1), like.size(2), like.size(3)});
+}
+
+// Returns the packed gradient of x as that of x, whose order of dimensions it gets by a copy.
+Tensor gradient_of(const Tensor& x, const Tensor& packed) {
+  if (x.dim() == 3) return packed;
+  const Tensor gradient = in_shape_of(x, packed);
+  if (!heads_outside(x)) return gradient;
+  return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(gradient, 1, 2)), 1, 2);
+}
+
 template <class T>
 HeadTensor<const T> input_rows(const Device& device, const Tensor& x) {
   return {device.read<T>(x), x.stride(1), static_cast<u32>(row_bytes(x))};
@@ -31,8 +46,8 @@ HeadTensor<T> output_rows(const Device& device, Tensor& x) {
 // Converts the checked arguments to what the kernels take.
 struct Arguments : CrossArguments {
   explicit Arguments(CrossArguments&& checked) : CrossArguments(std::move(checked)) {
-    STD_TORCH_CHECK(q.size(2) <= kMaxWidth, "q: expected heads of at most ", kMaxWidth, " numbers on CUDA, got ",
-                    q.size(2));
+    STD_TORCH_CHECK(width() <= kMaxWidth, "q: expected heads of at most ", kMaxWidth, " numbers on CUDA, got ",
+                    width());
     for (Tensor* x : {&q, &k, &v}) *x = limit_row_stride(*x, UINT32_MAX);
   }
 
@@ -136,6 +151,12 @@ std::tuple<Tensor, Tensor> patch_cross_attention_fwd_cuda(Tensor q, Tensor k, Te
                                                           Tensor cu_patches, Tensor ids, std::string direction,
                                                           int64_t queries_per_patch, std::optional<int64_t> window,
                                                           std::optional<double> scale) {
+  if (q.dim() == 4 || k.dim() == 4) {
+    const auto [out, lse] = patch_cross_attention_fwd_cuda(packed(q), packed(k), packed(v), offsets, cu_patches, ids,
+                                                           direction, queries_per_patch, window, scale);
+    if (q.dim() == 3) return {out, lse};
+    return {in_shape_of(q, out), torch::stable::view(lse, {q.size(0), q.size(1), q.size(2)})};
+  }
   const Arguments arguments(
       check_cross_attention(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window, scale));
   const Device device(q);
@@ -167,6 +188,13 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
                                                                   int64_t queries_per_patch,
                                                                   std::optional<int64_t> window,
                                                                   std::optional<double> scale) {
+  if (q.dim() == 4 || k.dim() == 4) {
+    const Tensor packed_lse = q.dim() == 4 ? torch::stable::flatten(lse, 0, 1) : lse;
+    const auto [grad_q, grad_k, grad_v] =
+        patch_cross_attention_bwd_cuda(packed(grad_out), packed(q), packed(k), packed(v), packed(out), packed_lse,
+                                       offsets, cu_patches, ids, direction, queries_per_patch, window, scale);
+    return {gradient_of(q, grad_q), gradient_of(k, grad_k), gradient_of(v, grad_v)};
+  }
   const Arguments arguments(
       check_cross_attention(q, k, v, offsets, cu_patches, ids, direction, queries_per_patch, window, scale));
   check_cross_grads(arguments, grad_out, out, lse);

@@ -727,8 +727,8 @@ DECODE = {"q": torch.zeros(20, 3, 4), "k": torch.zeros(40, 3, 4), "v": torch.zer
         ({"k": torch.zeros(20, 3, 4).int()}, TypeError, "k: expected dtype in float32.*got torch.int32"),
         ({"k": torch.zeros(20, 3, 4).half()}, TypeError, "k: expected dtype torch.float32 of q, got torch.float16"),
         ({"v": torch.zeros(20, 3, 4, device="meta")}, ValueError, "v: expected device cpu of q, got meta"),
-        ({"q": torch.zeros(2, 20, 3, 4)}, ValueError, r"q: expected 3 dimensions, got shape \[2, 20, 3, 4\]"),
-        ({**DECODE, "k": torch.zeros(2, 20, 3, 4)}, ValueError, r"k: expected 3 dimensions, got shape \[2, 20, 3, 4\]"),
+        ({"q": torch.zeros(2, 21, 3, 4)}, ValueError, r"q: expected shape \[C \* K = 20 .* got \[2, 21, 3, 4\]"),
+        ({**DECODE, "k": torch.zeros(2, 21, 3, 4)}, ValueError, r"k: expected shape \[C .* got \[2, 21, 3, 4\]"),
         ({"k": torch.zeros(20, 12)}, ValueError, r"k: expected 3 or 4 dimensions, got shape \[20, 12\]"),
         ({"q": torch.zeros(40, 3, 0)}, ValueError, "q: expected at least one head, of a width of at least 1, got"),
         (
@@ -743,7 +743,7 @@ DECODE = {"q": torch.zeros(20, 3, 4), "k": torch.zeros(40, 3, 4), "v": torch.zer
         ),
         ({"k": torch.zeros(20, 2, 4)}, ValueError, "k: expected a number of heads G that divides H = 3, got 2"),
         ({"k": torch.zeros(20, 0, 4)}, ValueError, "k: expected a number of heads G that divides H = 3, got 0"),
-        ({"v": torch.zeros(3, 7, 3, 4)}, ValueError, r"v: expected shape \[T = 20, .* to encode, got \[21, 3, 4\]"),
+        ({"v": torch.zeros(3, 7, 3, 4)}, ValueError, r"v: expected shape \[T = 20, .* to encode, got \[3, 7, 3, 4\]"),
         ({**DECODE, "q": torch.zeros(40, 3, 4)}, ValueError, r"q: expected shape \[T = 20, .* to decode, got \[40"),
         (
             {**DECODE, "v": torch.zeros(40, 3, 5)},

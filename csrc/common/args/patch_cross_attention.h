@@ -7,16 +7,11 @@
 #include <optional>
 #include <string>
 
-#include "../check.h"
+#include "heads.h"
 
 namespace blt {
 
-inline void check_like(const Tensor& x, const char* name, const Tensor& like) {
-  check_shape(x, name, {like.size(0), like.size(1), like.size(2)});
-  check_dtype(x, name, like.scalar_type());
-}
-
-// q [queries, heads, E], k and v [keys, kv_heads, E] have unit stride in E. offsets [capacity + 1], cu_patches
+// q [queries, heads, E], k and v [keys, kv_heads, E] have unit stride in E, and may be padded. offsets [capacity + 1], cu_patches
 // [documents + 1] and ids [num_bytes] are contiguous.
 struct CrossArguments {
   Tensor q, k, v, offsets, cu_patches, ids;
@@ -24,9 +19,9 @@ struct CrossArguments {
   int64_t queries_per_patch, window, capacity, documents, num_bytes;
   double scale;
 
-  int64_t heads() const { return q.size(1); }
-  int64_t kv_heads() const { return k.size(1); }
-  int64_t width() const { return q.size(2); }
+  int64_t heads() const { return num_heads(q); }
+  int64_t kv_heads() const { return num_heads(k); }
+  int64_t width() const { return head_width(q); }
 };
 
 inline CrossArguments check_cross_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensor offsets,
@@ -37,16 +32,16 @@ inline CrossArguments check_cross_attention(const Tensor& q, const Tensor& k, co
   STD_TORCH_CHECK(encode || direction == "decode", "direction: expected encode or decode, got ", direction);
   STD_TORCH_CHECK(queries_per_patch >= 1, "queries_per_patch: expected a value >= 1, got ", queries_per_patch);
   STD_TORCH_CHECK(!window || *window >= 1, "window: expected a value >= 1, got ", window.value_or(0));
-  check_dim(q, "q", 3);
-  check_dim(k, "k", 3);
+  check_head_dims(q, "q");
+  check_head_dims(k, "k");
   check_dtype(k, "k", q.scalar_type());
-  check_like(v, "v", k);
-  check_size(k, "k", 2, q.size(2));
-  STD_TORCH_CHECK(k.size(1) >= 1 && q.size(1) % k.size(1) == 0, "k: expected a number of heads that divides the ",
-                  q.size(1), " of q, got ", k.size(1));
+  check_heads_like(v, "v", k);
+  check_size(k, "k", static_cast<int>(k.dim()) - 1, head_width(q));
+  STD_TORCH_CHECK(num_heads(k) >= 1 && num_heads(q) % num_heads(k) == 0,
+                  "k: expected a number of heads that divides the ", num_heads(q), " of q, got ", num_heads(k));
   const int64_t capacity = check_num_segments(offsets, "offsets");
   const int64_t documents = check_num_segments(cu_patches, "cu_patches");
-  const int64_t num_bytes = (encode ? k : q).size(0), vectors = (encode ? q : k).size(0);
+  const int64_t num_bytes = num_rows(encode ? k : q), vectors = num_rows(encode ? q : k);
   check_int32(ids, "ids");
   check_size(ids, "ids", 0, num_bytes);
   STD_TORCH_CHECK(capacity == 0 ? vectors == 0 : vectors % capacity == 0 && vectors / capacity == queries_per_patch,
@@ -65,14 +60,15 @@ inline CrossArguments check_cross_attention(const Tensor& q, const Tensor& k, co
           capacity,
           documents,
           num_bytes,
-          scale.value_or(1 / std::sqrt(static_cast<double>(q.size(2))))};
+          scale.value_or(1 / std::sqrt(static_cast<double>(head_width(q))))};
 }
 
-// grad_out and out get unit stride in E; lse [queries, heads] becomes contiguous.
+// grad_out and out get unit stride in E; lse, which has no E, becomes contiguous.
 inline void check_cross_grads(const CrossArguments& arguments, Tensor& grad_out, Tensor& out, Tensor& lse) {
-  check_like(grad_out, "grad_out", arguments.q);
-  check_like(out, "out", arguments.q);
-  check_shape(lse, "lse", {arguments.q.size(0), arguments.q.size(1)});
+  check_heads_like(grad_out, "grad_out", arguments.q);
+  check_heads_like(out, "out", arguments.q);
+  check_dim(lse, "lse", arguments.q.dim() - 1);
+  for (int dim = 0; dim < lse.dim(); ++dim) check_size(lse, "lse", dim, arguments.q.size(dim));
   check_dtype(lse, "lse", accumulator(arguments.q));
   grad_out = with_unit_stride(grad_out), out = with_unit_stride(out), lse = as_contiguous(lse);
 }
