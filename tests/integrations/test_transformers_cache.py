@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from functools import cache
 
@@ -196,6 +198,19 @@ def test_any_history_equals_whole_rows(history, case: str, undo: int) -> None:
         torch.testing.assert_close(own[-1], whole(stock, row[kept][None])[0, -1], atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_rows_are_computed_anew_where_crop_reaches_far_back() -> None:
+    stock, ours = pair("released")
+    ids, cache = batch(2, 300), BltCache(undo=0)
+    for part in ids.split(50, 1):
+        ours(part, past_key_values=cache)
+    assert not any(cache.state._holds([40, 40]))
+    cache.crop(-260)
+    out = ours(ids[:, 40:44], past_key_values=cache).logits
+    for row, own in zip(ids, out, strict=True):
+        torch.testing.assert_close(own, whole(stock, row[None, :44])[0, 40:], atol=1e-5, rtol=0)
+
+
 def test_long_prompts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     stock, ours = pair("released")
     monkeypatch.setattr(caching, "_PART", 4)
@@ -289,7 +304,7 @@ def test_parameters_are_shared() -> None:
     with cached(ours):
         first = ours(ids)
         state = first.past_key_values.state
-        shared = {p.data_ptr() for p in state.model.parameters() if p.numel()}
+        shared = {p.data_ptr() for name, p in state.model.named_parameters() if name != "lm_head.weight"}
         assert shared == {p.data_ptr() for p in ours.parameters()}
         assert not any("blt" in name for name in ours.state_dict())
         assert ours.lm_head.weight is ours.model.local_encoder.embed_tokens.weight
@@ -450,6 +465,16 @@ def test_compiled_forwards() -> None:
         out = compiled(ids, past_key_values=cache)
     torch.testing.assert_close(out.logits, whole(stock, torch.cat([ids, ids], 1))[:, 8:], atol=1e-5, rtol=0)
     torch._dynamo.reset()
+
+
+def test_models_are_not_kept_alive() -> None:
+    with cached(), torch.no_grad():
+        ours = their_model("bytes")
+        cache, alive = ours(prompt()).past_key_values, weakref.ref(ours.model)
+        del ours
+        gc.collect()
+        assert alive() is None
+        assert cache.get_seq_length() == prompt().shape[1]
 
 
 def test_undo_leaves_nothing() -> None:

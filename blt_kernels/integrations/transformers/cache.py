@@ -38,6 +38,11 @@ class BltCache(Cache):
     TypeError, ValueError
         `undo` is no such int.
 
+    Notes
+    -----
+    Under a `max_patch_length`, transformers without a cache drops the decision after the last byte of the longest row. A
+    cache keeps it, and so computes what transformers does once a further byte follows.
+
     Examples
     --------
     >>> cache = BltCache()

@@ -138,8 +138,9 @@ def _refer(blt: BLT, model: Any) -> BLT:
         got = " and ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
         raise NotSharedError(f"parameters: expected one dtype on one device, got {got}")
     ((device, dtype),) = kinds
-    # A state has the dtype and the device of the head, which is not called here.
-    blt.lm_head.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+    # A state has the dtype and the device of the head, and calls it where it computes a row anew.
+    head = torch.zeros(1, blt.config.decoder.dim, device=device, dtype=dtype)
+    blt.lm_head.weight = nn.Parameter(head, requires_grad=False)
     return blt
 
 
