@@ -40,8 +40,8 @@ class BltCache(Cache):
 
     Notes
     -----
-    Under a `max_patch_length`, transformers drops the decision after the last byte of the longest row. A cache keeps it,
-    and so computes what transformers computes once a further byte follows.
+    Under a `max_patch_length`, transformers drops the decision after the last byte of the longest row. A cache keeps
+    it, and so computes what transformers computes once a further byte follows.
 
     Examples
     --------
