@@ -12,6 +12,8 @@ import torch
 from backends import BACKENDS, DEVICES, use
 from hypothesis import HealthCheck, settings
 
+from blt_kernels.integrations import _applied
+
 STAND_INS = Path(__file__).parent / "stand_ins"
 
 # There is no deadline, since the first call of an op may compile or load something.
@@ -74,6 +76,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(STAND_INS))
     yield
     forget()
+    _applied._SLOTS.clear()  # Nobody undoes what was applied to the forgotten modules.
 
 
 @pytest.fixture(autouse=True)
