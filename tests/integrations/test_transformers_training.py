@@ -54,6 +54,21 @@ def test_copied() -> None:
     assert applied.report().replaced["BltModel.forward"] == 1
 
 
+def test_forwards_that_accelerate_surrounds() -> None:
+    """It keeps the forward of a module as `_old_forward` and calls it between its hooks."""
+    model, tokens = their_model("released"), batch(2)
+    theirs, layer, hooks = logits_of(model, tokens), model.model.local_decoder.layers[1].self_attn, []
+    layer._old_forward = inner = layer.forward
+    layer.forward = outer = lambda *args, **kwargs: hooks.append("hook") or layer._old_forward(*args, **kwargs)
+    with integration.apply(model) as applied:
+        ours = logits_of(model, tokens)
+        assert layer.forward is outer
+    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+    assert hooks == ["hook"]
+    assert not applied.report().fell_back
+    assert layer._old_forward == inner
+
+
 LORA = {"projections": ["q_proj", "v_proj", "gate_proj"], "tables": ["encoder_hash_tok_embedding", "embed_tokens"]}
 
 
