@@ -1,14 +1,15 @@
-// few_row_layer runs transformer layers over a few new entries of rows whose earlier keys and values are cached. Each is
+// few_row_layer runs transformer layers over a few new entries of rows whose earlier keys and values are cached. Each
+// layer computes
 //
 //   q, k, v = rotate(W_q n), rotate(W_k n), W_v n        with n = norm(x); k and v are written to the cache
 //   h = x + W_o attention(q, keys, values)
 //   y = h + W_down (silu(W_gate n') * W_up n')           with n' = norm(h)
 //
-// and the first ones may have a cross attention in front, with which an entry reads the vectors of its patch:
+// The first layers may have a cross attention in front, in which an entry reads the vectors of its patch:
 //
 //   x <- 2 x + W_o attention(W_q norm(x), patch_keys, patch_values)
 //
-// With a head, W norm(y) of the last layer is returned, in the place of y.
+// With a head, W norm(y) of the last layer is returned in the place of y.
 //
 // A step of decoding has one row in each of these products, so calls and passes over small tensors would cost more than
 // the arithmetic. The calling thread computes what is small, cross attention too. Threads share the outputs of the

@@ -42,8 +42,8 @@ struct HeadView {
   T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
 };
 
-// Points to a HeadView's tensor, or to a [B, length, heads, E] tensor of B * length rows, where `jump` elements are added
-// to a row's address for each of the B before its own.
+// Points to a HeadView's tensor, or to a [B, length, heads, E] tensor of B * length rows, where `jump` elements are
+// added to a row's address for each of the B before its own.
 template <class T>
 struct HeadRows {
   HeadView<T> rows;

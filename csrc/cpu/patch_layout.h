@@ -29,8 +29,8 @@ struct TextDocuments {
         made(given ? new_output(like, {0}, ScalarType::Int) : cu_seqlens) {}
 };
 
-// Returns decisions about all bytes, bool [num_bytes]. decide(b, begin, end, decisions) makes those of document b, which
-// is bytes [begin, end).
+// Returns decisions about all bytes, bool [num_bytes]. decide(b, begin, end, decisions) makes those of document b,
+// which is bytes [begin, end).
 template <class Decide>
 Tensor decisions_of(const TextDocuments& text, int64_t num_bytes, const Decide& decide) {
   Tensor cu_seqlens = text.cu_seqlens;

@@ -6,8 +6,8 @@
 //   grad_p[t] = sum over d of (x[t,d] - y[t-1,d]) g[t,d]
 //
 // Tiling: a warp owns a chunk of 32 rows and a panel of 32 vectors of kVec columns, 16 bytes of a row where rows are
-// aligned to that. Its lanes are the columns, and for weights and starts of documents the rows. Four steps make the time
-// linear in the rows and let one long document occupy the GPU:
+// aligned to that. Its lanes are the columns, and for weights and starts of documents the rows. Four steps make the
+// time linear in the rows and let one long document occupy the GPU:
 //
 //   1. The owner of a chunk scans it as if nothing came before. It writes the last sums, `ends`, and a factor, by which
 //      the sums before the chunk enter them: the product of 1 - p, or nothing if a document begins in the chunk.
@@ -16,12 +16,13 @@
 //      group by the sums before that chunk.
 //   4. The owner of a chunk scans it again, from these sums, and writes its rows.
 //
-// A single chunk needs step 4 alone, a single group no step 2. Backward, rows and chunks run from the last to the first.
-// The lanes of a row add up its part of grad_p in a fixed order; a last launch adds up the panels. There are no atomics.
+// A single chunk needs step 4 alone, a single group no step 2. Backward, rows and chunks run from the last to the
+// first. The lanes of a row add up its part of grad_p in a fixed order; a last launch adds up the panels. There are no
+// atomics.
 //
 // Bytes: forward reads x twice and writes y; backward reads grad_y twice, x and y, and writes grad_x. The ends, a
-// sixteenth of the bytes of 16-bit rows, are written once, read three times and replaced once. They mostly stay in L2, as x
-// does if it is small enough. Roofline: a memory copy.
+// sixteenth of the bytes of 16-bit rows, are written once, read three times and replaced once. They mostly stay in L2,
+// as x does if it is small enough. Roofline: a memory copy.
 #pragma once
 
 #include "documents.cuh"
@@ -36,7 +37,8 @@ inline constexpr int kEmaPrefetch = 8;       // rows of one tensor
 inline constexpr int kEmaPartPrefetch = 16;  // chunks or groups
 inline constexpr int kEmaGradPrefetch = 3;   // rows of three tensors
 
-// Says how the sums before some chunks enter those at their end: multiplied by `product`, or not at all if `resets` is 1.
+// Says how the sums before some chunks enter those at their end: multiplied by `product`, or not at all if `resets` is
+// 1.
 template <class A>
 struct alignas(2 * sizeof(A)) Factor {
   A product, resets;
@@ -76,8 +78,8 @@ __device__ __forceinline__ bool begins_document(const Documents& documents, i32 
   return first <= documents.count && documents.offsets[first] == row;
 }
 
-// Has for each row of a chunk whether it takes nothing from the row before it in the order of the scan, and in each lane
-// the factor of that row. All lanes of a warp take part.
+// Has for each row of a chunk whether it takes nothing from the row before it in the order of the scan, and in each
+// lane the factor of that row. All lanes of a warp take part.
 template <class A>
 struct ChunkWeights {
   u32 resets;

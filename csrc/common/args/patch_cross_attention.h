@@ -11,8 +11,8 @@
 
 namespace blt {
 
-// q [queries, heads, E], k and v [keys, kv_heads, E] have unit stride in E, and may be padded. offsets [capacity + 1], cu_patches
-// [documents + 1] and ids [num_bytes] are contiguous.
+// q [queries, heads, E], k and v [keys, kv_heads, E] have unit stride in E, and may be padded. offsets [capacity + 1],
+// cu_patches [documents + 1] and ids [num_bytes] are contiguous.
 struct CrossArguments {
   Tensor q, k, v, offsets, cu_patches, ids;
   bool encode;
