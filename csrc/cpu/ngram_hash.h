@@ -40,6 +40,7 @@ struct HashedTable {
 // Describes the hash of each table, those of a function side by side, and the documents that bound the n-grams.
 struct Ngrams {
   std::vector<HashedTable> tables;
+  bool equal;  // says whether all tables have as many rows
   const int32_t* cu_seqlens;
   int64_t documents;
   Tensor offsets;  // owns cu_seqlens
@@ -48,7 +49,7 @@ struct Ngrams {
   Ngrams only(int64_t index) const {
     HashedTable table = *std::ranges::find(tables, index, &HashedTable::index);
     table.index = 0;
-    return {{table}, cu_seqlens, documents, offsets};
+    return {{table}, true, cu_seqlens, documents, offsets};
   }
 };
 
@@ -57,16 +58,18 @@ inline Ngrams ngrams_of(const HashArguments& arguments) {
   const int32_t* const values = check_offsets(offsets, "cu_seqlens", arguments.bytes());
   std::vector<HashedTable> tables;
   tables.reserve(arguments.tables());
+  bool equal = true;
   for (size_t function = 0; function < kPrimes.size(); ++function) {
     for (int64_t n = 0; n < arguments.tables(); ++n) {
       if (arguments.functions[n] != static_cast<int64_t>(function)) continue;
       const int64_t vocab = arguments.vocab[n];
       const bool same = !tables.empty() && tables.back().vocab.divisor == static_cast<uint64_t>(vocab);
       const Modulus modulus = same ? tables.back().vocab : Modulus{reciprocal_of(vocab)};
+      equal = equal && (same || tables.empty());
       tables.push_back({n, arguments.sizes[n], kPrimes[function], modulus});
     }
   }
-  return {std::move(tables), values, arguments.documents, offsets};
+  return {std::move(tables), equal, values, arguments.documents, offsets};
 }
 
 // Returns base^exponent in wrapping arithmetic.
@@ -77,9 +80,10 @@ inline uint64_t power(uint64_t base, int64_t exponent) {
   return result;
 }
 
-// Calls f(t, one hash per table) for the bytes of [begin, end) that are in a document.
-template <class Id, class F>
-void for_each_hash(const Ngrams& ngrams, const Id* tokens, int64_t begin, int64_t end, const F& f) {
+// Calls f(t, one hash per table) for the bytes of [begin, end) that are in a document. modulus_of(table) has its vocab.
+template <class Id, class ModulusOf, class F>
+void for_each_hash(const Ngrams& ngrams, const ModulusOf& modulus_of, const Id* tokens, int64_t begin, int64_t end,
+                   const F& f) {
   const int64_t longest = std::ranges::max(ngrams.tables, {}, &HashedTable::size).size;
   end = std::min(end, ngrams.end_of_documents());
   std::vector<uint64_t> by_size(std::min(longest, ngrams.end_of_documents()) + 1), hashes(ngrams.tables.size());
@@ -96,10 +100,17 @@ void for_each_hash(const Ngrams& ngrams, const Id* tokens, int64_t begin, int64_
           by_size[n + 1] = hash = hash * prime + static_cast<uint64_t>(int64_t{tokens[t - n]});
       }
       const uint64_t own = table.size <= known ? by_size[table.size] : hash * power(prime, table.size - known);
-      hashes[table.index] = table.vocab(own);
+      hashes[table.index] = modulus_of(table)(own);
     }
     f(t, static_cast<const uint64_t*>(hashes.data()));
   }
+}
+
+// Equal tables have one Modulus, whose constants stay in registers.
+template <class Id, class F>
+void for_each_hash(const Ngrams& ngrams, const Id* tokens, int64_t begin, int64_t end, const F& f) {
+  if (!ngrams.equal) return for_each_hash(ngrams, [](const HashedTable& t) { return t.vocab; }, tokens, begin, end, f);
+  for_each_hash(ngrams, [vocab = ngrams.tables[0].vocab](const auto&) { return vocab; }, tokens, begin, end, f);
 }
 
 }  // namespace blt

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../common/dispatch.h"
@@ -59,8 +60,8 @@ Tensor ngram_hash_embed_fwd_cpu(const Tensor& tokens, std::vector<Tensor> tables
                                 [[maybe_unused]] const std::string& grad,
                                 const std::optional<std::vector<int64_t>>& row_range,
                                 const std::vector<int64_t>& vocab) {
-  const EmbedArguments arguments =
-      check_embed(tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, functions, row_range, vocab);
+  const EmbedArguments arguments = check_embed(tokens, std::move(tables), std::move(byte_table), cu_seqlens,
+                                               num_documents, ngram_sizes, functions, row_range, vocab);
   const Ngrams ngrams = ngrams_of(arguments.hash);
   const TableShard& shard = arguments.shard;
   const Tensor& ids = arguments.hash.tokens;

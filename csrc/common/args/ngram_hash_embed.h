@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -87,6 +88,7 @@ inline TableShard check_shard(const std::optional<std::vector<int64_t>>& row_ran
   STD_TORCH_CHECK(0 <= low && low < high && high <= largest, "row_range: expected 0 <= lo < hi <= ", largest, ", got ",
                   low, " and ", high);
   TableShard shard = {low, high, {}, {0}};
+  shard.rows.reserve(vocab.size()), shard.first_rows.reserve(vocab.size() + 1);
   for (const int64_t whole : vocab) {
     shard.rows.push_back(std::max<int64_t>(std::min(whole, high) - low, 0));
     STD_TORCH_CHECK(shard.rows.back() <= INT64_MAX - shard.first_rows.back(), "vocab: the rows do not fit into int64");
@@ -113,8 +115,8 @@ inline EmbedArguments check_embed(const Tensor& tokens, std::vector<Tensor> tabl
                                   const std::vector<int64_t>& sizes, const std::vector<int64_t>& functions,
                                   const std::optional<std::vector<int64_t>>& row_range,
                                   const std::vector<int64_t>& vocab) {
-  const HashArguments hash = check_hash(tokens, cu_seqlens, num_documents, sizes, functions, vocab);
-  const TableShard shard = check_shard(row_range, hash);
+  HashArguments hash = check_hash(tokens, cu_seqlens, num_documents, sizes, functions, vocab);
+  TableShard shard = check_shard(row_range, hash);
   const int64_t count = hash.tables();
   const bool fused = tables.size() == 1;
   STD_TORCH_CHECK(fused || static_cast<int64_t>(tables.size()) == count, "tables: expected 1 or ", count, ", got ",
@@ -129,7 +131,7 @@ inline EmbedArguments check_embed(const Tensor& tokens, std::vector<Tensor> tabl
     check_dtype(*byte_table, "byte_table", tables[0].scalar_type());
     check_size(*byte_table, "byte_table", 1, tables[0].size(1));
   }
-  return {hash, shard, tables, byte_table};
+  return {std::move(hash), std::move(shard), std::move(tables), std::move(byte_table)};
 }
 
 // Describes the gradients of all tables: the hashed ones, then the byte table if it has `alphabet` rows. Each is one
@@ -159,8 +161,9 @@ inline TableGradArguments check_table_grads(const Tensor& grad_out, const Tensor
   const Tensor rows = unit_rows(grad_out, "grad_out");
   check_size(rows, "grad_out", 0, tokens.size(0));
   STD_TORCH_CHECK(alphabet.value_or(0) >= 0, "alphabet: expected a value >= 0, got ", alphabet.value_or(0));
-  const HashArguments hash = check_hash(tokens, cu_seqlens, num_documents, sizes, functions, vocab);
-  return {rows, hash, check_shard(row_range, hash), fused, alphabet};
+  HashArguments hash = check_hash(tokens, cu_seqlens, num_documents, sizes, functions, vocab);
+  TableShard shard = check_shard(row_range, hash);
+  return {rows, std::move(hash), std::move(shard), fused, alphabet};
 }
 
 }  // namespace blt
