@@ -82,7 +82,7 @@ def rows_beyond(name: str, arguments: dict[str, Any]) -> int:
 def with_beyond(case: OpCase, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the same documents in longer tensors, which hold garbage behind them."""
     result = dict(arguments)
-    for name in ("logits", "entropy", "tokens", "x", "p", "y", "q", "k", "v"):
+    for name in ("logits", "entropy", "tokens", "marks", "x", "p", "y", "q", "k", "v"):
         if name in arguments:
             result[name] = longer(arguments[name], rows_beyond(name, arguments))
     if "layout" in arguments:
@@ -103,7 +103,7 @@ def test_rows_beyond_have_no_influence_on_ops(case: OpCase, backend: str, device
     """Outputs and gradients are the same bit for bit; beyond, outputs are what the docstrings say, gradients 0."""
     for dtype in [d for d in case.dtypes if d in (torch.float32, torch.bfloat16, torch.int64)]:
         arguments = make(case, device, 130, 3, dtype)
-        if "layout" not in arguments and case.op == "entropy_patch":
+        if "layout" not in arguments and case.op in ("entropy_patch", "boundary_patch"):
             arguments["max_patches"] = arguments.get("max_patches", 130)  # the capacity would differ otherwise
         arguments = with_grad(case, arguments)
         more = with_grad(case, with_beyond(case, arguments))
