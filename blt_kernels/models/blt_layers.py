@@ -134,7 +134,5 @@ class LocalDecoder(nn.Module):
         """Return keys and values ``[C, K, G, E]`` of patches for every cross attention."""
         vectors = self.vectors(patches)
         pairs = [cross.keys(vectors) for cross in self.cross_attn_layers]  # type: ignore[operator]
-        return [
-            (k.unflatten(0, (-1, self.queries_per_patch)), v.unflatten(0, (-1, self.queries_per_patch)))
-            for k, v in pairs
-        ]
+        shape = patches.shape[0], self.queries_per_patch, *pairs[0][0].shape[1:]
+        return [(k.view(shape), v.view(shape)) for k, v in pairs]

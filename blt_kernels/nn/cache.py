@@ -17,7 +17,7 @@ from blt_kernels.nn.config import TransformerConfig
 
 _BLOCK = 64  # entries by which a buffer grows at least
 _FEW = 256  # numbers that are faster to list in Python than to make by a call of torch for each row
-_SHARED = 16  # numbers of a tensor that is kept
+_SHARED = 64  # numbers of a tensor that is kept
 
 
 def numbers(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

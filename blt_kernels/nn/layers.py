@@ -162,7 +162,8 @@ class CrossAttention(nn.Module):
         k, v : ``[*, G, E]``
         """
         k, v = multiply_normed(self.k_norm, states, self.k_proj, self.v_proj)
-        return k.unflatten(-1, (-1, self.head_dim)), v.unflatten(-1, (-1, self.head_dim))
+        heads = *states.shape[:-1], k.shape[-1] // self.head_dim, self.head_dim
+        return k.view(heads), v.view(heads)
 
 
 class FeedForward(nn.Module):
