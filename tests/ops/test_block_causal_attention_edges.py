@@ -175,3 +175,38 @@ def test_any_number_of_rows_of_a_key_head(keys: int, dtype: torch.dtype, device:
     k, v = (randn(keys, 1, 64, seed=i, device=device) for i in (1, 2))
     for heads in range(1, 18):
         check_attention([{}], (randn(1, heads, 64, device=device), k, v), dtype, [[0, 1], [0, keys]])
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2), (1, 1)])
+@pytest.mark.parametrize("width", [5, 64])
+def test_short_documents_between_others(heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: str) -> None:
+    """Documents of up to 16 queries and keys, of several shapes, some keys unused, beside longer and empty ones."""
+    queries, keys = [5, 16, 0, 40, 3, 17, 5, 16, 1, 4], [5, 16, 3, 40, 9, 17, 5, 20, 0, 2]
+    cu_q, cu_k = offsets_of(queries).tolist(), offsets_of(keys).tolist()
+    counts = ((cu_q[-1], heads), (cu_k[-1], kv_heads), (cu_k[-1], kv_heads), (cu_q[-1], heads))
+    for used in (None, [5, 13, 0, 40, 2, 16, 5, 7, 0, 2]):
+        *tensors, grad = (randn(n, h, width, seed=i, device=device) for i, (n, h) in enumerate(counts))
+        for document, n in enumerate(used or keys):
+            for x in tensors[1:]:
+                x[cu_k[document] + n : cu_k[document + 1]] = NAN
+        batch = [{}, {"window": 3}, {"causal": False}, {"scale": -0.3}]
+        check_attention(batch, tensors, dtype, [cu_q, cu_k], used=used, grad=grad)
+
+
+def test_a_short_document_alone_gives_the_same_bits() -> None:
+    """Forward and backward: whatever lanes the documents beside it take."""
+    lengths = [5, 9, 5, 2, 16, 5]
+    offsets = offsets_of(lengths)
+    q, k, v, grad = (randn(42, heads, 40, seed=i, dtype=torch.float32) for i, heads in enumerate((6, 2, 2, 6)))
+
+    def run(rows: slice, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [x[rows].clone().requires_grad_() for x in (q, k, v)]
+        out = block_causal_attention(*leaves, cu_seqlens)
+        return out, *torch.autograd.grad(out, leaves, grad[rows])
+
+    together = run(slice(0, 42), offsets)
+    for document, length in enumerate(lengths):
+        own = slice(*offsets[document : document + 2])
+        for one, batch in zip(run(own, offsets_of([length])), together, strict=True):
+            assert torch.equal(one, batch[own])

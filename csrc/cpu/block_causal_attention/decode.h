@@ -1,5 +1,5 @@
-// Computes the forward pass of block_causal_attention for tiles of few queries: decoding with a cache, and short
-// documents.
+// Computes the forward pass of block_causal_attention for tiles of few queries, as in decoding with a cache. Documents
+// that also have few keys are short ones (short.h).
 //
 // Such a tile would leave most lanes empty with kWidth queries across them. So here the lanes are divided among a few
 // rows, which are the queries of all heads that share a key/value head, and what is left is E, or keys (decode_rows.h).
