@@ -98,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     case = Case(1, options.behind, 16 if options.small else 64)
     tokens = text(case.rows, case.length + case.new)
-    model: Any = peers.with_weights_of(peers.transformers_blt(tokens, PATCH_SIZE, small=options.small), "cpu")
+    sizes = peers.SMALLEST if options.small else peers.SMALL
+    model: Any = peers.with_weights_of(peers.transformers_blt(tokens, PATCH_SIZE, sizes), "cpu")
     model = model if options.weights is None else model.quantized(options.weights)
     clock = budget(Steps(model, tokens, case), options.rounds)
     print(f"{'us a step':>10} {'calls':>6}")

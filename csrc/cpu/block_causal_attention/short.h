@@ -4,8 +4,8 @@
 // a lane has a problem, which is a document and a head, and a group has as many problems of one shape as a vector has
 // lanes, from neighbouring documents of that shape. A table holds a number of each problem for every pair
 // (head_tiles.h): the softmax is vertical, and masked pairs are left out, but for those between rows that are
-// multiplied together. Threads get runs of groups. A group of the backward pass has a head of keys, and goes through the
-// query heads that read it. The lanes do not meet, so the results of a document depend on nothing but the document.
+// multiplied together. Threads get runs of groups. A group of the backward pass has a head of keys, and goes through
+// the query heads that read it. The lanes do not meet, so the results of a document depend on nothing but the document.
 //
 // Backward sums the softmax anew, so lse and its rounding play no part, and neither does out.
 //
@@ -31,7 +31,7 @@ class ShortDocuments {
   };
   explicit ShortDocuments(const KeyRanges& ranges);
   const std::vector<Shape>& shapes() const { return shapes_; }
-  // Are runs of consecutive documents.
+  // Returns runs of consecutive documents, none of which are short.
   const std::vector<Range>& others() const { return others_; }
 
  private:
