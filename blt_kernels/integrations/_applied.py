@@ -232,6 +232,16 @@ def stock(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
+def has_own(module: Any, cls: type, name: str) -> bool:
+    """Return whether an object has another method than its class `cls`: that of a subclass, or one set on the object.
+
+    Replacements do not count, nor do those that a copy of an object took along: functions with `is_replacement`.
+    """
+    value = stock(module, name)
+    function = getattr(value, "__func__", value)
+    return function is not stock(cls, name) and not getattr(function, "is_replacement", False)
+
+
 Parameters = Sequence[str | tuple[str, ...]]
 
 

@@ -313,6 +313,26 @@ def test_errors() -> None:
         integration.apply(compare="bf16")
 
 
+def test_methods_of_subclasses_are_not_replaced() -> None:
+    class Attention(blt.BltSelfAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model, tokens = their_model("released"), batch(2)
+    theirs = logits_of(model, tokens)
+    model.model.local_encoder.layers[0].self_attn.__class__ = Attention
+    with pytest.raises(
+        TypeError, match=r"model: .*BltSelfAttention.forward .* got Attention with a forward of its own"
+    ):
+        integration.apply(model)
+    assert "forward" not in vars(model.model.patcher.layers[0].self_attn)
+    with integration.apply() as applied:
+        torch.testing.assert_close(logits_of(model, tokens), theirs, rtol=TOLERANCE, atol=TOLERANCE)
+        with torch.no_grad():
+            assert model(tokens).past_key_values is None
+    assert "self_attn: expected the forward of BltSelfAttention" in str(applied.report())
+
+
 @pytest.mark.parametrize("case", ["released", "no_window"])
 def test_attention_implementation(case: str) -> None:
     """attn_implementation="blt_kernels" is enough for self-attention, and cross attention is left alone."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier
 
 import pytest
 import torch
@@ -337,6 +340,32 @@ def test_copies_have_their_own_cache() -> None:
         other.model.local_decoder.norm.weight.mul_(2)
         torch.testing.assert_close(other(prompt()).logits, 4 * before)
         assert torch.equal(ours(prompt()).logits, before)
+
+
+def test_threads() -> None:
+    """Threads that begin at once share a model: each gets its own tokens and hidden states."""
+    model, lengths = their_model("released"), range(5, 41, 7)
+    expected = [model(prompt(1, n), use_cache=False, output_hidden_states=True).hidden_states for n in lengths]
+    at_once = Barrier(len(lengths))
+
+    def run(length: int) -> list[tuple[Tensor, ...]]:
+        at_once.wait()
+        with torch.no_grad():
+            outputs = [model(prompt(1, length), output_hidden_states=True) for _ in range(4)]
+            model(prompt(1, 1), past_key_values=outputs[0].past_key_values)
+        return [out.hidden_states for out in outputs]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with cached(model), ThreadPoolExecutor(len(lengths)) as pool:
+            found = list(pool.map(run, lengths))
+    finally:
+        sys.setswitchinterval(interval)
+    for states, ours in zip(expected, found, strict=True):
+        for one in ours:
+            torch.testing.assert_close(one[-1], states[-1], atol=1e-5, rtol=0)
+            assert [x.shape for x in one] == [x.shape for x in ours[0]]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from blt_kernels import _checks
-from blt_kernels.integrations._applied import Applied, check_parameters, stock, version_of
+from blt_kernels.integrations._applied import Applied, check_parameters, has_own, stock, version_of
 from blt_kernels.integrations.transformers import attention as _attention
 from blt_kernels.integrations.transformers.embedding import hash_embeddings
 from blt_kernels.integrations.transformers.forward import Options, model_forward
@@ -71,7 +71,8 @@ def apply(
     ImportError
         transformers is not installed, or has no BLT.
     TypeError
-        This version of transformers has other parameters than its replacements know, or `model` holds no BLT.
+        This version of transformers has other parameters than its replacements know, or `model` holds no BLT, or one
+        with methods of a subclass in place of those to replace. ``apply()`` leaves such methods in place.
     ValueError
         `compare` is neither.
 
@@ -113,12 +114,17 @@ def apply(
         cls, name = getattr(modeling, path.split(".")[0]), path.split(".")[1]
         new = make(stock(cls, name))
         new.__name__ = name  # pickle stores bound methods by name
+        new.is_replacement = True
         if model is None:
             applied.replace(cls, name, staticmethod(new) if static else new)
         bound = _without_self(new) if static else new
         for owner in _instances(model, cls):
             # accelerate keeps the forward that its hooks surround here.
             own = "_old_forward" if "_old_forward" in vars(owner) and name == "forward" else name
+            if own == name and has_own(owner, cls, name):
+                applied.undo()
+                got = f"{type(owner).__name__} with a {name} of its own"
+                raise TypeError(f"model: expected the {path} of {code_base} in it, got {got}")
             applied.replace(owner, own, MethodType(bound, owner))
         applied.add_label(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from threading import Lock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,6 +39,7 @@ class Caching:
     def __init__(self, applied: Applied, compare: str) -> None:
         self.applied, self.compare = applied, compare
         self.shared: WeakKeyDictionary[nn.Module, SharedBLT] = WeakKeyDictionary()
+        self.lock = Lock()  # threads that generate share the BLT of their model
         self.cached = applied.counted(LABEL, self._cached)
 
     def forward(self, uncached: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +91,8 @@ class Caching:
     def _shared(self, model: Any, begins: bool) -> BLT | str:
         """Return the BLT of the parameters of `model`, or why there is none."""
         try:
-            return self.shared.setdefault(model, SharedBLT(self.compare)).get(model, begins)
+            with self.lock:
+                return self.shared.setdefault(model, SharedBLT(self.compare)).get(model, begins)
         except NotSharedError as error:
             return str(error)
 
@@ -206,10 +209,16 @@ def _padded(packed: Tensor, place: Tensor) -> Tensor:
 
 @contextmanager
 def _outputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect what the first of the layers is given, and what each returns."""
+    """Collect what the first of the layers is given, and what each returns, in this thread."""
     found: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, args, out: found.append(out)) for layer in layers]
-    hooks += [layer.register_forward_pre_hook(lambda _, args: found.append(args[0])) for layer in layers[:1]]
+    thread = get_ident()
+
+    def keep(x: Tensor) -> None:
+        if get_ident() == thread:
+            found.append(x)
+
+    hooks = [layer.register_forward_hook(lambda _, args, out: keep(out)) for layer in layers]
+    hooks += [layer.register_forward_pre_hook(lambda _, args: keep(args[0])) for layer in layers[:1]]
     try:
         yield found
     finally:

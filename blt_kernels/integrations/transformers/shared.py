@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.blt import modeling_blt
 
+from blt_kernels.integrations._applied import has_own
 from blt_kernels.integrations.transformers.patching import has_windows
 from blt_kernels.models import BLT
 from blt_kernels.models.checkpoint.fields import Values
@@ -111,6 +112,12 @@ def _new_blt(model: Any) -> BLT:
 def _refer(blt: BLT, model: Any) -> BLT:
     """Make `blt` refer to the parameters of `model`, and to its modules where they are no plain ``nn.Linear``."""
     parts, hooked = dict(model.named_modules()), _hooked(model)
+    for name, theirs in parts.items():
+        # BltModel's own surrounds the cache; modules with parameters are checked below, and those of accelerate.
+        if name and not theirs._parameters and "_hf_hook" not in vars(theirs):
+            cls = next((c for c in type(theirs).__mro__ if c.__module__ == modeling_blt.__name__), None)
+            if cls is not None and has_own(theirs, cls, "forward"):
+                raise NotSharedError(f"{name}: expected the forward of {cls.__name__}, got one of its own")
     kinds = set()
     for name, ours in list(blt.named_modules()):
         if not ours._parameters or name == "lm_head":
