@@ -4,7 +4,8 @@ Every name below is a function on tensors, apart from `PatchLayout`, the ragged 
 `AttentionRanges`, which layers share, `to_ids` and `to_bytes`, which convert text, and `set_attention_backend` and
 `attention_backend`, which choose the kernels of attention on CUDA.
 The models are in `blt_kernels.models`, the layers in `blt_kernels.nn`, optimizers for large tables in
-`blt_kernels.optim`, helpers for tests in `blt_kernels.testing`.
+`blt_kernels.optim`, helpers for tests in `blt_kernels.testing`. `blt_kernels.integrations` puts the ops under the
+models of other code bases.
 """
 
 from blt_kernels import _extension, optim
