@@ -51,7 +51,7 @@ def calls(
     marks = weights > 0
     tables, byte_table = normal(6 * 1000, 256, device=device), normal(260, 256, device=device)
     rows = torch.zeros(num_rows, 7, dtype=torch.int64, device=device)
-    hashing = [3, 4, 5, 6, 7, 8], [0], "dense", None, [1000]
+    hashing = [3, 4, 5, 6, 7, 8], None, "dense", None, None
     layout = bk.static_patch(offsets, 4, num_bytes=num_rows)
     patches = layout.patch_offsets, layout.patch_ids
     q, queries = normal(num_rows, 2, 128, device=device), normal(2 * num_rows, 2, 128, device=device)

@@ -176,13 +176,15 @@ def _check_hash(
     num_functions: int,
     functions: Sequence[int] | None,
     table_order: str,
-) -> tuple[list[int], list[int]]:
-    """Return the n-gram size of each table, and its hash function, or the only one."""
+) -> tuple[list[int], list[int] | None]:
+    """Return the n-gram size of each table, and its hash function: the only one, or None for the first."""
     _checks.check_tensor("tokens", tokens, (1, 2), _checks.INTS)
     _checks.check_choice("table_order", table_order, ("function_major", "size_major"))
     sizes = check_sizes(ngram_sizes, num_functions)
-    numbers = list(range(num_functions)) if functions is None else _check_functions(functions, num_functions)
-    return (sizes, numbers) if len(numbers) == 1 else reference.hash_of_tables(sizes, numbers, table_order)
+    if functions is None and num_functions == 1:
+        return sizes, None
+    numbers = range(num_functions) if functions is None else _check_functions(functions, num_functions)
+    return reference.hash_of_tables(sizes, numbers, table_order)
 
 
 def check_sizes(ngram_sizes: Sequence[int], num_functions: int) -> list[int]:
@@ -227,8 +229,8 @@ def _check_tables(
     count: int,
     row_range: tuple[int, int] | None,
     vocab: int | Sequence[int] | None,
-) -> tuple[list[Tensor], list[int]]:
-    """Return the tables as a list, and the number of rows of each whole table, or of all."""
+) -> tuple[list[Tensor], list[int] | None]:
+    """Return the tables as a list, and `vocab` as a list: the rows of each whole table, or of all."""
     fused = isinstance(tables, Tensor)
     if not fused and not isinstance(tables, (list, tuple, torch.nn.ParameterList)):
         raise TypeError(f"tables: expected a tensor or a sequence of tensors, got {type(tables).__name__}")
@@ -256,12 +258,11 @@ def _check_tables(
             raise ValueError(f"tables: expected a multiple of N = {count} rows, got shape {list(table_list[0].shape)}")
         if total < 1:
             raise ValueError(f"tables: expected at least one row a table, got shape {list(table_list[0].shape)}")
-        return table_list, [total // count]
-    rows = [table.shape[0] for table in table_list]
-    for i, number in enumerate(rows):
-        if number < 1:
-            raise ValueError(f"tables[{i}]: expected at least one row, got shape {list(table_list[i].shape)}")
-    return table_list, rows
+        return table_list, None
+    for i, table in enumerate(table_list):
+        if table.shape[0] < 1:
+            raise ValueError(f"tables[{i}]: expected at least one row, got shape {list(table.shape)}")
+    return table_list, None
 
 
 def _check_rows(
@@ -295,11 +296,12 @@ def _check_row_range(row_range: tuple[int, int], vocab: int) -> None:
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 # Without cu_seqlens there are num_documents documents of one length. `tables` is a list of N, or of the fused one
-# alone. ngram_sizes has an entry for each table, functions and vocab one for each or one for all; row_range is all rows
-# if None. In backward `fused` says which form the tables have, and `alphabet` is the number of rows of byte_table if it
-# needs a gradient too, which comes last; else None.
+# alone. ngram_sizes has an entry for each table, functions and vocab one for each or one for all. A list of integers
+# takes torch 0.5 us, so functions is the first function if None, vocab the rows of `tables`, and row_range all rows. In
+# backward `fused` says which form the tables have, and `alphabet` is the number of rows of byte_table if it needs a
+# gradient too, which comes last; else None.
 
-_HASH = "int[] ngram_sizes, int[] functions"
+_HASH = "int[] ngram_sizes, int[]? functions"
 _BACKWARD = (
     f"Tensor grad_out, Tensor tokens, Tensor? cu_seqlens, SymInt num_documents, {_HASH},"
     " int[]? row_range, SymInt[] vocab, bool fused, SymInt? alphabet"
@@ -308,7 +310,7 @@ _BACKWARD = (
 
 def _table_sizes(
     ngram_sizes: list[int],
-    _functions: list[int],
+    _functions: list[int] | None,
     row_range: list[int] | None,
     vocab: list[int],
     fused: bool,
@@ -335,7 +337,7 @@ ngram_hash_fwd = _common.define(
 ngram_hash_embed_fwd = _common.define(
     "ngram_hash_embed_fwd",
     f"(Tensor tokens, Tensor[] tables, Tensor? byte_table, Tensor? cu_seqlens, SymInt num_documents, {_HASH},"
-    " str grad, int[]? row_range, SymInt[] vocab) -> Tensor out",
+    " str grad, int[]? row_range, SymInt[]? vocab) -> Tensor out",
     reference.ngram_hash_embed_fwd_reference,
     lambda tokens, tables, *_: tables[0].new_empty(tokens.shape[0], tables[0].shape[1]),
 )
@@ -361,7 +363,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, functions, grad, row_range, vocab = inputs
     ctx.save_for_backward(tokens, cu_seqlens)
     ctx.num_documents, ctx.grad = num_documents, grad
-    ctx.hash = ngram_sizes, functions, row_range, vocab, len(tables) < len(ngram_sizes)
+    rows = reference.rows_of(tables, len(ngram_sizes)) if vocab is None else vocab
+    ctx.hash = ngram_sizes, functions, row_range, rows, len(tables) < len(ngram_sizes)
     ctx.alphabet = None if byte_table is None else byte_table.shape[0]
 
 

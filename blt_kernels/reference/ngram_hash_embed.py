@@ -49,7 +49,7 @@ def ngram_hash_fwd_reference(
     cu_seqlens: Tensor | None,
     num_documents: int,
     ngram_sizes: Sequence[int],
-    functions: Sequence[int],
+    functions: Sequence[int] | None,
     vocab: Sequence[int],
 ) -> Tensor:
     """Return ``sum_j window[j] * prime**j mod vocab``, in int64 that wraps: ``[N, T]``. j = 0 is the oldest byte."""
@@ -59,7 +59,7 @@ def ngram_hash_fwd_reference(
     back = [F.pad(tokens.long(), (d, 0))[: local.shape[0]].where(local >= d, 0) for d in range(reach)]
     hashes = []
     count = len(ngram_sizes)
-    for size, function, rows in zip(ngram_sizes, _each(functions, count), _each(vocab, count), strict=True):
+    for size, function, rows in zip(ngram_sizes, _each(functions or [0], count), _each(vocab, count), strict=True):
         total = torch.zeros_like(local)
         for d in range(min(size, reach)):
             total = total + back[d] * _wrap(pow(PRIMES[function], size - 1 - d, 2**64))
@@ -84,9 +84,6 @@ def ngram_hash_embed_reference(
     """Return the byte embedding plus the rows of the byte's n-grams; see `ops.ngram_hash_embed`."""
     tables = [tables] if isinstance(tables, Tensor) else list(tables)
     sizes, functions = hash_of_tables(ngram_sizes, functions or range(num_functions), table_order)
-    if vocab is None:
-        fused = len(tables) < len(sizes)
-        vocab = tables[0].shape[0] // len(sizes) if fused else [table.shape[0] for table in tables]
     rows = [vocab] if isinstance(vocab, int) else vocab
     out = ngram_hash_embed_fwd_reference(
         tokens.flatten(),
@@ -112,6 +109,11 @@ def hash_of_tables(
     return [*ngram_sizes] * len(functions), [function for function in functions for _ in ngram_sizes]
 
 
+def rows_of(tables: Sequence[Tensor], count: int) -> list[int]:
+    """Return the rows of each of `count` tables, or of all, where no shard is asked for."""
+    return [tables[0].shape[0] // count] if len(tables) < count else [table.shape[0] for table in tables]
+
+
 def held_rows(row_range: Sequence[int] | None, vocab: Sequence[int], count: int) -> list[int]:
     """Return how many rows of each of `count` tables a shard has: those that lie in row_range, or all."""
     whole = _each(vocab, count)
@@ -131,7 +133,7 @@ def _lookups(
     cu_seqlens: Tensor | None,
     num_documents: int,
     ngram_sizes: Sequence[int],
-    functions: Sequence[int],
+    functions: Sequence[int] | None,
     row_range: Sequence[int] | None,
     vocab: Sequence[int],
     fused: bool,
@@ -162,13 +164,14 @@ def ngram_hash_embed_fwd_reference(
     cu_seqlens: Tensor | None,
     num_documents: int,
     ngram_sizes: Sequence[int],
-    functions: Sequence[int],
+    functions: Sequence[int] | None,
     grad: str,
     row_range: Sequence[int] | None,
-    vocab: Sequence[int],
+    vocab: Sequence[int] | None,
 ) -> Tensor:
     """out[i] = byte_table[tokens[i]] + sum over tables of table[hash[i]], added up in fp32 and rounded once."""
     alphabet, fused = None if byte_table is None else byte_table.shape[0], len(tables) == 1
+    vocab = rows_of(tables, len(ngram_sizes)) if vocab is None else vocab
     lookups = _lookups(tokens, cu_seqlens, num_documents, ngram_sizes, functions, row_range, vocab, fused, alphabet)
     every = [*tables] if byte_table is None else [*tables, byte_table]
     out = torch.zeros(tokens.shape[0], every[0].shape[1], dtype=accumulator(every[0]), device=tokens.device)

@@ -31,7 +31,7 @@ namespace {
 constexpr int64_t kHashGrain = 2048;  // so many bytes are worth a thread
 
 Tensor ngram_hash_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                          const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
+                          const std::vector<int64_t>& ngram_sizes, const std::optional<std::vector<int64_t>>& functions,
                           const std::vector<int64_t>& vocab) {
   const HashArguments arguments = check_hash(tokens, cu_seqlens, num_documents, ngram_sizes, functions, vocab);
   const Ngrams ngrams = ngrams_of(arguments);
@@ -56,10 +56,11 @@ Tensor ngram_hash_fwd_cpu(const Tensor& tokens, const std::optional<Tensor>& cu_
 
 Tensor ngram_hash_embed_fwd_cpu(const Tensor& tokens, std::vector<Tensor> tables, std::optional<Tensor> byte_table,
                                 const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                                const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
+                                const std::vector<int64_t>& ngram_sizes,
+                                const std::optional<std::vector<int64_t>>& functions,
                                 [[maybe_unused]] const std::string& grad,
                                 const std::optional<std::vector<int64_t>>& row_range,
-                                const std::vector<int64_t>& vocab) {
+                                const std::optional<std::vector<int64_t>>& vocab) {
   const EmbedArguments arguments = check_embed(tokens, std::move(tables), std::move(byte_table), cu_seqlens,
                                                num_documents, ngram_sizes, functions, row_range, vocab);
   const Ngrams ngrams = ngrams_of(arguments.hash);
@@ -145,7 +146,7 @@ struct TableGrads : TableGradArguments {
 std::vector<Tensor> ngram_hash_embed_bwd_cpu(const Tensor& grad_out, const Tensor& tokens,
                                              const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                                              const std::vector<int64_t>& ngram_sizes,
-                                             const std::vector<int64_t>& functions,
+                                             const std::optional<std::vector<int64_t>>& functions,
                                              const std::optional<std::vector<int64_t>>& row_range,
                                              const std::vector<int64_t>& vocab, bool fused,
                                              std::optional<int64_t> alphabet) {
@@ -174,7 +175,7 @@ std::vector<Tensor> ngram_hash_embed_bwd_cpu(const Tensor& grad_out, const Tenso
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd_cpu(
     const Tensor& grad_out, const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-    const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
+    const std::vector<int64_t>& ngram_sizes, const std::optional<std::vector<int64_t>>& functions,
     const std::optional<std::vector<int64_t>>& row_range, const std::vector<int64_t>& vocab, bool fused,
     std::optional<int64_t> alphabet) {
   TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, functions, row_range,

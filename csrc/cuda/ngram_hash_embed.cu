@@ -62,8 +62,8 @@ void check_width(int64_t width) {
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 Tensor ngram_hash_fwd_cuda(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                           const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
-                           const std::vector<int64_t>& vocab) {
+                           const std::vector<int64_t>& ngram_sizes,
+                           const std::optional<std::vector<int64_t>>& functions, const std::vector<int64_t>& vocab) {
   const HashArguments arguments = check_hash(tokens, cu_seqlens, num_documents, ngram_sizes, functions, vocab);
   const Hashed hashed(arguments);
   const Device device(arguments.tokens);
@@ -78,10 +78,11 @@ Tensor ngram_hash_fwd_cuda(const Tensor& tokens, const std::optional<Tensor>& cu
 
 Tensor ngram_hash_embed_fwd_cuda(const Tensor& tokens, std::vector<Tensor> tables, std::optional<Tensor> byte_table,
                                  const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                                 const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
+                                 const std::vector<int64_t>& ngram_sizes,
+                                 const std::optional<std::vector<int64_t>>& functions,
                                  [[maybe_unused]] const std::string& grad,
                                  const std::optional<std::vector<int64_t>>& row_range,
-                                 const std::vector<int64_t>& vocab) {
+                                 const std::optional<std::vector<int64_t>>& vocab) {
   const EmbedArguments arguments =
       check_embed(tokens, tables, byte_table, cu_seqlens, num_documents, ngram_sizes, functions, row_range, vocab);
   const Hashed hashed(arguments.hash);
@@ -239,7 +240,7 @@ void launch_owners(const TableGrads& grads, int vec, int64_t first_list, int64_t
 std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tensor& tokens,
                                               const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
                                               const std::vector<int64_t>& ngram_sizes,
-                                              const std::vector<int64_t>& functions,
+                                              const std::optional<std::vector<int64_t>>& functions,
                                               const std::optional<std::vector<int64_t>>& row_range,
                                               const std::vector<int64_t>& vocab, bool fused,
                                               std::optional<int64_t> alphabet) {
@@ -273,7 +274,7 @@ std::vector<Tensor> ngram_hash_embed_bwd_cuda(const Tensor& grad_out, const Tens
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd_cuda(
     const Tensor& grad_out, const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-    const std::vector<int64_t>& ngram_sizes, const std::vector<int64_t>& functions,
+    const std::vector<int64_t>& ngram_sizes, const std::optional<std::vector<int64_t>>& functions,
     const std::optional<std::vector<int64_t>>& row_range, const std::vector<int64_t>& vocab, bool fused,
     std::optional<int64_t> alphabet) {
   const TableGrads grads(check_table_grads(grad_out, tokens, cu_seqlens, num_documents, ngram_sizes, functions,

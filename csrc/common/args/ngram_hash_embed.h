@@ -48,7 +48,7 @@ inline std::vector<int64_t> entries(const std::vector<int64_t>& values, size_t c
 }
 
 inline HashArguments check_hash(const Tensor& tokens, std::optional<Tensor> cu_seqlens, int64_t num_documents,
-                                const std::vector<int64_t>& sizes, const std::vector<int64_t>& functions,
+                                const std::vector<int64_t>& sizes, const std::optional<std::vector<int64_t>>& functions,
                                 const std::vector<int64_t>& vocab) {
   check_dim(tokens, "tokens", 1);
   STD_TORCH_CHECK(tokens.size(0) <= INT32_MAX, "tokens: ", tokens.size(0), " do not fit into int32");
@@ -56,7 +56,8 @@ inline HashArguments check_hash(const Tensor& tokens, std::optional<Tensor> cu_s
   const int64_t documents = cu_seqlens ? check_num_segments(*cu_seqlens, "cu_seqlens") : num_documents;
   STD_TORCH_CHECK(!sizes.empty(), "ngram_sizes: expected at least one");
   for (const int64_t size : sizes) STD_TORCH_CHECK(size >= 1, "ngram_sizes: expected values >= 1, got ", size);
-  for (const int64_t function : functions)
+  std::vector<int64_t> numbers = entries(functions.value_or(std::vector<int64_t>{0}), sizes.size(), "functions");
+  for (const int64_t function : numbers)
     STD_TORCH_CHECK(function >= 0 && function < static_cast<int64_t>(kPrimes.size()), "functions: expected 0 to ",
                     kPrimes.size() - 1, ", got ", function);
   for (const int64_t rows : vocab) STD_TORCH_CHECK(rows >= 1, "vocab: expected values >= 1, got ", rows);
@@ -65,7 +66,7 @@ inline HashArguments check_hash(const Tensor& tokens, std::optional<Tensor> cu_s
           documents,
           length,
           sizes,
-          entries(functions, sizes.size(), "functions"),
+          std::move(numbers),
           entries(vocab, sizes.size(), "vocab")};
 }
 
@@ -112,15 +113,19 @@ struct EmbedArguments {
 
 inline EmbedArguments check_embed(const Tensor& tokens, std::vector<Tensor> tables, std::optional<Tensor> byte_table,
                                   const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                                  const std::vector<int64_t>& sizes, const std::vector<int64_t>& functions,
+                                  const std::vector<int64_t>& sizes,
+                                  const std::optional<std::vector<int64_t>>& functions,
                                   const std::optional<std::vector<int64_t>>& row_range,
-                                  const std::vector<int64_t>& vocab) {
-  HashArguments hash = check_hash(tokens, cu_seqlens, num_documents, sizes, functions, vocab);
-  TableShard shard = check_shard(row_range, hash);
-  const int64_t count = hash.tables();
-  const bool fused = tables.size() == 1;
-  STD_TORCH_CHECK(fused || static_cast<int64_t>(tables.size()) == count, "tables: expected 1 or ", count, ", got ",
+                                  const std::optional<std::vector<int64_t>>& vocab) {
+  STD_TORCH_CHECK(tables.size() == 1 || tables.size() == sizes.size(), "tables: expected 1 or ", sizes.size(), ", got ",
                   tables.size());
+  std::vector<int64_t> rows = vocab.value_or(std::vector<int64_t>{});
+  if (!vocab)
+    for (const Tensor& table : tables)
+      rows.push_back(table.size(0) / (tables.size() == 1 ? std::max<int64_t>(sizes.size(), 1) : 1));
+  HashArguments hash = check_hash(tokens, cu_seqlens, num_documents, sizes, functions, rows);
+  TableShard shard = check_shard(row_range, hash);
+  const bool fused = tables.size() == 1;
   for (size_t n = 0; n < tables.size(); ++n) {
     tables[n] = unit_rows(tables[n], "tables");
     check_dtype(tables[n], "tables", tables[0].scalar_type());
@@ -154,7 +159,8 @@ struct TableGradArguments {
 
 inline TableGradArguments check_table_grads(const Tensor& grad_out, const Tensor& tokens,
                                             const std::optional<Tensor>& cu_seqlens, int64_t num_documents,
-                                            const std::vector<int64_t>& sizes, const std::vector<int64_t>& functions,
+                                            const std::vector<int64_t>& sizes,
+                                            const std::optional<std::vector<int64_t>>& functions,
                                             const std::optional<std::vector<int64_t>>& row_range,
                                             const std::vector<int64_t>& vocab, bool fused,
                                             std::optional<int64_t> alphabet) {
