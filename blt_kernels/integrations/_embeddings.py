@@ -1,4 +1,4 @@
-"""Whether an op may read the tables of a model in place of calls of their modules."""
+"""`unreadable` says whether an op may read the tables of a model instead of calling their modules."""
 
 from __future__ import annotations
 

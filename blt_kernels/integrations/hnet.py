@@ -21,7 +21,7 @@ from blt_kernels.ops.ema_scan import ema_scan
 from blt_kernels.ops.patch_pool import patch_pool
 from blt_kernels.ops.patch_unpool import patch_unpool
 
-# What `apply` replaces, and the op that computes it.
+# Maps what `apply` replaces to the op that computes it.
 REPLACES = {
     "ChunkLayer.forward": "patch_pool",
     "DeChunkLayer.forward": "ema_scan",
@@ -98,7 +98,7 @@ def dechunk(chunks: Tensor, boundary_prob: Tensor, layout: PatchLayout) -> Tenso
 
 def _smooth(chunks: Tensor, probability: Tensor, layout: PatchLayout, cu_chunks: Tensor | None) -> Tensor:
     """Compute `dechunk` of packed chunks ``[P, D]``, or of chunks ``[B, M, D]`` where `cu_chunks` is None."""
-    # 1 - MIN_WEIGHT is 1 in bf16.
+    # Clamped in fp32, since 1 - MIN_WEIGHT is 1 in bf16.
     weights = probability.to(torch.promote_types(probability.dtype, torch.float32)).clamp(MIN_WEIGHT, 1 - MIN_WEIGHT)
     of_chunks = patch_pool(weights.flatten()[:, None], layout, "first").view(chunks.shape[:-1])
     return patch_unpool(ema_scan(chunks, of_chunks, cu_chunks).view(-1, chunks.shape[-1]), layout)
@@ -209,7 +209,7 @@ def _dechunk_layer(theirs: Callable[..., Any], applied: Applied, label: str) -> 
         applied.count(label)
         probability = boundary_prob[..., -1]
         if cu_seqlens is not None:
-            # The first byte of every document is a boundary, so that all of them together have the same chunks.
+            # The first byte of every document is a boundary, so one document of all bytes has the same chunks.
             layout = boundary_patch(boundary_mask, at="start", max_patches=hidden_states.shape[0] or None)
             return _smooth(hidden_states, probability, layout, cu_seqlens)
         layout = _padded_layout(boundary_mask, hidden_states.shape[1])
@@ -263,7 +263,7 @@ def _attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor | No
 
 _DECHUNK = ("hidden_states", "boundary_mask", "boundary_prob", "cu_seqlens", "inference_params", "mask")
 _CROSS = ("q", "kv", "cu_seqlens", "max_seqlen", "cu_seqlens_k", "max_seqlen_k")
-# For each class the parameters of its forward without self, and the function that makes the replacement.
+# Maps each class to the parameters of its forward, without self, and the function that makes the replacement.
 _REPLACEMENTS: dict[str, dict[str, tuple[tuple[str, ...], Callable[..., Any]]]] = {
     "hnet.modules.dc": {
         "ChunkLayer": (("hidden_states", "boundary_mask", "cu_seqlens", "mask"), _chunk_layer),

@@ -1,4 +1,4 @@
-"""The attention of MEGABYTE-pytorch (lucidrains) on `block_causal_attention`: ``apply`` replaces ``Attend.forward``."""
+"""MEGABYTE-pytorch (lucidrains) on `block_causal_attention`: `apply` replaces ``Attend.forward``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blt_kernels.integrations._applied import Applied, check_parameters, stock
 from blt_kernels.ops.block_causal_attention import block_causal_attention
 
 LABEL = "Attend.forward"
-# What `apply` replaces, and the op that computes it.
+# Maps what `apply` replaces to the op that computes it.
 REPLACES = {LABEL: "block_causal_attention"}
 
 

@@ -1,7 +1,7 @@
 """One line puts the ops under facebookresearch/blt: ``blt_kernels.integrations.bytelatent.apply()``.
 
-It was read and run at commit 9774ed4. Functions that the code base copies at import are replaced in every module of it
-that has them.
+Names and parameters are those of commit 9774ed4. A function is replaced in every module of the code base that has
+imported it by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from blt_kernels.integrations.bytelatent.replacement import Function, Place
 
 __all__ = ["apply"]
 
-# The modules that define or copy what is replaced.
+# These modules define what is replaced, or import it by name.
 MODULES = (
     "base_transformer", "data.patcher", "distributed", "model.blt", "model.latent_transformer", "model.local_models",
     "model.utils", "transformer",
@@ -43,7 +43,7 @@ class Replacement:
     path : module, class and function, without "bytelatent."
     option : the argument of `apply` that turns it off
     by : the op, or whatever else computes it
-    make : makes the function
+    make : returns the replacement
     parameters : those of the stock function
     """
 
@@ -96,7 +96,7 @@ REPLACEMENTS = (
         ("patch_lengths", "seq_len"),
     ),
 )  # fmt: skip
-# What `apply` replaces, and what computes it.
+# Maps what `apply` replaces to what computes it.
 REPLACES = {replacement.path: replacement.by for replacement in REPLACEMENTS} | {NO_RECOMPUTE: "the same and our ops"}
 
 
@@ -113,9 +113,9 @@ def apply(
     Parameters
     ----------
     attention : bool
-        Self-attention and cross attention. ``attn_impl="blt_kernels"`` is a new name for what "xformers" means, which
-        ours computes as well, on every device: documents and windows. "flex_attention" and "sdpa" stay what they are
-        there, causal attention to the whole row.
+        Self-attention and cross attention. With ``attn_impl`` "xformers" or "blt_kernels", a new name for the same,
+        attention stays within documents and windows, on every device. "flex_attention" and "sdpa" stay what they are
+        there: causal attention along the whole row.
     hash_embedding, pooling : bool
         The sum of the byte and hash embeddings; pooling of bytes to patches.
     patching : bool
@@ -128,8 +128,8 @@ def apply(
     Returns
     -------
     Applied
-        `report` says what is replaced and what fell back, `undo` puts everything back. A context manager. Modules that
-        are imported while it is applied copy what is in place then.
+        `report` says what is replaced and what fell back, `undo` puts everything back; it is a context manager, too.
+        Modules of the code base that are imported before `undo` import the replacements, and keep them.
 
     Raises
     ------

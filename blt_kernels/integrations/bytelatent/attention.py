@@ -37,7 +37,7 @@ class PatchMask:
 
 
 def create_causal_mask(place: Place) -> Function:
-    """Return the function of this name: documents and windows are those of xformers' masks, on every device."""
+    """Return ``create_causal_mask``, which makes masks of documents and windows, as xformers' are, on every device."""
 
     def create_causal_mask(
         seqlen: int,
@@ -49,7 +49,7 @@ def create_causal_mask(place: Place) -> Function:
         sliding_window: int | None = None,
     ) -> Any:
         if attn_impl == "flex_attention":
-            return AttentionBias()  # which takes neither documents nor windows there
+            return AttentionBias()  # this attn_impl ignores documents and windows in the code base, too
         if attn_impl not in ("xformers", ATTN_IMPL):
             return place.theirs(
                 seqlen, attn_impl, attn_bias_type, eos_id=eos_id, tokens=tokens, sliding_window=sliding_window
@@ -93,7 +93,7 @@ def attention_forward(place: Place) -> Function:
 
 
 def cross_attn_mask(place: Place) -> Function:
-    """Return the function of this name."""
+    """Return ``cross_attn_mask``, which makes a `PatchMask`."""
 
     def cross_attn_mask(
         patch_ids: Tensor,
@@ -113,7 +113,7 @@ def cross_attn_mask(place: Place) -> Function:
 
 
 def cross_attention_forward(place: Place) -> Function:
-    """Return ``CrossAttention.forward``: the input and what it reads."""
+    """Return ``CrossAttention.forward``, which adds its input to the output."""
 
     def forward(self: Any, x: Tensor, kv: Tensor, mask: Any = None) -> Tensor:
         if not isinstance(mask, (PatchMask, AttentionBias)):

@@ -1,4 +1,4 @@
-"""What the local encoder of facebookresearch/blt reads and pools: the hash embedding, and patches out of bytes."""
+"""The local encoder of facebookresearch/blt on our ops: the hash embedding, and pooling of bytes to patches."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from blt_kernels.ops.ngram_hash_embed import ngram_hash, ngram_hash_embed
 from blt_kernels.ops.patch_pool import patch_pool
 from blt_kernels.reference.ngram_hash_embed import PRIMES
 
-# The reductions, in the order in which they are concatenated, and the names that ask for them.
+# Reductions in the order in which they are concatenated, each with the parts of a mode that ask for it.
 REDUCTIONS = (("mean", ("avg", "mean")), ("min", ("min",)), ("max", ("max",)))
 
 
 def compute_hash_embeddings(place: Place) -> Function:
-    """Return the function of this name."""
+    """Return ``compute_hash_embeddings``: one pass of our op, or our hashes and lookups of their modules."""
 
     def compute_hash_embeddings(
         local_encoder_tokens: Tensor,
@@ -54,7 +54,7 @@ def compute_hash_embeddings(place: Place) -> Function:
 
 
 def pooling_downsample(place: Place) -> Function:
-    """Return the function of this name: mean, min and max, each if the mode names it."""
+    """Return ``pooling_downsample``: mean, min and max, each if the mode names it."""
 
     def pooling_downsample(h: Tensor, max_num_patches: int, pooling_mode: str, patch_ids: Tensor) -> Tensor:
         reduce = tuple(name for name, asked in REDUCTIONS if any(part in pooling_mode for part in asked))

@@ -15,7 +15,7 @@ EXACT = (torch.float32, torch.float64)
 
 
 def entropy(place: Place) -> Function:
-    """Return the function of this name."""
+    """Return ``entropy``; logits of 16 bits are left to the code base."""
 
     def entropy(scores: Tensor) -> Tensor:
         if scores.dtype not in EXACT:
@@ -28,10 +28,7 @@ def entropy(place: Place) -> Function:
 
 
 def calculate_entropies(place: Place) -> Function:
-    """Return the function of this name, which pads rows to the context of 8192 bytes.
-
-    A causal model needs no padding behind fewer bytes.
-    """
+    """Return ``calculate_entropies``, which does not pad short input to a whole context."""
 
     def calculate_entropies(
         tokens: Tensor,
@@ -52,7 +49,7 @@ def calculate_entropies(place: Place) -> Function:
 
 
 class _Shorter:
-    """An entropy model whose context is as long as its input."""
+    """Calls an entropy model whose context is as long as its input."""
 
     def __init__(self, model: Any, max_length: int) -> None:
         self.model, self.max_length = model, max_length
@@ -116,7 +113,7 @@ def _left_out(patcher: Any, tokens: Tensor, threshold: float | None) -> str | No
 
 
 def patch_ids_from_lengths(place: Place) -> Function:
-    """Return the function of this name, without its comparison of every byte with every patch."""
+    """Return ``patch_ids_from_lengths``, without its comparison of every byte with every patch."""
 
     def patch_ids_from_lengths(patch_lengths: Tensor, seq_len: int) -> Tensor:
         ends = patch_lengths.cumsum(-1)

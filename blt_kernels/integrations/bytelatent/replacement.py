@@ -1,4 +1,4 @@
-"""What a replacement of a function of facebookresearch/blt knows of the place that it takes."""
+"""`Place` tells the replacement of a function of facebookresearch/blt what it replaces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Holds what a replacement needs to call the code base and to be counted.
+    """Holds what a replacement needs to call the code base and to count its calls.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
 """A stand-in for the few names of xformers that facebookresearch/blt imports, so that it imports and runs without it.
 
-Masks are `AttentionBias`, which `bytelatent` makes too: documents and a window, and no matrix. What computes attention
-is `block_causal_attention`, on every device. Other names of xformers are not here: profiling needs xformers itself.
+Masks are `AttentionBias`, as those of `bytelatent` are: documents and a window, and no matrix. `block_causal_attention`
+computes attention, on every device. Other names of xformers are not here: profiling needs xformers itself.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from blt_kernels.ops.block_causal_attention import block_causal_attention
 
 @dataclass(frozen=True)
 class AttentionBias:
-    """Says what causal attention leaves out besides.
+    """Restricts causal attention to documents and a window.
 
     Attributes
     ----------
     cu_seqlens : int32 ``[D+1]``, optional
-        Documents of the rows of a batch, packed end to end, which attention stays within; the rows themselves if None.
+        Documents of the rows of a batch, packed end to end, which attention does not cross; the rows if None.
     window : int, optional
         Positions that a query attends to, its own included; no limit if None.
     """

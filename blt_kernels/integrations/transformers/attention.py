@@ -1,6 +1,6 @@
 """Self-attention and cross attention of transformers' BLT on our ops.
 
-A layer that is given a light mask runs on our op. Given a tensor or None, it is left to transformers.
+A layer runs on our op if its mask is one of `masks`. With a tensor or None it is left to transformers.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Return a light mask for whole rows without padding, and that of `sdpa` for all else."""
+    """Return a `CausalMask` for whole rows without padding, and the mask of `sdpa` for all else."""
     from transformers.masking_utils import sdpa_mask
 
     whole = allow_is_causal_skip and attention_mask is None and q_length == kv_length

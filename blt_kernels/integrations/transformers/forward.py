@@ -1,7 +1,7 @@
-"""The forward of transformers' ``BltModel``: one layout a forward, which all parts share, and no dense mask.
+"""The forward of transformers' ``BltModel``: all parts share one layout, and there is no dense mask.
 
-Rows with padding are moved so that their real ids come first. Nothing in BLT looks ahead, so these ids then compute
-what they compute alone, whatever follows.
+Rows with padding are reordered so that their real ids come first. BLT is causal, so these ids then compute what they
+compute alone, whatever follows.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _left_to_stock(model: Any, given: dict[str, Any], past: Any) -> str | None:
 
 
 def _uses_cache(model: Any, use_cache: bool | None) -> bool:
-    """Return what transformers makes of `use_cache`."""
+    """Return whether transformers would make a cache."""
     use_cache = getattr(model.config, "use_cache", None) if use_cache is None else use_cache
     return bool(use_cache) and not (getattr(model, "gradient_checkpointing", False) and model.training)
 
@@ -129,9 +129,9 @@ def _gather(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _moved_states(model: Any, states: tuple[Any, ...], back: Tensor) -> tuple[Any, ...]:
-    """Return hidden states with the real ids of bytes where the caller had them; those of patches stay.
+    """Return hidden states with those of bytes in the caller's order of columns. Those of patches stay.
 
-    Of the parts, in the order in which they run, transformers records the layers of those that say so.
+    transformers records the layers of the parts that have "hidden_states" in `_can_record_outputs`, in their order.
     """
     counts = [
         len(part.layers) if "hidden_states" in (part._can_record_outputs or {}) else 0

@@ -1,4 +1,4 @@
-"""Light objects that stand where transformers' BLT passes dense masks from layer to layer."""
+"""Masks without a matrix, which transformers' BLT passes from layer to layer in place of dense ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CausalMask:
     window : int or None
         As in `block_causal_attention`.
     ranges : AttentionRanges or None
-        What the layers share on CUDA.
+        Computed once for all layers on CUDA.
     rotary : (Tensor, Tensor) or None
         The cosines that transformers gave the last layer, and the rotations made of them.
     """
@@ -45,7 +45,7 @@ class CausalMask:
 
 @dataclass(eq=False)
 class CrossMask:
-    """Says which bytes and patches meet in a cross attention.
+    """Says which bytes and patches attend to each other in cross attention.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
 """Patching of transformers' BLT: the entropy model, and layouts with their padded patch axis.
 
-transformers gives every row as many patches as the row with the most of them, and one more for a patch that the byte to
-come would start. Layouts here have this axis: ``B * slots`` patches, of which the last ones of a row may be empty.
+transformers pads the patches of every row to the most that a row has, and counts a patch that the byte to come would
+start. Layouts here have this axis: ``B * slots`` patches, of which the last ones of a row may be empty.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def lengths_from_entropies(applied: Applied, stock: Callable[..., Any], compare:
 def patcher_forward(
     applied: Applied, modeling: Any, stock: Callable[..., Any], attention: bool, patching: bool
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return the forward of ``BltPatcher`` for whole rows of ids; all else is left to transformers."""
+    """Return the forward of ``BltPatcher`` for whole rows of ids; other calls are left to transformers."""
 
     def forward(
         self: Any,
@@ -157,7 +157,7 @@ def has_windows(modeling: Any) -> bool:
 
 
 def dense_mask(modeling: Any, config: Any, window: int | None, embeds: Tensor) -> Any:
-    """Return what transformers masks whole rows with."""
+    """Return the mask that transformers makes for whole rows."""
     windowed = window is not None and has_windows(modeling)
     make = modeling.create_sliding_window_causal_mask if windowed else modeling.create_causal_mask
     return make(config, embeds, None, None)  # neither padding nor a cache

@@ -1,4 +1,7 @@
-"""What is replaced or called in transformers, and its parameters: versions differ only in the name of the cache."""
+"""Functions that are replaced or called in transformers, and their parameters.
+
+Versions differ only in the name of the cache.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ PARAMETERS: dict[str, Parameters] = {
     ),
 }  # fmt: skip
 
-# What `apply` replaces, and what computes it.
+# Maps what `apply` replaces to what computes it.
 REPLACES = {
     "BltModel.forward": "PatchLayout, made once",
     "BltSelfAttention.forward": "block_causal_attention",
