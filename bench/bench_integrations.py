@@ -1,6 +1,7 @@
 """Times other code bases with our ops under them, beside the same code without.
 
-MEGABYTE-pytorch's local layers are its own. H-Net's chunks are beside its steps in plain PyTorch.
+Local layers are those of MEGABYTE-pytorch. H-Net is on no package index: `chunk` and `dechunk` are compared with its
+steps in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from blt_kernels.integrations import hnet, megabyte
 
-# Patches, and their bytes with the start before them: patches of 4 and of 8 bytes.
+# Number of patches, and of the bytes in each with the start token before them: patches of 4 and of 8 bytes.
 LOCAL = ((512, 5), (64, 9))
 HEADS, WIDTH, LAYERS = 8, 64, 2
 STOCK, FLASH = "MEGABYTE-pytorch", "MEGABYTE-pytorch, flash_attn"

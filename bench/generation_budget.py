@@ -22,7 +22,7 @@ from blt_kernels.models import blt_layers, blt_state, state
 from blt_kernels.models.base import ByteModel
 from blt_kernels.nn import cache, few_rows, layers
 
-# Owner, names of its functions, and the part that they are.
+# Each entry has the owner of some functions, their names, and the part of a step that their time counts for.
 PARTS: tuple[tuple[Any, tuple[str, ...], str], ...] = (
     (few_rows, ("few_row_layer_step",), "operator of layers, with cross attention and head"),
     (few_rows._Stack, ("is_of",), "whether modules are as they were"),
@@ -49,7 +49,7 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
-        self._inner: list[float] = []  # for each function that runs, the time of those that it has called
+        self._inner: list[float] = []  # for each running function, the time of the parts that it has called
 
     def wrapped(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -68,7 +68,7 @@ class Clock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count the parts meanwhile."""
+        """Count the parts while the context is open."""
         with ExitStack() as stack:
             for owner, names, part in (*PARTS, (blt_state.BLTState, ("_extend",), REST)):
                 for name in names:

@@ -168,7 +168,7 @@ class PatchLayout:
         patches = (first[:, None] + column).clamp(max=self.capacity)
         starts = torch.minimum(self.patch_offsets[patches], documents[1:, None]) - documents[:-1, None]
         if include_next_byte or padding:
-            starts = starts + (column >= counts[:, None])  # those beyond close the row, after the byte to come
+            starts = starts + (column >= counts[:, None])  # the last ones close the row, after the byte to come
         return torch.cat([starts[:, :-1], (size + include_next_byte)[:, None]], 1).diff()
 
     @staticmethod
@@ -212,7 +212,7 @@ class PatchLayout:
         _padded.check_lengths(lengths, seq_len, padding, max_patches)
         boundaries, cu_seqlens = _padded.boundaries_of_lengths(lengths, seq_len, padding)
         capacity = max(lengths.numel(), lengths.shape[0]) if max_patches is None else max_patches
-        # `ops.boundary_patch` defines the operator. Its module is above this one, so that it is not imported here.
+        # `ops.boundary_patch` defines the operator, and imports this module.
         operator = getattr(torch.ops, NAMESPACE).boundary_patch_fwd
         outputs = operator(boundaries, cu_seqlens, 0, None, None, "end", None, capacity)
         patch_offsets, cu_patches, patch_ids, decode_ids, decode_offsets, overflowed, _ = outputs

@@ -1,4 +1,4 @@
-"""What H-Net does around its main network, in plain PyTorch: its own smoothing is a kernel of Mamba-2 for CUDA."""
+"""H-Net's chunking and dechunking in plain PyTorch: its own smoothing is a kernel of Mamba-2 for CUDA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def chunk(x: Tensor, marks: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]
 
 
 def dechunk(chunks: Tensor, cu_chunks: Tensor, marks: Tensor, p: Tensor) -> Tensor:
-    """Smooth the chunks of each document, and give each byte that of its chunk."""
+    """Smooth the chunks of each document, and give each byte the average of its chunk."""
     weights = p.clamp(1e-4, 1 - 1e-4)[marks]
     lengths = cu_chunks.diff().tolist()
     documents = zip(chunks.split(lengths), weights.split(lengths), strict=True)

@@ -17,17 +17,17 @@ from blt_kernels.nn.config import TransformerConfig
 
 _BLOCK = 64  # entries by which a buffer grows at least
 _FEW = 256  # numbers that are faster to list in Python than to make by a call of torch for each row
-_SHARED = 64  # numbers of a tensor that is kept
+_SHARED = 64  # tensors of up to this many numbers are shared
 
 
 def numbers(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of these numbers. Nobody may write to it: several parts of a step may get the same one."""
+    """Return a tensor of these numbers. It is read-only, since several parts of a step may share it."""
     if len(values) > _SHARED or device.type != "cpu":
         return torch.tensor(values, dtype=dtype, device=device)
     return _shared_numbers(tuple(values), dtype)
 
 
-@lru_cache(maxsize=32)  # those of a step or two
+@lru_cache(maxsize=32)  # enough for a step or two
 def _shared_numbers(values: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype)
@@ -43,13 +43,13 @@ def runs(start: Sequence[int], counts: Sequence[int], device: torch.device) -> T
 
 
 class Slots(NamedTuple):
-    """Entries of a `RowBuffer`: ``counts[r]`` from slot ``begin[r]`` on for each row, which may be none."""
+    """Lists entries of a `RowBuffer`: ``counts[r]`` of row r from slot ``begin[r]`` on, which may be none."""
 
     begin: list[int]
     counts: list[int]
 
     def run(self) -> tuple[int, int] | None:
-        """Return slot and count of the entries if they are those of one row, as in a step of a single one."""
+        """Return the first slot and the count if all entries are of one row, else None."""
         rows = [r for r, n in enumerate(self.counts) if n]
         return (self.begin[rows[0]], self.counts[rows[0]]) if len(rows) == 1 else None
 

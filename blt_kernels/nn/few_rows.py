@@ -20,7 +20,7 @@ from blt_kernels.nn.matrices import Linear, QuantizedLinear, RMSNorm, multiply_n
 from blt_kernels.ops.few_row_layer import few_row_layer_step
 from blt_kernels.ops.few_row_linear import stores, takes
 
-# The norms and matrices of a module in the order of the operator, by the path to each.
+# Paths to the norms and matrices of each module, in the order of the operator.
 _NORMS = {CrossAttention: ("q_norm",), TransformerLayer: ("input_layernorm", "post_attention_layernorm")}
 _MATRICES = {
     CrossAttention: ("q_proj", "o_proj"),
@@ -98,7 +98,7 @@ def few_rows(
     stack = _KNOWN.get(modules[0])
     if stack is None or not stack.is_of(modules):
         stack = _stack_of(modules)
-        if stack is None and head:  # it may be the head that is another one
+        if stack is None and head:  # perhaps only the head is of another kind
             y = few_rows(layers, x, table, keys, crosses, patches, patch_ids)
             return None if y is None else multiply_normed(head[0], y, head[1])[0]
         if stack is None:
@@ -114,7 +114,7 @@ def few_rows(
 
 
 class _Facts:
-    """Notes what dictionaries hold, so that one pass in C tells whether they still do."""
+    """Notes entries of dictionaries, so that `hold` compares them without a loop of Python."""
 
     def __init__(self) -> None:
         self.places: list[dict[str, Any]] = []
@@ -134,7 +134,7 @@ class _Facts:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Has the tensors of a stack of modules as the operator takes them, and all that tells whether they are in use.
+    """Holds the tensors of a stack of modules as the operator takes them, and what `is_of` compares.
 
     Attributes
     ----------

@@ -18,7 +18,7 @@ from blt_kernels._checks import Documents
 from blt_kernels.layout import AttentionRanges
 from blt_kernels.nn.config import TransformerConfig
 
-_FEW = 16  # positions whose rotations are read from a table that is kept
+_FEW = 16  # up to this many positions read their rotations from a cached table
 _MIN_KEPT, _MAX_KEPT = 1024, 2**15  # rows of such tables; 16 MB for heads of 128
 
 
@@ -161,7 +161,7 @@ def _rotations(positions: Tensor, periods: Tensor, dtype: torch.dtype) -> Tensor
 def _kept_rotations(
     head_dim: int, theta: float, scaling: tuple[float, float, float, float] | None, dtype: torch.dtype, size: int
 ) -> Tensor:
-    """Return the rotations of positions 0 to `size` on the CPU, computed once a process."""
+    """Return the rotations of positions 0 to ``size - 1`` on the CPU, computed once a process."""
     with torch.inference_mode(False):  # an inference tensor could not be saved for backward
         return _rotations(torch.arange(size), _cpu_periods(head_dim, theta, scaling, dtype), dtype)
 

@@ -8,10 +8,10 @@
 // Tiling. kWidth queries of one head lie across the vector lanes; keys and values are streamed past them as scalars, in
 // steps of kStep keys. So the softmax is vertical: maxima and sums are lanes, and no scores are shuffled. Only steps
 // with masked keys pay for masks. tiles.h makes the tiles and divides them among the threads. Tiles of few queries, as
-// in decoding with a cache, have E across the lanes instead (decode.h), documents of few queries and keys have documents
-// and heads there (short.h), and in bf16 the products run in AMX where the processor has it (amx_forward.h,
-// amx_backward.h). The backward pass has keys across the lanes, and no atomics (backward.h). Flops: 4 E for each (query,
-// key) pair forward, 10 E backward.
+// in decoding with a cache, have E across the lanes instead (decode.h), and short documents have documents and heads
+// there (short.h). In bf16 the products run in AMX where the processor has it (amx_forward.h, amx_backward.h). The
+// backward pass has keys across the lanes, and no atomics (backward.h). Flops: 4 E for each (query, key) pair forward,
+// 10 E backward.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -70,7 +70,7 @@ Tensor ema_scan_fwd_cpu(const Tensor& x, const Tensor& p, std::optional<Tensor> 
   Tensor y = new_output(arguments.x, {rows, width});
   dispatch_float(arguments.x.scalar_type(), "x", [&]<class T>(Tag<T>) {
     using A = accumulator_t<T>;
-    constexpr bool kExact = std::is_same_v<T, A>;  // y itself has the sums
+    constexpr bool kExact = std::is_same_v<T, A>;  // y holds the sums unrounded
     const T* const from = arguments.x.const_data_ptr<T>();
     const A* const weights = arguments.p.const_data_ptr<A>();
     T* const to = y.mutable_data_ptr<T>();

@@ -33,9 +33,9 @@ namespace blt {
 inline constexpr int kEmaThreads = 256, kEmaWarps = kEmaThreads / kWarp;
 inline constexpr int kEmaRows = kWarp;       // rows of a chunk: a lane holds the weight of one
 inline constexpr int kEmaChunks = 32;        // chunks of a group
-inline constexpr int kEmaPrefetch = 8;       // rows of one tensor
-inline constexpr int kEmaPartPrefetch = 16;  // chunks or groups
-inline constexpr int kEmaGradPrefetch = 3;   // rows of three tensors
+inline constexpr int kEmaPrefetch = 8;       // prefetch depth: rows of one tensor
+inline constexpr int kEmaPartPrefetch = 16;  // prefetch depth: chunks or groups
+inline constexpr int kEmaGradPrefetch = 3;   // prefetch depth: rows of three tensors
 
 // Says how the sums before some chunks enter those at their end: multiplied by `product`, or not at all if `resets` is
 // 1.

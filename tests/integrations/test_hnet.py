@@ -123,7 +123,7 @@ def test_chunks_and_averages(code_base: Callable[[str], ModuleType], dtype: torc
 
 @pytest.mark.parametrize("lengths", [(0,), (0, 5), (5, 0, 0, 3), (1, 1), ()])
 def test_empty_documents(code_base: Callable[[str], ModuleType], lengths: tuple[int, ...]) -> None:
-    """H-Net's own fails on some of them."""
+    """Empty documents have no chunks; H-Net itself raises for some of them."""
     total, cu_seqlens = sum(lengths), offsets_of(list(lengths))
     marks = marks_of(total, mean=2)
     marks[[begin for begin in cu_seqlens[:-1].tolist() if begin < total]] = True
@@ -166,7 +166,7 @@ def test_prefill_keeps_the_last_average(code_base: Callable[[str], ModuleType]) 
 
 
 def test_what_is_left_to_hnet(code_base: Callable[[str], ModuleType]) -> None:
-    """Its assertions stay its own, and rows without a chunk are as they were."""
+    """H-Net's assertions still raise, and it computes rows without a chunk itself."""
     dc = code_base("dc")
     x, nothing, state = torch.randn(2, 5, 32), torch.zeros(2, 5, dtype=torch.bool), dc.DeChunkState(torch.zeros(2, 32))
     chunk, dechunk, p = dc.ChunkLayer(), dc.DeChunkLayer(32), torch.rand(2, 5, 2)

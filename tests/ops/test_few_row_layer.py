@@ -195,7 +195,7 @@ def test_a_stack_with_cross_attention_equals_the_reference_in_fp64(
 
 @COMPILED
 def test_a_stack_is_its_layers_one_after_another() -> None:
-    """Bitwise, and for any number of threads."""
+    """The results are the same bits, for any number of threads."""
     x, weights, _scales, norms, eps, table, keys, values, *documents = stack((3, 2, 1, 8), crosses=0)[:12]
     caches = [y.clone() for y in keys], [y.clone() for y in values]
     expected = x

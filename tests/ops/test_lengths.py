@@ -108,7 +108,7 @@ def test_wrong_padding_is_named() -> None:
 
 
 def test_lengths_of_transformers_by_hand() -> None:
-    """COMPAT.md, item 22: a length of 0 at S is a start there, and -1 pads."""
+    """A length of 0 at S is a start there, and -1 pads."""
     theirs = torch.tensor([[1, 1, 3, 0], [1, 1, 4, -1]])
     ours = PatchLayout.from_lengths(torch.tensor([[1, 1, 3, 1], [1, 1, 4, 0]]), seq_len=5)
     for seq_len in (None, 5):

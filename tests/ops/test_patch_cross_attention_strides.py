@@ -59,7 +59,7 @@ def test_the_same_bits(
     dtype: torch.dtype,
     device: str,
 ) -> None:
-    """Also where a patch reads over the end of a row, and where one side only is padded."""
+    """The bits are the same also where a patch crosses the end of a row, and where only one side is padded."""
     tensors, own = make(direction, dtype, device), layout(device)
     for window in (None, 3):
         expected = run([x.flatten(0, 1) for x in tensors], own, direction, window=window)

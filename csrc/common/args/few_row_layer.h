@@ -14,7 +14,7 @@ enum LayerWeight { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLayerWeigh
 enum CrossWeight { kCrossQuery, kCrossOutput, kCrossWeights };
 enum LayerNorm { kInputNorm, kPostNorm, kLayerNorms };
 
-// The operator takes lists of tensors, of all layers end to end. A list of scales is empty or as long as the weights.
+// Holds the operator's lists of tensors, of all layers end to end. `scales` is empty or as long as `weights`.
 struct LayerLists {
   std::vector<Tensor> weights, scales, norms, keys, values, patch_keys, patch_values;
   size_t layers() const { return keys.size(); }
@@ -58,7 +58,7 @@ inline void check_weights(LayerLists& lists, size_t first, std::initializer_list
   }
 }
 
-// Checks that `values` is fp32 of the sizes of `keys`, like which it has contiguous entries of any stride.
+// Checks that keys and values are fp32, of the same sizes, with contiguous entries that may be any stride apart.
 inline void check_cache(const Tensor& keys, const Tensor& values, const char* keys_name, const char* values_name,
                         int64_t dims) {
   for (const auto& [cache, name] : {std::pair(&keys, keys_name), std::pair(&values, values_name)}) {

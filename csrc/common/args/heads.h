@@ -10,7 +10,7 @@ inline int64_t num_heads(const Tensor& x) { return x.size(x.dim() - 2); }
 inline int64_t head_width(const Tensor& x) { return x.size(x.dim() - 1); }
 
 // Returns whether a padded tensor has its heads outside of the sequence in memory, as [B, H, S, E] has. Its gradient
-// then is contiguous in this order, and otherwise contiguous as it is.
+// then is contiguous in this order, and else in the order of its dimensions.
 inline bool heads_outside(const Tensor& x) { return x.dim() == 4 && x.stride(2) > x.stride(1); }
 
 inline void check_head_dims(const Tensor& x, const char* name) {

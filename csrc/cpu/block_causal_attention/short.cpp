@@ -40,7 +40,7 @@ struct Pairs {
     const int64_t b = shape.documents.front(), begin = ranges.cu_seqlens_q[b], origin = ranges.cu_seqlens_k[b];
     for (int64_t i = 0; i < shape.queries; ++i) {
       const Range own = ranges.keys(begin + i, b);
-      if (own.size() == 0) continue;  // as the first queries of a document with fewer keys
+      if (own.size() == 0) continue;  // the first queries of a document with fewer keys have none
       if (keys.size() == 0) queries.begin = i, keys = {own.begin - origin, own.end - origin};
       keys.end = std::max(keys.end, own.end - origin);
       first_key[i - queries.begin] = own.begin - origin - keys.begin;
@@ -72,7 +72,7 @@ struct Group {
   int64_t head(int64_t lane) const { return (first + lane) % heads; }
 };
 
-// The sums of dk and dv over the query heads that read a head of keys.
+// Holds the sums of dk and dv over the query heads that read a head of keys.
 template <class A>
 struct KeySums {
   Partial<A> dk, dv;
