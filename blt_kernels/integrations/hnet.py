@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blt_kernels import _checks
 from blt_kernels.integrations._applied import Applied, check_parameters, stock, version_of
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops.block_causal_attention import block_causal_attention
@@ -51,7 +52,7 @@ def chunk(hidden_states: Tensor, boundary_mask: Tensor, cu_seqlens: Tensor | Non
     Raises
     ------
     TypeError, ValueError
-        As `boundary_patch` and `patch_pool` raise.
+        An argument has the wrong type, dtype, device or shape; the message names it.
 
     Examples
     --------
@@ -60,6 +61,9 @@ def chunk(hidden_states: Tensor, boundary_mask: Tensor, cu_seqlens: Tensor | Non
     >>> chunks.flatten().tolist(), layout.cu_patches.tolist()
     ([1.0, 3.0], [0, 2])
     """
+    _checks.check_tensor("hidden_states", hidden_states, (2, 3), _checks.FLOATS)
+    _checks.check_tensor("boundary_mask", boundary_mask, (1, 2), (torch.bool,))
+    _checks.check_shape("boundary_mask", boundary_mask, hidden_states.shape[:-1], "that of hidden_states without D")
     layout = boundary_patch(boundary_mask, cu_seqlens, at="start").compact()
     return patch_pool(hidden_states, layout, "first"), layout
 
@@ -70,7 +74,7 @@ def dechunk(chunks: Tensor, boundary_prob: Tensor, layout: PatchLayout) -> Tenso
     Parameters
     ----------
     chunks : ``[P, D]``
-    boundary_prob : ``[T]``
+    boundary_prob : fp32, bf16, fp16 or fp64 ``[T]``
         The probability that a byte is a boundary. That of the first byte of a chunk is the chunk's weight in
         `ema_scan`, clamped to [1e-4, 1 - 1e-4].
     layout : PatchLayout
@@ -84,7 +88,7 @@ def dechunk(chunks: Tensor, boundary_prob: Tensor, layout: PatchLayout) -> Tenso
     Raises
     ------
     TypeError, ValueError
-        As `ema_scan`, `patch_pool` and `patch_unpool` raise.
+        An argument has the wrong type, dtype, device or shape; the message names it.
 
     Examples
     --------
@@ -93,6 +97,15 @@ def dechunk(chunks: Tensor, boundary_prob: Tensor, layout: PatchLayout) -> Tenso
     >>> dechunk(chunks, torch.tensor([1.0, 0.1, 0.5, 0.2]), layout).flatten().round(decimals=3).tolist()
     [1.0, 1.0, 2.0, 2.0]
     """
+    _checks.check_tensor("chunks", chunks, 2, _checks.FLOATS)
+    _checks.check_layout(layout, "chunks", chunks)
+    _checks.check_shape("chunks", chunks, (layout.capacity, None), "[P, D] of layout")
+    _checks.check_tensor("boundary_prob", boundary_prob, (1, 2), _checks.FLOATS)
+    _checks.check_same("boundary_prob", boundary_prob, "chunks", chunks, dtype=False)
+    if boundary_prob.numel() != layout.num_bytes:
+        raise ValueError(
+            f"boundary_prob: expected the {layout.num_bytes} bytes of layout, got shape {list(boundary_prob.shape)}"
+        )
     return _smooth(chunks, boundary_prob, layout, layout.cu_patches)
 
 

@@ -264,3 +264,25 @@ def test_readme(stand_ins: None) -> None:
     exec(example, names)
     assert names["applied"].report().replaced == dict.fromkeys(hnet.REPLACES, 0)
     names["applied"].undo()
+
+
+def test_errors_of_tensors() -> None:
+    vectors, probability = torch.randn(20, 8), torch.rand(20)
+    marks = probability > 0.5
+    chunks, layout = hnet.chunk(vectors, marks)
+    for kind, match, call in (
+        (TypeError, "hidden_states: expected dtype", lambda: hnet.chunk(vectors.long(), marks)),
+        (ValueError, r"hidden_states: .*got shape \[20\]", lambda: hnet.chunk(probability, marks)),
+        (
+            TypeError,
+            "boundary_mask: expected dtype in bool, got torch.float32",
+            lambda: hnet.chunk(vectors, probability),
+        ),
+        (ValueError, r"boundary_mask: expected shape .*\[20\], got \[5\]", lambda: hnet.chunk(vectors, marks[:5])),
+        (ValueError, r"chunks: expected shape \[P, D\] of layout", lambda: hnet.dechunk(vectors, probability, layout)),
+        (TypeError, "layout: expected a PatchLayout", lambda: hnet.dechunk(chunks, probability, None)),
+        (TypeError, "boundary_prob: expected dtype", lambda: hnet.dechunk(chunks, marks, layout)),
+        (ValueError, "boundary_prob: expected the 20 bytes", lambda: hnet.dechunk(chunks, probability[:5], layout)),
+    ):
+        with pytest.raises(kind, match=match):
+            call()

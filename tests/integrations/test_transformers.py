@@ -309,6 +309,8 @@ def test_unknown_parameters_are_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_errors() -> None:
     with pytest.raises(TypeError, match=r"model: expected a BLT .* got Linear"):
         integration.apply(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model: expected a BLT .* got str"):
+        integration.apply("facebook/blt-1b")
     with pytest.raises(ValueError, match="compare: expected one of"):
         integration.apply(compare="bf16")
 

@@ -10,6 +10,8 @@ from functools import wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from blt_kernels import _checks
 from blt_kernels.integrations._applied import Applied, check_parameters, has_own, stock, version_of
 from blt_kernels.integrations.transformers import attention as _attention
@@ -105,7 +107,8 @@ def apply(
     code_base = f"transformers {version_of(transformers)}"
     for path, expected in PARAMETERS.items():
         check_parameters(_found(modeling, path), expected, code_base)
-    if model is not None and not any(isinstance(module, modeling.BltModel) for module in model.modules()):
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if model is not None and not any(isinstance(module, modeling.BltModel) for module in modules):
         raise TypeError(f"model: expected a BLT of {code_base}, or a module that holds one, got {type(model).__name__}")
     applied = Applied(code_base)
 
