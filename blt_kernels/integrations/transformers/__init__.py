@@ -1,6 +1,6 @@
 """One line puts the ops under transformers' BLT: ``blt_kernels.integrations.transformers.apply()``.
 
-It takes transformers 5.17 to 5.24, whose functions it replaces are checked by their parameters.
+It takes transformers 5.17 to 5.24, and checks the parameters of the functions that it replaces.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def apply(
         This version of transformers has other parameters than its replacements know, or `model` holds no BLT, or one
         with methods of a subclass in place of those to replace. ``apply()`` leaves such methods in place.
     ValueError
-        `compare` is neither.
+        `compare` is neither "fp32" nor "model".
 
     Notes
     -----
@@ -122,7 +122,7 @@ def apply(
             applied.replace(cls, name, staticmethod(new) if static else new)
         bound = _without_self(new) if static else new
         for owner in _instances(model, cls):
-            # accelerate keeps the forward that its hooks surround here.
+            # accelerate keeps the forward that its hooks surround under another name.
             own = "_old_forward" if "_old_forward" in vars(owner) and name == "forward" else name
             if own == name and has_own(owner, cls, name):
                 applied.undo()
@@ -167,7 +167,7 @@ def apply(
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs transformers, which takes seconds, when it is asked for."""
+    """Import `BltCache` when it is first used: it needs transformers, whose import takes seconds."""
     if name != "BltCache":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from blt_kernels.integrations.transformers.cache import BltCache

@@ -1,8 +1,8 @@
 """Cached generation for transformers' BLT, on the states of `blt_kernels.models`.
 
-The cache of transformers 5.23 for BLT raises by default and else writes wrong text: its patcher, its n-grams and its
-patches know the new bytes only. Here a cache is a `BLTState`, to which a forward appends the new columns of each row. A
-column that `attention_mask` leaves out is no byte of its row, so a row with padding computes what it computes alone.
+The cache of transformers 5.23 for BLT raises by default and else writes wrong text: patcher, n-grams and patches are
+computed from the new bytes alone. Here a cache is a `BLTState`, to which a forward appends the new columns of each row.
+A column that `attention_mask` leaves out is no byte of its row, so a row with padding computes what it computes alone.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class BltCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """True: `crop` leaves no trace."""
+        """True: `crop` undoes all that the removed columns changed."""
         return True
 
     @property
@@ -121,7 +121,7 @@ class BltCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether there was a forward."""
+        """True after the first forward."""
         return self.state is not None
 
     @property

@@ -21,12 +21,12 @@ from blt_kernels.models import BLT
 
 LABEL = "BltCache"  # in reports
 _PART = 4096  # columns that a long prompt is read by, so that memory stays bounded
-_FAR = 1 << 40  # no position is so high
+_FAR = 1 << 40  # larger than any position
 _NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # before 5.24
 
 
 class Caching:
-    """Makes the two functions of transformers that have a cache from those that have none.
+    """Makes the two functions of transformers that handle the cache.
 
     Parameters
     ----------
