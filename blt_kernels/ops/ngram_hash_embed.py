@@ -98,18 +98,9 @@ def ngram_hash_embed(
         if byte_table.shape[0] < 1:
             raise ValueError(f"byte_table: expected at least one row, got {byte_table.shape[0]}")
         _checks.check_ids(packed, documents, byte_table.shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
-    out = ngram_hash_embed_fwd(
-        packed,
-        table_list,
-        byte_table,
-        None if documents is None else documents.offsets,
-        count,
-        sizes,
-        numbers,
-        grad,
-        None if row_range is None else list(row_range),
-        rows,
-    )
+    offsets = None if documents is None else documents.offsets
+    shard = None if row_range is None else list(row_range)
+    out = ngram_hash_embed_fwd(packed, table_list, byte_table, offsets, count, sizes, numbers, grad, shard, rows)
     return out if tokens.dim() == 1 else out.view(*tokens.shape, width)
 
 
@@ -171,11 +162,7 @@ def ngram_hash(
 
 
 def _check_hash(
-    tokens: Tensor,
-    ngram_sizes: Sequence[int],
-    num_functions: int,
-    functions: Sequence[int] | None,
-    table_order: str,
+    tokens: Tensor, ngram_sizes: Sequence[int], num_functions: int, functions: Sequence[int] | None, table_order: str
 ) -> tuple[list[int], list[int] | None]:
     """Return the n-gram size of each table, and its hash function: the only one, or None for the first."""
     _checks.check_tensor("tokens", tokens, (1, 2), _checks.INTS)
@@ -266,11 +253,7 @@ def _check_tables(
 
 
 def _check_rows(
-    tables: list[Tensor],
-    fused: bool,
-    count: int,
-    row_range: tuple[int, int] | None,
-    vocab: int | Sequence[int],
+    tables: list[Tensor], fused: bool, count: int, row_range: tuple[int, int] | None, vocab: int | Sequence[int]
 ) -> list[int]:
     """Return the number of rows of each whole table, or of all."""
     rows = _check_vocab(vocab, count)
@@ -296,8 +279,8 @@ def _check_row_range(row_range: tuple[int, int], vocab: int) -> None:
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------
 # Without cu_seqlens there are num_documents documents of one length. `tables` is a list of N, or of the fused one
-# alone. ngram_sizes has an entry for each table, functions and vocab one for each or one for all. A list of integers
-# takes torch 0.5 us, so functions is the first function if None, vocab the rows of `tables`, and row_range all rows. In
+# alone. ngram_sizes has an entry for each table, functions and vocab one for each or one for all. If None, functions is
+# the first function, vocab the rows of `tables`, and row_range all rows: each list of integers costs torch 0.5 us. In
 # backward `fused` says which form the tables have, and `alphabet` is the number of rows of byte_table if it needs a
 # gradient too, which comes last; else None.
 
