@@ -235,7 +235,7 @@ def stock(owner: Any, name: str) -> Any:
 def has_own(module: Any, cls: type, name: str) -> bool:
     """Return whether an object has another method than its class `cls`: that of a subclass, or one set on the object.
 
-    Replacements do not count, nor do those that a copy of an object took along: functions with `is_replacement`.
+    Replacements do not count, nor do functions with `is_replacement`, by which copies of an object keep them.
     """
     value = stock(module, name)
     function = getattr(value, "__func__", value)

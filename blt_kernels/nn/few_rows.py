@@ -171,7 +171,7 @@ class _Stack:
     def is_of(self, modules: Sequence[Any]) -> bool:
         """Return whether these modules compute what the operator computes from these tensors.
 
-        It runs before every call: loops of Python would take as long as the operator.
+        It runs before every call, so it has no loop of Python, which would take as long as the operator.
         """
         return (
             len(modules) == len(self.own)

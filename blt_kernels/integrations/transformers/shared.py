@@ -113,7 +113,7 @@ def _refer(blt: BLT, model: Any) -> BLT:
     """Make `blt` refer to the parameters of `model`, and to its modules where they are no plain ``nn.Linear``."""
     parts, hooked = dict(model.named_modules()), _hooked(model)
     for name, theirs in parts.items():
-        # BltModel's own surrounds the cache; modules with parameters are checked below, and those of accelerate.
+        # BltModel's forward surrounds the cache. Modules with parameters or hooks of accelerate are checked below.
         if name and not theirs._parameters and "_hf_hook" not in vars(theirs):
             cls = next((c for c in type(theirs).__mro__ if c.__module__ == modeling_blt.__name__), None)
             if cls is not None and has_own(theirs, cls, "forward"):
