@@ -102,6 +102,8 @@ def _load(name: str, path: Path | None, device: str) -> ByteModel:
 
 def _read(prompt: str) -> bytes:
     if prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompt -: expected an open standard input")
         return sys.stdin.buffer.read()
     path = Path(prompt)
     try:

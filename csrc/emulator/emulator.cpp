@@ -24,7 +24,8 @@ std::vector<std::string>& registered() {
 // --- kernels and launches --------------------------------------------------------------------------------------------
 
 std::string_view add_kernel(std::string_view name) {
-  registered().emplace_back(name);
+  // Several launchers may launch the same kernel.
+  if (std::find(registered().begin(), registered().end(), name) == registered().end()) registered().emplace_back(name);
   return name;
 }
 

@@ -119,7 +119,13 @@ void* function_of(Kernel& kernel, int32_t device, void* stream) {
 
 }  // namespace
 
-Kernel* add_kernel(std::string_view name) { return &kernels().emplace_back(Kernel{std::string(name), {}}); }
+Kernel* add_kernel(std::string_view name) {
+  // Several launchers may launch the same kernel.
+  for (Kernel& kernel : kernels()) {
+    if (kernel.name == name) return &kernel;
+  }
+  return &kernels().emplace_back(Kernel{std::string(name), {}});
+}
 
 void* current_stream(int32_t device) {
   using Current = int(int32_t device, void** stream);

@@ -73,7 +73,8 @@ def test_what_a_capture_allows_is_not(name: str) -> None:
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
 
-BY_BYTE = {"logits", "hidden", "entropy", "tokens", "x"}  # these arguments have a row for each byte
+BY_BYTE = {"logits", "hidden", "entropy", "tokens", "marks", "x", "p"}  # these arguments have a row for each byte
+BY_DOCUMENT = ("seqused_k", "threshold")  # these have one entry for each document, if they are tensors
 
 
 def padded(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def padded(arguments: dict[str, Any]) -> dict[str, Any]:
 
     changed = {
         **{name: two(arguments[name]) for name in by_byte},
-        **({"seqused_k": arguments["seqused_k"][:2]} if "seqused_k" in arguments else {}),
+        **{name: arguments[name][:2] for name in BY_DOCUMENT if isinstance(arguments.get(name), Tensor)},
     }
     return {name: changed.get(name, x) for name, x in arguments.items() if not name.startswith("cu_seqlens")}
 
