@@ -300,6 +300,15 @@ def test_gradients_need_no_cache(training: bool) -> None:
     assert all(torch.equal(checkpointed[name], theirs[name]) for name in own)
 
 
+def test_a_backward_pass_through_a_cache_is_refused() -> None:
+    """Without that, only the head would have a gradient."""
+    ours, ids = their_model("released"), batch(2, 12)
+    with cached(ours):
+        loss = ours(ids, labels=ids, use_cache=True).loss
+        with pytest.raises(RuntimeError, match="use_cache: expected False for gradients"):
+            loss.backward()
+
+
 @torch.no_grad()
 def test_parameters_are_shared() -> None:
     ours = their_model("released", tie_word_embeddings=True)

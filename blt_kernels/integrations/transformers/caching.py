@@ -107,6 +107,8 @@ class Caching:
             return kwargs.get(name, getattr(model.config, name, False))
 
         states = _extend(cache, blt, input_ids, attention_mask, asked("output_hidden_states"))
+        if torch.is_grad_enabled():
+            states[-1] = _NoGradient.apply(states[-1], torch.empty(0, requires_grad=True))
         outputs = BaseModelOutputWithPast(last_hidden_state=states[-1])
         outputs[_NAME] = cache
         if asked("output_hidden_states"):
@@ -138,6 +140,18 @@ class Caching:
             return original(model, generation_config, model_kwargs, *args, **kwargs)
 
         return prepare
+
+
+class _NoGradient(torch.autograd.Function):
+    """Refuses a backward pass, which would give a gradient to the head alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("use_cache: expected False for gradients, since a BltCache keeps none, got a BltCache")
 
 
 def _other_inputs(model: Any, inputs: dict[str, Any]) -> str | None:
