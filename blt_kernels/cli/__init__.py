@@ -15,6 +15,7 @@ except ModuleNotFoundError as missing:
     ) from None
 
 from blt_kernels.cli.base import app as app
+from blt_kernels.cli.console import drop_output
 
 COMMANDS = ("doctor", "patch", "demo", "train", "eval", "generate", "bench", "flops")  # the help text keeps this order
 
@@ -42,7 +43,7 @@ def _flush() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there at the end
+        drop_output()
         if not isinstance(error, BrokenPipeError):
             typer.echo(f"blt-kernels: standard output: {error.strerror}", err=True)
         raise SystemExit(1) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -34,6 +36,11 @@ def console(color: Color, *, stderr: bool = False) -> Console:
     if color is Color.never or not plain.is_terminal or plain.is_dumb_terminal or plain.no_color:
         return plain
     return Console(highlight=False, stderr=stderr)
+
+
+def drop_output() -> None:
+    """Let what standard output still holds go nowhere after a failed write: Python writes it at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Doc
 
-from blt_kernels.cli.console import Color, console, progress
+from blt_kernels.cli.console import Color, console, drop_output, progress
 from blt_kernels.cli.patch import page, plot, render
 from blt_kernels.cli.patch.model import load_entropy_model
 from blt_kernels.cli.patch.rules import Rules
@@ -147,6 +147,7 @@ def run(files: list[str], rules: Rules, outputs: Outputs, model_path: Path | Non
                 _show(name, source, rules, outputs, model, color)
             except OSError as error:
                 if error.errno == errno.ENOSPC:  # errors of the files to write are told by their options
+                    drop_output()
                     raise OSError(error.errno, error.strerror, "standard output") from error
                 raise
 
