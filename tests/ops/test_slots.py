@@ -215,7 +215,7 @@ def test_windows_over_long_patches_and_gaps_against_the_reference(direction: str
 
 
 def test_a_window_counts_empty_slots(device: str) -> None:
-    """Of patches in slots 0 and 2, the second is two patches behind the first: it is in a window of 3 only."""
+    """Slot 2 is two patches behind slot 0, which only a window of 3 holds, also where slot 1 is empty."""
     ids = torch.tensor([[0, 0, 2]], device=device)
     layout = PatchLayout.from_ids(ids, ids, 4)
     byte = torch.tensor([3.0, 5.0, 13.0], device=device)[:, None, None].expand(3, 1, 4)
