@@ -15,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 
 say := @printf '\033[1m==> %s\033[0m\n'
 
-.PHONY: help demo test test-fast bench bench-compare lint gpu gpu-build cuda-check wheel-check hub sanitize clang clean
+.PHONY: help demo docs docs-serve test test-fast bench bench-compare lint gpu gpu-build cuda-check wheel-check hub sanitize clang clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,13 @@ demo: .venv/built  ## Patch a real file, and run it through BLT with our ops and
 	blt-kernels doctor
 	$(say) 'a real file in patches, then BLT: fused ops against reference'
 	blt-kernels demo
+
+docs: .venv/built  ## Build the site into build/docs; every warning is an error
+	$(say) 'the site'
+	sphinx-build -W --keep-going -q -b html docs build/docs
+
+docs-serve: docs  ## Serve the site at http://localhost:8000
+	python -m http.server --bind 127.0.0.1 --directory build/docs 8000
 
 EMULATOR := build/emulator/blt_emulator.so
 HUB := build/kernels/kernels build/hub-native/build
@@ -154,5 +161,5 @@ clean:  ## Remove everything that was built; .venv stays
 
 .venv/built: .venv/installed CMakeLists.txt setup.py blt_kernels/_version.py $(SOURCES)
 	$(say) 'building the compiled module, and installing the package in .venv'
-	PYTHONWARNINGS='ignore:Editable installation' $(PIP) install --no-build-isolation --editable '.[cli,train,test,dev,jit]'
+	PYTHONWARNINGS='ignore:Editable installation' $(PIP) install --no-build-isolation --editable '.[cli,train,test,docs,dev,jit]'
 	@touch $@
