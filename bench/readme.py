@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 
@@ -56,11 +57,12 @@ def kind_of(path: Path) -> str:
     return "gpu" if GPUS in path.name else "cpu"
 
 
-def table(path: Path) -> str:
+def table(path: Path, ops: Collection[str] = ()) -> str:
     """Return one line for every op and input, forward and backward side by side, with the most threads measured.
 
-    A measurement without a pass in its name is under forward. The table leaves out scaling and latencies, rows that
-    were not timed, and what was measured without a limit. Of two measurements of the same it shows the later one.
+    If `ops` are given, the table has their lines only; the result is "" where there are none. A measurement without a
+    pass in its name is under forward. The table leaves out scaling and latencies, rows that were not timed, and what
+    was measured without a limit. Of two measurements of the same it shows the later one.
     """
     with path.open(newline="", encoding="utf-8") as file:
         rows = [
@@ -72,11 +74,14 @@ def table(path: Path) -> str:
     threads = max((row["threads"] for row in rows), key=int)
     groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
-        if row["threads"] == threads and not TOLD_ELSEWHERE.search(row["op"]):
+        told = not TOLD_ELSEWHERE.search(row["op"]) and (not ops or row["op"].split()[0] in ops)
+        if row["threads"] == threads and told:
             backward = row["op"].endswith(BACKWARD)
             op = row["op"].removesuffix(BACKWARD if backward else FORWARD)
             key = f"`{op}`", f"{row['shape']} {row['dtype']}"
             groups.setdefault(key, {}).setdefault(BACKWARD if backward else FORWARD, []).append(row)
+    if not groups:
+        return ""
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     on_gpu = kind_of(path) == "gpu"
     how = "milliseconds, medians of interleaved rounds in one process"

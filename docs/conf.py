@@ -26,6 +26,7 @@ extensions = [
     "sphinx_design",
     "extensions.figures",
     "extensions.mathml",
+    "extensions.measured",
 ]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 3
