@@ -27,6 +27,7 @@ extensions = [
     "extensions.figures",
     "extensions.mathml",
     "extensions.measured",
+    "extensions.results",
 ]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 3

@@ -1,0 +1,98 @@
+"""Tables of measurements, which a page takes from `bench/results` when the site is built.
+
+The directive ``{results} KIND`` shows the newest file of a kind: "integrations" (``:op:`` is a regular expression that
+the names of the operations match), "generation" or "study".
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from extensions.measured import ROOT, _readme
+
+RESULTS = ROOT / "bench" / "results"
+
+
+def newest(kind: str) -> Path:
+    """Return the newest results of a kind, a file or a folder ``KIND-<date>-<device>``."""
+    found = [path for path in RESULTS.glob(f"{kind}-*") if path.suffix in (".csv", "")]
+    return max(found, key=lambda path: path.name)
+
+
+def of_integrations(path: Path, op: str) -> str:
+    """Return one line for each operation and input: our time, the others', and our share of the limit."""
+    ours_name, limit = _readme().OURS, _readme().LIMIT
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["median_ms"] and re.search(op, row["op"])]
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["shape"], row["dtype"]), []).append(row)
+    if not groups:
+        raise ValueError(f"op: expected operations of {path.name}, got none that match {op!r}")
+    threads = ", ".join(sorted({row["threads"] for row in rows}))
+    lines = [
+        f"`{path.relative_to(ROOT)}`, {threads} threads: milliseconds, medians of rounds in turn, and how many times as"
+        " long the others take. The limit is the fastest way to read or copy the data once, or a large matrix product,"
+        " on the same machine.",
+        "",
+        "| what | input | ms | others | limit reached |",
+        "|---|---|---:|---|---:|",
+    ]
+    for (name, shape, dtype), group in groups.items():
+        times = {row["implementation"]: float(row["median_ms"]) for row in group}
+        ours = next(row for row in group if row["implementation"] == ours_name)
+        mine = float(ours["median_ms"])
+        names = [name for name in times if name != ours_name and not name.startswith(limit)]
+        others = [f"{name} {times[name] / mine:.2f}" for name in sorted(names, key=lambda name: ours_name in name)]
+        what = name.replace(" fwd+bwd", ", forward + backward").replace(" fwd", ", forward")
+        share = f"{float(ours['share_of_limit']):.0%}"
+        lines.append(f"| {what} | {shape}, {dtype} | {milliseconds(mine)} | {', '.join(others)} | {share} |")
+    return "\n".join(lines)
+
+
+def milliseconds(value: float) -> str:
+    """Return a time with three digits, and without an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def of_study(folder: Path, op: str) -> str:
+    """Return the table that ``python bench/study`` wrote."""
+    return f"`{folder.relative_to(ROOT)}`:\n\n{(folder / 'table.md').read_text(encoding='utf-8')}"
+
+
+KINDS: dict[str, Callable[[Path, str], str]] = {
+    "integrations": of_integrations,
+    "generation": lambda path, op: _readme().table_of_generation(path),
+    "study": of_study,
+}
+
+
+class Results(SphinxDirective):
+    """The directive ``{results} KIND``."""
+
+    required_arguments = 1
+    option_spec = {"op": directives.unchanged}  # noqa: RUF012
+
+    def run(self) -> list[nodes.Node]:
+        """Return the nodes of the table."""
+        kind = self.arguments[0]
+        path = newest(kind)
+        files = path.iterdir() if path.is_dir() else [path]
+        for file in files:
+            self.env.note_dependency(str(file))
+        return self.parse_text_to_nodes(KINDS[kind](path, self.options.get("op", "")))
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the directive."""
+    app.add_directive("results", Results)
+    return {"parallel_read_safe": False, "parallel_write_safe": True}
