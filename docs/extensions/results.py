@@ -1,12 +1,14 @@
 """Tables of measurements, which a page takes from `bench/results` when the site is built.
 
 The directive ``{results} KIND`` shows the newest file of a kind: "integrations" (``:op:`` is a regular expression that
-the names of the operations match), "generation" or "study".
+the names of the operations match), "generation" or "study". The directive ``{replaced} MODULE`` shows what ``apply`` of
+an integration replaces, and by what.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +57,7 @@ def of_integrations(path: Path, op: str) -> str:
         others = [f"{name} {times[name] / mine:.2f}" for name in sorted(names, key=lambda name: ours_name in name)]
         what = name.replace(" fwd+bwd", ", forward + backward").replace(" fwd", ", forward")
         share = f"{float(ours['share_of_limit']):.0%}"
-        lines.append(f"| {what} | {shape}, {dtype} | {milliseconds(mine)} | {', '.join(others)} | {share} |")
+        lines.append(f"| {what} | {shape}, {dtype} | {milliseconds(mine)} | {'; '.join(others)} | {share} |")
     return "\n".join(lines)
 
 
@@ -92,7 +94,25 @@ class Results(SphinxDirective):
         return self.parse_text_to_nodes(KINDS[kind](path, self.options.get("op", "")))
 
 
+class Replaced(SphinxDirective):
+    """The directive ``{replaced} MODULE``, a module of `blt_kernels.integrations`."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return the nodes of the table."""
+        module = importlib.import_module(f"blt_kernels.integrations.{self.arguments[0]}")
+        self.env.note_dependency(module.__file__)
+        lines = ["| replaced | computed by |", "|---|---|"]
+        for name, by in module.REPLACES.items():
+            is_name = re.fullmatch(r"\w+(, \w+)*", by)
+            shown = re.sub(r"(\w+)", r"`\1`", by) if is_name else by
+            lines.append(f"| `{name}` | {shown} |")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register the directive."""
+    """Register the directives."""
     app.add_directive("results", Results)
+    app.add_directive("replaced", Replaced)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
