@@ -24,7 +24,7 @@ FILES = (
 )
 
 
-def _readme() -> ModuleType:
+def readme() -> ModuleType:
     """Return bench/readme.py, which makes the tables."""
     if str(ROOT / "bench") not in sys.path:
         sys.path.append(str(ROOT / "bench"))
@@ -39,14 +39,14 @@ class Measured(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the tables, or a sentence where no results are stored."""
-        readme = _readme()
-        self.env.note_dependency(readme.__file__)
+        tables = readme()
+        self.env.note_dependency(tables.__file__)
         ops, text = self.arguments[0].split(), []
         for kind in ("cpu", "gpu"):
-            path = readme.newest(ROOT / "bench" / "results", kind)
+            path = tables.newest(ROOT / "bench" / "results", kind)
             if path:
                 self.env.note_dependency(str(path))
-                text.append(readme.table(path, ops))
+                text.append(tables.table(path, ops))
         missing = f"No results are stored; `blt-kernels bench {' '.join(ops)}` in a checkout measures this machine."
         return self.parse_text_to_nodes("\n\n".join(filter(None, text)) or missing)
 
@@ -68,7 +68,7 @@ class Ops(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the table."""
-        return self.parse_text_to_nodes(_readme().table_of_ops())
+        return self.parse_text_to_nodes(readme().table_of_ops())
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

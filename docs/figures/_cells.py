@@ -12,9 +12,9 @@ from matplotlib.patches import Rectangle
 SIZE = 10  # points of text; a phone shows pictures at about two thirds of their size
 
 
-def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return axes without a frame whose unit is one cell of 0.36 inches; y grows downwards."""
-    figure = Figure(figsize=(0.36 * width, 0.36 * height))
+def canvas(width: float, height: float, unit: float = 0.36) -> tuple[Figure, Axes]:
+    """Return axes without a frame whose unit is one cell of `unit` inches; y grows downwards."""
+    figure = Figure(figsize=(unit * width, unit * height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
@@ -38,10 +38,11 @@ def cell(
     edge: str | None = None,
     bold: bool = False,
     mono: bool = False,
+    size: float = SIZE,
 ) -> None:
     """Draw a cell with its upper left corner at x, y."""
     axes.add_patch(Rectangle((x, y), width, 1, fc=fill, ec=edge or colors.faint, lw=1.4 if edge else 0.6))
-    label(axes, x + width / 2, y + 0.5, text, colors, bold=bold, mono=mono)
+    label(axes, x + width / 2, y + 0.5, text, colors, bold=bold, mono=mono, size=size)
 
 
 def label(
@@ -77,8 +78,10 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
     axes.annotate("", end, start, arrowprops=style)
 
 
-def characters(axes: Axes, x: float, y: float, text: str, patch_ids: Sequence[int], colors: Colors) -> None:
+def characters(
+    axes: Axes, x: float, y: float, text: str, patch_ids: Sequence[int], colors: Colors, *, size: float = SIZE
+) -> None:
     """Draw the bytes of ASCII text as cells in the colours of their patches; a space shows as ␣."""
     for i, (character, patch) in enumerate(zip(text, patch_ids, strict=True)):
         shown = "␣" if character == " " else character
-        cell(axes, x + i, y, shown, colors, fill_of(colors, patch), mono=True)
+        cell(axes, x + i, y, shown, colors, fill_of(colors, patch), mono=True, size=size)
