@@ -84,6 +84,12 @@ def check_int(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"{name}: expected a value <= 2**63 - 1, got {value}")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:

@@ -19,6 +19,12 @@ def check_integers(name: str, x: object, shape: str) -> None:
         raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
 
 
+def check_int(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an int or a symbolic one."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+
+
 def check_ids(patch_ids: object, decode_ids: object, slots: int) -> None:
     """Raise unless these are arguments of `PatchLayout.from_ids`; their values are not read."""
     for name, ids in (("patch_ids", patch_ids), ("decode_ids", decode_ids)):
@@ -29,6 +35,7 @@ def check_ids(patch_ids: object, decode_ids: object, slots: int) -> None:
         expected = f"shape {list(patch_ids.shape)} of patch_ids"
         raise ValueError(f"decode_ids: expected {expected}, got {list(decode_ids.shape)}")
     rows, size = patch_ids.shape
+    check_int("slots", slots)
     if slots < 1 or rows * slots > MAX_BYTES:
         raise ValueError(f"slots: expected 1 to {MAX_BYTES} // {rows} rows, got {slots}")
     if rows * size > MAX_BYTES:
@@ -40,6 +47,9 @@ def check_lengths(lengths: Tensor, seq_len: int | None, padding: int | None, max
     check_integers("lengths", lengths, "[B, Pmax]")
     if padding not in (None, 0, -1):
         raise ValueError(f"padding: expected None, 0 or -1, got {padding!r}")
+    for name, value in (("seq_len", seq_len), ("max_patches", max_patches)):
+        if value is not None:
+            check_int(name, value)
     if seq_len is not None and not 0 <= seq_len <= MAX_BYTES:
         raise ValueError(f"seq_len: expected 0 to {MAX_BYTES}, got {seq_len}")
     rows = lengths.shape[0]

@@ -151,8 +151,10 @@ class PatchLayout:
             raise ValueError(f"padding: expected 0 or -1, got {padding!r}")
         if padding and include_next_byte:
             raise ValueError("include_next_byte: expected False with padding = -1, got True")
-        if width is not None and width < 1:
-            raise ValueError(f"width: expected a value >= 1, got {width}")
+        if width is not None:
+            _padded.check_int("width", width)
+            if width < 1:
+                raise ValueError(f"width: expected a value >= 1, got {width}")
         documents, first = self.cu_seqlens.long(), self.cu_patches[:-1].long()
         size, counts = documents.diff(), torch.zeros_like(first)
         opens = size == 0  # whether the byte to come starts a patch

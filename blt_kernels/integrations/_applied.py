@@ -242,6 +242,12 @@ def has_own(module: Any, cls: type, name: str) -> bool:
     return function is not stock(cls, name) and not getattr(function, "is_replacement", False)
 
 
+def check_model(model: object) -> None:
+    """Raise TypeError unless `model`, an argument of `apply`, is a module or None."""
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module or None, got {model!r}")
+
+
 Parameters = Sequence[str | tuple[str, ...]]
 
 

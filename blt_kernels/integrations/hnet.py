@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blt_kernels import _checks
-from blt_kernels.integrations._applied import Applied, check_parameters, stock, version_of
+from blt_kernels.integrations._applied import Applied, check_model, check_parameters, stock, version_of
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops.block_causal_attention import block_causal_attention
 from blt_kernels.ops.boundary_patch import boundary_patch
@@ -136,15 +136,18 @@ def apply(model: nn.Module | None = None, *, attention: bool = True, chunking: b
     Applied
         Its `undo` brings H-Net's own back. Calls that its own assertions refuse and rows without any chunk are left to
         it; `report` counts them.
+        A copy of a changed model is changed as well, and stays so. A pickled one is loaded with H-Net's methods as its
+        own attributes: ``apply(model)`` replaces them, and ``apply()`` does not.
 
     Raises
     ------
     ModuleNotFoundError
         H-Net is not installed, or a package that it imports.
     TypeError
-        A function takes other parameters than in H-Net at 3673fe1; the message names them.
+        A function takes other parameters than in H-Net at 3673fe1; the message names them. Or `model` is no module, or
+        an option no bool.
     ValueError
-        The model has no layer of H-Net that was asked for.
+        The model has no layer of H-Net that was asked for, or both options are False.
 
     Examples
     --------
@@ -159,6 +162,11 @@ def apply(model: nn.Module | None = None, *, attention: bool = True, chunking: b
     >>> applied.report().replaced
     {'ChunkLayer.forward': 1, 'DeChunkLayer.forward': 0}
     """
+    check_model(model)
+    _checks.check_bool("attention", attention)
+    _checks.check_bool("chunking", chunking)
+    if not attention and not chunking:
+        raise ValueError("attention, chunking: expected one of them to be True, got False for both")
     applied = Applied(f"hnet {version_of(import_module('hnet'))}")
     modules = [*(["hnet.modules.dc"] if chunking else []), *(["hnet.modules.mha"] if attention else [])]
     found = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from blt_kernels.integrations._applied import Applied, check_parameters, stock
+from blt_kernels.integrations._applied import Applied, check_model, check_parameters, stock
 from blt_kernels.ops.block_causal_attention import block_causal_attention
 
 LABEL = "Attend.forward"
@@ -29,13 +29,15 @@ def apply(model: nn.Module | None = None) -> Applied:
     Applied
         Its `undo` brings the code base's own attention back. Dropout in training, masks, attention that is not causal,
         and queries and keys of different lengths are left to the code base; `report` counts them.
+        A copy of a changed model is changed as well, and stays so.
 
     Raises
     ------
     ModuleNotFoundError
         MEGABYTE-pytorch is not installed.
     TypeError
-        ``Attend.forward`` takes other parameters than in version 0.3.6; the message names them.
+        ``Attend.forward`` takes other parameters than in version 0.3.6; the message names them. Or `model` is no
+        module.
     ValueError
         The model has no ``Attend``.
 
@@ -50,6 +52,7 @@ def apply(model: nn.Module | None = None) -> Applied:
     >>> applied.report().replaced
     {'Attend.forward': 2}
     """
+    check_model(model)
     from MEGABYTE_pytorch.attend import Attend  # an optional package
 
     code_base = f"MEGABYTE-pytorch {version('MEGABYTE-pytorch')}"

@@ -248,6 +248,12 @@ def test_other_parameters_are_an_error_that_names_them(
     assert changed(before, code_base) == set()
 
 
+def test_options_that_are_no_bools() -> None:
+    for option in ("attention", "hash_embedding", "pooling", "patching", "stand_in_for_xformers"):
+        with pytest.raises(TypeError, match=f"^{option}: expected True or False, got 1"):
+            bytelatent.apply(**{option: 1})
+
+
 def test_without_the_code_base_or_xformers(code_base: CodeBase, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModuleNotFoundError, match="xformers"):
         bytelatent.apply(stand_in_for_xformers=False)

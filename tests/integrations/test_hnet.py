@@ -5,6 +5,8 @@ The modules are stand-ins of the same names and signatures, in tests/stand_ins/h
 
 from __future__ import annotations
 
+import copy
+import io
 import re
 from collections.abc import Callable
 from importlib import import_module
@@ -241,11 +243,35 @@ def test_one_model_apply_twice_and_undo(code_base: Callable[[str], ModuleType]) 
     assert set(everywhere.report().replaced) == set(hnet.REPLACES)
 
 
+def test_copies_stay_changed_and_pickles_are_the_code_bases_own(code_base: Callable[[str], ModuleType]) -> None:
+    model, x, cu_seqlens, stored = two_stages(code_base("dc")), torch.randn(30, 32), torch.tensor([0, 30]), io.BytesIO()
+    with hnet.apply(model) as applied:
+        copied = copy.deepcopy(model)
+        torch.save(model, stored)
+    expected = model(x, cu_seqlens=cu_seqlens)
+    assert not applied.report().replaced["ChunkLayer.forward"]
+    close([copied(x, cu_seqlens=cu_seqlens)], [expected], 1e-5)
+    assert applied.report().replaced["ChunkLayer.forward"] == 2
+    stored.seek(0)
+    loaded = torch.load(stored, weights_only=False)
+    assert torch.equal(loaded(x, cu_seqlens=cu_seqlens), expected)
+    with hnet.apply() as everywhere, hnet.apply(loaded) as one:
+        loaded(x, cu_seqlens=cu_seqlens)
+    assert everywhere.report().replaced["ChunkLayer.forward"] == 0
+    assert one.report().replaced["ChunkLayer.forward"] == 2
+
+
 def test_wrong_models_and_signatures(code_base: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match=r"model: expected a layer of hnet\.modules\.dc or hnet\.modules\.mha in it, got Lin"
     ):
         hnet.apply(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module or None, got 'x'"):
+        hnet.apply("x")
+    with pytest.raises(TypeError, match=r"attention: expected True or False, got 'yes'"):
+        hnet.apply(attention="yes")
+    with pytest.raises(ValueError, match=r"attention, chunking: expected one of them to be True"):
+        hnet.apply(attention=False, chunking=False)
     monkeypatch.setattr(code_base("dc").ChunkLayer, "forward", lambda self, hidden_states, marks: None)
     with pytest.raises(TypeError, match=r"of hnet unknown: expected parameters \(self, hidden_states, boundary_mask"):
         hnet.apply()

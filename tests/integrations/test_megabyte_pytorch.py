@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,14 @@ def test_what_is_left_to_the_package(reason: str) -> None:
     assert reason in str(report)
 
 
+def test_copies_stay_changed() -> None:
+    model, ids = model_of(True), ids_of()
+    with megabyte.apply(model) as applied:
+        copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(ids), model(ids), rtol=1e-10, atol=1e-10)
+    assert applied.report().replaced == {LABEL: 5}
+
+
 def test_dropout_is_taken_in_evaluation() -> None:
     model, ids = model_of(True, attn_dropout=0.5), ids_of()
     expected = model(ids)
@@ -134,6 +143,8 @@ def test_dropout_is_taken_in_evaluation() -> None:
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="model: expected an Attend of MEGABYTE-pytorch in it, got Linear"):
         megabyte.apply(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module or None, got 'x'"):
+        megabyte.apply("x")
     monkeypatch.setattr(attend.Attend, "forward", lambda self, q, k, v, mask=None, bias=None: q)
     with pytest.raises(TypeError, match=r"MEGABYTE-pytorch .*got \(self, q, k, v, mask, bias\)"):
         megabyte.apply()

@@ -313,6 +313,9 @@ def test_errors() -> None:
         integration.apply("facebook/blt-1b")
     with pytest.raises(ValueError, match="compare: expected one of"):
         integration.apply(compare="bf16")
+    for option in ("attention", "cross_attention", "hash_embedding", "pooling", "patching", "norms", "cache"):
+        with pytest.raises(TypeError, match=f"^{option}: expected True or False, got 'yes'"):
+            integration.apply(**{option: "yes"})
 
 
 def test_methods_of_subclasses_are_not_replaced() -> None:

@@ -458,6 +458,10 @@ def test_errors() -> None:
         assert cache.state.lengths == [6, 6]
     with pytest.raises(ValueError, match="cache_implementation: expected None"):
         ours.generate(ids, cache_implementation="static", max_new_tokens=2)
+    embeds = ours.model.local_encoder.embed_tokens(ids)
+    for use_cache in (None, False):
+        with pytest.raises(ValueError, match=r"inputs_embeds: expected input_ids instead in generate\(\) of a BLT"):
+            ours.generate(inputs_embeds=embeds, max_new_tokens=2, use_cache=use_cache)
     with pytest.raises(TypeError, match="needs a model under"):
         cache.update(ids, ids, 0)
     again = {"input_ids": ids[:, :3], "past_key_values": copy.deepcopy(cache)}

@@ -248,5 +248,10 @@ def test_wrong_sizes_are_named() -> None:
         PatchLayout.from_lengths(lengths, 2, max_patches=2)
     with pytest.raises(ValueError, match="seq_len: expected at most 2147483647 bytes in all, got 1073741824 in 3 rows"):
         PatchLayout.from_lengths(lengths, 2**30, max_patches=9)
+    for name in ("seq_len", "max_patches"):
+        with pytest.raises(TypeError, match=f"{name}: expected an int, got True"):
+            PatchLayout.from_lengths(torch.ones(3, 1).long(), **{name: True})
+    with pytest.raises(TypeError, match="width: expected an int, got 2.5"):
+        PatchLayout.from_lengths(torch.ones(3, 1).long()).to_lengths(width=2.5)
     with pytest.raises(ValueError, match="width: expected a value >= 1, got 0"):
         ragged_layout(5).to_lengths(width=0)

@@ -95,6 +95,8 @@ def test_from_ids_reads_no_value_and_compiles_once() -> None:
         (torch.zeros(1, 3).long(), torch.zeros(1, 4).long(), 1, ValueError, r"decode_ids.*\[1, 3\].*got \[1, 4\]"),
         (torch.zeros(2, 3).long(), torch.zeros(2, 3).long(), 0, ValueError, "slots: expected 1 to .*, got 0"),
         (torch.zeros(2, 3).long(), torch.zeros(2, 3).long(), 2**30, ValueError, "slots.*2 rows, got 1073741824"),
+        (torch.zeros(2, 3).long(), torch.zeros(2, 3).long(), True, TypeError, "slots: expected an int, got True"),
+        (torch.zeros(2, 3).long(), torch.zeros(2, 3).long(), 2.0, TypeError, "slots: expected an int, got 2.0"),
     ],
 )
 def test_wrong_ids_are_named(patch_ids: Any, decode_ids: Any, slots: int, error: type[Exception], message: str) -> None:

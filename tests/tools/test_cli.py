@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ import torch
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.transforms import Bbox
 from rich.console import Console
 from typer.testing import CliRunner
 from typing_extensions import Doc
@@ -33,8 +34,11 @@ import blt_kernels as bk
 from blt_kernels import _extension
 from blt_kernels.cli import app, doctor, main
 from blt_kernels.cli.options import build, options_of
+from blt_kernels.cli.patch import plot
 from blt_kernels.cli.patch.model import load_entropy_model
 from blt_kernels.cli.patch.render import glyphs, printable
+from blt_kernels.cli.patch.rules import Rules, Scheme
+from blt_kernels.cli.patch.statistics import Statistics
 from blt_kernels.cli.patch.stream import with_entropy
 from blt_kernels.cli.patch.window import Window
 from blt_kernels.models import ByteLM
@@ -489,6 +493,28 @@ def test_plot_of_lengths_and_of_many_bytes() -> None:
 def test_plot_formats(text: str, suffix: str, magic: bytes) -> None:
     blt("patch", text, f"--plot=plot.{suffix}", "--length=50")
     assert Path(f"plot.{suffix}").read_bytes().startswith(magic)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("It was the best of times; ", 200), ("\u16a0", 100), ("It was the best of times; ", 1200)]
+)
+def test_texts_of_a_plot_do_not_overlap(text: str, size: int) -> None:
+    """The bytes of a window may touch one another, as do those of a rune, which the font does not have."""
+    data, statistics = (text.encode() * size)[:size], Statistics()
+    figure = plot.draw(
+        "text", Window(0, size, data, None, 0, [*range(0, size, 3), size]), statistics, Rules(Scheme.static)
+    )
+    figure.draw_without_rendering()
+    groups: list[list[Bbox]] = []  # the ticks of an axis, or one label
+    for axes in figure.axes:
+        for axis in (axes.yaxis, axes.xaxis, *(child.xaxis for child in axes.child_axes)):
+            for texts in (axis.get_ticklabels(), [axis.label]):
+                boxes = [text.get_window_extent() for text in texts if text.get_text()]
+                groups.append([box for box in boxes if figure.bbox.overlaps(box)])
+    assert sum(map(len, groups)) > 10
+    assert not [
+        pair for one, other in combinations(groups, 2) for pair in product(one, other) if pair[0].overlaps(pair[1])
+    ]
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

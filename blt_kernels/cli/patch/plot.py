@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blt_kernels._files import whole_file
 from blt_kernels.cli.patch.render import Glyph, glyphs
@@ -13,14 +13,31 @@ from blt_kernels.cli.patch.rules import Rules
 from blt_kernels.cli.patch.statistics import Statistics
 from blt_kernels.cli.patch.window import Window
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 ROW = 100  # a row of the picture shows so many bytes, each labelled
+LABEL_SIZE = 8  # points
 LABELLED = 1000  # a window of more bytes is one row without labels
 PATCH_COLORS = ("#dcebff", "#fff0d0")
 CURVE, LIMIT, EDGE = "#1f5fa8", "#c0392b", "#7a7a7a"
 
 
 def write(path: Path, title: str, window: Window, statistics: Statistics, rules: Rules) -> None:
-    """Draw a window of a file; the suffix of `path` chooses the format.
+    """Write `draw`'s picture of a window of a file; the suffix of `path` chooses the format.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        matplotlib is not installed; the message has the command.
+    """
+    figure = draw(title, window, statistics, rules)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110, format=path.suffix[1:] or "png")
+
+
+def draw(title: str, window: Window, statistics: Statistics, rules: Rules) -> Figure:
+    """Draw a window of a file.
 
     The point at byte i is the entropy of the model after it has read byte i; where it is high enough, the boundary
     right after it starts a new patch. Without entropies the curve is the length of the byte's patch.
@@ -44,19 +61,19 @@ def write(path: Path, title: str, window: Window, statistics: Statistics, rules:
     top = 1.08 * max([*curve, _limit(window, rules) or 0, 1e-9])
     for row, axis in enumerate(axes):
         begin = window.start + row * step
-        _draw_row(axis, window, curve, rules, begin, begin + step)
+        offsets = _draw_row(axis, window, curve, rules, begin, begin + step)
         axis.set_ylim(0, top)
         axis.set_ylabel("entropy (nats)" if window.entropy is not None else "patch length (bytes)")
-    axes[-1].set_xlabel("offset (bytes)" if size > LABELLED else "bytes of the file, offset below")
+    offsets.set_xlabel("offset (bytes)")
     shown = f"bytes {window.start:,} to {window.start + size:,} of {statistics.bytes:,}"
     if statistics.mean is not None:
         shown += f"; {statistics.patches:,} patches, {statistics.mean:.2f} bytes on average"
     figure.suptitle(f"{title}: {rules.describe()}\n{shown}", fontsize=11, parse_math=False)
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=110, format=path.suffix[1:] or "png")
+    return figure
 
 
-def _draw_row(axis: Any, window: Window, curve: list[float], rules: Rules, begin: int, end: int) -> None:
+def _draw_row(axis: Any, window: Window, curve: list[float], rules: Rules, begin: int, end: int) -> Any:
+    """Draw the bytes from `begin` to `end`, and return the axis with their offsets."""
     stop = window.start + len(window.data)
     spans: tuple[list[tuple[float, float]], ...] = ([], [])  # [(offset, length), ...] of each colour
     edges = []
@@ -82,14 +99,16 @@ def _draw_row(axis: Any, window: Window, curve: list[float], rules: Rules, begin
     axis.set_xlim(begin - 0.5, end - 0.5)
     axis.spines[["top", "right"]].set_visible(False)
     if not labelled:
-        return
+        return axis
     labels = {glyph.offset: _label(glyph) for glyph in glyphs(window) if begin <= glyph.offset < end}
     axis.set_xticks(list(labels), list(labels.values()), family="monospace", parse_math=False)
-    axis.tick_params(axis="x", length=0, labelsize=8)
-    below = axis.secondary_xaxis(-0.13)
+    axis.tick_params(axis="x", length=0, labelsize=LABEL_SIZE)
+    lines = max((label.count("\n") + 1 for label in labels.values()), default=1)
+    below = axis.secondary_xaxis(0)
     below.set_xticks([offset for offset in at if offset % 10 == 0])
-    below.tick_params(labelsize=7, length=2, colors=EDGE)
+    below.tick_params(labelsize=7, length=0, pad=8 + 1.25 * LABEL_SIZE * lines, colors=EDGE)
     below.spines["bottom"].set_visible(False)
+    return below
 
 
 def _limit(window: Window, rules: Rules) -> float | None:

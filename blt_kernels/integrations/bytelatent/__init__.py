@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from blt_kernels import _checks
 from blt_kernels.integrations._applied import Applied, check_parameters, stock
 from blt_kernels.integrations.bytelatent import attention as _attention
 from blt_kernels.integrations.bytelatent import encoder, xformers
@@ -137,7 +138,7 @@ def apply(
         facebookresearch/blt cannot be imported: its folder is not in ``sys.path``, or it or a package that it imports
         is not installed.
     TypeError
-        A function has other parameters than at commit 9774ed4; the message names it.
+        A function has other parameters than at commit 9774ed4; the message names it. Or an option is no bool.
 
     Examples
     --------
@@ -148,9 +149,11 @@ def apply(
         applied = bytelatent.apply()
         print(applied.report())
     """
+    options = {"attention": attention, "hash_embedding": hash_embedding, "pooling": pooling, "patching": patching}
+    for name, option in {**options, "stand_in_for_xformers": stand_in_for_xformers}.items():
+        _checks.check_bool(name, option)
     if stand_in_for_xformers and find_spec("xformers") is None:
         xformers.install()
-    options = {"attention": attention, "hash_embedding": hash_embedding, "pooling": pooling, "patching": patching}
     modules = {name: import_module(f"bytelatent.{name}") for name in MODULES}
     code_base = f"facebookresearch/blt {_version()}"
     for replacement in REPLACEMENTS:

@@ -66,7 +66,8 @@ def apply(
     -------
     Applied
         `report` says what is replaced and what fell back, `undo` puts everything back. A context manager. A copy of a
-        changed model is changed as well, and stays so.
+        changed model is changed as well, and stays so. A pickled one is loaded with the methods of transformers as its
+        own attributes: ``apply(model)`` replaces them, and ``apply()`` does not.
 
     Raises
     ------
@@ -74,7 +75,8 @@ def apply(
         transformers is not installed, or has no BLT.
     TypeError
         This version of transformers has other parameters than its replacements know, or `model` holds no BLT, or one
-        with methods of a subclass in place of those to replace. ``apply()`` leaves such methods in place.
+        with methods of a subclass in place of those to replace. ``apply()`` leaves such methods in place. Or an option
+        is no bool.
     ValueError
         `compare` is neither "fp32" nor "model".
 
@@ -100,6 +102,11 @@ def apply(
     >>> logits.shape, applied.report().replaced["BltModel.forward"]
     (torch.Size([1, 9, 260]), 1)
     """
+    for name, option in (
+        ("attention", attention), ("cross_attention", cross_attention), ("hash_embedding", hash_embedding),
+        ("pooling", pooling), ("patching", patching), ("norms", norms), ("cache", cache),
+    ):  # fmt: skip
+        _checks.check_bool(name, option)
     _checks.check_choice("compare", compare, ("fp32", "model"))
     import transformers
     from transformers.models.blt import modeling_blt as modeling
