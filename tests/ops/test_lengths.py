@@ -251,7 +251,7 @@ def test_wrong_sizes_are_named() -> None:
     for name in ("seq_len", "max_patches"):
         with pytest.raises(TypeError, match=f"{name}: expected an int, got True"):
             PatchLayout.from_lengths(torch.ones(3, 1).long(), **{name: True})
-    with pytest.raises(TypeError, match="width: expected an int, got 2.5"):
+    with pytest.raises(TypeError, match=r"width: expected an int, got 2\.5"):
         PatchLayout.from_lengths(torch.ones(3, 1).long()).to_lengths(width=2.5)
     with pytest.raises(ValueError, match="width: expected a value >= 1, got 0"):
         ragged_layout(5).to_lengths(width=0)

@@ -130,7 +130,7 @@ class Caching:
         def prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             if model_kwargs.get("inputs_embeds") is not None:
                 raise ValueError(
-                    "inputs_embeds: expected input_ids instead in generate() of a BLT, since each step makes patches and "
+                    "inputs_embeds: expected input_ids instead in generate() of a BLT: each step makes patches and "
                     "n-grams of ids; only the model itself takes inputs_embeds, with use_cache=False"
                 )
             if model_kwargs.get(_NAME) is None and generation_config.use_cache is not False:
