@@ -15,10 +15,11 @@ export PATH := $(BIN):$(PATH)
 
 say := @printf '\033[1m==> %s\033[0m\n'
 
-.PHONY: help demo docs docs-serve test test-fast bench bench-compare lint gpu gpu-build cuda-check wheel-check hub sanitize clang clean
+.PHONY: help demo docs docs-serve test test-fast bench bench-compare lint gpu gpu-build cuda-check wheel-check hub sanitize clang \
+    release-check release-notes clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/built  ## Patch a real file, and run it through BLT with our ops and with plain PyTorch
 	$(say) 'what is installed and loaded'
@@ -146,6 +147,13 @@ clang: .venv/built $(filter build/%,$(CLANG))  ## Build with Clang (CLANG=clang+
 	$(say) 'op tests with what Clang built'
 	OMP_NUM_THREADS=1 BLT_KERNELS_BACKENDS=cpu PYTHONPATH=$(CURDIR)/build/clang/site \
 	    pytest -n 2 tests/ops/test_ops.py -k "not compile and not inductor and not opcheck and not second_table"
+
+# It needs no .venv. TAG is that of the release.
+release-check:  ## Check that the version can be released: CITATION.cff and CHANGELOG.md fit it (TAG=v0.1.0)
+	@$(PYTHON) release/release.py check $(TAG)
+
+release-notes:  ## Print the section of the changelog for this version
+	@$(PYTHON) release/release.py notes
 
 clean:  ## Remove everything that was built; .venv stays
 	rm -rf build dist blt_kernels/*.so blt_kernels/include *.egg-info .venv/built
