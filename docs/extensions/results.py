@@ -19,7 +19,7 @@ from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from extensions.measured import ROOT, _readme
+from extensions.measured import ROOT, readme
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -32,7 +32,7 @@ def newest(kind: str) -> Path:
 
 def of_integrations(path: Path, op: str) -> str:
     """Return one line for each operation and input: our time, the others', and our share of the limit."""
-    ours_name, limit = _readme().OURS, _readme().LIMIT
+    ours_name, limit = readme().OURS, readme().LIMIT
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["median_ms"] and re.search(op, row["op"])]
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -73,7 +73,7 @@ def of_study(folder: Path, op: str) -> str:
 
 KINDS: dict[str, Callable[[Path, str], str]] = {
     "integrations": of_integrations,
-    "generation": lambda path, op: _readme().table_of_generation(path),
+    "generation": lambda path, op: readme().table_of_generation(path),
     "study": of_study,
 }
 
