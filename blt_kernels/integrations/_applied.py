@@ -148,7 +148,18 @@ class Applied:
             self._keys.append(key)
 
     def counted(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `function`, whose calls the report counts under `label`."""
+        """Wrap a function, so that the report counts its calls.
+
+        Parameters
+        ----------
+        label : str
+            The name under which the report counts.
+        function
+
+        Returns
+        -------
+        callable
+        """
         self.add_label(label)
 
         @wraps(function)
@@ -159,16 +170,32 @@ class Applied:
         return call
 
     def add_label(self, label: str) -> None:
-        """List a replacement in the report before its first call."""
+        """List a replacement in the report before its first call.
+
+        Parameters
+        ----------
+        label : str
+        """
         self._calls.setdefault(label, 0)
 
     def count(self, label: str) -> None:
-        """Count one call of a replacement, unless torch.compile traces it."""
+        """Count one call of a replacement, unless torch.compile traces it.
+
+        Parameters
+        ----------
+        label : str
+        """
         if not torch.compiler.is_compiling():
             self._calls[label] = self._calls.get(label, 0) + 1
 
     def fell_back(self, label: str, reason: str) -> None:
-        """Count that `label` was left to the code base, and why, unless torch.compile traces it."""
+        """Count a call that was left to the code base, unless torch.compile traces it.
+
+        Parameters
+        ----------
+        label : str
+        reason : str
+        """
         if not torch.compiler.is_compiling():
             self._fell_back[label, reason] = self._fell_back.get((label, reason), 0) + 1
 

@@ -248,13 +248,3 @@ def test_a_build_that_cannot_start_says_what_is_missing():
         "the headers of Python",
     ]
     assert all("install" in how for _what, how in lines)
-
-
-# --- what the README promises -----------------------------------------------------------------------------------------
-
-
-def test_readme_examples_run():
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert examples
-    for example in examples:
-        passed(python("-c", example))

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import blt_kernels
-from blt_kernels import distributed, flops, models, nn, optim, testing
+from blt_kernels import distributed, flops, integrations, models, nn, optim, testing
 from blt_kernels.integrations import bytelatent, hnet, megabyte, transformers
 
-MODULES = (blt_kernels, nn, models, optim, testing, flops, distributed, bytelatent, hnet, megabyte, transformers)
+OWN = (blt_kernels, nn, models, optim, testing, flops, distributed)
+MODULES = (*OWN, integrations, bytelatent, hnet, megabyte, transformers)
 
 
 def is_function(value: Any) -> bool:
