@@ -29,6 +29,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
+    "extensions.commands",
     "extensions.figures",
     "extensions.mathml",
     "extensions.measured",

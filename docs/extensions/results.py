@@ -1,8 +1,8 @@
 """Tables of measurements, which a page takes from `bench/results` when the site is built.
 
 The directive ``{results} KIND`` shows the newest file of a kind: "integrations" (``:op:`` is a regular expression that
-the names of the operations match), "generation" or "study". The directive ``{replaced} MODULE`` shows what ``apply`` of
-an integration replaces, and by what.
+the names of the operations match), "generation", "study", or "cpu" and "gpu" for the table of all ops. The directive
+``{replaced} MODULE`` shows what ``apply`` of an integration replaces, and by what.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from extensions.measured import ROOT, readme
 RESULTS = ROOT / "bench" / "results"
 
 
-def newest(kind: str) -> Path:
-    """Return the newest results of a kind, a file or a folder ``KIND-<date>-<device>``."""
+def newest(kind: str) -> Path | None:
+    """Return the newest results of a kind, a file or a folder ``KIND-<date>-<device>``; of ops, without the kind."""
+    if kind in ("cpu", "gpu"):
+        return readme().newest(RESULTS, kind)
     found = [path for path in RESULTS.glob(f"{kind}-*") if path.suffix in (".csv", "")]
-    return max(found, key=lambda path: path.name)
+    return max(found, key=lambda path: path.name, default=None)
 
 
 def of_integrations(path: Path, op: str) -> str:
@@ -71,7 +73,14 @@ def of_study(folder: Path, op: str) -> str:
     return f"`{folder.relative_to(ROOT)}`:\n\n{(folder / 'table.md').read_text(encoding='utf-8')}"
 
 
+def of_ops(path: Path, op: str) -> str:
+    """Return the table of all ops."""
+    return readme().table(path)
+
+
 KINDS: dict[str, Callable[[Path, str], str]] = {
+    "cpu": of_ops,
+    "gpu": of_ops,
     "integrations": of_integrations,
     "generation": lambda path, op: readme().table_of_generation(path),
     "study": of_study,
@@ -88,6 +97,8 @@ class Results(SphinxDirective):
         """Return the nodes of the table."""
         kind = self.arguments[0]
         path = newest(kind)
+        if path is None:
+            return self.parse_text_to_nodes("No results are stored yet.")
         files = path.iterdir() if path.is_dir() else [path]
         for file in files:
             self.env.note_dependency(str(file))
