@@ -15,8 +15,7 @@ export PATH := $(BIN):$(PATH)
 
 say := @printf '\033[1m==> %s\033[0m\n'
 
-.PHONY: help demo docs docs-serve test test-fast bench bench-compare lint gpu gpu-build cuda-check wheel-check hub sanitize clang \
-    release-check release-notes clean
+.PHONY: $(shell awk -F: '/^[a-z-]+:.*## /{print $$1}' $(MAKEFILE_LIST))
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,11 +80,12 @@ bench: .venv/built  ## Time the ops against the best that one could run instead
 	$(say) 'benchmarks; the rows go to bench/results'
 	blt-kernels bench
 
-# OPS="patch_pool models" picks benches; OPTIONS are those of bench/compare.py.
+# OPS="patch_pool models" picks benches; CLOCK=instructions counts those of small calls with Valgrind, which the load of
+# the machine does not change. OPTIONS are those of bench/compare.py.
 bench-compare: .venv/built  ## Compare speed with revision BASE on the CPU; fails where an op is 5% slower
 	$(say) 'the CPU kernels of the base, then both in turn'
 	python bench/compare.py $(or $(BASE),$(error BASE: expected a revision, as in make bench-compare BASE=main)) \
-	    $(if $(OPS),--op $(OPS)) $(OPTIONS)
+	    $(if $(OPS),--op $(OPS)) $(if $(CLOCK),--clock $(CLOCK)) $(OPTIONS)
 
 lint: .venv/built  ## Check style and types: ruff, mypy, clang-format
 	$(say) 'ruff, mypy, clang-format'
@@ -126,6 +126,27 @@ sanitize: .venv/built  ## Run the op tests under AddressSanitizer and UndefinedB
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize/site \
 	    pytest tests/ops/test_ops.py tests/ops/test_optim.py $(OP_TESTS) \
 	    -k "not compile and not inductor and not opcheck and not second_table"
+
+# TESTS="tests" TIER="" measures the whole suite. Optimisation is low, so that gcov's lines are those of the source.
+TIER ?= -m 'not slow'
+coverage: .venv/built $(EMULATOR)  ## Measure which lines of Python and C++ the fast tests run, into build/coverage
+	$(say) 'building the CPU kernels for gcov'
+	cmake -S . -B build/coverage/cmake -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DBLT_KERNELS_ISAS=native \
+	    -DBLT_KERNELS_CUDA=OFF -DCMAKE_CXX_FLAGS='--coverage -fprofile-update=atomic' \
+	    -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'
+	cmake --build build/coverage/cmake
+	rm -rf build/coverage/site && mkdir -p build/coverage/site
+	find build/coverage/cmake -name '*.gcda' -delete
+	cp -r blt_kernels build/coverage/site/ && rm -f build/coverage/site/blt_kernels/*.so
+	cmake --install build/coverage/cmake --prefix build/coverage/site/blt_kernels
+	$(say) 'tests'
+	OMP_NUM_THREADS=1 BLT_KERNELS_BACKENDS='cpu emulated' PYTHONPATH=$(CURDIR)/build/coverage/site \
+	    COVERAGE_FILE=build/coverage/python pytest -n 2 --dist worksteal $(TIER) $(or $(TESTS),tests) \
+	    --cov=blt_kernels --cov-report=html:build/coverage/python-html --cov-report=term:skip-covered
+	$(say) 'C++'
+	mkdir -p build/coverage/cpp-html
+	gcovr --root . --filter csrc/cpu --filter csrc/common build/coverage/cmake --txt \
+	    --html-details build/coverage/cpp-html/index.html
 
 # Clang comes from a wheel, since not every machine has one. It uses the C++ library and the linker of the system.
 CLANG ?= build/clang/clang++

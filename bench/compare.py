@@ -8,6 +8,11 @@ random order, so a drift of the machine reaches both. The table has the median o
 interval. A row whose interval lies beyond the threshold is measured twice more, with new inputs, and all rounds count:
 the pages that inputs lie on move a time by 5%. The exit code is 1 if an interval lies above the threshold as a whole,
 or if the working tree raises.
+
+    make bench-compare BASE=<revision> OPTIONS="--clock instructions"
+
+counts instructions instead, under callgrind, of the calls on one row of bench_latency.py if no bench is named. Counts
+do not depend on what else the machine does. Both revisions are then built for AVX2, which Valgrind emulates.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import instructions
 from revision import Name, Revision, RevisionError
 from rich.console import Console
 from rich.table import Table
@@ -43,11 +49,11 @@ MIN_ROUNDS = 6  # fewer have no interval of this confidence
 
 @dataclass(frozen=True)
 class Row:
-    """Holds a comparison: medians in ms, and the ratio of the working tree's time to the base's with its interval."""
+    """Holds a comparison: medians in ms or instructions, and the ratio of the new one to the base with its interval."""
 
     name: Name
-    base_ms: float
-    new_ms: float
+    base: float
+    new: float
     ratio: float
     low: float
     high: float
@@ -82,8 +88,9 @@ def measure(pair: Sequence[Revision], name: Name, *, rounds: int, budget: float,
                 revision.find(name)
         sample(pair, times, rounds, budget, clock)
         ratios = [new / base for base, new in zip(*times, strict=True)]
-        base_ms, new_ms = (statistics.median(x) * 1e3 for x in times)
-        row = Row(name, base_ms, new_ms, statistics.median(ratios), *interval(ratios), len(ratios))
+        scale = 1 if clock == "instructions" else 1e3
+        base, new = (statistics.median(x) * scale for x in times)
+        row = Row(name, base, new, statistics.median(ratios), *interval(ratios), len(ratios))
         if not row.verdict(threshold):
             break
     return row
@@ -93,19 +100,29 @@ def sample(
     pair: Sequence[Revision], times: tuple[list[float], list[float]], rounds: int, budget: float, clock: str
 ) -> None:
     """Run the comparison that both have made in turn, until the rounds or the seconds of the budget are over."""
-    draw, seconds = random.Random(0), []
-    for revision in pair:
-        for _ in range(3):
-            seconds.append(revision.ask("run", 1, clock))
-            if seconds[-1] > SLOW_SECONDS:
-                break
-    repeats = max(1, math.ceil(SAMPLE_SECONDS / max(min(seconds), 1e-9)))
+    draw, repeats = random.Random(0), instructions.REPEATS
+    if clock == "instructions":
+        for revision in pair:
+            revision.ask("run", repeats, clock)
+    else:
+        repeats = max(1, math.ceil(SAMPLE_SECONDS / max(warm(pair, clock), 1e-9)))
     start = time.monotonic()
     for number in range(rounds):
         if number >= MIN_ROUNDS and time.monotonic() - start > budget:
             break
         for which in draw.sample((0, 1), 2):
             times[which].append(pair[which].ask("run", repeats, clock))
+
+
+def warm(pair: Sequence[Revision], clock: str) -> float:
+    """Call the function of each revision up to three times, and return the shortest time in seconds."""
+    seconds = []
+    for revision in pair:
+        for _ in range(3):
+            seconds.append(revision.ask("run", 1, clock))
+            if seconds[-1] > SLOW_SECONDS:
+                break
+    return min(seconds)
 
 
 def title(name: Name) -> str:
@@ -151,66 +168,97 @@ def build(revision: str, isa: str) -> Path:
     root = ROOT / "build" / "compare" / found.stdout.strip()
     if not root.exists():
         subprocess.run([*git, "worktree", "add", "--quiet", "--force", "--detach", root, root.name], check=True)
+    compile_kernels(root, root, isa)
+    return root
+
+
+def build_working_tree(isa: str) -> Path:
+    """Copy the package and the benches below build/compare, with CPU kernels for `isa`, and return the folder."""
+    root = ROOT / "build" / "compare" / "working-tree"
+    for name in ("blt_kernels", "bench"):
+        shutil.rmtree(root / name, ignore_errors=True)
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
+    compile_kernels(ROOT, root, isa)
+    return root
+
+
+def compile_kernels(source: Path, root: Path, isa: str) -> None:
+    """Build the CPU kernels of the checkout `source` for `isa`, in `root`, and put them into its package."""
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DBLT_KERNELS_ISAS={isa}", "-DBLT_KERNELS_CUDA=OFF"]
     if shutil.which("ccache"):
         options.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
     folder = root / "build" / "cmake"
-    subprocess.run(["cmake", "-S", root, "-B", folder, "-G", "Ninja", *options], check=True, stdout=subprocess.DEVNULL)
+    configure = ["cmake", "-S", source, "-B", folder, "-G", "Ninja", *options]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", folder, "--target", f"_C_{isa}"], check=True)
     part = shutil.copy(folder / f"_C_{isa}.abi3.so", root / "blt_kernels" / "part.so")
     part.replace(part.with_name(f"_C_{isa}.abi3.so"))  # another comparison may have loaded the file that was there
-    return root
 
 
-def table(op: str, rows: Sequence[Row], base: str, threshold: float) -> Table:
-    shown = Table(title=op, title_justify="left")
+def table(op: str, rows: Sequence[Row], base: str, clock: str, threshold: float) -> Table:
+    unit, digits = ("instructions", ",.0f") if clock == "instructions" else ("ms", ".4g")
+    shown = Table(title=f"{op}: {unit} of {base} and of the working tree", title_justify="left")
     shown.add_column("")
-    for column in (f"{base}, ms", "new, ms", "ratio", f"{CONFIDENCE:.0%}", "rounds", ""):
+    for column in ("base", "new", "ratio", f"{CONFIDENCE:.0%}", "rounds", ""):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         verdict = row.verdict(threshold)
-        cells = f"{row.base_ms:.4g}", f"{row.new_ms:.4g}", f"{row.ratio:.3f}", f"{row.low:.3f} to {row.high:.3f}"
+        times = f"{row.base:{digits}}", f"{row.new:{digits}}"
+        ratios = f"{row.ratio:.3f}", f"{row.low:.3f} to {row.high:.3f}"
         style = {"slower": "red", "faster": "green"}.get(verdict)
-        shown.add_row(title(row.name), *cells, str(row.rounds), verdict, style=style)
+        shown.add_row(title(row.name), *times, *ratios, str(row.rounds), verdict, style=style)
     return shown
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="revision that the working tree is compared with")
-    parser.add_argument("--op", nargs="+", metavar="OP", help="benches to run; those that both have if not given")
+    names = "benches to run; those that both have if not given, or latency for instructions"
+    parser.add_argument("--op", nargs="+", metavar="OP", help=names)
     parser.add_argument("--match", default="", metavar="TEXT", help="only comparisons whose name contains this")
-    parser.add_argument("--rounds", type=int, default=30, help=f"at least {MIN_ROUNDS}")
+    parser.add_argument("--rounds", type=int, help=f"30, of instructions {MIN_ROUNDS}, which is the least")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds a comparison, beyond the first rounds")
     parser.add_argument("--small", action="store_true", help="small inputs, to see that everything runs")
-    parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="wall is for a machine at rest")
+    clocks = "cpu time, wall time (for a machine at rest), or instructions, which Valgrind counts"
+    parser.add_argument("--clock", choices=("cpu", "wall", "instructions"), default="cpu", help=clocks)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--threshold", type=float, default=0.05, help="part of the time that may be lost")
+    lost = "part of the time or instructions that may be lost: 0.05, for instructions 0.02"
+    parser.add_argument("--threshold", type=float, help=lost)
     options = parser.parse_args(arguments)
+    counting = options.clock == "instructions"
+    options.rounds = (MIN_ROUNDS if counting else 30) if options.rounds is None else options.rounds
+    options.threshold = (0.02 if counting else 0.05) if options.threshold is None else options.threshold
     if options.rounds < MIN_ROUNDS:
         parser.error(f"--rounds: expected at least {MIN_ROUNDS}, got {options.rounds}")
-    if options.clock == "cpu" and options.threads != 1:
-        parser.error(f"--clock cpu: expected one thread, got {options.threads}")
+    if options.clock != "wall" and options.threads != 1:
+        parser.error(f"--clock {options.clock}: expected one thread, got {options.threads}")
+    if counting:
+        options.op = options.op or ["latency"]
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    isa = importlib.import_module("blt_kernels._extension").runnable()[0]
-    root, out = build(options.base, isa), Console()
+    isas, out, counting = importlib.import_module("blt_kernels._extension").runnable(), Console(), None
+    isa = isas[0]
+    if options.clock == "instructions":
+        counting = instructions.prepare(ROOT / "build" / "compare")
+        isa = instructions.NEWEST_ISA if instructions.NEWEST_ISA in isas else isas[0]
+    root = build(options.base, isa)
+    new = build_working_tree(isa) if counting else ROOT
     benches = [{path.stem[6:] for path in (folder / "bench").glob("bench_*.py")} for folder in (root, ROOT)]
     for op in options.op or ():
         if op not in benches[0] & benches[1]:
             raise SystemExit(f"--op: expected some of {', '.join(sorted(benches[0] & benches[1]))}, got {op!r}")
-    names = {"base": root, "new": ROOT}
-    pair = tuple(Revision(name, folder, options.threads, isa) for name, folder in names.items())
+    names = {"base": root, "new": new}
+    pair = tuple(Revision(name, folder, options.threads, isa, counting) for name, folder in names.items())
     keys = ("small", "match", "rounds", "budget", "clock", "threshold")
     settings, failed = {key: getattr(options, key) for key in keys}, False
     for op in options.op or sorted(benches[0] & benches[1]):
         found = list(compare(pair, op, **settings))
         rows = [row for row in found if isinstance(row, Row)]
         messages = [message for message in found if isinstance(message, str)]
-        out.print(table(op, rows, root.name, options.threshold))
+        out.print(table(op, rows, root.name, options.clock, options.threshold))
         for message in messages:
             out.print(message, markup=False, soft_wrap=True)
         failed |= any(row.verdict(options.threshold) == "slower" for row in rows)

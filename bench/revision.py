@@ -1,7 +1,7 @@
 """Runs our implementations of one revision in a process of its own, for ``bench/compare.py``.
 
 Two revisions of a package cannot be imported by one process. The processes import this file of the working tree, so it
-imports neither torch nor the package nor another file of bench/ before the path is that of the revision.
+imports neither torch nor the package nor a bench before the path is that of the revision.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from instructions import Counter
+
 OURS = "blt_kernels"
 Name = tuple[str, str, str]
 """Names a comparison: op, shape and dtype."""
@@ -29,7 +31,8 @@ class Worker:
     `shape`, `dtype` and `implementations`.
     """
 
-    def __init__(self, root: Path, threads: int, isa: str | None) -> None:
+    def __init__(self, root: Path, threads: int, isa: str | None, counting: Path | None) -> None:
+        self.counter = Counter(counting.parent) if counting else None
         os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
         if isa is not None:  # the package then raises, rather than running its references, if the kernels are missing
             os.environ["BLT_KERNELS_ISA"] = isa
@@ -50,7 +53,12 @@ class Worker:
         return comparison.op, comparison.shape, comparison.dtype
 
     def run(self, repeats: int, clock: str) -> float:
-        """Return the seconds of a call. The heap is trimmed, so that outputs are fresh pages in both processes."""
+        """Return the seconds or instructions of a call.
+
+        The heap is trimmed before calls are timed, so that outputs are fresh pages in both processes.
+        """
+        if self.counter:
+            return self.counter.count(self.function, repeats)
         now = time.process_time if clock == "cpu" else time.perf_counter
         with suppress(OSError, AttributeError):  # glibc has it
             ctypes.CDLL(None).malloc_trim(0)
@@ -85,14 +93,19 @@ class RevisionError(Exception):
 
 
 class Revision:
-    """Starts the process of a revision and asks it to load benches, make comparisons and run them."""
+    """Starts the process of a revision and asks it to load benches, make comparisons and run them.
 
-    def __init__(self, name: str, root: Path, threads: int, isa: str | None) -> None:
+    With `counting`, the program that ``instructions.prepare`` returns, it runs under callgrind and counts instructions.
+    """
+
+    def __init__(self, name: str, root: Path, threads: int, isa: str | None, counting: Path | None = None) -> None:
         self.name, self.names = name, dict[int, Name]()
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, root, threads, isa), daemon=True)
+        self.process = context.Process(target=serve, args=(other, root, threads, isa, counting), daemon=True)
+        context.set_executable(str(counting or sys.executable))
         self.process.start()
+        context.set_executable(sys.executable)
         other.close()
         self._answer()
 

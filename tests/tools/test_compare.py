@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import math
 import random
+import shutil
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,12 +42,17 @@ def revisions(compare: ModuleType, tmp_path: Path) -> Iterator[Callable[..., Any
     """Start the process of a revision whose op takes `work` and which has comparisons of `shapes`."""
     started = []
 
-    def start(name: str, work: str = "sum(range(200_000))", shapes: tuple[str, ...] = ("one", "two")) -> Any:
+    def start(
+        name: str,
+        work: str = "sum(range(200_000))",
+        shapes: tuple[str, ...] = ("one", "two"),
+        counting: Path | None = None,
+    ) -> Any:
         for folder in ("blt_kernels", "bench"):
             (tmp_path / name / folder).mkdir(parents=True)
         (tmp_path / name / "blt_kernels" / "__init__.py").write_text(f"def work():\n    return {work}\n")
         (tmp_path / name / "bench" / "bench_op.py").write_text(BENCH.format(shapes=shapes))
-        started.append(compare.Revision(name, tmp_path / name, 1, None))
+        started.append(compare.Revision(name, tmp_path / name, 1, None, counting))
         return started[-1]
 
     yield start
@@ -90,6 +97,30 @@ def test_the_command_fails_where_the_working_tree_is_slower(
 def test_equal_revisions_are_equal(compare: ModuleType, revisions: Callable[..., Any]) -> None:
     rows = run(compare, (revisions("base"), revisions("new")), rounds=15, threshold=0.2)
     assert [row.verdict(0.2) for row in rows] == ["", ""]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
+def test_instructions_are_counted(compare: ModuleType, revisions: Callable[..., Any], tmp_path: Path) -> None:
+    """Equal revisions differ by less than a thousandth, and a hundredth more is found, whatever else runs."""
+    start = partial(revisions, shapes=("one",), counting=compare.instructions.prepare(tmp_path))
+    base, equal, more = (
+        start(name, work=f"sum(range({n}))")
+        for name, n in zip(("base", "equal", "more"), (9_000, 9_000, 9_180), strict=True)
+    )
+    settings = {"clock": "instructions", "rounds": 6, "threshold": 0.01}
+    (row,) = run(compare, (base, equal), **settings)
+    assert 0.999 < row.low <= row.high < 1.001
+    assert row.base > 9_000
+    (row,) = run(compare, (base, more), **settings)
+    assert 1.015 < row.low <= row.high < 1.025
+    assert row.verdict(0.01) == "slower"
+
+
+def test_a_missing_valgrind_is_told(compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="expected valgrind in PATH"):
+        compare.instructions.prepare(tmp_path)
 
 
 def test_comparisons_are_paired_by_name(compare: ModuleType, revisions: Callable[..., Any]) -> None:
@@ -138,7 +169,10 @@ def test_interval_covers_the_median_as_often_as_it_says(compare: ModuleType) -> 
     assert 0.945 < statistics.mean(covered) < 0.975  # 20 values give 0.9586
 
 
-@pytest.mark.parametrize("arguments", [["HEAD", "--rounds", "5"], ["HEAD", "--threads", "2"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["HEAD", "--rounds", "5"], ["HEAD", "--threads", "2"], ["HEAD", "--clock", "instructions", "--threads", "2"]],
+)
 def test_options_are_checked(compare: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare.main(arguments)
