@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 
@@ -29,6 +28,7 @@ TOLD_ELSEWHERE = re.compile(r"scaling|latency|generation|^decode |^few_row_")
 FORWARD, BACKWARD = " fwd", " fwd+bwd"
 
 Row = dict[str, str]
+Groups = dict[tuple[str, str], dict[str, list[Row]]]
 
 
 def table_of_ops() -> str:
@@ -57,31 +57,9 @@ def kind_of(path: Path) -> str:
     return "gpu" if GPUS in path.name else "cpu"
 
 
-def table(path: Path, ops: Collection[str] = ()) -> str:
-    """Return one line for every op and input, forward and backward side by side, with the most threads measured.
-
-    If `ops` are given, the table has their lines only; the result is "" where there are none. A measurement without a
-    pass in its name is under forward. The table leaves out scaling and latencies, rows that were not timed, and what
-    was measured without a limit. Of two measurements of the same it shows the later one.
-    """
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [
-            row for row in csv.DictReader(file) if row["median_ms"] and (row.get("status") or "ok").startswith("ok")
-        ]
-    alone = [row for row in rows if row["op"].startswith(LIMIT)]
-    limited = {key_of(row) for row in rows if row["implementation"].startswith(LIMIT)}
-    rows = [row for row in rows if key_of(row) in limited]
-    threads = max((row["threads"] for row in rows), key=int)
-    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
-    for row in rows:
-        told = not TOLD_ELSEWHERE.search(row["op"]) and (not ops or row["op"].split()[0] in ops)
-        if row["threads"] == threads and told:
-            backward = row["op"].endswith(BACKWARD)
-            op = row["op"].removesuffix(BACKWARD if backward else FORWARD)
-            key = f"`{op}`", f"{row['shape']} {row['dtype']}"
-            groups.setdefault(key, {}).setdefault(BACKWARD if backward else FORWARD, []).append(row)
-    if not groups:
-        return ""
+def table(path: Path) -> str:
+    """Return one line for every op and input, forward and backward side by side; `groups_of` says of which."""
+    threads, alone, groups = groups_of(path)
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     on_gpu = kind_of(path) == "gpu"
     how = "milliseconds, medians of interleaved rounds in one process"
@@ -95,8 +73,32 @@ def table(path: Path, ops: Collection[str] = ()) -> str:
     ]
     for (op, inputs), passes in groups.items():
         cells = [*cells_of(passes.get(FORWARD, [])), *cells_of(passes.get(BACKWARD, []))]
-        lines.append(f"| {op} | {inputs} | {' | '.join(cells)} |")
+        lines.append(f"| `{op}` | {inputs} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def groups_of(path: Path) -> tuple[str, list[Row], Groups]:
+    """Return the most threads measured, the rows of limits alone, and the other rows by op and input, then by pass.
+
+    A measurement without a pass in its name is under forward. Scaling and latencies are left out, and so are rows that
+    were not timed, and what was measured without a limit.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [
+            row for row in csv.DictReader(file) if row["median_ms"] and (row.get("status") or "ok").startswith("ok")
+        ]
+    alone = [row for row in rows if row["op"].startswith(LIMIT)]
+    limited = {key_of(row) for row in rows if row["implementation"].startswith(LIMIT)}
+    rows = [row for row in rows if key_of(row) in limited]
+    threads = max((row["threads"] for row in rows), key=int)
+    groups: Groups = {}
+    for row in rows:
+        if row["threads"] == threads and not TOLD_ELSEWHERE.search(row["op"]):
+            backward = row["op"].endswith(BACKWARD)
+            op = row["op"].removesuffix(BACKWARD if backward else FORWARD)
+            key = op, f"{row['shape']} {row['dtype']}"
+            groups.setdefault(key, {}).setdefault(BACKWARD if backward else FORWARD, []).append(row)
+    return threads, alone, groups
 
 
 def key_of(row: Row) -> tuple[str, ...]:
@@ -115,14 +117,19 @@ def ceilings_of(rows: list[Row]) -> str:
 
 def cells_of(rows: list[Row]) -> tuple[str, str]:
     """Return our time, and the best peer with its ratio; both are empty where nothing was measured."""
-    by_name = {row["implementation"]: row for row in rows}
-    if OURS not in by_name:
+    ours, peer = best_of(rows)
+    if ours is None:
         return "", ""
-    ours = by_name.pop(OURS)
-    peers = {name: float(row["median_ms"]) for name, row in by_name.items() if not name.startswith(LIMIT)}
-    best = min(peers, key=peers.__getitem__, default=None)
     time = f"{float(ours['median_ms']):.3g} ({float(ours['share_of_limit']):.0%})"
-    return time, f"{best}: {float(ours['ratio_to_best_peer']):.2g}" if best else ""
+    return time, f"{peer}: {float(ours['ratio_to_best_peer']):.2g}" if peer else ""
+
+
+def best_of(rows: list[Row]) -> tuple[Row | None, str | None]:
+    """Return our row and the name of the fastest peer. Of two measurements of the same it takes the later one."""
+    by_name = {row["implementation"]: row for row in rows}
+    ours = by_name.pop(OURS, None)
+    peers = {name: float(row["median_ms"]) for name, row in by_name.items() if not name.startswith(LIMIT)}
+    return ours, min(peers, key=peers.__getitem__, default=None)
 
 
 def table_of_generation(path: Path) -> str:

@@ -39,16 +39,43 @@ class Measured(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the tables, or a sentence where no results are stored."""
-        tables = readme()
-        self.env.note_dependency(tables.__file__)
         ops, text = self.arguments[0].split(), []
+        self.env.note_dependency(readme().__file__ or "")
         for kind in ("cpu", "gpu"):
-            path = tables.newest(ROOT / "bench" / "results", kind)
+            path = readme().newest(ROOT / "bench" / "results", kind)
             if path:
                 self.env.note_dependency(str(path))
-                text.append(tables.table(path, ops))
+                text += _table(path, ops)
         missing = f"No results are stored; `blt-kernels bench {' '.join(ops)}` in a checkout measures this machine."
-        return self.parse_text_to_nodes("\n\n".join(filter(None, text)) or missing)
+        return self.parse_text_to_nodes("\n".join(text or [missing]))
+
+
+def _table(path: Path, ops: list[str]) -> list[str]:
+    """Return the lines of a table, one line a pass, of the rows whose op begins with one of these names."""
+    tables = readme()
+    threads, _alone, groups = tables.groups_of(path)
+    lines = []
+    for (op, inputs), passes in groups.items():
+        name, _, variant = op.partition(" ")
+        if name not in ops:
+            continue
+        first = op if len(ops) > 1 else variant
+        for key, title in ((tables.FORWARD, "forward"), (tables.BACKWARD, "forward + backward")):
+            ours, peer = tables.best_of(passes.get(key, []))
+            if ours is None:
+                continue
+            ratio = f"{float(ours['ratio_to_best_peer']):.2g}" if peer else ""
+            numbers = f"{float(ours['median_ms']):.3g} | {float(ours['share_of_limit']):.0%}"
+            shown = f"`{first}` {inputs}" if first else inputs
+            lines.append(f"| {shown} | {title} | {numbers} | {peer or ''} | {ratio} |")
+    where = "a GPU" if tables.kind_of(path) == "gpu" else f"{threads} threads of a CPU"
+    head = [
+        f"Measured on {where}, in `{path.relative_to(ROOT)}`; the limit is that of the machine, in the same run:",
+        "",
+        "| input | pass | ms | share of the limit | best alternative | takes × as long |",
+        "|---|---|---:|---:|---|---:|",
+    ]
+    return [*head, *lines, ""] if lines else []
 
 
 class Sources(SphinxDirective):
