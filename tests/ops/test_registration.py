@@ -88,7 +88,8 @@ def test_an_operator_takes_the_arguments_of_its_reference_in_order(operator: str
     module = reference_of(OPERATORS[operator])
     names = (f"{operator}_reference", f"{re.sub('_(fwd|step)$', '', operator)}_reference")
     reference = next(getattr(module, n) for n in names if hasattr(module, n))
-    assert schema_arguments(operator) == list(inspect.signature(reference).parameters)
+    taken = list(inspect.signature(reference).parameters)
+    assert schema_arguments(operator) == taken, f"the schema of {operator} against {reference.__name__}"
 
 
 @EVERY_OPERATOR
@@ -103,7 +104,8 @@ def test_an_operator_has_a_reference_a_fake_and_a_backward(operator: str) -> Non
         assert has(operator, "Autograd"), "its second derivative would be 0"
     else:
         differentiates = f"{operator.removesuffix('_fwd')}_bwd" in OPERATORS or operator == "entropy_patch_fwd"
-        assert has(operator, "Autograd") == differentiates
+        missing = f"{operator} has a backward: register_autograd" if differentiates else f"{operator} has no backward"
+        assert has(operator, "Autograd") == differentiates, missing
 
 
 @EVERY_OPERATOR
