@@ -13,6 +13,7 @@ import argparse
 import csv
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "contribute" / "faults.csv"
 COPY = ROOT / "build" / "faults"
 LAUNCHERS = ("ema_scan", "ngram_hash_embed")  # these have kernels in the copy, the others run their references
-OP = "tests/ops/test_registration.py tests/ops/test_ema_scan.py tests/ops/test_ops.py -k ema_scan"
+OP = (
+    "tests/ops/test_registration.py tests/ops/test_ema_scan.py tests/ops/test_meta.py tests/ops/test_ops.py"
+    " -k 'ema_scan and not inductor'"
+)
+FILES = "tests/ops/test_registration.py -k ema_scan"
 EMA, SORT, LAUNCHER = "csrc/cuda/ema_scan.cuh", "csrc/cuda/radix_sort.cuh", "csrc/cuda/ema_scan.cu"
 TRITON = "blt_kernels/triton/block_causal_attention/tiles.py"
 COLUMNS = ("kind", "fault", "file", "found_by", "message")
@@ -91,7 +96,7 @@ FAULTS = (
     Fault("kernel", "one row is requested at a time instead of eight", EMA,
           "kEmaPrefetch = 8;", "kEmaPrefetch = 1;", "cuda_check.py ema_scan"),
     Fault("kernel", "the public function reads a value on the host", OPS,
-          "    weights = p.to(accumulator(x))", "    weights = p.to(accumulator(x)) if p.sum() != 0 else p.new_zeros(p.shape)",
+          "    weights = p.to(accumulator(x))", "    weights = p.to(accumulator(x)).clamp(0, p.max().item())",
           "tests/kernels/test_capture.py -k ema_scan"),
     Fault("kernel", "a Triton kernel attends to one key too many", TRITON,
           ".to(tl.uint32) < count[:, None]", ".to(tl.uint32) <= count[:, None]",
@@ -102,7 +107,7 @@ FAULTS = (
     Fault("step", "the op is not exported from the package", "blt_kernels/__init__.py",
           "from blt_kernels.ops.ema_scan import ema_scan as ema_scan\n", ""),
     Fault("step", "the reference takes its arguments in another order", "blt_kernels/reference/ema_scan.py",
-          "def ema_scan_fwd_reference(x: Tensor, p: Tensor, cu_seqlens", "def ema_scan_fwd_reference(p: Tensor, x: Tensor, cu_seqlens"),
+          "def ema_scan_fwd_reference(x: Tensor, p: Tensor,", "def ema_scan_fwd_reference(p: Tensor, x: Tensor,"),
     Fault("step", "the fake allocates another dtype than the kernel", OPS,
           "lambda x, *_: x.new_empty(x.shape),", "lambda x, *_: x.new_empty(x.shape).float(),"),
     Fault("step", "the fake keeps strides that the kernel does not", OPS,
@@ -115,7 +120,7 @@ FAULTS = (
           '    _checks.check_shape("p", p, x.shape[:-1], "[T] of x" if x.dim() == 2 else "[B, S] of x")\n', ""),
     Fault("step", "the public function does not check a dtype", OPS,
           '    _checks.check_tensor("p", p, (1, 2), _checks.FLOATS)\n', ""),
-    Fault("step", "the docstring lacks a section", OPS, "    Raises\n    ------\n", "", "tests/ops/test_registration.py -k ema_scan"),
+    Fault("step", "the docstring lacks a section", OPS, "    Raises\n    ------\n", "", FILES),
     Fault("step", "the operators do not check a shape", "csrc/common/args/ema_scan.h",
           '  check_shape(p, "p", {rows.size(0)});\n', "", build="module"),
     Fault("step", "the schema has an argument that the CPU kernel does not take", OPS,
@@ -125,19 +130,24 @@ FAULTS = (
     Fault("step", "the CUDA kernel of the backward is not registered", LAUNCHER,
           '  m.impl("ema_scan_bwd", TORCH_BOX(&ema_scan_bwd_cuda));\n', "", build="emulator"),
     Fault("step", "there are no cases", "tests/cases/ema_scan.py", "", ""),
-    Fault("step", "there are no tests of the op's own", "tests/ops/test_ema_scan.py", "", "",
-          "tests/ops/test_registration.py -k ema_scan"),
-    Fault("step", "there is no benchmark", "bench/bench_ema_scan.py", "", "", "tests/ops/test_registration.py -k ema_scan"),
+    Fault("step", "there are no tests of the op's own", "tests/ops/test_ema_scan.py", "", "", FILES),
+    Fault("step", "there is no benchmark", "bench/bench_ema_scan.py", "", "", FILES),
 )  # fmt: skip
 
 
 def make_copy() -> None:
     """Copy the tracked files, those of LAUNCHERS alone in csrc, and what was built."""
-    tracked = subprocess.run(("git", "ls-files"), cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(
+        ("git", "ls-files", "--cached", "--others", "--exclude-standard"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
     for name in tracked:
         path = Path(name)
         kernels = path.parts[:2] in (("csrc", "cuda"), ("csrc", "cpu")) and path.suffix in (".cu", ".cpp")
-        if not (ROOT / path).exists() or kernels and path.stem not in LAUNCHERS and path.parts[2] != "support":
+        if not (ROOT / path).exists() or (kernels and path.stem not in LAUNCHERS and path.parts[2] != "support"):
             continue
         (COPY / path).parent.mkdir(parents=True, exist_ok=True)
         if not (COPY / path).exists() or (COPY / path).read_bytes() != (ROOT / path).read_bytes():
@@ -149,7 +159,9 @@ def make_copy() -> None:
 def run(command: list[str], built: str = "") -> tuple[int, str]:
     """Run a command in the copy; return its exit code and what it prints."""
     environment = os.environ | {"PYTHONPATH": str(COPY), "COLUMNS": "600", "OMP_NUM_THREADS": "1"}
-    environment["BLT_KERNELS_EMULATOR"] = str((COPY if "emulator" in built else ROOT) / "build/emulator/blt_emulator.so")
+    environment["BLT_KERNELS_EMULATOR"] = str(
+        (COPY if "emulator" in built else ROOT) / "build/emulator/blt_emulator.so"
+    )
     done = subprocess.run(command, cwd=COPY, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -159,7 +171,9 @@ def build(what: str) -> str:
     folder, target = f"build/{what}", {"emulator": "blt_emulator", "module": "all"}[what]
     options = ["-DBLT_KERNELS_ISAS=native", f"-DBLT_KERNELS_EMULATOR={'ON' if what == 'emulator' else 'OFF'}"]
     if not (COPY / folder / "build.ninja").exists():
-        code, output = run(["cmake", "-S", ".", "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", *options])
+        code, output = run(
+            ["cmake", "-S", ".", "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", *options]
+        )
         assert code == 0, output
     code, output = run(["cmake", "--build", folder, "--target", target])
     if code == 0 and what == "module":
@@ -176,11 +190,15 @@ def found_by(fault: Fault) -> tuple[str, str]:
         if error:
             return "the compiler", error
     if fault.check.startswith("cuda_check.py"):
-        code, output = run([sys.executable, f"tests/{fault.check.split()[0]}", *fault.check.split()[1:], "--archs=90a"])
+        code, output = run(
+            [sys.executable, f"tests/{shlex.split(fault.check)[0]}", *shlex.split(fault.check)[1:], "--archs=90a"]
+        )
         faults = re.findall(r"sm_90a: (.*?)\s*$|^(.*: (?:us|instructions) .*)$", output, re.M)
         assert not code or faults, output
         return ("make cuda-check", next(filter(None, faults[0]))) if code else ("", "")
-    code, output = run([sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", *fault.check.split()], fault.build)
+    code, output = run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", *shlex.split(fault.check)], fault.build
+    )
     failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?:\[.*?\])?(?: - (.*))?$", output, re.M)
     assert code == 0 or failed, output
     return (failed[1], failed[2] or "") if failed else ("", "")
@@ -215,7 +233,9 @@ def main() -> None:
             continue
         test, message = check(fault)
         print(f"{fault.what}\n    {test or 'NO CHECK'}: {message}", flush=True)
-        rows = {row["fault"]: row for row in read()} | {fault.what: dict(zip(COLUMNS, (fault.kind, fault.what, fault.file, test, message), strict=True))}
+        rows = {row["fault"]: row for row in read()} | {
+            fault.what: dict(zip(COLUMNS, (fault.kind, fault.what, fault.file, test, message), strict=True))
+        }
         with TABLE.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
-from blt_kernels._extension import OPERATORS
+from blt_kernels._extension import OPERATORS, SCHEMAS
 from blt_kernels._namespace import NAMESPACE
 from blt_kernels.ops import _autograd
 from blt_kernels.reference._ragged import accumulator, ordered_like
@@ -24,6 +24,7 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> Calla
     torch.library.impl(f"{NAMESPACE}::{name}", "default", reference)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     _autograd.register_vmap(name)
+    SCHEMAS[name] = schema
     OPERATORS[name] = reference.__module__.rpartition(".")[2]
     return _autograd.caller(name)
 
