@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
 
+from blt_kernels._files import shortened
 from blt_kernels.layout import PatchLayout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -65,7 +66,7 @@ def check_number(name: str, value: object) -> None:
     if type(value) is float and value == value:
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
+        raise TypeError(f"{name}: expected a number, got {shortened(value)}")
     if value != value:
         raise ValueError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, int) and abs(value) > sys.float_info.max:
@@ -77,7 +78,7 @@ def check_int(name: str, value: object, minimum: int) -> None:
     if type(value) is int and minimum <= value <= INT64_MAX:
         return
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
+        raise TypeError(f"{name}: expected an int, got {shortened(value)}")
     if value < minimum:
         raise ValueError(f"{name}: expected a value >= {minimum}, got {value}")
     if value > INT64_MAX:
@@ -93,7 +94,7 @@ def check_bool(name: str, value: object) -> None:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {shortened(value)}")
 
 
 def check_layout(layout: object, name: str, value: Tensor) -> None:
