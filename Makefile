@@ -233,6 +233,11 @@ release-check:  ## Check that the version can be released: CITATION.cff and CHAN
 release-notes:  ## Print the section of the changelog for this version
 	@$(PYTHON) release/release.py notes
 
+# PARTS="files" fuzzes one part, SEED=7 other cases. A run of minutes finds little that the tests do not; one of hours may.
+fuzz: .venv/built  ## Fuzz the loaders of files and the arguments of ops for MINUTES (10), on one core
+	$(say) 'fuzzing for $(or $(MINUTES),10) minutes'
+	OMP_NUM_THREADS=1 PYTHONPATH=tests nice -n 10 python -m fuzz $(PARTS) --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
+
 clean:  ## Remove everything that was built; .venv stays
 	rm -rf build dist blt_kernels/*.so blt_kernels/include *.egg-info .venv/built
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
