@@ -11,18 +11,18 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
 
-from blt_kernels._files import shortened
-from blt_kernels.layout import PatchLayout
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64)
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+_DENSE = torch.strided
 
 
 def check_tensor(name: str, value: object, dims: int | Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
     """Raise TypeError or ValueError unless `value` is a tensor of one of `dtypes` with one of `dims` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout is not _DENSE or value.is_nested:
+        check_dense(name, value)
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype in {_names(dtypes)}, got {value.dtype}")
     allowed = (dims,) if isinstance(dims, int) else dims
@@ -36,10 +36,20 @@ def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meanin
 
     `meaning` names the dimensions. It holds no sizes: formatting a symbolic one would fix it for `torch.compile`.
     """
-    fits = value.dim() == len(expected) and all(e in (None, s) for s, e in zip(value.shape, expected, strict=True))
+    shape = shape_of(name, value)
+    fits = len(shape) == len(expected) and all(e in (None, s) for s, e in zip(shape, expected, strict=True))
     if not fits:
         sizes = ", ".join("any" if e is None else str(e) for e in expected)
-        raise ValueError(f"{name}: expected shape {meaning} = [{sizes}], got {list(value.shape)}")
+        raise ValueError(f"{name}: expected shape {meaning} = [{sizes}], got {list(shape)}")
+
+
+def shape_of(name: str, value: Tensor) -> torch.Size:
+    """Return the shape of a tensor, which a nested one does not have."""
+    try:
+        return value.shape
+    except RuntimeError:
+        check_dense(name, value)
+        raise
 
 
 def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
@@ -66,7 +76,7 @@ def check_number(name: str, value: object) -> None:
     if type(value) is float and value == value:
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {shortened(value)}")
+        raise TypeError(f"{name}: expected a number, got {value!r}")
     if value != value:
         raise ValueError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, int) and abs(value) > sys.float_info.max:
@@ -77,12 +87,17 @@ def check_int(name: str, value: object, minimum: int) -> None:
     """Raise unless `value` is an int (or a symbolic one) of at least `minimum` that an int64 holds."""
     if type(value) is int and minimum <= value <= INT64_MAX:
         return
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {shortened(value)}")
-    if value < minimum:
+    check_is_int(name, value)
+    if value < minimum:  # type: ignore[operator]
         raise ValueError(f"{name}: expected a value >= {minimum}, got {value}")
-    if value > INT64_MAX:
+    if value > INT64_MAX:  # type: ignore[operator]
         raise ValueError(f"{name}: expected a value <= 2**63 - 1, got {value}")
+
+
+def check_is_int(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an int or a symbolic one."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
 
 
 def check_bool(name: str, value: object) -> None:
@@ -91,28 +106,22 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
+def check_device(name: str, value: object) -> None:
+    """Raise unless `value` names a device that this torch knows."""
+    if isinstance(value, torch.device):
+        return
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a torch.device or a str, got {value!r}")
+    try:
+        torch.device(value)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: expected a torch.device or a str, got {value!r}: {error}") from None
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {shortened(value)}")
-
-
-def check_layout(layout: object, name: str, value: Tensor) -> None:
-    """Raise unless `layout` is a PatchLayout on the device of `value`."""
-    if not isinstance(layout, PatchLayout):
-        raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
-    check_same("layout", layout.patch_offsets, name, value, dtype=False)
-
-
-def check_readers(layout: PatchLayout) -> None:
-    """Raise unless the two offsets of `layout` are for as many patches, on one device."""
-    patch_offsets, decode_offsets = layout.patch_offsets, layout.decode_offsets
-    if is_compiling():
-        return
-    check_same("layout.decode_offsets", decode_offsets, "layout.patch_offsets", patch_offsets)
-    if decode_offsets.shape != patch_offsets.shape:
-        expected = f"shape {list(patch_offsets.shape)} of layout.patch_offsets"
-        raise ValueError(f"layout.decode_offsets: expected {expected}, got {list(decode_offsets.shape)}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def readable(x: Tensor) -> bool:
@@ -184,7 +193,11 @@ def _check_offsets(name: str, offsets: Tensor, total: int, device: torch.device)
         check_tensor(name, offsets, 1, INTS)
     if offsets.device != device:
         raise ValueError(f"{name}: expected device {device} of the data, got {offsets.device}")
-    values = offsets.tolist() if readable(offsets) else None
+    try:
+        values = offsets.tolist() if readable(offsets) else None
+    except RuntimeError:
+        check_dense(name, offsets)
+        raise
     if values is None or total > INT32_MAX:
         check_total(name, total)
     if not (offsets.numel() if values is None else values):
@@ -289,6 +302,22 @@ def check_capacity(max_patches: int | None, documents: int) -> None:
         raise ValueError(f"max_patches: expected at most 2**31 - 1, as int32 ids count, got {max_patches}")
     if max_patches < documents:
         raise ValueError(f"max_patches: expected at least one patch a document ({documents}), got {max_patches}")
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raise TypeError if `value` is sparse, nested or in a layout of mkldnn."""
+    if value.layout is not _DENSE or value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {_kind(value)}")
+
+
+def check_all_dense(**tensors: Tensor) -> None:
+    """Check each of these as `check_dense` does."""
+    for name, value in tensors.items():
+        check_dense(name, value)
+
+
+def _kind(value: Tensor) -> str:
+    return "a nested one" if value.is_nested else f"one of layout {value.layout}"
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

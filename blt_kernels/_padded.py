@@ -6,36 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_BYTES = 2**31 - 1  # offsets are int32
+from blt_kernels import _checks
+
+MAX_BYTES = _checks.INT32_MAX  # offsets are int32
 
 
-def check_integers(name: str, x: object, shape: str) -> None:
-    """Raise unless `x` is an integer tensor of two dimensions, which `shape` names."""
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(
-            f"{name}: expected an integer tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
-        )
-    if x.dim() != 2:
-        raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, *_checks.INTS)
 
 
-def check_int(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is an int or a symbolic one."""
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-
-
-def check_ids(patch_ids: object, decode_ids: object, slots: int) -> None:
+def check_ids(patch_ids: Tensor, decode_ids: Tensor, slots: int) -> None:
     """Raise unless these are arguments of `PatchLayout.from_ids`; their values are not read."""
     for name, ids in (("patch_ids", patch_ids), ("decode_ids", decode_ids)):
-        check_integers(name, ids, "[B, S]")
-    assert isinstance(patch_ids, Tensor)
-    assert isinstance(decode_ids, Tensor)
+        _check_integers(name, ids, "[B, S]")
+    _checks.check_same("decode_ids", decode_ids, "patch_ids", patch_ids, dtype=False)
     if decode_ids.shape != patch_ids.shape:
         expected = f"shape {list(patch_ids.shape)} of patch_ids"
         raise ValueError(f"decode_ids: expected {expected}, got {list(decode_ids.shape)}")
     rows, size = patch_ids.shape
-    check_int("slots", slots)
+    _checks.check_is_int("slots", slots)
     if slots < 1 or rows * slots > MAX_BYTES:
         raise ValueError(f"slots: expected 1 to {MAX_BYTES} // {rows} rows, got {slots}")
     if rows * size > MAX_BYTES:
@@ -44,12 +32,11 @@ def check_ids(patch_ids: object, decode_ids: object, slots: int) -> None:
 
 def check_lengths(lengths: Tensor, seq_len: int | None, padding: int | None, max_patches: int | None) -> None:
     """Raise unless these are arguments of `PatchLayout.from_lengths`. Without all sizes it reads the values."""
-    check_integers("lengths", lengths, "[B, Pmax]")
-    if padding not in (None, 0, -1):
-        raise ValueError(f"padding: expected None, 0 or -1, got {padding!r}")
+    _check_integers("lengths", lengths, "[B, Pmax]")
+    check_padding(padding, (None, 0, -1))
     for name, value in (("seq_len", seq_len), ("max_patches", max_patches)):
         if value is not None:
-            check_int(name, value)
+            _checks.check_is_int(name, value)
     if seq_len is not None and not 0 <= seq_len <= MAX_BYTES:
         raise ValueError(f"seq_len: expected 0 to {MAX_BYTES}, got {seq_len}")
     rows = lengths.shape[0]
@@ -59,6 +46,23 @@ def check_lengths(lengths: Tensor, seq_len: int | None, padding: int | None, max
         raise ValueError(f"seq_len: expected at most {MAX_BYTES} bytes in all, got {seq_len} in {rows} rows")
     if seq_len is None or max_patches is None:
         _check_values(lengths, seq_len, padding)
+
+
+def check_padding(padding: object, choices: tuple[int | None, ...]) -> None:
+    """Raise ValueError unless `padding` is one of the `choices`."""
+    if not (padding is None or type(padding) is int) or padding not in choices:
+        expected = " or ".join(map(str, choices))
+        raise ValueError(f"padding: expected {expected}, got {padding!r}")
+
+
+def _check_integers(name: str, x: object, shape: str) -> None:
+    """Raise unless `x` is an integer tensor of two dimensions, which `shape` names."""
+    if not isinstance(x, Tensor) or x.dtype not in _INTEGERS:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected an integer tensor, got {got}")
+    _checks.check_dense(name, x)
+    if x.dim() != 2:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
 
 
 def _check_values(lengths: Tensor, seq_len: int | None, padding: int | None) -> None:

@@ -135,9 +135,10 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
     """
     _checks.check_choice("special", special, ("drop", "raise"))
     if not isinstance(ids, Tensor):
-        ids = torch.as_tensor(ids) if len(ids) else torch.empty(0, dtype=torch.int64)
+        ids = _as_ids(ids)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"ids: expected integers, got {ids.dtype}")
+    _checks.check_dense("ids", ids)
     if ids.dim() not in (1, 2):
         raise ValueError(f"ids: expected 1 or 2 dimensions, got shape {list(ids.shape)}")
     several = cu_seqlens is not None or ids.dim() == 2
@@ -153,8 +154,16 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
     data = _bytes((packed[kept] - BYTE_OFFSET).to(torch.uint8))
     if not several:
         return data
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])[offsets].tolist()
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), kept.cumsum(0)])[offsets].tolist()
     return [data[start:end] for start, end in pairwise(ends)]
+
+
+def _as_ids(ids: Any) -> Tensor:
+    """Return ids that are no tensor as one."""
+    try:
+        return torch.as_tensor(ids, device="cpu") if len(ids) else torch.empty(0, dtype=torch.int64, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"ids: expected a tensor or a list of integers, got {type(ids).__name__}: {error}") from None
 
 
 def ids_of(
@@ -180,7 +189,11 @@ def _to_ids(
     device: torch.device | str | None,
     tokenizer: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if dtype not in _checks.INTS:
+    _checks.check_bool("bos", bos)
+    _checks.check_bool("eos", eos)
+    if device is not None:
+        _checks.check_device("device", device)
+    if not isinstance(dtype, torch.dtype) or dtype not in _checks.INTS:
         raise TypeError(f"dtype: expected torch.int32 or torch.int64, got {dtype}")
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = bpe.load_tokenizer(tokenizer)
@@ -189,9 +202,9 @@ def _to_ids(
         values = _uint8(name, data, dims if tokenizer is None else (1,))
         ids = values.to(device, dtype) + BYTE_OFFSET
         if tokenizer is not None:
-            lengths = torch.tensor(bpe.token_lengths(tokenizer, _bytes(values), name), dtype=torch.int64)
-            token = torch.arange(lengths.shape[0]).repeat_interleave(lengths)  # [T]
-            places = (token + 1 + torch.arange(ids.shape[0])).to(ids.device)
+            lengths = torch.tensor(bpe.token_lengths(tokenizer, _bytes(values), name), dtype=torch.int64, device="cpu")
+            token = torch.arange(lengths.shape[0], device="cpu").repeat_interleave(lengths)  # [T]
+            places = (token + 1 + torch.arange(ids.shape[0], device="cpu")).to(ids.device)
             ids = ids.new_full((ids.shape[0] + lengths.shape[0],), BPE).scatter(0, places, ids)
         ends = [ids.new_full((*ids.shape[:-1], int(on)), id) for on, id in ((bos, BOS), (eos, EOS))]
         return torch.cat([ends[0], ids, ends[1]], -1) if bos or eos else ids
@@ -199,8 +212,8 @@ def _to_ids(
     if not isinstance(data, (list, tuple)):
         return ids_of_bytes(name, data, (1, 2))
     documents = [ids_of_bytes(f"{name}[{i}]", document, (1,)) for i, document in enumerate(data)]
-    lengths = torch.tensor([0, *(document.shape[0] for document in documents)])
-    packed = torch.cat(documents) if documents else torch.empty(0, dtype=dtype, device=device)
+    lengths = torch.tensor([0, *(document.shape[0] for document in documents)], device="cpu")
+    packed = torch.cat(documents) if documents else torch.empty(0, dtype=dtype, device=device or "cpu")
     return packed, lengths.cumsum(0).to(packed.device, torch.int32)
 
 
@@ -227,7 +240,8 @@ def _uint8(name: str, data: Any, dims: tuple[int, ...]) -> Tensor:
             raise TypeError(f"{name}: expected unsigned bytes (uint8), got a buffer of format {view.format!r}")
         shape = view.shape or ()
         buffer = bytearray(view)  # torch wants memory that it may write to
-        data = torch.frombuffer(buffer, dtype=torch.uint8) if buffer else torch.empty(0, dtype=torch.uint8)
+        empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+        data = torch.frombuffer(buffer, dtype=torch.uint8) if buffer else empty
     if len(shape) not in dims:
         expected = " or ".join(map(str, dims))
         raise ValueError(f"{name}: expected {expected} dimensions, got shape {list(shape)}")

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from blt_kernels import _padded
+from blt_kernels import _checks, _padded
 from blt_kernels._namespace import NAMESPACE
-from blt_kernels._padded import MAX_BYTES
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,12 +69,12 @@ class PatchLayout:
     @property
     def capacity(self) -> int:
         """C, the number of patches there is room for."""
-        return self.patch_offsets.shape[0] - 1
+        return self.patch_offsets.numel() - 1
 
     @property
     def num_bytes(self) -> int:
         """T, the number of packed bytes."""
-        return self.patch_ids.shape[0]
+        return self.patch_ids.numel()
 
     @property
     def num_documents(self) -> int:
@@ -109,6 +108,7 @@ class PatchLayout:
         PatchLayout
             Every tensor is on `device`.
         """
+        _checks.check_device("device", device)
         return PatchLayout(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     def compact(self) -> PatchLayout:
@@ -117,6 +117,7 @@ class PatchLayout:
         This is the one explicit synchronisation of the library. On the CPU it costs nothing; on a GPU it waits for the
         layout.
         """
+        _checks.check_tensor("cu_patches", self.cu_patches, 1, _checks.INTS)
         size = int(self.cu_patches[-1]) + 1
         return replace(self, patch_offsets=self.patch_offsets[:size], decode_offsets=self.decode_offsets[:size])
 
@@ -147,14 +148,12 @@ class PatchLayout:
         ValueError
             `padding` is neither 0 nor -1, or -1 together with `include_next_byte`, or `width` is below 1.
         """
-        if padding not in (0, -1):
-            raise ValueError(f"padding: expected 0 or -1, got {padding!r}")
+        _checks.check_bool("include_next_byte", include_next_byte)
+        _padded.check_padding(padding, (0, -1))
         if padding and include_next_byte:
             raise ValueError("include_next_byte: expected False with padding = -1, got True")
         if width is not None:
-            _padded.check_int("width", width)
-            if width < 1:
-                raise ValueError(f"width: expected a value >= 1, got {width}")
+            _checks.check_int("width", width, 1)
         documents, first = self.cu_seqlens.long(), self.cu_patches[:-1].long()
         size, counts = documents.diff(), torch.zeros_like(first)
         opens = size == 0  # whether the byte to come starts a patch
@@ -278,10 +277,11 @@ class PatchLayout:
         ----------
         cuts : bool ``[T]``
             ``cuts[i]``: the byte after byte ``i`` starts a patch. The first byte of a document always does.
-        cu_seqlens : int32 ``[B+1]``
+        cu_seqlens : int32 or int64 ``[B+1]``
         max_patches
-            The capacity C, at least B; T if None. If it is too small, starts are dropped from the end of the documents
-            that do not fit, so that every later document that is not empty keeps at least one patch.
+            The capacity C, at least one for each document that is not empty; T if None. If it is too small, starts are
+            dropped from the end of the documents that do not fit, so that every later document that is not empty keeps
+            at least one patch.
 
         Returns
         -------
@@ -289,13 +289,17 @@ class PatchLayout:
 
         Raises
         ------
-        ValueError
-            The capacity is beyond what int32 ids count.
+        TypeError, ValueError
+            An argument has the wrong type, dtype, device, shape or value; the message names it.
         """
-        num_bytes, num_documents = cuts.shape[0], cu_seqlens.shape[0] - 1
+        _checks.check_tensor("cuts", cuts, 1, (torch.bool,))
+        num_bytes = cuts.shape[0]
+        cu_seqlens = _checks.check_offsets("cu_seqlens", cu_seqlens, num_bytes, device=cuts.device)
+        num_documents = cu_seqlens.shape[0] - 1
+        if max_patches is not None:  # empty documents need no patch
+            occupied = int((cu_seqlens.diff() > 0).sum()) if _checks.readable(cu_seqlens) else 0
+            _checks.check_capacity(max_patches, occupied)
         capacity = num_bytes if max_patches is None else max_patches
-        if capacity > MAX_BYTES:
-            raise ValueError(f"max_patches: expected at most {MAX_BYTES}, as int32 ids count, got {capacity}")
         position = torch.arange(num_bytes, device=cuts.device)
         cu = cu_seqlens.long()
         document = torch.searchsorted(cu[1:], position, right=True)  # [T], B for bytes beyond the last document

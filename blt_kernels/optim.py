@@ -32,6 +32,10 @@ class _SparseOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}: expected a value >= 0, got {group[name]}")
         for table in group["params"]:
             _checks.check_tensor("params", table, 2, _checks.FLOATS)
+            if table.is_neg():
+                raise ValueError("params: expected tables whose memory has their values, got a negated view")
+            if table.stride(1) != 1 and table.shape[1] != 1:
+                raise ValueError(f"params: expected tables with unit stride in a row, got strides {table.stride()}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from blt_kernels import _checks
 from blt_kernels.integrations._applied import Applied, check_model, check_parameters, stock, version_of
 from blt_kernels.layout import PatchLayout
+from blt_kernels.ops._patch_layout import check_layout
 from blt_kernels.ops.block_causal_attention import block_causal_attention
 from blt_kernels.ops.boundary_patch import boundary_patch
 from blt_kernels.ops.ema_scan import ema_scan
@@ -98,7 +99,7 @@ def dechunk(chunks: Tensor, boundary_prob: Tensor, layout: PatchLayout) -> Tenso
     [1.0, 1.0, 2.0, 2.0]
     """
     _checks.check_tensor("chunks", chunks, 2, _checks.FLOATS)
-    _checks.check_layout(layout, "chunks", chunks)
+    check_layout(layout, "chunks", chunks)
     _checks.check_shape("chunks", chunks, (layout.capacity, None), "[P, D] of layout")
     _checks.check_tensor("boundary_prob", boundary_prob, (1, 2), _checks.FLOATS)
     _checks.check_same("boundary_prob", boundary_prob, "chunks", chunks, dtype=False)

@@ -21,6 +21,7 @@ from blt_kernels.models.characters import patches_of_whole_characters
 from blt_kernels.models.checkpoint import open_blt, open_byte_lm, write_blt
 from blt_kernels.models.config import BLTConfig
 from blt_kernels.nn import attention_documents, embedding, layer_ranges, linear, load_ops, rotary_table, row_positions
+from blt_kernels.ops._patch_layout import check_layout
 
 
 class BLT(ByteModel):
@@ -174,6 +175,7 @@ class BLT(ByteModel):
         ids, rows = self.pack(tokens, cu_seqlens)
         if layout is None:
             layout = self.patch(ids, rows, max_patches=max_patches)
+        check_layout(layout, "tokens", ids)
         if (layout.num_bytes, layout.num_documents) != (rows.total, rows.offsets.shape[0] - 1):
             shape = f"{rows.total} bytes in {rows.offsets.shape[0] - 1} rows"
             raise ValueError(f"layout: expected {shape}, got {layout.num_bytes} in {layout.num_documents}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blt_kernels import _checks
 from blt_kernels._checks import Documents
 from blt_kernels.ids import NEWLINE, ids_of
 from blt_kernels.layout import PatchLayout
@@ -148,6 +149,7 @@ class ByteLM(ByteModel):
         ids, rows = self.pack(tokens, cu_seqlens)
         if reset_at_newlines is None:
             reset_at_newlines = self.config.reset_at_newlines
+        _checks.check_bool("reset_at_newlines", reset_at_newlines)
         documents = rows
         if self.config.split_documents or reset_at_newlines:
             ends = ids == self.config.eos_id
@@ -206,6 +208,7 @@ class ByteLM(ByteModel):
         TypeError, ValueError
             An argument has the wrong type, dtype, shape or value; the message names it.
         """
+        _checks.check_bool("whole_characters", whole_characters)
         tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
         ids, rows = self.pack(tokens, cu_seqlens)
         entropy, layout = self.ops.entropy_patch(

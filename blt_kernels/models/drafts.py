@@ -216,7 +216,7 @@ def make_draft(draft: Any, model: Any, sampling: Sampling, draft_bytes: int, row
     """
     if draft is None:
         return Drafts()
-    if draft == "prompt":
+    if isinstance(draft, str) and draft == "prompt":
         return PromptDrafts(rows, draft_bytes)
     kinds = ["prompt"]
     if hasattr(model.config, "global_transformer"):

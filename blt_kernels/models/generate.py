@@ -126,6 +126,8 @@ class Generation:
     ) -> None:
         _checks.check_int("max_new_bytes", max_new_bytes, 0)
         _checks.check_int("draft_bytes", draft_bytes, 1)
+        if draft_bytes > _checks.INT32_MAX:
+            raise ValueError(f"draft_bytes: expected at most 2**31 - 1, got {draft_bytes}")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed: expected an int, got {seed!r}")
         self.model = model = model if weights is None else quantized(model, weights)
@@ -284,16 +286,22 @@ def prompt_ids(prompts: Any, config: Any) -> list[list[int]]:
     TypeError, ValueError
         A prompt is neither text nor ids, or an id is outside of the alphabet.
     """
-    prompts = _array_as_tensor(prompts)
+    prompts = _array_as_tensor("prompts", prompts)
     if isinstance(prompts, Tensor) and prompts.dim() == 2:
         prompts = list(prompts)
     elif not isinstance(prompts, (list, tuple)) or (prompts and all(isinstance(x, int) for x in prompts)):
         prompts = [prompts]
-    return [_ids_of_prompt(f"prompts[{i}]", _array_as_tensor(prompt), config) for i, prompt in enumerate(prompts)]
+    names = [f"prompts[{i}]" for i in range(len(prompts))]
+    return [_ids_of_prompt(n, _array_as_tensor(n, x), config) for n, x in zip(names, prompts, strict=True)]
 
 
-def _array_as_tensor(x: Any) -> Any:
-    return torch.as_tensor(x) if hasattr(x, "__array__") and not isinstance(x, Tensor) else x
+def _array_as_tensor(name: str, x: Any) -> Any:
+    if not hasattr(x, "__array__") or isinstance(x, Tensor):
+        return x
+    try:
+        return torch.as_tensor(x, device="cpu")
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected an array of integers, got {type(x).__name__}: {error}") from None
 
 
 def _ids_of_prompt(name: str, prompt: Any, config: Any) -> list[int]:

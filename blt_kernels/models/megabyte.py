@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blt_kernels import _checks
 from blt_kernels._checks import Documents
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models.base import ByteModel
@@ -139,6 +140,7 @@ class MegaByte(ByteModel):
             An argument has the wrong type, dtype, shape or value; the message names it. An id outside the alphabet is
             an error in eager code on the CPU, where the check costs nothing; elsewhere it has no embedding.
         """
+        _checks.check_bool("strided", strided)
         ids, rows = self.pack(tokens, cu_seqlens)
         logits = self._logits(ids, rows)
         if strided:

@@ -92,7 +92,7 @@ class Sampling:
 
     def draw(self, probabilities: Tensor, random: Sequence[Random]) -> list[int]:
         """Return an id of each distribution ``[n, A]``, by the random numbers of its row."""
-        numbers = torch.tensor([] if self.greedy else [r.random() for r in random], dtype=torch.float64)
+        numbers = torch.tensor([] if self.greedy else [r.random() for r in random], dtype=torch.float64, device="cpu")
         return self.pick(probabilities, numbers).tolist()
 
     def pick(self, probabilities: Tensor, numbers: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def numbers(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 @lru_cache(maxsize=32)  # enough for a step or two
 def _shared_numbers(values: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype, device="cpu")  # whatever the default device is
 
 
 def runs(start: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:

@@ -163,7 +163,7 @@ def _kept_rotations(
 ) -> Tensor:
     """Return the rotations of positions 0 to ``size - 1`` on the CPU, computed once a process."""
     with torch.inference_mode(False):  # an inference tensor could not be saved for backward
-        return _rotations(torch.arange(size), _cpu_periods(head_dim, theta, scaling, dtype), dtype)
+        return _rotations(torch.arange(size, device="cpu"), _cpu_periods(head_dim, theta, scaling, dtype), dtype)
 
 
 def _periods(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
-from blt_kernels._extension import OPERATORS, SCHEMAS
+from blt_kernels import _checks
+from blt_kernels._extension import OPERATORS
 from blt_kernels._namespace import NAMESPACE
 from blt_kernels.ops import _autograd
 from blt_kernels.reference._ragged import accumulator, ordered_like
+
+_LIBRARY = torch.library.Library(NAMESPACE, "IMPL")
 
 
 def define(name: str, schema: str, reference: Callable, fake: Callable) -> Callable[..., Any]:
@@ -21,12 +25,30 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> Calla
     `reference` runs wherever no compiled or Triton kernel is registered. `fake` allocates the outputs as kernels do.
     """
     torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"{NAMESPACE}::{name}", "default", reference)
+    checked = _of_dense_tensors(name, reference)
+    torch.library.impl(f"{NAMESPACE}::{name}", "default", checked)
+    for key in ("NestedTensorCPU", "NestedTensorCUDA"):  # the default does not take nested tensors
+        _LIBRARY.impl(name, checked, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     _autograd.register_vmap(name)
-    SCHEMAS[name] = schema
     OPERATORS[name] = reference.__module__.rpartition(".")[2]
     return _autograd.caller(name)
+
+
+def _of_dense_tensors(name: str, reference: Callable) -> Callable:
+    """Return the reference as a kernel that refuses sparse and nested tensors, for which torch calls it, too."""
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    names = [argument.name for argument in overload._schema.arguments]
+
+    @wraps(reference)
+    def checked(*arguments: Any) -> Any:
+        for argument, value in zip(names, arguments, strict=False):
+            for x in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(x, Tensor):
+                    _checks.check_dense(argument, x)
+        return reference(*arguments)
+
+    return checked
 
 
 def autocast_enabled(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The outputs of the operators that cut bytes into patches: their schema, their fake, and the PatchLayout of them.
+"""Checks of layouts, and the outputs of the operators that cut bytes into patches: schema, fake and PatchLayout.
 
 Without cu_seqlens there are num_documents documents of one length. Then their offsets are the last output, which is
 empty otherwise: an output may not be an input.
@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from blt_kernels import _checks
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _common
 
@@ -20,6 +22,28 @@ LAYOUT = (
     " Tensor overflowed, Tensor made_cu_seqlens"
 )
 DOCUMENTS = "Tensor? cu_seqlens, SymInt num_documents"
+
+
+def check_layout(layout: object, name: str, value: Tensor) -> None:
+    """Raise unless `layout` is a PatchLayout on the device of `value`."""
+    if not isinstance(layout, PatchLayout):
+        raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
+    if type(layout.patch_offsets) is not Tensor or type(layout.patch_ids) is not Tensor:
+        for field in ("patch_offsets", "patch_ids"):
+            if not isinstance(getattr(layout, field), Tensor):
+                raise TypeError(f"layout.{field}: expected a tensor, got {type(getattr(layout, field)).__name__}")
+    _checks.check_same("layout", layout.patch_offsets, name, value, dtype=False)
+
+
+def check_readers(layout: PatchLayout) -> None:
+    """Raise unless the two offsets of `layout` are for as many patches, on one device."""
+    patch_offsets, decode_offsets = layout.patch_offsets, layout.decode_offsets
+    if is_compiling():
+        return
+    _checks.check_same("layout.decode_offsets", decode_offsets, "layout.patch_offsets", patch_offsets)
+    if decode_offsets.shape != patch_offsets.shape:
+        expected = f"shape {list(patch_offsets.shape)} of layout.patch_offsets"
+        raise ValueError(f"layout.decode_offsets: expected {expected}, got {list(decode_offsets.shape)}")
 
 
 def layout_of(tensors: Any, cu_seqlens: Tensor | None) -> PatchLayout:

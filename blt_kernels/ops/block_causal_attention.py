@@ -109,11 +109,15 @@ def block_causal_attention(
     for name, x in (("k", k), ("v", v)):
         if not (isinstance(x, Tensor) and x.dtype == dtype and x.device == device and x.dim() == dims):
             _checks.check_like(name, x, (dims,), "q", q, dtype=not autocast)
-    q_shape, k_shape = q.shape, k.shape
+    try:
+        q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    except RuntimeError:
+        _checks.check_all_dense(k=k, v=v)
+        raise
     heads, width, kv_heads = q_shape[-2], q_shape[-1], k_shape[-2]
     if k_shape[-1] != width:
         raise ValueError(f"k: expected the head width E = {width} of q, got shape {list(k.shape)}")
-    if v.shape != k_shape:
+    if v_shape != k_shape:
         raise ValueError(f"v: expected shape {list(k.shape)} of k, got {list(v.shape)}")
     if heads < 1 or width < 1:
         raise ValueError(f"q: expected at least one head, of a width of at least 1, got shape {list(q.shape)}")
@@ -121,8 +125,9 @@ def block_causal_attention(
         raise ValueError(f"k: expected a number of heads G that divides H = {heads}, got {kv_heads}")
     if window is not None:
         _checks.check_int("window", window, 1)
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: expected a bool, got {causal!r}")
+    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {flag!r}")
     if scale is not None:
         _checks.check_number("scale", scale)
 

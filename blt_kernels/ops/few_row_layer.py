@@ -80,12 +80,17 @@ def few_row_layer(
     """
     _checks.check_tensor("x", x, 2, _checks.FLOATS)
     for name, given, allowed in (("weights", weights, (7,)), ("scales", scales, (0, 7))):
+        expected = " or ".join(map(str, allowed))
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"{name}: expected a sequence of {expected} tensors, got {type(given).__name__}")
         if len(given) not in allowed:
-            expected = " or ".join(map(str, allowed))
             raise ValueError(f"{name}: expected {expected}, of {', '.join(WEIGHTS)}, got {len(given)}")
     for name, cache in (("keys", keys), ("values", values)):
-        _checks.check_like(name, cache, (3,), "x", x)
+        _checks.check_tensor(name, cache, 3, _checks.FLOATS)
+        _checks.check_same(name, cache, "x", x)
         _checks.check_shape(name, cache, keys.shape, "[S, G, E of keys]")
+        if cache.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected a cache without gradients, since it is changed, got requires_grad=True")
     factors: Sequence[Tensor | None] = scales or [None] * len(weights)
     for name, weight, scale in zip(WEIGHTS, weights, factors, strict=True):
         check_weight(f"weights of {name}", weight, f"scales of {name}", scale, x)
@@ -109,6 +114,10 @@ def few_row_layer(
     _checks.check_tensor("index", index, 1, (torch.int64,))
     _checks.check_same("index", index, "x", x, dtype=False)
     _checks.check_shape("index", index, (total,), "[T of x]")
+    if _checks.readable(index):
+        outside = [slot for slot in index.tolist() if not 0 <= slot < keys.shape[0]]
+        if outside:
+            raise ValueError(f"index: expected values from 0 to {keys.shape[0] - 1}, got {outside[0]}")
     cu_seqlens_q = _checks.check_offsets("cu_seqlens_q", cu_seqlens_q, total, device=x.device)
     cu_seqlens_k = _checks.check_offsets("cu_seqlens_k", cu_seqlens_k, keys.shape[0], device=x.device)
     _checks.check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "[B+1 of cu_seqlens_q]")

@@ -91,13 +91,12 @@ def ngram_hash_embed(
     packed, documents, count = _checks.split_documents("tokens", tokens, cu_seqlens, trailing=0)
     if byte_table is not None:
         _checks.check_like("byte_table", byte_table, (2,), "tables", table_list[0])
-        if byte_table.shape[1] != width:
-            raise ValueError(
-                f"byte_table: expected the width D = {width} of tables, got shape {list(byte_table.shape)}"
-            )
-        if byte_table.shape[0] < 1:
-            raise ValueError(f"byte_table: expected at least one row, got {byte_table.shape[0]}")
-        _checks.check_ids(packed, documents, byte_table.shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
+        shape = _checks.shape_of("byte_table", byte_table)
+        if shape[1] != width:
+            raise ValueError(f"byte_table: expected the width D = {width} of tables, got shape {list(shape)}")
+        if shape[0] < 1:
+            raise ValueError(f"byte_table: expected at least one row, got {shape[0]}")
+        _checks.check_ids(packed, documents, shape[0], "the rows of byte_table", padded=tokens.dim() == 2)
     offsets = None if documents is None else documents.offsets
     shard = None if row_range is None else list(row_range)
     out = ngram_hash_embed_fwd(packed, table_list, byte_table, offsets, count, sizes, numbers, grad, shard, rows)
@@ -227,11 +226,11 @@ def _check_tables(
         raise ValueError(f"tables: expected {meaning} = {count} tensors, got {len(table_list)}")
     for i, table in enumerate(table_list):
         name = "tables" if fused else f"tables[{i}]"
-        _checks.check_tensor(name, table, 2, _checks.FLOATS)
-        _checks.check_same(name, table, "tokens", tokens, dtype=False)
         if i == 0:
+            _checks.check_tensor(name, table, 2, _checks.FLOATS)
+            _checks.check_same(name, table, "tokens", tokens, dtype=False)
             continue
-        _checks.check_same(name, table, "tables[0]", table_list[0])
+        _checks.check_like(name, table, (2,), "tables[0]", table_list[0])
         if table.shape[1] != table_list[0].shape[1]:
             width = table_list[0].shape[1]
             raise ValueError(f"{name}: expected the width D = {width} of tables[0], got shape {list(table.shape)}")

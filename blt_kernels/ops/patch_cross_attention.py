@@ -11,6 +11,7 @@ from torch import Tensor
 from blt_kernels import _checks
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _common
+from blt_kernels.ops._patch_layout import check_layout, check_readers
 from blt_kernels.reference import patch_cross_attention as reference
 
 
@@ -90,25 +91,30 @@ def patch_cross_attention(
     autocast = _common.autocast_enabled(q)
     for name, x in (("k", k), ("v", v)):
         _checks.check_like(name, x, (3, 4), "q", q, dtype=not autocast)
-    _checks.check_layout(layout, "q", q)
-    heads, width = q.shape[-2], q.shape[-1]
+    check_layout(layout, "q", q)
+    try:
+        q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    except RuntimeError:
+        _checks.check_all_dense(k=k, v=v)
+        raise
+    heads, width = q_shape[-2], q_shape[-1]
     if heads < 1 or width < 1:
         raise ValueError(f"q: expected at least one head, of a width of at least 1, got shape {list(q.shape)}")
-    kv_heads = k.shape[-2]
+    kv_heads = k_shape[-2]
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"k: expected a number of heads G that divides H = {heads}, got {kv_heads}")
     patch_rows, byte_rows = layout.capacity * queries_per_patch, layout.patch_ids.shape[0]
     q_rows, kv_rows = (patch_rows, byte_rows) if encode else (byte_rows, patch_rows)
     expected = (q_rows, heads, width), (kv_rows, kv_heads, width), (kv_rows, kv_heads, width)
-    for name, x, shape in zip("qkv", (q, k, v), expected, strict=True):
-        rows = x.shape[0] if x.dim() == 3 else x.shape[0] * x.shape[1]
-        if (rows, *x.shape[-2:]) != shape:
+    for name, got, shape in zip("qkv", (q_shape, k_shape, v_shape), expected, strict=True):
+        rows = got[0] if len(got) == 3 else got[0] * got[1]
+        if (rows, *got[-2:]) != shape:
             on_patches = (name == "q") == encode
             meaning = f"C * K = {layout.capacity} * {queries_per_patch}" if on_patches else f"T = {byte_rows}"
             letter = "H" if name == "q" else "G"
             raise ValueError(
                 f"{name}: expected shape [{meaning}, {letter} = {shape[1]}, E = {width}] to {direction},"
-                f" got {list(x.shape)}"
+                f" got {list(got)}"
             )
     if window is not None:
         _checks.check_int("window", window, 1)
@@ -119,7 +125,7 @@ def patch_cross_attention(
         tensors = (*_common.packed(q), *_common.packed(k, v))  # type: ignore[assignment]
     offsets, ids = layout.patch_offsets, layout.patch_ids
     if not encode:
-        _checks.check_readers(layout)
+        check_readers(layout)
         offsets, ids = layout.decode_offsets, layout.decode_ids
     out, _lse = patch_cross_attention_fwd(
         *(_common.autocast(*tensors) if autocast else tensors),

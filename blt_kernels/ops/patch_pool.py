@@ -14,6 +14,7 @@ from torch import Tensor
 from blt_kernels import _checks
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _autograd, _common
+from blt_kernels.ops._patch_layout import check_layout
 from blt_kernels.ops.patch_unpool import patch_unpool_fwd
 from blt_kernels.reference import patch_pool as reference
 
@@ -55,7 +56,7 @@ def patch_pool(x: Tensor, layout: PatchLayout, reduce: str | Sequence[str] = "ma
     [[1.0, 1.0], [4.0, 3.0], [8.0, 7.0]]
     """
     _checks.check_tensor("x", x, (2, 3), _checks.FLOATS)
-    _checks.check_layout(layout, "x", x)
+    check_layout(layout, "x", x)
     names = [reduce] if isinstance(reduce, str) else reduce
     if not isinstance(names, (list, tuple)) or not names:
         raise TypeError(f"reduce: expected a string or a sequence of at least one, got {reduce!r}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from blt_kernels import _checks
 from blt_kernels.layout import PatchLayout
 from blt_kernels.ops import _autograd, _common
+from blt_kernels.ops._patch_layout import check_layout, check_readers
 from blt_kernels.reference import patch_unpool as reference
 
 
@@ -46,13 +47,13 @@ def patch_unpool(y: Tensor, layout: PatchLayout, ids: str = "patch") -> Tensor:
     [1.0, 1.0, 2.0, 2.0, 3.0]
     """
     _checks.check_tensor("y", y, 2, _checks.FLOATS)
-    _checks.check_layout(layout, "y", y)
+    check_layout(layout, "y", y)
     _checks.check_choice("ids", ids, ("patch", "decode"))
     if y.shape[0] != layout.capacity:
         raise ValueError(f"y: expected the capacity of layout, {layout.capacity} patches, got shape {list(y.shape)}")
     if ids == "patch":
         return patch_unpool_fwd(y, layout.patch_offsets, layout.patch_ids)
-    _checks.check_readers(layout)
+    check_readers(layout)
     return patch_unpool_fwd(y, layout.decode_offsets, layout.decode_ids)
 
 

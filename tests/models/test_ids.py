@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from model_cases import build
 
 import blt_kernels as bk
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig
-from blt_kernels.nn import TransformerConfig
+from blt_kernels.nn import TransformerConfig, positions
 from blt_kernels.testing import SCRIPTS, assert_equal
 
 TEXT = "".join(SCRIPTS.values()) + "\0"
@@ -186,3 +187,16 @@ def test_patch_takes_text(name: str) -> None:
         model.patch(1.5)
     with pytest.raises(TypeError, match=r"tokens: expected .*float32"):
         model.patch(torch.tensor([1.5]))
+
+
+@pytest.mark.parametrize("name", ["byte_lm", "blt", "megabyte"])
+def test_a_default_device_changes_nothing_on_the_cpu(name: str) -> None:
+    """Text is on the CPU whatever the default device is, and tables that a process keeps stay there."""
+    model = build(name)
+    positions._kept_rotations.cache_clear()
+    with torch.device("meta"):
+        ids, offsets = bk.to_ids(["one", b""])
+        assert (ids.device.type, offsets.device.type) == ("cpu", "cpu")
+        assert bk.to_bytes(ids, offsets) == [b"one", b""]
+        written = model.generate(["abc", "d"], max_new_bytes=3).ids
+    assert model.generate(["abc", "d"], max_new_bytes=3).ids == written

@@ -162,7 +162,8 @@ class BltCache(Cache):
     def reset(self) -> None:
         """Forget all rows."""
         self.state: BLTState | None = None
-        self.mask = torch.zeros(0, 0, dtype=torch.bool)  # [rows, columns], on the CPU: which columns are bytes
+        # [rows, columns], on the CPU: which columns are bytes
+        self.mask = torch.zeros(0, 0, dtype=torch.bool, device="cpu")
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last columns.
@@ -197,7 +198,7 @@ class BltCache(Cache):
         indices : int64 ``[N]`` or bool ``[rows]``
         """
         if self.state is not None:
-            rows = torch.arange(self.state.rows)[indices.cpu()]
+            rows = torch.arange(self.state.rows, device="cpu")[indices.cpu()]
             self.state.select(rows.tolist())
             self.mask = self.mask[rows]
 
@@ -209,7 +210,7 @@ class BltCache(Cache):
         repeats : int
         """
         if self.state is not None:
-            self.batch_select_indices(torch.arange(self.state.rows).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.state.rows, device="cpu").repeat_interleave(repeats))
 
     # --- what the model calls -------------------------------------------------------------------------------------
 
@@ -233,7 +234,7 @@ class BltCache(Cache):
         """
         if self.state is None:
             self.state = blt.new_state(rows, undo=self.undo)
-            self.mask = torch.zeros(rows, 0, dtype=torch.bool)
+            self.mask = torch.zeros(rows, 0, dtype=torch.bool, device="cpu")
         elif self.state.model is not blt:
             raise ValueError(
                 "past_key_values: expected a cache of this model as it is, got one of another model, or of parameters "
@@ -264,7 +265,7 @@ class BltCache(Cache):
         """
         rows, past = self.mask.shape
         if attention_mask is None:
-            return torch.ones(rows, count, dtype=torch.bool)
+            return torch.ones(rows, count, dtype=torch.bool, device="cpu")
         if tuple(attention_mask.shape) != (rows, past + count):
             shape = f"[{rows}, {past + count}], past columns included"
             raise ValueError(f"attention_mask: expected shape {shape}, got {list(attention_mask.shape)}")

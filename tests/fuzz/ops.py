@@ -1,0 +1,339 @@
+"""Calls every public function with extreme arguments: each call is refused by name, or gives the right value.
+
+A call is a valid one of `op_targets` with one or two arguments replaced by `mutations`, in a context such as autocast.
+Its number decides everything about it: ``python -m fuzz ops --only NUMBER`` repeats one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import cache
+from inspect import isgenerator
+from random import Random
+from typing import Any
+
+import torch
+from op_calls import cast, floats_of, map_tensors, run, tensors_of
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from blt_kernels import PatchLayout
+from blt_kernels.testing import assert_close, assert_equal
+from fuzz import workers
+from fuzz.mutations import mutate
+from fuzz.op_targets import Arguments, Target, targets
+
+SIZES = (0, 1, 2, 9, 40, 40, 40)
+DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FEW = 10**6  # the reference takes no more elements than these
+_NO_MEMORY = re.compile(
+    r"not enough memory|API call failed|tried to allocate|alloc_cpu|[Oo]verflow|too large|too big|bad_alloc"
+)
+# These errors of torch say themselves which of its modes is in the way of which operator.
+_OF_TORCH = re.compile(
+    r"convert all Tensors to FakeTensors|[Ii]nference tensor|meta tensors?$|InferenceMode|variable_excluded"
+)
+_OF_TRACING = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
+_FIELDS = re.compile(
+    r"\b(offsets|ids|cu_patches|patch_offsets|patch_ids|decode_offsets|decode_ids|cu_seqlens): expected"
+)
+
+
+@dataclass
+class Call:
+    """Has a target, its arguments, the labels of those that were replaced, and the context."""
+
+    target: Target
+    arguments: Arguments
+    changed: dict[str, str]
+    context: str
+    dtype: torch.dtype
+    extreme: bool = field(default=False)
+
+    def __str__(self) -> str:
+        changes = "; ".join(f"{name}: {label}" for name, label in self.changed.items())
+        where = "" if self.context == "plain" else f" under {self.context}"
+        return f"{self.target.name} with {changes}{where}, {str(self.dtype).removeprefix('torch.')}"
+
+
+# --- making calls -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _deterministic() -> Any:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def _default_fp64() -> Any:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "plain": contextlib.nullcontext,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "deterministic mode": _deterministic,
+    "default dtype fp64": _default_fp64,
+    "default device meta": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "anomaly mode": lambda: torch.autograd.set_detect_anomaly(True),
+    "meta tensors": contextlib.nullcontext,
+    "fake tensors": FakeTensorMode,
+}
+WITHOUT_VALUES = ("meta tensors", "fake tensors")
+
+
+@cache
+def _targets() -> list[Target]:
+    return targets()
+
+
+def make_call(number: int, only: str = "") -> Call | None:
+    """Return the call of this number, of the targets whose op contains `only`; None where torch cannot make it."""
+    random = Random(number)
+    chosen = [target for target in _targets() if only in target.op]
+    target = chosen[number % len(chosen)]
+    dtype = random.choice(DTYPES)
+    try:
+        arguments = target.make(dtype, random.choice(SIZES), random.randrange(7))
+    except AssertionError:  # a valid call of this dtype or size calls no such operator
+        return None
+    names = [name for name in dict.fromkeys([*arguments, *target.parameters]) if name != "self"] or ["self"]
+    changed = {}
+    for name in random.sample(names, min(len(names), random.choice((1, 1, 1, 2)))):
+        others = [x for other, x in arguments.items() if other != name and isinstance(x, Tensor)]
+        try:
+            if others and isinstance(arguments.get(name), Tensor) and random.random() < 0.05:
+                label, value = "memory of another argument", random.choice(others).view(arguments[name].shape)
+            else:
+                label, value = mutate(random, arguments.get(name))
+        except Exception:
+            return None
+        changed[name], arguments[name] = label, value
+    contexts = [name for name in CONTEXTS if target.case or target.raw or name not in WITHOUT_VALUES]
+    context = random.choice(contexts) if random.random() < 0.3 else "plain"
+    return Call(target, arguments, changed, context, dtype)
+
+
+# --- judging them -----------------------------------------------------------------------------------------------------
+
+
+def job(number: int, only: str = "") -> Iterator[dict[str, Any]]:
+    """Tell the op of a call, then what came of it: "refused", "right", "ran", "memory", "none made" or "found"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        call = make_call(number, only)
+        if call is None:
+            yield {"op": "", "outcome": "none made"}
+            return
+        yield {"op": call.target.op, "call": str(call)}
+        try:
+            outcome, detail = judge(call)
+        except Exception as error:  # of the harness, or of the reference
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            outcome, detail = "found", f"no verdict: {error!r} at {where.filename}:{where.lineno}"
+        yield {"outcome": outcome, "detail": detail[:600]}
+
+
+def judge(call: Call) -> tuple[str, str]:
+    """Return what came of a call, and why."""
+    target = call.target
+    before = map_tensors(_copy, call.arguments)
+    try:
+        with CONTEXTS[call.context]() as mode:
+            try:
+                given = _converted(call, mode)
+            except (RuntimeError, AssertionError):  # torch cannot make such a tensor
+                return "none made", ""
+            out = target.function(**given)
+    except Exception as error:
+        return _refused(call, error)
+    leaves = tensors_of(out)
+    if call.context in WITHOUT_VALUES or not all(_has_values(x) for x in (*leaves, *tensors_of(call.arguments))):
+        return "ran", ""
+    for x in leaves:
+        x.sum()  # every element can be read
+    unchanged = {name: x for name, x in call.arguments.items() if name not in target.in_place}
+    try:
+        assert_equal(_few(unchanged), _few({name: before[name] for name in unchanged}), name="arguments")
+        if target.in_place or any(x.numel() > FEW for x in tensors_of(call.arguments)):
+            return "ran", ""
+        if any(isgenerator(x) for x in call.arguments.values()):  # the first call has used it up
+            return "ran", ""
+        with CONTEXTS[call.context]():
+            assert_equal(_few(target.function(**call.arguments)), _few(out), name="second call")
+        return _right(call, out) if target.reference is not None else ("ran", "")
+    except AssertionError as error:
+        return "found", f"wrong value: {error}"
+
+
+def _converted(call: Call, mode: Any) -> Arguments:
+    """Return the arguments as the context asks for them."""
+    if call.context == "meta tensors":
+        return map_tensors(lambda x: x.to("meta"), call.arguments)
+    if call.context == "fake tensors":
+        return map_tensors(mode.from_tensor, call.arguments)
+    return dict(call.arguments)
+
+
+def _few(tree: Any) -> list[Tensor]:
+    """Return tensors that are small enough to be compared."""
+    return [_plain(x) for x in tensors_of(tree) if x.numel() <= FEW]
+
+
+def _has_values(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and x.layout == torch.strided and not x.is_nested
+
+
+def _copy(x: Tensor) -> Tensor:
+    return _plain(x) if _has_values(x) and x.numel() <= FEW else x
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Return a contiguous tensor of the same values, without anything special."""
+    if not _has_values(x) or x.numel() > FEW:
+        return x
+    with torch.no_grad():
+        return x.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def _refused(call: Call, error: Exception) -> tuple[str, str]:
+    """Return "refused" where the error is of the right type and names an argument."""
+    text = str(error)
+    if "_kernel<" in text:
+        return "found", f"the emulator found: {text}"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+        return "memory", text
+    names = [*call.arguments, *call.target.parameters, "layout"]
+    if "self" in names:  # a layout
+        names += [f.name for f in fields(PatchLayout)]
+    named = re.match(rf"({'|'.join(map(re.escape, names))})\b", text) is not None
+    named = named or any(re.search(rf"\b{re.escape(name)}\b", text) for name in call.changed)
+    if isinstance(error, (ValueError, TypeError, NotImplementedError)) and named:
+        return "refused", text
+    if call.target.raw and (named or isinstance(error, (RuntimeError, IndexError, ValueError, TypeError))):
+        return "refused", text  # operators must not crash; the public functions explain
+    if call.target.lenient or _OF_TORCH.search(text) or type(error).__name__ in _OF_TRACING:
+        return "refused", text
+    if "layout" in call.changed and _FIELDS.search(text):
+        return "refused", text  # the kernels look at what a layout holds
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/blt_kernels/" in f.filename]
+    where = f" at {frames[-1].filename.rpartition('/blt_kernels/')[2]}:{frames[-1].lineno}" if frames else ""
+    return "found", f"unnamed {type(error).__name__}{where}: {text}"
+
+
+def _right(call: Call, out: Any) -> tuple[str, str]:
+    """Compare with the reference, in fp64 and in the dtype of the arguments: outputs and gradients."""
+    target, arguments = call.target, map_tensors(_plain, call.arguments)
+    if "cu_seqlens" in call.changed and arguments["cu_seqlens"] is None:
+        return "ran", ""  # references always take offsets
+    if "layout" in call.changed and any(": " in label for label in call.changed.values()):
+        return "ran", ""  # no value is right for garbage in a layout
+    if target.op == "ema_scan" and not arguments["p"].isfinite().all():
+        return "ran", ""  # the order of products decides between infinity and NaN
+    case = target.case
+    if call.context == "autocast" and case is not None and case.autocast:
+        if any(x.dtype == torch.float64 for x in floats_of(arguments)):
+            return "ran", ""
+        arguments = cast(arguments, torch.bfloat16)
+    _compare([out, *_truth(target.reference, arguments)], "output")
+    differentiates = case is not None and case.differentiable and call.context in ("plain", "deterministic mode")
+    # In the gradients of a reference, masked entries count: 0 * inf is NaN.
+    if not differentiates or not all(x.isfinite().all() for x in floats_of(arguments)):
+        return "right", ""
+    if any(x.is_inference() for x in tensors_of(call.arguments)):
+        return "right", ""  # torch saves no inference tensors
+    if any(label.startswith("expanded") or label.endswith("everywhere") for label in call.changed.values()):
+        return "right", ""  # large numbers cancel in the gradients of attention to equal keys
+    if all(x.is_floating_point() for x in tensors_of({name: arguments[name] for name in case.differentiable})):
+        truth = _truth(lambda **given: run(case, case.reference, given)[1], arguments)
+        _compare([run(case, case.function, call.arguments)[1], *truth], "gradient")
+    return "right", ""
+
+
+def _truth(reference: Callable[..., Any], arguments: Arguments) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the results of a reference in the dtype of the arguments, and in fp64.
+
+    In fp64 the first are the truth with the error of fp32, scaled down, as in `op_calls.plain`.
+    """
+    exact = cast(arguments, torch.float64)
+    truth = tensors_of(reference(**exact))
+    if not any(x.dtype == torch.float64 for x in floats_of(arguments)):
+        return tensors_of(reference(**arguments)), truth
+    rough, of_rough = (
+        tensors_of(reference(**cast(cast(arguments, torch.float32), d))) for d in (torch.float32, torch.float64)
+    )
+    scale = 8 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return [
+        t + (r.double() - e).nan_to_num(0, 0, 0) * scale if t.is_floating_point() else t
+        for t, r, e in zip(truth, rough, of_rough, strict=True)
+    ], truth
+
+
+def _compare(results: list[Any], name: str) -> None:
+    for i, (actual, eager, truth) in enumerate(zip(*map(tensors_of, results), strict=True)):
+        where = f"{name} {i}"
+        if not actual.is_floating_point():
+            assert actual.dtype == eager.dtype, f"{where}: {actual.dtype}, expected {eager.dtype}"
+            if not torch.equal(actual, eager):
+                assert_equal(actual, truth, name=where)
+            continue
+        assert actual.shape == truth.shape, f"{where}: shape {list(actual.shape)}, expected {list(truth.shape)}"
+        # Where rounding alone decides whether a number is finite, nothing can be told; nor about what is left of 0.
+        actual, eager, rounded = actual.detach(), eager.detach().to(actual.dtype), truth.detach().to(actual.dtype)
+        told = (eager == rounded) | (eager.isnan() & rounded.isnan()) | (eager.isfinite() & rounded.isfinite())
+        tiny = max(torch.finfo(actual.dtype).tiny, 1e-32)
+        told &= ~((rounded.abs() < tiny) & (actual.abs() < 64 * tiny))
+        assert_close(*(x.where(told, 0) for x in (actual, eager, truth)), name=where)
+
+
+# --- many of them -----------------------------------------------------------------------------------------------------
+
+
+def fuzz(numbers: range, only: str = "", deadline: float | None = None) -> tuple[Counter[tuple[str, str]], list[str]]:
+    """Run these calls; return how many of each op came to what, and the finds, one of a kind."""
+    counts: Counter[tuple[str, str]] = Counter()
+    finds: dict[str, str] = {}
+    for result in workers.run(lambda number: job(number, only), numbers, deadline):
+        if "died" in result:
+            result |= {"outcome": "found", "detail": result["died"]}
+        counts[result["op"], result["outcome"]] += 1
+        if result["outcome"] == "found":
+            kind = f"{result['op']}: {re.sub('[0-9]+', '#', result['detail'])[:120]}"
+            finds.setdefault(kind, f"call {result['number']}: {result['call']}: {result['detail']}")
+    return counts, list(finds.values())
+
+
+def main(seconds: float = 60.0, seed: int = 0, only: str = "") -> int:
+    """Fuzz for so long, print the counts by op and the finds, and return the number of finds."""
+    torch.set_num_threads(1)
+    begin = time.monotonic()
+    first = seed * 10**7
+    counts, finds = fuzz(range(first, first + 10**7), only, begin + seconds)
+    outcomes = sorted({outcome for _, outcome in counts})
+    print(f"{'op':45}" + "".join(f"{outcome:>12}" for outcome in outcomes))
+    for op in sorted({op for op, _ in counts}):
+        print(f"{op:45}" + "".join(f"{counts[op, outcome]:12}" for outcome in outcomes))
+    print(
+        f"{'all ' + str(sum(counts.values())):45}"
+        + "".join(f"{sum(n for (_, o), n in counts.items() if o == outcome):12}" for outcome in outcomes)
+    )
+    print(*finds, sep="\n")
+    return len(finds)
