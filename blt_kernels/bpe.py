@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from blt_kernels._files import LIST_BYTES, shortened
+
 
 def load_tokenizer(path: str | os.PathLike[str], option: str = "tokenizer") -> Any:
     """The tokenizer in a ``tokenizer.json``, or in a directory that has one. Messages call the path `option`.
@@ -25,10 +27,13 @@ def load_tokenizer(path: str | os.PathLike[str], option: str = "tokenizer") -> A
     file = Path(path, "tokenizer.json") if os.path.isdir(path) else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{option}: expected a tokenizer.json or a directory with one, found no {file}")
+    if file.stat().st_size > LIST_BYTES // 4:
+        raise ValueError(f"{option}: expected at most {LIST_BYTES // 4:,} bytes in {file}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # what tokenizers raises has no class of its own
-        raise ValueError(f"{option}: expected a tokenizer.json, got {file}: {error}") from None
+        reason = shortened(str(error))[1:-1]
+        raise ValueError(f"{option}: expected a tokenizer.json, got {file}: {reason}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

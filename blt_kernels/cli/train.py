@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blt_kernels._files import parse_json
 from blt_kernels.cli.base import ColorOption, Command, app, given
 from blt_kernels.cli.console import Color, console, step_bar
 from blt_kernels.cli.options import build, options_of
@@ -57,7 +57,7 @@ def _key_and_json(setting: str) -> tuple[str, Any]:
     key, _, value = setting.partition("=")
     try:
         if key:
-            return key, json.loads(value)
+            return key, parse_json(value)
         raise ValueError
     except ValueError:
         raise typer.BadParameter(f"expected KEY=JSON, got {setting!r}", param_hint="--set") from None

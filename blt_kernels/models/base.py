@@ -15,7 +15,7 @@ from blt_kernels import _checks
 from blt_kernels.models.generating import GeneratingModel
 from blt_kernels.models.quantized import is_quantized
 from blt_kernels.models.stored_config import config_from_dict, stored_config
-from blt_kernels.models.weights import check_tensors, open_safetensors, write_safetensors
+from blt_kernels.models.weights import check_tensors, empty_model, open_safetensors, write_safetensors
 from blt_kernels.nn import next_byte_bits, next_byte_targets
 
 Model = TypeVar("Model", bound="ByteModel")
@@ -146,8 +146,7 @@ class ByteModel(GeneratingModel):
         config = stored_config(path, cls.__name__, cls.config_class)
         with open_safetensors(path, device) as file:
             tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
-        with torch.device("meta"):
-            model = cls(config, ops)
+        model = empty_model(f"{path}: does not fit {cls.__name__}", cls, config, ops, len(tensors))
         expected = {name: value.shape for name, value in model.state_dict().items()}
         check_tensors(f"{path}: does not fit {cls.__name__}", tensors, expected)
         model.load_state_dict(tensors, assign=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import fields, is_dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from blt_kernels._files import listed, parse_json, shortened
 from blt_kernels.models.weights import open_safetensors
 
 
@@ -22,9 +22,9 @@ def stored_config(path: str | os.PathLike[str], name: str, cls: type) -> Any:
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
     if metadata.get("model") != name:
-        raise ValueError(f"path: expected a file of {name}, got {metadata.get('model')!r} in {path}")
+        raise ValueError(f"path: expected a file of {name}, got {shortened(metadata.get('model'))} in {path}")
     try:
-        return config_from_dict(cls, json.loads(metadata.get("config", "null")))
+        return config_from_dict(cls, parse_json(metadata.get("config", "null")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -32,16 +32,16 @@ def stored_config(path: str | os.PathLike[str], name: str, cls: type) -> Any:
 def config_from_dict(cls: type, values: dict[str, Any]) -> Any:
     """Rebuild a configuration dataclass, nested ones included, from its values in JSON."""
     if not isinstance(values, dict):
-        raise ValueError(f"config: expected the fields of {cls.__name__}, got {values!r}")
+        raise ValueError(f"config: expected the fields of {cls.__name__}, got {shortened(values)}")
     unknown = sorted(set(values) - {field.name for field in fields(cls)})
     if unknown:
-        raise ValueError(f"config: expected the fields of {cls.__name__}, got {', '.join(unknown)} as well")
+        raise ValueError(f"config: expected the fields of {cls.__name__}, got {listed(unknown)} as well")
     hints, arguments = get_type_hints(cls), {}
     for name, value in values.items():
         if isinstance(value, dict):
             nested = next((t for t in (hints[name], *get_args(hints[name])) if is_dataclass(t)), None)
             if nested is None:
-                raise ValueError(f"config: expected a value of {cls.__name__}.{name}, got {value}")
+                raise ValueError(f"config: expected a value of {cls.__name__}.{name}, got {shortened(value)}")
             value = config_from_dict(nested, value)  # type: ignore[arg-type]
         value = tuple(value) if isinstance(value, list) else value
         _check_kind(name, value, hints[name])
@@ -58,4 +58,4 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
             lengths = [len(get_args(kind))] if expected is tuple and Ellipsis not in get_args(kind) else []
             fits = isinstance(value, expected) and (not lengths or len(value) in lengths)
             if not fits and not (value is None and type(None) in kinds):
-                raise ValueError(f"{name}: expected {expected.__name__}, got {value}")
+                raise ValueError(f"{name}: expected {expected.__name__}, got {shortened(value)}")

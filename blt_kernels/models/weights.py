@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from blt_kernels._files import whole_file
+from blt_kernels._files import check_regular, listed, shortened, whole_file
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def check_tensors(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
@@ -21,13 +24,41 @@ def check_tensors(what: str, tensors: Mapping[str, Tensor], expected: Mapping[st
     problems = [f"missing {name}" for name in expected if name not in tensors]
     for name, value in tensors.items():
         if name not in expected:
-            problems.append(f"unknown {name}")
+            problems.append(f"unknown {name if name.isprintable() else ascii(name)}")
         elif tuple(value.shape) != tuple(expected[name]):
             problems.append(f"{name} of shape {list(value.shape)}, expected {list(expected[name])}")
+        elif value.layout != torch.strided or value.is_meta or type(value) not in (Tensor, nn.Parameter):
+            problems.append(f"{name} that is sparse, without values or of another class, expected a dense tensor")
         elif not value.is_floating_point():
             problems.append(f"{name} of {value.dtype}, expected a floating-point dtype")
     if problems:
-        raise ValueError(f"{what}: {'; '.join(problems)}")
+        raise ValueError(f"{what}: {listed(problems, '; ')}")
+
+
+def empty_model(what: str, cls: type[Model], config: Any, ops: str, count: int) -> Model:
+    """Return a model on the meta device, for weights of which there are `count` tensors.
+
+    Raises
+    ------
+    ValueError
+        The configuration has more layers than there are tensors, or sizes that no tensor has; the message opens with
+        `what`. Building so many layers could take hours.
+    """
+    layers = _num_layers(config)
+    if layers > count:
+        raise ValueError(f"{what}: expected weights of {layers:,} layers, got {count:,} tensors")
+    try:
+        with torch.device("meta"):
+            return cls(config, ops)
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch has no class for sizes that overflow
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{what}: expected sizes that tensors can have, got {shortened(config)}: {reason}") from error
+
+
+def _num_layers(config: Any) -> int:
+    """Return the number of layers in a configuration, those of the configurations in it included."""
+    inner = (getattr(config, field.name) for field in fields(config))
+    return getattr(config, "num_layers", 0) + sum(_num_layers(value) for value in inner if is_dataclass(value))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -77,13 +108,18 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def open_safetensors(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Iterator[Any]:
-    """Open a file to read tensors from; ValueError if it is damaged."""
+    """Open a file to read tensors from; ValueError if it is damaged, OSError if it cannot be read."""
     module = safetensors_module()
+    check_regular(Path(path))
     try:
         with module.safe_open(path, "pt", device=str(device)) as file:
             yield file
     except module.SafetensorError as error:
-        raise ValueError(f"{path}: expected a whole safetensors file, got {error}") from error
+        raise ValueError(f"{path}: expected a whole safetensors file, got {shortened(str(error))[1:-1]}") from error
+    except (OSError, MemoryError) as error:
+        if str(path) in str(error):
+            raise
+        raise OSError(f"{path}: the file cannot be mapped to memory: {error}") from error
 
 
 def safetensors_module() -> ModuleType:

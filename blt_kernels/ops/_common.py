@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
 from blt_kernels import _checks
-from blt_kernels._extension import OPERATORS
+from blt_kernels._extension import OPERATORS, SCHEMAS
 from blt_kernels._namespace import NAMESPACE
 from blt_kernels.ops import _autograd
 from blt_kernels.reference._ragged import accumulator, ordered_like
@@ -31,6 +31,7 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> Calla
         _LIBRARY.impl(name, checked, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     _autograd.register_vmap(name)
+    SCHEMAS[name] = schema
     OPERATORS[name] = reference.__module__.rpartition(".")[2]
     return _autograd.caller(name)
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from blt_kernels._files import whole_file, write_text
+from blt_kernels._files import LIST_BYTES, parse_json, read_bytes, whole_file, write_text
 
 
 class Log:
@@ -59,18 +59,26 @@ class Log:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the complete lines of a log, none if there is no file; ValueError if a line is damaged."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    text = read_bytes(path, LIST_BYTES).decode(errors="replace") if path.exists() else ""
+    lines = text.splitlines(keepends=True)
     return [_entry(path, number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
 
 
 def _entry(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
-    except ValueError:
-        entry = None
-    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-        raise ValueError(f"{path}: expected a JSON object with a step in line {number}, got {line.strip()[:80]!r}")
+        entry = parse_json(line)
+        known = type(entry["step"]) is int and all(map(_is_value, entry.values()))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        known = False
+    if not known:
+        expected = "a JSON object of numbers with a step"
+        raise ValueError(f"{path}: expected {expected} in line {number}, got {line.strip()[:80]!r}")
     return entry
+
+
+def _is_value(value: object) -> bool:
+    """Return whether a value can be drawn: a truth value, or a number that is one of 64 bits."""
+    return isinstance(value, float) or (isinstance(value, int) and -(1 << 63) <= value < 1 << 63)
 
 
 def draw_curve(log: Path, path: Path) -> None:

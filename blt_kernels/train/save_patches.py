@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blt_kernels._files import locked
+from blt_kernels._files import check_regular, locked
 from blt_kernels.models import BLT
 from blt_kernels.train import data
 from blt_kernels.train.data import Pieces, Row, Source
@@ -68,6 +68,8 @@ def save(
     path, offsets = folder / BITS, byte_offsets(blocks.pieces)
     with locked(folder, "save"):
         stored = read_index(folder)
+        for file in (path, folder / DONE):
+            check_regular(file)
         if stored is not None:
             _check_same(folder, stored, index)
             index["files"] = stored["files"]  # the files had these names then

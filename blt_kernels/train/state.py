@@ -5,14 +5,18 @@ numbers, options and the configuration of the model in ``values.json``. It is co
 ``.metadata``, which is written last, are there; only then are older ones removed. So a run that is killed at any moment
 has a complete one. Only checkpoints are removed: other files beside or inside of them stay.
 
-The hash tables of a BLT are stored as ``[N, V, D]``: they are sharded in this shape. ``.metadata`` is a
-pickle: read it only from sources that you trust.
+The hash tables of a BLT are stored as ``[N, V, D]``: they are sharded in this shape.
+
+``.metadata`` is a pickle, in which only the classes of that format may be (`_GLOBALS`), and what it says of the other
+files is checked before they are read: no code in a checkpoint is run.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -21,12 +25,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from blt_kernels._files import LIST_BYTES, check_regular, read_bytes, read_json, shortened
+from blt_kernels._pickles import Slice, check_pickle, check_torch_file
 from blt_kernels.distributed import TableShards
 from blt_kernels.models import BLT
 from blt_kernels.models.base import ByteModel
@@ -34,6 +48,14 @@ from blt_kernels.train.parallel import Ranks
 
 _TABLES = "encoder_hash_tok_embedding.weight"
 _OWN = re.compile(r"\.metadata(\.tmp)?|values\.json|__\d+_\d+\.distcp")  # matches the files of a checkpoint
+_DATA = re.compile(r"__\d+_\d+\.distcp", re.ASCII)
+_GLOBALS = re.compile(
+    r"torch\.distributed\.checkpoint\.metadata\.(Metadata|MetadataIndex|TensorStorageMetadata|TensorProperties"
+    r"|ChunkStorageMetadata|StorageMeta|_MEM_FORMAT_ENCODING)"
+    r"|torch\.distributed\.checkpoint\.filesystem\._StorageInfo|torch\.serialization\._get_layout|torch\.Size"
+    r"|torch\.(bfloat16|float(8_\w+|16|32|64)|u?int(8|16|32|64)|bool)|pathlib(\._local)?\.PosixPath",
+    re.ASCII,
+)
 
 
 def latest(folder: Path) -> Path | None:
@@ -129,9 +151,9 @@ def read_values(path: Path) -> dict[str, Any]:
     """
     file = path / "values.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file, LIST_BYTES)
     except ValueError as error:
-        raise ValueError(f"{file}: damaged: {error}. {_way_out(path)}") from error
+        raise ValueError(f"{file}: damaged: {str(error).removeprefix(f'{file}: ')}. {_way_out(path)}") from error
     expected: dict[str, Any] = {
         "options": dict,
         "config": dict,
@@ -158,7 +180,7 @@ def load(path: Path, model: ByteModel, optimizer: torch.optim.Optimizer, ranks: 
         It is damaged.
     """
     with _reading(path):
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        stored = _Reader(path).read_metadata().state_dict_metadata
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
         for key, what in stored.items():
@@ -169,14 +191,14 @@ def load(path: Path, model: ByteModel, optimizer: torch.optim.Optimizer, ranks: 
                 optimizer.state[parameter][key.removeprefix(prefix)] = value
     state = {**_weights(model), **_moments(model, optimizer)}
     with _reading(path):
-        load_tensors(state, checkpoint_id=path, no_dist=ranks.world == 1)
+        load_tensors(state, storage_reader=_Reader(path), no_dist=ranks.world == 1)
 
 
 def load_weights(path: Path, model: ByteModel) -> None:
     """Read the weights of a checkpoint into a model that is not sharded, on one rank; ValueError if damaged."""
     state = _weights(model)
     with _reading(path):
-        load_tensors(state, checkpoint_id=path, no_dist=True)
+        load_tensors(state, storage_reader=_Reader(path), no_dist=True)
 
 
 def _weights(model: ByteModel) -> dict[str, Tensor]:
@@ -201,6 +223,58 @@ def _as_stored(model: ByteModel, name: str, value: Tensor) -> Tensor:
     return value.detach().unflatten(0, (-1, model.config.ngram_vocab))
 
 
+class _Reader(FileSystemReader):
+    """Reads checkpoints of `save`, and raises ValueError for a ``.metadata`` that `save` does not write."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return what is in a checkpoint, after all of it is checked."""
+        folder = Path(self.path)
+        content = read_bytes(folder / ".metadata", LIST_BYTES)
+        check_pickle(io.BytesIO(content), len(content), lambda name: _GLOBALS.fullmatch(name) is not None)
+        metadata = _Unpickler(io.BytesIO(content)).load()
+        _check_metadata(metadata)
+        for info in metadata.storage_data.values():
+            file = folder / info.relative_path
+            check_regular(file)
+            with file.open("rb") as opened:
+                check_torch_file(Slice(opened, info.offset, info.length), info.length)
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if _GLOBALS.fullmatch(f"{module}.{name}") is None:
+            raise ValueError(f"the global {module}.{name}, which no checkpoint has")
+        return super().find_class(module, name)
+
+
+def _check_metadata(metadata: Any) -> None:
+    """Raise ValueError unless the entries of a ``.metadata`` have their classes, and sizes and places that can be."""
+    fits = type(metadata) is Metadata and type(metadata.storage_meta) is StorageMeta
+    fits = fits and isinstance(metadata.state_dict_metadata, dict) and isinstance(metadata.storage_data, dict)
+    if not fits:
+        raise ValueError("no metadata of a checkpoint")
+    for name, tensor in metadata.state_dict_metadata.items():
+        fits = isinstance(name, str) and type(tensor) is TensorStorageMetadata and isinstance(tensor.chunks, list)
+        fits = fits and type(tensor.properties) is TensorProperties
+        fits = fits and isinstance(tensor.properties.dtype, torch.dtype) and _is_size(tensor.size)
+        for chunk in tensor.chunks if fits else ():
+            fits = fits and type(chunk) is ChunkStorageMetadata
+            fits = fits and _is_size(chunk.offsets, len(tensor.size)) and _is_size(chunk.sizes, len(tensor.size))
+        if not fits:
+            raise ValueError(f"no tensor of a checkpoint: {shortened(name)}")
+    for index, info in metadata.storage_data.items():
+        fits = type(index) is MetadataIndex and type(info) is _StorageInfo and info.transform_descriptors is None
+        fits = fits and isinstance(info.relative_path, str) and _DATA.fullmatch(info.relative_path) is not None
+        if not fits or not all(type(value) is int and 0 <= value < 1 << 63 for value in (info.offset, info.length)):
+            raise ValueError(f"no place in a file of a checkpoint: {shortened(index)}: {shortened(info)}")
+
+
+def _is_size(value: Any, dims: int | None = None) -> bool:
+    return isinstance(value, Size) and dims in (None, len(value)) and all(0 <= size < 1 << 63 for size in value)
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn the errors of torch, pickle and zipfile for files that are no checkpoint into ValueError."""
@@ -211,7 +285,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except (CheckpointException, Exception) as error:
         causes = [failure[0] for failure in getattr(error, "failures", {}).values()] or [error]
-        reason = f"{type(causes[0]).__name__}: {causes[0]}"
+        text = str(causes[0])
+        reason = f"{type(causes[0]).__name__}: {text if len(text) < 1000 else shortened(text, 1000)[1:-1]}"
         raise ValueError(f"{path}: the checkpoint is damaged: {reason}. {_way_out(path)}") from error
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blt_kernels._files import whole_file
+from blt_kernels._files import LIST_BYTES, read_json, whole_file
 from blt_kernels.models import BLT, ByteLM
 from blt_kernels.train import data
 from blt_kernels.train.data import Pieces, Row, Source
@@ -79,9 +79,10 @@ class StoredPatches:
             raise ValueError(f"patches: {folder} is not complete: start blt-kernels patch --save {folder} again")
         self.folder, self.index, files = folder, index, index["files"]
         path = folder / BITS
-        if not path.exists() or data.file_digest(path)[0] != self.index["sha256"]:
+        sizes, got = [file["size"] for file in files], path.stat().st_size if path.is_file() else -1
+        most = sum(size + 1 + data.num_pieces(size, index["made_with"]["context"]) for size in sizes)  # a byte an id
+        if not 0 <= got <= most or data.file_digest(path)[0] != self.index["sha256"]:
             raise ValueError(f"patches: {path} is damaged: it is not what {INDEX} describes")
-        sizes, got = [file["size"] for file in files], path.stat().st_size
         damaged = (
             f"patches: {folder / INDEX} is damaged: files of these sizes have %s bytes of patches, {BITS} has {got:,}"
         )
@@ -129,7 +130,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path, LIST_BYTES)
         known = index["format"] == FORMAT and isinstance(index["sha256"], (str, NoneType))
         known &= isinstance(index["made_with"]["context"], int) and 2 <= index["made_with"]["context"] < 1 << 48
         for file in index["files"]:

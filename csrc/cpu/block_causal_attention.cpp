@@ -25,6 +25,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/box.h"
 #include "../common/check.h"
 #include "../common/dispatch.h"
 #include "block_causal_attention.h"
@@ -346,9 +347,9 @@ Tensor block_causal_attention_ranges_fwd_cpu(const Tensor& cu_seqlens_q, const s
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
-  m.impl("block_causal_attention_fwd", TORCH_BOX(&block_causal_attention_fwd_cpu));
-  m.impl("block_causal_attention_bwd", TORCH_BOX(&block_causal_attention_bwd_cpu));
-  m.impl("block_causal_attention_ranges_fwd", TORCH_BOX(&block_causal_attention_ranges_fwd_cpu));
+  m.impl("block_causal_attention_fwd", BLT_KERNELS_BOX(&block_causal_attention_fwd_cpu));
+  m.impl("block_causal_attention_bwd", BLT_KERNELS_BOX(&block_causal_attention_bwd_cpu));
+  m.impl("block_causal_attention_ranges_fwd", BLT_KERNELS_BOX(&block_causal_attention_ranges_fwd_cpu));
 }
 
 }  // namespace blt

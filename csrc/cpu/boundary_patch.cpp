@@ -13,6 +13,7 @@
 #include <string>
 
 #include "../common/args/boundary_patch.h"
+#include "../common/box.h"
 #include "../common/dispatch.h"
 #include "patch_layout.h"
 
@@ -63,6 +64,8 @@ LayoutTensors boundary_patch_fwd_cpu(const Tensor& marks, const std::optional<Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) { m.impl("boundary_patch_fwd", TORCH_BOX(&boundary_patch_fwd_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
+  m.impl("boundary_patch_fwd", BLT_KERNELS_BOX(&boundary_patch_fwd_cpu));
+}
 
 }  // namespace blt

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "../common/args/ema_scan.h"
+#include "../common/box.h"
 #include "../common/dispatch.h"
 #include "support/alloc.h"
 #include "support/check_values.h"
@@ -180,8 +181,8 @@ std::tuple<Tensor, Tensor> ema_scan_bwd_cpu(const Tensor& grad_out, const Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
-  m.impl("ema_scan_fwd", TORCH_BOX(&ema_scan_fwd_cpu));
-  m.impl("ema_scan_bwd", TORCH_BOX(&ema_scan_bwd_cpu));
+  m.impl("ema_scan_fwd", BLT_KERNELS_BOX(&ema_scan_fwd_cpu));
+  m.impl("ema_scan_bwd", BLT_KERNELS_BOX(&ema_scan_bwd_cpu));
 }
 
 }  // namespace blt

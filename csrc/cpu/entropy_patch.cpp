@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../common/args/token_entropy.h"
+#include "../common/box.h"
 #include "../common/dispatch.h"
 #include "patch_layout.h"
 #include "token_entropy.h"
@@ -187,12 +188,12 @@ LayoutTensors topk_patch_fwd_cpu(const Tensor& entropy, const std::optional<Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
-  m.impl("entropy_patch_fwd", TORCH_BOX(&entropy_patch_fwd_cpu));
-  m.impl("patch_starts_fwd", TORCH_BOX(&patch_starts_fwd_cpu));
-  m.impl("space_patch_fwd", TORCH_BOX(&space_patch_fwd_cpu));
-  m.impl("static_patch_fwd", TORCH_BOX(&static_patch_fwd_cpu));
-  m.impl("delimiter_patch_fwd", TORCH_BOX(&delimiter_patch_fwd_cpu));
-  m.impl("topk_patch_fwd", TORCH_BOX(&topk_patch_fwd_cpu));
+  m.impl("entropy_patch_fwd", BLT_KERNELS_BOX(&entropy_patch_fwd_cpu));
+  m.impl("patch_starts_fwd", BLT_KERNELS_BOX(&patch_starts_fwd_cpu));
+  m.impl("space_patch_fwd", BLT_KERNELS_BOX(&space_patch_fwd_cpu));
+  m.impl("static_patch_fwd", BLT_KERNELS_BOX(&static_patch_fwd_cpu));
+  m.impl("delimiter_patch_fwd", BLT_KERNELS_BOX(&delimiter_patch_fwd_cpu));
+  m.impl("topk_patch_fwd", BLT_KERNELS_BOX(&topk_patch_fwd_cpu));
 }
 
 }  // namespace blt

@@ -23,6 +23,7 @@
 #include <memory>
 
 #include "../common/args/few_row_layer.h"
+#include "../common/box.h"
 #include "block_causal_attention.h"
 #include "few_row_product.h"
 #include "support/alloc.h"
@@ -235,6 +236,8 @@ Tensor few_row_layer_step_cpu(const Tensor& x, std::vector<Tensor> weights, std:
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) { m.impl("few_row_layer_step", TORCH_BOX(&few_row_layer_step_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
+  m.impl("few_row_layer_step", BLT_KERNELS_BOX(&few_row_layer_step_cpu));
+}
 
 }  // namespace blt

@@ -7,6 +7,7 @@
 
 #include <memory>
 
+#include "../common/box.h"
 #include "few_row_product.h"
 #include "support/alloc.h"
 
@@ -43,6 +44,8 @@ Tensor few_row_linear_fwd_cpu(const Tensor& x, Tensor weight, std::optional<Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) { m.impl("few_row_linear_fwd", TORCH_BOX(&few_row_linear_fwd_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
+  m.impl("few_row_linear_fwd", BLT_KERNELS_BOX(&few_row_linear_fwd_cpu));
+}
 
 }  // namespace blt

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/box.h"
 #include "../common/dispatch.h"
 #include "ngram_hash.h"
 #include "sorted_rows.h"
@@ -208,10 +209,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
-  m.impl("ngram_hash_fwd", TORCH_BOX(&ngram_hash_fwd_cpu));
-  m.impl("ngram_hash_embed_fwd", TORCH_BOX(&ngram_hash_embed_fwd_cpu));
-  m.impl("ngram_hash_embed_bwd", TORCH_BOX(&ngram_hash_embed_bwd_cpu));
-  m.impl("ngram_hash_embed_sparse_bwd", TORCH_BOX(&ngram_hash_embed_sparse_bwd_cpu));
+  m.impl("ngram_hash_fwd", BLT_KERNELS_BOX(&ngram_hash_fwd_cpu));
+  m.impl("ngram_hash_embed_fwd", BLT_KERNELS_BOX(&ngram_hash_embed_fwd_cpu));
+  m.impl("ngram_hash_embed_bwd", BLT_KERNELS_BOX(&ngram_hash_embed_bwd_cpu));
+  m.impl("ngram_hash_embed_sparse_bwd", BLT_KERNELS_BOX(&ngram_hash_embed_sparse_bwd_cpu));
 }
 
 }  // namespace blt

@@ -13,6 +13,7 @@
 #include <cmath>
 
 #include "../common/args/optim.h"
+#include "../common/box.h"
 #include "../common/dispatch.h"
 #include "support/parallel.h"
 #include "support/rows.h"
@@ -73,8 +74,8 @@ void rowwise_adagrad_step_cpu(const Tensor& table, Tensor sums, const Tensor& ro
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
-  m.impl("sgd_step", TORCH_BOX(&sgd_step_cpu));
-  m.impl("rowwise_adagrad_step", TORCH_BOX(&rowwise_adagrad_step_cpu));
+  m.impl("sgd_step", BLT_KERNELS_BOX(&sgd_step_cpu));
+  m.impl("rowwise_adagrad_step", BLT_KERNELS_BOX(&rowwise_adagrad_step_cpu));
 }
 
 }  // namespace blt

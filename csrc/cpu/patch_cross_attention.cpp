@@ -34,6 +34,7 @@
 #include <vector>
 
 #include "../common/args/patch_cross_attention.h"
+#include "../common/box.h"
 #include "../common/dispatch.h"
 #include "patch_cross_attention_backward.h"
 #include "support/heads.h"
@@ -297,8 +298,8 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cpu(Tensor grad_out
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
-  m.impl("patch_cross_attention_fwd", TORCH_BOX(&patch_cross_attention_fwd_cpu));
-  m.impl("patch_cross_attention_bwd", TORCH_BOX(&patch_cross_attention_bwd_cpu));
+  m.impl("patch_cross_attention_fwd", BLT_KERNELS_BOX(&patch_cross_attention_fwd_cpu));
+  m.impl("patch_cross_attention_bwd", BLT_KERNELS_BOX(&patch_cross_attention_bwd_cpu));
 }
 
 }  // namespace blt

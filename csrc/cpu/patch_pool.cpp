@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../common/args/patch_pool.h"
+#include "../common/box.h"
 #include "../common/dispatch.h"
 #include "segment_parts.h"
 #include "support/alloc.h"
@@ -296,8 +297,8 @@ Tensor patch_pool_bwd_cpu(const Tensor& grad_out, const std::optional<Tensor>& x
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
-  m.impl("patch_pool_fwd", TORCH_BOX(&patch_pool_fwd_cpu));
-  m.impl("patch_pool_bwd", TORCH_BOX(&patch_pool_bwd_cpu));
+  m.impl("patch_pool_fwd", BLT_KERNELS_BOX(&patch_pool_fwd_cpu));
+  m.impl("patch_pool_bwd", BLT_KERNELS_BOX(&patch_pool_bwd_cpu));
 }
 
 }  // namespace blt

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../common/args/patch_unpool.h"
+#include "../common/box.h"
 #include "../common/dispatch.h"
 #include "segment_parts.h"
 #include "support/alloc.h"
@@ -80,8 +81,8 @@ Tensor patch_unpool_bwd_cpu(const Tensor& grad_out, Tensor offsets, Tensor ids) 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
-  m.impl("patch_unpool_fwd", TORCH_BOX(&patch_unpool_fwd_cpu));
-  m.impl("patch_unpool_bwd", TORCH_BOX(&patch_unpool_bwd_cpu));
+  m.impl("patch_unpool_fwd", BLT_KERNELS_BOX(&patch_unpool_fwd_cpu));
+  m.impl("patch_unpool_bwd", BLT_KERNELS_BOX(&patch_unpool_bwd_cpu));
 }
 
 }  // namespace blt

@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "../common/args/token_entropy.h"
+#include "../common/box.h"
 #include "../common/dispatch.h"
 #include "../common/linear_entropy.h"
 #include "support/alloc.h"
@@ -139,10 +140,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd_cpu(const Tensor& grad_ent
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(blt_kernels, CPU, m) {
-  m.impl("token_entropy_fwd", TORCH_BOX(&token_entropy_fwd_cpu));
-  m.impl("token_entropy_bwd", TORCH_BOX(&token_entropy_bwd_cpu));
-  m.impl("linear_entropy_fwd", TORCH_BOX(&linear_entropy_fwd_cpu));
-  m.impl("linear_entropy_bwd", TORCH_BOX(&linear_entropy_bwd_cpu));
+  m.impl("token_entropy_fwd", BLT_KERNELS_BOX(&token_entropy_fwd_cpu));
+  m.impl("token_entropy_bwd", BLT_KERNELS_BOX(&token_entropy_bwd_cpu));
+  m.impl("linear_entropy_fwd", BLT_KERNELS_BOX(&linear_entropy_fwd_cpu));
+  m.impl("linear_entropy_bwd", BLT_KERNELS_BOX(&linear_entropy_bwd_cpu));
 }
 
 }  // namespace blt

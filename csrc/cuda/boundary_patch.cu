@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../common/args/boundary_patch.h"
+#include "../common/box.h"
 #include "patch_layout.h"
 
 namespace blt {
@@ -35,6 +36,6 @@ LayoutTensors boundary_patch_fwd_cuda(const Tensor& marks, std::optional<Tensor>
 
 }  // namespace
 
-BLT_KERNELS_IMPL(m) { m.impl("boundary_patch_fwd", TORCH_BOX(&boundary_patch_fwd_cuda)); }
+BLT_KERNELS_IMPL(m) { m.impl("boundary_patch_fwd", BLT_KERNELS_BOX(&boundary_patch_fwd_cuda)); }
 
 }  // namespace blt

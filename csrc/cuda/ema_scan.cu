@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../common/args/ema_scan.h"
+#include "../common/box.h"
 #include "../launch/launch.h"
 #include "documents.h"
 #include "row_launch.h"
@@ -137,8 +138,8 @@ std::tuple<Tensor, Tensor> ema_scan_bwd_cuda(const Tensor& grad_out, const Tenso
 }  // namespace
 
 BLT_KERNELS_IMPL(m) {
-  m.impl("ema_scan_fwd", TORCH_BOX(&ema_scan_fwd_cuda));
-  m.impl("ema_scan_bwd", TORCH_BOX(&ema_scan_bwd_cuda));
+  m.impl("ema_scan_fwd", BLT_KERNELS_BOX(&ema_scan_fwd_cuda));
+  m.impl("ema_scan_bwd", BLT_KERNELS_BOX(&ema_scan_bwd_cuda));
 }
 
 }  // namespace blt

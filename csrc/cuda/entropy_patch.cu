@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "../common/box.h"
 #include "patch_layout.h"
 #include "token_entropy.h"
 
@@ -129,12 +130,12 @@ LayoutTensors topk_patch_fwd_cuda(const Tensor& entropy, std::optional<Tensor> c
 }  // namespace
 
 BLT_KERNELS_IMPL(m) {
-  m.impl("entropy_patch_fwd", TORCH_BOX(&entropy_patch_fwd_cuda));
-  m.impl("patch_starts_fwd", TORCH_BOX(&patch_starts_fwd_cuda));
-  m.impl("space_patch_fwd", TORCH_BOX(&space_patch_fwd_cuda));
-  m.impl("static_patch_fwd", TORCH_BOX(&static_patch_fwd_cuda));
-  m.impl("delimiter_patch_fwd", TORCH_BOX(&delimiter_patch_fwd_cuda));
-  m.impl("topk_patch_fwd", TORCH_BOX(&topk_patch_fwd_cuda));
+  m.impl("entropy_patch_fwd", BLT_KERNELS_BOX(&entropy_patch_fwd_cuda));
+  m.impl("patch_starts_fwd", BLT_KERNELS_BOX(&patch_starts_fwd_cuda));
+  m.impl("space_patch_fwd", BLT_KERNELS_BOX(&space_patch_fwd_cuda));
+  m.impl("static_patch_fwd", BLT_KERNELS_BOX(&static_patch_fwd_cuda));
+  m.impl("delimiter_patch_fwd", BLT_KERNELS_BOX(&delimiter_patch_fwd_cuda));
+  m.impl("topk_patch_fwd", BLT_KERNELS_BOX(&topk_patch_fwd_cuda));
 }
 
 }  // namespace blt

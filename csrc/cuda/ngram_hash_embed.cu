@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../common/args/ngram_hash_embed.h"
+#include "../common/box.h"
 #include "../launch/launch.h"
 
 namespace blt {
@@ -314,10 +315,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> ngram_hash_embed_sparse_bwd
 }  // namespace
 
 BLT_KERNELS_IMPL(m) {
-  m.impl("ngram_hash_fwd", TORCH_BOX(&ngram_hash_fwd_cuda));
-  m.impl("ngram_hash_embed_fwd", TORCH_BOX(&ngram_hash_embed_fwd_cuda));
-  m.impl("ngram_hash_embed_bwd", TORCH_BOX(&ngram_hash_embed_bwd_cuda));
-  m.impl("ngram_hash_embed_sparse_bwd", TORCH_BOX(&ngram_hash_embed_sparse_bwd_cuda));
+  m.impl("ngram_hash_fwd", BLT_KERNELS_BOX(&ngram_hash_fwd_cuda));
+  m.impl("ngram_hash_embed_fwd", BLT_KERNELS_BOX(&ngram_hash_embed_fwd_cuda));
+  m.impl("ngram_hash_embed_bwd", BLT_KERNELS_BOX(&ngram_hash_embed_bwd_cuda));
+  m.impl("ngram_hash_embed_sparse_bwd", BLT_KERNELS_BOX(&ngram_hash_embed_sparse_bwd_cuda));
 }
 
 }  // namespace blt

@@ -3,6 +3,7 @@
 #include "optim.cuh"
 
 #include "../common/args/optim.h"
+#include "../common/box.h"
 #include "../launch/launch.h"
 
 namespace blt {
@@ -50,8 +51,8 @@ void rowwise_adagrad_step_cuda(const Tensor& table, Tensor sums, const Tensor& r
 }  // namespace
 
 BLT_KERNELS_IMPL(m) {
-  m.impl("sgd_step", TORCH_BOX(&sgd_step_cuda));
-  m.impl("rowwise_adagrad_step", TORCH_BOX(&rowwise_adagrad_step_cuda));
+  m.impl("sgd_step", BLT_KERNELS_BOX(&sgd_step_cuda));
+  m.impl("rowwise_adagrad_step", BLT_KERNELS_BOX(&rowwise_adagrad_step_cuda));
 }
 
 }  // namespace blt

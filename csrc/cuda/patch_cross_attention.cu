@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "../common/args/patch_cross_attention.h"
+#include "../common/box.h"
 #include "../launch/launch.h"
 #include "patch_cross_attention_bwd.cuh"
 #include "patch_cross_attention_sum.cuh"
@@ -254,8 +255,8 @@ std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd_cuda(Tensor grad_ou
 }  // namespace
 
 BLT_KERNELS_IMPL(m) {
-  m.impl("patch_cross_attention_fwd", TORCH_BOX(&patch_cross_attention_fwd_cuda));
-  m.impl("patch_cross_attention_bwd", TORCH_BOX(&patch_cross_attention_bwd_cuda));
+  m.impl("patch_cross_attention_fwd", BLT_KERNELS_BOX(&patch_cross_attention_fwd_cuda));
+  m.impl("patch_cross_attention_bwd", BLT_KERNELS_BOX(&patch_cross_attention_bwd_cuda));
 }
 
 }  // namespace blt

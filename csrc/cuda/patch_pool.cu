@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../common/args/patch_pool.h"
+#include "../common/box.h"
 #include "../launch/launch.h"
 #include "segment_parts.h"
 
@@ -153,8 +154,8 @@ Tensor patch_pool_bwd_cuda(const Tensor& grad_out, const std::optional<Tensor>& 
 }  // namespace
 
 BLT_KERNELS_IMPL(m) {
-  m.impl("patch_pool_fwd", TORCH_BOX(&patch_pool_fwd_cuda));
-  m.impl("patch_pool_bwd", TORCH_BOX(&patch_pool_bwd_cuda));
+  m.impl("patch_pool_fwd", BLT_KERNELS_BOX(&patch_pool_fwd_cuda));
+  m.impl("patch_pool_bwd", BLT_KERNELS_BOX(&patch_pool_bwd_cuda));
 }
 
 }  // namespace blt

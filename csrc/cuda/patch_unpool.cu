@@ -3,6 +3,7 @@
 #include "patch_unpool.cuh"
 
 #include "../common/args/patch_unpool.h"
+#include "../common/box.h"
 #include "../launch/launch.h"
 #include "segment_parts.h"
 
@@ -54,8 +55,8 @@ Tensor patch_unpool_bwd_cuda(const Tensor& grad_out, Tensor offsets, Tensor ids)
 }  // namespace
 
 BLT_KERNELS_IMPL(m) {
-  m.impl("patch_unpool_fwd", TORCH_BOX(&patch_unpool_fwd_cuda));
-  m.impl("patch_unpool_bwd", TORCH_BOX(&patch_unpool_bwd_cuda));
+  m.impl("patch_unpool_fwd", BLT_KERNELS_BOX(&patch_unpool_fwd_cuda));
+  m.impl("patch_unpool_bwd", BLT_KERNELS_BOX(&patch_unpool_bwd_cuda));
 }
 
 }  // namespace blt

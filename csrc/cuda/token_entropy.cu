@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/box.h"
 #include "../common/linear_entropy.h"
 #include "token_entropy.h"
 
@@ -99,10 +100,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd_cuda(const Tensor& grad_en
 }  // namespace
 
 BLT_KERNELS_IMPL(m) {
-  m.impl("token_entropy_fwd", TORCH_BOX(&token_entropy_fwd_cuda));
-  m.impl("token_entropy_bwd", TORCH_BOX(&token_entropy_bwd_cuda));
-  m.impl("linear_entropy_fwd", TORCH_BOX(&linear_entropy_fwd_cuda));
-  m.impl("linear_entropy_bwd", TORCH_BOX(&linear_entropy_bwd_cuda));
+  m.impl("token_entropy_fwd", BLT_KERNELS_BOX(&token_entropy_fwd_cuda));
+  m.impl("token_entropy_bwd", BLT_KERNELS_BOX(&token_entropy_bwd_cuda));
+  m.impl("linear_entropy_fwd", BLT_KERNELS_BOX(&linear_entropy_fwd_cuda));
+  m.impl("linear_entropy_bwd", BLT_KERNELS_BOX(&linear_entropy_bwd_cuda));
 }
 
 }  // namespace blt

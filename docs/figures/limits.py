@@ -45,7 +45,7 @@ def times(op: str) -> tuple[float, float, float]:
     path = readme().newest(ROOT / "bench" / "results", "cpu")
     with path.open(newline="", encoding="utf-8") as file:
         found = [row for row in csv.DictReader(file) if row["op"] in (op, f"{op} fwd") and row["dtype"] == "float32"]
-    threads, shape = max(row["threads"] for row in found), found[0]["shape"]
+    threads, shape = max((row["threads"] for row in found), key=int), found[0]["shape"]
     rows = {row["implementation"]: row for row in found if (row["threads"], row["shape"]) == (threads, shape)}
     ours = rows["blt_kernels"]
     peers = [float(row["median_ms"]) for name, row in rows.items() if name != "blt_kernels" and "limit" not in name]

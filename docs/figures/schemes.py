@@ -1,4 +1,4 @@
-"""The same text cut by seven ops and rules, one row each, with the number of patches."""
+"""The same text cut by eight rules, one row each, with the number of patches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def draw(colors: Colors) -> Figure:
     ids, cu_seqlens = bk.to_ids([TEXT])
     entropy, layout = model.patch(ids, cu_seqlens)
     entropy = entropy.detach()
+    threshold = model.config.threshold
     layouts = {
         "entropy_patch": layout,
-        "  max_patch_length=3": bk.patch_starts(entropy, threshold=model.config.threshold, max_patch_length=3),
+        "entropy_patch, max_patch_length=3": bk.patch_starts(entropy, threshold=threshold, max_patch_length=3),
         "topk_patch(entropy, 3)": bk.topk_patch(entropy, 3),
         "space_patch": bk.space_patch(ids),
         "delimiter_patch, comma": bk.delimiter_patch(ids, ord(",") + 4),
@@ -28,11 +29,10 @@ def draw(colors: Colors) -> Figure:
         "static_patch, 4, first=4": bk.static_patch(cu_seqlens, 4, first=4),
         "byte_patch": bk.byte_patch(cu_seqlens),
     }
-    left = 8.6
-    figure, axes = canvas(left + len(TEXT) + 1.6, 1.3 * len(layouts), 0.3)
+    figure, axes = canvas(len(TEXT), 2 * len(layouts), 0.34)
     for row, (name, found) in enumerate(layouts.items()):
-        y = 1.3 * row
-        label(axes, 0, y + 0.5, name, colors, align="left", mono=True, size=8)
-        characters(axes, left, y, TEXT, found.patch_ids.tolist(), colors, size=9)
-        label(axes, left + len(TEXT) + 1.5, y + 0.5, int(found.num_patches), colors, align="right", size=9)
+        y = 2 * row
+        label(axes, 0, y + 0.45, name, colors, align="left", mono=True, size=9)
+        label(axes, len(TEXT), y + 0.45, int(found.num_patches), colors, align="right", size=9)
+        characters(axes, 0, y + 0.85, TEXT, found.patch_ids.tolist(), colors)
     return figure

@@ -1,1 +1,1 @@
-"""Calls with extreme arguments, and damaged files: ``python -m fuzz`` runs them for long, tests for seconds."""
+"""Fuzzing of the loaders of files and of the ops: see `__main__`."""

@@ -31,10 +31,16 @@ def described(tree: Any) -> list[tuple[torch.Size, tuple[int, ...], torch.dtype]
     return [(x.shape, x.stride(), x.dtype) for x in tensors_of(tree)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_ops_give_shapes(case: OpCase, kind: str) -> None:
-    arguments = make(case, "cpu", 40, 1)
+IN_16_BITS = [case for case in CASES if torch.bfloat16 in case.dtypes]
+NUMBERS = [
+    *(pytest.param(case, kind, None, id=f"{case.name}-{kind}") for case in CASES for kind in KINDS),
+    *(pytest.param(case, "meta", torch.bfloat16, id=f"{case.name}-bfloat16") for case in IN_16_BITS),
+]
+
+
+@pytest.mark.parametrize(("case", "kind", "dtype"), NUMBERS)
+def test_ops_give_shapes(case: OpCase, kind: str, dtype: torch.dtype | None) -> None:
+    arguments = make(case, "cpu", 40, 1, dtype)
     context, take = without_data(kind)
     with context:
         empty = map_tensors(take, arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -88,7 +89,8 @@ def test_an_operator_takes_the_arguments_of_its_reference_in_order(operator: str
     module = reference_of(OPERATORS[operator])
     names = (f"{operator}_reference", f"{re.sub('_(fwd|step)$', '', operator)}_reference")
     reference = next(getattr(module, n) for n in names if hasattr(module, n))
-    assert schema_arguments(operator) == list(inspect.signature(reference).parameters)
+    taken = list(inspect.signature(reference).parameters)
+    assert schema_arguments(operator) == taken, f"the schema of {operator} against {reference.__name__}"
 
 
 @EVERY_OPERATOR
@@ -103,7 +105,8 @@ def test_an_operator_has_a_reference_a_fake_and_a_backward(operator: str) -> Non
         assert has(operator, "Autograd"), "its second derivative would be 0"
     else:
         differentiates = f"{operator.removesuffix('_fwd')}_bwd" in OPERATORS or operator == "entropy_patch_fwd"
-        assert has(operator, "Autograd") == differentiates
+        missing = f"{operator} has a backward: register_autograd" if differentiates else f"{operator} has no backward"
+        assert has(operator, "Autograd") == differentiates, missing
 
 
 @EVERY_OPERATOR
@@ -119,6 +122,26 @@ def test_a_compiled_op_is_compiled_whole(operator: str) -> None:
     entry = re.search(rf"\b{operator}_cpu\(([^)]*)\)\s*{{", source)
     assert entry, f"csrc/cpu/{op}.cpp defines no {operator}_cpu"
     assert [a.split()[-1].lstrip("&*") for a in entry[1].split(",")] == schema_arguments(operator)
+
+
+def test_compiled_kernels_have_signatures_of_their_schemas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that was built for another schema would read arguments of other types: importing it raises."""
+    path = _extension.load_cpu().path
+    if path is None:
+        pytest.skip("no compiled module")
+    signatures = sys.modules["blt_kernels._C"].signatures.splitlines()
+    assert {line.split(":")[0] for line in signatures} == {f"&{n}_cpu" for n in OPERATORS if OPERATORS[n] in COMPILED}
+    line = "&few_row_linear_fwd_cpu: Tensor Tensor Tensor? Tensor? float Tensor? float -> Tensor"
+    assert line in signatures
+    schema = "(Tensor x, Tensor? cu_seqlens, SymInt num_documents) -> Tensor y"
+    monkeypatch.setitem(_extension.SCHEMAS, "ema_scan_fwd", schema)
+    with pytest.raises(
+        _extension.StaleModuleError, match=r"other operators .*: ema_scan_fwd is \(Tensor Tensor Tensor\?"
+    ):
+        _extension.load_cpu.__wrapped__()
+    monkeypatch.delitem(_extension.SCHEMAS, "ema_scan_fwd")
+    with pytest.raises(_extension.StaleModuleError, match="expected no such operator; `make"):
+        _extension.load_cpu.__wrapped__()
 
 
 CUDA_SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}

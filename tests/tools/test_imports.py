@@ -16,7 +16,7 @@ ROOT = "blt_kernels"
 # Layers are listed from the bottom up. A module imports modules of its own layer and of those below.
 # "" is `blt_kernels/__init__.py`.
 LAYERS = (
-    ("_version", "_namespace", "_files", "_checks", "_padded", "layout"),
+    ("_version", "_namespace", "_files", "_pickles", "_checks", "_padded", "layout"),
     ("reference", "_nvrtc", "bpe"),
     ("_extension", "triton", "testing"),
     ("ops",),

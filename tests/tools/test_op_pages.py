@@ -1,7 +1,8 @@
-"""The pages of the ops: there is one for each, and all have the same form."""
+"""The pages of the ops: there is one for each, of the same form; and the pictures of all pages."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -22,3 +23,12 @@ def test_pages_have_the_same_sections() -> None:
             found = [title for title in re.findall(r"^## (.+)$", text, re.MULTILINE) if title in SECTIONS]
             assert found == list(SECTIONS), page.name
             assert f"```{{sources}} {page.stem}\n" in text, page.name
+
+
+def test_every_picture_is_shown_once_and_has_alternative_text() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES.parent.rglob("*.md"))
+    drawn = sorted(re.findall(r"^```\{drawn\} (\S+)$", pages, re.MULTILINE))
+    figures = [path for path in (PAGES.parent / "figures").glob("*.py") if path.stem[0] != "_"]
+    assert drawn == sorted(path.stem for path in figures)
+    for path in figures:
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path.name

@@ -20,6 +20,7 @@ SCHEMAS = {
     "CITATION.cff": "citation-file-format",
     ".github/ISSUE_TEMPLATE/config.yml": "github-issue-config",
     ".github/ISSUE_TEMPLATE/[!c]*.yml": "github-issue-forms",
+    ".github/workflows/*.yml": "github-workflows",
 }
 CHANGELOG = """# Changelog
 
@@ -96,6 +97,38 @@ def test_files_of_the_project_fit_their_schemas(pattern):
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{SCHEMAS[pattern]}", *files]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def steps():
+    """Yield the shell lines of all workflows, with every value that a matrix gives them."""
+    for path in (*GITHUB.glob("workflows/*.yml"), *GITHUB.glob("actions/*/action.yml")):
+        text = path.read_text()
+        listed = ",".join(re.findall(r"targets: \[(.*)\]", text)).split(",")
+        targets = [name.strip() for name in (*listed, *re.findall(r"targets: ([^\[\n]+)", text)) if name.strip()]
+        for line in re.findall(r"\brun: (.*)", text):
+            yield from (line.replace("${{ matrix.targets }}", name) for name in targets or [""])
+
+
+def test_every_step_of_a_workflow_is_a_target():
+    """So that whatever fails on a hosted runner can be run anywhere."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    found = set()
+    for line in steps():
+        command, *words = re.sub(r"\$\{\{.*?\}\}", "", line).split()
+        assert command == "make", line
+        named = {word for word in words if "=" not in word}
+        assert named
+        assert named <= targets
+        found |= named
+    assert {"lint", "test-fast", "test", "sanitize", "docs", "wheels", "wheel-try", "release-check"} <= found
+
+
+def test_pythons_that_are_tried_are_those_that_are_supported():
+    workflow, project = (GITHUB / "workflows/ci.yml").read_text(), (ROOT / "pyproject.toml").read_text()
+    tried = re.findall(r"3\.\d+", re.search(r"python: \[(.*)\]", workflow)[1])
+    assert tried == re.findall(r"Python :: (3\.\d+)", project)
+    assert tried[0] == re.search(r'requires-python = ">=(.*)"', project)[1]
+    assert re.search(r'torch>=(2\.\d+)"\]', project)[1] + ".0" in re.search(r"torch: \[(.*)\]", workflow)[1]
 
 
 def test_a_report_of_lost_speed_asks_for_commands_that_exist():

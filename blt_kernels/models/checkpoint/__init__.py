@@ -52,7 +52,7 @@ from blt_kernels.models.checkpoint import bytelatent, transformers
 from blt_kernels.models.checkpoint.fields import Values
 from blt_kernels.models.checkpoint.files import CONFIGURATIONS, Folder, Names, write
 from blt_kernels.models.config import BLTConfig, ByteLMConfig
-from blt_kernels.models.weights import check_tensors
+from blt_kernels.models.weights import check_tensors, empty_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -83,13 +83,13 @@ class Stored:
 
         A parameter is the rows of its `names` in the files, in turn.
         """
-        with torch.device("meta"):
-            model = cls(replace(self.config, **changes), ops)
-        weights = {name: value for name, value in self.folder.weights().items() if self._is_own(name)}
+        weights, what = self.folder.weights(), f"{self.folder}: does not fit {cls.__name__}"
+        model = empty_model(what, cls, replace(self.config, **changes), ops, len(weights))
+        weights = {name: value for name, value in weights.items() if self._is_own(name)}
         parts = {name: self.names(name) for name in model.state_dict()}
         shapes = {name: value.shape for name, value in model.state_dict().items()}
         expected = {part: (shapes[name][0] // len(of), *shapes[name][1:]) for name, of in parts.items() for part in of}
-        check_tensors(f"{self.folder}: does not fit {cls.__name__}", weights, expected)
+        check_tensors(what, weights, expected)
         state = {}
         for name, of in parts.items():
             if len(of) == 1:

@@ -11,12 +11,13 @@ A field that is in no table, unless it is null, is an error that names it, for i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args
+
+from blt_kernels._files import listed, read_json, shortened
 
 Config = TypeVar("Config")
 
@@ -34,11 +35,7 @@ class Values(dict[str, Any]):
     @staticmethod
     def read(file: Path) -> Values:
         """Return the object in a file; ValueError for other content."""
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}: expected JSON, got {error}") from error
-        return Values(file, "", content)
+        return Values(file, "", read_json(file))
 
     def inner(self, key: str) -> Values:
         """Return the object under a key; an empty one if there is none, or null."""
@@ -52,7 +49,8 @@ class Values(dict[str, Any]):
 
     def error(self, key: str, expected: str, default: object = None) -> ValueError:
         """Return the error that the value under `key`, or `default` if there is none, is not as `expected`."""
-        return ValueError(f"{self.file}: {self._path(key)}: expected {expected}, got {self.get(key, default)!r}")
+        got = shortened(self.get(key, default))
+        return ValueError(f"{self.file}: {self._path(key)}: expected {expected}, got {got}")
 
     def build(self, cls: type[Config], **arguments: Any) -> Config:
         """Return a configuration of these values; its errors name the file."""
@@ -106,7 +104,7 @@ class Fields:
         unknown = sorted(set(given) - known)
         if unknown:
             raise ValueError(
-                f"{values}: expected the fields of {self.owner}, got {', '.join(unknown)} as well, which may change "
+                f"{values}: expected the fields of {self.owner}, got {listed(unknown)} as well, which may change "
                 "what the model computes: remove what does not"
             )
         for key, (default, expected) in self.fixed.items():

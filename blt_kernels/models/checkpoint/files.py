@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blt_kernels._files import whole_file
+from blt_kernels._files import listed, shortened, whole_file
+from blt_kernels._pickles import check_torch_file, check_torch_stream
 from blt_kernels.models.checkpoint.fields import Values
 from blt_kernels.models.weights import open_safetensors, write_safetensors
 
@@ -87,8 +87,12 @@ class Folder:
         if file.suffix == ".json":
             places = Values.read(file).inner("weight_map")
             if not places or not all(isinstance(name, str) for name in places.values()):
-                raise ValueError(f"{places}: expected the names of files by those of weights, got {dict(places)}")
-            shards = [self.get(name) for name in sorted(set(places.values()))]
+                shown = shortened(dict(places))
+                raise ValueError(f"{places}: expected the names of files by those of weights, got {shown}")
+            for name in (names := sorted(set(places.values()))):
+                if not re.fullmatch(r"[^/]{1,255}", name) or name in (".", "..") or not name.isprintable():
+                    raise ValueError(f"{places}: expected names of files in its folder, got {shortened(name)}")
+            shards = [self.get(name) for name in names]
         tensors = {}
         for shard in shards:
             with open_safetensors(shard) as opened:
@@ -126,6 +130,8 @@ class Folder:
             raise FileNotFoundError(f"{where}: {error}") from error
         except hub.errors.RevisionNotFoundError as error:
             raise ValueError(f"revision: expected one of {self.repository}, got {self.revision!r}") from error
+        except UnicodeError as error:
+            raise ValueError(f"{self}: the cache of the hub is damaged: {error}") from error
         except (OSError, ValueError):
             raise
         except Exception as error:  # the HTTP client differs between versions of the hub's package
@@ -135,15 +141,20 @@ class Folder:
 def _pickled(file: Path) -> dict[str, Tensor]:
     """Return the weights under "model" in a file of `torch.save`, without running code that is in it."""
     try:
-        state = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+        with file.open("rb") as opened:
+            size, archived = os.fstat(opened.fileno()).st_size, opened.read(4) == b"PK\3\4"
+            (check_torch_file if archived else check_torch_stream)(opened, size)
+        state = torch.load(file, map_location="cpu", mmap=archived, weights_only=True)
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # zip files, pickles and torch raise different ones
-        raise ValueError(f"{file}: expected weights of torch.save, got {error!r}") from error
+        reason = f"{type(error).__name__}: {shortened(str(error), 500)[1:-1]}"
+        raise ValueError(f"{file}: expected weights of torch.save, got {reason}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        got = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        keys = [key for key in state if isinstance(key, str)] if isinstance(state, dict) else []
+        got = listed(keys) or type(state).__name__
         raise ValueError(f"{file}: expected weights under 'model', got {got}")
-    return {name: value for name, value in state["model"].items() if isinstance(value, Tensor)}
+    return {k: v for k, v in state["model"].items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def write(model: nn.Module, path: str | os.PathLike[str], values: Mapping[str, Any], names: Names) -> None:
