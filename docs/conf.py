@@ -34,6 +34,7 @@ extensions = [
     "extensions.mathml",
     "extensions.measured",
     "extensions.names",
+    "extensions.printed",
     "extensions.results",
 ]
 exclude_patterns = ["figures", "extensions"]
