@@ -1,15 +1,15 @@
-"""Write the tables of README.md, of ops, of the newest results and of generation: ``python bench/readme.py``.
+"""Make the tables of the site and of README.md; ``python bench/readme.py`` writes the table and picture of README.md.
 
 The table of ops follows from the package and the names of its source files. Results are files
 ``bench/results/<date>-<device>.csv``. A file with the name of a GPU gives the table of GPUs, another file that of CPUs.
-Rows of bench_generate.py are in files ``generation-<date>-<device>.csv``. Where there is no file of a kind, nothing is
-between its markers.
+Rows of bench_generate.py are in files ``generation-<date>-<device>.csv``.
 """
 
 from __future__ import annotations
 
 import csv
 import re
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -18,12 +18,34 @@ from blt_kernels._extension import OPERATORS, is_triton
 from blt_kernels._files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS_MARKERS = ("<!-- ops:begin -->", "<!-- ops:end -->")
-MARKERS = {"cpu": ("<!-- bench:begin -->", "<!-- bench:end -->"), "gpu": ("<!-- gpu:begin -->", "<!-- gpu:end -->")}
-GENERATION_MARKERS = ("<!-- generation:begin -->", "<!-- generation:end -->")
+PICTURES = ROOT / "docs" / "images"
+MARKERS = ("<!-- speed:begin -->", "<!-- speed:end -->")
+# What the small table calls a row and its input, the row's op, and what its shape starts with.
+SPEED = (
+    ("BLT, forward | [1, 8192]", "BLT fwd", "63.9M parameters, [1, 8192]"),
+    ("BLT, forward + backward | [1, 8192]", "BLT fwd+bwd", "63.9M parameters, [1, 8192]"),
+    ("`entropy_patch` | [8, 8192, 260]", "entropy_patch", "[8, 8192, 260]"),
+    ("`ngram_hash_embed` | [8, 8192], 6 tables", "ngram_hash_embed fwd", "[8, 8192], 6 x [500002, 512]"),
+    ("`patch_pool`, maximum | [8, 8192, 512]", "patch_pool max fwd", "[8, 8192, 512]"),
+    (
+        "`patch_cross_attention` | 8192 bytes, 1809 patches",
+        "patch_cross_attention encode fwd",
+        "1 x 8192 bytes, 1809 patches",
+    ),
+    (
+        "`block_causal_attention` | 8192 bytes, window 512",
+        "block_causal_attention fwd",
+        "window 512, [8192, 16, 64]",
+    ),
+    ("`ema_scan` | [8, 1820, 512]", "ema_scan fwd", "[8, 1820, 512]"),
+)
+SPEED_OF_GENERATION = (
+    ("BLT, one more byte | behind 512 bytes", "BLT generation", "63.9M parameters, 16 bytes behind 512, batch 1,"),
+)
 GENERATION_SHAPE = re.compile(r"(.*), (\d+) bytes behind (\d+), batch (\d+), (.*) of state")  # bench_generate writes it
 GPUS = "nvidia"
 OURS, LIMIT = "blt_kernels", "limit: "
+OTHER_MODEL = "ByteLM of "  # in rows of generation: a byte transformer of the size of the model
 TOLD_ELSEWHERE = re.compile(r"scaling|latency|generation|^decode |^few_row_")
 FORWARD, BACKWARD = " fwd", " fwd+bwd"
 
@@ -120,7 +142,7 @@ def cells_of(rows: list[Row]) -> tuple[str, str]:
     ours, peer = best_of(rows)
     if ours is None:
         return "", ""
-    time = f"{float(ours['median_ms']):.3g} ({float(ours['share_of_limit']):.0%})"
+    time = f"{milliseconds(float(ours['median_ms']))} ({float(ours['share_of_limit']):.0%})"
     return time, f"{peer}: {float(ours['ratio_to_best_peer']):.2g}" if peer else ""
 
 
@@ -130,6 +152,11 @@ def best_of(rows: list[Row]) -> tuple[Row | None, str | None]:
     ours = by_name.pop(OURS, None)
     peers = {name: float(row["median_ms"]) for name, row in by_name.items() if not name.startswith(LIMIT)}
     return ours, min(peers, key=peers.__getitem__, default=None)
+
+
+def milliseconds(value: float) -> str:
+    """Return a time with three digits, and without an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def table_of_generation(path: Path) -> str:
@@ -166,14 +193,45 @@ def table_of_generation(path: Path) -> str:
     return "\n".join(lines)
 
 
-def with_tables(text: str, folder: Path) -> str:
-    """Return the README with new tables between the markers."""
-    text = replaced(text, *OPS_MARKERS, table_of_ops())
-    for kind, (begin, end) in MARKERS.items():
-        path = newest(folder, kind)
-        text = replaced(text, begin, end, table(path) if path else "")
-    generation = max(folder.glob("generation-*.csv"), default=None)
-    return replaced(text, *GENERATION_MARKERS, table_of_generation(generation) if generation else "")
+def table_of_speed(ops: Path, generation: Path) -> str:
+    """Return a small table: some measurements with two threads, the best of the others, and how long it takes.
+
+    Raises
+    ------
+    ValueError
+        One of the measurements is in neither file.
+    """
+    lines = [
+        f"Milliseconds in fp32 on two cores, of `{ops.stem}`; then who is next, and how many times as long it takes.",
+        "",
+        "| what | input | ms | next | times as long |",
+        "|---|---|---:|---|---:|",
+    ]
+    for path, name, op, shape in (
+        *((ops, *row) for row in SPEED),
+        *((generation, *row) for row in SPEED_OF_GENERATION),
+    ):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["op"] == op and row["shape"].startswith(shape)]
+        rows = [row for row in rows if row["dtype"] == "float32" and row["median_ms"]]
+        if not rows:
+            raise ValueError(f"{path.name}: expected rows of {op!r} with {shape!r}")
+        by_name = {row["implementation"]: row for row in rows if row["threads"] == "2"}
+        ours, written = by_name.pop(OURS), GENERATION_SHAPE.fullmatch(rows[0]["shape"])
+        peers = {
+            peer: float(row["median_ms"]) for peer, row in by_name.items() if not peer.startswith((LIMIT, OTHER_MODEL))
+        }
+        best = min(peers, key=peers.__getitem__)
+        time, steps = float(ours["median_ms"]), int(written[2]) if written else 1
+        ratio = peers[best] / time if written else float(ours["ratio_to_best_peer"])
+        lines.append(f"| {name} | {milliseconds(time / steps)} | {best} | {ratio:.2g} |")
+    return "\n".join(lines)
+
+
+def with_table(text: str, folder: Path) -> str:
+    """Return the README with a new table between the markers."""
+    ops, generation = newest(folder, "cpu"), max(folder.glob("generation-*.csv"), default=None)
+    return replaced(text, *MARKERS, table_of_speed(ops, generation) if ops and generation else "")
 
 
 def replaced(text: str, begin: str, end: str, content: str) -> str:
@@ -183,10 +241,18 @@ def replaced(text: str, begin: str, end: str, content: str) -> str:
     return before + "\n".join(lines) + rest.split(end)[1]
 
 
+def draw_picture(folder: Path) -> list[Path]:
+    """Draw the picture of README.md, which the first page of the site has too, for light and for dark pages."""
+    if str(ROOT / "docs") not in sys.path:
+        sys.path.append(str(ROOT / "docs"))
+    return import_module("extensions.figures").write("patches", folder)
+
+
 def main() -> None:
-    """Write README.md anew."""
+    """Write README.md and its picture anew."""
+    draw_picture(PICTURES)
     readme = ROOT / "README.md"
-    write_text(readme, with_tables(readme.read_text(encoding="utf-8"), ROOT / "bench" / "results"))
+    write_text(readme, with_table(readme.read_text(encoding="utf-8"), ROOT / "bench" / "results"))
 
 
 if __name__ == "__main__":

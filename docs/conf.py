@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 
 project = "blt_kernels"
 author = "the authors of blt_kernels"
+project_copyright = "the authors of blt_kernels. BSD 3-Clause licence"
 release = version = blt_kernels.__version__
 html_title = f"blt_kernels {release}"
 
@@ -37,7 +38,7 @@ extensions = [
     "extensions.printed",
     "extensions.results",
 ]
-exclude_patterns = ["figures", "extensions"]
+exclude_patterns = ["figures", "extensions", "images"]
 nitpicky = True
 default_role = "code"
 

@@ -1,8 +1,8 @@
 """Tables of measurements, which a page takes from `bench/results` when the site is built.
 
 The directive ``{results} KIND`` shows the newest file of a kind: "integrations" (``:op:`` is a regular expression that
-the names of the operations match), "generation", "study", or "cpu" and "gpu" for the table of all ops. The directive
-``{replaced} MODULE`` shows what ``apply`` of an integration replaces, and by what.
+the names of the operations match), "generation", "study", "speed" for the small table of README.md, or "cpu" and "gpu"
+for that of all ops. The directive ``{replaced} MODULE`` shows what ``apply`` of an integration replaces, and by what.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ RESULTS = ROOT / "bench" / "results"
 
 def newest(kind: str) -> Path | None:
     """Return the newest results of a kind, a file or a folder ``KIND-<date>-<device>``; of ops, without the kind."""
-    if kind in ("cpu", "gpu"):
-        return readme().newest(RESULTS, kind)
+    if kind in ("cpu", "gpu", "speed"):
+        return readme().newest(RESULTS, "gpu" if kind == "gpu" else "cpu")
     found = [path for path in RESULTS.glob(f"{kind}-*") if path.suffix in (".csv", "")]
     return max(found, key=lambda path: path.name, default=None)
 
@@ -59,18 +59,19 @@ def of_integrations(path: Path, op: str) -> str:
         others = [f"{name} {times[name] / mine:.2f}" for name in sorted(names, key=lambda name: ours_name in name)]
         what = name.replace(" fwd+bwd", ", forward + backward").replace(" fwd", ", forward")
         share = f"{float(ours['share_of_limit']):.0%}"
-        lines.append(f"| {what} | {shape}, {dtype} | {milliseconds(mine)} | {'; '.join(others)} | {share} |")
+        lines.append(f"| {what} | {shape}, {dtype} | {readme().milliseconds(mine)} | {'; '.join(others)} | {share} |")
     return "\n".join(lines)
-
-
-def milliseconds(value: float) -> str:
-    """Return a time with three digits, and without an exponent."""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def of_study(folder: Path, op: str) -> str:
     """Return the table that ``python bench/study`` wrote."""
     return f"`{folder.relative_to(ROOT)}`:\n\n{(folder / 'table.md').read_text(encoding='utf-8')}"
+
+
+def of_speed(path: Path, op: str) -> str:
+    """Return the small table of README.md."""
+    generation = newest("generation")
+    return "" if generation is None else readme().table_of_speed(path, generation)
 
 
 def of_ops(path: Path, op: str) -> str:
@@ -81,6 +82,7 @@ def of_ops(path: Path, op: str) -> str:
 KINDS: dict[str, Callable[[Path, str], str]] = {
     "cpu": of_ops,
     "gpu": of_ops,
+    "speed": of_speed,
     "integrations": of_integrations,
     "generation": lambda path, op: readme().table_of_generation(path),
     "study": of_study,

@@ -264,8 +264,8 @@ def test_without_the_code_base_or_xformers(code_base: CodeBase, monkeypatch: pyt
         bytelatent.apply()
 
 
-def test_readme_example(code_base: CodeBase) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_example_of_the_page(code_base: CodeBase) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "integrations" / "bytelatent.md").read_text()
     (example,) = [part for part in text.split("```py\n")[1:] if "integrations import bytelatent" in part]
     exec(example.split("```")[0], {})
     assert code_base.transformer.create_causal_mask is code_base.model_utils.create_causal_mask

@@ -283,8 +283,8 @@ def test_without_hnet() -> None:
         hnet.apply()
 
 
-def test_readme(stand_ins: None) -> None:
-    examples = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_page(stand_ins: None) -> None:
+    examples = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "integrations" / "hnet.md").read_text(), flags=re.DOTALL)
     (example,) = [example for example in examples if "integrations import hnet" in example]
     names: dict[str, Any] = {}
     exec(example, names)

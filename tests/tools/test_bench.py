@@ -7,6 +7,7 @@ import gc
 import importlib
 import importlib.util
 import itertools
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -242,9 +243,40 @@ def test_readme_has_a_line_for_every_input(timing: ModuleType, tmp_path: Path) -
     ]
 
 
-def test_readme_has_the_table_of_ops(timing: ModuleType) -> None:
+def test_readme_has_the_newest_table_and_picture(timing: ModuleType, tmp_path: Path) -> None:
     readme = importlib.import_module("readme")
-    assert readme.table_of_ops() in (tool.SOURCE.parent / "README.md").read_text(), "run `python bench/readme.py`"
+    text = (readme.ROOT / "README.md").read_text()
+    assert readme.with_table(text, readme.ROOT / "bench" / "results") == text, "run `python bench/readme.py`"
+    for path in readme.draw_picture(tmp_path):
+        (texts, numbers), (old_texts, old_numbers) = shapes(path), shapes(readme.PICTURES / path.name)
+        assert texts == old_texts, "run `python bench/readme.py`"
+        assert numbers == pytest.approx(old_numbers, abs=0.5), "run `python bench/readme.py`"
+
+
+def shapes(path: Path) -> tuple[list[str], list[float]]:
+    """Return the texts of a picture and the numbers of its paths, without what a version of matplotlib adds."""
+    text = re.sub(r"<(metadata|style|defs).*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    paths = " ".join(re.findall(r' d="([^"]+)"', text))
+    return re.findall(r">([^<>\n]+)<", text), [float(number) for number in re.findall(r"-?[\d.]+", paths)]
+
+
+def test_readme_has_small_table(timing: ModuleType, tmp_path: Path) -> None:
+    """It has fp32 with two threads; the ratio of generation is that of medians, and byte transformers do not count."""
+    readme = importlib.import_module("readme")
+    row = timing.Row("", "", "float32", 2, timing.OURS, 4.0, 1, 1.0, 0.4, 3.0, None, 3)
+    rows = []
+    for _name, op, shape in (*readme.SPEED, *readme.SPEED_OF_GENERATION):
+        ours = replace(row, op=op, shape=f"{shape} 3 MB of state")
+        others = (("slow", 80.0), ("fast", 8.0), ("ByteLM of 9M", 1.0), ("limit: copy", 0.1))
+        rows += [ours, *(replace(ours, implementation=name, median_ms=ms) for name, ms in others)]
+        rows += [replace(ours, threads=1, median_ms=9.0), replace(ours, dtype="bfloat16", median_ms=9.0)]
+    timing.write_csv(rows, tmp_path / "2026-01-01-cpu.csv")
+    table = readme.table_of_speed(*[tmp_path / "2026-01-01-cpu.csv"] * 2).splitlines()
+    assert table[4] == "| BLT, forward | [1, 8192] | 4 | fast | 3 |"
+    assert table[-1] == "| BLT, one more byte | behind 512 bytes | 0.25 | fast | 2 |"
+    timing.write_csv([row], tmp_path / "2026-01-02-cpu.csv")
+    with pytest.raises(ValueError, match="'BLT fwd'"):
+        readme.table_of_speed(*[tmp_path / "2026-01-02-cpu.csv"] * 2)
 
 
 def test_readme_has_a_line_for_every_generation(timing: ModuleType, tmp_path: Path) -> None:
@@ -262,12 +294,10 @@ def test_readme_has_a_line_for_every_generation(timing: ModuleType, tmp_path: Pa
 def test_readme_shows_results_of_gpus(timing: ModuleType, tmp_path: Path) -> None:
     """A file's name says that. Rows that failed or stand alone are not in the table; later ones replace others."""
     readme = importlib.import_module("readme")
-    markers = {"ops": readme.OPS_MARKERS, "generation": readme.GENERATION_MARKERS, **readme.MARKERS}
-    text = "".join(f"{kind}\n{begin}\nold\n{end}\n" for kind, (begin, end) in markers.items())
     row = timing.Row("pool fwd", "[8]", "bf16", 16, timing.OURS, 9.0, 1, 1.0, 0.5, 1.0, None, 3, "ok, by graphs")
     limit = replace(row, implementation="limit: copy", median_ms=0.1)
     timing.append_csv([replace(row, op="cpu op"), replace(limit, op="cpu op")], tmp_path / "2026-01-02-intel-xeon.csv")
-    assert readme.with_tables(text, tmp_path).endswith("gpu\n<!-- gpu:begin -->\n<!-- gpu:end -->\n")
+    assert readme.newest(tmp_path, "gpu") is None
     alone = [("limit: copy", "float32", 4321.0), ("limit: product", "bfloat16", 790000.0)]
     rows = [
         *(replace(row, op=op, dtype=dtype, gb_per_s=rate, threads=1) for op, dtype, rate in alone),
@@ -279,12 +309,12 @@ def test_readme_shows_results_of_gpus(timing: ModuleType, tmp_path: Path) -> Non
     (tmp_path / "model-sm90.csv").write_text("kernel,share\n")
     timing.append_csv(rows, tmp_path / "2026-12-01-nvidia-h100-80gb-hbm3.csv")
     timing.append_csv([replace(row, op="older"), limit], tmp_path / "2026-11-30-nvidia-h200.csv")
-    cpu, gpu = readme.with_tables(text, tmp_path).split("gpu\n<!-- gpu:begin")
+    cpu, gpu = (readme.table(readme.newest(tmp_path, kind)) for kind in ("cpu", "gpu"))
     assert "| `cpu op` | [8] bf16 | 9 (50%) |" in cpu
-    assert "old" not in gpu
+    assert "older" not in gpu
     lines = [line for line in gpu.splitlines() if line]
-    assert "nvidia-h100-80gb-hbm3.csv`, copy 4.32 TB/s, bfloat16 product 790 TFLOP/s: milliseconds a call" in lines[1]
-    assert lines[4:] == ["| `pool` | [8] bf16 | 0.5 (88%) | peer: 3 |  |  |", "<!-- gpu:end -->"]
+    assert "nvidia-h100-80gb-hbm3.csv`, copy 4.32 TB/s, bfloat16 product 790 TFLOP/s: milliseconds a call" in lines[0]
+    assert lines[3:] == ["| `pool` | [8] bf16 | 0.5 (88%) | peer: 3 |  |  |"]
 
 
 def test_scaling_fits_exponents(timing: ModuleType) -> None:
