@@ -104,6 +104,8 @@ class GeneratingModel(nn.Module):
             An argument has the wrong type, dtype, shape or value, or the state is of another model, or of another
             dtype or device than the model. The message names the argument.
 
+        Notes
+        -----
         After any error or interruption, the state is as it was.
 
         Examples
