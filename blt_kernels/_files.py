@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # The most bytes of a JSON file, which takes up to 30 times as much memory. Configurations have kilobytes, the index of
 # the largest checkpoints 10 MB. Lists of the files of a corpus may be larger.
@@ -25,6 +25,18 @@ def check_regular(path: Path) -> None:
         raise ValueError(f"{path}: expected a regular file")
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read. Errors of reading have its name too, as those of opening do."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """Return the content of a file.
 
@@ -36,13 +48,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
         It is no regular file, or has more than `limit` bytes; the message begins with the path.
     """
     check_regular(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
-    except OSError as error:
-        if error.filename is None:  # the error is of reading, not of opening
-            error.filename = str(path)
-        raise
+    with opened(path) as file:
+        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
     if content is None or len(content) > limit:
         raise ValueError(f"{path}: expected at most {limit:,} bytes")
     return content

@@ -60,11 +60,15 @@ class TransformerConfig:
             _checks.check_number(name, getattr(self, name))
         if not 0 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta: expected a finite value > 0, got {self.rope_theta}")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps: expected a finite value >= 0, got {self.norm_eps}")
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim: expected a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.dim}")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, got {self.kv_heads}")
         if self.rope_scaling is not None:
+            for value in self.rope_scaling:
+                _checks.check_number("rope_scaling", value)
             factor, low, high, length = self.rope_scaling
             if not (min(factor, length) > 0 and low < high):
                 raise ValueError(f"rope_scaling: expected factor, low < high, length, got {self.rope_scaling}")

@@ -174,10 +174,10 @@ def _periods(
     device: torch.device | str,
 ) -> Tensor:
     """Return how many positions are in a radian of each pair, ``[E/2]``."""
-    period = theta ** (torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
+    period = float(theta) ** (torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
     if scaling is None:
         return period
-    factor, low, high, length = scaling
+    factor, low, high, length = map(float, scaling)
     kept = ((length / (2 * math.pi * period) - low) / (high - low)).clamp(0, 1)  # share that is not divided by factor
     return period / (kept + (1 - kept) / factor)
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blt_kernels._files import opened
 from blt_kernels.ids import to_ids
 from blt_kernels.train import checks
 
@@ -244,7 +245,7 @@ def read_ids(source: Source, start: int, length: int) -> np.ndarray:
         The file has become shorter since it was found.
     """
     first, last = max(start, 1), min(start + length, source.size + 1)
-    with source.path.open("rb") as file:
+    with opened(source.path) as file:
         file.seek(first - 1)
         data = file.read(last - first)
     if len(data) != last - first:
@@ -273,14 +274,14 @@ def _walk(root: Path, include: Sequence[str], left_out: Path | None) -> Iterator
 
 
 def _is_binary(file: Path) -> bool:
-    with file.open("rb") as stream:
+    with opened(file) as stream:
         return b"\0" in stream.read(8192)
 
 
 def file_digest(file: Path) -> tuple[str, int]:
     """Return SHA-256 and size of a file."""
     digest, size = hashlib.sha256(), 0
-    with file.open("rb") as stream:
+    with opened(file) as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
             size += len(block)

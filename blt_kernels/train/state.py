@@ -177,18 +177,25 @@ def load(path: Path, model: ByteModel, optimizer: torch.optim.Optimizer, ranks: 
     Raises
     ------
     ValueError
-        It is damaged.
+        It is damaged, or the optimiser's state is not that of AdamW.
     """
     with _reading(path):
         stored = _Reader(path).read_metadata().state_dict_metadata
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
-        for key, what in stored.items():
-            if key.startswith(prefix):
-                scalar = not what.size  # type: ignore[union-attr]
-                dtype = what.properties.dtype  # type: ignore[union-attr]
-                value = parameter.new_zeros((), dtype=dtype) if scalar else torch.zeros_like(parameter, dtype=dtype)
-                optimizer.state[parameter][key.removeprefix(prefix)] = value
+        moments: dict[str, Any] = {
+            key.removeprefix(prefix): what for key, what in stored.items() if key.startswith(prefix)
+        }
+        scalars = {kind for kind, what in moments.items() if not what.size}
+        floats = all(what.properties.dtype.is_floating_point for what in moments.values())
+        if moments and not (moments.keys() == {"step", "exp_avg", "exp_avg_sq"} and scalars == {"step"} and floats):
+            raise ValueError(f"{path}: the checkpoint is damaged: the optimiser's state of {name}. {_way_out(path)}")
+        for kind, what in moments.items():
+            dtype = what.properties.dtype
+            value = (
+                parameter.new_zeros((), dtype=dtype) if kind in scalars else torch.zeros_like(parameter, dtype=dtype)
+            )
+            optimizer.state[parameter][kind] = value
     state = {**_weights(model), **_moments(model, optimizer)}
     with _reading(path):
         load_tensors(state, storage_reader=_Reader(path), no_dist=ranks.world == 1)

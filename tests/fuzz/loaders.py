@@ -139,7 +139,7 @@ LOADERS: dict[str, Loader] = {
     "hub cache": Loader(valid.save_hub_cache, valid.load_hub_cache, valid.run_model),
     "Llama": Loader(valid.save_llama, valid.load_llama),
     "checkpoint": Loader(valid.save_checkpoint, valid.load_checkpoint),
-    "resumed valid.training": Loader(valid.save_run, cli_resume),
+    "resumed training": Loader(valid.save_run, cli_resume),
     "stored patches": Loader(valid.save_patches, valid.load_patches),
     "patch --save": Loader(valid.resume_unfinished, valid.resume_patches),
     "log": Loader(valid.save_log, valid.load_log, valid.draw_log),

@@ -76,8 +76,8 @@ def hostile_pickles(file: Path) -> list[bytes]:
     nested = b"))\x86q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
     made.append(b"\x80\x02}" + nested + b"K\x00s.")
     made.append(b"\x80\x02}X\x05\x00\x00\x00model" + nested + b"s.")
-    made.append(b"\x80\x02" + b"(" * 100_000 + b".")
-    made.append(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
+    made.append(b"\x80\x02" + b"(" * 20_000 + b".")
+    made.append(b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b".")
     made.append(b"\x80\x02X\xff\xff\xff\x7fx.")
     made.append(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"x.")
     made.append(b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b"x.")
@@ -121,7 +121,7 @@ def torch_file(file: Path, random: random.Random) -> None:
                 (name.rpartition("/")[0] + "/byteorder", b"\xff"),
                 (name.rpartition("/")[0] + "/.storage_alignment", b"0"),
                 (name.rpartition("/")[0] + "/.storage_alignment", b"9" * 5000),
-                (name, b"\0" * (1 << 26)),  # 64 MiB, which deflate to 64 KiB
+                (name, b"\0" * (1 << 22)),  # 4 MiB, which deflate to 4 KiB
             )
         )
         if random.random() < 0.2:

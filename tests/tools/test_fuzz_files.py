@@ -160,6 +160,20 @@ def outside(folder: Path) -> None:
     index.write_text(index.read_text().replace("model-0.safetensors", "../other.safetensors"))
 
 
+def without_step(folder: Path) -> None:
+    """Remove the number of steps of one weight from the metadata of a checkpoint."""
+    file = folder / "run" / "checkpoint" / "2" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    del metadata.state_dict_metadata["optimizer.embed_tokens.weight.step"]
+    file.write_bytes(pickle.dumps(metadata))
+
+
+def linked(folder: Path) -> None:
+    """Put a file that cannot be read at its start in the place of a text."""
+    (folder / "empty").unlink()
+    (folder / "empty").symlink_to("/proc/self/mem")
+
+
 def call(name: str, argument: object) -> bytes:
     module, _, what = name.rpartition(".")
     return b"\x80\x02c" + f"{module}\n{what}\n".encode() + pickle.dumps((argument,), 2)[2:-1] + b"R."
@@ -209,7 +223,13 @@ FOUND: list[tuple[str, Callable[[Path], object], str]] = [
     ("log", written("log.jsonl", DEEP + b"\n"), "expected a JSON object of numbers with a step in line 1, got "),
     ("log", written("log.jsonl", b'{"step": 1, "bits_per_byte": null}\n'), "expected a JSON object of numbers"),
     ("transformers", edited("config.json", patcher_config__rms_norm_eps="x" * 10**5), "expected float, got 'xx"),
+    ("texts", linked, "CASE/empty"),
     ("ByteLM", config_of("model.safetensors", dim=2**62), "expected sizes that tensors can have"),
+    ("ByteLM", config_of("model.safetensors", rope_theta=2**64, norm_eps=-1.0), "norm_eps: expected a finite"),
+    ("ByteLM", config_of("model.safetensors", rope_scaling=["8", 1, 4, 9]), "rope_scaling: expected a number, got '8'"),
+    ("bytelatent, .pth", edited("params.json", model__ffn_dim_multiplier=float("inf")), "a number that gives a width"),
+    ("bytelatent, .pth", edited("params.json", model__dim_global=1 << 64), "dim_global: expected a number of 64 bits"),
+    ("resumed training", without_step, "the checkpoint is damaged: the optimiser's state of embed_tokens.weight"),
     ("hub cache", written("models--owner--blt/refs/main", b"\xff"), "the cache of the hub is damaged"),
 ]  # fmt: skip
 

@@ -58,7 +58,7 @@ def read_blt(values: Values, training: Values) -> BLTConfig:
     if args["dim_token"] is not None:
         args.expect("dim_token", local)
     elif args["patch_size"] and not args["use_local_encoder_transformer"]:  # the width of a byte is then a part of it
-        width = int(args["dim_global"] // args["patch_size"])
+        width = args["dim_global"] // args["patch_size"]
         if width != local:
             raise args.error("use_local_encoder_transformer", f"True, since dim_global / patch_size is not {local}")
     if args["dim_global"] == local:
@@ -186,14 +186,16 @@ def _layers(
     multiplier, multiple = args["ffn_dim_multiplier"], args["multiple_of"]
     if multiple < 1:
         raise args.error("multiple_of", "a value >= 1")
-    ffn_dim = int((1.0 if multiplier is None else multiplier) * int(8 * dim / 3))
+    ffn_dim = (1.0 if multiplier is None else multiplier) * int(8 * dim / 3)
+    if not math.isfinite(ffn_dim):
+        raise args.error("ffn_dim_multiplier", "a number that gives a width")
     return args.build(
         TransformerConfig,
         dim=dim,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=kv_heads or None,
-        ffn_dim=multiple * math.ceil(ffn_dim / multiple),
+        ffn_dim=multiple * math.ceil(int(ffn_dim) / multiple),
         window=window,
         rope_theta=args["rope_theta"],
         norm_eps=args["norm_eps"],

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, get_args
 from blt_kernels._files import listed, read_json, shortened
 
 Config = TypeVar("Config")
+_INT64 = range(-(1 << 63), 1 << 63)
 
 
 class Values(dict[str, Any]):
@@ -116,5 +117,7 @@ class Fields:
                 value = int(value)
             if type(value) not in kinds and not (type(value) is int and float in kinds):
                 raise values.error(key, " or ".join("None" if k is NoneType else k.__name__ for k in kinds))
+            if type(value) is int and value not in _INT64:
+                raise values.error(key, "a number of 64 bits")
             taken[key] = value
         return Values(values.file, values.place, taken)
