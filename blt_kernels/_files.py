@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 # The most bytes of a JSON file, which takes up to 30 times as much memory. Configurations have kilobytes, the index of
 # the largest checkpoints 10 MB. Lists of the files of a corpus may be larger.
 CONFIG_BYTES, LIST_BYTES = 1 << 25, 1 << 30
 _DEPTH = 100
 _TOO_DEEP = f"objects and lists in each other more than {_DEPTH} deep"
+_PART = re.compile(r".+\.[a-z0-9_]{8}\.part")  # matches the folders of `_own_folder`
 
 
 def check_regular(path: Path) -> None:
@@ -28,13 +33,8 @@ def check_regular(path: Path) -> None:
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file to read. Errors of reading have its name too, as those of opening do."""
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
+    with naming(path), path.open("rb") as file:
+        yield file
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -93,25 +93,103 @@ def listed(items: Sequence[str], separator: str = ", ", limit: int = 10) -> str:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which replaces `path` at the end of the block.
+    """Yield a path to write to. The file there replaces `path` at the end of the block, once it is on the disk.
 
     If the block or the replacement raises, a full disk included, `path` stays as it was and nothing is left beside it.
-    Links are followed. What is no regular file, such as ``/dev/stdout``, is written in place.
+    A process that is killed leaves a folder, which the next one that writes `path` removes. Links are followed. What is
+    no regular file, such as ``/dev/stdout``, is written in place. An OSError names `path`.
     """
-    if path.exists() and not path.is_file():
-        yield path
-        return
+    with naming(path):
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        try:
+            path = path.resolve()
+        except RuntimeError:  # before Python 3.13 it is no OSError
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
+        remove_abandoned(path.parent, path.name)
+        with _own_folder(path) as folder:  # libraries that write the file may have temporary files beside it
+            yield folder / path.name
+            with (folder / path.name).open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(folder / path.name, path)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make an OSError of the block name `path`, if it names no file, as after a write, or one of `whole_file`."""
     try:
-        path = path.resolve()
-    except RuntimeError:  # before Python 3.13 it is no OSError
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write the same file
-    try:
-        yield part
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        parts = Path(os.fsdecode(error.filename or "")).parts[-2:] if not isinstance(error.filename, int) else ()
+        if error.errno is not None and (error.filename is None or any(map(_PART.fullmatch, parts))):
+            error.filename, error.filename2 = str(path), None
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Put what was created, renamed and removed in a folder on the disk, where the file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _own_folder(path: Path) -> Iterator[Path]:
+    """Make a locked folder beside `path`, and remove it at the end of the block."""
+    descriptor = None
+    while descriptor is None:
+        folder = Path(tempfile.mkdtemp(".part", f"{path.name}.", path.parent))
+        descriptor = _lock_new(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _lock_new(folder: Path) -> int | None:
+    """Return a descriptor that locks a new folder; None if `remove_abandoned` of another process was faster."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    with suppress(BlockingIOError):
+        _lock(descriptor)
+        if folder.exists():
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes have left in `whole_file`, for one file of a folder or for all."""
+    for part in folder.glob(f"{glob.escape(name) if name else '*'}.*.part"):
+        if _PART.fullmatch(part.name) and part.is_dir() and not part.is_symlink():
+            with suppress(OSError):
+                descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    if _lock(descriptor):
+                        shutil.rmtree(part)
+                finally:
+                    os.close(descriptor)
+
+
+def _lock(file: int | IO[str]) -> bool:
+    """Lock an open file or folder; BlockingIOError if another process has, False if the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,8 +202,9 @@ def write_text(path: Path, text: str) -> None:
 def locked(folder: Path, name: str) -> Iterator[None]:
     """Make a directory, if there is none, and keep other processes from it by a lock on its file ``lock``.
 
-    The kernel releases the lock when the process ends, however it does. The file stays: removing it could give two
-    processes a lock each. On a file system that has no locks, none is taken.
+    What killed processes have left of `whole_file` in it is removed. The kernel releases the lock when the process
+    ends, however it does. The file stays: removing it could give two processes a lock each. On a file system that has
+    no locks, none is taken.
 
     Parameters
     ----------
@@ -147,12 +226,10 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     check_regular(folder / "lock")
     with (folder / "lock").open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             raise ValueError(
                 f"{name}: another process is writing to {folder}: wait for it, or choose another directory"
             ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
+        remove_abandoned(folder)
         yield

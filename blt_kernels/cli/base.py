@@ -1,12 +1,17 @@
 """The app that the commands are part of, and what they share: parsing, errors, options.
 
-Exit codes: 0 is success, 1 an error while running, 2 a command line that does not parse and 130 an interruption. An
-error prints one line. Any other exception is a bug and prints its traceback.
+Exit codes: 0 is success, 1 an error while running, 2 a command line that does not parse, 130 an interruption, and 143
+SIGTERM where a command says how it goes on. An error prints one line. Any other exception is a bug and prints its
+traceback.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar
@@ -58,8 +63,8 @@ class _Group(typer.core.TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as interruption:
+            raise typer.Exit(143 if isinstance(interruption, Terminated) else 130) from None
         except UsageError as error:
             raise self._told(ctx, error, error.format_message(), 2) from None
         except (*EXPECTED, RuntimeError) as error:
@@ -77,6 +82,27 @@ class _Group(typer.core.TyperGroup):
         else:
             typer.echo(f"blt-kernels {command.name}: {_as_typed(message, command)}", err=True)
         return typer.Exit(code)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command in the same way as Ctrl-C."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM, unless somebody else handles it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_typed(message: str, command: Any) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blt_kernels._files import parse_json
-from blt_kernels.cli.base import ColorOption, Command, app, given
+from blt_kernels.cli.base import ColorOption, Command, app, given, terminable
 from blt_kernels.cli.console import Color, console, step_bar
 from blt_kernels.cli.options import build, options_of
 from blt_kernels.train.config import TrainConfig
@@ -66,7 +67,7 @@ def _key_and_json(setting: str) -> tuple[str, Any]:
 def run(config: TrainConfig, color: Color = Color.auto) -> None:
     """Train with a bar of bits per byte and bytes per second on stderr, then say where things are.
 
-    Only rank 0 prints.
+    A run that is interrupted, or whose disk is full, says from which step it can go on. Only rank 0 prints.
     """
     from blt_kernels.train.loop import train as train_model
     from blt_kernels.train.parallel import is_launched
@@ -75,12 +76,13 @@ def run(config: TrainConfig, color: Color = Color.auto) -> None:
         train_model(config)
         return
     shown = console(color, stderr=True)
-    smooth = None
+    smooth, step = None, 0
 
     with step_bar(f"train {config.model}", config.steps, color) as advance:
 
         def report(now: Progress) -> None:
-            nonlocal smooth
+            nonlocal smooth, step
+            step = now.step
             share = max(0.05, 1 / now.step)
             smooth = now.bits_per_byte if smooth is None else (1 - share) * smooth + share * now.bits_per_byte
             text = f"{smooth:.3f} bits/byte, {now.bytes_per_second:,.0f} bytes/s"
@@ -90,9 +92,31 @@ def run(config: TrainConfig, color: Color = Color.auto) -> None:
             if not shown.is_terminal and (now.step % _PLAIN_EVERY == 0 or now.step == now.steps):
                 shown.print(f"step {now.step}/{now.steps}: {text}")
 
-        result = train_model(config, report)
+        def resumed(step: int) -> None:
+            shown.print(f"{config.out} goes on from step {step} of {config.steps}", soft_wrap=True)
+
+        # torchrun's SIGTERM ends a rank at once, even while it waits for another one.
+        with nullcontext() if is_launched() else terminable():
+            try:
+                result = train_model(config, report, resumed)
+            except (KeyboardInterrupt, OSError, MemoryError):
+                if step:
+                    _say_how_it_goes_on(config, step)
+                raise
     out = console(color)
     if result.heldout_bits is not None:
         out.print(f"held out: {result.heldout_bits:.4f} bits per byte over {result.heldout_bytes:,} bytes")
     out.print(f"model: {result.model}", soft_wrap=True)
     out.print(f"loss curve: {result.curve}", soft_wrap=True)
+
+
+def _say_how_it_goes_on(config: TrainConfig, step: int) -> None:
+    from blt_kernels.train.state import latest
+
+    checkpoint = latest(config.out / "checkpoint")
+    after = checkpoint.name if checkpoint else "0"
+    message = (
+        f"blt-kernels train: stopped after step {step} of {config.steps}: the same command goes on from step {after}"
+    )
+    with suppress(OSError):
+        typer.echo(message, err=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from blt_kernels._files import LIST_BYTES, parse_json, read_bytes, whole_file, write_text
+from blt_kernels._files import LIST_BYTES, naming, parse_json, read_bytes, whole_file, write_text
 
 
 class Log:
@@ -42,19 +43,26 @@ class Log:
 
     def write(self, line: dict[str, Any]) -> None:
         """Add a line: a step and what was measured at it."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.writer is not None:
             prefix = "final/" if "final" in line else ""
-            for name, value in line.items():
-                if name not in ("step", "final"):
-                    self.writer.add_scalar(prefix + name, value, line["step"])
-            self.writer.flush()
+            with naming(Path(self.writer.get_logdir())):
+                for name, value in line.items():
+                    if name not in ("step", "final"):
+                        self.writer.add_scalar(prefix + name, value, line["step"])
+                self.writer.flush()
+
+    def sync(self) -> None:
+        """Put the lines on the disk."""
+        with naming(self.path), self.path.open("a") as file:
+            os.fsync(file)
 
     def close(self) -> None:
         """Finish the TensorBoard events."""
         if self.writer is not None:
-            self.writer.close()
+            with naming(Path(self.writer.get_logdir())):
+                self.writer.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

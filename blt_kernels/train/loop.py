@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -30,6 +30,7 @@ import torch
 from blt_kernels._files import locked, write_text
 from blt_kernels.models import BLT, ByteLM
 from blt_kernels.models.base import ByteModel
+from blt_kernels.models.stored_config import config_from_dict
 from blt_kernels.nn import TransformerLayer, next_byte_bits, next_byte_targets
 from blt_kernels.train import data, parallel, state
 from blt_kernels.train.build import MODELS, build_model
@@ -70,7 +71,11 @@ class TrainResult:
     heldout_bytes: int
 
 
-def train(config: TrainConfig, report: Callable[[Progress], None] | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    report: Callable[[Progress], None] | None = None,
+    resumed: Callable[[int], None] | None = None,
+) -> TrainResult:
     """Train the run in ``config.out``, or resume it, on all ranks if there are several.
 
     Parameters
@@ -78,6 +83,8 @@ def train(config: TrainConfig, report: Callable[[Progress], None] | None = None)
     config : TrainConfig
     report : callable, optional
         Called after every step, on rank 0.
+    resumed : callable, optional
+        Called with the step of the checkpoint that a run goes on from, on rank 0, unless no step is left.
 
     Raises
     ------
@@ -93,12 +100,19 @@ def train(config: TrainConfig, report: Callable[[Progress], None] | None = None)
     if out.is_dir() and os.path.realpath(out) in map(os.path.realpath, config.paths):
         raise ValueError(f"out: expected another directory than the paths to train on, got {out}")
     with parallel.start(config.device) as ranks, locked(out, "out") if ranks.rank == 0 else nullcontext():
-        return _train(config, report, ranks)
+        return _train(config, report, resumed, ranks)
 
 
-def _train(config: TrainConfig, report: Callable[[Progress], None] | None, ranks: parallel.Ranks) -> TrainResult:
+def _train(
+    config: TrainConfig,
+    report: Callable[[Progress], None] | None,
+    resumed: Callable[[int], None] | None,
+    ranks: parallel.Ranks,
+) -> TrainResult:
     """Train. It is a function of its own so that the run is freed before the process group ends."""
     run = _Run(config, ranks)
+    if resumed and ranks.rank == 0 and 0 < run.step < config.steps:
+        resumed(run.step)
     while run.step < config.steps:
         started = time.perf_counter()
         bits = run.advance()
@@ -131,6 +145,7 @@ class _Run:
         self.step, self.seconds = 0, 0.0
         self.heldout_bits: float | None = None
         self.saved_step, self.saved_at = 0, time.monotonic()
+        self.log: Log | None = None
         checkpoint = state.latest(self.out / "checkpoint")
         if checkpoint is None and (self.out / "log.jsonl").exists():
             raise ValueError(f"out: {self.out} holds the log of a run but no checkpoint: choose another directory")
@@ -250,6 +265,8 @@ class _Run:
         return json.loads(json.dumps(options, default=str))
 
     def _save(self) -> None:
+        if self.log:  # the lines of the steps before a checkpoint are not written again
+            self.log.sync()
         values = {
             "options": self._options(),
             "config": asdict(self.model.config),
@@ -263,7 +280,10 @@ class _Run:
 
     def _resume(self, checkpoint: Path) -> None:
         values, options = state.read_values(checkpoint), self._options()
-        stored = values["options"]
+        stored = {**_defaults(), **values["options"]}  # an older version may have had fewer options
+        if unknown := sorted(stored.keys() - options.keys() - set(_FREE)):
+            version = f"by another version of blt-kernels, with the option {unknown[0]}"
+            raise ValueError(f"out: {self.out} holds a run {version}: choose another directory")
         other = [name for name in options if name != "steps" and stored.get(name) != options[name]]
         if other:
             shown = ", ".join(name if name == "files" else f"{name}={stored.get(name)!r}" for name in other)
@@ -282,6 +302,10 @@ class _Run:
 
     def _check_files(self, began_with: dict[str, Any]) -> None:
         """Raise ValueError unless the files that options name give the configuration that the run began with."""
+        try:  # an older version may have had fewer fields
+            began_with = asdict(config_from_dict(type(self.model.config), began_with))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"out: {self.out} holds a model of another version of blt-kernels: {error}") from error
         old, new = (_flat(json.loads(json.dumps(values))) for values in (began_with, asdict(self.model.config)))
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         if not names:
@@ -303,6 +327,12 @@ class _Run:
     def _patcher_digest(self) -> str | None:
         patcher = getattr(self.model, "patcher", None)
         return patcher and model_digest(patcher)
+
+
+def _defaults() -> dict[str, Any]:
+    """Return the options that have defaults, as JSON, without those that a resumed run may change."""
+    found = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
+    return json.loads(json.dumps({name: value for name, value in found.items() if name not in _FREE}, default=str))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -70,12 +70,27 @@ def start(device: str) -> Iterator[Ranks]:
         return
     if cuda:
         own = torch.device("cuda", torch.cuda.current_device())
-    yield Ranks(own, dist.get_rank(), dist.get_world_size())
+    ranks = Ranks(own, dist.get_rank(), dist.get_world_size())
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if not is_of_lost_rank(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"rank {ranks.rank} has lost another rank, whose message says why: {reason}") from error
     # DDP is freed before the process group: its destructor joins gloo's threads while it holds the GIL, which they may
     # need to free a tensor.
     gc.collect()
     if begin:  # after an error it would wait for ranks that may have ended
         dist.destroy_process_group()
+
+
+def is_of_lost_rank(error: BaseException) -> bool:
+    """Return whether gloo, nccl or their store has lost the connection to another process."""
+    words = ("gloo", "Gloo", "NCCL", "onnection closed by peer", "onnection reset by peer", "TCPStore", "Broken pipe")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")  # that torchrun gives its processes

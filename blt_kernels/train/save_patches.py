@@ -8,15 +8,16 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blt_kernels._files import check_regular, locked
+from blt_kernels._files import check_regular, locked, naming, sync_folder
 from blt_kernels.models import BLT
 from blt_kernels.train import data
 from blt_kernels.train.data import Pieces, Row, Source
@@ -87,10 +88,12 @@ def save(
         write_index(folder, index)
         path.touch()
         (folder / DONE).touch()
-        with path.open("r+b") as bits, (folder / DONE).open("r+b") as done:
+        sync_folder(folder)
+        with path.open("r+b", buffering=0) as bits, (folder / DONE).open("r+b", buffering=0) as done:
             if path.stat().st_size != offsets[-1]:  # no mark can be true then
                 done.truncate(0)
-                bits.truncate(offsets[-1])
+                with naming(path):
+                    bits.truncate(offsets[-1])
             marks = done.read(blocks.count).ljust(blocks.count, b"\0")
             todo = [block for block in range(blocks.count) if not marks[block]]
             report(sum(blocks.num_ids(block) for block in range(blocks.count) if marks[block]))
@@ -99,7 +102,8 @@ def save(
                     inside = [row.source for row in blocks.rows(block)]
                     raise _changed(next((s for s in inside if data.file_digest(s.path)[0] != s.digest), inside[0]))
                 _write(bits, content, int(offsets[blocks.numbers(block).start]))
-                os.fsync(bits)  # before its mark is written
+                with naming(path):
+                    os.fsync(bits)  # before its mark is written
                 _write(done, b"\1", block)
                 report(blocks.num_ids(block))
         index["sha256"] = data.file_digest(path)[0]
@@ -195,7 +199,8 @@ def _check_same(folder: Path, stored: dict[str, Any], index: dict[str, Any]) -> 
         raise ValueError(f"save: {folder} holds patches of something else ({', '.join(shown)}): choose another folder")
 
 
-def _write(file: BinaryIO, content: bytes, offset: int) -> None:
-    file.seek(offset)
-    file.write(content)
-    file.flush()
+def _write(file: FileIO, content: bytes, offset: int) -> None:
+    with naming(Path(file.name)):
+        file.seek(offset)
+        while content:  # a full disk takes a part, and then raises
+            content = content[file.write(content) :]

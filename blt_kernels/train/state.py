@@ -39,13 +39,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from blt_kernels._files import LIST_BYTES, check_regular, read_bytes, read_json, shortened
+from blt_kernels._files import LIST_BYTES, check_regular, naming, read_bytes, read_json, shortened, sync_folder
 from blt_kernels._pickles import Slice, check_pickle, check_torch_file
 from blt_kernels.distributed import TableShards
 from blt_kernels.models import BLT
 from blt_kernels.models.base import ByteModel
-from blt_kernels.train.parallel import Ranks
+from blt_kernels.train.parallel import Ranks, is_of_lost_rank
 
+FORMAT = 1
 _TABLES = "encoder_hash_tok_embedding.weight"
 _OWN = re.compile(r"\.metadata(\.tmp)?|values\.json|__\d+_\d+\.distcp")  # matches the files of a checkpoint
 _DATA = re.compile(r"__\d+_\d+\.distcp", re.ASCII)
@@ -113,8 +114,8 @@ def save(
         if ranks.rank == 0:
             _remove(path)
             path.mkdir(parents=True, exist_ok=True)
-            with (path / "values.json").open("w", encoding="utf-8") as file:
-                json.dump(values, file)
+            with naming(path / "values.json"), (path / "values.json").open("w", encoding="utf-8") as file:
+                json.dump({"format": FORMAT, **values}, file)
                 file.flush()
                 os.fsync(file.fileno())
         ranks.barrier()
@@ -122,11 +123,16 @@ def save(
         weights = _weights(model)
         with _quiet():
             save_tensors({**weights, **_moments(model, optimizer)}, checkpoint_id=path, no_dist=ranks.world == 1)
+        if ranks.rank == 0:  # the folders too are on the disk before an older checkpoint goes
+            sync_folder(path)
+            sync_folder(folder)
     except BaseException as error:
         if ranks.rank == 0:
             _remove(path)  # an incomplete one would only fill the disk
         if isinstance(error, CheckpointException):  # it is derived from BaseException
-            reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
+            causes = _causes(error)
+            _raise_interruption(causes)
+            reasons = "; ".join(sorted({str(cause) for cause in causes}))
             raise OSError(f"{path}: the checkpoint could not be written: {reasons}") from error
         raise
     if ranks.rank == 0:
@@ -137,7 +143,7 @@ def prune(folder: Path, keep: int) -> None:
     """Remove all checkpoints but the `keep` newest ones, and incomplete ones. Only rank 0 calls it."""
     complete = _complete(folder)
     for path in set(_checkpoints(folder)) - set(complete[-keep:]):
-        if path in complete or all(_OWN.fullmatch(file.name) for file in path.iterdir()):
+        if path in complete or all(_OWN.fullmatch(file.name) for file in path.glob("*")):
             _remove(path)
 
 
@@ -154,6 +160,9 @@ def read_values(path: Path) -> dict[str, Any]:
         values = read_json(file, LIST_BYTES)
     except ValueError as error:
         raise ValueError(f"{file}: damaged: {str(error).removeprefix(f'{file}: ')}. {_way_out(path)}") from error
+    if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:
+        got = f"{shortened(values['format'])}: another version of blt-kernels wrote it"
+        raise ValueError(f"{file}: expected format {FORMAT}, got {got}")
     expected: dict[str, Any] = {
         "options": dict,
         "config": dict,
@@ -291,10 +300,23 @@ def _reading(path: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except (CheckpointException, Exception) as error:
-        causes = [failure[0] for failure in getattr(error, "failures", {}).values()] or [error]
+        causes = _causes(error)
+        _raise_interruption(causes)
         text = str(causes[0])
         reason = f"{type(causes[0]).__name__}: {text if len(text) < 1000 else shortened(text, 1000)[1:-1]}"
         raise ValueError(f"{path}: the checkpoint is damaged: {reason}. {_way_out(path)}") from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return the exceptions of all ranks that a `CheckpointException` holds, or the error itself."""
+    return [failure[0] for failure in getattr(error, "failures", {}).values()] or [error]
+
+
+def _raise_interruption(causes: list[BaseException]) -> None:
+    """Raise the first cause that says nothing about the files of a checkpoint, if there is one."""
+    for cause in causes:
+        if isinstance(cause, (KeyboardInterrupt, MemoryError)) or is_of_lost_rank(cause):
+            raise cause
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 from blt_kernels import _nvrtc
-from blt_kernels._files import whole_file, write_text
+from blt_kernels._files import locked, whole_file, write_text
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, load_model
 from blt_kernels.nn import TransformerConfig
 from blt_kernels.train import log as train_log
@@ -117,6 +119,38 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="expected a regular file"):
         byte_lm().save("/dev/null")
     assert not Path("/dev/null").is_file()
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
+    """By the next one that writes the same file or locks the folder, unless the process is still alive."""
+    left, alive = tmp_path / "file.abcd_123.part", tmp_path / "file.x2345678.part"
+    others = [tmp_path / name for name in ("file.part", "file.abcd_1234.part", "other.abcd_123.part")]
+    for folder in (left, alive, *others):
+        folder.mkdir()
+        (folder / ".tmp1234").write_text("of safetensors")
+    descriptor = os.open(alive, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    write_text(tmp_path / "file", "new")
+    assert not left.exists()
+    assert all(folder.exists() for folder in (alive, *others))
+    os.close(descriptor)
+    with locked(tmp_path, "out"):
+        assert {path.name for path in tmp_path.iterdir()} == {"file", "lock", "file.part", "file.abcd_1234.part"}
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    """A write to an open file has an error without a name, and no user knows the file beside the old one."""
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(OSError) as caught, full_disk(), whole_file(path) as part:
+        part.write_bytes(b"x" * 2000)
+    assert caught.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as caught:
+        write_text(tmp_path / "no" / "file", "new")
+    assert caught.value.filename == str(tmp_path / "no" / "file")
+    with pytest.raises(FileNotFoundError) as caught, whole_file(path):
+        (tmp_path / "another").read_text()
+    assert caught.value.filename == str(tmp_path / "another")
 
 
 @pytest.mark.parametrize("write", ["save", "save_pretrained"])

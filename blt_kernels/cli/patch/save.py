@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
 from typing_extensions import Doc
 
+from blt_kernels.cli.base import terminable
 from blt_kernels.cli.console import Color, console, progress
 from blt_kernels.cli.patch.model import load_entropy_model
 from blt_kernels.cli.patch.rules import Rules, Scheme
@@ -61,17 +64,25 @@ def run(config: SaveConfig, rules: Rules, model: Path | None, color: Color) -> N
     sources = data.find_sources(config.paths, config.include)
     size = sum(source.size for source in sources)
     total = data.num_ids(sources, config.context)
-    began, first = time.perf_counter(), None
-    with progress(f"patch --save {config.folder}", total) as advance:
+    began, first, done = time.perf_counter(), None, 0
+    with progress(f"patch --save {config.folder}", total) as advance, terminable():
 
         def report(ids: int) -> None:
-            nonlocal first
-            first = ids if first is None else first
+            nonlocal first, done
+            first, done = ids if first is None else first, done + ids
             advance(ids)
 
-        save_patches.save(
-            config.folder, sources, cutter, config.context, bf16=config.bf16, processes=config.processes, report=report
-        )
+        options: dict[str, Any] = {"bf16": config.bf16, "processes": config.processes, "report": report}
+        try:
+            save_patches.save(config.folder, sources, cutter, config.context, **options)
+        except (KeyboardInterrupt, OSError, MemoryError):
+            if first is not None:
+                with suppress(OSError):
+                    share = f"{done / total:.0%} of the patches are in {config.folder}"
+                    typer.echo(
+                        f"blt-kernels patch: stopped: {share}, and the same command goes on from there", err=True
+                    )
+            raise
     seconds, fresh = time.perf_counter() - began, total - (first or 0)
     shown = console(color)
     shown.print(f"patches: {config.folder}", soft_wrap=True)
