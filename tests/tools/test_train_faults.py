@@ -39,6 +39,7 @@ MOMENTS = int(os.environ.get("FAULTS", "0"))
 MOUNTS = MOMENTS and os.geteuid() == 0
 SEED = os.environ.get("FAULTS_SEED", "0")
 STEPS, EVERY, KEEP = 24, 5, 2
+MODEL = "blt" if MOMENTS else "entropy"  # the first has more to store, the second one is faster
 LOCAL = {"dim": 16, "num_layers": 1, "num_heads": 1, "ffn_dim": 16, "window": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "entropy": LOCAL,
@@ -146,11 +147,12 @@ def check_told(action: str, ended: Ended, out: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "action"),
-    [
-        ("blt", "SIGKILL"),
-        ("blt", "SIGTERM"),
-        *(slow("blt", name) for name in ("SIGINT", "cut")),
-        slow("entropy", "SIGKILL"),
+    list(product(MODELS, CODES))
+    if MOMENTS
+    else [
+        ("entropy", "SIGKILL"),
+        ("entropy", "SIGTERM"),
+        *(slow("blt", action) for action in ("SIGKILL", "SIGINT", "cut")),
     ],
 )
 def test_killed_at_an_event(
@@ -175,11 +177,11 @@ def test_killed_at_an_event(
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_killed_at_a_time(action: str, launcher: Launcher, corpus: Path, whole: Whole, tmp_path: Path) -> None:
-    expected, ended = whole("blt")
+    expected, ended = whole(MODEL)
     chance = moments(f"time {action}", 1)
     for number in range(chance.count):
         out = tmp_path / str(number)
-        command = Command(train(corpus, out), tmp_path / "trace")
+        command = Command(train(corpus, out, MODEL), tmp_path / "trace")
         pid = launcher.start(command)
         time.sleep(chance.uniform(0.05, ended.seconds))
         os.kill(pid, getattr(signal, action))
@@ -206,12 +208,12 @@ FAILURES = {
 @pytest.mark.parametrize("action", slow_unless(FAILURES, {"full"}))
 def test_a_disk_that_fails(action: str, launcher: Launcher, corpus: Path, whole: Whole, tmp_path: Path) -> None:
     """From an event on the disk is full, or one event fails. The run ends with the file and the reason."""
-    expected, ended = whole("blt")
-    chance = moments(f"disk {action}", 1)
+    expected, ended = whole(MODEL)
+    chance = moments(f"disk {MODEL} {action}", 1)
     for number in range(chance.count):
         out = tmp_path / str(number)
         at, size = chance.randrange(1, len(ended.events) + 1), chance.randrange(1, 5000)
-        command = Command(train(corpus, out), tmp_path / "trace", Fault(str(out), at, action, size))
+        command = Command(train(corpus, out, MODEL), tmp_path / "trace", Fault(str(out), at, action, size))
         failed = launcher.run(command)
         where = f"{ended.events[at - 1]}: {failed.stderr}"
         # The thread of TensorBoard prints its own.
@@ -231,14 +233,14 @@ def test_a_disk_that_fails(action: str, launcher: Launcher, corpus: Path, whole:
 @pytest.mark.skipif(not MOUNTS, reason="mounts a small disk, for which FAULTS has to be set and root")
 def test_a_small_disk(launcher: Launcher, corpus: Path, whole: Whole, tmp_path: Path) -> None:
     """A disk with no room for the whole run, which gets larger then."""
-    expected, _ = whole("blt")
+    expected, _ = whole(MODEL)
     chance, out = moments("small disk", 2), tmp_path / "disk" / "run"
     out.parent.mkdir()
     for _ in range(chance.count):
         mount = ["mount", "-t", "tmpfs", "-o", f"size={chance.randrange(8, 640)}k", "tmpfs", str(out.parent)]
         subprocess.run(mount, check=True)
         try:
-            command = Command(train(corpus, out), tmp_path / "trace")
+            command = Command(train(corpus, out, MODEL), tmp_path / "trace")
             failed = launcher.run(command)
             if failed.code:
                 assert failed.code == 1
@@ -278,8 +280,8 @@ def start_ranks(launcher: Launcher, words: list[str], trace: Path, faults: dict[
 
 
 def same_losses(one: Left, other: Left) -> None:
-    """Two runs on two ranks have the same losses to rounding, and leave the same files."""
-    assert one.names == other.names
+    """A run on two ranks has the losses of one on one rank, to rounding, and leaves the same files."""
+    assert {name for name in one.names if "/__1_" not in name} == other.names
     assert [line["step"] for line in one.log] == [line["step"] for line in other.log]
     for a, b in zip(one.log, other.log, strict=True):
         assert a == {key: pytest.approx(value, rel=2e-6) for key, value in b.items()}
@@ -288,28 +290,26 @@ def same_losses(one: Left, other: Left) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "killed"),
-    product(PARALLEL, KILLED) if MOMENTS else [("ddp", "second"), ("tables", "both"), ("fsdp", "first")],
+    product(PARALLEL, KILLED) if MOMENTS else [("ddp", "second"), ("fsdp", "first")],
 )
-def test_ranks_are_killed(name: str, killed: str, launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+def test_ranks_are_killed(
+    name: str, killed: str, launcher: Launcher, corpus: Path, whole: Whole, tmp_path: Path
+) -> None:
     """One is killed at an event or at a time. The other one ends by itself, soon, and says what has happened."""
-    words = train(corpus, tmp_path / "whole", "blt", *PARALLEL[name])
-    folder = Fault(str(tmp_path / "whole"))
-    pids = start_ranks(launcher, words, tmp_path / "trace", {0: folder, 1: folder})
-    ended = [launcher.wait(pid) for pid in pids]
-    assert [each.code for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
-    expected = Left.of(tmp_path / "whole")
+    expected, ended = whole("blt")
+    events = [len(ended.events), 18]  # the second rank writes only its part of each checkpoint
     chance = moments(f"ranks {name} {killed}", 1)
     victims = KILLED[killed]
     for number in range(chance.count):
         out, faults = tmp_path / str(number), {}
         if number % 2 == 0:
             for rank in victims:
-                at = chance.randrange(1, len(ended[rank].events) + 1)
+                at = chance.randrange(1, events[rank] + 1)
                 faults[rank] = Fault(str(out), at, chance.choice(["SIGKILL", "SIGTERM", "SIGKILL", "SIGINT"]))
         words = train(corpus, out, "blt", *PARALLEL[name])
         pids = start_ranks(launcher, words, tmp_path / "trace", faults)
         if not faults:
-            time.sleep(chance.uniform(0.1, ended[0].seconds))
+            time.sleep(chance.uniform(0.1, 2 * ended.seconds))
             for rank in victims:
                 os.kill(pids[rank], signal.SIGKILL)
         finished = [launcher.wait(pid, 30) for pid in pids]
@@ -317,8 +317,9 @@ def test_ranks_are_killed(name: str, killed: str, launcher: Launcher, corpus: Pa
         assert not any("Traceback" in each.stderr for each in finished), told
         other = finished[1 - victims[0]]
         if killed != "both" and other.code != 0:
-            assert other.code == 1, told
-            assert "has lost another rank" in other.stderr or "could not be" in other.stderr, told
+            interrupted = faults and faults[victims[0]].action == "SIGINT"  # the ranks tell each other while they save
+            assert other.code == 1 or interrupted, told
+            assert "has lost another rank" in other.stderr or interrupted, told
         checkpoint = train_state.latest(out / "checkpoint")
         step, before = int(checkpoint.name) if checkpoint else 0, finished[0].steps
         assert (before[-1] if before else 0) - step < EVERY
@@ -330,7 +331,7 @@ def test_ranks_are_killed(name: str, killed: str, launcher: Launcher, corpus: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, 1] if MOMENTS else [1])
 def test_a_full_disk_of_a_rank(rank: int, launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     out, chance = tmp_path / "run", moments(f"full rank {rank}", 1)
     for _ in range(chance.count):
@@ -426,7 +427,8 @@ def test_the_order_on_the_disk(whole: Whole) -> None:
     assert all(any(end + 4 < i for end in ends[KEEP:]) for i in removed)
     for name in ("model.safetensors", "loss.png"):
         where = [event for event in events if name in event]
-        assert [event.split()[0] for event in where[-3:]] == ["fsync", "fsynced", "os.rename"], where
+        kinds = [event.split()[0] for event in where]
+        assert kinds[kinds.index("fsync") :] == ["fsync", "fsynced", "os.rename", "os.rmdir"]
 
 
 @pytest.mark.slow
