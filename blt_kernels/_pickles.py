@@ -37,11 +37,16 @@ _STORAGES = {  # bytes of an element
 
 @dataclass(frozen=True)
 class _Item:
-    """What is on the stack: its value if that is known, the steps to walk over it, and whether it is a global."""
+    """What is on the stack.
+
+    `value` is that of numbers, strings, tuples of them and the names of globals, `steps` those that walk over it. It
+    `allocates` if it is, or has inside, a global that takes memory when it is called.
+    """
 
     value: Any = None
     steps: int = 1
     is_global: bool = False
+    allocates: bool = False
 
 
 def check_pickle(file: Any, size: int, allows: Callable[[str], bool] | None = None) -> dict[str, int]:
@@ -86,7 +91,7 @@ def check_pickle(file: Any, size: int, allows: Callable[[str], bool] | None = No
                     key, count = _storage(taken[0].value)
                     storages[key] = max(storages.get(key, 0), count)
                 stack += [_made(name, argument, taken, allows)] * len(opcode.stack_after)
-    except (IndexError, KeyError, UnicodeDecodeError, OverflowError, TypeError, AttributeError) as error:
+    except (LookupError, UnicodeDecodeError, OverflowError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"no pickle: {error!r}") from error
     return storages
 
@@ -110,17 +115,19 @@ def _made(name: str, argument: Any, taken: list[Any], allows: Callable[[str], bo
         full = ".".join(words)
         if allows is not None and not allows(full):
             raise ValueError(f"the global {full!r:.100}, which such files do not have")
-        return _Item(full, is_global=True)
-    if name in ("REDUCE", "NEWOBJ", "BUILD") and taken[0].is_global:
-        called = taken[0].value
-        if name == "BUILD" or (allows is None and _allocates(called)):
-            raise ValueError(f"{name} of {called!r:.100}, which files of weights do not have")
+        return _Item(full, is_global=True, allocates=allows is None and _allocates(full))
+    if name == "BUILD" and taken[0].is_global:
+        raise ValueError(f"a change of the class {taken[0].value!r:.100}")
+    if name in ("REDUCE", "NEWOBJ") and any(item.allocates for item in taken):  # functions call what is among arguments
+        raise ValueError(
+            f"a call with {taken[0].value!r:.100} that allocates memory, which files of weights do not have"
+        )
     if "TUPLE" in name:
         members = [item for item in taken if item is not _MARK]
         steps = 1 + sum(item.steps for item in members)
         if steps > _STEPS:
             raise ValueError(f"tuples in each other with more than {_STEPS:,} members")
-        return _Item(tuple(item.value for item in members), steps)
+        return _Item(tuple(item.value for item in members), steps, allocates=any(item.allocates for item in members))
     return _Item(argument)
 
 

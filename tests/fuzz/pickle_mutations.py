@@ -70,6 +70,8 @@ def hostile_pickles(file: Path) -> list[bytes]:
         ("torch.distributed.checkpoint.metadata", "Metadata", (0, 0, 0)),
     ]
     made = [b"\x80\x02c" + f"{m}\n{n}\n".encode() + pickle.dumps(args, 2)[2:-1] + b"R." for m, n, args in calls]
+    made.append(nested_call("builtins", "bytearray", 1 << 36))
+    made.append(nested_call("torch.storage", "UntypedStorage", 1 << 40))
     values = (0, None, [], {}, {"model": {}}, {"model": None}, {"model": {0: 1}}, {"x" * 100_000: 0}, {("a",): 0})
     made += [pickle.dumps(value, 2) for value in values]
     # A tuple that holds the tuple before it twice: printing and hashing the last one take 2^60 steps.
@@ -83,6 +85,13 @@ def hostile_pickles(file: Path) -> list[bytes]:
     made.append(b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b"x.")
     made.append(b"\x80\x02Nr\xff\xff\xff\x7f.")  # a memo of two billion entries
     return made
+
+
+def nested_call(module: str, name: str, argument: int) -> bytes:
+    """Return a pickle with a function of torch that calls a global among its arguments."""
+    function = f"c{module}\n{name}\n".encode()
+    arguments = b"(" + function + b"ctorch\nTensor\n" + pickle.dumps((argument,), 2)[2:-1] + b"}t"
+    return b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n" + arguments + b"R."
 
 
 def _beside(file: Path) -> Path:

@@ -22,7 +22,7 @@ import torch
 from fuzz.children import Case, Files, judge, run
 from fuzz.file_mutations import mutated_json
 from fuzz.loaders import LOADERS
-from fuzz.pickle_mutations import CANARY, hostile_pickles
+from fuzz.pickle_mutations import CANARY, hostile_pickles, nested_call
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -208,6 +208,7 @@ FOUND: list[tuple[str, Callable[[Path], object], str]] = [
     ("bytelatent, .pth", written("consolidated.pth", pickled(call("torch.FloatTensor", 1 << 40))), "FloatTensor"),
     ("bytelatent, .pth", written("consolidated.pth", pickled(LISTED)), "storage '0' has 0 bytes"),
     ("bytelatent, .pth", written("consolidated.pth", LEGACY_HEAD + b"\x80\x02" + STORAGE + b"."), "storages of 4,"),
+    ("bytelatent, .pth", written("consolidated.pth", pickled(nested_call("builtins", "bytearray", 1 << 36))), "call"),
     # These took hours.
     ("bytelatent, .pth", written("consolidated.pth", pickled(KEYS)), "tuples in each other"),
     # These ran code.
