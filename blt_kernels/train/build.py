@@ -53,7 +53,11 @@ def _fresh_model(config: TrainConfig) -> ByteModel:
     if values["patching"] == "entropy":
         patcher = _patcher(config)
         values["threshold"] = config.overrides.get("threshold", patcher.config.threshold)
-    model = BLT(_config(BLTConfig, {**values, "patcher": patcher and asdict(patcher.config)}), config.ops)
+    model_config = _config(BLTConfig, {**values, "patcher": patcher and asdict(patcher.config)})
+    if config.init_global is not None:
+        with checks.reading("init_global"):
+            llama.check_files(model_config, config.init_global)
+    model = BLT(model_config, config.ops)
     if patcher is not None:
         assert model.patcher is not None  # the configuration has one
         model.patcher.load_state_dict(patcher.state_dict())

@@ -138,6 +138,9 @@ LOADERS: dict[str, Loader] = {
     "bytelatent, hub": Loader(lambda folder: valid.save_bytelatent(folder, hub=True), load_model, valid.run_model),
     "hub cache": Loader(valid.save_hub_cache, valid.load_hub_cache, valid.run_model),
     "Llama": Loader(valid.save_llama, valid.load_llama),
+    "train --init-global": Loader(valid.save_llama, valid.begin_as_llama),
+    "train --init": Loader(valid.save_lm, valid.begin_as_lm),
+    "train --patcher": Loader(valid.save_transformers_patcher, valid.begin_with_patcher),
     "checkpoint": Loader(valid.save_checkpoint, valid.load_checkpoint),
     "resumed training": Loader(valid.save_run, cli_resume),
     "stored patches": Loader(valid.save_patches, valid.load_patches),
@@ -147,6 +150,7 @@ LOADERS: dict[str, Loader] = {
     "texts": Loader(valid.save_texts, valid.load_texts, without=frozenset(("sparse",))),
     "CSV": Loader(valid.save_table, valid.load_table, without=PLACES),
     "blt-kernels MODEL": Loader(valid.save_lm, cli_model),
+    "blt-kernels flops DIR": Loader(valid.save_transformers, lambda folder: command("flops FOLDER", folder)),
     "blt-kernels patch FILE": Loader(save_text, cli_patch, without=PLACES),
     "train --set": Loader(save_settings, cli_settings, own_sizes=True),
 }

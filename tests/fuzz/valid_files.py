@@ -19,6 +19,7 @@ from blt_kernels.models.weights import write_safetensors
 from blt_kernels.nn import TransformerConfig
 from blt_kernels.train import data, loop, state, stored_patches
 from blt_kernels.train import log as train_log
+from blt_kernels.train.build import build_model
 from blt_kernels.train.config import TrainConfig
 from blt_kernels.train.parallel import Ranks
 
@@ -86,6 +87,9 @@ def _write_shards(folder: Path, named: dict[str, torch.Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+LLAMA = {"rope_theta": 3000.0, "rope_scaling": (8.0, 1.0, 4.0, 32.0)}
+
+
 def save_llama(folder: Path) -> None:
     values = {
         "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -105,10 +109,8 @@ def _blt_around(config: TransformerConfig) -> BLTConfig:
 
 
 def load_llama(folder: Path) -> None:
-    """Read the configuration, and the weights into a model of the valid one's configuration."""
-    config = llama.read_config(folder)
-    model = BLT(_blt_around(replace(config, num_layers=min(config.num_layers, 2)) if config.dim <= 64 else WIDE))
-    llama.load_global_transformer(model, folder)
+    """Read the weights into a model with the sizes of the valid files, unless the configuration has others."""
+    llama.load_global_transformer(_seeded(BLT, _blt_around(replace(WIDE, num_kv_heads=1, **LLAMA))), folder)
 
 
 # facebookresearch/blt's files
@@ -171,6 +173,26 @@ def training(folder: Path, steps: int) -> TrainConfig:
         "entropy", [folder / "text"], folder / "run", overrides=sizes, heldout=0, steps=steps, batch_bytes=64,
         context=32, tensorboard=False, log_every=1,
     )  # fmt: skip
+
+
+def _begin(folder: Path, model: str, overrides: dict[str, Any], **options: Any) -> None:
+    build_model(TrainConfig(model, [folder], folder / "run", overrides=overrides, **options))
+
+
+def begin_as_llama(folder: Path) -> None:
+    layers = asdict(LOCAL)
+    overrides = {"encoder": layers, "decoder": layers, "ngram_vocab": 7, "patching": "space"}
+    _begin(folder, "blt", overrides, init_global=folder)
+
+
+def begin_as_lm(folder: Path) -> None:
+    _begin(folder, "entropy", {}, init=folder / "model.safetensors")
+
+
+def begin_with_patcher(folder: Path) -> None:
+    layers = asdict(LOCAL)
+    overrides = {"encoder": layers, "global_transformer": layers, "decoder": layers, "ngram_vocab": 7}
+    _begin(folder, "blt", overrides, patcher=folder)
 
 
 def save_checkpoint(folder: Path) -> None:

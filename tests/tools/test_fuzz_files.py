@@ -203,6 +203,8 @@ FOUND: list[tuple[str, Callable[[Path], object], str]] = [
     ("stored patches", stretched("stored/patches.bits"), "patches.bits is damaged"),
     ("ByteLM", config_of("model.safetensors", num_layers=10**9), "expected weights of 1,000,000,000 layers, got"),
     ("transformers", edited("config.json", global_config__num_hidden_layers=10**9), "expected weights of 1,0.* layers"),
+    ("train --init-global", edited("config.json", intermediate_size=1 << 40), "does not fit the global transformer"),
+    ("train --init-global", edited("config.json", num_hidden_layers=10**9), "expected weights of 1,0.* layers"),
     ("bytelatent, .pth", repacked(zipfile.ZIP_DEFLATED, 1 << 22), "a compressed archive, and torch writes none"),
     ("bytelatent, .pth", written("consolidated.pth", pickled(call("builtins.bytearray", 1 << 36))), "bytearray"),
     ("bytelatent, .pth", written("consolidated.pth", pickled(call("torch.FloatTensor", 1 << 40))), "FloatTensor"),

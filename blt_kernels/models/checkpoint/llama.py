@@ -21,7 +21,8 @@ from torch import Tensor
 from blt_kernels.models.blt import BLT
 from blt_kernels.models.checkpoint.files import Folder
 from blt_kernels.models.checkpoint.transformers import read_llama
-from blt_kernels.models.weights import check_tensors
+from blt_kernels.models.config import BLTConfig
+from blt_kernels.models.weights import check_tensors, empty_model
 from blt_kernels.nn import TransformerConfig
 
 
@@ -69,13 +70,52 @@ def load_global_transformer(model: BLT, path: str | os.PathLike[str], *, revisio
         As `read_config`; or a file is damaged, or the layers differ in number or shape from those of the model, or
         weights are missing, unknown, misshapen or no floats; the message names them.
     """
-    theirs, own = read_config(path, revision=revision), model.config.global_transformer
+    head_dim, weights = read_config(path, revision=revision).head_dim, _weights(model, path, revision)
+    for name, parameter in _parameters(model).items():
+        value = weights[name]
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            value = _interleave(value, head_dim)
+        parameter.copy_(value)
+
+
+def check_files(config: BLTConfig, path: str | os.PathLike[str], *, revision: str | None = None) -> None:
+    """Raise what `load_global_transformer` raises for the files at `path`, before a model takes memory for its sizes.
+
+    Parameters
+    ----------
+    config : BLTConfig
+        Of the model.
+    path, revision
+        As in `read_config`.
+
+    Raises
+    ------
+    ImportError, OSError, ValueError
+        As `load_global_transformer`.
+    """
+    _check_config(config.global_transformer, path, revision)
+    parts = (config.encoder, config.decoder, config.patcher)
+    count = len(Folder.open(path, revision).weights()) + sum(part.num_layers for part in parts if part is not None)
+    _weights(empty_model(f"{path}: does not fit the global transformer", BLT, config, "fused", count), path, revision)
+
+
+def _check_config(own: TransformerConfig, path: str | os.PathLike[str], revision: str | None) -> None:
+    theirs = read_config(path, revision=revision)
     for name in ("dim", "num_layers", "num_heads", "kv_heads", "hidden_dim", "rope_theta", "rope_scaling", "norm_eps"):
         if getattr(own, name) != getattr(theirs, name):
             field = {"kv_heads": "num_kv_heads", "hidden_dim": "ffn_dim"}.get(name, name)
             raise ValueError(
                 f"global_transformer.{field}: expected {getattr(theirs, name)} of {path}, got {getattr(own, name)}"
             )
+
+
+def _parameters(model: BLT) -> dict[str, Tensor]:
+    return {f"layers.{name}": value for name, value in model.global_transformer.layers.named_parameters()}
+
+
+def _weights(model: BLT, path: str | os.PathLike[str], revision: str | None) -> dict[str, Tensor]:
+    """Return a Llama's layers by their names in a global transformer, with the shapes that `model` has."""
+    _check_config(model.config.global_transformer, path, revision)
     folder = Folder.open(path, revision)
     weights = folder.weights()
     # A Llama without a head has no prefix.
@@ -85,14 +125,9 @@ def load_global_transformer(model: BLT, path: str | os.PathLike[str], *, revisio
         for name, value in weights.items()
         if name.startswith(f"{prefix}layers.") and not name.endswith("rotary_emb.inv_freq")
     }
-    parameters = {f"layers.{name}": value for name, value in model.global_transformer.layers.named_parameters()}
-    expected = {name: value.shape for name, value in parameters.items()}
+    expected = {name: value.shape for name, value in _parameters(model).items()}
     check_tensors(f"{folder}: does not fit the global transformer", weights, expected)
-    for name, parameter in parameters.items():
-        value = weights[name]
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            value = _interleave(value, theirs.head_dim)
-        parameter.copy_(value)
+    return weights
 
 
 def _interleave(weight: Tensor, head_dim: int) -> Tensor:
