@@ -14,7 +14,7 @@ import blt_kernels as bk
 from blt_kernels.models import ByteLM
 
 TEXT = "The patches of a byte-latent model are longer where text is easy to predict."
-COLUMNS = 28
+COLUMNS = 22
 NATS = 3.8  # the height of a row's bars
 CELL = 0.3  # inches
 BARS, BOX, GAP = 1.9, 1.0, 0.55  # heights of a row's parts, in cells
@@ -84,4 +84,4 @@ def legend(axes: Axes, colors: Colors) -> None:
     for text, color, alpha in parts:
         axes.add_patch(Rectangle((x, 0.1), 0.45, 0.5, fc=color, alpha=alpha))
         axes.text(x + 0.75, 0.37, text, size=10.5, va="center_baseline", color=colors.text)
-        x += 15
+        x += COLUMNS / 2
