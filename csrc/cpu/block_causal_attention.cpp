@@ -135,13 +135,11 @@ void zero_rows(Tensor& x, int64_t begin) {
   if (begin < rows) std::memset(static_cast<char*>(x.mutable_data_ptr()) + begin * row, 0, (rows - begin) * row);
 }
 
-bool use_amx([[maybe_unused]] const Problem& problem) {
 #if BLT_AMX
+bool use_amx(const Problem& problem) {
   return problem.q.dtype == ScalarType::BFloat16 && problem.head_dim % kTileDepth == 0 && has_amx();
-#else
-  return false;
-#endif
 }
+#endif
 
 // Calls `attend` for the runs of tiles that `wanted` accepts.
 template <class A, class Results, class Wanted>
