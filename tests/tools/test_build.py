@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
@@ -210,6 +211,19 @@ def test_wheel_contents(wheel):
     assert modules == {f"blt_kernels/_C_{name}.abi3.so" for name in (*BEST_TO_WORST, "jit")}
     sources = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".so", ".pyc")]
     assert names - modules == {f"blt_kernels/{path.relative_to(PACKAGE).as_posix()}" for path in sources}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git says which files are sources")
+def test_sdist_contents(wheel):
+    """Hidden files are for the repository only."""
+    with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = passed(run("git", "ls-files", "--cached", "--others", "--exclude-standard")).splitlines()
+    sources = {name for name in tracked if not name.startswith(".") and (ROOT / name).exists()}
+    assert sources <= names
+    assert not [
+        name for name in names - sources if Path(name).suffix in (".so", ".pyc", ".log", ".csv", ".safetensors")
+    ]
 
 
 def test_wheel_runs_where_it_is_installed(site, tmp_path):
