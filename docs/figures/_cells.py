@@ -42,7 +42,8 @@ def cell(
 ) -> None:
     """Draw a cell with its upper left corner at x, y."""
     axes.add_patch(Rectangle((x, y), width, 1, fc=fill, ec=edge or colors.faint, lw=1.4 if edge else 0.6))
-    label(axes, x + width / 2, y + 0.5, text, colors, bold=bold, mono=mono, size=size)
+    if text != "":
+        label(axes, x + width / 2, y + 0.5, text, colors, bold=bold, mono=mono, size=size)
 
 
 def label(
