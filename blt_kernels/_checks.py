@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,9 +28,9 @@ def check_tensor(name: str, value: object, dims: int | Sequence[int], dtypes: Se
         check_dense(name, value)
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype in {_names(dtypes)}, got {value.dtype}")
-    allowed = (dims,) if isinstance(dims, int) else dims
-    if value.dim() not in allowed:
-        expected = " or ".join(str(d) for d in allowed)
+    dim = value.dim()
+    if dim != dims and (isinstance(dims, int) or dim not in dims):
+        expected = " or ".join(map(str, (dims,) if isinstance(dims, int) else dims))
         raise ValueError(f"{name}: expected {expected} dimensions, got shape {list(value.shape)}")
 
 
@@ -83,6 +84,13 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         raise ValueError(f"{name}: expected a number that a float holds, got an int of {value.bit_length()} bits")
+
+
+def check_finite(name: str, value: object) -> None:
+    """Raise unless `value` is an int or a float that is finite."""
+    check_number(name, value)
+    if value in (math.inf, -math.inf):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def check_int(name: str, value: object, minimum: int) -> None:

@@ -136,7 +136,7 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
     _checks.check_choice("special", special, ("drop", "raise"))
     if not isinstance(ids, Tensor):
         ids = _as_ids(ids)
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if ids.is_floating_point() or ids.is_complex() or ids.is_quantized or ids.dtype == torch.bool:
         raise TypeError(f"ids: expected integers, got {ids.dtype}")
     _checks.check_dense("ids", ids)
     if ids.dim() not in (1, 2):

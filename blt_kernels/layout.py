@@ -107,6 +107,11 @@ class PatchLayout:
         -------
         PatchLayout
             Every tensor is on `device`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `device` names no device of this torch.
         """
         _checks.check_device("device", device)
         return PatchLayout(*(getattr(self, f.name).to(device) for f in fields(self)))
@@ -117,7 +122,8 @@ class PatchLayout:
         This is the one explicit synchronisation of the library. On the CPU it costs nothing; on a GPU it waits for the
         layout.
         """
-        _checks.check_tensor("cu_patches", self.cu_patches, 1, _checks.INTS)
+        for name in ("cu_patches", "patch_offsets", "decode_offsets"):
+            _checks.check_tensor(name, getattr(self, name), 1, (torch.int32,))
         size = int(self.cu_patches[-1]) + 1
         return replace(self, patch_offsets=self.patch_offsets[:size], decode_offsets=self.decode_offsets[:size])
 

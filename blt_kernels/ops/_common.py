@@ -60,12 +60,20 @@ def autocast_enabled(x: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the autocast dtype where autocast is on, fp64 excepted, as torch does for its matrix products."""
-    if not autocast_enabled(tensors[0]):
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+def autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the autocast dtype, which is on, fp64 excepted, as torch does for its matrix products."""
+    first, like = next(iter(tensors.items()))
+    check_autocast(first, like, **tensors)
+    dtype = torch.get_autocast_dtype(like.device.type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors.values())
+
+
+def check_autocast(first: str, like: Tensor, **tensors: Tensor) -> None:
+    """Raise TypeError where one of the tensors is fp64 and `like`, which is called `first`, is not, or the reverse."""
+    for name, x in tensors.items():
+        if (x.dtype == torch.float64) != (like.dtype == torch.float64):
+            expected = f"dtype {like.dtype} of {first}, since autocast leaves fp64 as it is"
+            raise TypeError(f"{name}: expected {expected}, got {x.dtype}")
 
 
 def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -28,11 +28,13 @@ def check_layout(layout: object, name: str, value: Tensor) -> None:
     """Raise unless `layout` is a PatchLayout on the device of `value`."""
     if not isinstance(layout, PatchLayout):
         raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
-    if type(layout.patch_offsets) is not Tensor or type(layout.patch_ids) is not Tensor:
-        for field in ("patch_offsets", "patch_ids"):
-            if not isinstance(getattr(layout, field), Tensor):
-                raise TypeError(f"layout.{field}: expected a tensor, got {type(getattr(layout, field)).__name__}")
-    _checks.check_same("layout", layout.patch_offsets, name, value, dtype=False)
+    offsets, ids = layout.patch_offsets, layout.patch_ids
+    if type(offsets) is Tensor and type(ids) is Tensor and offsets.device == value.device:
+        return
+    for field in ("patch_offsets", "patch_ids"):
+        if not isinstance(getattr(layout, field), Tensor):
+            raise TypeError(f"layout.{field}: expected a tensor, got {type(getattr(layout, field)).__name__}")
+    _checks.check_same("layout", offsets, name, value, dtype=False)
 
 
 def check_readers(layout: PatchLayout) -> None:
@@ -40,6 +42,8 @@ def check_readers(layout: PatchLayout) -> None:
     patch_offsets, decode_offsets = layout.patch_offsets, layout.decode_offsets
     if is_compiling():
         return
+    if type(decode_offsets) is not Tensor:
+        _checks.check_tensor("layout.decode_offsets", decode_offsets, 1, (torch.int32,))
     _checks.check_same("layout.decode_offsets", decode_offsets, "layout.patch_offsets", patch_offsets)
     if decode_offsets.shape != patch_offsets.shape:
         expected = f"shape {list(patch_offsets.shape)} of layout.patch_offsets"

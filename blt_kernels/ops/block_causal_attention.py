@@ -129,7 +129,7 @@ def block_causal_attention(
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {flag!r}")
     if scale is not None:
-        _checks.check_number("scale", scale)
+        _checks.check_finite("scale", scale)
 
     if dims == 4:
         for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -159,7 +159,7 @@ def block_causal_attention(
     if dims == 4:
         q, k, v = _common.packed(q, k, v)
     if autocast:
-        q, k, v = _common.autocast(q, k, v)
+        q, k, v = _common.autocast(q=q, k=k, v=v)
     out, lse = block_causal_attention_fwd(q, k, v, offsets_q, offsets_k,
         window, causal, scale, seqused_k, intervals, documents,
     )  # fmt: skip

@@ -56,8 +56,7 @@ def ema_scan(x: Tensor, p: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     [2.0, 3.0, 4.0]
     """
     _checks.check_tensor("x", x, (2, 3), _checks.FLOATS)
-    _checks.check_tensor("p", p, (1, 2), _checks.FLOATS)
-    _checks.check_same("p", p, "x", x, dtype=False)
+    _checks.check_like("p", p, (1, 2), "x", x, dtype=False)
     _checks.check_shape("p", p, x.shape[:-1], "[T] of x" if x.dim() == 2 else "[B, S] of x")
     packed, offsets, documents = _checks.documents_of("x", x, cu_seqlens, trailing=1)
     weights = p.to(accumulator(x))

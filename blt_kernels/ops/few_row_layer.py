@@ -89,6 +89,8 @@ def few_row_layer(
         _checks.check_tensor(name, cache, 3, _checks.FLOATS)
         _checks.check_same(name, cache, "x", x)
         _checks.check_shape(name, cache, keys.shape, "[S, G, E of keys]")
+        if cache.is_neg():
+            raise ValueError(f"{name}: expected a cache whose memory has its values, got a negated view")
         if cache.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a cache without gradients, since it is changed, got requires_grad=True")
     factors: Sequence[Tensor | None] = scales or [None] * len(weights)

@@ -85,7 +85,10 @@ def check_weight(name: str, weight: object, scale_name: str, scale: object, x: T
     """Raise unless `weight` is a matrix for `x`, with a factor for each row if it is int8."""
     _checks.check_tensor(name, weight, 2, _STORED)
     assert isinstance(weight, Tensor)
-    stored = weight.dtype in (torch.bfloat16, torch.int8) or _common.autocast_enabled(x)
+    stored = weight.dtype in (torch.bfloat16, torch.int8)
+    if not stored and _common.autocast_enabled(x):
+        _common.check_autocast("x", x, **{name: weight})
+        stored = True
     _checks.check_same(name, weight, "x", x, dtype=not stored)
     if (scale is None) == (weight.dtype == torch.int8):
         found = "None" if scale is None else f"one for {weight.dtype}"

@@ -119,7 +119,7 @@ def patch_cross_attention(
     if window is not None:
         _checks.check_int("window", window, 1)
     if scale is not None:
-        _checks.check_number("scale", scale)
+        _checks.check_finite("scale", scale)
     tensors = (q, k, v)
     if q.dim() == 4 or k.dim() == 4 or v.dim() == 4:
         tensors = (*_common.packed(q), *_common.packed(k, v))  # type: ignore[assignment]
@@ -128,7 +128,7 @@ def patch_cross_attention(
         check_readers(layout)
         offsets, ids = layout.decode_offsets, layout.decode_ids
     out, _lse = patch_cross_attention_fwd(
-        *(_common.autocast(*tensors) if autocast else tensors),
+        *(_common.autocast(**dict(zip("qkv", tensors, strict=True))) if autocast else tensors),
         offsets,
         layout.cu_patches,
         ids,

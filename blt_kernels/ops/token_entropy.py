@@ -14,6 +14,7 @@ from blt_kernels.reference import token_entropy as reference
 from blt_kernels.reference._ragged import accumulator
 
 _DIMS = range(1, 65)
+_MAX_ALPHABET = 2**30
 
 # --- public functions -------------------------------------------------------------------------------------------------
 
@@ -90,9 +91,9 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
         _checks.check_like("bias", bias, (1,), "hidden", hidden, dtype=not autocast)
         _checks.check_shape("bias", bias, (weight.shape[0],), "[A of weight]")
     rows = _rows(hidden)
-    head: tuple[Tensor, ...] = (rows, weight) if bias is None else (rows, weight, bias)
-    head = _common.autocast(*head) if autocast else head
-    entropy, _log_sum = linear_entropy_fwd(*head, *[None] * (3 - len(head)))
+    head: dict[str, Tensor] = {"hidden": rows, "weight": weight} | ({} if bias is None else {"bias": bias})
+    tensors = _common.autocast(**head) if autocast else tuple(head.values())
+    entropy, _log_sum = linear_entropy_fwd(*tensors, *[None] * (3 - len(tensors)))
     return entropy if hidden.dim() == 2 else entropy.view(hidden.shape[:-1])
 
 
@@ -102,9 +103,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def check_alphabet(name: str, alphabet: int) -> None:
-    """Raise ValueError unless there is at least one logit a row."""
+    """Raise ValueError unless the number of logits a row is one that the kernels take."""
     if alphabet < 1:
         raise ValueError(f"{name}: expected an alphabet of at least 1, got {alphabet}")
+    if alphabet > _MAX_ALPHABET:
+        raise ValueError(f"{name}: expected an alphabet of at most {_MAX_ALPHABET}, got {alphabet}")
 
 
 # --- schemas, references and fakes ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import inputs
 import torch
 from cases import CASES
 from model_cases import build, documents
-from op_calls import make, raw_calls
+from op_calls import Recorder, make, raw_calls
 from op_case import OpCase
 from torch import Tensor
 
@@ -133,6 +133,18 @@ def _make_layer(stored: torch.dtype) -> Callable[[torch.dtype, int, int], Argume
             "cu_seqlens_k": torch.tensor([0, rows + 3], dtype=torch.int32),
             "window": None,
         }
+
+    return arguments
+
+
+def _make_layer_step(stored: torch.dtype) -> Callable[[torch.dtype, int, int], Arguments]:
+    layer = _make_layer(stored)
+    names = [argument.name for argument in torch.ops.blt_kernels.few_row_layer_step.default._schema.arguments]
+
+    def arguments(_dtype: torch.dtype, num_bytes: int, seed: int) -> Arguments:
+        with Recorder() as recorder:
+            bk.few_row_layer(**layer(torch.float32, num_bytes, seed))
+        return dict(zip(names, recorder.calls[0][1], strict=True))
 
     return arguments
 
@@ -274,6 +286,29 @@ def _generate(model: Any) -> Callable[..., Any]:
     return lambda **options: model.generate(**options).ids
 
 
+def _layer_functions() -> list[Target]:
+    """Return functions of `blt_kernels.nn`, which check nothing: they must not crash."""
+
+    def ids(num_bytes: int) -> Tensor:
+        return torch.arange(num_bytes) + 4
+
+    def table(num_bytes: int) -> Tensor:
+        return bk_nn.rotary_table(torch.arange(num_bytes), _model("byte_lm").config, torch.float32)
+
+    made: list[tuple[Callable[..., Any], Callable[[torch.dtype, int, int], Arguments]]] = [
+        (bk_nn.next_byte_targets, lambda d, n, s: {"tokens": ids(n), "cu_seqlens": inputs.documents(n, s)}),
+        (bk_nn.next_byte_bits, lambda d, n, s: {"logits": torch.zeros(n, 9, dtype=d), "targets": ids(n) % 9}),
+        (bk_nn.row_positions, lambda d, n, s: {"cu_seqlens": inputs.documents(n, s), "total": n}),
+        (bk_nn.attention_documents, lambda d, n, s: {"starts": ids(n) > 6, "cu_seqlens": inputs.documents(n, s)}),
+        (bk_nn.rotate, lambda d, n, s: {"x": inputs.random_normal(n, 2, 16, dtype=d, seed=s), "table": table(n)}),
+        (
+            bk_nn.rotary_table,
+            lambda d, n, s: {"positions": ids(n), "config": _model("byte_lm").config, "dtype": torch.float32},
+        ),
+    ]
+    return [Target(f"nn.{function.__name__}", "", function, make, lenient=True) for function, make in made]
+
+
 def _models() -> list[Target]:
     targets = []
     for name in MODELS:
@@ -314,6 +349,17 @@ def targets() -> list[Target]:
         Target(
             "sgd_step", "", lambda **x: steps.sgd_step(*x.values()), _make_step(False), raw=True, in_place=("table",)
         ),
+        *(
+            Target(
+                "few_row_layer_step",
+                str(stored),
+                lambda **x: steps.few_row_layer_step(*x.values()),
+                _make_layer_step(stored),
+                raw=True,
+                in_place=("keys", "values"),
+            )
+            for stored in (torch.float32, torch.int8)
+        ),
         Target(
             "rowwise_adagrad_step",
             "",
@@ -335,5 +381,6 @@ def targets() -> list[Target]:
         Target("to_ids", "", to_ids, _make_text),
         Target("to_bytes", "", to_bytes, _make_bytes),
         Target("set_attention_backend", "", bk.set_attention_backend, lambda *_: {"backend": "triton"}),
+        *_layer_functions(),
         *_models(),
     ]

@@ -46,6 +46,15 @@ def few_row_layer(**changes: Any) -> torch.Tensor:
     return bk.few_row_layer(**{**arguments, **changes})
 
 
+def autocast(call: Callable[[], Any]) -> Callable[[], Any]:
+    def under_autocast() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call()
+
+    return under_autocast
+
+
+INF = float("inf")
 X, Q, TOKENS = torch.ones(4, 3), torch.ones(4, 2, 8), torch.arange(4) + 4
 CALLS: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     # layouts
@@ -74,6 +83,33 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
         TypeError,
     ),
     "layout: expected a PatchLayout, got int": (lambda: build("blt")(TOKENS, layout=3), TypeError),
+    "patch_offsets: expected 1 dimensions": (lambda: changed(patch_offsets=OFFSETS.int()[0]).compact(), ValueError),
+    "layout.decode_offsets: expected a tensor, got int": (
+        lambda: bk.patch_unpool(X, changed(decode_offsets=1), "decode"),
+        TypeError,
+    ),
+    # numbers
+    "scale: expected a finite number, got inf": (lambda: bk.block_causal_attention(Q, Q, Q, scale=INF), ValueError),
+    "scale: expected a finite number, got -inf": (
+        lambda: bk.patch_cross_attention(Q, Q, Q, layout(), direction="decode", queries_per_patch=1, scale=-INF),
+        ValueError,
+    ),
+    "logits: expected an alphabet of at most 1073741824, got 1099511627776": (
+        lambda: bk.token_entropy(torch.ones(1, 1).expand(1, 2**40)),
+        ValueError,
+    ),
+    "k: expected dtype torch.float32 of q, since autocast leaves fp64.*": (
+        autocast(lambda: bk.block_causal_attention(Q, Q.double(), Q)),
+        TypeError,
+    ),
+    "weight: expected dtype torch.float64 of x, since autocast leaves fp64.*": (
+        autocast(lambda: bk.few_row_linear(X.double(), X)),
+        TypeError,
+    ),
+    "bias: expected dtype torch.float32 of hidden, since autocast leaves fp64.*": (
+        autocast(lambda: bk.linear_entropy(X, X, torch.ones(4).double())),
+        TypeError,
+    ),
     # choices and flags
     "reduce: expected one of .*": (lambda: bk.patch_pool(X, layout(), [WORDS]), ValueError),
     "backend: expected one of .*": (lambda: bk.set_attention_backend(WORDS), ValueError),
@@ -101,12 +137,20 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
         lambda: build("byte_lm").generate("x", max_new_bytes=1, draft_bytes=2**63 - 1),
         ValueError,
     ),
+    "ids: expected integers, got torch.qint8": (
+        lambda: bk.to_bytes(torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)),
+        TypeError,
+    ),
     # layers of few rows, and tables
     "weights: expected a sequence of 7 tensors, got int": (lambda: few_row_layer(weights=7), TypeError),
     "scales: expected a sequence of 0 or 7 tensors, got bool": (lambda: few_row_layer(scales=False), TypeError),
     "index: expected values from 0 to 7, got -1": (lambda: few_row_layer(index=torch.tensor([-1])), ValueError),
     "keys: expected a cache without gradients.*": (
         lambda: few_row_layer(keys=torch.zeros(8, 1, 4, requires_grad=True)),
+        ValueError,
+    ),
+    "values: expected a cache whose memory has its values.*": (
+        lambda: few_row_layer(values=torch._neg_view(torch.zeros(8, 1, 4))),
         ValueError,
     ),
     "params: expected tables with unit stride.*": (
