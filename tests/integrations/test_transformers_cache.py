@@ -114,6 +114,14 @@ def test_modes(mode: str, rows: int) -> None:
     assert torch.equal(*out)
 
 
+def test_the_report_counts_the_caches_that_generate_makes() -> None:
+    ours, name = pair("released")[1], "BltForCausalLM._prepare_cache_for_generation"
+    before = ours.applied.report().replaced[name]
+    first = generated(ours, prompt(), return_dict_in_generate=True, do_sample=False)
+    generated(ours, first.sequences, past_key_values=first.past_key_values, do_sample=False)  # brings a cache
+    assert ours.applied.report().replaced[name] == before + 1
+
+
 def test_prompt_lookup() -> None:
     stock, ours = pair("released")
     ids = prompt(1, 9).repeat(1, 3)

@@ -19,7 +19,7 @@ from blt_kernels.integrations.transformers.forward import has_dropout
 from blt_kernels.integrations.transformers.shared import NotSharedError, SharedBLT
 from blt_kernels.models import BLT
 
-LABEL = "BltCache"  # in reports
+LABEL, PREPARATION = "BltCache", "BltForCausalLM._prepare_cache_for_generation"  # in reports
 _PART = 4096  # columns that a long prompt is read by, so that memory stays bounded
 _FAR = 1 << 40  # larger than any position
 _NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # before 5.24
@@ -140,6 +140,7 @@ class Caching:
                 if self.blt(model.model, None, True, {}) is None:
                     generation_config.use_cache = False
                 else:
+                    self.applied.count(PREPARATION)
                     model_kwargs[_NAME] = BltCache()
                     return None
             return original(model, generation_config, model_kwargs, *args, **kwargs)
