@@ -65,7 +65,7 @@ def test_an_op_is_public_and_documented(op: str) -> None:
     assert op in blt_kernels.__all__
     assert function is getattr(importlib.import_module(f"blt_kernels.ops.{op}"), op)
     for section in ("Parameters", "Returns", "Raises"):
-        assert f"\n    {section}\n    ---" in function.__doc__
+        assert f"\n{section}\n---" in inspect.getdoc(function)
 
 
 @pytest.mark.parametrize("name", [n for n in blt_kernels.__all__ if inspect.isfunction(getattr(blt_kernels, n))])
