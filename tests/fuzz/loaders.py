@@ -136,7 +136,9 @@ LOADERS: dict[str, Loader] = {
         lambda folder: valid.save_bytelatent(folder, legacy=True), load_model, valid.run_model
     ),
     "bytelatent, hub": Loader(lambda folder: valid.save_bytelatent(folder, hub=True), load_model, valid.run_model),
-    "hub cache": Loader(valid.save_hub_cache, valid.load_hub_cache, valid.run_model),
+    "hub cache": Loader(  # its refs are read by huggingface_hub, however long
+        valid.save_hub_cache, valid.load_hub_cache, valid.run_model, without=frozenset(("sparse",))
+    ),
     "Llama": Loader(valid.save_llama, valid.load_llama),
     "train --init-global": Loader(valid.save_llama, valid.begin_as_llama),
     "train --init": Loader(valid.save_lm, valid.begin_as_lm),

@@ -25,6 +25,7 @@ from fuzz.loaders import LOADERS
 from fuzz.pickle_mutations import CANARY, hostile_pickles, nested_call
 from hypothesis import given
 from hypothesis import strategies as st
+from tiers import slow_unless
 
 from blt_kernels._files import parse_json
 from blt_kernels._pickles import check_pickle, check_torch_file
@@ -58,7 +59,7 @@ def no_finds(files: Files, loader: str, seeds: range) -> None:
     assert len(outcomes) == len(seeds) + 1
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", slow_unless(LOADERS, LOADERS.keys() - {"resumed training", "train --set", "log"}))
 def test_mutated_files_do_no_harm(files: Files, loader: str) -> None:
     no_finds(files, loader, range(4))
 
