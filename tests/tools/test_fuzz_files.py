@@ -169,10 +169,14 @@ def without_step(folder: Path) -> None:
     file.write_bytes(pickle.dumps(metadata))
 
 
-def linked(folder: Path) -> None:
-    """Put a file that cannot be read at its start in the place of a text."""
-    (folder / "empty").unlink()
-    (folder / "empty").symlink_to("/proc/self/mem")
+def linked(file: str) -> Callable[[Path], None]:
+    """Return a function that puts a file that cannot be read at its start in the place of another."""
+
+    def change(folder: Path) -> None:
+        (folder / file).unlink()
+        (folder / file).symlink_to("/proc/self/mem")
+
+    return change
 
 
 def call(name: str, argument: object) -> bytes:
@@ -227,7 +231,8 @@ FOUND: list[tuple[str, Callable[[Path], object], str]] = [
     ("log", written("log.jsonl", DEEP + b"\n"), "expected a JSON object of numbers with a step in line 1, got "),
     ("log", written("log.jsonl", b'{"step": 1, "bits_per_byte": null}\n'), "expected a JSON object of numbers"),
     ("transformers", edited("config.json", patcher_config__rms_norm_eps="x" * 10**5), "expected float, got 'xx"),
-    ("texts", linked, "CASE/empty"),
+    ("texts", linked("empty"), "CASE/empty"),
+    ("patch --save", linked("stored/patches.bits"), "CASE/stored"),
     ("ByteLM", config_of("model.safetensors", dim=2**62), "expected sizes that tensors can have"),
     ("ByteLM", config_of("model.safetensors", rope_theta=2**64, norm_eps=-1.0), "norm_eps: expected a finite"),
     ("ByteLM", config_of("model.safetensors", rope_scaling=["8", 1, 4, 9]), "rope_scaling: expected a number, got '8'"),
