@@ -233,7 +233,8 @@ def _check_signatures(path: Path, signatures: str) -> None:
         if types != (expected := _types(SCHEMAS.get(operator, ""))):
             raise StaleModuleError(
                 f"{path} was built for other operators than those of this package: {operator} is ({types}) there, "
-                f"expected {f'({expected})' if expected else 'no such operator'}; `make demo` in the checkout or "
+                f"{f'({expected})' if expected else 'and no file of ops that is imported defines it'} here; "
+                "`make demo` in the checkout or "
                 "`pip install --force-reinstall` builds it anew"
             )
 

@@ -31,6 +31,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "extensions.commands",
+    "extensions.faults",
     "extensions.figures",
     "extensions.mathml",
     "extensions.measured",

@@ -132,6 +132,7 @@ FAULTS = (
     Fault("step", "there are no cases", "tests/cases/ema_scan.py", "", ""),
     Fault("step", "there are no tests of the op's own", "tests/ops/test_ema_scan.py", "", "", FILES),
     Fault("step", "there is no benchmark", "bench/bench_ema_scan.py", "", "", FILES),
+    Fault("step", "there is no page", "docs/ops/ema_scan.md", "", "", FILES),
 )  # fmt: skip
 
 
@@ -190,17 +191,18 @@ def found_by(fault: Fault) -> tuple[str, str]:
         if error:
             return "the compiler", error
     if fault.check.startswith("cuda_check.py"):
-        code, output = run(
-            [sys.executable, f"tests/{shlex.split(fault.check)[0]}", *shlex.split(fault.check)[1:], "--archs=90a"]
-        )
-        faults = re.findall(r"sm_90a: (.*?)\s*$|^(.*: (?:us|instructions) .*)$", output, re.M)
+        code, output = run([sys.executable, *shlex.split(f"tests/{fault.check} --archs 90a")])
+        faults = re.findall(r"sm_90a: (.*?)\s*$|^((?:slower|more): .* all: .*)$", output, re.M)
         assert not code or faults, output
-        return ("make cuda-check", next(filter(None, faults[0]))) if code else ("", "")
+        return ("make cuda-check", next(filter(None, faults[-1]))) if code else ("", "")
     code, output = run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", *shlex.split(fault.check)], fault.build
     )
     failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?:\[.*?\])?(?: - (.*))?$", output, re.M)
-    assert code == 0 or failed, output
+    if code and not failed:  # the package cannot be imported
+        error = re.search(r"^E +blt_kernels\.\S*?(\w+Error: .*)$", output, re.M)
+        assert error, output
+        return "import blt_kernels", error[1].replace(f"{COPY}/", "")
     return (failed[1], failed[2] or "") if failed else ("", "")
 
 

@@ -97,6 +97,10 @@ def block_causal_attention(
     backward takes the weights ``exp(s - lse)`` from the rounded lse: their relative error is up to about
     ``2^-22 |lse|``, 0.2% for 1e4. Far beyond 1e6 they are finite and at most 1, but need not sum to 1.
 
+    A NaN in q or k reaches the queries that attend to it. A NaN or an infinity in v may also reach queries of the same
+    tile for which it is masked, since 0 * NaN is NaN: earlier ones of its document and neighbouring documents. Keys
+    that no query attends to are never read, and may hold anything.
+
     Examples
     --------
     >>> v = torch.tensor([1.0, 3.0, 5.0]).view(3, 1, 1).expand(3, 1, 8)

@@ -52,7 +52,7 @@ def test_a_file_of_ops_is_one_op() -> None:
 
 @EVERY_OP
 def test_an_op_has_its_files(op: str) -> None:
-    files = [f"blt_kernels/reference/{op}.py", f"tests/ops/test_{op}.py"]
+    files = [f"blt_kernels/reference/{op}.py", f"tests/ops/test_{op}.py", f"docs/ops/{op}.md"]
     if op in COMPILED:
         files.append(f"bench/bench_{op}.py")
     assert [f for f in files if not (ROOT / f).exists()] == []
@@ -90,7 +90,8 @@ def test_an_operator_takes_the_arguments_of_its_reference_in_order(operator: str
     names = (f"{operator}_reference", f"{re.sub('_(fwd|step)$', '', operator)}_reference")
     reference = next(getattr(module, n) for n in names if hasattr(module, n))
     taken = list(inspect.signature(reference).parameters)
-    assert schema_arguments(operator) == taken, f"the schema of {operator} against {reference.__name__}"
+    schema = schema_arguments(operator)
+    assert schema == taken, f"{operator} takes {', '.join(schema)}; {reference.__name__} takes {', '.join(taken)}"
 
 
 @EVERY_OPERATOR
@@ -140,7 +141,7 @@ def test_compiled_kernels_have_signatures_of_their_schemas(monkeypatch: pytest.M
     ):
         _extension.load_cpu.__wrapped__()
     monkeypatch.delitem(_extension.SCHEMAS, "ema_scan_fwd")
-    with pytest.raises(_extension.StaleModuleError, match="expected no such operator; `make"):
+    with pytest.raises(_extension.StaleModuleError, match="and no file of ops that is imported defines it here; `make"):
         _extension.load_cpu.__wrapped__()
 
 
