@@ -61,10 +61,9 @@ def compile_kernels(names: Sequence[str], arch: str) -> tuple[dict[str, str], by
     sources = {path.name: path.read_text() for path in sorted(HEADERS.glob("*.cuh"))}
     options = (*_OPTIONS, f"-arch={arch}", f"-I{cuda_headers()}")
     key = hashlib.sha256(repr((nvrtc.getVersion(), options, sorted(names), sorted(sources.items()))).encode())
-    folder = os.environ.get("BLT_KERNELS_CACHE") or Path.home() / ".cache" / "blt_kernels"
-    cached = Path(folder, f"{key.hexdigest()}.cubin")
-    if cached.exists():
-        *lines, code = cached.read_bytes().split(b"\n", len(names))
+    cached = _cache_folder() / f"{key.hexdigest()}.cubin"
+    if content := _read(cached):
+        *lines, code = content.split(b"\n", len(names))
         return dict(zip(names, (line.decode() for line in lines), strict=True)), code
 
     # GCC leaves namespaces out of some of the names that it spells.
@@ -138,6 +137,21 @@ class Launchers:
         except Exception:
             traceback.print_exc()  # an exception cannot cross the launcher, which raises its own
             return None
+
+
+def _cache_folder() -> Path:
+    """Return the folder of compiled kernels; one that cannot be made for a user without a home, as containers have."""
+    try:
+        return Path(os.environ.get("BLT_KERNELS_CACHE") or Path.home() / ".cache" / "blt_kernels")
+    except RuntimeError:
+        return Path(os.devnull, "blt_kernels")
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the content of a file; None if there is none, or this user cannot read it."""
+    with suppress(OSError):
+        return path.read_bytes()
+    return None
 
 
 def _write(path: Path, content: bytes) -> None:

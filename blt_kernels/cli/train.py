@@ -90,7 +90,7 @@ def run(config: TrainConfig, color: Color = Color.auto) -> None:
                 text += f", held out {now.heldout_bits:.3f}"
             advance(now.step, text)
             if not shown.is_terminal and (now.step % _PLAIN_EVERY == 0 or now.step == now.steps):
-                shown.print(f"step {now.step}/{now.steps}: {text}")
+                shown.print(f"step {now.step}/{now.steps}: {text}", soft_wrap=True)
 
         def resumed(step: int) -> None:
             shown.print(f"{config.out} goes on from step {step} of {config.steps}", soft_wrap=True)
@@ -105,7 +105,8 @@ def run(config: TrainConfig, color: Color = Color.auto) -> None:
                 raise
     out = console(color)
     if result.heldout_bits is not None:
-        out.print(f"held out: {result.heldout_bits:.4f} bits per byte over {result.heldout_bytes:,} bytes")
+        size = f"{result.heldout_bytes:,} bytes"
+        out.print(f"held out: {result.heldout_bits:.4f} bits per byte over {size}", soft_wrap=True)
     out.print(f"model: {result.model}", soft_wrap=True)
     out.print(f"loss curve: {result.curve}", soft_wrap=True)
 

@@ -13,6 +13,7 @@ not depend on ranks and micro-batches, up to rounding, and a run may go on with 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -297,7 +298,10 @@ class _Run:
             raise self._changed("patcher" if self.config.patcher or not self.config.init else "init", "other weights")
         self.step, self.seconds, self.heldout_bits = values["step"], values["seconds"], values["heldout_bits"]
         self.saved_step = self.step
-        if self.ranks.rank == 0:  # `keep` may have become smaller
+        if self.ranks.rank == 0:
+            if not os.access(checkpoint.parent, os.W_OK | os.X_OK):  # told before the steps to the next checkpoint
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(checkpoint.parent))
+            # `keep` may have become smaller.
             state.prune(checkpoint.parent, self.config.keep)
 
     def _check_files(self, began_with: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ def start(device: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not is_of_lost_rank(error):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ConnectionError(f"rank {ranks.rank} has lost another rank, whose message says why: {reason}") from error
     # DDP is freed before the process group: its destructor joins gloo's threads while it holds the GIL, which they may
     # need to free a tensor.
@@ -87,10 +87,10 @@ def start(device: str) -> Iterator[Ranks]:
 
 def is_of_lost_rank(error: BaseException) -> bool:
     """Return whether gloo, nccl or their store has lost the connection to another process."""
-    words = ("gloo", "Gloo", "NCCL", "onnection closed by peer", "onnection reset by peer", "TCPStore", "Broken pipe")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    words = ("gloo/transport", "onnection closed by peer", "onnection reset by peer", "remote process exited")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")  # that torchrun gives its processes

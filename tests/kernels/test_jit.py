@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_the_launchers_are_those_of_the_emulator(names: list[str]) -> None:
     assert POOL in names
     assert len(set(names)) == len(names)
     assert set(names) == {n for n in emulator().kernels() if "anonymous" not in n}
+
+
+def test_a_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may run a user who is a number. What cannot be read is no cache either."""
+    for name in ("BLT_KERNELS_CACHE", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    path = _nvrtc._cache_folder() / "kernel.cubin"
+    _nvrtc._write(path, b"code")
+    assert _nvrtc._read(path) is None
+    assert _nvrtc._read(tmp_path) is None
 
 
 @pytest.mark.slow

@@ -518,6 +518,16 @@ def test_a_run_with_other_options_is_refused(corpus: Path, tmp_path: Path) -> No
         loop.train(config(corpus, tmp_path / "other", heldout=1.0))
 
 
+def test_checkpoints_that_cannot_be_written(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run is told before it computes what it could not keep."""
+    loop.train(config(corpus, tmp_path, steps=2))
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("checkpoint"))
+    steps: list[int] = []
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*/checkpoint'"):
+        loop.train(config(corpus, tmp_path, steps=3), lambda now: steps.append(now.step))
+    assert not steps
+
+
 def test_a_log_without_its_checkpoint_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 7}\n')
     with pytest.raises(ValueError, match="holds the log of a run but no checkpoint"):

@@ -210,9 +210,12 @@ def test_a_disk_that_fails(action: str, launcher: Launcher, corpus: Path, whole:
     """From an event on the disk is full, or one event fails. The run ends with the file and the reason."""
     expected, ended = whole(MODEL)
     chance = moments(f"disk {MODEL} {action}", 1)
+    renames = [at for at, event in enumerate(ended.events, 1) if event.startswith("os.rename checkpoint")]
     for number in range(chance.count):
         out = tmp_path / str(number)
         at, size = chance.randrange(1, len(ended.events) + 1), chance.randrange(1, 5000)
+        if action == "full" and number == 0:  # while a checkpoint becomes complete
+            at = chance.choice(renames)
         command = Command(train(corpus, out, MODEL), tmp_path / "trace", Fault(str(out), at, action, size))
         failed = launcher.run(command)
         where = f"{ended.events[at - 1]}: {failed.stderr}"
