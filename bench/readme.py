@@ -202,9 +202,9 @@ def table_of_speed(ops: Path, generation: Path) -> str:
         One of the measurements is in neither file.
     """
     lines = [
-        f"Milliseconds in fp32 on two cores, of `{ops.stem}`; then who is next, and how many times as long it takes.",
+        f"Median milliseconds in fp32 with two threads, from `{ops.stem}`, beside the fastest alternative.",
         "",
-        "| what | input | ms | next | times as long |",
+        "| what | input | ms | alternative | times as long |",
         "|---|---|---:|---|---:|",
     ]
     for path, name, op, shape in (

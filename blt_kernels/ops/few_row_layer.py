@@ -1,4 +1,4 @@
-"""few_row_layer runs a transformer layer over a few new entries of rows whose earlier keys and values are cached."""
+"""few_row_layer: a transformer layer over a few new entries of rows whose earlier keys and values are cached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""few_row_linear multiplies a few rows by a weight matrix, which is read once; on CUDA the product is torch's."""
+"""few_row_linear: a few rows times a weight matrix, which is read once; on CUDA the product is torch's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizers `optim.SGD` and `optim.RowwiseAdagrad` take these steps, which update rows of a table in place.
+"""optim: the steps of `optim.SGD` and `optim.RowwiseAdagrad`, which update rows of a table in place.
 
 A step reads and writes the rows that have a gradient, and no others.
 """

@@ -1,4 +1,4 @@
-"""token_entropy computes entropies of next-byte logits, linear_entropy those from the inputs of the output head."""
+"""token_entropy: entropies of next-byte logits, and those from the inputs of the output head (`linear_entropy`)."""
 
 from __future__ import annotations
 

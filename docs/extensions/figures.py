@@ -1,6 +1,5 @@
 """Pictures that the library itself draws, one for a light page and one for a dark one.
 
-
 ``docs/figures/NAME.py`` has ``draw(colors: Colors) -> matplotlib.figure.Figure`` and a docstring, which is the
 alternative text of the picture. On a page, the directive ``{drawn} NAME`` shows it; its content is the caption.
 """
