@@ -36,6 +36,15 @@ def test_every_public_name_has_one_entry() -> None:
     assert entries() == Counter(f"{module.__name__}.{name}" for module in MODULES for name in public(module))
 
 
+def test_docstrings_link_the_names_of_all_public_modules() -> None:
+    text = (DOCS / "extensions" / "names.py").read_text(encoding="utf-8")
+    assert [module.__name__ for module in MODULES if f'"{module.__name__}"' not in text] == []
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 # --- links ------------------------------------------------------------------------------------------------------------
 
 PAGES = [
