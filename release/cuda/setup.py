@@ -11,6 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parents[2]
+shutil.copy(ROOT / "LICENSE", Path(__file__).parent)  # setuptools takes no file from above
 VERSION = re.search(r'^__version__ = "(.*)"$', (ROOT / "blt_kernels/_version.py").read_text(), re.MULTILINE)[1]
 
 
