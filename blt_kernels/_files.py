@@ -130,7 +130,10 @@ def naming(path: Path) -> Iterator[None]:
 
 def sync_folder(folder: Path) -> None:
     """Put what was created, renamed and removed in a folder on the disk, where the file system can do that."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # this user may write to the folder, but not list it
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -193,9 +196,9 @@ def _lock(file: int | IO[str]) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, whole or not at all."""
+    """Write a file in UTF-8, whole or not at all. Names of files that are no UTF-8 keep their bytes."""
     with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 @contextmanager

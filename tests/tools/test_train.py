@@ -518,6 +518,16 @@ def test_a_run_with_other_options_is_refused(corpus: Path, tmp_path: Path) -> No
         loop.train(config(corpus, tmp_path / "other", heldout=1.0))
 
 
+def test_names_of_files_may_be_any_bytes(corpus: Path, tmp_path: Path) -> None:
+    (corpus / os.fsdecode(b"h\xf6her.txt")).write_text("a name in Latin-1")
+    sources = data.find_sources([corpus])
+    seed = next(i for i in range(99) if any("her" in s.path.name for s in data.split_sources(sources, 0.2, i)[1]))
+    loop.train(config(corpus, tmp_path / "run", steps=1, seed=seed))
+    held = data.split_sources(sources, 0.2, seed)[1]
+    names = (tmp_path / "run" / "heldout.txt").read_bytes()
+    assert names.splitlines() == [os.fsencode(source.path) for source in held]
+
+
 def test_checkpoints_that_cannot_be_written(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run is told before it computes what it could not keep."""
     loop.train(config(corpus, tmp_path, steps=2))

@@ -19,6 +19,7 @@ import socket
 import stat
 import string
 import subprocess
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ from tiers import slow, slow_unless
 
 from blt_kernels.train import log as train_log
 from blt_kernels.train import state as train_state
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 MOMENTS = int(os.environ.get("FAULTS", "0"))
 MOUNTS = MOMENTS and os.geteuid() == 0
