@@ -77,6 +77,8 @@ class _Group(typer.core.TyperGroup):
         if os.environ.get("BLT_KERNELS_TRACEBACK"):
             return error
         command, message = self.commands.get(ctx.invoked_subcommand), " ".join(message.split())
+        # A name in a file, or of one, may hold what a terminal takes for commands.
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         if command is None:
             typer.echo(f"blt-kernels: {message}", err=True)
         else:

@@ -75,12 +75,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _entry(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         entry = parse_json(line)
-        known = type(entry["step"]) is int and all(map(_is_value, entry.values()))
-    except (ValueError, LookupError, TypeError, AttributeError):
-        known = False
-    if not known:
-        expected = "a JSON object of numbers with a step"
-        raise ValueError(f"{path}: expected {expected} in line {number}, got {line.strip()[:80]!r}")
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        raise ValueError(f"{path}: expected a JSON object with a step in line {number}, got {line.strip()[:80]!r}")
+    if not all(map(_is_value, entry.values())):
+        raise ValueError(f"{path}: expected numbers in line {number}, got {line.strip()[:80]!r}")
     return entry
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from blt_kernels._files import locked, write_text
+from blt_kernels._files import locked, shortened, write_text
 from blt_kernels.models import BLT, ByteLM
 from blt_kernels.models.base import ByteModel
 from blt_kernels.models.stored_config import config_from_dict
@@ -287,7 +287,7 @@ class _Run:
             raise ValueError(f"out: {self.out} holds a run {version}: choose another directory")
         other = [name for name in options if name != "steps" and stored.get(name) != options[name]]
         if other:
-            shown = ", ".join(name if name == "files" else f"{name}={stored.get(name)!r}" for name in other)
+            shown = ", ".join(name if name == "files" else f"{name}={shortened(stored.get(name))}" for name in other)
             raise ValueError(f"out: {self.out} holds a run with other options ({shown}): choose another directory")
         if options["steps"] < stored["steps"]:
             raise ValueError(f"steps: expected at least {stored['steps']}, as {self.out} has, got {options['steps']}")
@@ -319,7 +319,7 @@ class _Run:
             option = "patcher"
         else:
             option = "init" if config.init else "init_global" if config.init_global else "preset"
-        shown = (f"{name}: expected {old.get(name)!r}, got {new.get(name)!r}" for name in names)
+        shown = (f"{name}: expected {shortened(old.get(name))}, got {new.get(name)!r}" for name in names)
         raise self._changed(option, "; ".join(shown))
 
     def _changed(self, option: str, what: str) -> ValueError:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blt_kernels._files import check_regular, locked, naming, sync_folder
+from blt_kernels._files import check_regular, locked, naming, shortened, sync_folder
 from blt_kernels.models import BLT
 from blt_kernels.train import data
 from blt_kernels.train.data import Pieces, Row, Source
@@ -192,7 +192,7 @@ def _start(parent: int, threads: int, _worker: int) -> None:
 def _check_same(folder: Path, stored: dict[str, Any], index: dict[str, Any]) -> None:
     old, new = stored["made_with"], index["made_with"]
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    shown = [f"{name}={old.get(name)!r}" for name in names]
+    shown = [f"{name}={shortened(old.get(name))}" for name in names]
     if [(f["sha256"], f["size"]) for f in stored["files"]] != [(f["sha256"], f["size"]) for f in index["files"]]:
         shown.append("files")
     if shown:

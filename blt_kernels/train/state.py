@@ -173,6 +173,9 @@ def read_values(path: Path) -> dict[str, Any]:
     for name, kind in expected.items():
         if not isinstance(values, dict) or not isinstance(values.get(name), kind):
             raise ValueError(f"{file}: damaged: expected the {name} of a run. {_way_out(path)}")
+    for name, value in (("step", values["step"]), ("options.steps", values["options"].get("steps"))):
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            raise ValueError(f"{file}: damaged: expected a number of steps as {name}. {_way_out(path)}")
     return values
 
 

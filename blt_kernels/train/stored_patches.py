@@ -103,7 +103,9 @@ class StoredPatches:
         stored = self.index["made_with"]
         names = [name for name in {**stored, **made_with} if stored.get(name) != made_with.get(name)]
         if names:
-            shown = "; ".join(f"{name}: expected {made_with.get(name)}, got {stored.get(name)}" for name in names)
+            shown = "; ".join(
+                f"{name}: expected {made_with.get(name)}, got {stored.get(name)!s:.200}" for name in names
+            )
             raise ValueError(f"patches: {self.folder} was made with something else ({shown})")
         sources = list(sources)
         missing = [source for source in sources if source.digest not in self.number]

@@ -43,7 +43,13 @@ def mutate(folder: Path, random: random.Random, without: Collection[str] = ()) -
         how = flips
     try:
         how(file, random)
-    except (ValueError, RecursionError, AttributeError, TypeError):  # an earlier mutation has left another format
+    except (
+        ValueError,
+        LookupError,
+        RecursionError,
+        AttributeError,
+        TypeError,
+    ):  # an earlier mutation has left another format
         flips(file, random)
     return f"{how.__name__.strip('_')} {file.relative_to(folder)}"
 
@@ -280,5 +286,5 @@ def _without(header: dict[str, Any], data: bytes, name: str) -> bytes:
             if "data_offsets" in other and other["data_offsets"][0] >= end:
                 other["data_offsets"] = [offset - (end - start) for offset in other["data_offsets"]]
         return data[:start] + data[end:]
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         return data

@@ -21,7 +21,7 @@ import pytest
 import torch
 from fuzz.children import Case, Files, judge, run
 from fuzz.file_mutations import mutated_json
-from fuzz.loaders import LOADERS
+from fuzz.loaders import LOADERS, RefusedError, command
 from fuzz.pickle_mutations import CANARY, hostile_pickles, nested_call
 from hypothesis import given
 from hypothesis import strategies as st
@@ -228,8 +228,8 @@ FOUND: list[tuple[str, Callable[[Path], object], str]] = [
     ("transformers, shards", outside, "expected names of files in its folder, got '../other.safetensors'"),
     ("transformers", written("config.json", DEEP), "CASE/config.json: expected JSON, got objects and lists in each"),
     ("stored patches", written("stored/index.json", DEEP), "index.json is no index of stored patches"),
-    ("log", written("log.jsonl", DEEP + b"\n"), "expected a JSON object of numbers with a step in line 1, got "),
-    ("log", written("log.jsonl", b'{"step": 1, "bits_per_byte": null}\n'), "expected a JSON object of numbers"),
+    ("log", written("log.jsonl", DEEP + b"\n"), "expected a JSON object with a step in line 1, got "),
+    ("log", written("log.jsonl", b'{"step": 1, "bits_per_byte": null}\n'), "expected numbers in line 1"),
     ("transformers", edited("config.json", patcher_config__rms_norm_eps="x" * 10**5), "expected float, got 'xx"),
     ("texts", linked("empty"), "CASE/empty"),
     ("patch --save", linked("stored/patches.bits"), "CASE/stored"),
@@ -239,6 +239,9 @@ FOUND: list[tuple[str, Callable[[Path], object], str]] = [
     ("bytelatent, .pth", edited("params.json", model__ffn_dim_multiplier=float("inf")), "a number that gives a width"),
     ("bytelatent, .pth", edited("params.json", model__dim_global=1 << 64), "dim_global: expected a number of 64 bits"),
     ("resumed training", without_step, "the checkpoint is damaged: the optimiser's state of embed_tokens.weight"),
+    ("checkpoint", edited("checkpoint/2/values.json", step=-5), "expected a number of steps as step"),
+    ("checkpoint", edited("checkpoint/2/values.json", options__steps="3"), "a number of steps as options.steps"),
+    ("patch --save", edited("stored/index.json", made_with__patching="x" * 10**5), "holds patches of something else"),
     ("hub cache", written("models--owner--blt/refs/main", b"\xff"), "the cache of the hub is damaged"),
 ]  # fmt: skip
 
@@ -247,6 +250,12 @@ FOUND: list[tuple[str, Callable[[Path], object], str]] = [
 def test_what_was_found(files: Files, tmp_path: Path, loader: str, change: Callable, message: str) -> None:
     got = refused(files, tmp_path, loader, change)
     assert re.search(message, got), got
+
+
+def test_names_send_nothing_to_a_terminal(tmp_path: Path) -> None:
+    """The command line shows control characters as escapes."""
+    with pytest.raises(RefusedError, match=re.escape("\\x1b[2J")):
+        command("patch FOLDER", tmp_path / "\x1b[2J")
 
 
 def test_pickles_of_torch_pass(tmp_path: Path) -> None:
