@@ -342,3 +342,27 @@ def test_bad_indices_reach_no_memory(case: OpCase, backend: str, device: str) ->
                 except (RuntimeError, IndexError, ValueError) as error:
                     message = str(error)
                 assert "_kernel<" not in message  # it would be a fault that the emulator found
+
+
+@pytest.mark.parametrize("case", {case.op: case for case in reversed(CASES)}.values(), ids=lambda case: case.op)
+def test_shorter_arguments_reach_no_memory(case: OpCase) -> None:
+    """A raw operator may be called with tensors that do not fit one another, in rows or in columns.
+
+    The CPU kernels have the same checks, in csrc/common/args.
+    """
+    arguments = make(case, "cpu", 60, 20)
+    with use("emulated"):
+        for operator, args in raw_calls(case, arguments):
+            for position, good in enumerate(args):
+                if not isinstance(good, Tensor) or not good.dim():
+                    continue
+                for dim in {0, good.dim() - 1}:
+                    message = ""
+                    try:
+                        operator(
+                            *args[:position], good.narrow(dim, 0, good.shape[dim] // 2).clone(), *args[position + 1 :]
+                        )
+                    except (RuntimeError, IndexError, ValueError) as error:
+                        message = str(error)
+                    name = f"{operator.name()}, {operator._schema.arguments[position].name}, dimension {dim}"
+                    assert "_kernel<" not in message, f"{name}: {message}"

@@ -55,7 +55,8 @@ def test_an_op_has_its_files(op: str) -> None:
     files = [f"blt_kernels/reference/{op}.py", f"tests/ops/test_{op}.py", f"docs/ops/{op}.md"]
     if op in COMPILED:
         files.append(f"bench/bench_{op}.py")
-    assert [f for f in files if not (ROOT / f).exists()] == []
+    missing = [f for f in files if not (ROOT / f).exists()]
+    assert missing == [], f"{op} has no {', '.join(missing)}"
     assert [c.name for c in CASES if c.op == op], "not listed in tests/cases"
 
 
@@ -65,7 +66,7 @@ def test_an_op_is_public_and_documented(op: str) -> None:
     assert op in blt_kernels.__all__
     assert function is getattr(importlib.import_module(f"blt_kernels.ops.{op}"), op)
     for section in ("Parameters", "Returns", "Raises"):
-        assert f"\n{section}\n---" in inspect.getdoc(function)
+        assert f"\n{section}\n---" in inspect.getdoc(function), f"the docstring of {op} has no section {section}"
 
 
 @pytest.mark.parametrize("name", [n for n in blt_kernels.__all__ if inspect.isfunction(getattr(blt_kernels, n))])
@@ -116,7 +117,10 @@ def test_a_compiled_op_is_compiled_whole(operator: str) -> None:
     op = OPERATORS[operator]
     if _extension.load_cpu().isa is None:
         pytest.skip("no compiled module")
-    assert has_cpu_kernel(overload(operator)) == (op in COMPILED)
+    expected = "a kernel" if op in COMPILED else "no kernel"
+    assert has_cpu_kernel(overload(operator)) == (op in COMPILED), (
+        f"{operator}: expected {expected} in csrc/cpu/{op}.cpp"
+    )
     if op not in COMPILED:
         return
     source = (ROOT / "csrc" / "cpu" / f"{op}.cpp").read_text()
@@ -159,7 +163,8 @@ def test_an_op_has_one_owner_on_cuda(op: str) -> None:
 def test_an_op_has_all_of_its_cuda_kernels(operator: str) -> None:
     """Launchers are registered under CUDA in ``_C_cuda`` and ``_C_jit``, and for the emulator, from one source."""
     op = OPERATORS[operator]
-    assert (operator in emulated()) == (op in CUDA)
+    expected = "a kernel" if op in CUDA else "no kernel"
+    assert (operator in emulated()) == (op in CUDA), f"{operator}: expected {expected} in csrc/cuda/{op}.cu"
     if op not in CUDA:
         return
     names = (operator.rsplit("_", 1)[0], op)  # a part of a large op may have a file of its own
