@@ -37,13 +37,16 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> Calla
 
 
 def _of_dense_tensors(name: str, reference: Callable) -> Callable:
-    """Return the reference as a kernel that refuses sparse and nested tensors, for which torch calls it, too."""
-    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    names = [argument.name for argument in overload._schema.arguments]
+    """Return the reference as a kernel that refuses sparse, nested and missing tensors: torch calls it for them too."""
+    schema = getattr(getattr(torch.ops, NAMESPACE), name).default._schema
+    names = [argument.name for argument in schema.arguments]
+    required = [argument.name for argument in schema.arguments if str(argument.type) == "Tensor"]
 
     @wraps(reference)
     def checked(*arguments: Any) -> Any:
         for argument, value in zip(names, arguments, strict=False):
+            if value is None and argument in required:
+                raise TypeError(f"{argument}: expected a tensor, got None")
             for x in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(x, Tensor):
                     _checks.check_dense(argument, x)

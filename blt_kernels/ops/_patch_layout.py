@@ -45,7 +45,7 @@ def check_readers(layout: PatchLayout) -> None:
     if type(decode_offsets) is not Tensor:
         _checks.check_tensor("layout.decode_offsets", decode_offsets, 1, (torch.int32,))
     _checks.check_same("layout.decode_offsets", decode_offsets, "layout.patch_offsets", patch_offsets)
-    if decode_offsets.shape != patch_offsets.shape:
+    if _checks.shape_of("layout.decode_offsets", decode_offsets) != patch_offsets.shape:
         expected = f"shape {list(patch_offsets.shape)} of layout.patch_offsets"
         raise ValueError(f"layout.decode_offsets: expected {expected}, got {list(decode_offsets.shape)}")
 

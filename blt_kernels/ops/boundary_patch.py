@@ -72,6 +72,7 @@ def boundary_patch(
         raise ValueError(f"threshold: expected {expected} for marks of {marks.dtype}, got {threshold!r}")
     if thresholds is not None:
         _checks.check_like("threshold", thresholds, (1,), "marks", marks, dtype=False)
+        _checks.check_dense("threshold", thresholds)
         _checks.check_shape("threshold", thresholds, (documents,), "[B]")
         thresholds = thresholds.detach().float()
     elif number is not None:

@@ -89,10 +89,14 @@ def few_row_layer(
         _checks.check_tensor(name, cache, 3, _checks.FLOATS)
         _checks.check_same(name, cache, "x", x)
         _checks.check_shape(name, cache, keys.shape, "[S, G, E of keys]")
+        if _overlaps(cache):
+            raise ValueError(f"{name}: expected a cache without overlapping memory, got strides {cache.stride()}")
         if cache.is_neg():
             raise ValueError(f"{name}: expected a cache whose memory has its values, got a negated view")
         if cache.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a cache without gradients, since it is changed, got requires_grad=True")
+    if keys.numel() and keys.data_ptr() == values.data_ptr():
+        raise ValueError("values: expected other memory than that of keys, got the same")
     factors: Sequence[Tensor | None] = scales or [None] * len(weights)
     for name, weight, scale in zip(WEIGHTS, weights, factors, strict=True):
         check_weight(f"weights of {name}", weight, f"scales of {name}", scale, x)
@@ -108,11 +112,13 @@ def few_row_layer(
         raise ValueError(f"weights of q: expected a multiple of {kv_heads} heads of keys, got {queries // width}")
     for name, norm in (("input_norm", input_norm), ("post_norm", post_norm)):
         _checks.check_like(name, norm, (1,), "x", x)
+        _checks.check_dense(name, norm)
         _checks.check_shape(name, norm, (dim,), "[D of x]")
     _checks.check_number("eps", eps)
     _checks.check_tensor("table", table, 3, (torch.complex64, torch.complex128))
     _checks.check_shape("table", table, (total, 1, width // 2), "[T of x, 1, E of keys / 2]")
     _checks.check_same("table", table, "x", x, dtype=False)
+    table = table.resolve_conj()
     _checks.check_tensor("index", index, 1, (torch.int64,))
     _checks.check_same("index", index, "x", x, dtype=False)
     _checks.check_shape("index", index, (total,), "[T of x]")
@@ -133,6 +139,16 @@ def few_row_layer(
         return reference.few_row_layer_reference(*arguments, *documents)
     norms, caches = (input_norm, post_norm), ((keys,), (values,))
     return few_row_layer_step(x, weights, scales, norms, eps, table, *caches, *documents, (), (), None, None, None)
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Return whether two elements of `x` may have one place in memory."""
+    reach = 0  # the last place of the dimensions with smaller strides
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * max(size - 1, 0)
+    return False
 
 
 # --- schema and fake --------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ def few_row_linear(
     ):
         if value is not None:
             _checks.check_like(name, value, (len(shape),), "x", x)
+            _checks.check_dense(name, value)
             _checks.check_shape(name, value, shape, meaning)
     _checks.check_number("eps", eps)
     _checks.check_number("residual_factor", residual_factor)
@@ -95,6 +96,7 @@ def check_weight(name: str, weight: object, scale_name: str, scale: object, x: T
         raise TypeError(f"{scale_name}: expected a tensor for int8 weights and for no others, got {found}")
     if scale is not None:
         _checks.check_like(scale_name, scale, (1,), "x", x)
+        _checks.check_dense(scale_name, scale)  # type: ignore[arg-type]
         _checks.check_shape(scale_name, scale, weight.shape[:1], "[N of the weight]")  # type: ignore[arg-type]
 
 

@@ -103,7 +103,7 @@ def patch_cross_attention(
     kv_heads = k_shape[-2]
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"k: expected a number of heads G that divides H = {heads}, got {kv_heads}")
-    patch_rows, byte_rows = layout.capacity * queries_per_patch, layout.patch_ids.shape[0]
+    patch_rows, byte_rows = layout.capacity * queries_per_patch, layout.num_bytes
     q_rows, kv_rows = (patch_rows, byte_rows) if encode else (byte_rows, patch_rows)
     expected = (q_rows, heads, width), (kv_rows, kv_heads, width), (kv_rows, kv_heads, width)
     for name, got, shape in zip("qkv", (q_shape, k_shape, v_shape), expected, strict=True):

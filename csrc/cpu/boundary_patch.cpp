@@ -24,8 +24,9 @@ namespace {
 template <class Marked>
 Tensor decisions_of_marks(const TextDocuments& text, const BoundaryArguments& arguments, const Marked& marked) {
   return decisions_of(text, arguments.marks.size(0), [&](int64_t b, int64_t begin, int64_t end, bool* starts_after) {
-    const int64_t fixed = std::min(begin + arguments.first, end);  // bytes whose decision is `first`
-    for (int64_t t = begin; t < fixed; ++t) starts_after[t] = t + 1 == begin + arguments.first;
+    const int64_t first = std::min(arguments.first, end - begin + 1);
+    const int64_t fixed = std::min(begin + first, end);  // bytes whose decision is `first`
+    for (int64_t t = begin; t < fixed; ++t) starts_after[t] = t + 1 == begin + first;
     if (!arguments.at_start) {
       for (int64_t t = fixed; t < end; ++t) starts_after[t] = marked(b, t);
     } else if (fixed < end) {

@@ -21,8 +21,8 @@ from blt_kernels.reference.entropy_patch import (
 )
 
 
-def byte_patch_reference(cu_seqlens: Tensor, num_bytes: int) -> bk.PatchLayout:
-    return static_patch_reference(cu_seqlens, num_bytes, 1)
+def byte_patch_reference(cu_seqlens: Tensor, num_bytes: int, max_patches: int | None = None) -> bk.PatchLayout:
+    return static_patch_reference(cu_seqlens, num_bytes, 1, max_patches=max_patches)
 
 
 RULES: dict[str, dict[str, Any]] = {

@@ -24,6 +24,7 @@ from blt_kernels.nn.matrices import Linear, QuantizedLinear, RMSNorm
 from blt_kernels.ops import few_row_layer as op
 from blt_kernels.ops.few_row_layer import MAX_ROWS
 from blt_kernels.reference.few_row_layer import few_row_layer_reference, few_row_layer_step_reference
+from blt_kernels.testing import assert_equal
 
 OVERLOAD = torch.ops.blt_kernels.few_row_layer_step.default
 COMPILED = pytest.mark.skipif(not has_cpu_kernel(OVERLOAD), reason="no compiled module")
@@ -326,6 +327,13 @@ def test_any_strides_of_the_cache_and_a_table_of_fp64() -> None:
     changed = vars(call) | {"keys": keys, "values": values, "table": call.table.to(torch.complex128)}
     torch.testing.assert_close(bk.few_row_layer(*changed.values()), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close((keys, values), tuple(cache), rtol=1e-5, atol=1e-5)
+
+
+def test_a_conjugated_table() -> None:
+    call = make((1, 1, 0, 2))
+    for table in (call.table, call.table.to(torch.complex128)):
+        expected = replace(call, table=table.conj().resolve_conj()).run(bk.few_row_layer)
+        assert_equal(replace(call, table=table.conj()).run(bk.few_row_layer), expected)
 
 
 def test_opcheck() -> None:

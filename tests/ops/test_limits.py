@@ -106,6 +106,8 @@ def test_long_patches_are_not_cut(device: str) -> None:
         assert_equal(bk.static_patch(cu_seqlens, size, num_bytes=150), never)
         assert_equal(bk.static_patch(cu_seqlens, 1, size, num_bytes=150), whole)
         assert_equal(bk.static_patch(cu_seqlens, size, size, num_bytes=150), whole)
+        assert_equal(bk.boundary_patch(entropy, cu_seqlens, threshold=0.5, first=size), whole)
+        assert_equal(bk.boundary_patch(entropy > 0, cu_seqlens, first=size, at="start"), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -55,6 +55,7 @@ def autocast(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 INF = float("inf")
+CACHE = torch.zeros(8, 1, 4)
 X, Q, TOKENS = torch.ones(4, 3), torch.ones(4, 2, 8), torch.arange(4) + 4
 CALLS: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     # layouts
@@ -149,6 +150,17 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
         lambda: few_row_layer(keys=torch.zeros(8, 1, 4, requires_grad=True)),
         ValueError,
     ),
+    "keys: expected a cache without overlapping memory.*": (
+        lambda: few_row_layer(keys=torch.zeros(40).as_strided((8, 1, 4), (2, 4, 1))),
+        ValueError,
+    ),
+    "values: expected other memory than that of keys": (lambda: few_row_layer(values=CACHE, keys=CACHE), ValueError),
+    "post_norm: expected a dense tensor.*": (lambda: few_row_layer(post_norm=torch.ones(4).to_sparse()), TypeError),
+    "residual: expected a dense tensor.*": (
+        lambda: bk.few_row_linear(X, torch.ones(3, 3), residual=X.to_sparse()),
+        TypeError,
+    ),
+    "logits: expected a tensor, got None": (lambda: torch.ops.blt_kernels.token_entropy_fwd(None), TypeError),
     "values: expected a cache whose memory has its values.*": (
         lambda: few_row_layer(values=torch._neg_view(torch.zeros(8, 1, 4))),
         ValueError,
