@@ -315,8 +315,8 @@ def check_capacity(max_patches: int | None, documents: int) -> None:
 
 
 def check_dense(name: str, value: Tensor) -> None:
-    """Raise TypeError if `value` is sparse, nested or in a layout of mkldnn."""
-    if value.layout is not _DENSE or value.is_nested:
+    """Raise TypeError if `value` is sparse, nested, quantized or in a layout of mkldnn."""
+    if value.layout is not _DENSE or value.is_nested or value.is_quantized:
         raise TypeError(f"{name}: expected a dense tensor, got {_kind(value)}")
 
 
@@ -327,7 +327,9 @@ def check_all_dense(**tensors: Tensor) -> None:
 
 
 def _kind(value: Tensor) -> str:
-    return "a nested one" if value.is_nested else f"one of layout {value.layout}"
+    if value.is_nested:
+        return "a nested one"
+    return "a quantized one" if value.is_quantized else f"one of layout {value.layout}"
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -41,6 +41,7 @@ _HUGE = re.compile(r"announces|\d{10}|e\+")  # labels of what may need more memo
 # These errors of torch say themselves which of its modes is in the way of which operator.
 _OF_TORCH = re.compile(
     r"convert all Tensors to FakeTensors|[Ii]nference tensor|meta tensors?$|InferenceMode|variable_excluded"
+    r"|^blt_kernels\.\w+\.default$"  # of a tensor subclass that has no such operator
 )
 _OF_TRACING = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
 _OFFSETS = r"(offsets|ids|cu_patches|(patch|decode)_(offsets|ids)|cu_seqlens(_[qk])?|seqused_k)"
