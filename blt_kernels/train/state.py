@@ -132,7 +132,7 @@ def save(
         if isinstance(error, CheckpointException):  # it is derived from BaseException
             causes = _causes(error)
             _raise_interruption(causes)
-            reasons = "; ".join(sorted({str(cause) for cause in causes}))
+            reasons = "; ".join(sorted(set(map(_reason, causes))))
             raise OSError(f"{path}: the checkpoint could not be written: {reasons}") from error
         raise
     if ranks.rank == 0:
@@ -313,6 +313,16 @@ def _reading(path: Path) -> Iterator[None]:
 def _causes(error: BaseException) -> list[BaseException]:
     """Return the exceptions of all ranks that a `CheckpointException` holds, or the error itself."""
     return [failure[0] for failure in getattr(error, "failures", {}).values()] or [error]
+
+
+def _reason(error: BaseException) -> str:
+    """Return why a checkpoint could not be written: torch's zip writer raises its own error behind a failed write."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None and "unexpected pos" in str(error):  # what another rank sends comes without its context
+        return f"a write failed, as on a full disk: {error}"
+    return str(cause or error)
 
 
 def _raise_interruption(causes: list[BaseException]) -> None:

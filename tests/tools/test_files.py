@@ -97,6 +97,15 @@ def test_a_full_disk_leaves_nothing_new(writer: str, tmp_path: Path) -> None:
     assert after == before
 
 
+@pytest.mark.parametrize("size", [1, 600, 1100, 2500, 5000, 12000])
+def test_a_checkpoint_says_why_it_cannot_be_written(size: int, tmp_path: Path) -> None:
+    """torch's zip writer turns some errors of the file system into others."""
+    with pytest.raises(OSError, match="File too large"), full_disk(size):
+        save_checkpoint(tmp_path)
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert train_state._reason(error).startswith("a write failed, as on a full disk: ")
+
+
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
