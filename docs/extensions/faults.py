@@ -25,8 +25,9 @@ class Faults(SphinxDirective):
             rows = [row for row in csv.DictReader(file) if row["kind"] == self.arguments[0]]
         lines: list[str] = []
         for row in rows:
-            check = f"`{row['found_by']}`" if "/" in row["found_by"] else row["found_by"]
-            said = [f"{check} says", "", f"  > `{row['message']}`"] if check else ["No check finds it."]
+            by = row["found_by"]
+            check = by if by == "the compiler" else f"`{by}`"
+            said = [f"{check} says", "", f"  > `` {row['message']} ``"] if by else ["No check finds it."]
             lines += [f"**{row['fault'][0].upper()}{row['fault'][1:]}**", f": {said[0]}", *said[1:], ""]
         return self.parse_text_to_nodes("\n".join(lines))
 
