@@ -60,8 +60,8 @@ class TransformerConfig:
             _checks.check_number(name, getattr(self, name))
         if not 0 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta: expected a finite value > 0, got {self.rope_theta}")
-        if not 0 <= self.norm_eps < math.inf:
-            raise ValueError(f"norm_eps: expected a finite value >= 0, got {self.norm_eps}")
+        if not 0 <= self.norm_eps <= _checks.INT64_MAX:  # torch adds no larger int
+            raise ValueError(f"norm_eps: expected a value from 0 to 2**63 - 1, got {self.norm_eps}")
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim: expected a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.dim}")
         if self.num_heads % self.kv_heads:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from blt_kernels._files import shortened
 from blt_kernels.ids import EOS
 from blt_kernels.models.checkpoint import bytelatent_fields as fields
 from blt_kernels.models.checkpoint.fields import Values
@@ -158,7 +159,7 @@ def read_byte_lm(values: Values) -> ByteLMConfig:
             window = None  # that code ignores it
         elif (window is None) == (bias == "local_block_causal"):
             expected = "a window" if window is None else "None"
-            raise args.error("sliding_window", f"{expected}, since attn_bias_type is {bias!r}")
+            raise args.error("sliding_window", f"{expected}, since attn_bias_type is {shortened(bias)}")
         if split and args["eos_id"] is None:
             raise args.error("eos_id", "an id")
     layers = _layers(args, args["dim"], args["n_layers"], args["n_heads"], args["n_kv_heads"], window)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from blt_kernels._files import shortened
 from blt_kernels.models.checkpoint import transformers_fields as fields
 from blt_kernels.models.checkpoint.fields import Values
 from blt_kernels.models.config import BLTConfig, ByteLMConfig
@@ -98,7 +99,7 @@ def _layers(values: Values, window: int | None) -> TransformerConfig:
     rope = fields.ROPE_PARAMETERS.take(values.inner("rope_scaling") or values.inner("rope_parameters"))
     kind = rope["rope_type"] or rope["type"] or "default"
     if kind not in ("default", "llama3"):
-        raise ValueError(f"{rope}: rope_type: expected 'default' or 'llama3', got {kind!r}")
+        raise ValueError(f"{rope}: rope_type: expected 'default' or 'llama3', got {shortened(kind)}")
     for of in (rope, values):
         if of["partial_rotary_factor"] is not None:
             of.expect("partial_rotary_factor", 1)
