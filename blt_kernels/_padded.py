@@ -39,6 +39,8 @@ def check_lengths(lengths: Tensor, seq_len: int | None, padding: int | None, max
             _checks.check_is_int(name, value)
     if seq_len is not None and not 0 <= seq_len <= MAX_BYTES:
         raise ValueError(f"seq_len: expected 0 to {MAX_BYTES}, got {seq_len}")
+    if max_patches is not None and max_patches > MAX_BYTES:
+        raise ValueError(f"max_patches: expected at most {MAX_BYTES}, as int32 ids count, got {max_patches}")
     rows = lengths.shape[0]
     if max_patches is not None and max_patches < rows:
         raise ValueError(f"max_patches: expected at least one patch a row ({rows}), got {max_patches}")

@@ -115,7 +115,7 @@ def _smooth(chunks: Tensor, probability: Tensor, layout: PatchLayout, cu_chunks:
     # Clamped in fp32, since 1 - MIN_WEIGHT is 1 in bf16.
     weights = probability.to(torch.promote_types(probability.dtype, torch.float32)).clamp(MIN_WEIGHT, 1 - MIN_WEIGHT)
     of_chunks = patch_pool(weights.flatten()[:, None], layout, "first").view(chunks.shape[:-1])
-    return patch_unpool(ema_scan(chunks, of_chunks, cu_chunks).view(-1, chunks.shape[-1]), layout)
+    return patch_unpool(ema_scan(chunks, of_chunks, cu_chunks).flatten(0, -2), layout)
 
 
 def apply(model: nn.Module | None = None, *, attention: bool = True, chunking: bool = True) -> Applied:

@@ -312,3 +312,8 @@ def test_errors_of_tensors() -> None:
     ):
         with pytest.raises(kind, match=match):
             call()
+
+
+def test_chunks_without_columns() -> None:
+    chunks, layout = hnet.chunk(torch.ones(4, 0), torch.tensor([True, False, True, False]))
+    assert hnet.dechunk(chunks, torch.full((4,), 0.5), layout).shape == (4, 0)

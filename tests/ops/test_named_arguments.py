@@ -64,6 +64,10 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     "cu_seqlens: expected offsets that .*": (lambda: PatchLayout.from_cuts(CUTS, OFFSETS.flip(0)), ValueError),
     "max_patches: expected an int, got 'x'": (lambda: PatchLayout.from_cuts(CUTS, OFFSETS, "x"), TypeError),
     "max_patches: expected at least one .*": (lambda: PatchLayout.from_cuts(CUTS, OFFSETS, 0), ValueError),
+    "max_patches: expected at most 2147483647, as int32 ids count, got 2147483648": (
+        lambda: PatchLayout.from_lengths(torch.ones(1, 4, dtype=torch.int64), max_patches=2**31),
+        ValueError,
+    ),
     "padding: expected 0 or -1": (lambda: layout().to_lengths(padding=WORDS), ValueError),
     "width: expected an int, got True": (lambda: layout().to_lengths(width=True), TypeError),
     "include_next_byte: expected True or False": (lambda: layout().to_lengths(2), TypeError),
