@@ -20,7 +20,7 @@ from blt_kernels._files import write_text
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "images"
 MARKERS = ("<!-- speed:begin -->", "<!-- speed:end -->")
-# What the small table calls a row and its input, the row's op, and what its shape starts with.
+# Each entry has the title and the input in the small table, the op of the row, and the start of its shape.
 SPEED = (
     ("BLT, forward | [1, 8192]", "BLT fwd", "63.9M parameters, [1, 8192]"),
     ("BLT, forward + backward | [1, 8192]", "BLT fwd+bwd", "63.9M parameters, [1, 8192]"),

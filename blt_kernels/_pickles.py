@@ -37,7 +37,7 @@ _STORAGES = {  # bytes of an element
 
 @dataclass(frozen=True)
 class _Item:
-    """What is on the stack.
+    """Describes a value on the stack.
 
     `value` is that of numbers, strings, tuples of them and the names of globals, `steps` those that walk over it. It
     `allocates` if it is, or has inside, a global that takes memory when it is called.

@@ -24,8 +24,8 @@ SITE = Path(__file__).resolve().parents[1] / "build" / "docs"
 WIDTHS = {"phone": 390, "desktop": 1280}
 SCHEMES = ("light", "dark")
 SEARCHES = {"patch_pool": "patch_pool", "decode ids": "Ideas", "capacity": "Layouts"}
-# What reaches beyond the right edge, except in what scrolls by itself. The width of the page does not tell, since the
-# theme lets a whole article scroll.
+# Returns the elements that reach beyond the right edge, except in elements that scroll by themselves. The width of the
+# page does not tell, since the theme lets a whole article scroll.
 TOO_WIDE = """() => [...document.querySelectorAll('article *')]
         .filter(e => e.getBoundingClientRect().right > window.innerWidth + 1)
         .filter(e => !e.closest('pre, .table-wrapper, div.math'))

@@ -1,4 +1,4 @@
-"""How an op of your own is tested with `blt_kernels.testing`.
+"""Test an op of your own with `blt_kernels.testing`.
 
 Run it by ``pytest examples/test_patch_softmax.py``. The op is a softmax of scores over
 the bytes of each patch, composed of two ops of the package.

@@ -31,7 +31,7 @@ _ALLOCATES = ("open", "os.mkdir", "fsync", "os.rename")  # these can find the di
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at event number `at` below `folder`.
+    """Describes a fault at event number `at` below `folder`.
 
     `action` is the name of a signal, which the process sends to itself; the name of an error number, which the event
     fails with; "full", from then on every event that takes space fails with ENOSPC; "limit", no file can grow beyond
@@ -60,7 +60,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended. `code` is negative for a signal, as in `subprocess`."""
+    """Holds the end of a command. `code` is negative for a signal, as in `subprocess`."""
 
     code: int
     stdout: str

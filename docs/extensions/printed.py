@@ -1,4 +1,4 @@
-"""What a script prints, when the site is built: the directive ``{printed} PATH``, relative to the page."""
+"""The directive ``{printed} PATH`` runs a script when the site is built and shows what it prints."""
 
 from __future__ import annotations
 

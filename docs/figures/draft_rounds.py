@@ -1,4 +1,4 @@
-"""What the bundled entropy model writes with drafts of the prompt, one colour for the bytes of each pass.
+"""The bundled entropy model writes with drafts of the prompt; the bytes of one pass have one colour.
 
 Most passes write one byte; those whose draft was accepted write several.
 """

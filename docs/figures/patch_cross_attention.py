@@ -1,4 +1,4 @@
-"""Which bytes patches read: their own, and with a window of two also those of the patch before, within documents."""
+"""Patches read their own bytes, and with a window of two also those of the patch before, within documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parts of a BLT run for each byte of a text, read one by one.
+"""The parts of a BLT that run for each byte of a text, which is read one by one.
 
 Patcher, encoder and decoder run for every byte, the global transformer only for a byte that ends a patch.
 """

@@ -58,7 +58,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case ended in.
+    """Holds the outcome of a case.
 
     `kind` is "accepted" or "refused", or what is wrong. Finds are told apart by `where`, the place in the code.
     """

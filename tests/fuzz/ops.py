@@ -374,7 +374,7 @@ def _compare(results: list[Any], name: str, arguments: Arguments) -> None:
             continue
         assert actual.shape == truth.shape, f"{where}: shape {list(actual.shape)}, expected {list(truth.shape)}"
         actual, eager, rounded = actual.detach(), eager.detach().to(actual.dtype), truth.detach().to(actual.dtype)
-        # Where rounding alone decides whether a number is finite, nothing can be told.
+        # A number that only rounding makes finite or not is not compared.
         odd = (rounded.isnan() & eager.isnan()) | (rounded.isinf() & (eager == rounded))
         wrong = odd & (actual != rounded) & ~(actual.isnan() & rounded.isnan())
         finite = rounded.isfinite() & eager.isfinite()
