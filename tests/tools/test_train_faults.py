@@ -178,7 +178,7 @@ def test_killed_at_an_event(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("action", ["SIGKILL", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("action", ["SIGKILL", "SIGTERM", "SIGINT"] if MOMENTS else ["SIGTERM"])
 def test_killed_at_a_time(action: str, launcher: Launcher, corpus: Path, whole: Whole, tmp_path: Path) -> None:
     expected, ended = whole(MODEL)
     chance = moments(f"time {action}", 1)
@@ -208,7 +208,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("action", slow_unless(FAILURES, {"full"}))
+@pytest.mark.parametrize("action", slow_unless(FAILURES if MOMENTS else ["full", "limit", "EIO"], {"full"}))
 def test_a_disk_that_fails(action: str, launcher: Launcher, corpus: Path, whole: Whole, tmp_path: Path) -> None:
     """From an event on the disk is full, or one event fails. The run ends with the file and the reason."""
     expected, ended = whole(MODEL)
