@@ -53,7 +53,8 @@ template <class... T>
 struct SchemaType<std::tuple<T...>> {
   static std::string name() {
     std::string names;
-    ((names += (names.empty() ? "" : " ") + SchemaType<T>::name()), ...);
+    ((names += SchemaType<T>::name() + ' '), ...);
+    if (!names.empty()) names.pop_back();
     return names;
   }
 };
