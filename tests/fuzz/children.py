@@ -269,7 +269,7 @@ def judge(files: Files, case: Case, watch: _Watch | None = None) -> Outcome:
         kind, detail, where = "code", "the file has run code", "canary"
     elif noted:
         kind, detail, where = "effect", noted[0], noted[0].split()[0]
-    elif kind in ("accepted", "refused") and peak > MEMORY + 4 * size:
+    elif kind in ("accepted", "refused") and peak > MEMORY + 4 * size and not loader.own_sizes:
         kind, detail, where = "memory", f"{peak >> 20} MiB for files of {size} bytes: {detail}", where
     elif kind in ("accepted", "refused") and cpu > SECONDS / 4 and not loader.own_sizes:
         kind, detail, where = "slow", f"{cpu:.1f} s of CPU: {detail}", where

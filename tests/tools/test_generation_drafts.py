@@ -34,7 +34,7 @@ def test_a_run_that_goes_on(drafts: ModuleType, tmp_path: Path, capsys: pytest.C
     with pytest.raises(FileNotFoundError, match="checkpoint"):
         drafts.load(tmp_path)
     optimizer = torch.optim.SGD(model.parameters())
-    values = {"options": {}, "config": asdict(model.config), "step": 7, "seconds": 1.0, "heldout_bits": None}
+    values = {"options": {"steps": 9}, "config": asdict(model.config), "step": 7, "seconds": 1.0, "heldout_bits": None}
     with parallel.start("cpu") as ranks:
         state.save(tmp_path / "checkpoint", 7, model, optimizer, values, ranks, 1)
     loaded = drafts.load(tmp_path)
