@@ -239,7 +239,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    isas, out, counting = importlib.import_module("blt_kernels._extension").runnable(), Console(), None
+    isas, counting = importlib.import_module("blt_kernels._extension").runnable(), None
+    out = Console(width=None if sys.stdout.isatty() else 140)
     isa = isas[0]
     if options.clock == "instructions":
         counting = instructions.prepare(ROOT / "build" / "compare")
