@@ -194,15 +194,16 @@ coverage: .venv/built $(EMULATOR)  ## Measure which lines of Python and C++ the 
 	cmake --build build/coverage/cmake
 	rm -rf build/coverage/site && mkdir -p build/coverage/site
 	find build/coverage/cmake -name '*.gcda' -delete
-	cp -r blt_kernels build/coverage/site/ && rm -f build/coverage/site/blt_kernels/*.so
+	cp -r blt_kernels build/coverage/site/ && rm -f build/coverage/site/blt_kernels/_C_[vp]*.so
+	ln -s $(CURDIR)/bench build/coverage/site/bench
 	cmake --install build/coverage/cmake --prefix build/coverage/site/blt_kernels
 	$(say) 'tests'
 	OMP_NUM_THREADS=1 BLT_KERNELS_BACKENDS='cpu emulated' PYTHONPATH=$(CURDIR)/build/coverage/site \
 	    COVERAGE_FILE=build/coverage/python pytest -n 2 --dist worksteal $(TIER) $(or $(TESTS),tests) \
-	    --cov=blt_kernels --cov-report=html:build/coverage/python-html --cov-report=term:skip-covered
+	    --cov=build/coverage/site/blt_kernels --cov-report=html:build/coverage/python-html --cov-report=term:skip-covered
 	$(say) 'C++'
 	mkdir -p build/coverage/cpp-html
-	gcovr --root . --filter csrc/cpu --filter csrc/common build/coverage/cmake --txt \
+	gcovr --gcov-suspicious-hits-threshold 0 --root . --filter csrc/cpu --filter csrc/common build/coverage/cmake --txt \
 	    --html-details build/coverage/cpp-html/index.html
 
 # Clang comes from a wheel, since not every machine has one. It uses the C++ library and the linker of the system.
