@@ -67,7 +67,7 @@ def moments(kind: str, few: int) -> random.Random:
 
 @dataclass(frozen=True)
 class Left:
-    """What a finished run leaves."""
+    """Holds the files and losses of a finished run."""
 
     out: Path
     model: bytes
@@ -139,7 +139,7 @@ CODES = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "cut": -signal.SIGXFSZ}
 
 
 def check_told(action: str, ended: Ended, out: Path) -> None:
-    """What can be said says how the run goes on, in few lines and without a traceback."""
+    """Check that the error output says how the run goes on, in few lines and without a traceback."""
     assert ended.code == CODES[action], ended.stderr
     assert "Traceback" not in ended.stderr
     checkpoint = train_state.latest(out / "checkpoint")
@@ -210,7 +210,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("action", slow_unless(FAILURES if MOMENTS else ["full", "limit", "EIO"], {"full"}))
 def test_a_disk_that_fails(action: str, launcher: Launcher, corpus: Path, whole: Whole, tmp_path: Path) -> None:
-    """From an event on the disk is full, or one event fails. The run ends with the file and the reason."""
+    """The disk is full from an event on, or one event fails. The run ends with the file and the reason."""
     expected, ended = whole(MODEL)
     chance = moments(f"disk {MODEL} {action}", 1)
     renames = [at for at, event in enumerate(ended.events, 1) if event.startswith("os.rename checkpoint")]
