@@ -194,9 +194,10 @@ coverage: .venv/built $(EMULATOR)  ## Measure which lines of Python and C++ the 
 	cmake --build build/coverage/cmake
 	rm -rf build/coverage/site && mkdir -p build/coverage/site
 	find build/coverage/cmake -name '*.gcda' -delete
-	cp -r blt_kernels build/coverage/site/ && rm -f build/coverage/site/blt_kernels/_C_[vp]*.so
+	cp -r blt_kernels build/coverage/site/ && rm -f build/coverage/site/blt_kernels/*.so
 	ln -s $(CURDIR)/bench build/coverage/site/bench
 	cmake --install build/coverage/cmake --prefix build/coverage/site/blt_kernels
+	cp blt_kernels/_C_jit*.so build/coverage/site/blt_kernels/  # optimised, it needs nothing of the emulator
 	$(say) 'tests'
 	OMP_NUM_THREADS=1 BLT_KERNELS_BACKENDS='cpu emulated' PYTHONPATH=$(CURDIR)/build/coverage/site \
 	    COVERAGE_FILE=build/coverage/python pytest -n 2 --dist worksteal $(TIER) $(or $(TESTS),tests) \
