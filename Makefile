@@ -33,6 +33,16 @@ docs: .venv/built  ## Build the site into build/docs; every warning is an error
 docs-serve: docs  ## Serve the site at http://localhost:8000
 	python -m http.server --bind 127.0.0.1 --directory build/docs 8000
 
+# Playwright drives the distribution's Chromium and downloads none. OPTIONS="--screenshots DIR" keeps pictures.
+build/playwright/playwright: .venv/installed
+	$(say) 'Playwright (once)'
+	PIP_CONSTRAINT= $(PIP) install --target build/playwright playwright
+	@touch $@
+
+docs-browser: docs build/playwright/playwright  ## Open every page in Chromium, as a phone and a desktop, light and dark
+	$(say) 'every page in Chromium'
+	PYTHONPATH=build/playwright python docs/browser.py $(OPTIONS)
+
 # The emulator is for x86-64 only.
 EMULATOR := $(if $(filter x86_64 amd64,$(shell uname -m)),build/emulator/blt_emulator.so)
 HUB := build/kernels/kernels build/hub-native/build

@@ -120,6 +120,13 @@ def check(words: list[str]) -> None:
         assert known, f"{command}: expected a command of {LEFT_ALONE}, or a block of `console`"
 
 
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES])
+def test_targets_in_sentences_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`make ((?:[a-z-]+ ?)+)(?=[ `])", text)
+    assert {target for targets in named for target in targets.split()} <= TARGETS
+
+
 @pytest.mark.parametrize("page", with_blocks("console"))
 def test_options_exist(page: Path) -> None:
     for _language, _line, code in blocks(page, "console"):
