@@ -38,6 +38,7 @@ from blt_kernels.train.build import MODELS, build_model
 from blt_kernels.train.config import TrainConfig
 from blt_kernels.train.evaluate import measure, threshold_for_patch_size
 from blt_kernels.train.log import Log, draw_curve
+from blt_kernels.train.optimizer import learning_rate, make_optimizer
 from blt_kernels.train.row_patches import RowPatches
 from blt_kernels.train.stored_patches import StoredPatches, model_digest, provenance
 
@@ -46,7 +47,6 @@ _FREE = (
     *("paths", "out", "checkpoint_every", "checkpoint_seconds", "log_every", "tensorboard", "patch_size", "save_bf16"),
     *("device", "accumulate", "checkpoint_activations", "compile", "parallel", "shard_tables", "patches", "keep"),
 )
-_GLOBAL_LAYERS = ("global_transformer.layers.", "global_layers.")
 # The threshold of an entropy model is measured on so many bytes. Rows are long: each begins with two short patches.
 _THRESHOLD_BYTES, _THRESHOLD_CONTEXT = 1 << 20, 2048
 
@@ -142,7 +142,7 @@ class _Run:
         self.model = build_model(config).train()
         self.called = parallel.distribute(self.model, ranks, config.parallel, config.shard_tables)
         _prepare_layers(self.model, config)
-        self.optimizer = _optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.model, config)
         self.step, self.seconds = 0, 0.0
         self.heldout_bits: float | None = None
         self.saved_step, self.saved_at = 0, time.monotonic()
@@ -164,7 +164,7 @@ class _Run:
     def advance(self) -> float:
         """Take one step and return its loss in bits per byte."""
         config, ranks, started = self.config, self.ranks, time.perf_counter()
-        rate = _learning_rate(config, self.step)
+        rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         predicted, parts = max(self.batches.predicted(self.step), 1), ranks.world * config.accumulate
@@ -194,7 +194,7 @@ class _Run:
             raise ValueError(f"learning_rate: the loss is {bits} at step {self.step}, after {config.learning_rate}")
         line: dict[str, Any] = {}
         if self.step % config.log_every == 0 or self.step == 1:
-            line = {"bits_per_byte": bits, "learning_rate": _learning_rate(config, self.step - 1)}
+            line = {"bits_per_byte": bits, "learning_rate": learning_rate(config, self.step - 1)}
             line |= {"bytes_per_second": round(speed), "seconds": round(self.seconds, 2)}
         if self.heldout_sources and self.step % config.eval_every == 0:
             self.heldout_bits = self._measure(_first(self.heldout_sources, config.eval_bytes))[0]
@@ -360,33 +360,6 @@ def _prepare_layers(model: ByteModel, config: TrainConfig) -> None:
             layer.recompute = config.checkpoint_activations
             if config.compile:  # `forward` alone: FSDP2's hooks around it would break the graph
                 layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
-
-
-def _optimizer(model: ByteModel, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW. Matrices decay; norms and tables do not.
-
-    A group has a `scale` of the learning rate, and parameters that are all sharded or all whole.
-    """
-    decays = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    rate = config.learning_rate if config.global_learning_rate is None else config.global_learning_rate
-    ratio = rate / config.learning_rate
-    groups: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            scale = ratio if name.startswith(_GLOBAL_LAYERS) else 1.0
-            key = (config.weight_decay if parameter in decays else 0.0, scale, type(parameter.data))
-            groups.setdefault(key, []).append(parameter)
-    options = [{"params": params, "weight_decay": key[0], "scale": key[1]} for key, params in groups.items()]
-    return torch.optim.AdamW(options, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
-def _learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the rate of a linear warm-up, then of a cosine that ends at `final_learning_rate` at the last step."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    part = (step - config.warmup) / max(config.steps - 1 - config.warmup, 1)
-    span = config.learning_rate - config.final_learning_rate
-    return config.final_learning_rate + span * (1 + math.cos(math.pi * part)) / 2
 
 
 def _first(sources: Sequence[data.Source], limit: int) -> list[data.Source]:

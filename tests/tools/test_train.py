@@ -28,7 +28,7 @@ from blt_kernels.ids import BOS, EOS
 from blt_kernels.models import ByteLM, load_model
 from blt_kernels.nn import TransformerLayer, next_byte_targets
 from blt_kernels.testing import SCRIPTS
-from blt_kernels.train import data, loop
+from blt_kernels.train import data, loop, optimizer
 from blt_kernels.train import log as train_log
 from blt_kernels.train import state as train_state
 from blt_kernels.train.build import build_model
@@ -320,11 +320,11 @@ def test_a_run_goes_on_with_more_steps(corpus: Path, tmp_path: Path, monkeypatch
     extended = load_model(tmp_path / "run" / "model.safetensors").state_dict()
     log = train_log.read_log(tmp_path / "run" / "log.jsonl")
 
-    rate = loop._learning_rate
+    rate = optimizer.learning_rate
     by_hand = [rate(options if step < 6 else more, step) for step in range(9)]
     assert by_hand[6] > by_hand[5] == pytest.approx(options.final_learning_rate)
     assert [line["learning_rate"] for line in log if "learning_rate" in line] == by_hand
-    monkeypatch.setattr(loop, "_learning_rate", lambda config, step: by_hand[step])
+    monkeypatch.setattr(loop, "learning_rate", lambda config, step: by_hand[step])
     loop.train(replace(more, out=tmp_path / "at once"))
     at_once = load_model(tmp_path / "at once" / "model.safetensors").state_dict()
     assert all(extended[key].equal(at_once[key]) for key in at_once)
@@ -744,7 +744,7 @@ SMALL_CHECKPOINT = {
 
 def test_the_learning_rate_warms_up_and_falls_to_its_end() -> None:
     options = TrainConfig("entropy", [], Path(), steps=100, warmup=10, learning_rate=1.0, final_learning_rate=0.1)
-    rates = [loop._learning_rate(options, step) for step in range(100)]
+    rates = [optimizer.learning_rate(options, step) for step in range(100)]
     assert rates[:11] == pytest.approx([*np.arange(0.1, 1.05, 0.1), 1.0])
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.1)
