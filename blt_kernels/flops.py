@@ -4,6 +4,13 @@ A multiply-add is two FLOPs. Only products of matrices are counted, those of att
 rotary positions, lookups and pooling. Attention counts the unmasked (query, key) pairs, and not the masked pairs of a
 tile. Numbers are for a whole text, and those of `paper_flops` for one byte.
 
+There are two views of the entropy model of a BLT, the patcher. `Flops.total` leaves it out, as the paper does.
+`Flops.with_patcher` counts its forward, which runs for every byte at inference and in every step of training unless
+patches are stored. `Flops.training` counts all that a run costs, the training of the patcher included.
+
+A model over tokens is a `ByteLMConfig` with a larger `vocab_size`, and its rows hold tokens; `Flops.per_byte` divides
+by the bytes of the text.
+
 `paper_flops` is appendix B of the BLT paper (arXiv 2412.09871). For a byte or a patch, with width h, r queries a key
 and a context of m, a layer costs
 
@@ -23,7 +30,7 @@ registers the ops, forward and backward, with `torch.utils.flop_counter.FlopCoun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from blt_kernels._flop_counter import PAIR_BACKWARD, PAIR_FORWARD
@@ -75,21 +82,60 @@ class Flops:
         "projections" the matrices between the widths around the global transformer. "decoder" is also the stack of a
         ByteLM, and the local model of MegaByte.
     patcher : float
-        FLOPs of the entropy model of a BLT, which runs forward only.
+        FLOPs of the forward of the entropy model of a BLT, on the same bytes. Other schemes than "entropy" do not run
+        it.
+    patcher_training : float
+        FLOPs of the forward and the backward of that model, where it is trained itself on as many bytes.
 
     Examples
     --------
-    >>> Flops({"decoder": Part(2.0, 4.0), "output": Part(1.0, 2.0)}).total
+    >>> flops = Flops({"decoder": Part(2.0, 4.0), "output": Part(1.0, 2.0)}, patcher=0.5, patcher_training=1.5)
+    >>> flops.total
     Part(forward=3.0, backward=6.0)
+    >>> flops.with_patcher
+    Part(forward=3.5, backward=6.0)
     """
 
     parts: dict[str, Part]
     patcher: float = 0.0
+    patcher_training: float = 0.0
 
     @property
     def total(self) -> Part:
-        """The sum of all parts, without the patcher."""
+        """The sum of all parts, without the patcher: what the BLT paper counts."""
         return sum(self.parts.values(), Part())
+
+    @property
+    def with_patcher(self) -> Part:
+        """The sum of all parts, and of the patcher's forward, where it runs with the model. BLT does not train it."""
+        return self.total + Part(self.patcher)
+
+    def training(self, num_bytes: float, *, patched_bytes: float | None = None, patcher_bytes: float = 0.0) -> float:
+        """Return the FLOPs of a whole training run. These `Flops` must be those of one byte: see `per_byte`.
+
+        Parameters
+        ----------
+        num_bytes : float
+            Bytes that the model trains on.
+        patched_bytes : float, optional
+            Bytes that the patcher reads meanwhile. If None it runs in every step: `num_bytes`. With patches that
+            ``blt-kernels patch --save`` stored, the bytes of the text, or 0 if that run has paid for them elsewhere.
+        patcher_bytes : float
+            Bytes that the patcher itself was trained on; 0 for one that is given, and in the count of the paper.
+
+        Returns
+        -------
+        float
+
+        Examples
+        --------
+        >>> flops = Flops({"decoder": Part(2.0, 4.0)}, patcher=0.5, patcher_training=1.5)
+        >>> flops.training(100), flops.training(100, patched_bytes=0), flops.training(100, patcher_bytes=10)
+        (650.0, 600.0, 665.0)
+        """
+        patched = num_bytes if patched_bytes is None else patched_bytes
+        model = (self.total.forward + self.total.backward) * num_bytes
+        return model + self.patcher * patched + self.patcher_training * patcher_bytes
 
     def per_byte(self, num_bytes: float) -> Flops:
         """Divide by the number of bytes.
@@ -97,12 +143,14 @@ class Flops:
         Parameters
         ----------
         num_bytes : float
+            Those of the text, also for a model over tokens.
 
         Returns
         -------
         Flops
         """
-        return Flops({name: part * (1 / num_bytes) for name, part in self.parts.items()}, self.patcher / num_bytes)
+        parts = {name: part * (1 / num_bytes) for name, part in self.parts.items()}
+        return Flops(parts, self.patcher / num_bytes, self.patcher_training / num_bytes)
 
 
 # --- the paper's formula ----------------------------------------------------------------------------------------------
@@ -148,12 +196,19 @@ def paper_flops(config: Config, patch_size: float, context: float = 16384) -> Fl
         "decoder": _paper_layers(decoder, context),
         "output": 2 * decoder.dim * 256,
     }
-    patcher = 0.0 if config.patcher is None else paper_flops(config.patcher, patch_size, context).total.forward
-    return _by_paper(parts, patcher)
+    return _with_patcher(config, _by_paper(parts), lambda patcher: paper_flops(patcher, patch_size, context))
 
 
-def _by_paper(parts: dict[str, float], patcher: float = 0.0) -> Flops:
-    return Flops({name: Part(flops, 2 * flops) for name, flops in parts.items()}, patcher)
+def _by_paper(parts: dict[str, float]) -> Flops:
+    return Flops({name: Part(flops, 2 * flops) for name, flops in parts.items()})
+
+
+def _with_patcher(config: BLTConfig, model: Flops, count: Callable[[ByteLMConfig], Flops]) -> Flops:
+    """Add the patcher to the FLOPs of a model, if its scheme runs it."""
+    if config.patcher is None or config.patching != "entropy":
+        return model
+    total = count(config.patcher).total
+    return replace(model, patcher=total.forward, patcher_training=total.forward + total.backward)
 
 
 def _paper_layers(config: TransformerConfig, context: float) -> float:
@@ -194,7 +249,7 @@ class Rows:
     Attributes
     ----------
     num_bytes, num_patches : sequence of float
-        Those of every row.
+        Those of every row. `num_bytes` counts the ids: bytes, or the tokens of a model over tokens.
 
     Examples
     --------
@@ -281,8 +336,7 @@ def count_flops(config: Config, rows: Rows) -> Flops:
         "projections": _matrices(patches, encoder.dim * local + entry + wide.dim * k * decoder.dim),
         "output": _matrices(total, decoder.dim * config.vocab_size),
     }
-    patcher = 0.0 if config.patcher is None else count_flops(config.patcher, rows).total.forward
-    return Flops(parts, patcher)
+    return _with_patcher(config, Flops(parts), lambda patcher: count_flops(patcher, rows))
 
 
 def _count_megabyte(config: MegaByteConfig, rows: Rows) -> Flops:

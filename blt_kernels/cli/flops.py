@@ -43,6 +43,7 @@ _MODELS: dict[type, Any] = {model.config_class: model for model in models.MODELS
 
 # A measurement takes at most so many ids, in rows no longer than this. The model must fit into memory with gradients.
 _PATCH_SIZES = (4.5, 6.0, 8.0)
+_WITH_PATCHER = ("forward + patcher", "training + patcher")
 _MEASURED_BYTES, _MEASURED_CONTEXT, _MOST_PARAMETERS = 8192, 2048, 1_000_000_000
 
 
@@ -165,7 +166,7 @@ def measure(config: Config, patch_size: float, context: int, text: Sequence[Path
         loss.backward()
         backward = counter.get_total_flops() - forward
     patcher = 0
-    if isinstance(model, BLT) and model.patcher is not None:
+    if isinstance(model, BLT) and model.patcher is not None and model.config.patching == "entropy":
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.patcher(tokens, rows)
         patcher = counter.get_total_flops()
@@ -274,18 +275,24 @@ def _table(name: str, results: Sequence[Result]) -> Table:
         table.add_column(f"patch {result.patch_size:g}", justify="right")
         table.add_column("|", justify="left")
         columns += [_lines(result.paper), _lines(result.here)]
-    for line in (*PARTS, "forward", "training", "patcher"):
+    for line in (*PARTS, "forward", "training", "patcher", *_WITH_PATCHER):
         if any(line in column for column in columns):
             table.add_row(line, *(_millions(column.get(line, 0.0)) for column in columns))
     return table
 
 
 def _lines(flops: Flops) -> dict[str, float]:
-    """Return the lines of one column of a table, with the patcher if there is one."""
-    total = flops.total
+    """Return the lines of one column of a table. If there is a patcher, the sums come without and with it."""
     lines = {name: part.forward for name, part in flops.parts.items()}
-    lines |= {"forward": total.forward, "training": total.forward + total.backward}
-    return lines | ({"patcher": flops.patcher} if flops.patcher else {})
+    lines |= dict(zip(("forward", "training"), _sums(flops.total), strict=True))
+    if flops.patcher:
+        lines |= {"patcher": flops.patcher, **dict(zip(_WITH_PATCHER, _sums(flops.with_patcher), strict=True))}
+    return lines
+
+
+def _sums(part: Part) -> tuple[float, float]:
+    """Return the FLOPs of forward, and of a step of training."""
+    return part.forward, part.forward + part.backward
 
 
 def _measured_table(name: str, measurement: Measurement) -> Table:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from blt_kernels import block_causal_attention, patch_cross_attention
 from blt_kernels.cli import app
 from blt_kernels.cli.flops import read_config, with_window
-from blt_kernels.flops import PAPER_SIZES, Rows, count_flops, counted_parts, paper_flops
+from blt_kernels.flops import PAPER_SIZES, Part, Rows, count_flops, counted_parts, paper_flops
 from blt_kernels.ids import to_ids
 from blt_kernels.layout import PatchLayout
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
@@ -74,6 +74,16 @@ def test_formula_by_hand() -> None:
     assert {name: part.backward for name, part in flops.parts.items()} == {k: 2 * v for k, v in expected.items()}
     assert flops.total.forward == sum(expected.values())
     assert flops.patcher == 4 * 2 * 10.5 + 8 * 4 + 16 * 4 + 2 * 2 * 10
+    assert flops.patcher_training == 3 * flops.patcher
+    assert flops.with_patcher == Part(flops.total.forward + flops.patcher, flops.total.backward)
+    # A run of 100 bytes: with a patcher that is given, with stored patches, and with the training of the patcher.
+    paper = 3 * 100 * sum(expected.values())
+    assert flops.training(100, patched_bytes=0) == pytest.approx(paper)
+    assert flops.training(100) == pytest.approx(paper + 100 * flops.patcher)
+    assert flops.training(100, patched_bytes=20, patcher_bytes=50) == pytest.approx(paper + 170 * flops.patcher)
+
+    spaces = paper_flops(replace(config, patching="space"), 4, 20)
+    assert spaces.with_patcher == spaces.total == flops.total
 
 
 # --- this implementation ----------------------------------------------------------------------------------------------
@@ -96,6 +106,7 @@ MODELS = {
     "pooled anew": replace(SMALL, cross_attn_all_layers_encoder=True, pool_every_layer=True),
     "one layer of the decoder": replace(SMALL, cross_attn_all_layers_decoder=False, cross_attn_grouped_heads=True),
     "static patches": replace(SMALL, patching="static", patch_size=3, patcher=None),
+    "token model": ByteLMConfig(dim=32, num_layers=2, num_heads=2, window=None, vocab_size=4096),
     "byte model": ByteLMConfig(dim=48, num_layers=2, num_heads=3, num_kv_heads=1, window=40, ffn_dim=100),
     "megabyte": MegaByteConfig(4, TransformerConfig(64, 2, 2, window=20), TransformerConfig(32, 3, 2)),
     "megabyte, extended": MegaByteConfig(
@@ -123,7 +134,7 @@ def test_counted_while_running(config) -> None:
         loss.backward()
         backward = counter.get_total_flops() - forward
     flops = count_flops(config, Rows(lengths, patches))
-    # Space patching does not run the patcher: the formula says what it would cost.
+    assert flops.patcher == 0  # none of these patches by entropy
     assert parts == {name: part.forward for name, part in flops.parts.items()}
     assert flops.total.forward == forward
     assert flops.total.backward == backward
@@ -138,7 +149,28 @@ def test_counted_patcher() -> None:
     flops = count_flops(config, Rows.of(model.patch(tokens)))
     parts = counted_parts(counter.get_flop_counts())
     assert parts["patcher"] == flops.patcher
-    assert counter.get_total_flops() == flops.total.forward + flops.patcher
+    assert counter.get_total_flops() == flops.with_patcher.forward
+
+
+def test_counted_steps_with_a_patcher() -> None:
+    tokens, model = to_ids(real_text(200)), BLT(replace(SMALL, patching="entropy"))
+    flops = count_flops(model.config, Rows.of(model.patch(tokens))).per_byte(200)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(tokens).backward()
+    assert counter.get_total_flops() == pytest.approx(flops.training(200))
+    with FlopCounterMode(display=False) as of_patcher:
+        model.patcher.requires_grad_().loss(tokens).backward()
+    both = counter.get_total_flops() + of_patcher.get_total_flops()
+    assert both == pytest.approx(flops.training(200, patcher_bytes=200))
+
+
+def test_a_byte_of_a_token_model() -> None:
+    # The text has 40 bytes in 10 tokens: attention and matrices cost those of tokens, and a byte a fortieth of them.
+    config = ByteLMConfig(dim=8, num_layers=1, num_heads=1, window=None, ffn_dim=16, vocab_size=4096)
+    parts = count_flops(config, Rows([10], [0])).per_byte(40).parts
+    assert parts["output"] == Part(10 * 2 * 8 * 4096 / 40, 10 * 4 * 8 * 4096 / 40)
+    layer = 10 * 2 * (4 * 8 * 8 + 3 * 8 * 16) + 4 * 8 * (10 * 11 / 2)
+    assert parts["decoder"].forward == pytest.approx(layer / 40)
 
 
 def test_windows_of_cross_attention_are_within_a_percent() -> None:
@@ -244,6 +276,9 @@ def test_the_five_sizes() -> None:
         assert record["paper"]["training"] == pytest.approx(3 * paper.total.forward)
         # The formula has no wider feed-forwards and projections, so it gives a little less.
         assert 1 < record["implementation"]["forward"] / record["paper"]["forward"] < 1.05
+        for column in (record["paper"], record["implementation"]):
+            for line in ("forward", "training"):
+                assert column[f"{line} + patcher"] == pytest.approx(column[line] + column["patcher"])
 
 
 def test_tables() -> None:
