@@ -29,6 +29,7 @@ from blt_kernels.ops.entropy_patch import static_patch as static_patch
 from blt_kernels.ops.entropy_patch import topk_patch as topk_patch
 from blt_kernels.ops.few_row_layer import few_row_layer as few_row_layer
 from blt_kernels.ops.few_row_linear import few_row_linear as few_row_linear
+from blt_kernels.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from blt_kernels.ops.ngram_hash_embed import ngram_hash as ngram_hash
 from blt_kernels.ops.ngram_hash_embed import ngram_hash_embed as ngram_hash_embed
 from blt_kernels.ops.patch_cross_attention import patch_cross_attention as patch_cross_attention

@@ -95,6 +95,17 @@ def make_linear_entropy(bias: bool) -> Make:
     return make
 
 
+def make_linear_cross_entropy(bias: bool) -> Make:
+    head = make_linear_entropy(bias)
+
+    def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
+        targets = torch.arange(num_bytes) * 7 % 37
+        targets[::5] = -100
+        return {**head(dtype, num_bytes, seed), "targets": targets}
+
+    return make
+
+
 def make_few_row_linear(width: int, outputs: int) -> Make:
     def make(dtype: torch.dtype, num_bytes: int, seed: int) -> dict[str, Any]:
         return {

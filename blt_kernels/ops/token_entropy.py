@@ -82,6 +82,13 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
     >>> torch.allclose(linear_entropy(hidden, weight), token_entropy(hidden @ weight.T), atol=1e-5)
     True
     """
+    rows, *head = checked_head(hidden, weight, bias)
+    entropy, _log_sum = linear_entropy_fwd(rows, *head)
+    return entropy if hidden.dim() == 2 else entropy.view(hidden.shape[:-1])
+
+
+def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check the inputs of an output head and return rows, weight and bias, in the autocast dtype if autocast is on."""
     _checks.check_tensor("hidden", hidden, _DIMS, _checks.FLOATS)
     autocast = _common.autocast_enabled(hidden)
     _checks.check_like("weight", weight, (2,), "hidden", hidden, dtype=not autocast)
@@ -91,10 +98,11 @@ def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
         _checks.check_like("bias", bias, (1,), "hidden", hidden, dtype=not autocast)
         _checks.check_shape("bias", bias, (weight.shape[0],), "[A of weight]")
     rows = _rows(hidden)
-    head: dict[str, Tensor] = {"hidden": rows, "weight": weight} | ({} if bias is None else {"bias": bias})
-    tensors = _common.autocast(**head) if autocast else tuple(head.values())
-    entropy, _log_sum = linear_entropy_fwd(*tensors, *[None] * (3 - len(tensors)))
-    return entropy if hidden.dim() == 2 else entropy.view(hidden.shape[:-1])
+    if not autocast:
+        return rows, weight, bias
+    head = {"hidden": rows, "weight": weight} | ({} if bias is None else {"bias": bias})
+    cast = _common.autocast(**head)
+    return cast[0], cast[1], cast[2] if bias is not None else None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -114,12 +122,13 @@ def check_alphabet(name: str, alphabet: int) -> None:
 
 
 def empty_entropy(rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Allocate entropy and log_sum for `rows`, uninitialised."""
+    """Allocate two numbers for each of `rows`, such as entropy and log_sum, uninitialised."""
     dtype = accumulator(rows)
     return rows.new_empty(rows.shape[0], dtype=dtype), rows.new_empty(rows.shape[0], dtype=dtype)
 
 
-def _empty_linear_gradients(_grad: Tensor, hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def empty_head_gradients(_grad: Tensor, hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """Allocate the gradients of an output head: of `hidden`, `weight` and the bias, uninitialised."""
     return *_common.empty_like(hidden, weight), weight.new_empty(weight.shape[0])
 
 
@@ -146,7 +155,7 @@ linear_entropy_bwd = _common.define(
     "(Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor entropy, Tensor log_sum)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     reference.linear_entropy_bwd_reference,
-    _empty_linear_gradients,
+    empty_head_gradients,
 )
 
 
