@@ -2,7 +2,8 @@
 
 The directive ``{results} KIND`` shows the newest file of a kind: "integrations" (``:op:`` is a regular expression that
 the names of the operations match), "generation", "study", "speed" for the small table of README.md, or "cpu" and "gpu"
-for that of all ops. The directive ``{replaced} MODULE`` shows what ``apply`` of an integration replaces, and by what.
+for that of all ops. The directive ``{replaced} MODULE`` shows what ``apply`` of an integration replaces, and by what;
+``{texts}`` shows the packages that the text of the study comes from.
 """
 
 from __future__ import annotations
@@ -127,8 +128,20 @@ class Replaced(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+class Texts(SphinxDirective):
+    """The directive ``{texts}``."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return the nodes of the table."""
+        readme()  # puts bench/ on the path
+        packages = importlib.import_module("study.packages")
+        self.env.note_dependency(packages.__file__)
+        return self.parse_text_to_nodes(packages.table())
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directives."""
     app.add_directive("results", Results)
     app.add_directive("replaced", Replaced)
+    app.add_directive("texts", Texts)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
