@@ -102,7 +102,7 @@ class Flops:
 
     @property
     def total(self) -> Part:
-        """The sum of all parts, without the patcher: what the BLT paper counts."""
+        """The sum of all parts without the patcher, as the BLT paper counts."""
         return sum(self.parts.values(), Part())
 
     @property
