@@ -90,6 +90,12 @@ def linear_entropy(text: Text) -> Run:
     return Run(lambda: bk.linear_entropy(hidden, weight))
 
 
+def linear_cross_entropy(text: Text) -> Run:
+    hidden, weight = text.normal(text.size, WIDTH), text.normal(ALPHABET, WIDTH) / 4
+    targets = bk.to_ids(real_text(text.size), device=text.device)
+    return Run(lambda hidden, weight: bk.linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+
+
 def patch_pool(text: Text) -> Run:
     layout = text.layout()
     return Run(lambda x: bk.patch_pool(x, layout), (text.normal(text.size, WIDTH),))
@@ -158,7 +164,12 @@ ON_DOCUMENTS = {
     **ON_PATCHES,
 }
 FORWARD_ONLY = (patch_starts, boundary_patch, entropy_patch, linear_entropy, ngram_hash)
-ALL = {"token_entropy": token_entropy, "linear_entropy": linear_entropy, **ON_DOCUMENTS}
+ON_ROWS = {
+    "token_entropy": token_entropy,
+    "linear_entropy": linear_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
+}
+ALL = {**ON_ROWS, **ON_DOCUMENTS}
 
 # --- what changes -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 //
 // Rows are spread over the threads; token_entropy.h has the arithmetic of one row. Bytes moved for [T, 260] fp32
 // logits: 1040 read and 8 written a row forward, 1052 read and 1040 written backward.
-// linear_entropy takes the logits panel by panel (linear_entropy.h).
+// linear_entropy takes the logits panel by panel (output_head.h).
 
 #include "token_entropy.h"
 
@@ -15,15 +15,12 @@
 #include "../common/args/token_entropy.h"
 #include "../common/box.h"
 #include "../common/dispatch.h"
-#include "../common/linear_entropy.h"
+#include "../common/output_head.h"
 #include "support/alloc.h"
 #include "support/parallel.h"
 
 namespace blt {
 namespace {
-
-constexpr int64_t kRowGrain = 64;
-constexpr int64_t kPanelRows = 1024;  // a panel of linear_entropy is about 1 MB of fp32 logits
 
 // Writes entropy[i] and log_sum[i] of logits[i] for the first `count` rows. The outputs are contiguous, the logits have
 // unit stride in a row. The other rows are not read: their entropy is 0, their log_sum kUnread.
@@ -97,10 +94,6 @@ Tensor token_entropy_bwd_cpu(const Tensor& grad_entropy, const Tensor& logits, c
 }
 
 // --- linear_entropy --------------------------------------------------------------------------------------------------
-
-Tensor panel_of(const Tensor& hidden, const Tensor& weight) {
-  return new_output(hidden, {std::min(hidden.size(0), kPanelRows), weight.size(0)});
-}
 
 std::tuple<Tensor, Tensor> linear_entropy_fwd_cpu(const Tensor& hidden, const Tensor& weight,
                                                   const std::optional<Tensor>& bias) {

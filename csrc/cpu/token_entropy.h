@@ -1,7 +1,9 @@
-// Computes the entropy of one row of logits, and its gradient, in fp32 arithmetic (fp64 for fp64 rows):
+// Computes the entropy or the cross entropy of one row of logits, and its gradient, in fp32 arithmetic (fp64 for fp64
+// rows):
 //
 //   m = max x,  d = x - m,  s = sum exp(d),  log_sum = log s,  H = log_sum - (sum exp(d) d) / s
 //   dH/dx = -p (log p + H),  log p = d - log_sum
+//   loss = log_sum - d_target,  dloss/dx = p - onehot(target)
 //
 // A row of 260 logits stays in the first-level cache, so it is read from memory once, although the maximum takes a pass
 // of its own. Two vectors go through the loop together. Rows whose width is no multiple of a Pair end in a Pair that
@@ -16,12 +18,24 @@
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
+#include "support/alloc.h"
 #include "support/vec.h"
 
 namespace blt {
 
 // Computes entropies and log_sums of the first `count` rows; the others are not read: they get 0 and kUnread.
 std::tuple<Tensor, Tensor> entropies_of_rows(const Tensor& rows, int64_t count);
+
+// Allocates a panel of logits of an output head: about 1 MB for a byte model in fp32. A panel of a larger alphabet has at
+// most 32 MB, but so many rows that a number of `weight` takes part in many products whenever it is read.
+inline Tensor panel_of(const Tensor& hidden, const Tensor& weight) {
+  constexpr int64_t kPanelBytes = 32 << 20, kMinRows = 256, kMaxRows = 1024;
+  const int64_t row_bytes = weight.size(0) * static_cast<int64_t>(weight.element_size());
+  const int64_t rows = std::clamp(kPanelBytes / row_bytes, kMinRows, kMaxRows);
+  return new_output(hidden, {std::min(hidden.size(0), rows), weight.size(0)});
+}
+
+inline constexpr int64_t kRowGrain = 64;  // the fewest rows of logits that are worth a thread
 
 inline constexpr int64_t kRowsAhead = 4;  // distance of the prefetch: the arithmetic on a row hides a line from memory
 inline constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -60,6 +74,12 @@ struct Tail {
   Tail(const Tail&) = delete;
 };
 
+// Returns exp(x), and exactly 0 below the range of exp; NaN for NaN.
+template <class A>
+Vec<A> exp_or_zero(Vec<A> x) {
+  return x < A(kExpMin) ? Vec<A>{} : exp(max(broadcast<A>(kExpMin), x));
+}
+
 template <class A>
 struct Entropy {
   A entropy, log_sum;
@@ -76,50 +96,87 @@ A row_max(const T* row, const T* tail, const RowShape<T>& shape) {
   return fold<A>(max(top.a, top.b), [](A a, A b) { return max(a, b); });
 }
 
+// Calls f(x, keep) for each Pair x of a row: keep(e) is 0 in the lanes of elements that are in an earlier Pair, else e.
+template <class T, class F, class A = accumulator_t<T>>
+void for_each_pair(const T* row, const Tail<T>& tail, const RowShape<T>& shape, F f) {
+  for (int64_t i = 0; i < shape.full; i += shape.kPair) {
+    prefetch_pair(row + i + kRowsAhead * shape.width);
+    f(load_pair(row + i), [](PairOf<A> e) { return e; });
+  }
+  if (shape.ragged())
+    f(load_pair(tail.data),
+      [&](PairOf<A> e) -> PairOf<A> { return {shape.fresh_a ? e.a : Vec<A>{}, shape.fresh_b ? e.b : Vec<A>{}}; });
+}
+
+// Writes f(x) for each vector x of a row. `out` may be `row`: the last Pair is read before what it overlaps is written.
+template <class T, class F>
+void map_row(T* out, const T* row, const Tail<T>& tail, const RowShape<T>& shape, F f) {
+  using A = accumulator_t<T>;
+  const auto step = [&](T* to, PairOf<A> x) { store_pair(to, PairOf<A>{f(x.a), f(x.b)}); };
+  const PairOf<A> last = load_pair(tail.data);
+  for (int64_t i = 0; i < shape.full; i += shape.kPair) step(out + i, load_pair(row + i));
+  if (!shape.ragged()) return;
+  if (shape.width >= shape.kPair) {
+    step(out + shape.width - shape.kPair, last);
+  } else {
+    T padded[RowShape<T>::kPair];
+    step(padded, last);
+    std::copy(padded, padded + shape.width, out);
+  }
+}
+
 template <class T, class A = accumulator_t<T>>
 Entropy<A> row_entropy(const T* row, const RowShape<T>& shape) {
   const Tail<T> tail(row, shape);
   const A m = row_max(row, tail.data, shape);
   PairOf<A> s = {}, t = {};
-  const auto accumulate = [&](PairOf<A> x, auto keep) {
+  for_each_pair(row, tail, shape, [&](PairOf<A> x, auto keep) {
     const Vec<A> da = max(broadcast<A>(kExpMin), x.a - m), db = max(broadcast<A>(kExpMin), x.b - m);
     const PairOf<A> e = keep({exp(da), exp(db)});
     s = {s.a + e.a, s.b + e.b};
     t = {t.a + e.a * da, t.b + e.b * db};
-  };
-  for (int64_t i = 0; i < shape.full; i += shape.kPair) {
-    prefetch_pair(row + i + kRowsAhead * shape.width);
-    accumulate(load_pair(row + i), [](PairOf<A> e) { return e; });
-  }
-  if (shape.ragged())
-    accumulate(load_pair(tail.data), [&](PairOf<A> e) -> PairOf<A> {
-      return {shape.fresh_a ? e.a : Vec<A>{}, shape.fresh_b ? e.b : Vec<A>{}};
-    });
+  });
   const A total = lane_sum<A>(s.a + s.b), log_total = std::log(total);
   return {log_total - lane_sum<A>(t.a + t.b) / total, log_total};
 }
 
-// `grad` may be `row`: the last Pair is read before what it overlaps is written.
+// `grad` may be `row`.
 template <class T, class A = accumulator_t<T>>
 void row_entropy_grad(T* grad, const T* row, const RowShape<T>& shape, A upstream, Entropy<A> row_value) {
   const Tail<T> tail(row, shape);
   const A m = row_max(row, tail.data, shape);
-  const auto slope = [&](Vec<A> x) {
-    const Vec<A> log_p = x - m - row_value.log_sum, d = max(broadcast<A>(kExpMin), log_p);
-    const Vec<A> p = log_p < A(kExpMin) ? Vec<A>{} : exp(d);
-    return -upstream * p * (d + row_value.entropy);
-  };
-  const auto step = [&](T* out, PairOf<A> x) { store_pair(out, PairOf<A>{slope(x.a), slope(x.b)}); };
-  const PairOf<A> last = load_pair(tail.data);
-  for (int64_t i = 0; i < shape.full; i += shape.kPair) step(grad + i, load_pair(row + i));
-  if (!shape.ragged()) return;
-  if (shape.width >= shape.kPair) {
-    step(grad + shape.width - shape.kPair, last);
-  } else {
-    T padded[RowShape<T>::kPair];
-    step(padded, last);
-    std::copy(padded, padded + shape.width, grad);
-  }
+  map_row(grad, row, tail, shape, [&](Vec<A> x) {
+    const Vec<A> log_p = x - m - row_value.log_sum;
+    return -upstream * exp_or_zero<A>(log_p) * (max(broadcast<A>(kExpMin), log_p) + row_value.entropy);
+  });
+}
+
+template <class A>
+struct Loss {
+  A loss, log_sum;
+};
+
+// `target` is a column of the row.
+template <class T, class A = accumulator_t<T>>
+Loss<A> row_loss(const T* row, const RowShape<T>& shape, int64_t target) {
+  const Tail<T> tail(row, shape);
+  const A m = row_max(row, tail.data, shape);
+  PairOf<A> s = {};
+  for_each_pair(row, tail, shape, [&](PairOf<A> x, auto keep) {
+    const PairOf<A> e = keep({exp(max(broadcast<A>(kExpMin), x.a - m)), exp(max(broadcast<A>(kExpMin), x.b - m))});
+    s = {s.a + e.a, s.b + e.b};
+  });
+  const A log_sum = std::log(lane_sum<A>(s.a + s.b));
+  return {log_sum - (static_cast<A>(row[target]) - m), log_sum};
+}
+
+// `grad` may be `row`.
+template <class T, class A = accumulator_t<T>>
+void row_loss_grad(T* grad, const T* row, const RowShape<T>& shape, A upstream, A log_sum, int64_t target) {
+  const Tail<T> tail(row, shape);
+  const A m = row_max(row, tail.data, shape), log_p = static_cast<A>(row[target]) - m - log_sum;
+  map_row(grad, row, tail, shape, [&](Vec<A> x) { return upstream * exp_or_zero<A>(x - m - log_sum); });
+  grad[target] = static_cast<T>(upstream * std::expm1(log_p));
 }
 
 }  // namespace blt

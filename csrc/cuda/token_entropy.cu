@@ -1,11 +1,11 @@
-// Launches the kernels of token_entropy.cuh: token_entropy, and linear_entropy by panels of logits (linear_entropy.h).
+// Launches the kernels of token_entropy.cuh: token_entropy, and linear_entropy by panels of logits (output_head.h).
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 
 #include "../common/box.h"
-#include "../common/linear_entropy.h"
+#include "../common/output_head.h"
 #include "token_entropy.h"
 
 namespace blt {

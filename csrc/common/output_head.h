@@ -1,8 +1,8 @@
-// linear_entropy computes entropies of an output head's logits, a panel of rows at a time, for the CPU and for CUDA.
+// Passes the logits of an output head to a kernel of rows, a panel of rows at a time, for the CPU and for CUDA.
+// linear_entropy and linear_cross_entropy are made of it: f and df are their functions of a row of logits.
 //
 //   x = hidden weight^T + bias
-//   entropy, log_sum = token_entropy_fwd(x)
-//   g = token_entropy_bwd(grad_entropy, x, entropy, log_sum), in the place of x
+//   forward: f(x);  backward: g = df(x), in the place of x
 //   grad_hidden = g weight;  grad_weight = sum over panels of g^T hidden;  grad_bias = sum over rows of g
 //
 // torch computes the products, and rounds their results to the dtype of the inputs as F.linear does. All panels use one
@@ -59,15 +59,21 @@ std::tuple<Tensor, Tensor, Tensor> linear_gradients(const Tensor& hidden, const 
                                                     const Tensor& grad_hidden, F gradients) {
   const int64_t alphabet = weight.size(0), width = weight.size(1);
   const ScalarType sums = accumulator(weight);
+  const bool rounded = sums != weight.scalar_type();  // so are the products, before they are added
   Tensor grad_weight = torch::stable::new_zeros(weight, {alphabet, width}, sums);
   Tensor grad_bias = torch::stable::new_zeros(weight, {alphabet}, sums);
-  const Tensor product = torch::stable::new_empty(weight, {alphabet, width});
+  const Tensor product = rounded ? torch::stable::new_empty(weight, {alphabet, width}) : grad_weight;
   const auto add = [](const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); };
   for_each_panel(hidden, weight, bias, buffer, [&](int64_t begin, const Tensor& inputs, Tensor& grad) {
     gradients(begin, grad);
     call_out("aten::mm", grad, weight, rows_of(grad_hidden, begin, grad.size(0)));
-    call_out("aten::mm", torch::stable::transpose(grad, 0, 1), inputs, product);
-    grad_weight = add(grad_weight, product);
+    const Tensor columns = torch::stable::transpose(grad, 0, 1);
+    if (rounded) {
+      call_out("aten::mm", columns, inputs, product);
+      grad_weight = add(grad_weight, product);
+    } else {  // with a matrix as its bias, linear adds the product to it
+      call_out("aten::linear", columns, torch::stable::transpose(inputs, 0, 1), std::optional(product), product);
+    }
     grad_bias = add(grad_bias, torch::stable::sum(grad, int64_t{0}, false, sums));
   });
   return {grad_hidden, torch::stable::to(grad_weight, weight.scalar_type()),
