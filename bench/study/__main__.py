@@ -1,4 +1,4 @@
-"""``python bench/study`` runs `study.run`."""
+"""``python bench/study`` runs `study.command`, and ``python bench/study long`` `study.long_context`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from pathlib import Path
 if __name__ == "__main__":  # processes that a run starts import this file too
     sys.path[0] = str(Path(__file__).parents[1])  # this package and `timing` are in it
 
-    from study.run import main
+    from study.command import main
 
     main()
