@@ -1,136 +1,333 @@
-"""Writes the results of the study: one line a run (CSV), means over seeds (markdown), and a picture."""
+"""Says what came out of the study: for each part, sentences and tables of means with standard errors, in markdown.
+
+Sentences follow from the numbers: `verdict` claims a difference only if it is larger than twice its standard error.
+Parts whose runs are missing are empty.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
+import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from blt_kernels._files import whole_file, write_text
-from study.text import CLEAN, CONDITIONS, NOISES
+from blt_kernels._files import write_text
+from study.families import FAMILIES, longer_patches, variants
+from study.results import CLEAN, Results, load
+from study.statistics import Estimate, log_ratio_at_equal_bits, saved, share_of_lead, slope_of
+from study.tasks import CHOICES, EDITS, TASKS
+from study.wording import magnitude, marked, page, shown, table, trend, verdict, versus
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """Describes one run. FLOPs are of a byte forward, in millions; training is three times that, without the patcher.
-
-    `mflops` are those of this implementation on batches of the training text, `paper_mflops` those of the formula of
-    the BLT paper. `bits` are bits per byte by condition.
-    """
-
-    model: str
-    family: str
-    seed: int
-    parameters: int
-    table_parameters: int
-    patch_size: float
-    mflops: float
-    paper_mflops: float
-    patcher_mflops: float
-    steps: int
-    trained_bytes: int
-    cpu_seconds: float
-    bits: dict[str, float]
+BLT, TOKENS = "BLT-Entropy", ("tokens 4k", "tokens 32k")
+COMPARED = ("tokens 4k", "tokens 32k", "bytes", "BLT-Space")  # families that all others are compared with
+NO_LANGUAGES = ("python", "prose")  # groups that the trend over languages leaves out
+ZERO = Estimate(0.0, 0.0)
 
 
-def write(outcomes: Sequence[Outcome], settings: dict[str, Any], folder: Path) -> None:
-    """Write ``runs.csv``, ``table.md``, ``study.png`` and ``settings.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "runs.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
-        rows = [flat(outcome) for outcome in outcomes]
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    write_text(folder / "table.md", table(outcomes))
-    write_text(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
-    draw(outcomes, folder / "study.png")
+# --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def flat(outcome: Outcome) -> dict[str, Any]:
-    row = asdict(outcome)
-    bits = row.pop("bits")
-    return {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} | {
-        f"bits {condition}": f"{bits[condition]:.4f}" for condition in CONDITIONS
+def families(results: Results) -> str:
+    """(a) Bits per byte over training FLOPs."""
+    curves = {family: curve for family in FAMILIES if (curve := results.curve(family))}
+    if not curves:
+        return ""
+    budgets = results.budgets
+    best = {(family, x): results.best(family, x) or "" for family in FAMILIES for x in budgets}
+    leads = {
+        (ours, theirs): [results.lead(best[ours, x], best[theirs, x], x) for x in budgets]
+        for theirs in COMPARED
+        for ours in FAMILIES
+        if ours != theirs
     }
-
-
-def by_model(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    groups: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault(outcome.model, []).append(outcome)
-    return groups
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard deviation, which is 0 for one value."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Return bits per byte, mean ± standard deviation over seeds; for noised text, the difference to clean text."""
-    noises = " | ".join(f"+ {noise}" for noise in NOISES)
-    lines = [
-        f"| model | parameters, in tables | patch | MFLOPs/byte | patcher | trained MB | held out | {noises} |",
-        "|---|---|---:|---:|---:|---:|---:|" + "---:|" * len(NOISES),
+    sentences = []
+    for theirs in COMPARED:
+        last = {ours: found[-1] for (ours, other), found in leads.items() if other == theirs}
+        sentences.append(versus(f"{theirs} at {budgets[-1]:g} TFLOP", last))
+    for other in TOKENS:
+        for paid, counted in ((False, "without the patcher"), (True, "with the patcher counted")):
+            sentences += savings(results, BLT, other, paid, counted)
+    rows = []
+    for family, curve in curves.items():
+        by_budget = {run.tflops: (value, run) for _, value, run in curve}
+        cells = []
+        for budget in budgets:
+            if budget in by_budget:
+                value, run = by_budget[budget]
+                cells.append(f"{shown(value)} ({run.size}, {run.mflops:.2f}, {run.trained_bytes / 1e6:.1f})")
+            else:
+                cells.append("")
+        rows.append([family, *cells])
+    heads = [f"{budget:g} TFLOP" for budget in budgets]
+    lead_rows = [
+        [f"{ours} over {theirs}", *map(marked, found)]
+        for (ours, theirs), found in leads.items()
+        if ours in (BLT, "MegaByte") and any(found)
     ]
-    for model, group in by_model(outcomes).items():
-        first = group[0]
-        clean = spread([outcome.bits[CLEAN] for outcome in group])
-        more = [spread([o.bits[noise] - o.bits[CLEAN] for o in group]) for noise in NOISES]
-        cells = [
-            model,
-            f"{first.parameters / 1e6:.2f} M, {first.table_parameters / 1e6:.2f} M",
-            f"{first.patch_size:.2f}",
-            f"{first.mflops:.2f}",
-            f"{first.patcher_mflops:.2f}" if first.patcher_mflops else "",
-            f"{first.trained_bytes / 1e6:.2f}",
-            f"{clean[0]:.3f} ± {clean[1]:.3f}",
-            *(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in more),
+    return page(
+        sentences,
+        table(["bits per byte (size, MFLOP a byte, MB read)", *heads], rows),
+        table(["lead in bits per byte; bold where clear", *heads], lead_rows),
+    )
+
+
+def savings(results: Results, ours: str, theirs: str, paid: bool, counted: str) -> list[str]:
+    """Return a sentence on training FLOPs at equal bits per byte, none if the curves do not meet."""
+    curves = [[(flops, bits) for flops, bits, _ in results.curve(family, paid)] for family in (ours, theirs)]
+    if not all(curves):
+        return []
+    best = [results.best(family, results.budgets[-1]) or "" for family in (ours, theirs)]
+    ratio = log_ratio_at_equal_bits(*curves, results.text_error(*best, results.budgets[-1]))
+    if ratio is None:
+        return []
+    share = saved(ratio)
+    if not ratio.is_clear:
+        amount = shown(magnitude(share), "%")
+        return [
+            f"No clear difference between {ours} and {theirs} in training FLOPs at equal bits, {counted}: {amount}."
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    less = f"{shown(magnitude(share), '%')} {'fewer' if share.value > 0 else 'more'}"
+    return [f"At equal bits per byte, {counted}, {ours} needs {less} training FLOPs than {theirs}."]
 
 
-def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw bits per byte over FLOPs a byte, and the cost of noise."""
-    from matplotlib.figure import Figure
+def inference(results: Results) -> list[str]:
+    """Return sentences on the cheapest BLT-Entropy that has at most the bits per byte of the best model over tokens."""
+    tflops, sentences = results.budgets[-1], []
+    names = dict.fromkeys(run.model for run in results.runs if run.family == BLT and run.tflops == tflops)
+    for tokens in TOKENS:
+        if (theirs := results.best(tokens, tflops)) is None:
+            continue
+        mflops = results.group(theirs, tflops)[0].mflops
+        leads = {name: results.lead(name, theirs, tflops) for name in names}
+        costs = {
+            name: results.group(name, tflops)[0].inference_mflops
+            for name, lead in leads.items()
+            if lead is not None and lead.value >= 0
+        }
+        ours = min(costs, key=costs.__getitem__, default="")
+        if not ours or costs[ours] >= mflops:
+            sentences.append(f"At {tflops:g} TFLOP, no {BLT} cheaper forward than {theirs} has as few bits per byte.")
+        else:
+            less = f"{100 * (1 - costs[ours] / mflops):.0f}% fewer FLOPs a byte forward than {theirs}, patcher included"
+            bits = verdict("It", theirs, leads[ours] or ZERO)
+            sentences.append(f"At {tflops:g} TFLOP, {ours} spends {less}. {bits}")
+    return sentences
 
-    families = list(dict.fromkeys(outcome.family for outcome in outcomes))
-    color = {family: f"C{i}" for i, family in enumerate(families)}
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    groups = by_model(outcomes)
-    for family in families:
-        points = []
-        for group in groups.values():
-            if group[0].family == family:
-                points.append((group[0].mflops, *spread([o.bits[CLEAN] for o in group]), group[0].model))
-        x, y, deviation, names = zip(*sorted(points), strict=True)
-        left.errorbar(x, y, deviation, color=color[family], marker="o", capsize=3, label=family)
-        for name, *place in zip(names, x, y, strict=True):
-            left.annotate(name, place, textcoords="offset points", xytext=(5, 5), fontsize=7)
-    left.set(xlabel="millions of FLOPs a byte, forward, without patcher", ylabel="bits per byte, held out")
-    left.set(xscale="log", title="equal training FLOPs; mean and deviation over seeds")
-    left.xaxis.set_major_formatter("{x:g}")
-    left.xaxis.set_minor_formatter("{x:g}")
-    left.margins(x=0.12)
-    left.grid(alpha=0.3, which="both")
-    left.legend()
 
-    width = 0.8 / len(groups)
-    for i, (model, group) in enumerate(groups.items()):
-        costs = [spread([o.bits[noise] - o.bits[CLEAN] for o in group]) for noise in NOISES]
-        x = [n + (i - (len(groups) - 1) / 2) * width for n in range(len(NOISES))]
-        shade = 1.0 - 0.25 * [m for m, g in groups.items() if g[0].family == group[0].family].index(model)
-        means, deviations = zip(*costs, strict=True)
-        right.bar(x, means, width, yerr=deviations, color=color[group[0].family], alpha=shade, label=model)
-    right.set_xticks(range(len(NOISES)), list(NOISES))
-    right.set(ylabel="bits per byte more than clean", title="noised text")
-    right.grid(alpha=0.3, axis="y")
-    right.legend(fontsize=7, ncols=2)
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=130, format="png")
+def rates(results: Results) -> str:
+    """The learning rates that were tried."""
+    tried: dict[str, dict[float, float]] = {}
+    for run in results.runs:
+        if run.tflops == results.budgets[0] and run.seed == 0 and run.model == f"{run.family} B":
+            tried.setdefault(run.family, {})[run.learning_rate] = run.bits
+    tried = {family: values for family, values in tried.items() if len(values) > 1}
+    if not tried:
+        return ""
+    columns = sorted({rate for values in tried.values() for rate in values})
+    rows = []
+    for family, values in tried.items():
+        cells = [f"{values[rate]:.3f}" if rate in values else "" for rate in columns]
+        rows.append(
+            [family, *(f"**{c}**" if r == results.rates[family] else c for r, c in zip(columns, cells, strict=True))]
+        )
+    return table(["bits per byte at a learning rate", *(f"{rate:g}" for rate in columns)], rows)
+
+
+def patches(results: Results) -> str:
+    """(b) Longer patches at a fixed inference budget."""
+    models = [model for model in longer_patches() if any(results.group(model.name, x) for x in results.budgets)]
+    if len(models) < 2:
+        return ""
+    base, budgets = models[0], results.budgets
+    others = [f"{family} {base.size}" for family in TOKENS]
+    names = [model.name for model in models] + [name for name in others if any(results.group(name, x) for x in budgets)]
+    bits = {(name, x): results.bits(name, x) for name in names for x in budgets}
+    sentences, largest = [], budgets[-1]
+    for model in models[1:]:
+        leads = {x: results.lead(model.name, base.name, x) for x in budgets}
+        known = [x for x in budgets if leads[x] is not None]
+        for x in (known[0], known[-1]) if known else ():
+            sentences.append(f"At {x:g} TFLOP: {verdict(model.name, base.name, leads[x] or ZERO)}")
+        if len(known) > 1:
+            sentences.append(trend(f"{model.name} over {base.name}", leads[known[0]] or ZERO, leads[known[-1]] or ZERO))
+    for model in models:
+        for name in others:
+            if (lead := results.lead(model.name, name, largest)) is not None:
+                sentences.append(f"At {largest:g} TFLOP: {verdict(model.name, name, lead)}")
+    sentences += inference(results)
+    rows = []
+    for name in names:
+        runs = {x: results.group(name, x) for x in budgets}
+        first = next(group[0] for group in runs.values() if group)
+        cells = [f"{shown(bits[name, x])} ({runs[x][0].trained_bytes / 1e6:.1f})" if runs[x] else "" for x in budgets]
+        patcher = f" + {first.patcher_mflops:.2f}" if first.patcher_mflops else ""
+        rows.append([name, f"{first.patch_size:.2f}", f"{first.mflops:.2f}{patcher}", *cells])
+    heads = [f"{budget:g} TFLOP (MB read)" for budget in budgets]
+    return page(sentences, table(["model", "bytes a patch", "MFLOP a byte + patcher", *heads], rows))
+
+
+def noise(results: Results) -> str:
+    """(c) Noise on the characters."""
+    names = results.names("noise")
+    clean = results.by_family(lambda run: results.bits_per_byte(run, "noise", CLEAN))
+    noised = {n: results.by_family(lambda run, n=n: results.bits_per_byte(run, "noise", n)) for n in names}
+    loss = {n: results.by_family(lambda run, n=n: results.relative_loss(run, [n])) for n in names}
+    loss["mean"] = results.by_family(lambda run: results.relative_loss(run, names))
+    if not names or not loss["mean"]:
+        return ""
+    base = next((family for family in TOKENS if family in loss["mean"]), "")
+    worse = {family: ZERO - value for family, value in loss["mean"].items()}
+    sentences = against_tokens(worse, "noised over clean bits, the mean over noises")
+    rows = [[f, shown(clean.get(f)), *(shown(noised[n].get(f)) for n in names)] for f in loss["mean"]]
+    relative = [
+        [family, *(marked(values[base] - values[family], "%") for values in loss.values())]
+        for family in loss["mean"]
+        if base and family != base
+    ]
+    return page(
+        sentences,
+        table(["bits per byte", "clean", *names], rows),
+        table([f"lead over {base} in noised over clean; bold where clear", *loss], relative),
+    )
+
+
+def tasks(results: Results) -> str:
+    """(c) Questions about characters, and misspellings."""
+    names, edits = (
+        [n for n in known if n in results.names(kind)] for kind, known in (("task", TASKS), ("misspelling", EDITS))
+    )
+    sentences, tables = [], []
+    if names:
+        chance = {name: 1 / 2 if name == "contains" else 1 / CHOICES for name in names}
+        right = {name: results.shares_right("task", [name]) for name in names}
+        right["mean"] = results.shares_right("task", names)
+        chance["mean"] = statistics.fmean(chance.values())
+        above = {family: share - Estimate(chance["mean"], 0.0) for family, share in right["mean"].items()}
+        sentences.append(versus("chance", above, "%", "right answers, the mean over tasks"))
+        sentences += against_tokens(right["mean"], "right answers, the mean over tasks")
+        rows = [[family, *(shown(right[n].get(family), "%") for n in right)] for family in right["mean"]]
+        rows.append(["chance", *(f"{100 * chance[n]:.0f}%" for n in right)])
+        tables.append(table(["questions answered right", *right], rows))
+    if edits:
+        right = {edit: results.shares_right("misspelling", [edit]) for edit in edits}
+        right["mean"] = results.shares_right("misspelling", edits)
+        sentences += against_tokens(right["mean"], "words told from their misspellings")
+        rows = [[family, *(shown(right[n].get(family), "%") for n in right)] for family in right["mean"]]
+        tables.append(table(["words told from their misspellings", *right], rows))
+    return page(sentences, *tables)
+
+
+def against_tokens(values: dict[str, Estimate], what: str) -> list[str]:
+    """Return sentences on the models over bytes, compared with those over tokens; larger values are better."""
+    return [
+        versus(tokens, {f: value - values[tokens] for f, value in values.items() if f not in TOKENS}, "%", what)
+        for tokens in TOKENS
+        if tokens in values
+    ]
+
+
+def languages(results: Results) -> str:
+    """(d) Bits per byte by group of text, over its share of the training text."""
+    leads = {tokens: found for tokens in TOKENS if (found := results.log_leads(BLT, tokens))}
+    sentences = [sentence for tokens, found in leads.items() for sentence in on_groups(results, tokens, found)]
+    if not sentences:
+        return ""
+    groups = sorted(results.groups(), key=lambda group: -results.share(group))
+    bits = {group: results.by_family(lambda run, g=group: results.bits_per_byte(run, group=g)) for group in groups}
+    columns = [family for family in (*TOKENS, "bytes", BLT) if any(family in values for values in bits.values())]
+    rows = []
+    for group in groups:
+        cells = [shown(bits[group].get(family)) for family in columns]
+        cells += [marked(found.get(group), "%") for found in leads.values()]
+        rows.append([group, f"{100 * results.share(group):.2f}%", *cells])
+    heads = [f"lead of {BLT} over {tokens}" for tokens in leads]
+    return page(sentences, table(["bits per byte of", "share of the training text", *columns, *heads], rows))
+
+
+def on_groups(results: Results, tokens: str, leads: dict[str, Estimate]) -> list[str]:
+    """Return sentences on the lead over a model of tokens, as a part of its bits, and on its trend over languages."""
+    ahead, behind = (sum(v.is_clear and sign * v.value > 0 for v in leads.values()) for sign in (1, -1))
+    sentences = [f"Of {len(leads)} groups of text, {BLT} is clearly ahead of {tokens} in {ahead}, behind in {behind}."]
+    trained = {g: lead.value for g, lead in leads.items() if results.share(g) > 0 and g not in NO_LANGUAGES}
+    if len(trained) > 2:
+        slope = slope_of([-math.log10(results.share(group)) for group in trained], list(trained.values()))
+        much = f"by {shown(magnitude(slope), '%')} of the bits where a language's share of the training text is a tenth"
+        if slope.is_clear:
+            sentences.append(f"Its lead over {tokens} {'grows' if slope.value > 0 else 'shrinks'} {much}.")
+        else:
+            sentences.append(f"Its lead over {tokens} has no clear trend: it changes {much}.")
+    return sentences
+
+
+def from_tokens(results: Results) -> str:
+    """(e) BLT-Entropy that begins as a trained transformer over tokens."""
+    base, begun = begun_models(results)
+    if not begun:
+        return ""
+    tflops = max(run.tflops for run in results.runs if run.model in begun)
+    bits = {name: results.bits(name, tflops) for name in (base, *begun)}
+    leads = {name: results.lead(name, base, tflops) for name in begun}
+    sentences = [versus(f"{base} from scratch at {tflops:g} TFLOP", leads)]
+    rows = [
+        [name, shown(value), marked(results.lead(name, base, tflops)) if name != base else ""]
+        for name, value in bits.items()
+    ]
+    rows[0][0] += " from scratch"
+    return page(
+        sentences, table([f"model, {tflops:g} TFLOP", "bits per byte", "lead over scratch; bold where clear"], rows)
+    )
+
+
+def begun_models(results: Results) -> tuple[str, list[str]]:
+    """Return the model from scratch, and the same model begun in other ways."""
+    names = [name for name in dict.fromkeys(run.model for run in results.runs) if " from tokens" in name]
+    return (names[0].split(" from tokens")[0] if names else ""), names
+
+
+def ablations(results: Results) -> str:
+    """(f) BLT-Entropy with one part changed."""
+    changed = [model.name for model in variants()]
+    tflops = max((run.tflops for run in results.runs if run.model in changed), default=0.0)
+    base = changed[0].split(",")[0]
+    plain = base.replace(BLT, "bytes")
+    bits = {name: value for name in (base, plain, *changed) if tflops and (value := results.bits(name, tflops))}
+    if base not in bits:
+        return ""
+    without, with_tables = f"{base}, without tables", f"{plain} with tables"
+    compared = {plain: [base, without, with_tables], base: [name for name in bits if name not in (base, plain)]}
+    sentences = [
+        versus(theirs, {ours: results.lead(ours, theirs, tflops) for ours in names})
+        for theirs, names in compared.items()
+    ]
+    whole = results.lead(base, plain, tflops)
+    if without in bits and whole is not None and whole.is_clear:
+        share = share_of_lead(bits[plain], bits[without], bits[base])
+        sentences.append(f"Without its tables, {base} loses {shown(share, '%')} of its lead over {plain}.")
+    rows = []
+    for name, value in bits.items():
+        run = results.group(name, tflops)[0]
+        cells = [f"{run.parameters / 1e6:.2f}", f"{run.embedding_parameters / 1e6:.2f}", f"{run.patch_size:.2f}"]
+        lead = None if name == base else results.lead(name, base, tflops)
+        rows.append([name, *cells, f"{run.mflops:.2f}", shown(value), marked(lead)])
+    head = [f"model, {tflops:g} TFLOP", "M parameters", "of these looked up", "bytes a patch", "MFLOP a byte"]
+    return page(sentences, table([*head, "bits per byte", f"lead over {base}"], rows))
+
+
+PARTS: dict[str, Callable[[Results], str]] = {
+    "rates": rates,
+    "families": families,
+    "patches": patches,
+    "noise": noise,
+    "tasks": tasks,
+    "languages": languages,
+    "from tokens": from_tokens,
+    "ablations": ablations,
+}
+
+
+def write(folder: Path) -> None:
+    """Write ``report.md`` beside the results of `folder`."""
+    results = load(folder)
+    parts = [(part.__doc__ or "", part(results)) for part in PARTS.values()]
+    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in parts if body)
+    write_text(folder / "report.md", f"# What came out of the study\n\n{text}\n")

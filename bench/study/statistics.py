@@ -3,14 +3,14 @@
 All errors are standard errors of normal estimates. The study claims a difference if it is larger than twice its
 standard error. For a normal estimate with a known deviation, chance passes that rule once in 22 comparisons. With the
 deviation of three seeds (t with 2 degrees of freedom), chance passes it once in 5.4. So the deviation over seeds is
-pooled over models (`pooled_deviation`) where several models are compared.
+pooled over models (`pooled_deviation`) where several models are compared. The error over the choice of held-out text
+(`text_error`) is apart from it: all seeds are measured on the same excerpts.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +33,10 @@ class Estimate:
     def __sub__(self, other: Estimate) -> Estimate:
         """Return the difference of independent estimates."""
         return Estimate(self.value - other.value, math.hypot(self.error, other.error))
+
+    def with_error(self, error: float) -> Estimate:
+        """Return the same value with one more independent error."""
+        return Estimate(self.value, math.hypot(self.error, error))
 
 
 def mean_of(values: Sequence[float], deviation: float | None = None) -> Estimate:
@@ -67,33 +71,22 @@ def share_of(right: int, count: int) -> Estimate:
     return Estimate(right / count, math.sqrt(smoothed * (1 - smoothed) / (count + 2)))
 
 
-def bootstrap_difference(
-    a: Sequence[Sequence[float]],
-    b: Sequence[Sequence[float]],
-    weights: Sequence[float],
-    rounds: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """Return ``mean over seeds of sum(a[seed]) / sum(weights)`` minus that of `b`, with a bootstrapped standard error.
+def text_error(a: Sequence[float], b: Sequence[float], sizes: Sequence[float]) -> float:
+    """Return the standard error of ``sum(a) / sum(sizes) - sum(b) / sum(sizes)`` over the choice of excerpts.
 
-    `a` and `b` have the bits of every seed and excerpt, `weights` the bytes of the excerpts. Every round draws seeds of
-    `a`, seeds of `b`, and excerpts, the same ones for both, with replacement. So the error contains what other seeds
-    and what other text would change.
+    `a` and `b` have the bits of two models for the same excerpts, `sizes` the bytes of these. The error is that of a
+    ratio of sums: what is hard for both models does not count.
     """
-    draw = random.Random(seed)
-    excerpts = range(len(weights))
+    total, lead = sum(sizes), (sum(a) - sum(b)) / sum(sizes)
+    parts = [(x - y - lead * size) / total for x, y, size in zip(a, b, sizes, strict=True)]
+    return math.sqrt(len(parts) / (len(parts) - 1) * sum(part**2 for part in parts)) if len(parts) > 1 else math.nan
 
-    def rate(seeds: Sequence[Sequence[float]], chosen: Iterable[int], total: float) -> float:
-        chosen = list(chosen)
-        return sum(row[i] for row in seeds for i in chosen) / (len(seeds) * total)
 
-    found = []
-    for _ in range(rounds):
-        chosen = draw.choices(excerpts, k=len(weights))
-        total = sum(weights[i] for i in chosen)
-        found.append(rate(draw.choices(a, k=len(a)), chosen, total) - rate(draw.choices(b, k=len(b)), chosen, total))
-    total = sum(weights)
-    return Estimate(rate(a, excerpts, total) - rate(b, excerpts, total), statistics.stdev(found))
+def log_ratio_error(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the standard error of ``log(sum(a) / sum(b))`` over the choice of excerpts."""
+    total_a, total_b = sum(a), sum(b)
+    parts = [x / total_a - y / total_b for x, y in zip(a, b, strict=True)]
+    return math.sqrt(len(parts) / (len(parts) - 1) * sum(part**2 for part in parts)) if len(parts) > 1 else math.nan
 
 
 def log_flops_at(points: Sequence[tuple[float, Estimate]], bits: Estimate) -> Estimate | None:
@@ -113,7 +106,38 @@ def log_flops_at(points: Sequence[tuple[float, Estimate]], bits: Estimate) -> Es
     return None
 
 
-def saved(ours: float, others: Estimate) -> Estimate:
-    """Return the share of FLOPs that a model saves which needs `ours` where another needs exp(`others`)."""
-    ratio = ours / math.exp(others.value)
-    return Estimate(1 - ratio, ratio * others.error)
+def log_ratio_at_equal_bits(
+    ours: Sequence[tuple[float, Estimate]], theirs: Sequence[tuple[float, Estimate]], text_error: float = 0.0
+) -> Estimate | None:
+    """Return ``log(FLOPs of theirs / FLOPs of ours)`` at the lowest bits per byte that both curves reach.
+
+    `text_error` is that of the difference of the two in bits per byte. Returns None if one curve does not cross the
+    lowest point of the other.
+    """
+    (our_flops, our_best), (their_flops, their_best) = (min(c, key=lambda p: p[1].value) for c in (ours, theirs))
+    if our_best.value <= their_best.value:
+        found = log_flops_at(ours, their_best.with_error(text_error))
+        return found and Estimate(math.log(their_flops) - found.value, found.error)
+    found = log_flops_at(theirs, our_best.with_error(text_error))
+    return found and Estimate(found.value - math.log(our_flops), found.error)
+
+
+def saved(log_ratio: Estimate) -> Estimate:
+    """Return the share of FLOPs that the logarithm of a ratio, theirs over ours, says that ours saves."""
+    ratio = math.exp(-log_ratio.value)
+    return Estimate(1 - ratio, ratio * log_ratio.error)
+
+
+def share_of_lead(base: Estimate, without: Estimate, full: Estimate) -> Estimate:
+    """Return ``(without - full) / (base - full)``: the part of the lead of `full` over `base` that `without` lacks."""
+    lead, missing = base.value - full.value, without.value - full.value
+    parts = without.error / lead, missing * base.error / lead**2, (missing - lead) * full.error / lead**2
+    return Estimate(missing / lead, math.hypot(*parts))
+
+
+def slope_of(x: Sequence[float], y: Sequence[float]) -> Estimate:
+    """Return the slope of the least-squares line through at least three points, with the error that residuals give."""
+    line = statistics.linear_regression(x, y)
+    residuals = sum((b - line.slope * a - line.intercept) ** 2 for a, b in zip(x, y, strict=True))
+    mean = statistics.fmean(x)
+    return Estimate(line.slope, math.sqrt(residuals / (len(x) - 2) / sum((a - mean) ** 2 for a in x)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import sys
 from pathlib import Path
 
@@ -13,13 +14,17 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 from study.statistics import (
     Estimate,
-    bootstrap_difference,
     log_flops_at,
+    log_ratio_at_equal_bits,
+    log_ratio_error,
     mean_of,
     paired_difference,
     pooled_deviation,
     saved,
     share_of,
+    share_of_lead,
+    slope_of,
+    text_error,
 )
 
 
@@ -54,25 +59,24 @@ def test_shares() -> None:
     assert share_of(10, 10).error == pytest.approx(math.sqrt(11 / 12 * 1 / 12 / 12))
 
 
-def test_bootstrap_without_variation() -> None:
-    even = bootstrap_difference([[2.0, 4.0]] * 2, [[1.0, 2.0]], [1.0, 2.0], rounds=50)
-    assert even == Estimate(1.0, pytest.approx(0.0, abs=1e-12))
-
-
-def test_bootstrap_has_the_error_of_seeds_and_of_excerpts() -> None:
+def test_errors_over_text_are_those_of_a_bootstrap() -> None:
     draw = random.Random(0)
-    excerpts = [draw.gauss(0.0, 1.0) for _ in range(100)]
-    zero = [[0.0] * 100]
-    by_excerpt = bootstrap_difference([excerpts], zero, [1.0] * 100, rounds=400)
-    mean = sum(excerpts) / 100
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in excerpts) / 100)
-    assert by_excerpt.value == pytest.approx(mean)
-    assert by_excerpt.error == pytest.approx(deviation / 10, rel=0.1)
-    # What is hard for both does not count: the excerpts are paired.
-    assert bootstrap_difference([excerpts], [[x + 1.0 for x in excerpts]], [1.0] * 100).error < 1e-12
-    by_seed = bootstrap_difference([[float(seed)] * 100 for seed in range(9)], zero, [1.0] * 100, rounds=400)
-    assert by_seed.value == pytest.approx(4.0)
-    assert by_seed.error == pytest.approx(math.sqrt(60 / 9) / 3, rel=0.1)
+    sizes = [draw.randint(100, 1000) for _ in range(80)]
+    hard = [draw.uniform(1.0, 3.0) for _ in sizes]
+    a = [size * h * draw.gauss(1.0, 0.05) for size, h in zip(sizes, hard, strict=True)]
+    b = [size * (h * draw.gauss(1.0, 0.05) + 0.3) for size, h in zip(sizes, hard, strict=True)]
+    differences, ratios = [], []
+    for _ in range(2000):
+        chosen = draw.choices(range(80), k=80)
+        sum_a, sum_b, size = (sum(values[i] for i in chosen) for values in (a, b, sizes))
+        differences.append((sum_a - sum_b) / size)
+        ratios.append(math.log(sum_a / sum_b))
+    assert text_error(a, b, sizes) == pytest.approx(statistics.stdev(differences), rel=0.1)
+    assert log_ratio_error(a, b) == pytest.approx(statistics.stdev(ratios), rel=0.1)
+    # What is hard for both does not count.
+    assert text_error(a, [x + 0.1 * size for x, size in zip(a, sizes, strict=True)], sizes) < 1e-12
+    assert log_ratio_error(a, [2 * x for x in a]) < 1e-12
+    assert math.isnan(text_error([1.0], [2.0], [3.0]))
 
 
 def test_flops_at_equal_bits() -> None:
@@ -88,6 +92,26 @@ def test_flops_at_equal_bits() -> None:
     assert log_flops_at(points, Estimate(4.1, 0.0)) is None
     assert log_flops_at(points, Estimate(0.9, 0.0)) is None
     assert log_flops_at(points[:1], Estimate(2.0, 0.0)) is None
-    assert saved(math.exp(1.5), found) == Estimate(
-        pytest.approx(1 - math.exp(-0.5)), pytest.approx(math.exp(-0.5) * 0.3)
-    )
+    assert saved(Estimate(0.5, 0.3)) == Estimate(pytest.approx(1 - math.exp(-0.5)), pytest.approx(math.exp(-0.5) * 0.3))
+
+
+def test_ratio_at_equal_bits_is_taken_where_both_curves_are() -> None:
+    ours = [(math.exp(1.0), Estimate(3.0, 0.1)), (math.exp(3.0), Estimate(1.0, 0.1))]
+    theirs = [(math.exp(1.0), Estimate(4.0, 0.1)), (math.exp(3.0), Estimate(2.0, 0.1))]
+    # Ours has 2 bits at e^2, with errors of 0.05, 0.05 and 0.1; theirs at e^3.
+    error = math.sqrt(0.05**2 + 0.05**2 + 0.1**2)
+    assert log_ratio_at_equal_bits(ours, theirs) == Estimate(pytest.approx(1.0), pytest.approx(error))
+    assert log_ratio_at_equal_bits(theirs, ours) == Estimate(pytest.approx(-1.0), pytest.approx(error))
+    assert log_ratio_at_equal_bits(ours, theirs, 0.3).error == pytest.approx(math.hypot(error, 0.3))
+    assert log_ratio_at_equal_bits(ours, [(1.0, Estimate(9.0, 0.1))]) is None
+
+
+def test_share_of_lead() -> None:
+    share = share_of_lead(Estimate(3.0, 0.1), Estimate(2.5, 0.2), Estimate(2.0, 0.4))
+    # Derivatives are 1, -1/2 and -1/2.
+    assert share == Estimate(pytest.approx(0.5), pytest.approx(math.hypot(0.2, 0.05, 0.2)))
+
+
+def test_slope() -> None:
+    # The line is y = x; residuals are 1, -2, 1; their squares over one degree of freedom are 6, and x has squares of 2.
+    assert slope_of([0.0, 1.0, 2.0], [1.0, -1.0, 3.0]) == Estimate(pytest.approx(1.0), pytest.approx(math.sqrt(3)))

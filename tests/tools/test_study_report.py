@@ -1,0 +1,266 @@
+"""The report of the study, on made-up runs whose answers are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+
+from study import report
+from study.families import FAMILIES, longer_patches, variants
+from study.noise import NOISES
+from study.results import Results, Run, Score, load
+from study.statistics import Estimate
+from study.tasks import EDITS, TASKS
+from study.wording import marked, shown, table, trend, verdict, versus
+
+BUDGETS = (1.0, 4.0, 16.0)
+ERROR = 0.004  # deviation over seeds
+LEAD = {"BLT-Entropy": 0.1, "BLT-Space": 0.1, "tokens 4k": 0.0, "tokens 32k": 0.0, "MegaByte": -0.1, "bytes": -0.1}
+SHARES = {"python": 8000, "german": 1000, "amharic": 10, "hindi": 30}
+
+
+def run_of(model: str, family: str, tflops: float, seed: int, lead: float, rate: float = 4e-3) -> Run:
+    """Return a run whose bits fall by 0.2 where the budget quadruples."""
+    bits = 2.4 - 0.2 * math.log(tflops, 4) - lead + ERROR * (-1, 0, 1)[seed]
+    name = f"{model} {tflops} {seed} {rate}"
+    patcher = 0.3 if family == "BLT-Entropy" else 0.0
+    size = model.removeprefix(family).strip()[:1]
+    return Run(name, model, family, size, seed, tflops, rate, 10**6, 10**5, 4.5, 1.0, patcher, int(tflops * 1e6), bits)
+
+
+def scores_of(run: Run) -> list[Score]:
+    found = [Score(run.run, "text", "", group, 10, 1000, 1000 * run.bits, 0) for group in SHARES]
+    is_bytes = not run.family.startswith("tokens")
+    for name in ("clean", *NOISES):
+        more = 1.0 if name == "clean" else 1.1 if is_bytes else 1.2
+        found.append(Score(run.run, "noise", name, "all", 10, 1500, 1500 * run.bits * more, 0))
+    found += [Score(run.run, "task", name, "all", 100, 0, 0.0, 26 if name != "contains" else 50) for name in TASKS]
+    found += [Score(run.run, "misspelling", e, "all", 400, 0, 0.0, 380 if is_bytes else 320) for e in EDITS]
+    return found
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    runs = [run_of("patcher", "patcher", 6.0, 0, 0.0)]
+    for family, lead in LEAD.items():
+        runs += [run_of(f"{family} B", family, t, seed, lead) for t in BUDGETS for seed in range(3)]
+        runs.append(run_of(f"{family} A", family, 1.0, 0, lead + 0.05))  # one seed alone is not the best
+        runs.append(run_of(f"{family} B", family, 1.0, 0, -1.0, rate=1e-2))
+    for i, model in enumerate(longer_patches()):
+        # Longer patches are behind at first, and ahead in the end.
+        runs += [
+            run_of(model.name, model.family, t, s, 0.02 * i * (k - 1)) for k, t in enumerate(BUDGETS) for s in range(3)
+        ]
+    for model in variants():
+        lead = {"BLT-Entropy B, without tables": -0.05, "bytes B with tables": 0.1}.get(model.name, 0.1)
+        runs += [run_of(model.name, model.family, 4.0, seed, lead) for seed in range(3)]
+    runs += [run_of("BLT-Entropy C from tokens", "BLT-Entropy", 4.0, seed, 0.03) for seed in range(3)]
+    runs += [run_of("BLT-Entropy C from tokens, slowly", "BLT-Entropy", 4.0, seed, 0.001) for seed in range(3)]
+    runs = [replace(run, run=f"{i}") for i, run in enumerate(runs)]
+    scores = [score for run in runs if run.size == "B" and run.tflops == 16.0 for score in scores_of(run)]
+    return Results(runs, scores, shares=SHARES)
+
+
+def test_words() -> None:
+    assert shown(Estimate(1.23456, 0.01)) == "1.235 ± 0.010"
+    assert shown(Estimate(0.0123, math.nan), "%", signed=True) == "+1.2%"
+    assert shown(None) == ""
+    assert marked(Estimate(-0.5, 0.2)) == "**-0.500 ± 0.200**"
+    assert marked(Estimate(-0.5, 0.3)) == "-0.500 ± 0.300"
+    assert verdict("A", "B", Estimate(0.5, 0.2)) == "A is ahead of B by 0.500 ± 0.200 bits per byte."
+    assert verdict("A", "B", Estimate(-0.5, 0.2)) == "A is behind B by 0.500 ± 0.200 bits per byte."
+    assert "No clear difference" in verdict("A", "B", Estimate(-0.5, 0.3))
+    leads = {"A": Estimate(0.5, 0.2), "C": Estimate(-0.5, 0.2), "D": Estimate(0.5, 0.3), "E": None}
+    assert versus("B", leads) == (
+        "Compared with B, in bits per byte. Ahead: A +0.500 ± 0.200. Behind: C -0.500 ± 0.200."
+        " No clear difference: D +0.500 ± 0.300."
+    )
+    assert versus("B", {"E": None}) == ""
+    assert "one seed each" in verdict("A", "B", Estimate(5.0, math.nan))
+    assert "grows by 0.300 ± 0.050" in trend("A over B", Estimate(0.1, 0.03), Estimate(0.4, 0.04))
+    assert "not change clearly" in trend("A over B", Estimate(0.1, 0.3), Estimate(0.4, 0.4))
+    assert table(["a", "b"], [["c", "d"]]) == "| a | b |\n| --- | ---: |\n| c | d |"
+
+
+def test_which_runs_are_compared(results: Results) -> None:
+    assert results.budgets == [1.0, 4.0, 16.0]
+    assert results.patcher is not None
+    assert results.rates["tokens 4k"] == 4e-3
+    assert results.best("tokens 4k", 1.0) == "tokens 4k B"
+    assert [run.seed for run in results.group("tokens 4k B", 1.0)] == [0, 1, 2]
+    assert results.deviations[1.0] == pytest.approx(ERROR)
+    assert results.bits("tokens 4k B", 4.0) == Estimate(pytest.approx(2.2), pytest.approx(ERROR / math.sqrt(3)))
+    assert results.bits("tokens 4k C", 4.0) is None
+    # Size C has three seeds too, but no scores.
+    assert {family: runs[0].size for family, runs in results.measured.items()} == dict.fromkeys(FAMILIES, "B")
+    paid = results.curve("BLT-Entropy", paid=True)
+    assert [flops for flops, _, _ in paid] == pytest.approx([1.1, 4.4, 17.6])
+
+
+def test_errors_over_text(results: Results) -> None:
+    ours, theirs = (results.group(f"{family} B", 16.0) for family in ("BLT-Entropy", "bytes"))
+    rows = {run.run: [2000.0, 1000.0, 4000.0] for run in ours}
+    rows |= {run.run: [2000.0, 1000.0 + 60 * (run.seed + 1), 4000.0] for run in theirs}
+    with_text = Results(results.runs, results.scores, excerpts={"bytes": [1000.0] * 3} | rows)
+    # Excerpts differ by 0, 0.12 and 0 bits per byte: the error of their mean is 0.04.
+    assert with_text.text_error("BLT-Entropy B", "bytes B", 16.0) == pytest.approx(0.04)
+    lead = with_text.lead("BLT-Entropy B", "bytes B", 16.0)
+    assert lead == Estimate(pytest.approx(0.2), pytest.approx(math.hypot(0.04, ERROR * math.sqrt(2 / 3))))
+    assert with_text.lead("MegaByte B", "bytes B", 16.0) == results.lead("MegaByte B", "bytes B", 16.0)
+    assert with_text.lead("BLT-Entropy B", "nothing B", 16.0) is None
+    text = report.families(with_text)
+    assert f"BLT-Entropy {lead.value:+.3f} ± {lead.error:.3f}" in text
+
+
+def test_families(results: Results) -> None:
+    text = report.families(results)
+    assert (
+        "- Compared with tokens 4k at 16 TFLOP, in bits per byte. Ahead: BLT-Space +0.100 ± 0.003;"
+        " BLT-Entropy +0.100 ± 0.003. Behind: bytes -0.100 ± 0.003; MegaByte -0.100 ± 0.003."
+        " No clear difference: tokens 32k +0.000 ± 0.003.\n"
+    ) in text
+    # A lead of 0.1 is half of what a budget four times as large gives: half of the FLOPs. The patcher adds a tenth.
+    assert "without the patcher, BLT-Entropy needs 50.0 ±" in text
+    assert "with the patcher counted, BLT-Entropy needs 45.0 ±" in text
+    assert "| tokens 32k | 2.400 ± 0.002 (B, 1.00, 1.0) | 2.200" in text
+    assert "| BLT-Entropy over bytes | **+0.200 ± 0.003** |" in text
+
+
+def test_rates(results: Results) -> None:
+    assert "| MegaByte | **2.496** | 3.396 |" in report.rates(results)
+
+
+def test_patches(results: Results) -> None:
+    text = report.patches(results)
+    assert "At 1 TFLOP: BLT-Entropy C, patches of 8 is behind BLT-Entropy C by 0.040 ± 0.003 bits per byte." in text
+    assert "At 16 TFLOP: BLT-Entropy C, patches of 8 is ahead of BLT-Entropy C by 0.040 ± 0.003 bits per byte." in text
+    assert "the lead of BLT-Entropy C, patches of 8 over BLT-Entropy C grows by 0.080 ± 0.005 bits per byte." in text
+    # All models cost 1 MFLOP a byte, and those with a patcher 1.3.
+    assert "At 16 TFLOP, no BLT-Entropy cheaper forward than tokens 32k B has as few bits per byte." in text
+    assert "| BLT-Entropy C | 4.50 | 1.00 + 0.30 | 2.400 ± 0.002 (1.0) |" in text
+
+
+def test_inference(results: Results) -> None:
+    def cheaper(run: Run) -> Run:
+        return replace(run, mflops={"A": 0.2, "B": 0.3, "C": 0.5}[run.size]) if run.family == "BLT-Entropy" else run
+
+    # B costs 0.6 of tokens with its patcher, and is ahead by 0.1. The others are behind, or cost more.
+    found = report.inference(Results([cheaper(run) for run in results.runs]))
+    assert found[0] == (
+        "At 16 TFLOP, BLT-Entropy B spends 40% fewer FLOPs a byte forward than tokens 4k B, patcher included."
+        " It is ahead of tokens 4k B by 0.100 ± 0.003 bits per byte."
+    )
+
+
+def test_noise(results: Results) -> None:
+    text = report.noise(results)
+    lead = 100 * math.log(1.2 / 1.1)
+    assert "Compared with tokens 32k, in noised over clean bits, the mean over noises. Ahead: bytes" in text
+    assert f"; BLT-Entropy +{lead:.1f} ± 0.0%.\n" in text
+    assert "Behind" not in text
+    assert f"| bytes |{f' **+{lead:.1f} ± 0.0%** |' * 7}" in text
+
+
+def test_tasks(results: Results) -> None:
+    text = report.tasks(results)
+    assert (
+        "Compared with chance, in right answers, the mean over tasks. No clear difference: bytes +0.9 ± 1.5%;" in text
+    )
+    assert "Compared with tokens 4k, in words told from their misspellings. Ahead: bytes +15.0 ±" in text
+    assert "| chance | 25% | 25% | 50% |" in text
+    share = results.shares_right("misspelling", list(EDITS))["bytes"]
+    assert share.value == pytest.approx(0.95)
+    # The error is that of 1600 questions, not of three times as many.
+    assert share.error == pytest.approx(math.sqrt(0.95 * 0.05 / 1600), rel=0.05)
+
+
+def test_languages(results: Results) -> None:
+    text = report.languages(results)
+    assert "Of 4 groups of text, BLT-Entropy is clearly ahead of tokens 4k in 4, behind in 0." in text
+    # The lead is the same in all groups.
+    assert "Its lead over tokens 4k has no clear trend" in text
+    assert [line.split(" ")[1] for line in text.splitlines() if line.startswith("| ")][2:] == [
+        "python",
+        "german",
+        "hindi",
+        "amharic",
+    ]
+
+
+def test_errors_of_a_group_are_those_of_its_excerpts(results: Results) -> None:
+    measured = [run for runs in results.measured.values() for run in runs]
+    scores = [replace(score, count=2) if score.kind == "text" else score for score in results.scores]
+    excerpts = {run.run: [100.0, 100.0] * 4 for run in measured} | {"bytes": [50.0] * 8}
+    for run in results.measured["bytes"]:
+        excerpts[run.run] = [100.0, 100.0, 150.0, 50.0, *[100.0] * 4]  # the second group is german
+    leads = Results(results.runs, scores, excerpts=excerpts).log_leads("BLT-Entropy", "bytes")
+    alone = Results(results.runs, scores).log_leads("BLT-Entropy", "bytes")
+    assert leads["python"].error == pytest.approx(alone["python"].error)
+    # Parts are 1/4 and -1/4; n / (n - 1) is 2.
+    assert leads["german"].error == pytest.approx(math.hypot(alone["german"].error, math.sqrt(2 * 2 / 16)))
+
+
+def test_from_tokens(results: Results) -> None:
+    text = report.from_tokens(results)
+    assert "BLT-Entropy C from scratch at 4 TFLOP, in bits per byte. Ahead: BLT-Entropy C from tokens +0.030 ±" in text
+    assert "No clear difference: BLT-Entropy C from tokens, slowly +0.001 ± 0.003." in text
+
+
+def test_ablations(results: Results) -> None:
+    text = report.ablations(results)
+    assert (
+        "Compared with bytes B, in bits per byte. Ahead: BLT-Entropy B +0.200 ± 0.003;"
+        " BLT-Entropy B, without tables +0.050 ± 0.003; bytes B with tables +0.200 ± 0.003.\n"
+    ) in text
+    assert "Without its tables, BLT-Entropy B loses 75.0 ±" in text
+    assert "Behind: BLT-Entropy B, without tables -0.150 ± 0.003. No clear difference: BLT-Entropy B, a quarter" in text
+    assert text.count("| +0.000 ± 0.003 |") == len(variants()) - 1
+
+
+@pytest.mark.parametrize("part", report.PARTS.values(), ids=list(report.PARTS))
+def test_a_part_without_runs_is_empty(part: Callable[[Results], str], results: Results) -> None:
+    assert part(Results([])) == ""
+    # Some runs are there, one a model, no scores: nothing is claimed.
+    some = [run for run in results.runs if run.seed == 0]
+    random.Random(0).shuffle(some)
+    text = part(Results(some[: len(some) // 2]))
+    assert not re.search("ahead|behind|fewer|grows|shrinks|loses", text, re.IGNORECASE)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_files(results: Results, tmp_path: Path) -> None:
+    assert results.patcher is not None
+    write_csv(tmp_path / "runs.csv", [asdict(run) | {"steps": 1} for run in [results.patcher, *results.runs]])
+    write_csv(tmp_path / "scores.csv", [asdict(score) | {"right": score.right or ""} for score in results.scores])
+    (tmp_path / "curves.csv").write_text("run,0,1\n7,2.5,1.5\n")
+    (tmp_path / "excerpts.csv").write_text("run,0,1\nbytes,900,1000\n7,12.5,13\n")
+    (tmp_path / "settings.json").write_text(json.dumps({"shares": SHARES}))
+    again = load(tmp_path)
+    assert again.runs == results.runs
+    assert again.scores == results.scores
+    assert again.curves == {"7": [2.5, 1.5]}
+    assert again.excerpts == {"bytes": [900.0, 1000.0], "7": [12.5, 13.0]}
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        f"## {part.__doc__}" for part in report.PARTS.values()
+    ]
+    assert report.families(results) in text
