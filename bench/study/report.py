@@ -21,6 +21,7 @@ from study.wording import magnitude, marked, page, shown, table, trend, verdict,
 BLT, TOKENS = "BLT-Entropy", ("tokens 4k", "tokens 32k")
 COMPARED = ("tokens 4k", "tokens 32k", "bytes", "BLT-Space")  # families that all others are compared with
 NO_LANGUAGES = ("python", "prose")  # groups that the trend over languages leaves out
+CHANCE = {name: 1 / 2 if name == "contains" else 1 / CHOICES for name in TASKS}
 ZERO = Estimate(0.0, 0.0)
 
 
@@ -198,7 +199,7 @@ def tasks(results: Results) -> str:
     )
     sentences, tables = [], []
     if names:
-        chance = {name: 1 / 2 if name == "contains" else 1 / CHOICES for name in names}
+        chance = {name: CHANCE[name] for name in names}
         right = {name: results.shares_right("task", [name]) for name in names}
         right["mean"] = results.shares_right("task", names)
         chance["mean"] = statistics.fmean(chance.values())
@@ -286,13 +287,10 @@ def begun_models(results: Results) -> tuple[str, list[str]]:
 
 def ablations(results: Results) -> str:
     """(f) BLT-Entropy with one part changed."""
-    changed = [model.name for model in variants()]
-    tflops = max((run.tflops for run in results.runs if run.model in changed), default=0.0)
-    base = changed[0].split(",")[0]
-    plain = base.replace(BLT, "bytes")
-    bits = {name: value for name in (base, plain, *changed) if tflops and (value := results.bits(name, tflops))}
-    if base not in bits:
+    base, bits, tflops = ablation_bits(results)
+    if not bits:
         return ""
+    plain = base.replace(BLT, "bytes")
     without, with_tables = f"{base}, without tables", f"{plain} with tables"
     compared = {plain: [base, without, with_tables], base: [name for name in bits if name not in (base, plain)]}
     sentences = [
@@ -311,6 +309,17 @@ def ablations(results: Results) -> str:
         rows.append([name, *cells, f"{run.mflops:.2f}", shown(value), marked(lead)])
     head = [f"model, {tflops:g} TFLOP", "M parameters", "of these looked up", "bytes a patch", "MFLOP a byte"]
     return page(sentences, table([*head, "bits per byte", f"lead over {base}"], rows))
+
+
+def ablation_bits(results: Results) -> tuple[str, dict[str, Estimate], float]:
+    """Return the name of BLT-Entropy, the bits per byte of all models that are compared, and their TFLOP."""
+    changed = [model.name for model in variants()]
+    base, tflops = (
+        changed[0].split(",")[0],
+        max((run.tflops for run in results.runs if run.model in changed), default=0),
+    )
+    names = [base, base.replace(BLT, "bytes"), *changed] if tflops and results.group(base, tflops) else []
+    return base, {name: value for name in names if (value := results.bits(name, tflops)) is not None}, tflops
 
 
 PARTS: dict[str, Callable[[Results], str]] = {

@@ -1,7 +1,8 @@
 """Pictures that the library itself draws, one for a light page and one for a dark one.
 
-``docs/figures/NAME.py`` has ``draw(colors: Colors) -> matplotlib.figure.Figure`` and a docstring, which is the
-alternative text of the picture. On a page, the directive ``{drawn} NAME`` shows it; its content is the caption.
+``docs/figures/NAME.py`` has ``draw(colors: Colors) -> matplotlib.figure.Figure | None`` and a docstring, which is the
+alternative text of the picture. On a page, the directive ``{drawn} NAME`` shows it; its content is the caption. Where
+`draw` returns None, since no measurements are stored, the directive shows nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DARK = Colors("#e6e8eb", "#4a5058", ("#1d3a5f", "#5b3a17", "#1f4a2c", "#43305a")
 
 
 def write(name: str, folder: Path) -> list[Path]:
-    """Draw the figure `name` into `folder` as NAME-light.svg and NAME-dark.svg and return their paths."""
+    """Draw the figure `name` into `folder` as NAME-light.svg and NAME-dark.svg and return what was drawn."""
     draw = importlib.import_module(f"figures.{name}").draw
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -51,6 +52,8 @@ def write(name: str, folder: Path) -> list[Path]:
         }
         with matplotlib.rc_context(style):
             figure = draw(colors)
+            if figure is None:
+                return []
             paths.append(folder / f"{name}-{theme}.svg")
             figure.savefig(paths[-1], transparent=True, bbox_inches="tight", metadata={"Date": None})
     return paths
@@ -67,10 +70,11 @@ class Drawn(SphinxDirective):
         name = self.arguments[0]
         module = importlib.import_module(f"figures.{name}")
         self.env.note_dependency(module.__file__)
+        paths = write(name, Path(self.env.srcdir) / "_generated" / "figures")
+        if not paths:
+            return []
         figure = nodes.figure(classes=["drawn"])
-        for path, theme in zip(
-            write(name, Path(self.env.srcdir) / "_generated" / "figures"), ("light", "dark"), strict=True
-        ):
+        for path, theme in zip(paths, ("light", "dark"), strict=True):
             uri = "/" + path.relative_to(self.env.srcdir).as_posix()
             figure += nodes.image(uri=uri, alt=" ".join((module.__doc__ or "").split()), classes=[f"only-{theme}"])
         if self.content:

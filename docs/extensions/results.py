@@ -1,9 +1,9 @@
 """Tables of measurements, which a page takes from `bench/results` when the site is built.
 
 The directive ``{results} KIND`` shows the newest file of a kind: "integrations" (``:op:`` is a regular expression that
-the names of the operations match), "generation", "study", "speed" for the small table of README.md, or "cpu" and "gpu"
-for that of all ops. The directive ``{replaced} MODULE`` shows what ``apply`` of an integration replaces, and by what;
-``{texts}`` shows the packages that the text of the study comes from.
+the names of the operations match), "generation", "study" (``:op:`` is the part), "speed" for the small table of
+README.md, or "cpu" and "gpu" for that of all ops. The directive ``{replaced} MODULE`` shows what ``apply`` of an
+integration replaces, and by what; ``{texts}`` shows the packages that the text of the study comes from.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from docutils import nodes
@@ -64,11 +65,16 @@ def of_integrations(path: Path, op: str) -> str:
     return "\n".join(lines)
 
 
-def of_study(folder: Path, op: str) -> str:
-    """Return the table that ``python bench/study`` wrote, up to the bits of clean text."""
-    lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
-    shown = ["|".join([*line.split("|")[:8], ""]) for line in lines]  # without noise, which is drawn
-    return "\n".join([f"`{folder.relative_to(ROOT)}`:", "", *shown])
+def study_module(name: str) -> ModuleType:
+    """Return a module of bench/study."""
+    readme()  # makes bench importable
+    return importlib.import_module(f"study.{name}")
+
+
+def of_study(folder: Path, part: str) -> str:
+    """Return sentences and tables of one part of ``python bench/study``."""
+    report = study_module("report")
+    return report.PARTS[part](report.load(folder)) or "No runs of this part are stored yet."
 
 
 def of_speed(path: Path, op: str) -> str:
