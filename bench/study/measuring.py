@@ -16,7 +16,7 @@ from study.tasks import Question, count_words, misspellings, questions, rare_wor
 
 NOISED_BYTES = 1 << 17  # so many bytes of held-out text get each noise
 MAX_BYTES = 1000  # of a noised excerpt
-SEED = 0
+QUESTIONS, SEED = 100, 0  # questions of each task
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def make_suite(corpus: Corpus) -> Suite:
             chosen.append(text)
             total += num_bytes(text)
     noises = {name: [noised(name, text, MAX_BYTES) for text in chosen] for name in NOISES}
-    asked = {"task": questions(words, SEED), "misspelling": misspellings(every, counts, SEED)}
+    asked = {"task": questions(words, SEED, QUESTIONS), "misspelling": misspellings(every, counts, SEED)}
     return Suite({"clean": chosen, **noises}, asked)
 
 

@@ -111,8 +111,8 @@ class Lab:
     corpus : Corpus
     patcher : Path, optional
         Weights of the patcher. Entropy patches need it.
-    costs : dict from the name of a model to Cost, optional
-        Those that are known.
+    costs : dict from str to Cost, optional
+        Those that are known, by the `repr` of the model.
     """
 
     def __init__(
@@ -164,9 +164,10 @@ class Lab:
         return Patching(self.entropies, threshold, model.rule)
 
     def cost(self, model: Model) -> Cost:
-        if model.name not in self._costs:
-            self._costs[model.name] = self._cost(model)
-        return self._costs[model.name]
+        key = repr(model)
+        if key not in self._costs:
+            self._costs[key] = self._cost(model)
+        return self._costs[key]
 
     def _cost(self, model: Model) -> Cost:
         built, rows = build(model, 0), self.sample()

@@ -1,121 +1,271 @@
-"""The study of the models: that it runs, that nothing runs twice, and what it writes."""
+"""The runs of the study: what models read, how runs are trained, resumed and measured, and what the command writes."""
 
 from __future__ import annotations
 
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.image
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
+from blt_kernels.ids import BOS, EOS
 from blt_kernels.testing import real_text
+from blt_kernels.train import data
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
-from study import report
-from study import run as study
-from study import text as study_text
+from study import command, families, measuring, plan, runs, training
+from study.corpus import Corpus
+from study.families import FAMILIES, PATCHER, Model
+from study.plan import Budgets, next_rate
+from study.readers import ByteReader
+from study.runs import Job, Lab
+from study.scoring import Scorer
 
-CHOSEN = ["byte 128", "entropy 4.5 small"]
+RATE = 4e-3
+
+
+def small(model: Model) -> Model:
+    """Return a model of the same kind that trains in no time."""
+    if model.kind == "entropy":
+        config = families.byte_lm(32, 1, None, vocab_size=model.config.vocab_size)
+    elif model.kind == "megabyte":
+        config = families.MegaByteConfig(8, families.layers(64, 1), families.layers(32, 1))
+    else:
+        config = families.blt(model.config.patching, 32, 1, families.layers(32, 1), ngram_vocab=64)
+    return replace(model, config=config)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """Return a work directory, and the results beside it, of a study of a few steps."""
-    root = tmp_path_factory.mktemp("study")
-    (root / "files").mkdir()
-    text = real_text(24000).replace(b"\0", b"")
-    for number in range(150):
-        (root / "files" / f"{number}.py").write_bytes(text[160 * number : 160 * (number + 1)])
-    run(root, "out", "--jobs", "2")
-    return root
+def corpus(tmp_path_factory) -> Corpus:
+    folder = tmp_path_factory.mktemp("text")
+    text = real_text(60000).replace(b"\0", b"").decode(errors="ignore")
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(text[2000 * number : 2000 * (number + 1)], encoding="utf-8")
+    rest = text[40000:]
+    heldout = {"python": [rest[i : i + 500] for i in range(0, 6000, 500)], "german": ["Straße für Äpfel und Öl"] * 3}
+    sources = data.find_sources([folder])
+    return Corpus(sources, sources[:2], heldout, {"python": 30000, "german": 10000}, {"digest": "of a test"})
 
 
-def run(root: Path, out: str, *more: str) -> None:
-    where = ["--paths", root / "files", "--work", root / "work", "--out", root / out]
-    options = ["--tflops", "0.02", "--seeds", "2", "--jobs", "1", "--heldout-bytes", "1000", "--models", *CHOSEN]
-    study.main([str(x) for x in [*where, *options, *more]])
+@pytest.fixture(scope="module")
+def lab(corpus: Corpus, tmp_path_factory) -> Lab:
+    """Return a lab with a patcher that has learned little."""
+    lab = Lab(tmp_path_factory.mktemp("work"), corpus)
+    job = Job(PATCHER, 0.03, 0, RATE)
+    runs.perform(lab, job, quiet)
+    lab.patcher = lab.folder(job) / "weights.pt"
+    return lab
+
+
+def quiet(name: str, part: float, text: str) -> None:
+    pass
+
+
+# --- readers and patches ----------------------------------------------------------------------------------------------
+
+
+def test_tokens_and_bytes_read_the_same_text(lab: Lab) -> None:
+    rows, reader = lab.batches(0).rows(3), lab.reader(4096)
+    ids, offsets, num_bytes = reader.read(rows)
+    of_bytes, byte_offsets, expected = ByteReader().read(rows)
+    assert len(offsets) == len(byte_offsets)
+    assert expected - 8 <= num_bytes <= expected
+    for i in range(len(rows)):
+        tokens = ids[offsets[i] : offsets[i + 1]].tolist()
+        read = of_bytes[byte_offsets[i] : byte_offsets[i + 1]][1:]
+        assert tokens[0] == BOS
+        assert (tokens[-1] == EOS) == (read.numel() > 0 and int(read[-1]) == EOS)
+        text = bytes((read[read > 3] - 4).tolist()).decode(errors="ignore")
+        assert reader.tokenizer.decode([t for t in tokens if t > 3], skip_special_tokens=False) == text
+    assert len(ids) < len(of_bytes) / 2
+
+
+def test_characters_that_a_row_cuts_are_no_text_to_tokens(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("aäöü", encoding="utf-8")
+    (source,) = data.find_sources([tmp_path / "x"])
+    # Ids are BOS, a, two bytes each of ä, ö and ü, EOS. The row begins within ä and ends within ü.
+    ids, _, num_bytes = lab.reader(4096).read([data.Row(source, 2, 5)])
+    assert num_bytes == 2
+    assert lab.reader(4096).tokenizer.decode(ids[1:].tolist()) == "ö"
+
+
+def test_stored_entropies_are_those_of_the_pieces(lab: Lab) -> None:
+    source = lab.corpus.train[3]
+    for number in range(data.num_pieces(source.size, runs.CONTEXT)):
+        piece = data.find_piece(source, number, runs.CONTEXT)
+        expected = lab.entropies.of(*data.read_rows([piece]))
+        stored = lab.entropies.of_rows([piece])
+        assert torch.allclose(stored[number > 0 :], expected[number > 0 :], atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", [{}, {"monotonic": True}, {"max_patch_length": 12}], ids=str)
+def test_patches_have_the_size_that_is_asked_for(lab: Lab, rule: dict) -> None:
+    model = replace(families.entropy_of("A"), rule=rule, name=f"entropy {rule}")
+    assert lab.cost(model).patch_size == pytest.approx(4.5, rel=0.03)
+    rows = lab.sample()
+    offsets = torch.tensor(np.cumsum([0, *(row.length for row in rows)]), dtype=torch.int32)
+    longest = int(lab.patching(model).of_rows(rows, offsets).patch_lengths.max())
+    assert longest <= rule.get("max_patch_length", runs.CONTEXT)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_of_a_family_cost_what_they_should(lab: Lab) -> None:
+    for make in FAMILIES.values():
+        costs = [lab.cost(make(size)).mflops for size in "ABC"]
+        assert costs == sorted(costs)
+    longer = [lab.cost(model) for model in families.longer_patches()]
+    assert [round(cost.patch_size * 2) / 2 for cost in longer] == [4.5, 6, 8]
+    assert max(cost.mflops for cost in longer) < 1.1 * min(cost.mflops for cost in longer)
+
+
+def test_hash_tables_of_a_transformer_read_no_other_row() -> None:
+    model = families.build(next(m for m in families.variants() if m.change == "tables"), 0).eval()
+    ids = torch.randint(4, 260, (40,), dtype=torch.int32)
+    together = model(ids, torch.tensor([0, 25, 40], dtype=torch.int32))
+    assert torch.allclose(together[25:], model(ids[25:]), atol=1e-5)
+    changed = ids.clone()
+    changed[30] += 1 if changed[30] < 200 else -1
+    assert not torch.allclose(together[35], model(changed, torch.tensor([0, 25, 40], dtype=torch.int32))[35], atol=1e-4)
+
+
+def test_parts_that_are_left_out_have_no_effect(lab: Lab) -> None:
+    without = next(m for m in families.variants() if m.change == "no tables")
+    model = families.build(without, 0)
+    assert not model.encoder_hash_tok_embedding.weight.any()
+    assert not model.encoder_hash_tok_embedding.weight.requires_grad
+    plain = families.build(next(m for m in families.variants() if m.change == "no encoder cross attention"), 0)
+    assert not any(name.startswith("local_encoder.cross") for name, _ in plain.named_parameters())
+    base, uncrossed = (lab.cost(m).mflops for m in (families.entropy_of("B"), families.variants()[4]))
+    assert 0.9 * base < uncrossed < base
+
+
+def test_a_global_transformer_begins_as_layers_over_tokens() -> None:
+    tokens, blt = families.build(families.tokens_of("C", 4096), 1), families.build(families.entropy_of("C"), 2)
+    runs.begin_as(blt, tokens.state_dict())
+    for name, value in tokens.layers.state_dict().items():
+        assert blt.global_transformer.layers.state_dict()[name].equal(value)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nats_of_a_text_do_not_depend_on_the_texts_beside_it(lab: Lab, family: str) -> None:
+    model = small(FAMILIES[family]("A"))
+    scorer = Scorer(families.build(model, 0), lab.reader(model.vocabulary), lab.patching(FAMILIES[family]("A")))
+    texts = ["Straße", lab.corpus.heldout["python"][0], "a", lab.corpus.heldout["python"][1]]
+    together = scorer.nats(texts)
+    assert together == pytest.approx([scorer.nats([text])[0] for text in texts], rel=1e-4)
+    ids = torch.from_numpy(scorer.reader.encode(texts[0]))
+    layout = {} if scorer.patching is None else {"layout": scorer.patching.of(ids, torch.tensor([0, len(ids)]).int())}
+    logits = scorer.model(ids, **layout)
+    assert together[0] == pytest.approx(F.cross_entropy(logits[:-1], ids[1:].long(), reduction="sum").item(), rel=1e-4)
+    assert scorer.nats([]) == []
+
+
+def test_a_run_goes_on_where_it_was_killed(lab: Lab, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    model = small(FAMILIES["bytes"]("A"))
+    job = Job(model, 20 * 3e-6 * lab.cost(model).mflops * runs.BATCH, 0, RATE)
+    at_once, killed = (Lab(tmp_path / name, lab.corpus) for name in ("at once", "killed"))
+    assert at_once.steps(job) == 20
+    expected = runs.perform(at_once, job, quiet)
+
+    def kill(name: str, part: float, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.perform(killed, job, kill)
+    assert torch.load(killed.folder(job) / "checkpoint.pt", weights_only=True)["values"]["step"] == 10
+    found = runs.perform(killed, job, quiet)
+    assert replace(found, cpu_seconds=0.0) == replace(expected, cpu_seconds=0.0)
+    weights = [torch.load(x.folder(job) / "weights.pt", weights_only=True) for x in (at_once, killed)]
+    assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
+    assert not (killed.folder(job) / "checkpoint.pt").exists()
+    assert found.trained_bytes == pytest.approx(20 * runs.BATCH, rel=0.02)
+    assert len(found.curve) == 20
+
+
+def test_runs_differ_by_what_they_depend_on(lab: Lab) -> None:
+    job = Job(small(FAMILIES["bytes"]("A")), 0.01, 0, RATE)
+    others = [replace(job, seed=1), replace(job, learning_rate=1e-3), replace(job, tflops=0.02)]
+    assert len({lab.folder(x) for x in (job, *others)}) == 4
+    assert lab.folder(job) == Lab(lab.work, lab.corpus).folder(job)
+
+
+def test_bits_have_the_weights_of_the_training_text(lab: Lab) -> None:
+    outcome = runs.perform(lab, Job(PATCHER, 0.03, 0, RATE), quiet)
+    sizes = {group: sum(len(text.encode()) for text in texts) for group, texts in lab.corpus.heldout.items()}
+    python, german = (outcome.bits[group] / sizes[group] for group in ("python", "german"))
+    assert outcome.bits_per_byte(lab.corpus) == pytest.approx(0.75 * python + 0.25 * german)
+
+
+def test_the_next_learning_rate_is_beyond_the_best() -> None:
+    assert next_rate({2.0: 3.0, 4.0: 2.0, 8.0: 2.5}) is None
+    assert next_rate({2.0: 1.0, 4.0: 2.0, 8.0: 2.5}) == 1.0
+    assert next_rate({2.0: 3.0, 4.0: 2.0, 8.0: 1.5}) == 16.0
+    assert next_rate({2.0: 5.0, 4.0: 4.0, 8.0: 3.0, 16.0: 2.0, 32.0: 1.0}) is None
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 @pytest.mark.slow
-def test_what_it_writes(finished: Path) -> None:
-    rows = rows_of(finished / "out" / "runs.csv")
-    assert [(row["model"], row["seed"]) for row in rows] == [(name, seed) for name in CHOSEN for seed in "01"]
-    for row in rows:
-        # Training FLOPs are equal, but for the rounding to whole steps.
-        per_step = 3e6 * float(row["mflops"]) * study.BATCH
-        assert int(row["steps"]) * per_step == pytest.approx(0.02e12, abs=0.51 * per_step)
-        assert int(row["trained_bytes"]) == int(row["steps"]) * study.BATCH
-        assert all(1 < float(row[f"bits {condition}"]) < 9 for condition in study_text.CONDITIONS)
-    by_seed = {(row["model"], row["seed"]): row["bits clean"] for row in rows}
-    assert all(by_seed[name, "0"] != by_seed[name, "1"] for name in CHOSEN)
-    entropy = next(row for row in rows if row["model"] == "entropy 4.5 small")
-    assert float(entropy["patch_size"]) == pytest.approx(4.5, rel=0.05)
-    assert 0 < float(entropy["patcher_mflops"]) < 1
+def test_the_whole_study(lab: Lab, tmp_path: Path, monkeypatch) -> None:
+    """All parts of a study of small models: runs, scores, settings and report; the second call trains nothing."""
+    few = {name: lambda size, make=make: small(make(size)) for name, make in FAMILIES.items() if name != "tokens 32k"}
+    monkeypatch.setattr(plan, "FAMILIES", few)
+    monkeypatch.setattr(plan, "entropy_of", few["BLT-Entropy"])
+    monkeypatch.setattr(plan, "tokens_of", lambda size, vocabulary: few["tokens 4k"](size))
+    monkeypatch.setattr(plan, "longer_patches", lambda: [small(model) for model in families.longer_patches()])
+    monkeypatch.setattr(plan, "variants", lambda size: [small(model) for model in families.variants(size)[3:5]])
+    monkeypatch.setattr(measuring, "QUESTIONS", 3)
+    monkeypatch.setattr(measuring, "NOISED_BYTES", 1000)
+    budgets = Budgets(small=0.002, middle=0.004, large=0.006, patcher=0.03, seeds=2)
+    options = (lab.corpus, tmp_path / "work", budgets, plan.PARTS, 1)
+    command.study(*options, tmp_path / "out")
+    found = rows_of(tmp_path / "out" / "runs.csv")
+    assert {row["family"] for row in found} == {*few, "patcher"}
+    for row in found:
+        per_step = 3e6 * float(row["mflops"]) * runs.BATCH
+        assert int(row["steps"]) == max(2, round(1e12 * float(row["tflops"]) / per_step))
+        assert 1 < float(row["bits"]) < 10
+    names = {row["model"] for row in found}
+    assert {"BLT-Entropy C from tokens", "bytes B with tables", "BLT-Entropy C, patches of 8"} <= names
+    scores = rows_of(tmp_path / "out" / "scores.csv")
+    assert {row["kind"] for row in scores} == {"text", "noise", "task", "misspelling"}
+    assert {row["run"] for row in scores} == {row["run"] for row in found}
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["budgets"]["seeds"] == 2
+    assert settings["shares"] == lab.corpus.shares
+    assert settings["learning_rates"].keys() == few.keys()
 
-    table = (finished / "out" / "table.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in table] == ["model", "---", *CHOSEN]
-    assert matplotlib.image.imread(finished / "out" / "study.png").std() > 0.05
-    settings = json.loads((finished / "out" / "settings.json").read_text())
-    assert settings["seeds"] == [0, 1]
-    assert settings["heldout_bytes"]["clean"] <= 1000
-    assert settings["train_files"] + settings["heldout_files"] <= 150
-
-
-@pytest.mark.slow
-def test_runs_are_reused_and_options_tell_them_apart(finished: Path, monkeypatch) -> None:
-    before = rows_of(finished / "out" / "runs.csv")
-    monkeypatch.setattr(study, "train", lambda *_: pytest.fail("trained again"))
-    run(finished, "again")
-    assert rows_of(finished / "again" / "runs.csv") == before
-    with pytest.raises(pytest.fail.Exception, match="trained again"):
-        run(finished, "again", "--fp32")
-
-
-@pytest.mark.slow
-def test_nothing_that_is_measured_on_is_learned(finished: Path) -> None:
-    corpus = study_text.prepare([finished / "files"], finished / "work", 5000, 1000)
-    learned = b"".join(source.path.read_bytes() for source in corpus.train)
-    for source in corpus.heldout["clean"]:
-        assert source.path.read_bytes() not in learned
-    for source in corpus.sample:
-        assert source.path.read_bytes() in learned
-    assert sum(source.size for source in corpus.sample) == 5000
+    monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("trained again"))
+    command.study(*options, tmp_path / "again")
+    assert rows_of(tmp_path / "again" / "runs.csv") == found
+    assert rows_of(tmp_path / "again" / "scores.csv") == scores
 
 
-@pytest.mark.parametrize("noise", study_text.NOISES)
-def test_noise(noise: str) -> None:
-    text = real_text(20000)
-    noised = study_text.noised(noise, text)
-    assert noised == study_text.noised(noise, text) != text
-    rate = study_text.RATE
-    if noise == "random case":
-        assert noised.lower() == text.lower()
-        letters = [(a, b) for a, b in zip(text, noised, strict=True) if chr(a).isascii() and chr(a).isalpha()]
-        assert sum(a != b for a, b in letters) / len(letters) == pytest.approx(0.5, abs=0.02)
-    elif noise == "swapped":
-        assert sorted(noised) == sorted(text)
-        assert any(text[i : i + 2] == noised[i : i + 2][::-1] != noised[i : i + 2] for i in range(150))
-    else:
-        sign = -1 if noise == "dropped" else 1
-        assert len(noised) / len(text) == pytest.approx(1 + sign * rate, abs=0.01)
-        short, long = sorted((text, noised), key=len)
-        rest = iter(long)
-        assert all(byte in rest for byte in short)  # they come in this order
+def test_held_out_text_is_shortened_by_group(corpus: Corpus, monkeypatch) -> None:
+    monkeypatch.setattr(command, "MEASURED_BYTES", 100)
+    shortened = command.shortened(corpus)
+    assert shortened.heldout == {"python": corpus.heldout["python"][:6], "german": corpus.heldout["german"]}
 
 
-def test_spread() -> None:
-    assert report.spread([1.0]) == (1.0, 0.0)
-    assert report.spread([1.0, 3.0]) == pytest.approx((2.0, 2**0.5))
-
-
-def test_unknown_model() -> None:
+@pytest.mark.parametrize("arguments", [["--scale", "0"], ["--jobs", "0"], ["--parts", "z"], ["--seeds", "0"]], ids=str)
+def test_wrong_options(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
-        study.main(["--models", "byte 129"])
+        command.main(arguments)
