@@ -28,6 +28,37 @@ ZERO = Estimate(0.0, 0.0)
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
+def overview(results: Results) -> str:
+    """What was run."""
+    if not results.runs:
+        return ""
+    hours = sum(run.cpu_seconds for run in results.runs) / 3600
+    seeds = max(len(results.group(run.model, run.tflops)) for run in results.runs)
+    budgets = ", ".join(f"{budget:g}" for budget in results.budgets)
+    spread = "; ".join(f"{d:.4f} at {x:g} TFLOP" for x, d in results.deviations.items() if not math.isnan(d))
+    of_text = "Errors of differences in bits per byte are those of seeds and of the choice of held-out excerpts."
+    sentences = [
+        f"{len(results.runs)} runs, which trained for {hours:.1f} hours of one core in all.",
+        f"Budgets of {budgets} TFLOP of training; at most {seeds} seeds of a model.",
+        spread and f"Deviation of bits per byte over seeds, pooled over models: {spread}.",
+        of_text if results.excerpts else "Errors are over seeds alone: other held-out text would add to them.",
+    ]
+    if results.patcher is not None:
+        p = results.patcher
+        sentences.append(
+            f"The entropy model of BLT-Entropy trained for {p.tflops:g} TFLOP more, which no budget contains. It has"
+            f" {p.parameters / 1e6:.2f} M parameters and {p.bits:.3f} bits per byte."
+        )
+    rows = []
+    for model in dict.fromkeys(f"{family} {size}" for family in FAMILIES for size in "ABC"):
+        run = next((run for run in results.runs if run.model == model), None)
+        if run is not None:
+            sizes = [f"{run.parameters / 1e6:.2f}", f"{run.embedding_parameters / 1e6:.2f}", f"{run.patch_size:.2f}"]
+            rows.append([model, *sizes, f"{run.mflops:.2f}", f"{run.patcher_mflops:.2f}" if run.patcher_mflops else ""])
+    head = ["model", "M parameters", "of these looked up", "bytes a token or patch", "MFLOP a byte", "patcher"]
+    return page(sentences, table(head, rows))
+
+
 def families(results: Results) -> str:
     """(a) Bits per byte over training FLOPs."""
     curves = {family: curve for family in FAMILIES if (curve := results.curve(family))}
@@ -323,6 +354,7 @@ def ablation_bits(results: Results) -> tuple[str, dict[str, Estimate], float]:
 
 
 PARTS: dict[str, Callable[[Results], str]] = {
+    "overview": overview,
     "rates": rates,
     "families": families,
     "patches": patches,

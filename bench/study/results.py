@@ -8,6 +8,7 @@ that differ in the seed are a group.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from collections import Counter
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 from study.families import FAMILIES
 from study.statistics import Estimate, log_ratio_error, mean_of, pooled_deviation, share_of, text_error
 
-ALL = "all"  # the group of all held-out text
+ALL = "all"  # all groups
 CLEAN = "clean"  # the name of the text that gets noise, without it
 
 
@@ -28,7 +29,8 @@ CLEAN = "clean"  # the name of the text that gets noise, without it
 class Run:
     """Describes a finished run. FLOPs are of a byte forward, in millions, those of the patcher apart.
 
-    `tflops` are of training, without the patcher. `bits` are bits per byte of all held-out text.
+    `tflops` are of training, without the patcher. `bits` are bits per byte of held-out text: the mean over groups, each
+    with the weight of its share of the training text.
     """
 
     run: str
@@ -44,6 +46,7 @@ class Run:
     mflops: float
     patcher_mflops: float
     trained_bytes: int
+    cpu_seconds: float
     bits: float
 
     @property
@@ -158,9 +161,21 @@ class Results:
         return None if a is None or b is None else (a - b).with_error(self.text_error(ours, theirs, tflops))
 
     def text_error(self, ours: str, theirs: str, tflops: float) -> float:
-        """Return the error of the difference in bits per byte over the choice of excerpts."""
+        """Return the error of the difference in bits per byte over the choice of excerpts of every group."""
         a, b = (self.bits_of_excerpts(self.group(model, tflops)) for model in (ours, theirs))
-        return text_error(a, b, self.excerpts["bytes"]) if a and b else 0.0
+        if not a or not b:
+            return 0.0
+        sizes = self.excerpts["bytes"]
+        return math.hypot(
+            *(self.share(g) * text_error(a[at], b[at], sizes[at]) for g, at in self.places.items() if self.share(g))
+        )
+
+    @cached_property
+    def places(self) -> dict[str, slice]:
+        """The excerpts of every group, among those of all."""
+        counts = {score.group: score.count for score in self.scores if score.kind == "text"}
+        ends = itertools.accumulate(counts.values())
+        return {group: slice(end - count, end) for (group, count), end in zip(counts.items(), ends, strict=True)}
 
     def bits_of_excerpts(self, runs: Sequence[Run]) -> list[float]:
         """Return the mean over runs of the bits of every excerpt."""
@@ -222,7 +237,7 @@ class Results:
 
     def groups(self) -> list[str]:
         """Return the groups of held-out text."""
-        return list(dict.fromkeys(score.group for score in self.scores if score.kind == "text" and score.group != ALL))
+        return list(self.places)
 
     def bits_per_byte(self, run: Run, kind: str = "text", name: str = "", group: str = ALL) -> float | None:
         """Return the bits per byte of a run on one kind of text."""
@@ -236,15 +251,13 @@ class Results:
 
     def log_leads(self, ours: str, theirs: str) -> dict[str, Estimate]:
         """Return by group ``log(bits of theirs / bits of ours)``, with the errors of seeds and of text."""
-        found, start = {}, 0
+        found = {}
         a, b = (self.bits_of_excerpts(self.measured.get(family, ())) for family in (theirs, ours))
-        sizes = {s.group: s.count for s in self.scores if s.kind == "text"}
-        for group in self.groups():
-            part, start = slice(start, start + sizes[group]), start + sizes[group]
+        for group, at in self.places.items():
             logs = self.by_family(lambda run, g=group: math.log(self.bits_per_byte(run, group=g) or math.nan))
             if ours in logs and theirs in logs:
                 lead = logs[theirs] - logs[ours]
-                found[group] = lead.with_error(log_ratio_error(a[part], b[part])) if a and b else lead
+                found[group] = lead.with_error(log_ratio_error(a[at], b[at])) if a and b else lead
         return found
 
     def by_family(self, value: Callable[[Run], float | None]) -> dict[str, Estimate]:

@@ -40,7 +40,8 @@ def versus(theirs: str, leads: Mapping[str, Estimate | None], unit: str = "bits"
     kinds = {
         "Ahead": [name for name, lead in known.items() if lead.is_clear and lead.value > 0],
         "Behind": [name for name, lead in known.items() if lead.is_clear and lead.value < 0],
-        "No clear difference": [name for name, lead in known.items() if not lead.is_clear],
+        "No clear difference": [n for n, lead in known.items() if not lead.is_clear and not math.isnan(lead.error)],
+        "No error is known": [name for name, lead in known.items() if math.isnan(lead.error)],
     }
     parts = [
         f"{kind}: {'; '.join(f'{name} {shown(known[name], unit, signed=True)}' for name in names)}."

@@ -68,4 +68,5 @@ def rows_of_points(
         )
     axes.set_yticks(range(len(names)), names, fontsize=8.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.hlines([n + 0.5 for n in range(len(names) - 1)], *axes.get_xlim(), colors=colors.faint, linewidth=0.5)
+    for row in range(len(names) - 1):
+        axes.axhline(row + 0.5, color=colors.faint, linewidth=0.5)

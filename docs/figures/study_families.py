@@ -26,6 +26,8 @@ def draw(colors: Colors) -> Figure | None:
                 style = look(family, colors, hollow=paid or None) | ({"linestyle": ":"} if paid else {})
                 name = f"{family}, patcher counted" if paid else family
                 axes.errorbar(flops, [b.value for b in bits], [b.error for b in bits], label=name, **style)
+    if not axes.containers:
+        return None
     axes.set(xscale="log", xlabel="training, in TFLOP", ylabel="bits per byte of held-out text")
     axes.set_xticks(found.budgets, [f"{budget:g}" for budget in found.budgets])
     axes.minorticks_off()

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from figures._study import finish, results
 
-BEGINNING = 0.05  # of the run, which is left out
+BEGINNING = 0.1  # of the run, which is left out
 
 
 def draw(colors: Colors) -> Figure | None:

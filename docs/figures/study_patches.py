@@ -32,11 +32,10 @@ def draw(colors: Colors) -> Figure | None:
             read = [run.trained_bytes / 1e6 for run, _ in points]
             label = f"{name}: {points[0][0].patch_size:.1f} bytes, {points[0][0].mflops:.2f} MFLOP a byte"
             axes.errorbar(read, [b.value for _, b in points], [b.error for _, b in points], label=label, **style)
-    if not axes.lines:
+    if not axes.containers:
         return None
     axes.set(xscale="log", xlabel="training text read, in MB", ylabel="bits per byte of held-out text")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelsize=7)
+    axes.set_xticks(read, [f"{megabytes:.3g}" for megabytes in read])
+    axes.minorticks_off()
     finish(axes, colors, fontsize=7.5)
     return figure

@@ -18,59 +18,17 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 from study import report
-from study.families import FAMILIES, longer_patches, variants
-from study.noise import NOISES
-from study.results import Results, Run, Score, load
+from study.families import FAMILIES, variants
+from study.results import Results, Run, load
 from study.statistics import Estimate
-from study.tasks import EDITS, TASKS
+from study.tasks import EDITS
 from study.wording import marked, shown, table, trend, verdict, versus
-
-BUDGETS = (1.0, 4.0, 16.0)
-ERROR = 0.004  # deviation over seeds
-LEAD = {"BLT-Entropy": 0.1, "BLT-Space": 0.1, "tokens 4k": 0.0, "tokens 32k": 0.0, "MegaByte": -0.1, "bytes": -0.1}
-SHARES = {"python": 8000, "german": 1000, "amharic": 10, "hindi": 30}
-
-
-def run_of(model: str, family: str, tflops: float, seed: int, lead: float, rate: float = 4e-3) -> Run:
-    """Return a run whose bits fall by 0.2 where the budget quadruples."""
-    bits = 2.4 - 0.2 * math.log(tflops, 4) - lead + ERROR * (-1, 0, 1)[seed]
-    name = f"{model} {tflops} {seed} {rate}"
-    patcher = 0.3 if family == "BLT-Entropy" else 0.0
-    size = model.removeprefix(family).strip()[:1]
-    return Run(name, model, family, size, seed, tflops, rate, 10**6, 10**5, 4.5, 1.0, patcher, int(tflops * 1e6), bits)
-
-
-def scores_of(run: Run) -> list[Score]:
-    found = [Score(run.run, "text", "", group, 10, 1000, 1000 * run.bits, 0) for group in SHARES]
-    is_bytes = not run.family.startswith("tokens")
-    for name in ("clean", *NOISES):
-        more = 1.0 if name == "clean" else 1.1 if is_bytes else 1.2
-        found.append(Score(run.run, "noise", name, "all", 10, 1500, 1500 * run.bits * more, 0))
-    found += [Score(run.run, "task", name, "all", 100, 0, 0.0, 26 if name != "contains" else 50) for name in TASKS]
-    found += [Score(run.run, "misspelling", e, "all", 400, 0, 0.0, 380 if is_bytes else 320) for e in EDITS]
-    return found
+from study_results import ERROR, SHARES, made_up
 
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    runs = [run_of("patcher", "patcher", 6.0, 0, 0.0)]
-    for family, lead in LEAD.items():
-        runs += [run_of(f"{family} B", family, t, seed, lead) for t in BUDGETS for seed in range(3)]
-        runs.append(run_of(f"{family} A", family, 1.0, 0, lead + 0.05))  # one seed alone is not the best
-        runs.append(run_of(f"{family} B", family, 1.0, 0, -1.0, rate=1e-2))
-    for i, model in enumerate(longer_patches()):
-        # Longer patches are behind at first, and ahead in the end.
-        runs += [
-            run_of(model.name, model.family, t, s, 0.02 * i * (k - 1)) for k, t in enumerate(BUDGETS) for s in range(3)
-        ]
-    for model in variants():
-        lead = {"BLT-Entropy B, without tables": -0.05, "bytes B with tables": 0.1}.get(model.name, 0.1)
-        runs += [run_of(model.name, model.family, 4.0, seed, lead) for seed in range(3)]
-    runs += [run_of("BLT-Entropy C from tokens", "BLT-Entropy", 4.0, seed, 0.03) for seed in range(3)]
-    runs += [run_of("BLT-Entropy C from tokens, slowly", "BLT-Entropy", 4.0, seed, 0.001) for seed in range(3)]
-    runs = [replace(run, run=f"{i}") for i, run in enumerate(runs)]
-    scores = [score for run in runs if run.size == "B" and run.tflops == 16.0 for score in scores_of(run)]
-    return Results(runs, scores, shares=SHARES)
+    return made_up()
 
 
 def test_words() -> None:
@@ -88,6 +46,9 @@ def test_words() -> None:
         " No clear difference: D +0.500 ± 0.300."
     )
     assert versus("B", {"E": None}) == ""
+    assert "in right answers. No error is known: A +50.0%." in versus(
+        "B", {"A": Estimate(0.5, math.nan)}, "%", "right answers"
+    )
     assert "one seed each" in verdict("A", "B", Estimate(5.0, math.nan))
     assert "grows by 0.300 ± 0.050" in trend("A over B", Estimate(0.1, 0.03), Estimate(0.4, 0.04))
     assert "not change clearly" in trend("A over B", Estimate(0.1, 0.3), Estimate(0.4, 0.4))
@@ -111,13 +72,17 @@ def test_which_runs_are_compared(results: Results) -> None:
 
 def test_errors_over_text(results: Results) -> None:
     ours, theirs = (results.group(f"{family} B", 16.0) for family in ("BLT-Entropy", "bytes"))
-    rows = {run.run: [2000.0, 1000.0, 4000.0] for run in ours}
-    rows |= {run.run: [2000.0, 1000.0 + 60 * (run.seed + 1), 4000.0] for run in theirs}
-    with_text = Results(results.runs, results.scores, excerpts={"bytes": [1000.0] * 3} | rows)
-    # Excerpts differ by 0, 0.12 and 0 bits per byte: the error of their mean is 0.04.
-    assert with_text.text_error("BLT-Entropy B", "bytes B", 16.0) == pytest.approx(0.04)
+    scores = [replace(score, count=2) if score.kind == "text" else score for score in results.scores]
+    groups = list(SHARES)
+    rows = {run.run: [2000.0] * 8 for run in ours}
+    # Excerpts of the second group differ by 0.1 * (1, 2, 3) and 0 bits per byte: the error of their mean is 0.1.
+    rows |= {run.run: [2000.0] * 2 + [2100.0 + 100 * run.seed, 2000.0] + [2000.0] * 4 for run in theirs}
+    with_text = Results(results.runs, scores, {}, {"bytes": [1000.0] * 8} | rows, SHARES)
+    assert with_text.places[groups[1]] == slice(2, 4)
+    error = 0.1 * SHARES[groups[1]] / sum(SHARES.values())
+    assert with_text.text_error("BLT-Entropy B", "bytes B", 16.0) == pytest.approx(error)
     lead = with_text.lead("BLT-Entropy B", "bytes B", 16.0)
-    assert lead == Estimate(pytest.approx(0.2), pytest.approx(math.hypot(0.04, ERROR * math.sqrt(2 / 3))))
+    assert lead == Estimate(pytest.approx(0.2), pytest.approx(math.hypot(error, ERROR * math.sqrt(2 / 3))))
     assert with_text.lead("MegaByte B", "bytes B", 16.0) == results.lead("MegaByte B", "bytes B", 16.0)
     assert with_text.lead("BLT-Entropy B", "nothing B", 16.0) is None
     text = report.families(with_text)
@@ -136,6 +101,18 @@ def test_families(results: Results) -> None:
     assert "with the patcher counted, BLT-Entropy needs 45.0 ±" in text
     assert "| tokens 32k | 2.400 ± 0.002 (B, 1.00, 1.0) | 2.200" in text
     assert "| BLT-Entropy over bytes | **+0.200 ± 0.003** |" in text
+
+
+def test_overview(results: Results) -> None:
+    text = report.overview(results)
+    count = len(results.runs)
+    assert f"- {count} runs, which trained for {count / 100:.1f} hours of one core in all.\n" in text
+    assert "- Budgets of 1, 4, 16 TFLOP of training; at most 3 seeds of a model.\n" in text
+    assert "0.0040 at 1 TFLOP; 0.0040 at 4 TFLOP; 0.0040 at 16 TFLOP." in text
+    assert "Errors are over seeds alone" in text
+    assert "trained for 6 TFLOP more" in text
+    assert "| tokens 4k A | 1.00 | 0.10 | 4.50 | 1.00 |  |\n| tokens 4k B |" in text
+    assert "choice of held-out excerpts" in report.overview(Results(results.runs, excerpts={"bytes": [1.0]}))
 
 
 def test_rates(results: Results) -> None:
