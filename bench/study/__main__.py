@@ -8,6 +8,11 @@ from pathlib import Path
 if __name__ == "__main__":  # processes that a run starts import this file too
     sys.path[0] = str(Path(__file__).parents[1])  # this package and `timing` are in it
 
-    from study.command import main
+    if sys.argv[1:2] == ["long"]:
+        from study import long_context
 
-    main()
+        long_context.main(sys.argv[2:])
+    else:
+        from study import command
+
+        command.main()

@@ -1,9 +1,10 @@
 """Tables of measurements, which a page takes from `bench/results` when the site is built.
 
 The directive ``{results} KIND`` shows the newest file of a kind: "integrations" (``:op:`` is a regular expression that
-the names of the operations match), "generation", "study" (``:op:`` is the part), "speed" for the small table of
-README.md, or "cpu" and "gpu" for that of all ops. The directive ``{replaced} MODULE`` shows what ``apply`` of an
-integration replaces, and by what; ``{texts}`` shows the packages that the text of the study comes from.
+the names of the operations match), "generation" (``:op:`` is the beginning of the names of models), "study" (``:op:``
+is the part), "study-long" (``:op:`` is the pass), "speed" for the small table of README.md, or "cpu" and "gpu" for
+that of all ops. The directive ``{replaced} MODULE`` shows what ``apply`` of an integration replaces, and by what;
+``{texts}`` shows the packages that the text of the study comes from.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def newest(kind: str) -> Path | None:
     """Return the newest results of a kind, a file or a folder ``KIND-<date>-<device>``; of ops, without the kind."""
     if kind in ("cpu", "gpu", "speed"):
         return readme().newest(RESULTS, "gpu" if kind == "gpu" else "cpu")
-    found = [path for path in RESULTS.glob(f"{kind}-*") if path.suffix in (".csv", "")]
+    found = [path for path in RESULTS.glob(f"{kind}-[0-9]*") if path.suffix in (".csv", "")]
     return max(found, key=lambda path: path.name, default=None)
 
 
@@ -77,6 +78,21 @@ def of_study(folder: Path, part: str) -> str:
     return report.PARTS[part](report.load(folder)) or "No runs of this part are stored yet."
 
 
+def of_long_rows(path: Path, run: str) -> str:
+    """Return the tables of one pass that ``python bench/study long`` measured."""
+    long_context = study_module("long_context")
+    points = long_context.read(path)
+    load = max((point.load for point in points if point.us_a_byte), default=0.0)
+    head = f"`{path.relative_to(ROOT)}`, CPU time of one thread, with a load average of up to {load:.1f} beside it:"
+    return f"{head}\n\n{long_context.table(points, run)}"
+
+
+def of_generation(path: Path, model: str) -> str:
+    """Return the table of generation, of the models whose names begin with `model`."""
+    head, blank, title, rule, *lines = readme().table_of_generation(path).splitlines()
+    return "\n".join([head, blank, title, rule, *(line for line in lines if line.startswith(f"| {model}"))])
+
+
 def of_speed(path: Path, op: str) -> str:
     """Return the small table of README.md."""
     generation = newest("generation")
@@ -93,8 +109,9 @@ KINDS: dict[str, Callable[[Path, str], str]] = {
     "gpu": of_ops,
     "speed": of_speed,
     "integrations": of_integrations,
-    "generation": lambda path, op: readme().table_of_generation(path),
+    "generation": of_generation,
     "study": of_study,
+    "study-long": of_long_rows,
 }
 
 

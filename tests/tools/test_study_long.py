@@ -1,0 +1,130 @@
+"""The long rows of the study: equal models, exponents with errors, and what is measured, skipped and kept."""
+
+from __future__ import annotations
+
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+
+from study import long_context
+from study.long_context import MODELS, Point
+
+
+def options(**changes: object) -> Namespace:
+    chosen = {"contexts": [64, 128], "models": ["transformer", "MegaByte 8"], "passes": ["forward", "step"]}
+    return Namespace(**{**chosen, "rounds": 2, "max_tflop": 1.0, "max_gb": 4.0, "max_seconds": 100.0, **changes})
+
+
+def test_models_have_equal_parameters() -> None:
+    sizes = [long_context.parameters_of(make(context)) for make in MODELS.values() for context in (1 << 10, 1 << 20)]
+    assert max(sizes) < 1.01 * min(sizes)
+
+
+def test_patch_size_by_rule() -> None:
+    for context in long_context.CONTEXTS:
+        assert 2**-0.5 <= long_context.patch_size_by_rule(context) / context ** (1 / 3) <= 2**0.5
+
+
+def test_exponent() -> None:
+    sizes = [1.0, 2.0, 4.0, 8.0]
+    exact = long_context.exponent(sizes, [3 * size**1.5 for size in sizes])
+    assert exact.value == pytest.approx(1.5)
+    assert exact.error == pytest.approx(0, abs=1e-6)
+    # Residuals of +r, -r, -r, +r change no slope, and have the variance 4 r^2 / 2 with two degrees of freedom.
+    bent = long_context.exponent(sizes, [size * math.exp(r) for size, r in zip(sizes, (1, -1, -1, 1), strict=True)])
+    assert bent.value == pytest.approx(1)
+    assert bent.error == pytest.approx(math.sqrt(2 / (5 * math.log(2) ** 2)))
+    assert math.isnan(long_context.exponent(sizes[:2], [1, 2]).error)
+    assert math.isnan(long_context.exponent(sizes[:1], [1]).value)
+
+
+def test_flops_grow_as_the_papers_say() -> None:
+    def growth(model: str) -> float:
+        points = [long_context.planned(model, 1 << bits, "forward") for bits in (18, 20)]
+        return long_context.exponent_of(points, lambda point: point.gflop).value
+
+    assert growth("transformer") == pytest.approx(2, abs=0.01)
+    assert 1.5 < growth("MegaByte 8") < 2  # pairs of patches are most of it
+    assert 1 < growth("MegaByte T^(1/3)") < 4 / 3
+    assert growth("BLT-Entropy, window 256") == pytest.approx(1, abs=0.01)
+
+
+def test_files_keep_points(tmp_path: Path) -> None:
+    measured = Point("transformer", 1024, "step", 1, 10, 2.5, (1.25, 1.5), 12.5, 0.5)
+    skipped = Point("MegaByte 8", 1024, "step", 8.0, 10, 2.5, status="not run: 13 TFLOP")
+    long_context.write([skipped, measured], tmp_path / "out.csv")
+    again = long_context.read(tmp_path / "out.csv")
+    assert again[0] == measured
+    assert repr(again[1]) == repr(skipped)  # NaN is not equal to itself
+
+
+def test_a_sample_in_a_process_of_its_own() -> None:
+    found, _ = long_context.in_process("BLT-Entropy", 256, ["forward", "step"], 4.0, 300.0)
+    assert list(found) == ["forward", "step"]
+    for us_a_byte, peak_mb in found.values():
+        assert 0 < us_a_byte < 1e5
+        assert 0 <= peak_mb < 500
+
+
+@pytest.mark.slow
+def test_limits_of_memory_and_time() -> None:
+    enough = 100.0
+    assert long_context.in_process("transformer, window 512", 1 << 16, ["forward", "step"], 0.6, enough)[1] == (
+        "needs more than 0.6 GB"
+    )
+    assert long_context.in_process("transformer", 1 << 17, ["forward"], 4.0, 1.0) == ({}, "takes longer than 1 s")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_runs(model: str, monkeypatch) -> None:
+    monkeypatch.setattr(long_context, "SAMPLE_CALLS", 1)
+    (run, us_a_byte, peak_mb), *others = long_context.sample(model, 300, ["step"])
+    assert (run, others) == ("step", [])
+    assert us_a_byte > 0
+    assert peak_mb >= 0
+
+
+def test_points_are_measured_once_and_expensive_ones_only_counted(tmp_path: Path, monkeypatch) -> None:
+    calls = []
+
+    def fake(model: str, context: int, runs: list[str], *_: float) -> tuple[dict[str, tuple[float, float]], str]:
+        calls.append((model, context))
+        passes = runs[:1] if model == "MegaByte 8" else runs
+        return {run: (float(len(calls)), 100.0 - len(calls)) for run in passes}, "needs more than 4 GB"
+
+    monkeypatch.setattr(long_context, "in_process", fake)
+    out, said = tmp_path / "out.csv", []
+    points = long_context.measure(options(), out, said.append)
+    assert len(calls) == 2 * 4
+    assert len(said) == 2 * 8 - 2  # a pass that fails is not tried again in the second round
+    found = {point.key[:3]: point for point in points}
+    first = found["transformer", 64, "step"]
+    assert first.us_a_byte == (1.0, 5.0)
+    assert (first.median, first.peak_mb) == (3.0, 99.0)
+    assert found["MegaByte 8", 64, "forward"].us_a_byte == (2.0, 6.0)
+    assert found["MegaByte 8", 64, "step"].status == "needs more than 4 GB"
+
+    calls.clear()
+    long_context.measure(options(models=["transformer"]), out, said.append)
+    assert calls == []
+    long_context.measure(options(models=["transformer"], contexts=[256], max_tflop=0.0), out, said.append)
+    assert calls == []
+    point = next(point for point in long_context.read(out) if point.context == 256)
+    assert point.status.startswith("not run: ")
+    assert len(long_context.read(out)) == 8 + 2
+
+
+def test_table() -> None:
+    points = [
+        Point("transformer", context, "step", 1, 10, context / 1e3, (2.0,) if context < 1 << 20 else ())
+        for context in (16384, 65536, 1 << 20)
+    ]
+    lines = long_context.table(points, "step").splitlines()
+    assert "| step, µs a byte | 16k | 64k | 1M | grows as |" in lines
+    assert "| transformer | 1 | 1 | 1 | T^1.00 ± 0.00 |" in lines
+    assert "| transformer | 2 | 2 | – | T^1.00 |" in lines
