@@ -17,7 +17,6 @@ and not in its FLOPs. Points that the file of results holds already are not meas
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import functools
 import itertools
@@ -31,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ from rich.console import Console
 from timing import RESULTS, csv_path
 from torch import Tensor
 
-from blt_kernels._files import whole_file
 from blt_kernels.flops import Config, Part, Rows, count_flops
 from blt_kernels.ids import to_ids
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
@@ -49,17 +47,15 @@ from blt_kernels.ops.entropy_patch import patch_starts
 from blt_kernels.ops.token_entropy import token_entropy
 from blt_kernels.testing import real_text
 from study.families import blt, byte_lm, layers
-from study.statistics import Estimate
+from study.long_rows import OK, Point, read, report, write
 
 CONTEXTS = tuple(1024 * 4**i for i in range(6))
 PASSES = ("forward", "step")
-FITTED_FROM = 16384  # exponents are fitted to rows of at least so many bytes
 ENTROPY_PATCH = 4.5  # bytes
 LONG_SECONDS = 10.0  # a point whose sample takes longer than this has one sample
 SAMPLE_SECONDS, SAMPLE_CALLS = 0.5, 7  # a sample is the median of calls that take so long together, at most so many
 THRESHOLD_BYTES, WARM_BYTES = 1 << 14, 1024
 NOT_COUNTED = ("embed_tokens", "tok_embedding", "embed_first", "patcher.")  # parts of names of parameters
-OK = "ok"
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -128,43 +124,6 @@ def flops_of(config: Config, context: int) -> Part:
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Point:
-    """Holds one line of the results.
-
-    Attributes
-    ----------
-    model, context, run : name of the model, bytes of the row, and "forward" or "step"
-    patch_size : bytes, on average
-    parameters : without embeddings, hash tables and the entropy model
-    gflop : FLOPs of the pass over the row, in 1e9
-    us_a_byte : CPU time of each sample
-    peak_mb : most memory that a sample held above what was there before
-    load : largest load average of the machine before a sample
-    status : "ok", or why there is no time
-    """
-
-    model: str
-    context: int
-    run: str
-    patch_size: float
-    parameters: int
-    gflop: float
-    us_a_byte: tuple[float, ...] = ()
-    peak_mb: float = math.nan
-    load: float = math.nan
-    status: str = OK
-
-    @property
-    def key(self) -> tuple[str, int, str, int]:
-        return self.model, self.context, self.run, self.parameters
-
-    @property
-    def median(self) -> float:
-        """Microseconds a byte, NaN if it was not run."""
-        return statistics.median(self.us_a_byte) if self.us_a_byte else math.nan
 
 
 @functools.cache
@@ -274,99 +233,18 @@ def measure(options: argparse.Namespace, out: Path, say: Callable[[str], None]) 
                 got = found.get(run)
                 points[point.key] = with_sample(point, *got, load) if got else replace(point, status=why)
                 say(f"{context:>8} {run:7} {model:24} {f'{got[0]:.3f} us a byte' if got else why}")
-            write(points.values(), out)
-    write(points.values(), out)
-    return list(points.values())
+            write(in_order(points.values()), out)
+    write(in_order(points.values()), out)
+    return in_order(points.values())
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-def write(points: Iterable[Point], path: Path) -> None:
-    """Write the results, in the order of the models, lengths and passes."""
+def in_order(points: Iterable[Point]) -> list[Point]:
+    """Return the points in the order of models, passes and lengths."""
     names = list(MODELS)
-    ordered = sorted(points, key=lambda x: (names.index(x.model), x.run, x.context))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Point)])
-        writer.writeheader()
-        for point in ordered:
-            cells = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(point).items()}
-            writer.writerow({**cells, "us_a_byte": " ".join(f"{x:.4g}" for x in point.us_a_byte)})
+    return sorted(points, key=lambda point: (names.index(point.model), point.run, point.context))
 
 
-def read(path: Path) -> list[Point]:
-    """Return the points of a file, none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Point(
-                row["model"],
-                int(row["context"]),
-                row["run"],
-                float(row["patch_size"]),
-                int(row["parameters"]),
-                float(row["gflop"]),
-                tuple(map(float, row["us_a_byte"].split())),
-                float(row["peak_mb"]),
-                float(row["load"]),
-                row["status"],
-            )
-            for row in csv.DictReader(file)
-        ]
-
-
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> Estimate:
-    """Return the slope of log values over log sizes by least squares, with its standard error.
-
-    Two points have no error, and fewer than two no slope.
-    """
-    if len(sizes) < 2:
-        return Estimate(math.nan, math.nan)
-    x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
-    slope, start = statistics.linear_regression(x, y)
-    if len(x) == 2:
-        return Estimate(slope, math.nan)
-    mean = statistics.fmean(x)
-    residual = sum((b - start - slope * a) ** 2 for a, b in zip(x, y, strict=True)) / (len(x) - 2)
-    return Estimate(slope, math.sqrt(residual / sum((a - mean) ** 2 for a in x)))
-
-
-def exponent_of(points: Sequence[Point], value: Callable[[Point], float]) -> Estimate:
-    """Return the exponent of a quantity of the whole row, in its bytes, from `FITTED_FROM` on."""
-    found = [(p.context, value(p)) for p in points if p.context >= FITTED_FROM and value(p) > 0]
-    return exponent([size for size, _ in found], [amount for _, amount in found])
-
-
-def table(points: Sequence[Point], run: str) -> str:
-    """Return a table of one pass: a line a model, FLOPs, time and memory by length, and the exponents."""
-    contexts = sorted({point.context for point in points})
-    heads = [name_of(context) for context in contexts]
-    lines = []
-    for title, cell, value in (
-        ("MFLOP a byte", lambda p: f"{1e3 * p.gflop / p.context:.3g}", lambda p: p.gflop),
-        ("µs a byte", lambda p: f"{p.median:.3g}" if p.us_a_byte else "–", lambda p: p.median * p.context),
-        ("peak GB", lambda p: f"{p.peak_mb / 1e3:.2g}" if p.us_a_byte else "–", lambda p: p.peak_mb),
-    ):
-        lines += [f"| {run}, {title} | {' | '.join(heads)} | grows as |", "|---|" + "---:|" * (len(contexts) + 1)]
-        for model in MODELS:
-            own = {point.context: point for point in points if (point.model, point.run) == (model, run)}
-            cells = [cell(own[context]) if context in own else "" for context in contexts]
-            growth = exponent_of(list(own.values()), value)
-            lines.append(f"| {model} | {' | '.join(cells)} | {power(growth)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def power(exponent: Estimate) -> str:
-    if math.isnan(exponent.value):
-        return ""
-    return f"T^{exponent.value:.2f}" + ("" if math.isnan(exponent.error) else f" ± {exponent.error:.2f}")
-
-
-def name_of(context: int) -> str:
-    return f"{context >> 20}M" if context >= 1 << 20 else f"{context >> 10}k"
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -388,5 +266,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     points = measure(options, out, lambda line: console.print(line, highlight=False))
     for run in options.passes:
-        console.print(table(points, run), highlight=False)
+        console.print(report(points, run), highlight=False, soft_wrap=True)
     console.print(f"wrote {out}")

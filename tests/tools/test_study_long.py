@@ -11,8 +11,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
-from study import long_context
-from study.long_context import MODELS, Point
+from study import long_context, long_rows
+from study.long_context import MODELS
+from study.long_rows import Point
 
 
 def options(**changes: object) -> Namespace:
@@ -32,21 +33,21 @@ def test_patch_size_by_rule() -> None:
 
 def test_exponent() -> None:
     sizes = [1.0, 2.0, 4.0, 8.0]
-    exact = long_context.exponent(sizes, [3 * size**1.5 for size in sizes])
+    exact = long_rows.exponent(sizes, [3 * size**1.5 for size in sizes])
     assert exact.value == pytest.approx(1.5)
     assert exact.error == pytest.approx(0, abs=1e-6)
     # Residuals of +r, -r, -r, +r change no slope, and have the variance 4 r^2 / 2 with two degrees of freedom.
-    bent = long_context.exponent(sizes, [size * math.exp(r) for size, r in zip(sizes, (1, -1, -1, 1), strict=True)])
+    bent = long_rows.exponent(sizes, [size * math.exp(r) for size, r in zip(sizes, (1, -1, -1, 1), strict=True)])
     assert bent.value == pytest.approx(1)
     assert bent.error == pytest.approx(math.sqrt(2 / (5 * math.log(2) ** 2)))
-    assert math.isnan(long_context.exponent(sizes[:2], [1, 2]).error)
-    assert math.isnan(long_context.exponent(sizes[:1], [1]).value)
+    assert math.isnan(long_rows.exponent(sizes[:2], [1, 2]).error)
+    assert math.isnan(long_rows.exponent(sizes[:1], [1]).value)
 
 
 def test_flops_grow_as_the_papers_say() -> None:
     def growth(model: str) -> float:
         points = [long_context.planned(model, 1 << bits, "forward") for bits in (18, 20)]
-        return long_context.exponent_of(points, lambda point: point.gflop).value
+        return long_rows.exponent_of(points, lambda point: point.gflop).value
 
     assert growth("transformer") == pytest.approx(2, abs=0.01)
     assert 1.5 < growth("MegaByte 8") < 2  # pairs of patches are most of it
@@ -57,8 +58,8 @@ def test_flops_grow_as_the_papers_say() -> None:
 def test_files_keep_points(tmp_path: Path) -> None:
     measured = Point("transformer", 1024, "step", 1, 10, 2.5, (1.25, 1.5), 12.5, 0.5)
     skipped = Point("MegaByte 8", 1024, "step", 8.0, 10, 2.5, status="not run: 13 TFLOP")
-    long_context.write([skipped, measured], tmp_path / "out.csv")
-    again = long_context.read(tmp_path / "out.csv")
+    long_rows.write([measured, skipped], tmp_path / "out.csv")
+    again = long_rows.read(tmp_path / "out.csv")
     assert again[0] == measured
     assert repr(again[1]) == repr(skipped)  # NaN is not equal to itself
 
@@ -114,17 +115,50 @@ def test_points_are_measured_once_and_expensive_ones_only_counted(tmp_path: Path
     assert calls == []
     long_context.measure(options(models=["transformer"], contexts=[256], max_tflop=0.0), out, said.append)
     assert calls == []
-    point = next(point for point in long_context.read(out) if point.context == 256)
+    point = next(point for point in long_rows.read(out) if point.context == 256)
     assert point.status.startswith("not run: ")
-    assert len(long_context.read(out)) == 8 + 2
+    assert len(long_rows.read(out)) == 8 + 2
 
 
-def test_table() -> None:
-    points = [
-        Point("transformer", context, "step", 1, 10, context / 1e3, (2.0,) if context < 1 << 20 else ())
-        for context in (16384, 65536, 1 << 20)
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def measured(model: str, exponent: float, contexts: list[int], samples: int = 3) -> list[Point]:
+    """Return points that grow with an exponent, from 1 us a byte and 1 GB at 16k on; each second one is 5% above."""
+    found = []
+    for number, context in enumerate(contexts):
+        size = (context / 16384) ** (exponent - 1) * (1.05 if number % 2 else 1)
+        times, peak = tuple(size * (1 + 0.01 * i) for i in range(samples)), 1e3 * size * context / 16384
+        found.append(Point(model, context, "step", 1, 10, size * context / 1e6, times, peak, 2.0))
+    return found
+
+
+def test_report() -> None:
+    contexts = [16384, 1 << 16, 1 << 18]
+    left_out = Point("transformer", 1 << 20, "step", 1, 10, 64 * 1.048576, status="not run: 67 TFLOP")
+    fast = measured("MegaByte T^(1/3)", 1.0, [*contexts, 1 << 20], samples=1)
+    lines = long_rows.report([*measured("transformer", 2.0, contexts), left_out, *fast], "step").splitlines()
+    head = "- A training step, growth of"
+    both = "Faster: transformer T^2.00 ± 0.02. No clear difference: MegaByte T^(1/3) T^1.00 ± 0.01."
+    assert lines[:6] == [
+        "- A training step costs the transformer more FLOPs than MegaByte T^(1/3): 1 times at 16k and 61 times at 1M.",
+        "- It takes the transformer longer: 1.01 ± 0.01 times at 16k and 16.16 ± 0.18 times at 256k.",
+        f"{head} time compared with linear, from 16k bytes on. {both}",
+        f"{head} peak memory compared with linear, from 16k bytes on. {both}",
+        "- A training step on 1,048,576 bytes takes MegaByte T^(1/3) 1.1 s and 67 GB.",
+        "- A training step has no time here for: transformer from 1M on (not run: 67 TFLOP).",
     ]
-    lines = long_context.table(points, "step").splitlines()
-    assert "| step, µs a byte | 16k | 64k | 1M | grows as |" in lines
-    assert "| transformer | 1 | 1 | 1 | T^1.00 ± 0.00 |" in lines
-    assert "| transformer | 2 | 2 | – | T^1.00 |" in lines
+    assert "| step, µs a byte | 16k | 64k | 256k | 1M | grows as |" in lines
+    assert "| transformer | 1.01 | 4.24 | 16.2 | – | T^2.00 ± 0.02 |" in lines
+
+
+def test_errors_of_ratios_come_from_points_with_several_samples() -> None:
+    points = [*measured("transformer", 2.0, [1024], samples=2), *measured("MegaByte 8", 1.0, [1024], samples=1)]
+    spread = long_rows.deviation(points)
+    assert spread == pytest.approx(math.log(1.01) / 2**0.5)
+    assert long_rows.ratio(*points, spread).error == pytest.approx(1.005 / 16 * spread * 1.5**0.5)
+
+
+def test_what_is_not_measured() -> None:
+    assert long_rows.report([], "forward") == "This pass was not measured."
+    assert math.isnan(long_rows.deviation(measured("transformer", 2.0, [1024], samples=1)))

@@ -1,0 +1,229 @@
+"""Reads and writes what `study.long_context` measured, and turns it into sentences and tables.
+
+Times are CPU times of one thread. The deviation of one sample, as a part of it, is pooled over all points that have
+several; so a ratio has a standard error even where a point has one sample. An exponent has that of its fit.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from blt_kernels._files import whole_file
+from study.statistics import Estimate, pooled_deviation
+from study.wording import page, table
+
+OK = "ok"
+FITTED_FROM = 16384  # exponents are fitted to rows of at least so many bytes
+TRANSFORMER, RULE = "transformer", "MegaByte T^(1/3)"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Holds one line of the results.
+
+    Attributes
+    ----------
+    model, context, run : name of the model, bytes of the row, and "forward" or "step"
+    patch_size : bytes, on average
+    parameters : without embeddings, hash tables and the entropy model
+    gflop : FLOPs of the pass over the row, in 1e9
+    us_a_byte : CPU time of each sample
+    peak_mb : most memory that a sample held above what was there before
+    load : largest load average of the machine before a sample
+    status : "ok", or why there is no time
+    """
+
+    model: str
+    context: int
+    run: str
+    patch_size: float
+    parameters: int
+    gflop: float
+    us_a_byte: tuple[float, ...] = ()
+    peak_mb: float = math.nan
+    load: float = math.nan
+    status: str = OK
+
+    @property
+    def key(self) -> tuple[str, int, str, int]:
+        return self.model, self.context, self.run, self.parameters
+
+    @property
+    def median(self) -> float:
+        """Microseconds a byte, NaN if it was not run."""
+        return statistics.median(self.us_a_byte) if self.us_a_byte else math.nan
+
+
+def write(points: Iterable[Point], path: Path) -> None:
+    """Write the results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Point)])
+        writer.writeheader()
+        for point in points:
+            cells = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(point).items()}
+            writer.writerow({**cells, "us_a_byte": " ".join(f"{x:.4g}" for x in point.us_a_byte)})
+
+
+def read(path: Path) -> list[Point]:
+    """Return the points of a file, none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Point(
+                row["model"],
+                int(row["context"]),
+                row["run"],
+                float(row["patch_size"]),
+                int(row["parameters"]),
+                float(row["gflop"]),
+                tuple(map(float, row["us_a_byte"].split())),
+                float(row["peak_mb"]),
+                float(row["load"]),
+                row["status"],
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> Estimate:
+    """Return the slope of log values over log sizes by least squares, with its standard error.
+
+    Two points have no error, and fewer than two no slope.
+    """
+    if len(sizes) < 2:
+        return Estimate(math.nan, math.nan)
+    x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
+    slope, start = statistics.linear_regression(x, y)
+    if len(x) == 2:
+        return Estimate(slope, math.nan)
+    mean = statistics.fmean(x)
+    residual = sum((b - start - slope * a) ** 2 for a, b in zip(x, y, strict=True)) / (len(x) - 2)
+    return Estimate(slope, math.sqrt(residual / sum((a - mean) ** 2 for a in x)))
+
+
+def exponent_of(points: Iterable[Point], value: Callable[[Point], float]) -> Estimate:
+    """Return the exponent of a quantity of the whole row, in its bytes, from `FITTED_FROM` on."""
+    found = [(p.context, value(p)) for p in points if p.context >= FITTED_FROM and value(p) > 0]
+    return exponent([size for size, _ in found], [amount for _, amount in found])
+
+
+def deviation(points: Iterable[Point]) -> float:
+    """Return the deviation of the logarithm of one sample, pooled over the points that have several."""
+    return pooled_deviation([[math.log(x) for x in point.us_a_byte] for point in points if point.us_a_byte])
+
+
+def ratio(a: Point, b: Point, deviation: float) -> Estimate:
+    """Return how many times as long a byte takes in `a` as in `b`."""
+    times = a.median / b.median
+    return Estimate(times, times * deviation * math.sqrt(1 / len(a.us_a_byte) + 1 / len(b.us_a_byte)))
+
+
+# --- sentences and tables ---------------------------------------------------------------------------------------------
+
+
+def report(points: Sequence[Point], run: str) -> str:
+    """Return what came out for one pass."""
+    found = {(point.model, point.context): point for point in points if point.run == run}
+    if not found:
+        return "This pass was not measured."
+    contexts = sorted({context for _, context in found})
+    models = list(dict.fromkeys(model for model, _ in found))
+    name = {"step": "A training step", "forward": "A forward pass"}[run]
+    rows = {model: [found[model, context] for context in contexts if (model, context) in found] for model in models}
+    return page(
+        [
+            *against_transformer(found, contexts, deviation(points), name),
+            *growth(rows, name),
+            longest(rows, name),
+            left_out(rows, name),
+        ],
+        *tables(rows, contexts, run),
+    )
+
+
+def against_transformer(
+    found: dict[tuple[str, int], Point], contexts: Sequence[int], deviation: float, name: str
+) -> Iterator[str]:
+    """Say what MegaByte by the rule costs beside the transformer that attends to its whole row."""
+    pairs = [(found[TRANSFORMER, c], found[RULE, c]) for c in contexts if {(TRANSFORMER, c), (RULE, c)} <= found.keys()]
+    counted = [f"{a.gflop / b.gflop:.3g} times at {name_of(a.context)}" for a, b in (pairs[:1] + pairs[-1:])]
+    if counted:
+        yield f"{name} costs the transformer more FLOPs than {RULE}: {' and '.join(dict.fromkeys(counted))}."
+    measured = [(a, b) for a, b in pairs if a.us_a_byte and b.us_a_byte]
+    times = [f"{error(ratio(a, b, deviation))} times at {name_of(a.context)}" for a, b in measured[:1] + measured[-1:]]
+    if times:
+        yield f"It takes the transformer longer: {' and '.join(dict.fromkeys(times))}."
+
+
+def growth(rows: dict[str, list[Point]], name: str) -> Iterator[str]:
+    """Say which times and which memory grow faster than the row."""
+    for what, value in (("time", time_of), ("peak memory", lambda point: point.peak_mb)):
+        kinds: dict[str, list[str]] = {"Faster": [], "Slower": [], "No clear difference": []}
+        for model, points in rows.items():
+            fitted = exponent_of(points, value)
+            if not math.isnan(fitted.error):
+                above = Estimate(fitted.value - 1, fitted.error)
+                kind = "No clear difference" if not above.is_clear else "Faster" if above.value > 0 else "Slower"
+                kinds[kind].append(f"{model} {power(fitted)}")
+        each = " ".join(f"{kind}: {', '.join(models)}." for kind, models in kinds.items() if models)
+        if each:
+            yield f"{name}, growth of {what} compared with linear, from {name_of(FITTED_FROM)} bytes on. {each}"
+
+
+def longest(rows: dict[str, list[Point]], name: str) -> str:
+    """Say what the longest row takes."""
+    context = max(point.context for points in rows.values() for point in points)
+    ran = [p for points in rows.values() for p in points if p.context == context and p.us_a_byte]
+    each = ", ".join(f"{p.model} {time_of(p) / 1e6:.3g} s and {p.peak_mb / 1e3:.2g} GB" for p in ran)
+    return f"{name} on {context:,} bytes takes {each}." if ran else ""
+
+
+def left_out(rows: dict[str, list[Point]], name: str) -> str:
+    """Say where models have no time, and why."""
+    failed = {model: next((point for point in points if not point.us_a_byte), None) for model, points in rows.items()}
+    each = "; ".join(f"{model} from {name_of(p.context)} on ({p.status})" for model, p in failed.items() if p)
+    return f"{name} has no time here for: {each}." if each else ""
+
+
+def tables(rows: dict[str, list[Point]], contexts: Sequence[int], run: str) -> list[str]:
+    """Return tables of FLOPs, time and memory: a line a model, a column a length, and the exponents."""
+    made = []
+    for title, cell, value in (
+        ("MFLOP a byte", lambda p: f"{1e3 * p.gflop / p.context:.3g}", lambda p: p.gflop),
+        ("µs a byte", lambda p: f"{p.median:.3g}" if p.us_a_byte else "–", time_of),
+        ("peak GB", lambda p: f"{p.peak_mb / 1e3:.2g}" if p.us_a_byte else "–", lambda p: p.peak_mb),
+    ):
+        lines = []
+        for model, points in rows.items():
+            at = {point.context: cell(point) for point in points}
+            lines.append([model, *(at.get(context, "") for context in contexts), power(exponent_of(points, value))])
+        made.append(table([f"{run}, {title}", *map(name_of, contexts), "grows as"], lines))
+    return made
+
+
+def time_of(point: Point) -> float:
+    """Return microseconds of the whole row, NaN if it was not run."""
+    return point.median * point.context
+
+
+def power(exponent: Estimate) -> str:
+    return "" if math.isnan(exponent.value) else f"T^{error(exponent)}"
+
+
+def error(estimate: Estimate) -> str:
+    """Return a value with its standard error, if that is known."""
+    return f"{estimate.value:.2f}" + ("" if math.isnan(estimate.error) else f" ± {estimate.error:.2f}")
+
+
+def name_of(context: int) -> str:
+    return f"{context >> 20}M" if context >= 1 << 20 else f"{context >> 10}k" if context >= 1 << 10 else f"{context}"
