@@ -13,7 +13,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def study(corpus: Corpus, work: Path, budgets: Budgets, parts: Sequence[str], pr
     plan.prepare()
     for part in parts:
         plan.run(part)
-        write(plan.outcomes, plan.scores, settings(plan), corpus, out)
+        write(plan.outcomes, plan.scores, plan.excerpts, settings(plan), corpus, out)
     print(f"written to {out}")
 
 
@@ -96,11 +96,12 @@ def settings(plan: Plan) -> dict[str, Any]:
 def write(
     outcomes: Mapping[str, Outcome],
     scores: Mapping[str, Sequence[Score]],
+    excerpts: Mapping[str, Mapping[str, Sequence[float]]],
     settings: dict[str, Any],
     corpus: Corpus,
     out: Path,
 ) -> None:
-    """Write ``runs.csv``, ``scores.csv``, ``curves.csv``, ``settings.json``, and what `report` makes of them."""
+    """Write ``runs.csv``, ``scores.csv``, ``excerpts.csv``, ``curves.csv``, ``settings.json``, and their report."""
     out.mkdir(parents=True, exist_ok=True)
     sizes = {group: (len(texts), sum(map(num_bytes, texts))) for group, texts in corpus.heldout.items()}
     runs, lines, curves = [], [], []
@@ -110,9 +111,12 @@ def write(
         runs.append(values)
         texts = [Score("text", "", group, *sizes[group], bits=bits) for group, bits in outcome.bits.items()]
         lines += [{"run": run} | asdict(score) for score in (*texts, *scores.get(run, ()))]
+    bits = {"bytes": {group: list(map(num_bytes, texts)) for group, texts in corpus.heldout.items()}, **excerpts}
+    of_excerpts = [{"run": run} | dict(enumerate(chain(*groups.values()))) for run, groups in bits.items()]
     for name, rows, columns in (
         ("runs.csv", runs, list(runs[0])),
         ("scores.csv", lines, ["run", *(field.name for field in fields(Score))]),
+        ("excerpts.csv", of_excerpts, list(of_excerpts[0])),
         ("curves.csv", curves, max(map(list, curves), key=len)),
     ):
         write_rows(out / name, columns, rows)

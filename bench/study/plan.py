@@ -11,13 +11,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from study.families import FAMILIES, PATCHER, Model, entropy_of, longer_patches, tokens_of, variants
 from study.measuring import Score, make_suite, measure
-from study.runs import Job, Lab, Outcome, for_all, perform
+from study.runs import EXCERPTS, Job, Lab, Outcome, for_all, perform, score_excerpts
 
 PARTS = ("rates", "a", "c", "f", "b", "e")
 RATES = (2e-3, 4e-3, 8e-3)  # more are tried where the best is the first or the last
@@ -49,8 +50,9 @@ class Plan:
 
     Attributes
     ----------
-    outcomes, jobs, scores : dict
-        By the name of a run, in the order in which runs were asked for. Only the best models have scores.
+    outcomes, jobs, scores, excerpts : dict
+        By the name of a run, in the order in which runs were asked for. Only the best models have scores, and only the
+        first seed has the bits of excerpts.
     rates : dict from family to float
     best : dict from family to str
         The best size at the largest budget.
@@ -61,6 +63,7 @@ class Plan:
         self.outcomes: dict[str, Outcome] = {}
         self.jobs: dict[str, Job] = {}
         self.scores: dict[str, list[Score]] = {}
+        self.excerpts: dict[str, dict[str, list[float]]] = {}
         self.rates: dict[str, float] = {}
         self.best: dict[str, str] = {}
 
@@ -77,6 +80,7 @@ class Plan:
         if part != "rates" and not self.rates:
             self.find_rates()
         functions[part]()
+        self.find_excerpts()
 
     def prepare(self) -> None:
         """Train the patcher, and compute what all runs share before processes do."""
@@ -148,6 +152,15 @@ class Plan:
         measured = partial(measure, suite=make_suite(self.lab.corpus))
         for job, scores in zip(jobs, for_all(measured, self.lab, jobs, self.processes), strict=True):
             self.scores[self.lab.folder(job).name] = scores
+
+    def find_excerpts(self) -> None:
+        """Collect the bits of excerpts: how models differ from excerpt to excerpt is much the same for every seed."""
+        jobs = [job for job in self.jobs.values() if job.seed == 0 and job.model is not PATCHER]
+        jobs = [job for job in jobs if job == self.job(job.model, job.tflops, 0) or job.init is not None]
+        folders = [self.lab.folder(job) for job in jobs]
+        missing = [job for job, path in zip(jobs, folders, strict=True) if not (path / EXCERPTS).exists()]
+        for_all(score_excerpts, self.lab, missing, self.processes)
+        self.excerpts |= {path.name: json.loads((path / EXCERPTS).read_text()) for path in folders}
 
     def lengthen_patches(self) -> None:
         budgets = (self.budgets.small, self.budgets.middle, self.budgets.large)

@@ -34,6 +34,7 @@ from study.readers import ByteReader, Reader, TokenReader, train_tokenizer
 from study.scoring import Scorer, num_bytes
 from study.training import train
 
+EXCERPTS = "excerpts.json"  # bits of held-out excerpts, in the folder of a run
 BATCH, CONTEXT = 4096, 1024  # a step has so many bytes, a row at most so many of them
 SAMPLE_BATCHES, SAMPLE_SEED = 32, 1 << 20  # FLOPs and thresholds are measured on so many batches of training text
 
@@ -272,7 +273,7 @@ def perform(lab: Lab, job: Job, watch: Watch) -> Outcome:
         )
         with whole_file(folder / "weights.pt") as part:
             torch.save(trained.weights, part)
-        nats = Scorer(model, reader, patching).nats_of_groups(lab.corpus.heldout)
+        excerpts = store_excerpts(folder, Scorer(model, reader, patching), lab.corpus)
         sizes = {key: value for key, value in asdict(cost).items() if key != "threshold"}
         outcome = Outcome(
             run=folder.name,
@@ -286,13 +287,27 @@ def perform(lab: Lab, job: Job, watch: Watch) -> Outcome:
             steps=steps,
             trained_bytes=trained.trained_bytes,
             cpu_seconds=trained.seconds,
-            bits={group: sum(values) / math.log(2) for group, values in nats.items()},
+            bits={group: math.fsum(bits) for group, bits in excerpts.items()},
             curve=trained.curve,
         )
         write_text(result, json.dumps(asdict(outcome)))
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     watch(name, 1.0, f"held out {outcome.bits_per_byte(lab.corpus):.3f} bits a byte")
     return outcome
+
+
+def store_excerpts(folder: Path, scorer: Scorer, corpus: Corpus) -> dict[str, list[float]]:
+    """Write the bits of every held-out excerpt by group, and return them."""
+    nats = scorer.nats_of_groups(corpus.heldout)
+    bits = {group: [round(value / math.log(2), 2) for value in values] for group, values in nats.items()}
+    write_text(folder / EXCERPTS, json.dumps(bits))
+    return bits
+
+
+def score_excerpts(lab: Lab, job: Job, watch: Watch) -> None:
+    """Write the bits of every held-out excerpt of a finished run."""
+    store_excerpts(lab.folder(job), lab.load(job), lab.corpus)
+    watch(f"excerpts of {lab.folder(job).name}", 1.0, "held out: scored")
 
 
 def begin_as(model: ByteModel, weights: dict[str, torch.Tensor]) -> None:

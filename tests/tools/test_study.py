@@ -248,15 +248,27 @@ def test_the_whole_study(lab: Lab, tmp_path: Path, monkeypatch) -> None:
     scores = rows_of(tmp_path / "out" / "scores.csv")
     assert {row["kind"] for row in scores} == {"text", "noise", "task", "misspelling"}
     assert {row["run"] for row in scores} == {row["run"] for row in found}
+    sizes, *excerpts = rows_of(tmp_path / "out" / "excerpts.csv")
+    by_run = {row["run"]: row for row in found}
+    assert {row["run"] for row in excerpts} <= {run for run, row in by_run.items() if row["seed"] == "0"}
+    assert {by_run[row["run"]]["model"] for row in excerpts} == names - {"patcher"}
+    for row in excerpts:
+        # The first excerpts are those of the first group.
+        (of_group,) = (s for s in scores if s["run"] == row["run"] and s["kind"] == "text" and s["group"] == "python")
+        count = int(of_group["count"])
+        assert sum(float(row[str(i)]) for i in range(count)) == pytest.approx(float(of_group["bits"]), rel=1e-4)
+        assert sum(int(sizes[str(i)]) for i in range(count)) == int(of_group["bytes"])
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["budgets"]["seeds"] == 2
     assert settings["shares"] == lab.corpus.shares
     assert settings["learning_rates"].keys() == few.keys()
 
+    (tmp_path / "work" / "runs" / excerpts[0]["run"] / runs.EXCERPTS).unlink()  # is scored again
     monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("trained again"))
     command.study(*options, tmp_path / "again")
     assert rows_of(tmp_path / "again" / "runs.csv") == found
     assert rows_of(tmp_path / "again" / "scores.csv") == scores
+    assert rows_of(tmp_path / "again" / "excerpts.csv") == [sizes, *excerpts]
 
 
 def test_held_out_text_is_shortened_by_group(corpus: Corpus, monkeypatch) -> None:
