@@ -27,14 +27,17 @@ _PLACES = {
     "BLT.local_decoder.cross_attn_layers": "decoder cross",
     "BLT.local_decoder.patch_embedding_projection": "projections",
     "BLT.lm_head": "output",
+    "BLT": "output",  # the loss, from the weights of the output head
     "BLT.patcher": "patcher",
     "ByteLM.layers": "decoder",
     "ByteLM.lm_head": "output",
+    "ByteLM": "output",
     "MegaByte.patch_convolutions": "encoder",
     "MegaByte.global_layers": "global",
     "MegaByte.global_to_local": "projections",
     "MegaByte.local_layers": "decoder",
     "MegaByte.lm_head": "output",
+    "MegaByte": "output",
 }
 
 
@@ -86,6 +89,16 @@ _OPS = torch.ops.blt_kernels
 @register_flop_formula(_OPS.few_row_linear_fwd, get_raw=True)
 def _(x: Tensor, weight: Tensor, *_rest: Any, **_out: Any) -> int:
     return 2 * x.shape[0] * weight.numel()
+
+
+@register_flop_formula(_OPS.linear_cross_entropy_fwd, get_raw=True)
+def _(hidden: Tensor, weight: Tensor, *_rest: Any, **_out: Any) -> int:
+    return 2 * hidden.shape[0] * weight.numel()
+
+
+@register_flop_formula(_OPS.linear_cross_entropy_bwd, get_raw=True)
+def _(_grad: Tensor, hidden: Tensor, weight: Tensor, *_rest: Any, **_out: Any) -> int:
+    return 6 * hidden.shape[0] * weight.numel()  # the logits again, and two gradients
 
 
 @register_flop_formula(_OPS.few_row_layer_step, get_raw=True)

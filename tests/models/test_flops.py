@@ -15,7 +15,7 @@ from test_checkpoint import theirs  # noqa: F401 (a fixture)
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from blt_kernels import block_causal_attention, patch_cross_attention
+from blt_kernels import block_causal_attention, linear_cross_entropy, patch_cross_attention
 from blt_kernels.cli import app
 from blt_kernels.cli.flops import read_config, with_window
 from blt_kernels.flops import PAPER_SIZES, Part, Rows, count_flops, counted_parts, paper_flops
@@ -199,6 +199,13 @@ def counted(function, *inputs) -> tuple[int, int]:
         forward = counter.get_total_flops()
         out.sum().backward()
     return forward, counter.get_total_flops() - forward
+
+
+def test_loss_from_hidden_states() -> None:
+    # Backward multiplies the logits again, and then for the gradients of both inputs.
+    hidden, weight, targets = torch.randn(7, 5), torch.randn(11, 5), torch.arange(7)
+    product = 2 * 7 * 5 * 11
+    assert counted(lambda x, w: linear_cross_entropy(x, w, targets), hidden, weight) == (product, 3 * product)
 
 
 @pytest.mark.parametrize("causal", [True, False])
