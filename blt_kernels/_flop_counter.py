@@ -91,14 +91,17 @@ def _(x: Tensor, weight: Tensor, *_rest: Any, **_out: Any) -> int:
     return 2 * x.shape[0] * weight.numel()
 
 
-@register_flop_formula(_OPS.linear_cross_entropy_fwd, get_raw=True)
-def _(hidden: Tensor, weight: Tensor, *_rest: Any, **_out: Any) -> int:
+def _head_forward(hidden: Tensor, weight: Tensor, *_rest: Any, **_out: Any) -> int:
     return 2 * hidden.shape[0] * weight.numel()
 
 
-@register_flop_formula(_OPS.linear_cross_entropy_bwd, get_raw=True)
-def _(_grad: Tensor, hidden: Tensor, weight: Tensor, *_rest: Any, **_out: Any) -> int:
-    return 6 * hidden.shape[0] * weight.numel()  # the logits again, and two gradients
+def _head_backward(_grad: Tensor, hidden: Tensor, weight: Tensor, *_rest: Any, **_out: Any) -> int:
+    return 6 * hidden.shape[0] * weight.numel()  # logits are computed anew
+
+
+for _op in ("linear_entropy", "linear_cross_entropy"):
+    register_flop_formula(getattr(_OPS, f"{_op}_fwd"), get_raw=True)(_head_forward)
+    register_flop_formula(getattr(_OPS, f"{_op}_bwd"), get_raw=True)(_head_backward)
 
 
 @register_flop_formula(_OPS.few_row_layer_step, get_raw=True)

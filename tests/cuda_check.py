@@ -67,7 +67,7 @@ class Kernel:
         """Return whether a kernel moves 16-byte vectors: by the vector in its name, or for entropies."""
         vector = re.search(r"<(?:blt::Split<)?(\w+), (?:int, |long long, )?(\d+)", self.name)
         wide = vector is not None and SIZES.get(vector[1], 0) * int(vector[2]) == 16
-        return wide or self.name.startswith(("token_entropy", "entropy_patch"))
+        return wide or self.name.startswith(("token_entropy", "entropy_patch", "linear_cross_entropy"))
 
 
 def torch_headers() -> Path:

@@ -26,8 +26,8 @@ namespace blt {
 // Computes entropies and log_sums of the first `count` rows; the others are not read: they get 0 and kUnread.
 std::tuple<Tensor, Tensor> entropies_of_rows(const Tensor& rows, int64_t count);
 
-// Allocates a panel of logits of an output head: about 1 MB for a byte model in fp32. A panel of a larger alphabet has at
-// most 32 MB, but so many rows that a number of `weight` takes part in many products whenever it is read.
+// Allocates a panel of logits of an output head: 1 MB for a byte model in fp32, and at most 32 MB unless that is less
+// than 256 rows. With fewer rows the products would wait for `weight`, which each panel reads from memory.
 inline Tensor panel_of(const Tensor& hidden, const Tensor& weight) {
   constexpr int64_t kPanelBytes = 32 << 20, kMinRows = 256, kMaxRows = 1024;
   const int64_t row_bytes = weight.size(0) * static_cast<int64_t>(weight.element_size());

@@ -1,6 +1,5 @@
 // Launches the kernels of token_entropy.cuh: token_entropy, and linear_entropy by panels of logits (output_head.h).
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -56,18 +55,6 @@ Tensor token_entropy_bwd_cuda(const Tensor& grad_entropy, const Tensor& logits, 
 }
 
 // --- linear_entropy --------------------------------------------------------------------------------------------------
-
-// A panel has whole tiles of rows and is small beside an L2 of 40 MB and more, through which `hidden` streams too.
-constexpr int64_t kPanelBytes = 8 << 20, kPanelTile = 128;
-
-// Returns the logits of a panel. Their rows start at multiples of 16 bytes, which fast products on tensor cores need.
-Tensor panel_of(const Tensor& hidden, const Tensor& weight) {
-  const int64_t alphabet = weight.size(0), element = static_cast<int64_t>(hidden.element_size());
-  const int64_t stride = ceil_div<int64_t>(alphabet * element, 16) * 16;
-  const int64_t rows = std::max<int64_t>(kPanelBytes / stride / kPanelTile, 1) * kPanelTile;
-  Tensor buffer = device_output(hidden, {std::min(rows, hidden.size(0)), stride / element});
-  return torch::stable::narrow(buffer, 1, 0, alphabet);
-}
 
 EntropyTensors linear_entropy_fwd_cuda(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_head(hidden, weight, bias);

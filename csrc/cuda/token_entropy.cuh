@@ -232,23 +232,77 @@ struct RowLane {
   }
 };
 
+// Adds up a lane's share of a row, in EntropySums around the maximum of the whole row.
+template <class T>
+__device__ __forceinline__ EntropySums<acc_t<T>> lane_sums(RowLane<T>& row, i32 tiles) {
+  EntropySums<acc_t<T>> sums;
+  row.read_edges();
+  for (i32 tile = 0; tile < tiles; ++tile) {
+    row.read(tile);
+    sums.rescale(max(sums.max, row.tile_max(tile)));
+    row.each(tile, [&](acc_t<T> x) { sums.add(x); });
+  }
+  return sums;
+}
+
+// Returns the maximum of a row, without regard to NaN. It reads the edges and leaves the last tile in the registers.
+template <class T>
+__device__ __forceinline__ acc_t<T> row_max(RowLane<T>& row, i32 tiles) {
+  acc_t<T> m = minus_infinity<acc_t<T>>();
+  row.read_edges();
+  for (i32 tile = 0; tile < tiles; ++tile) {
+    row.read(tile);
+    m = max(m, row.tile_max(tile));
+  }
+  return m;
+}
+
+// Writes f(x) to `to` for each number x of a row, or f(0) if `clear` is set. row_max has read the row. `to` may be the
+// row itself: a lane writes only what it alone reads. With kAligned it has the alignment of the row, so vecs are stored
+// whole.
+template <class T, bool kAligned, class F>
+__device__ __forceinline__ void map_row(RowLane<T>& row, i32 tiles, bool clear, T* to, F f) {
+  constexpr int kVec = RowLane<T>::kVec;
+  for (i32 tile = 0; tile < tiles; ++tile) {
+    if (tiles > 1) row.read(tile);
+    if (clear) row.clear();
+#pragma unroll
+    for (int p = 0; p < RowLane<T>::kVecs; ++p) {
+      if (!row.has_vec(tile, p)) continue;
+      AlignedVector<T, kVec> out;
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) out[c] = from_float<T>(f(number_at<T>(row.held[p], c)));
+      T* const at = to + row.vec_column(tile, p);
+      if constexpr (kAligned) {
+        store(at, out);
+      } else {
+#pragma unroll
+        for (int c = 0; c < kVec; ++c) at[c] = out[c];
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < RowLane<T>::kEdges; ++e)
+      if (row.has_edge(tile, e)) to[row.edge_column(e)] = from_float<T>(f(to_float(row.held_edges[e])));
+  }
+}
+
+// Returns the row that a thread takes part in.
+template <class T>
+__device__ __forceinline__ i64 row_index() {
+  constexpr int kLanes = RowLane<T>::kLanes;
+  return static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
+}
+
 // Computes the entropies of all rows, and reads those before `end`. All blocks of a launch call it.
 template <class T>
 __device__ __forceinline__ void entropy_of_rows(const LogitRows<T>& logits, i64 end, acc_t<T>* entropy,
                                                 acc_t<T>* log_sum) {
   using A = acc_t<T>;
   constexpr int kLanes = RowLane<T>::kLanes;
-  const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
+  const i64 index = row_index<T>();
   const bool reads = index < min(logits.rows, end);
   RowLane<T> row(logits, index, reads);
-  const i32 tiles = RowLane<T>::tiles(logits);
-  EntropySums<A> sums;
-  row.read_edges();
-  for (i32 tile = 0; tile < tiles; ++tile) {
-    row.read(tile);
-    sums.rescale(max(sums.max, row.tile_max(tile)));
-    row.each(tile, [&](A x) { sums.add(x); });
-  }
+  EntropySums<A> sums = lane_sums(row, RowLane<T>::tiles(logits));
   sums.s = warp_sum<kLanes>(sums.s);
   sums.t = warp_sum<kLanes>(sums.t);
   if (row.lane == 0 && index < logits.rows) {
@@ -263,56 +317,26 @@ __global__ void __launch_bounds__(kEntropyThreads, entropy_blocks(sizeof(T)))
   entropy_of_rows<T>(logits, logits.rows, entropy, log_sum);
 }
 
-// grad_logits has a row stride of `grad_stride` elements. It may be the logits themselves: a lane writes only what it
-// alone reads, after the row's maximum is known. With kAligned its rows have the alignment of those of the logits, so
-// vecs are stored whole.
+// grad_logits has a row stride of `grad_stride` elements. It may be the logits themselves.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kEntropyThreads, sizeof(T) == 8 ? 2 : 3)
     token_entropy_bwd_kernel(const acc_t<T>* grad_entropy, LogitRows<T> logits, const acc_t<T>* entropy,
                              const acc_t<T>* log_sum, T* grad_logits, i64 grad_stride) {
   using A = acc_t<T>;
-  constexpr int kLanes = RowLane<T>::kLanes, kVec = RowLane<T>::kVec;
-  const i64 index = static_cast<i64>(blockIdx.x) * (kEntropyThreads / kLanes) + threadIdx.x / kLanes;
+  const i64 index = row_index<T>();
   const bool there = index < logits.rows;
   RowLane<T> row(logits, index, there);
   const i32 tiles = RowLane<T>::tiles(logits);
   A upstream = there ? grad_entropy[index] : 0, h = there ? entropy[index] : 0, shift = there ? log_sum[index] : 0;
-  row.read_edges();
-  A m = minus_infinity<A>();
-  for (i32 tile = 0; tile < tiles; ++tile) {
-    row.read(tile);
-    m = max(m, row.tile_max(tile));
-  }
+  A m = row_max(row, tiles);
   // A row that forward has not read may hold anything. It was read here, since waiting for its log_sum would cost more.
   const bool unread = shift == unread_log_sum<A>();
   if (unread) upstream = h = shift = m = 0;
   upstream = -upstream * kNats<A>, h *= kPerNat<A>, shift *= kPerNat<A>;
-  const auto slope = [=](A x) {  // returns dH/dx times the gradient of H
+  map_row<T, kAligned>(row, tiles, unread, grad_logits + (there ? index * grad_stride : 0), [=](A x) {
     const A log_p = (x - m) * kPerNat<A> - shift;
     return upstream * scaled_exp(log_p) * (max(log_p, kLogOfZero<A>) + h);
-  };
-  T* const to = grad_logits + (there ? index * grad_stride : 0);
-  for (i32 tile = 0; tile < tiles; ++tile) {
-    if (tiles > 1) row.read(tile);
-    if (unread) row.clear();
-#pragma unroll
-    for (int p = 0; p < RowLane<T>::kVecs; ++p) {
-      if (!row.has_vec(tile, p)) continue;
-      AlignedVector<T, kVec> grad;
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) grad[c] = from_float<T>(slope(number_at<T>(row.held[p], c)));
-      T* const at = to + row.vec_column(tile, p);
-      if constexpr (kAligned) {
-        store(at, grad);
-      } else {
-#pragma unroll
-        for (int c = 0; c < kVec; ++c) at[c] = grad[c];
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < RowLane<T>::kEdges; ++e)
-      if (row.has_edge(tile, e)) to[row.edge_column(e)] = from_float<T>(slope(to_float(row.held_edges[e])));
-  }
+  });
 }
 
 }  // namespace blt

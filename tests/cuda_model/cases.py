@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from cuda_model.cases_cross import cross_cases
 from cuda_model.cases_ema import ema_cases
-from cuda_model.cases_entropy import entropy_cases, linear_entropy_cases
+from cuda_model.cases_entropy import entropy_cases, head_cases
 from cuda_model.cases_ngram import ngram_cases
 from cuda_model.cases_rows import pool_cases
 from cuda_model.launches import Case
@@ -19,7 +19,7 @@ from cuda_model.launches import Case
 def cases() -> Iterator[Case]:
     """Yield all cases in the order of the table."""
     yield from entropy_cases()
-    yield from linear_entropy_cases()
+    yield from head_cases()
     yield from pool_cases()
     yield from ema_cases()
     yield from ngram_cases()

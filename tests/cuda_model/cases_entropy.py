@@ -1,8 +1,8 @@
-"""Launches of token_entropy, entropy_patch and linear_entropy."""
+"""Launches of token_entropy, entropy_patch, linear_entropy and linear_cross_entropy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -46,6 +46,30 @@ def token_entropy_bwd(rows: int, logits: list, grad_logits: Array, stride: int, 
     blocks = ceil_div(rows, 32)
     return Launch(
         "token_entropy", r"token_entropy_bwd_kernel<__nv_bfloat16, .*true", (blocks, 1), slopes,
+        blocks_at(blocks // 2, 2), 0, times,
+    )  # fmt: skip
+
+
+def targets_of(rows: int) -> list:
+    return [data("targets", np.arange(rows) % ALPHABET), i64(-100)]
+
+
+def linear_cross_entropy_fwd(rows: int, logits: list, times: int = 1) -> Launch:
+    arguments = [logits, *targets_of(rows), Array("loss", rows * 4), Array("log_sum", rows * 4)]
+    blocks = ceil_div(rows, 32)
+    return Launch(
+        "linear_cross_entropy", r"linear_cross_entropy_fwd_kernel<__nv_bfloat16>", (blocks, 1), arguments,
+        blocks_at(blocks // 2, 2), 0, times,
+    )  # fmt: skip
+
+
+def linear_cross_entropy_bwd(rows: int, logits: list, grad_logits: Array, _stride: int, times: int = 1) -> Launch:
+    arguments = [
+        Array("grad_loss", rows * 4), logits, *targets_of(rows), Array("log_sum", rows * 4), grad_logits
+    ]  # fmt: skip
+    blocks = ceil_div(rows, 32)
+    return Launch(
+        "linear_cross_entropy", r"linear_cross_entropy_bwd_kernel<__nv_bfloat16>", (blocks, 1), arguments,
         blocks_at(blocks // 2, 2), 0, times,
     )  # fmt: skip
 
@@ -95,7 +119,15 @@ def entropy_cases() -> Iterator[Case]:
 HIDDEN, PANEL_ROWS, PANEL_STRIDE = 768, 15872, 264
 
 
-def linear_entropy_cases() -> Iterator[Case]:
+def head_cases() -> Iterator[Case]:
+    """Yield the ops of an output head, and the bytes of its targets and values that they read and write a row."""
+    yield from cases_of_head("linear_entropy", token_entropy_fwd, token_entropy_bwd, 8, 12)
+    yield from cases_of_head("linear_cross_entropy", linear_cross_entropy_fwd, linear_cross_entropy_bwd, 16, 16)
+
+
+def cases_of_head(
+    op: str, fwd: Callable[..., Launch], bwd: Callable[..., Launch], fwd_bytes: int, bwd_bytes: int
+) -> Iterator[Case]:
     """Yield panels of logits in L2, which torch's products write and read."""
     shape = f"[{BYTES}, {HIDDEN}] x [{ALPHABET}, {HIDDEN}]"
     flops, weight = 2.0 * BYTES * HIDDEN * ALPHABET, 2 * ALPHABET * HIDDEN
@@ -104,16 +136,16 @@ def linear_entropy_cases() -> Iterator[Case]:
     for rows, times in ((PANEL_ROWS, BYTES // PANEL_ROWS), (BYTES % PANEL_ROWS, 1)):
         logits, hidden = logit_rows(rows, PANEL_STRIDE, resident=True), 2.0 * rows * HIDDEN
         head = product("linear", rows, ALPHABET, HIDDEN, hidden, times)
-        forward += [head, token_entropy_fwd(rows, logits, times)]
+        forward += [head, fwd(rows, logits, times)]
         backward += [
             head,
-            token_entropy_bwd(rows, logits, logits[0], PANEL_STRIDE, times),
+            bwd(rows, logits, logits[0], PANEL_STRIDE, times),
             product("mm", rows, HIDDEN, ALPHABET, hidden, times),
             product("mm", ALPHABET, HIDDEN, rows, hidden, times),
             Library(f"sum [{rows}, {ALPHABET}]", 0.0, 2.0 * rows * ALPHABET, times=times),
         ]
     panels = ceil_div(BYTES, PANEL_ROWS)
     backward += [Library(f"subtract [{n}]", 0.0, 10.0 * n, times=panels) for n in (ALPHABET * HIDDEN, ALPHABET)]
-    yield Case("linear_entropy fwd", shape, "bfloat16", forward, BYTES * (HIDDEN * 2 + 8), shape, flops)
-    min_bytes = BYTES * (2 * HIDDEN * 2 + 12) + 2 * weight
-    yield Case("linear_entropy bwd", shape, "bfloat16", backward, min_bytes, "", 3 * flops)
+    yield Case(f"{op} fwd", shape, "bfloat16", forward, BYTES * (HIDDEN * 2 + fwd_bytes), shape, flops)
+    min_bytes = BYTES * (2 * HIDDEN * 2 + bwd_bytes) + 2 * weight
+    yield Case(f"{op} bwd", shape, "bfloat16", backward, min_bytes, "", 3 * flops)

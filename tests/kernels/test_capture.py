@@ -73,7 +73,16 @@ def test_what_a_capture_allows_is_not(name: str) -> None:
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
 
-BY_BYTE = {"logits", "hidden", "entropy", "tokens", "marks", "x", "p"}  # these arguments have a row for each byte
+BY_BYTE = {
+    "logits",
+    "hidden",
+    "targets",
+    "entropy",
+    "tokens",
+    "marks",
+    "x",
+    "p",
+}  # these arguments have a row for each byte
 BY_DOCUMENT = ("seqused_k", "threshold")  # these have one entry for each document, if they are tensors
 
 

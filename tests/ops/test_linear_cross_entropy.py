@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import launches, order, use
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import blt_kernels as bk
+import blt_kernels.flops
+from blt_kernels.cli import bench
 from blt_kernels.testing import assert_close, assert_equal
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -72,8 +77,9 @@ def test_losses_and_gradients(rows: int, width: int, alphabet: int, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "alphabet"), [(2100, 5), (300, 16384)])
+@pytest.mark.parametrize(("rows", "alphabet"), [(2100, 5), (1100, 4200)])
 def test_more_rows_than_a_panel(rows: int, alphabet: int, dtype: torch.dtype, device: str) -> None:
+    """A panel has at most 1024 rows on the CPU, and 8 MB of logits but at least 1024 rows on CUDA."""
     check(head(rows, 3, alphabet, dtype, device), targets_of(rows, alphabet, device))
 
 
@@ -212,3 +218,58 @@ def test_targets_are_not_read_where_the_host_would_wait() -> None:
     loss.sum().backward()
     assert loss.shape == (4,)
     assert hidden.grad is not None
+
+
+# --- flops ------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_are_counted() -> None:
+    """Forward is one product, backward three: it computes the logits anew."""
+    hidden, weight, bias = (x.requires_grad_() for x in head(6, 8, 11, torch.float32, "cpu"))
+    targets = targets_of(6, 11, "cpu")
+    for function in (
+        lambda: bk.linear_cross_entropy(hidden, weight, targets, bias),
+        lambda: bk.linear_entropy(hidden, weight, bias),
+    ):
+        with FlopCounterMode(display=False) as forward:
+            out = function()
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        assert [forward.get_total_flops(), backward.get_total_flops()] == [2 * 6 * 8 * 11, 6 * 6 * 8 * 11]
+
+
+# --- memory, and the CUDA kernels on the emulator ---------------------------------------------------------------------
+
+
+def test_logits_are_never_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward on the CPU hold a panel of 1024 rows of logits, and gradients and values of rows."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("blt_kernels::linear_cross_entropy_fwd", "CPU"):
+        pytest.skip("no compiled module")
+    monkeypatch.syspath_prepend(str(bench.SOURCE))
+    memory = importlib.import_module("memory")
+    rows, width, alphabet = 4000, 4, 2100
+    inputs, targets = head(rows, width, alphabet, torch.float32, "cpu"), targets_of(rows, alphabet, "cpu")
+    panel, others = 1024 * alphabet, rows * (width + 8) + 3 * alphabet * (width + 1)
+    held = memory.peak_extra_bytes(lambda: results(bk.linear_cross_entropy, inputs, targets))
+    assert 4 * panel <= held <= 4 * (panel + others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic(dtype: torch.dtype) -> None:
+    """Bytes as in linear_cross_entropy.cuh, for rows that are padded to 16 bytes."""
+    rows, row_bytes = 200, -(-260 * dtype.itemsize // 16) * 16
+    inputs = [x.requires_grad_() for x in head(rows, 16, 260, dtype, "cpu")]
+    targets = targets_of(rows, 260, "cpu")
+    forward, backward = launches(lambda: bk.linear_cross_entropy(*inputs[:2], targets, inputs[2]).sum().backward())
+    assert forward.read + forward.written <= 1.1 * rows * (row_bytes + 16)
+    assert backward.read + backward.written <= 1.1 * rows * (2 * row_bytes + 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_in_any_order_of_threads(dtype: torch.dtype) -> None:
+    inputs, targets = head(70, 8, 700, dtype, "cpu"), targets_of(70, 700, "cpu")
+    with use("emulated"):
+        expected = results(bk.linear_cross_entropy, inputs, targets)
+        for name in ("BACKWARD", "RANDOM"):
+            with order(name, seed=1):
+                assert_equal(results(bk.linear_cross_entropy, inputs, targets), expected)
