@@ -16,15 +16,25 @@ from blt_kernels.models.generating import GeneratingModel
 from blt_kernels.models.quantized import is_quantized
 from blt_kernels.models.stored_config import config_from_dict, stored_config
 from blt_kernels.models.weights import check_tensors, empty_model, open_safetensors, write_safetensors
-from blt_kernels.nn import next_byte_bits, next_byte_targets
+from blt_kernels.nn import next_byte_targets
+from blt_kernels.nn.functional import mean_bits
+from blt_kernels.nn.matrices import target_nats
 
 Model = TypeVar("Model", bound="ByteModel")
+
+
+def check_targets(targets: Tensor | None, tokens: Tensor) -> None:
+    """Raise TypeError or ValueError unless targets are int64 in the shape of the tokens, or None."""
+    if targets is not None:
+        _checks.check_tensor("targets", targets, (1, 2), (torch.int64,))
+        _checks.check_shape("targets", targets, tokens.shape, "that of tokens")
 
 
 class ByteModel(GeneratingModel):
     """Is the base of the models. It computes the loss, and keeps weights and configuration in one safetensors file.
 
-    A subclass sets `config_class`, stores its configuration as `config`, and defines `forward`, which returns logits.
+    A subclass sets `config_class`, stores its configuration as `config`, and defines `forward`, which returns logits, or
+    nats if it is given `targets`.
 
     Examples
     --------
@@ -34,6 +44,7 @@ class ByteModel(GeneratingModel):
     """
 
     config_class: type
+    ops: Any
 
     @classmethod
     def from_values(cls: type[Model], values: dict[str, Any], ops: str = "fused") -> Model:
@@ -71,17 +82,23 @@ class ByteModel(GeneratingModel):
         Returns
         -------
         fp32 (fp64 for an fp64 model), a scalar
-            EOS counts as a byte. 0 if nothing is predicted.
+            EOS counts as a byte. 0 if nothing is predicted. Logits are not stored.
 
         Raises
         ------
         TypeError, ValueError
             As in `forward`.
         """
-        logits = self(tokens, cu_seqlens, **options)
-        ids, rows = _checks.pack("tokens", tokens, cu_seqlens, trailing=0)
-        targets = next_byte_targets(ids, rows.offsets, self.config.vocab_size)
-        return next_byte_bits(logits.flatten(0, -2), targets)
+        ids, rows = self.pack(tokens, cu_seqlens)
+        targets = next_byte_targets(ids, rows.offsets, self.config.vocab_size).view(tokens.shape)
+        return mean_bits(self(tokens, cu_seqlens, targets=targets, **options), targets)
+
+    def _head(self, x: Tensor, tokens: Tensor, targets: Tensor | None) -> Tensor:
+        """Return logits of normed states ``[T, D]``, or nats of the targets, in the shape of the tokens."""
+        if targets is None:
+            logits = self.lm_head(x)
+            return logits if tokens.dim() == 1 else logits.view(*tokens.shape, logits.shape[-1])
+        return target_nats(self.ops, self.lm_head, x, targets.flatten()).view(tokens.shape)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write weights and configuration to one ``.safetensors`` file, which replaces `path` only once it is complete.

@@ -13,7 +13,7 @@ from blt_kernels import _checks
 from blt_kernels._checks import Documents
 from blt_kernels.ids import BPE, ids_of
 from blt_kernels.layout import PatchLayout
-from blt_kernels.models.base import ByteModel
+from blt_kernels.models.base import ByteModel, check_targets
 from blt_kernels.models.blt_layers import GlobalTransformer, LocalDecoder, LocalEncoder
 from blt_kernels.models.blt_state import BLTState
 from blt_kernels.models.byte_lm import ByteLM
@@ -147,8 +147,9 @@ class BLT(ByteModel):
         *,
         layout: PatchLayout | None = None,
         max_patches: int | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        """Return logits of the next byte.
+        """Return logits of the next byte, or with `targets` their nats.
 
         Parameters
         ----------
@@ -160,11 +161,14 @@ class BLT(ByteModel):
             Patches of these rows; those of `patch` if None.
         max_patches : int, optional
             As in `patch`.
+        targets : int64, as `tokens`, optional
+            Ids that are predicted, such as those of `blt_kernels.nn.next_byte_targets`; -100 is none.
 
         Returns
         -------
         ``[*tokens.shape, vocab_size]``
-            0 for tokens beyond the last row, which may hold any value and get no gradient.
+            0 for tokens beyond the last row, which may hold any value and get no gradient. With `targets`, their nats,
+            ``-ln p``, in fp32 (fp64 for an fp64 model) ``tokens.shape``, 0 where there is none: logits are not stored.
 
         Raises
         ------
@@ -173,6 +177,7 @@ class BLT(ByteModel):
             an error in eager code on the CPU, where the check costs nothing; elsewhere it has no embedding.
         """
         ids, rows = self.pack(tokens, cu_seqlens)
+        check_targets(targets, tokens)
         if layout is None:
             layout = self.patch(ids, rows, max_patches=max_patches)
         check_layout(layout, "tokens", ids)
@@ -194,15 +199,17 @@ class BLT(ByteModel):
         )
         positions = row_positions(rows, ids.shape[0])
         ranges = layer_ranges(self.ops, x, byte_documents, config.encoder.window)
-        x, patches = encoder(x, rotary_table(positions, config.encoder, x.dtype), documents, layout, ranges)
+        byte_table = rotary_table(positions, config.encoder, x.dtype)
+        x, patches = encoder(x, byte_table, documents, layout, ranges)
         table = rotary_table(row_positions(patch_rows, layout.capacity), config.global_transformer, x.dtype)
         global_ranges = layer_ranges(self.ops, patches, patch_documents, config.global_transformer.window)
         patches = self.global_transformer(patches, table, offsets(patch_documents), global_ranges)
         if config.decoder.window != config.encoder.window:
             ranges = layer_ranges(self.ops, x, byte_documents, config.decoder.window)
-        x = self.local_decoder(x, patches, rotary_table(positions, config.decoder, x.dtype), documents, layout, ranges)
-        logits = self.lm_head(x)
-        return logits if tokens.dim() == 1 else logits.view(*tokens.shape, self.config.vocab_size)
+        if config.decoder.rotations != config.encoder.rotations:
+            byte_table = rotary_table(positions, config.decoder, x.dtype)
+        x = self.local_decoder(x, patches, byte_table, documents, layout, ranges)
+        return self._head(x, tokens, targets)
 
     @torch.no_grad()
     def patch(

@@ -13,7 +13,7 @@ from blt_kernels import _checks
 from blt_kernels._checks import Documents
 from blt_kernels.ids import NEWLINE, ids_of
 from blt_kernels.layout import PatchLayout
-from blt_kernels.models.base import ByteModel
+from blt_kernels.models.base import ByteModel, check_targets
 from blt_kernels.models.characters import patches_of_whole_characters
 from blt_kernels.models.checkpoint import open_byte_lm, write_byte_lm
 from blt_kernels.models.config import ByteLMConfig
@@ -31,6 +31,7 @@ from blt_kernels.nn import (
     rotary_table,
     row_positions,
 )
+from blt_kernels.nn.recompute import fits_block, in_blocks
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "entropy_model.safetensors"
 
@@ -122,9 +123,14 @@ class ByteLM(ByteModel):
         write_byte_lm(self, self.config, path)
 
     def forward(
-        self, tokens: Tensor, cu_seqlens: Tensor | Documents | None = None, *, reset_at_newlines: bool | None = None
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | Documents | None = None,
+        *,
+        reset_at_newlines: bool | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        """Return logits of the next byte.
+        """Return logits of the next byte, or with `targets` their nats.
 
         Parameters
         ----------
@@ -134,11 +140,14 @@ class ByteLM(ByteModel):
             Rows of packed tokens; one row if None.
         reset_at_newlines : bool, optional
             As in the configuration, which decides if None.
+        targets : int64, as `tokens`, optional
+            Ids that are predicted, such as those of `blt_kernels.nn.next_byte_targets`; -100 is none.
 
         Returns
         -------
         ``[*tokens.shape, vocab_size]``
-            0 for tokens beyond the last row, which may hold any value and get no gradient.
+            0 for tokens beyond the last row, which may hold any value and get no gradient. With `targets`, their nats,
+            ``-ln p``, in fp32 (fp64 for an fp64 model) ``tokens.shape``, 0 where there is none: logits are not stored.
 
         Raises
         ------
@@ -147,6 +156,11 @@ class ByteLM(ByteModel):
             an error in eager code on the CPU, where the check costs nothing; elsewhere it has no embedding.
         """
         ids, rows = self.pack(tokens, cu_seqlens)
+        check_targets(targets, tokens)
+        return self._head(self.norm(self._states(ids, rows, reset_at_newlines)), tokens, targets)
+
+    def _states(self, ids: Tensor, rows: Documents, reset_at_newlines: bool | None) -> Tensor:
+        """Return packed bytes ``[T, D]`` after the layers."""
         if reset_at_newlines is None:
             reset_at_newlines = self.config.reset_at_newlines
         _checks.check_bool("reset_at_newlines", reset_at_newlines)
@@ -162,8 +176,7 @@ class ByteLM(ByteModel):
         offsets = self.ops.offsets(documents)
         for layer in self.layers:
             x = layer(x, table, offsets, ranges)
-        logits = self.lm_head(self.norm(x))
-        return logits if tokens.dim() == 1 else logits.view(*tokens.shape, self.config.vocab_size)
+        return x
 
     def new_state(self, rows: int = 1, *, undo: int = 64) -> ByteLMState:
         return ByteLMState(self, rows, undo)
@@ -211,15 +224,23 @@ class ByteLM(ByteModel):
         _checks.check_bool("whole_characters", whole_characters)
         tokens, cu_seqlens = ids_of(tokens, cu_seqlens, self.lm_head.weight.device)
         ids, rows = self.pack(tokens, cu_seqlens)
-        entropy, layout = self.ops.entropy_patch(
-            self(ids, rows, reset_at_newlines=reset_at_newlines),
-            self.ops.offsets(rows),
-            threshold=self.config.threshold if threshold is None else threshold,
-            threshold_add=threshold_add,
-            monotonic=monotonic,
-            max_patch_length=None if whole_characters else max_patch_length,
-            max_patches=None if whole_characters else max_patches,
-        )
+        rules: dict[str, Any] = {
+            "threshold": self.config.threshold if threshold is None else threshold,
+            "threshold_add": threshold_add,
+            "monotonic": monotonic,
+            "max_patch_length": None if whole_characters else max_patch_length,
+            "max_patches": None if whole_characters else max_patches,
+        }
+        offsets = self.ops.offsets(rows)
+        if fits_block(ids):
+            logits = self(ids, rows, reset_at_newlines=reset_at_newlines)
+            entropy, layout = self.ops.entropy_patch(logits, offsets, **rules)
+        else:  # logits are held in blocks only
+            states = self._states(ids, rows, reset_at_newlines)
+            entropy = in_blocks(lambda x: self.ops.token_entropy(self.lm_head(self.norm(x))), states)
+            if not rows.full:
+                entropy = entropy.where(torch.arange(ids.shape[0]) < rows.offsets[-1], 0)
+            layout = self.ops.patch_starts(entropy, offsets, **rules)
         if whole_characters:
             layout = patches_of_whole_characters(layout, ids, max_patch_length, max_patches, ops=self.ops)
         return entropy.view(tokens.shape), layout

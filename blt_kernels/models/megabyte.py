@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from blt_kernels import _checks
 from blt_kernels._checks import Documents
 from blt_kernels.layout import PatchLayout
-from blt_kernels.models.base import ByteModel
+from blt_kernels.models.base import ByteModel, check_targets
 from blt_kernels.models.config import MegaByteConfig
 from blt_kernels.models.cross_patch import CrossPatch, CrossPatchAttention
 from blt_kernels.models.megabyte_state import MegaByteState
@@ -115,8 +115,15 @@ class MegaByte(ByteModel):
         self.norm = RMSNorm(narrow.dim, narrow.norm_eps)
         self.lm_head = linear(narrow.dim, config.vocab_size)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, strided: bool = False) -> Tensor:
-        """Return logits of the next byte.
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | Documents | None = None,
+        *,
+        strided: bool = False,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits of the next byte, or with `targets` their nats.
 
         Parameters
         ----------
@@ -128,11 +135,14 @@ class MegaByte(ByteModel):
             Strided inference, at twice the cost: a second pass, whose patches lie half a patch later, predicts the
             bytes in the later halves of patches. It reads rows without their first ``ceil(P / 2)`` bytes, as the
             paper's figure 5 draws it. Its first patch of a row, which would know nothing of the row, predicts nothing.
+        targets : int64, as `tokens`, optional
+            Ids that are predicted, such as those of `blt_kernels.nn.next_byte_targets`; -100 is none.
 
         Returns
         -------
         ``[*tokens.shape, vocab_size]``
-            0 for tokens beyond the last row, which may hold any value and get no gradient.
+            0 for tokens beyond the last row, which may hold any value and get no gradient. With `targets`, their nats,
+            ``-ln p``, in fp32 (fp64 for an fp64 model) ``tokens.shape``, 0 where there is none: logits are not stored.
 
         Raises
         ------
@@ -141,22 +151,23 @@ class MegaByte(ByteModel):
             an error in eager code on the CPU, where the check costs nothing; elsewhere it has no embedding.
         """
         _checks.check_bool("strided", strided)
+        check_targets(targets, tokens)
         ids, rows = self.pack(tokens, cu_seqlens)
-        logits = self._logits(ids, rows)
+        x = self._states(ids, rows)
         if strided:
-            logits = self._stride(logits, ids, rows)
-        return logits.view(*tokens.shape, self.config.vocab_size)
+            x = self._stride(x, ids, rows)
+        return self._head(x, tokens, targets)
 
     def new_state(self, rows: int = 1, *, undo: int = 64) -> MegaByteState:
         return MegaByteState(self, rows, undo)
 
-    def _stride(self, logits: Tensor, ids: Tensor, documents: Documents) -> Tensor:
-        """Return logits: a second pass replaces those of the later half of every patch but a row's first."""
+    def _stride(self, x: Tensor, ids: Tensor, documents: Documents) -> Tensor:
+        """Return states: a second pass replaces those of the later half of every patch but a row's first."""
         size, rows = self.config.patch_size, documents.offsets
         shift, byte = (size + 1) // 2, torch.arange(ids.shape[0], device=ids.device)
         later = F.pad((rows.diff() - shift).clamp(min=0).cumsum(0), (1, 0)).to(rows.dtype)  # rows of the second pass
         row = _row(later, byte)
-        second = self._logits(
+        second = self._states(
             ids[(byte - later[row] + rows[row] + shift).clamp(max=ids.shape[0] - 1)],
             Documents(later, ids.shape[0], None),
         )
@@ -164,10 +175,10 @@ class MegaByte(ByteModel):
         target = byte - rows[row] + 1  # the position in its row of the byte that this one predicts
         use = (target >= size) & (target % size >= shift)
         index = (later[row] + target - 1 - shift).clamp(min=0, max=ids.shape[0] - 1)
-        return torch.where(use[:, None], second[index], logits)
+        return torch.where(use[:, None], second[index], x)
 
-    def _logits(self, ids: Tensor, byte_rows: Documents) -> Tensor:
-        """Return logits ``[T, vocab_size]`` of packed rows.
+    def _states(self, ids: Tensor, byte_rows: Documents) -> Tensor:
+        """Return normed states ``[T, D]`` of packed rows, which predict the next byte.
 
         A patch predicts its own bytes, from the patches before it and its bytes so far. So that the last byte of a row
         predicts one too, every row gets a slot more than it has bytes: slot s predicts byte s, from slot 1 on.
@@ -206,7 +217,7 @@ class MegaByte(ByteModel):
             x = layer(x, table, documents, ranges)
         byte = torch.arange(total, device=ids.device)
         next_slot = (byte + _row(rows, byte) + 1).clamp(max=total + count - 1)
-        return self.lm_head(self.norm(x[next_slot]))
+        return self.norm(x[next_slot])
 
     def _global(self, padded: Tensor, known: Tensor, rows: Tensor, layout: PatchLayout) -> Tensor:
         """Return what the global model gives the slots of each patch, from the patches before: ``[C * size, D_L]``."""

@@ -79,6 +79,11 @@ class TransformerConfig:
         return self.dim // self.num_heads
 
     @property
+    def rotations(self) -> tuple[int, float, tuple[float, float, float, float] | None]:
+        """What rotary positions depend on: the width of a head, theta and the scaling of the frequencies."""
+        return self.head_dim, self.rope_theta, self.rope_scaling
+
+    @property
     def kv_heads(self) -> int:
         """G, the number of key/value heads."""
         return self.num_kv_heads or self.num_heads

@@ -174,6 +174,31 @@ def next_byte_bits(logits: Tensor, targets: Tensor, count: int | None = None) ->
     return nats / ((targets >= 0).sum().clamp(min=1) * math.log(2) if count is None else count * math.log(2))
 
 
+def mean_bits(nats: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
+    """Return bits per byte: the mean of nats of targets, over ``ln 2``.
+
+    Parameters
+    ----------
+    nats : floating, any shape
+        ``-ln p`` of the targets, as a model returns them; 0 where there is none.
+    targets : int64 ``nats.shape``
+        -100 is no target.
+    count : int, optional
+        Divide the sum by it; by the number of targets if None.
+
+    Returns
+    -------
+    dtype of `nats`, a scalar
+
+    Examples
+    --------
+    >>> mean_bits(torch.tensor([0.0, math.log(2), 0.0]), torch.tensor([7, 9, -100]))
+    tensor(0.5000)
+    """
+    divisor = (targets >= 0).sum().clamp(min=1) if count is None else count
+    return nats.sum() / (divisor * math.log(2))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return ``x / sqrt(mean(x^2) + eps) * weight`` on the CPU."""
     if needs_grad(x, weight):

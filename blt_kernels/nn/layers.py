@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from blt_kernels import _checks
 from blt_kernels._checks import Documents
@@ -20,6 +19,7 @@ from blt_kernels.nn.config import TransformerConfig
 from blt_kernels.nn.functional import swiglu
 from blt_kernels.nn.matrices import RMSNorm, add_product, linear, multiply_normed
 from blt_kernels.nn.positions import rotate
+from blt_kernels.nn.recompute import BLOCK_ROWS, again, documents_within, recomputes
 
 
 class SelfAttention(nn.Module):
@@ -95,6 +95,11 @@ class CrossAttention(nn.Module):
     window : int, optional
         In patches.
 
+    Attributes
+    ----------
+    recompute : bool, optional
+        As in `TransformerLayer`.
+
     Examples
     --------
     >>> layer = CrossAttention(TransformerConfig(8, 1, 2), load_ops("fused"), "encode", queries_per_patch=1)
@@ -102,6 +107,8 @@ class CrossAttention(nn.Module):
     >>> layer(torch.randn(3, 8), torch.randn(5, 8), layout).shape
     torch.Size([3, 8])
     """
+
+    recompute: bool | None = None
 
     def __init__(
         self,
@@ -114,6 +121,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.attention, self.head_dim, self.window = ops.patch_cross_attention, config.head_dim, window
         self.direction, self.queries_per_patch = direction, queries_per_patch
+        self.num_layers, self.kept = config.num_layers, 3 * config.dim  # floats a row of queries
         self.q_norm = RMSNorm(config.dim, config.norm_eps)
         self.k_norm = RMSNorm(config.dim, config.norm_eps)
         self.q_proj = linear(config.dim, config.dim)
@@ -142,6 +150,15 @@ class CrossAttention(nn.Module):
         -------
         ``queries.shape``
         """
+        if not isinstance(states, tuple):
+            rows = queries.shape[0] + states.shape[0]
+            if recomputes(self.recompute, queries, self.num_layers * rows * self.kept):
+                return again(self._attend, queries, states, layout, residual_factor)
+        return self._attend(queries, states, layout, residual_factor)
+
+    def _attend(
+        self, queries: Tensor, states: Tensor | tuple[Tensor, Tensor], layout: PatchLayout, residual_factor: float
+    ) -> Tensor:
         k, v = (x.flatten(0, 1) for x in states) if isinstance(states, tuple) else self.keys(states)
         (q,) = multiply_normed(self.q_norm, queries, self.q_proj)
         q = q.unflatten(-1, (-1, self.head_dim))
@@ -211,8 +228,14 @@ class TransformerLayer(nn.Module):
 
     Attributes
     ----------
-    recompute : bool
-        If True, backward computes the layer again, and only its input is kept until then.
+    recompute : bool, optional
+        If True, backward computes the layer again, and only its input is kept until then. If None, it does so if the
+        layers of `config` would keep more than `blt_kernels.nn.recompute.KEPT_BYTES` of these rows.
+
+    Notes
+    -----
+    Where backward computes it again, and without gradients, a layer with a window computes many rows in blocks, each
+    with the rows before it that its window reaches. The numbers are the same up to rounding.
 
     Examples
     --------
@@ -222,7 +245,7 @@ class TransformerLayer(nn.Module):
     torch.Size([5, 8])
     """
 
-    recompute = False
+    recompute: bool | None = None
 
     def __init__(self, config: TransformerConfig, ops: SimpleNamespace) -> None:
         super().__init__()
@@ -230,6 +253,8 @@ class TransformerLayer(nn.Module):
         self.self_attn = SelfAttention(config, ops)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
+        widths = 6 * config.dim + 2 * config.kv_heads * config.head_dim + 3 * config.hidden_dim
+        self.kept = config.num_layers * widths  # floats a row that the stack keeps for backward
 
     def forward(
         self,
@@ -249,12 +274,35 @@ class TransformerLayer(nn.Module):
         -------
         ``[T, D]``
         """
-        if self.recompute and torch.is_grad_enabled():  # a layer draws no random numbers
-            return checkpoint(self._layer, x, table, documents, ranges, use_reentrant=False, preserve_rng_state=False)
+        recompute = recomputes(self.recompute, x, x.shape[0] * self.kept)
+        if (recompute or not torch.is_grad_enabled()) and isinstance(documents, (Tensor, Documents)):
+            window = self.self_attn.window
+            size = BLOCK_ROWS if window is None else max(BLOCK_ROWS, 8 * window)
+            if window is not None and x.shape[0] > size and _checks.readable(x):
+                return self._in_blocks(x, table, documents, size, window - 1)
+        if recompute:
+            return again(self._layer, x, table, documents, ranges)
         return self._layer(x, table, documents, ranges)
 
     def _layer(
         self, x: Tensor, table: Tensor, documents: Tensor | Documents | CachedKeys, ranges: AttentionRanges | None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), table, documents, ranges)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def _in_blocks(self, x: Tensor, table: Tensor, documents: Tensor | Documents, size: int, reach: int) -> Tensor:
+        """Return the layer of blocks of `size` rows. Attention also reads the `reach` rows before a block."""
+        blocks, out = x.split(size), []
+        for i, block in enumerate(blocks):
+            # Gradients of parts of a block are padded to the block, and of parts of `x` they would be to all of it.
+            before = blocks[i - 1][max(size - reach, 0) :] if i else block[:0]
+            first, stop = i * size - before.shape[0], i * size + block.shape[0]
+            inputs = before, block, table[first:stop], documents_within(documents, first, stop)
+            out.append(again(self._block, *inputs) if torch.is_grad_enabled() else self._block(*inputs))
+        return torch.cat(out)
+
+    def _block(self, before: Tensor, block: Tensor, table: Tensor, documents: Tensor | Documents) -> Tensor:
+        """Return the rows of a block; the outputs of those before it are dropped, since they lack keys."""
+        x = torch.cat((before, block))
+        x = block + self.self_attn(self.input_layernorm(x), table, documents)[before.shape[0] :]
         return x + self.mlp(self.post_attention_layernorm(x))

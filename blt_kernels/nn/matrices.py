@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from blt_kernels import _checks
 from blt_kernels.nn.functional import rms_norm
+from blt_kernels.nn.recompute import in_blocks
 from blt_kernels.ops.few_row_linear import few_row_linear_fwd, takes
 from blt_kernels.ops.few_row_linear import linear as product
 from blt_kernels.reference.few_row_linear import dequantized
@@ -231,13 +234,47 @@ def add_product(layer: nn.Module, x: Tensor, residual: Tensor, factor: float) ->
     return layer(x) + factor * residual if factor else layer(x)
 
 
-def is_plain(*modules: Any, types: tuple[type, ...] = (Linear, QuantizedLinear, RMSNorm)) -> bool:
-    """Return whether an op may compute what these modules compute.
+def target_nats(ops: SimpleNamespace, head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+    """Return ``-ln p(target)`` of logits ``head(x)``, which are not all stored.
 
-    They are of these types, without hooks, a bias or a `forward` of their own.
+    Parameters
+    ----------
+    ops : namespace
+        The functions of `load_ops`.
+    head : torch.nn.Module
+        Of a `Linear`, `linear_cross_entropy` computes the nats. Another head is called on blocks of rows.
+    x : floating ``[T, D]``
+    targets : int64 ``[T]``
+        -100 is no target.
+
+    Returns
+    -------
+    fp32 (fp64 for fp64 logits) ``[T]``
+        0 where there is no target.
+
+    Examples
+    --------
+    >>> target_nats(load_ops("fused"), torch.nn.Identity(), torch.zeros(2, 256), torch.tensor([7, -100]))
+    tensor([5.5452, 0.0000])
     """
-    if torch.compiler.is_compiling() or _has_any_global_hook():
-        return False
+    if computes_product(head, types=(Linear,)) and not _has_any_global_hook():
+        return ops.linear_cross_entropy(x, head.weight, targets)
+
+    def nats(x: Tensor, targets: Tensor) -> Tensor:
+        logits = head(x)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+
+    return in_blocks(nats, x, targets)
+
+
+def is_plain(*modules: Any, types: tuple[type, ...] = (Linear, QuantizedLinear, RMSNorm)) -> bool:
+    """Return whether an op may compute what these modules compute, in eager code."""
+    return not (torch.compiler.is_compiling() or _has_any_global_hook()) and computes_product(*modules, types=types)
+
+
+def computes_product(*modules: Any, types: tuple[type, ...]) -> bool:
+    """Return whether modules are of these types, without hooks, a bias or a `forward` of their own."""
     for module in modules:
         if type(module) not in types or module._forward_hooks or module._forward_pre_hooks:
             return False

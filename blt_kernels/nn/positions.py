@@ -142,7 +142,7 @@ def rotary_table(positions: Tensor, config: TransformerConfig, dtype: torch.dtyp
     torch.Size([3, 1, 2])
     """
     dtype = dtype if dtype == torch.float64 else torch.float32
-    frequencies = config.head_dim, config.rope_theta, config.rope_scaling
+    frequencies = config.rotations
     if not _checks.readable(positions):
         return _rotations(positions, _periods(*frequencies, dtype, positions.device), dtype)
     values = positions.tolist() if positions.numel() <= _FEW else ()

@@ -66,8 +66,9 @@ class TrainConfig:
     ops: str = "fused"
     accumulate: Annotated[int, Doc("Micro-batches in a rank's share of a step.")] = 1
     checkpoint_activations: Annotated[
-        bool, Doc("Keep only the inputs of layers; backward computes the layers again.")
-    ] = False
+        bool | None,
+        Doc("Keep only the inputs of layers; backward computes the layers again. If not given, for long batches."),
+    ] = None
     compile: Annotated[bool, Doc("Compile the layers with torch.compile.")] = False
     parallel: Annotated[str, Doc("How the ranks of torchrun share the work: ddp or fsdp.")] = "ddp"
     shard_tables: Annotated[bool, Doc("Shard a BLT's hash tables by rows over the ranks; fsdp always does.")] = False

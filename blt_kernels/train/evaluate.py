@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from blt_kernels.ids import BYTE_OFFSET
 from blt_kernels.models import BLT, ByteLM, MegaByte, load_model
@@ -98,11 +97,10 @@ def measure(
         tokens, rows = (t.to(device) for t in data.read_rows(pieces))
         if patches is not None:
             options["layout"] = patches.layout(pieces)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(tokens, rows, **options)
         targets = next_byte_targets(tokens, rows)
         targets = targets.masked_fill(targets < BYTE_OFFSET, -100)
-        nats += F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum").item()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            nats += model(tokens, rows, targets=targets, **options).sum().item()
         done += int((targets >= 0).sum())
         if report:
             report(done, total, nats / max(done, 1) / math.log(2))

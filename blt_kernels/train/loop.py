@@ -32,7 +32,8 @@ from blt_kernels._files import locked, shortened, write_text
 from blt_kernels.models import BLT, ByteLM
 from blt_kernels.models.base import ByteModel
 from blt_kernels.models.stored_config import config_from_dict
-from blt_kernels.nn import TransformerLayer, next_byte_bits, next_byte_targets
+from blt_kernels.nn import CrossAttention, TransformerLayer, next_byte_targets
+from blt_kernels.nn.functional import mean_bits
 from blt_kernels.train import data, parallel, state
 from blt_kernels.train.build import MODELS, build_model
 from blt_kernels.train.config import TrainConfig
@@ -172,11 +173,12 @@ class _Run:
         for part in range(ranks.rank, parts, ranks.world):
             batch = self.batches.rows(self.step, part, parts)
             tokens, rows = (t.to(ranks.device) for t in data.read_rows(batch))
+            targets = next_byte_targets(tokens, rows)
             options = {} if self.patches is None else {"layout": self.patches.layout(batch)}
             with parallel.synchronised(self.called, last=part + ranks.world >= parts):
                 with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.bf16):
-                    logits = self.called(tokens, rows, **options)
-                loss = next_byte_bits(logits, next_byte_targets(tokens, rows), predicted)
+                    nats = self.called(tokens, rows, targets=targets, **options)
+                loss = mean_bits(nats, targets, predicted)
                 (loss * ranks.world).backward()
             bits += loss.detach()
         parallel.clip_gradients(self.model, config.clip)
@@ -356,8 +358,9 @@ def _prepare_layers(model: ByteModel, config: TrainConfig) -> None:
     if config.compile:  # the layers have more shapes than dynamo allows by default
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for layer in model.modules():
-        if isinstance(layer, TransformerLayer) and all(p.requires_grad for p in layer.parameters()):
+        if isinstance(layer, (CrossAttention, TransformerLayer)):
             layer.recompute = config.checkpoint_activations
+        if isinstance(layer, TransformerLayer) and all(p.requires_grad for p in layer.parameters()):
             if config.compile:  # `forward` alone: FSDP2's hooks around it would break the graph
                 layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
 
