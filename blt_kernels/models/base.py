@@ -33,8 +33,8 @@ def check_targets(targets: Tensor | None, tokens: Tensor) -> None:
 class ByteModel(GeneratingModel):
     """Is the base of the models. It computes the loss, and keeps weights and configuration in one safetensors file.
 
-    A subclass sets `config_class`, stores its configuration as `config`, and defines `forward`, which returns logits, or
-    nats if it is given `targets`.
+    A subclass sets `config_class`, stores its configuration as `config` and its ops as `ops`, and defines `forward`,
+    which returns logits, or nats if it is given `targets`.
 
     Examples
     --------

@@ -170,8 +170,7 @@ def next_byte_bits(logits: Tensor, targets: Tensor, count: int | None = None) ->
     tensor(8.)
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    nats = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-    return nats / ((targets >= 0).sum().clamp(min=1) * math.log(2) if count is None else count * math.log(2))
+    return _bits(F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"), targets, count)
 
 
 def mean_bits(nats: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
@@ -195,8 +194,12 @@ def mean_bits(nats: Tensor, targets: Tensor, count: int | None = None) -> Tensor
     >>> mean_bits(torch.tensor([0.0, math.log(2), 0.0]), torch.tensor([7, 9, -100]))
     tensor(0.5000)
     """
-    divisor = (targets >= 0).sum().clamp(min=1) if count is None else count
-    return nats.sum() / (divisor * math.log(2))
+    return _bits(nats.sum(), targets, count)
+
+
+def _bits(nats: Tensor, targets: Tensor, count: int | None) -> Tensor:
+    # An integer tensor times a float would be fp32.
+    return nats / ((targets >= 0).sum().clamp(min=1) if count is None else count) / math.log(2)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -19,7 +19,7 @@ from blt_kernels.nn.config import TransformerConfig
 from blt_kernels.nn.functional import swiglu
 from blt_kernels.nn.matrices import RMSNorm, add_product, linear, multiply_normed
 from blt_kernels.nn.positions import rotate
-from blt_kernels.nn.recompute import BLOCK_ROWS, again, documents_within, recomputes
+from blt_kernels.nn.recompute import again, block_rows, documents_within, recomputes
 
 
 class SelfAttention(nn.Module):
@@ -277,9 +277,8 @@ class TransformerLayer(nn.Module):
         recompute = recomputes(self.recompute, x, x.shape[0] * self.kept)
         if (recompute or not torch.is_grad_enabled()) and isinstance(documents, (Tensor, Documents)):
             window = self.self_attn.window
-            size = BLOCK_ROWS if window is None else max(BLOCK_ROWS, 8 * window)
-            if window is not None and x.shape[0] > size and _checks.readable(x):
-                return self._in_blocks(x, table, documents, size, window - 1)
+            if window is not None and x.shape[0] > block_rows(window) and _checks.readable(x):
+                return self._in_blocks(x, table, documents, block_rows(window), window - 1)
         if recompute:
             return again(self._layer, x, table, documents, ranges)
         return self._layer(x, table, documents, ranges)

@@ -61,6 +61,17 @@ def again(function: Callable[..., Any], *arguments: Any) -> Any:
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
+def block_rows(window: int) -> int:
+    """Return how many rows a block of a layer with this window has: so many that few are computed twice.
+
+    Examples
+    --------
+    >>> block_rows(512), block_rows(2048)
+    (8192, 16384)
+    """
+    return max(BLOCK_ROWS, 8 * window)
+
+
 def fits_block(x: Tensor) -> bool:
     """Return whether rows are computed all at once: they are few, or the host cannot read them.
 

@@ -360,9 +360,9 @@ def _prepare_layers(model: ByteModel, config: TrainConfig) -> None:
     for layer in model.modules():
         if isinstance(layer, (CrossAttention, TransformerLayer)):
             layer.recompute = config.checkpoint_activations
-        if isinstance(layer, TransformerLayer) and all(p.requires_grad for p in layer.parameters()):
-            if config.compile:  # `forward` alone: FSDP2's hooks around it would break the graph
-                layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
+        trained = isinstance(layer, TransformerLayer) and all(p.requires_grad for p in layer.parameters())
+        if trained and config.compile:  # `forward` alone: FSDP2's hooks around it would break the graph
+            layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def _first(sources: Sequence[data.Source], limit: int) -> list[data.Source]:
