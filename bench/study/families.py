@@ -148,18 +148,28 @@ def variants(size: str = "B") -> list[Model]:
 
 
 def build(model: Model, seed: int) -> ByteModel:
-    """Return a freshly initialised model."""
+    """Return a freshly initialised model.
+
+    What is added to the embeddings of bytes begins at 0: random hash tables, or a random global model of MegaByte, are
+    noise that is larger than the embeddings, until each of their rows has been trained.
+    """
     torch.manual_seed(seed)
-    if model.change == "tables":
-        assert isinstance(model.config, ByteLMConfig)
-        return ByteLMWithTables(model.config)
     cls: Any = {"blt": BLT, "entropy": ByteLM, "megabyte": MegaByte}[model.kind]
-    built = cls(model.config)
+    built = ByteLMWithTables(model.config) if model.change == "tables" else cls(model.config)
+    if (name := begins_at_zero(model)) is not None:
+        torch.nn.init.zeros_(built.get_parameter(name))
     if model.change == "no tables":
-        torch.nn.init.zeros_(built.encoder_hash_tok_embedding.weight).requires_grad_(False)
+        built.encoder_hash_tok_embedding.requires_grad_(False)
     elif model.change == "no encoder cross attention":
         built.local_encoder.cross_attn_layers = nn.ModuleList([PoolingAlone()])
     return built
+
+
+def begins_at_zero(model: Model) -> str | None:
+    """Return the name of the parameter that begins at 0, None if there is none."""
+    if model.change == "tables":
+        return "embed_tokens.tables.weight"
+    return {"blt": "encoder_hash_tok_embedding.weight", "megabyte": "global_to_local.weight"}.get(model.kind)
 
 
 class PoolingAlone(nn.Module):

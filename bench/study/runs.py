@@ -28,7 +28,7 @@ from blt_kernels.models.base import ByteModel
 from blt_kernels.train import data
 from blt_kernels.train.config import TrainConfig
 from study.corpus import Corpus
-from study.families import PATCHER, Model, build
+from study.families import PATCHER, Model, begins_at_zero, build
 from study.patching import Entropies, Patching, choose_patching
 from study.readers import ByteReader, Reader, TokenReader, train_tokenizer
 from study.scoring import Scorer, num_bytes
@@ -215,6 +215,8 @@ class Lab:
             "patcher": None if job.model.patch_size is None else digest_of(self.patcher),
             "init": digest_of(job.init),
         }
+        if (zero := begins_at_zero(job.model)) is not None:
+            what["zero"] = zero
         digest = hashlib.sha256(json.dumps(what, default=str, sort_keys=True).encode()).hexdigest()[:10]
         name = "-".join(job.model.name.replace(",", "").split())
         return self.work / "runs" / f"{name}-{job.tflops:g}-{job.seed}-{digest}"

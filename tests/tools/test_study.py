@@ -128,6 +128,7 @@ def test_sizes_of_a_family_cost_what_they_should(lab: Lab) -> None:
 
 def test_hash_tables_of_a_transformer_read_no_other_row() -> None:
     model = families.build(next(m for m in families.variants() if m.change == "tables"), 0).eval()
+    torch.nn.init.normal_(model.embed_tokens.tables.weight)
     ids = torch.randint(4, 260, (40,), dtype=torch.int32)
     together = model(ids, torch.tensor([0, 25, 40], dtype=torch.int32))
     assert torch.allclose(together[25:], model(ids[25:]), atol=1e-5)
@@ -145,6 +146,15 @@ def test_parts_that_are_left_out_have_no_effect(lab: Lab) -> None:
     assert not any(name.startswith("local_encoder.cross") for name, _ in plain.named_parameters())
     base, uncrossed = (lab.cost(m).mflops for m in (families.entropy_of("B"), families.variants()[4]))
     assert 0.9 * base < uncrossed < base
+
+
+def test_what_is_added_to_embeddings_begins_at_zero() -> None:
+    with_tables = next(m for m in families.variants() if m.change == "tables")
+    for model in (families.space_of("A"), families.megabyte_of("A"), with_tables, families.bytes_of("A")):
+        built, name = families.build(model, 0), families.begins_at_zero(model)
+        assert {n for n, parameter in built.named_parameters() if not parameter.any()} == {name} - {None}
+        built(torch.randint(4, 260, (40,), dtype=torch.int32)).square().mean().backward()
+        assert name is None or built.get_parameter(name).grad.any()
 
 
 def test_a_global_transformer_begins_as_layers_over_tokens() -> None:
