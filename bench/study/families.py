@@ -144,6 +144,7 @@ def variants(size: str = "B") -> list[Model]:
         changed("patches where the entropy rises", rule={"monotonic": True}),
         changed("patches of at most 12", rule={"max_patch_length": 12}),
         changed("patches of 5", config=static, patch_size=None),
+        changed("tables that begin at random", change="random tables"),
     ]
 
 
@@ -167,8 +168,8 @@ def build(model: Model, seed: int) -> ByteModel:
 
 def begins_at_zero(model: Model) -> str | None:
     """Return the name of the parameter that begins at 0, None if there is none."""
-    if model.change == "tables":
-        return "embed_tokens.tables.weight"
+    if model.change in ("tables", "random tables"):
+        return "embed_tokens.tables.weight" if model.change == "tables" else None
     return {"blt": "encoder_hash_tok_embedding.weight", "megabyte": "global_to_local.weight"}.get(model.kind)
 
 
