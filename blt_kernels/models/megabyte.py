@@ -204,6 +204,7 @@ class MegaByte(ByteModel):
         part = layout.patch_ids.long().clamp(min=0) * size + place
         x = torch.where((place == 0)[:, None], self.local_embed_first, previous) + patches[part]
         x = x.where((slot < slot_rows[-1])[:, None], 0)  # stays 0 in all layers: attention gives 0 outside of rows
+        del patches, previous  # of long rows they are large
         table = rotary_table(place, self.local_config, x.dtype)
         window = self.local_config.window
         documents: Any = self.ops.offsets(Documents(layout.patch_offsets, total + count, None))

@@ -5,6 +5,7 @@ They are Llama's blocks: RMSNorm, rotary positions in interleaved pairs, SwiGLU,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -19,7 +20,7 @@ from blt_kernels.nn.config import TransformerConfig
 from blt_kernels.nn.functional import swiglu
 from blt_kernels.nn.matrices import RMSNorm, add_product, linear, multiply_normed
 from blt_kernels.nn.positions import rotate
-from blt_kernels.nn.recompute import again, block_rows, documents_within, recomputes
+from blt_kernels.nn.recompute import again, block_rows, documents_within, joined, recomputes, run_block
 
 
 class SelfAttention(nn.Module):
@@ -291,14 +292,16 @@ class TransformerLayer(nn.Module):
 
     def _in_blocks(self, x: Tensor, table: Tensor, documents: Tensor | Documents, size: int, reach: int) -> Tensor:
         """Return the layer of blocks of `size` rows. Attention also reads the `reach` rows before a block."""
-        blocks, out = x.split(size), []
-        for i, block in enumerate(blocks):
-            # Gradients of parts of a block are padded to the block, and of parts of `x` they would be to all of it.
-            before = blocks[i - 1][max(size - reach, 0) :] if i else block[:0]
-            first, stop = i * size - before.shape[0], i * size + block.shape[0]
-            inputs = before, block, table[first:stop], documents_within(documents, first, stop)
-            out.append(again(self._block, *inputs) if torch.is_grad_enabled() else self._block(*inputs))
-        return torch.cat(out)
+        blocks = x.split(size)
+
+        def parts() -> Iterator[Tensor]:
+            for i, block in enumerate(blocks):
+                # Gradients of parts of a block are padded to the block, and of parts of `x` they would be to all of it.
+                before = blocks[i - 1][max(size - reach, 0) :] if i else block[:0]
+                first, stop = i * size - before.shape[0], i * size + block.shape[0]
+                yield run_block(self._block, before, block, table[first:stop], documents_within(documents, first, stop))
+
+        return joined(parts(), x.shape[0])
 
     def _block(self, before: Tensor, block: Tensor, table: Tensor, documents: Tensor | Documents) -> Tensor:
         """Return the rows of a block; the outputs of those before it are dropped, since they lack keys."""

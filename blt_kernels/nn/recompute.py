@@ -6,7 +6,8 @@ is kept, and nothing of this applies. Blocks bound what is held at a time, insid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -104,12 +105,31 @@ def in_blocks(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
     """
     if fits_block(columns[0]):
         return function(*columns)
-    run = again if torch.is_grad_enabled() else _call
-    return torch.cat([run(function, *block) for block in zip(*(x.split(BLOCK_ROWS) for x in columns), strict=True)])
+    blocks = zip(*(x.split(BLOCK_ROWS) for x in columns), strict=True)
+    return joined((run_block(function, *block) for block in blocks), columns[0].shape[0])
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
+def run_block(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Return ``function(*arguments)``, as `again` does if there are gradients."""
+    return again(function, *arguments) if torch.is_grad_enabled() else function(*arguments)
+
+
+def joined(parts: Iterator[Tensor], rows: int) -> Tensor:
+    """Return parts end to end, which have so many rows. Without gradients no more than one of them is held.
+
+    Examples
+    --------
+    >>> joined(iter(torch.arange(5).split(2)), 5).tolist()
+    [0, 1, 2, 3, 4]
+    """
+    if torch.is_grad_enabled():
+        return torch.cat(list(parts))
+    first = next(parts)
+    out, end = first.new_empty(rows, *first.shape[1:]), 0
+    for part in chain((first,), parts):
+        out[end : end + len(part)] = part
+        end += len(part)
+    return out
 
 
 def documents_within(documents: Tensor | Documents, first: int, stop: int) -> Tensor | Documents:
