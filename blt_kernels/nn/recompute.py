@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from blt_kernels import _checks
@@ -48,6 +50,8 @@ def recomputes(setting: bool | None, x: Tensor, floats: int) -> bool:
         return False
     if setting is not None:
         return setting
+    if not is_compiling() and is_functorch_wrapped_tensor(x):  # torch.func knows no checkpoints
+        return False
     return floats * x.element_size() > KEPT_BYTES.get(x.device.type, _KEPT_BYTES_ELSEWHERE)
 
 

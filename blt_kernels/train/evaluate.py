@@ -19,7 +19,6 @@ from blt_kernels.models import BLT, ByteLM, MegaByte, load_model
 from blt_kernels.models.base import ByteModel
 from blt_kernels.models.threshold import find_threshold
 from blt_kernels.nn import next_byte_targets, row_positions
-from blt_kernels.ops.token_entropy import token_entropy
 from blt_kernels.train import checks, data
 from blt_kernels.train.config import EvalConfig
 from blt_kernels.train.ngram import NgramModel
@@ -121,7 +120,7 @@ def threshold_for_patch_size(
     free, num_bytes, forced = [], 0, 0
     for tokens, rows in data.heldout_batches(sources, batch_bytes, context):
         tokens, rows = tokens.to(device), rows.to(device)
-        entropy = token_entropy(model(tokens, rows))
+        entropy, _ = model.patch(tokens, rows)
         # The entropy of a row's first byte is never read, and after its last byte there is nothing to cut.
         decides = (row_positions(rows, len(tokens)) > 0) & (next_byte_targets(tokens, rows) >= 0)
         free.append(entropy[decides])

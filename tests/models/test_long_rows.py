@@ -231,6 +231,19 @@ def test_sizes_decide_what_is_computed_again(monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == 2
 
 
+def test_torch_func_computes_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = build("byte_lm"), documents()[0]
+    used, targets = dict(model.named_parameters()), tokens.roll(-1)
+    wanted = gradients(model, model(tokens, targets=targets).sum())
+    monkeypatch.setitem(recompute.KEPT_BYTES, "cpu", 0)
+
+    def nats(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, tokens, {"targets": targets}).sum()
+
+    for name, grad in torch.func.grad(nats)(used).items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
 def test_the_estimate_is_what_a_stack_keeps() -> None:
     model = build("byte_lm", dtype=torch.float32)
     table, documents_ = torch.ones(4000, 1, 8, dtype=torch.complex64), torch.tensor([0, 4000], dtype=torch.int32)
