@@ -39,7 +39,7 @@ def overview(results: Results) -> str:
     of_text = "Errors of differences in bits per byte are those of seeds and of the choice of held-out excerpts."
     sentences = [
         f"{len(results.runs)} runs, which trained for {hours:.1f} hours of one core in all.",
-        f"Budgets of {budgets} TFLOP of training; at most {seeds} seeds of a model.",
+        f"Budgets of {budgets} TFLOP of training; {seeds} seeds of the models that are compared.",
         spread and f"Deviation of bits per byte over seeds, pooled over models: {spread}.",
         of_text if results.excerpts else "Errors are over seeds alone: other held-out text would add to them.",
     ]

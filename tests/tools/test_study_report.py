@@ -107,7 +107,7 @@ def test_overview(results: Results) -> None:
     text = report.overview(results)
     count = len(results.runs)
     assert f"- {count} runs, which trained for {count / 100:.1f} hours of one core in all.\n" in text
-    assert "- Budgets of 1, 4, 16 TFLOP of training; at most 3 seeds of a model.\n" in text
+    assert "- Budgets of 1, 4, 16 TFLOP of training; 3 seeds of the models that are compared.\n" in text
     assert "0.0040 at 1 TFLOP; 0.0040 at 4 TFLOP; 0.0040 at 16 TFLOP." in text
     assert "Errors are over seeds alone" in text
     assert "trained for 6 TFLOP more" in text
