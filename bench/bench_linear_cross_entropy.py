@@ -27,7 +27,7 @@ def comparisons(*, small: bool = False, device: str = "cpu", compile_peers: bool
     """Yield forward and backward for bytes at several widths, for many rows, and for tokens."""
     more = 8 if device == "cuda" else 1
     sizes = [(8192 * more, width, BYTES) for width in (128, 512, 1024)]
-    sizes += [(65536 * more, 512, BYTES), (2048 * more, 512, TOKENS)]
+    sizes += [(1 << 20, 128, BYTES), (2048 * more, 512, TOKENS)]
     for size in [(70, 16, BYTES), (40, 16, 1000)] if small else sizes:
         for backward in (False, True):
             yield partial(comparison, *size, device, backward, compile_peers)
