@@ -20,7 +20,7 @@ from blt_kernels._checks import Documents
 from blt_kernels.flops import Config
 from blt_kernels.models import BLT, BLTConfig, ByteLM, ByteLMConfig, MegaByte, MegaByteConfig
 from blt_kernels.models.base import ByteModel
-from blt_kernels.nn import TransformerConfig, embedding, load_ops
+from blt_kernels.nn import TransformerConfig, embedding, init_normal, load_ops
 
 NGRAM_VOCAB = 4096  # rows of one hash table
 WINDOW = 512  # of layers over bytes in a model that has no patches
@@ -159,7 +159,9 @@ def build(model: Model, seed: int) -> ByteModel:
     built = ByteLMWithTables(model.config) if model.change == "tables" else cls(model.config)
     if (name := begins_at_zero(model)) is not None:
         torch.nn.init.zeros_(built.get_parameter(name))
-    if model.change == "no tables":
+    if model.change == "random tables":
+        init_normal(built.encoder_hash_tok_embedding.weight, 0.5)  # as the embeddings of bytes
+    elif model.change == "no tables":
         built.encoder_hash_tok_embedding.requires_grad_(False)
     elif model.change == "no encoder cross attention":
         built.local_encoder.cross_attn_layers = nn.ModuleList([PoolingAlone()])
@@ -168,8 +170,10 @@ def build(model: Model, seed: int) -> ByteModel:
 
 def begins_at_zero(model: Model) -> str | None:
     """Return the name of the parameter that begins at 0, None if there is none."""
-    if model.change in ("tables", "random tables"):
-        return "embed_tokens.tables.weight" if model.change == "tables" else None
+    if model.change == "tables":
+        return "embed_tokens.tables.weight"
+    if model.change == "random tables":
+        return None
     return {"blt": "encoder_hash_tok_embedding.weight", "megabyte": "global_to_local.weight"}.get(model.kind)
 
 

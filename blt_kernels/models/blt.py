@@ -57,7 +57,8 @@ class BLT(ByteModel):
         super().__init__()
         self.config, self.ops = config, load_ops(ops)
         tables = config.num_functions * len(config.ngram_sizes)
-        self.encoder_hash_tok_embedding = embedding(tables * config.ngram_vocab, config.encoder.dim)
+        # A sum of random table rows as large as byte embeddings would hide the byte until each row has been trained.
+        self.encoder_hash_tok_embedding = embedding(tables * config.ngram_vocab, config.encoder.dim, std=0.02)
         self.local_encoder = LocalEncoder(config, self.ops)
         self.global_transformer = GlobalTransformer(config, self.ops)
         self.local_decoder = LocalDecoder(config, self.ops)

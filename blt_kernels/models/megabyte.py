@@ -105,7 +105,8 @@ class MegaByte(ByteModel):
         )
         self.global_layers = nn.ModuleList(TransformerLayer(wide, self.ops) for _ in range(wide.num_layers))
         self.global_norm = RMSNorm(wide.dim, wide.norm_eps)
-        self.global_to_local = linear(wide.dim // size, narrow.dim)
+        # The untrained global model adds less to local embeddings than they have: it is noise to them.
+        self.global_to_local = linear(wide.dim // size, narrow.dim, gain=0.25)
         self.local_embed_tokens = embedding(config.vocab_size, narrow.dim)
         self.local_embed_first = nn.Parameter(torch.randn(narrow.dim) / 2)
         self.local_layers = nn.ModuleList(TransformerLayer(narrow, self.ops) for _ in range(narrow.num_layers))

@@ -142,12 +142,13 @@ class QuantizedLinear(nn.Module):
         return f"in_features={inputs}, out_features={outputs}, dtype={self.weight.dtype}"
 
 
-def linear(in_features: int, out_features: int) -> Linear:
-    """Return a layer without bias, drawn by `init_normal` with deviation ``in_features^-0.5``.
+def linear(in_features: int, out_features: int, gain: float = 1.0) -> Linear:
+    """Return a layer without bias, drawn by `init_normal` with deviation ``gain * in_features^-0.5``.
 
     Parameters
     ----------
     in_features, out_features : int
+    gain : float
 
     Returns
     -------
@@ -159,16 +160,17 @@ def linear(in_features: int, out_features: int) -> Linear:
     Linear(in_features=4, out_features=2, bias=False)
     """
     layer = Linear(in_features, out_features, bias=False)
-    init_normal(layer.weight, in_features**-0.5)
+    init_normal(layer.weight, gain * in_features**-0.5)
     return layer
 
 
-def embedding(rows: int, dim: int) -> nn.Embedding:
-    """Return a table drawn by `init_normal` with deviation 0.5, about that of the update of a layer.
+def embedding(rows: int, dim: int, std: float = 0.5) -> nn.Embedding:
+    """Return a table drawn by `init_normal`, by default with about the deviation of the update of a layer.
 
     Parameters
     ----------
     rows, dim : int
+    std : float
 
     Returns
     -------
@@ -180,7 +182,7 @@ def embedding(rows: int, dim: int) -> nn.Embedding:
     Embedding(260, 8)
     """
     table = nn.Embedding(rows, dim)
-    init_normal(table.weight, 0.5)
+    init_normal(table.weight, std)
     return table
 
 
