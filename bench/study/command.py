@@ -23,7 +23,7 @@ from timing import RESULTS, csv_path
 from blt_kernels._files import whole_file, write_text
 from study import report
 from study.corpus import Corpus, prepare
-from study.families import FAMILIES, longer_patches, variants
+from study.families import FAMILIES, longer_patches, over_layers_of_tokens, variants
 from study.measuring import Score
 from study.plan import PARTS, SHORT, Budgets, Plan
 from study.runs import BATCH, CONTEXT, Lab, Outcome
@@ -77,7 +77,8 @@ def study(corpus: Corpus, work: Path, budgets: Budgets, parts: Sequence[str], pr
 def settings(plan: Plan) -> dict[str, Any]:
     """Return all that the results depend on."""
     corpus = plan.lab.corpus
-    models = [make(size) for make in FAMILIES.values() for size in "ABC"] + longer_patches() + variants()
+    models = [make(size) for make in FAMILIES.values() for size in "ABC"]
+    models += [*longer_patches(), *over_layers_of_tokens(), *variants()]
     return {
         "budgets": asdict(plan.budgets),
         "batch": BATCH,

@@ -118,12 +118,24 @@ FAMILIES: dict[str, Callable[[str], Model]] = {
 
 
 def longer_patches() -> list[Model]:
-    """Return BLT-Entropy C and models of the same FLOPs a byte with longer patches and a wider global transformer."""
-    found = [entropy_of("C")]
-    for patch_size, wide in ((6.0, layers(224, 4)), (8.0, layers(256, 4))):
-        name = f"BLT-Entropy C, patches of {patch_size:g}"
-        found.append(Model(name, "BLT-Entropy", "C", blt("entropy", 96, 1, wide), patch_size=patch_size))
-    return found
+    """Return BLT-Entropy B and models of the same FLOPs a byte with longer patches and a wider global transformer."""
+    base, found = entropy_of("B"), []
+    for patch_size, wide in (
+        (6.0, replace(layers(192, 3), ffn_dim=448)),
+        (8.0, replace(layers(224, 3), ffn_dim=512)),
+    ):
+        config = blt("entropy", *_BLT_SIZES["B"][:2], wide)
+        found.append(
+            replace(base, name=f"{base.name}, patches of {patch_size:g}", config=config, patch_size=patch_size)
+        )
+    return [base, *found]
+
+
+def over_layers_of_tokens() -> tuple[Model, Model]:
+    """Return a transformer over tokens, and BLT-Entropy whose global transformer has the same layers."""
+    tokens = tokens_of("B", 4096)
+    wide = layers(*_TOKENS[4096]["B"])
+    return tokens, Model("BLT-Entropy 128", "BLT-Entropy", "", blt("entropy", 64, 1, wide), patch_size=4.5)
 
 
 def variants(size: str = "B") -> list[Model]:

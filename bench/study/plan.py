@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from study.families import FAMILIES, PATCHER, Model, entropy_of, longer_patches, tokens_of, variants
+from study.families import FAMILIES, PATCHER, Model, entropy_of, longer_patches, over_layers_of_tokens, variants
 from study.measuring import Score, make_suite, measure
 from study.runs import EXCERPTS, Job, Lab, Outcome, for_all, perform, score_excerpts
 
@@ -168,8 +168,8 @@ class Plan:
         self.perform([self.job(model, tflops, seed) for tflops in budgets for model in models for seed in seeds])
 
     def begin_as_tokens(self) -> None:
-        """Train BLT-Entropy C from scratch, and from the layers of the transformer over 4k tokens of size C."""
-        tokens, blt, budgets = tokens_of("C", 4096), entropy_of("C"), self.budgets
+        """Train BLT-Entropy from scratch, and from the layers of a transformer over tokens of the largest budget."""
+        budgets, (tokens, blt) = self.budgets, over_layers_of_tokens()
         seeds = range(budgets.seeds)
         sources = [self.job(tokens, budgets.large, seed) for seed in seeds]
         self.perform(sources)

@@ -166,7 +166,7 @@ def test_what_is_added_to_embeddings_begins_at_zero() -> None:
 
 
 def test_a_global_transformer_begins_as_layers_over_tokens() -> None:
-    tokens, blt = families.build(families.tokens_of("C", 4096), 1), families.build(families.entropy_of("C"), 2)
+    tokens, blt = (families.build(model, seed) for seed, model in enumerate(families.over_layers_of_tokens()))
     runs.begin_as(blt, tokens.state_dict())
     for name, value in tokens.layers.state_dict().items():
         assert blt.global_transformer.layers.state_dict()[name].equal(value)
@@ -247,7 +247,7 @@ def test_the_whole_study(lab: Lab, tmp_path: Path, monkeypatch) -> None:
     few = {name: lambda size, make=make: small(make(size)) for name, make in FAMILIES.items() if name != "tokens 32k"}
     monkeypatch.setattr(plan, "FAMILIES", few)
     monkeypatch.setattr(plan, "entropy_of", few["BLT-Entropy"])
-    monkeypatch.setattr(plan, "tokens_of", lambda size, vocabulary: few["tokens 4k"](size))
+    monkeypatch.setattr(plan, "over_layers_of_tokens", lambda: [*map(small, families.over_layers_of_tokens())])
     monkeypatch.setattr(plan, "longer_patches", lambda: [small(model) for model in families.longer_patches()])
     monkeypatch.setattr(plan, "variants", lambda size: [small(model) for model in families.variants(size)[3:5]])
     monkeypatch.setattr(measuring, "QUESTIONS", 3)
@@ -262,7 +262,7 @@ def test_the_whole_study(lab: Lab, tmp_path: Path, monkeypatch) -> None:
         assert int(row["steps"]) == max(2, round(1e12 * float(row["tflops"]) / per_step))
         assert 1 < float(row["bits"]) < 10
     names = {row["model"] for row in found}
-    assert {"BLT-Entropy C from tokens", "bytes B with tables", "BLT-Entropy C, patches of 8"} <= names
+    assert {"BLT-Entropy 128 from tokens", "bytes B with tables", "BLT-Entropy B, patches of 8"} <= names
     scores = rows_of(tmp_path / "out" / "scores.csv")
     assert {row["kind"] for row in scores} == {"text", "noise", "task", "misspelling"}
     assert {row["run"] for row in scores} == {row["run"] for row in found}

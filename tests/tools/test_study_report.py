@@ -121,12 +121,12 @@ def test_rates(results: Results) -> None:
 
 def test_patches(results: Results) -> None:
     text = report.patches(results)
-    assert "At 1 TFLOP: BLT-Entropy C, patches of 8 is behind BLT-Entropy C by 0.040 ± 0.003 bits per byte." in text
-    assert "At 16 TFLOP: BLT-Entropy C, patches of 8 is ahead of BLT-Entropy C by 0.040 ± 0.003 bits per byte." in text
-    assert "the lead of BLT-Entropy C, patches of 8 over BLT-Entropy C grows by 0.080 ± 0.005 bits per byte." in text
+    assert "At 1 TFLOP: BLT-Entropy B, patches of 8 is behind BLT-Entropy B by 0.040 ± 0.003 bits per byte." in text
+    assert "At 16 TFLOP: BLT-Entropy B, patches of 8 is ahead of BLT-Entropy B by 0.040 ± 0.003 bits per byte." in text
+    assert "the lead of BLT-Entropy B, patches of 8 over BLT-Entropy B grows by 0.080 ± 0.005 bits per byte." in text
     # All models cost 1 MFLOP a byte, and those with a patcher 1.3.
     assert "At 16 TFLOP, no BLT-Entropy cheaper forward than tokens 32k B has as few bits per byte." in text
-    assert "| BLT-Entropy C | 4.50 | 1.00 + 0.30 | 2.400 ± 0.002 (1.0) |" in text
+    assert "| BLT-Entropy B | 4.50 | 1.00 + 0.30 | 2.400 ± 0.002 (1.0) |" in text
 
 
 def test_inference(results: Results) -> None:
