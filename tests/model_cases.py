@@ -57,7 +57,15 @@ LENGTHS = (1, 50, 0, 3, 9, 4, 8, 1)
 def build(name: str, ops: str = "fused", dtype: torch.dtype = torch.float64, **changes: object) -> ByteModel:
     cls, config = CONFIGS[name]
     torch.manual_seed(0)
-    return cls(dataclasses.replace(config, **changes), ops).to(dtype)
+    return enlarge_additions(cls(dataclasses.replace(config, **changes), ops)).to(dtype)
+
+
+def enlarge_additions(model: ByteModel) -> ByteModel:
+    """Return the model with hash tables and `global_to_local` as large as embeddings, so that logits depend on them."""
+    for name, std in (("encoder_hash_tok_embedding", 0.02 / 0.5), ("global_to_local", 0.25)):
+        if hasattr(model, name):
+            getattr(model, name).weight.data.div_(std)
+    return model
 
 
 def documents(lengths: tuple[int, ...] = LENGTHS, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -51,16 +51,17 @@ def made_up() -> Results:
         runs += [run_of(f"{family} B", family, t, seed, lead) for t in BUDGETS for seed in range(3)]
         runs.append(run_of(f"{family} A", family, 1.0, 0, lead + 0.05))  # one seed alone is not the best
         runs.append(run_of(f"{family} B", family, 1.0, 0, -1.0, rate=1e-2))
-    for i, model in enumerate(longer_patches()):
+    for i, model in enumerate(longer_patches()[1:], 1):
         # Longer patches are behind at first, and ahead in the end.
+        leads = [LEAD["BLT-Entropy"] + 0.02 * i * (k - 1) for k in range(len(BUDGETS))]
         runs += [
-            run_of(model.name, model.family, t, s, 0.02 * i * (k - 1)) for k, t in enumerate(BUDGETS) for s in range(3)
+            run_of(model.name, model.family, t, s, x) for t, x in zip(BUDGETS, leads, strict=True) for s in range(3)
         ]
     for model in variants():
         lead = {"BLT-Entropy B, without tables": -0.05, "bytes B with tables": 0.1}.get(model.name, 0.1)
         runs += [run_of(model.name, model.family, 4.0, seed, lead) for seed in range(3)]
-    runs += [run_of("BLT-Entropy C from tokens", "BLT-Entropy", 4.0, seed, 0.03) for seed in range(3)]
-    runs += [run_of("BLT-Entropy C from tokens, slowly", "BLT-Entropy", 4.0, seed, 0.001) for seed in range(3)]
+    for way, lead in (("", 0.0), (" from tokens", 0.03), (" from tokens, slowly", 0.001)):
+        runs += [run_of(f"BLT-Entropy 128{way}", "BLT-Entropy", 4.0, seed, lead) for seed in range(3)]
     runs = [replace(run, run=f"{i}") for i, run in enumerate(runs)]
     scores = [score for run in runs if run.size == "B" and run.tflops == 16.0 for score in scores_of(run)]
     return Results(runs, scores, shares=SHARES)

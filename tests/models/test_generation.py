@@ -242,7 +242,7 @@ TINY_PROMPT = [BOS, 3, 4, 5, 0, 3, 4, 5, 1, 3, 4, 5, 3, 3, 4, 5, 4, 3, 4, 5]
 def tiny_model(name: str, seed: int = 0) -> ByteModel:
     cls, config = TINY_MODELS[name]
     torch.manual_seed(seed)
-    model = cls(config).double()
+    model = model_cases.enlarge_additions(cls(config)).double()
     with torch.no_grad():
         for part in (model, getattr(model, "patcher", None)):
             if part is not None:
