@@ -110,14 +110,12 @@ def savings(results: Results, ours: str, theirs: str, paid: bool, counted: str) 
         return []
     best = [results.best(family, results.budgets[-1]) or "" for family in (ours, theirs)]
     ratio = log_ratio_at_equal_bits(*curves, results.text_error(*best, results.budgets[-1]))
-    if ratio is None:
+    if ratio is None or math.isnan(ratio.error):
         return []
     share = saved(ratio)
     if not ratio.is_clear:
-        amount = shown(magnitude(share), "%")
-        return [
-            f"No clear difference between {ours} and {theirs} in training FLOPs at equal bits, {counted}: {amount}."
-        ]
+        amount = f"{shown(share, '%', signed=True)} saved, {counted}"
+        return [f"No clear difference between {ours} and {theirs} in training FLOPs at equal bits per byte: {amount}."]
     less = f"{shown(magnitude(share), '%')} {'fewer' if share.value > 0 else 'more'}"
     return [f"At equal bits per byte, {counted}, {ours} needs {less} training FLOPs than {theirs}."]
 

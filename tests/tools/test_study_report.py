@@ -99,6 +99,8 @@ def test_families(results: Results) -> None:
     # A lead of 0.1 is half of what a budget four times as large gives: half of the FLOPs. The patcher adds a tenth.
     assert "without the patcher, BLT-Entropy needs 50.0 ±" in text
     assert "with the patcher counted, BLT-Entropy needs 45.0 ±" in text
+    same = "No clear difference between tokens 4k and tokens 32k in training FLOPs at equal bits per byte: "
+    assert f"{same}+0.0 ±" in report.savings(results, "tokens 4k", "tokens 32k", False, "without the patcher")[0]
     assert "| tokens 32k | 2.400 ± 0.002 (B, 1.00, 1.0) | 2.200" in text
     assert "| BLT-Entropy over bytes | **+0.200 ± 0.003** |" in text
 
