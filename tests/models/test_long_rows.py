@@ -100,6 +100,26 @@ def test_another_head_is_called_on_blocks_of_rows(short_blocks: list[int]) -> No
         torch.testing.assert_close(grad, wanted[key], rtol=1e-10, atol=1e-12, msg=key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["byte_lm", "megabyte"])
+def test_nats_compile_whole_for_every_length(name: str) -> None:
+    model, graphs = build(name), []
+    torch._dynamo.reset()
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for lengths in ((5, 0, 13), (3, 9, 22)):
+        tokens, rows = documents(lengths)
+        targets = next_byte_targets(tokens, rows)
+        expected = model(tokens, rows, targets=targets)
+        torch.testing.assert_close(compiled(tokens, rows, targets=targets), expected, rtol=0, atol=1e-12)
+    assert len(graphs) == 1
+    assert any("linear_cross_entropy" in str(node.target) for node in graphs[0].graph.nodes)
+
+
 def test_targets_that_do_not_fit_say_why() -> None:
     tokens = documents()[0]
     for name in ("byte_lm", "blt", "megabyte"):
