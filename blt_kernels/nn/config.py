@@ -80,7 +80,7 @@ class TransformerConfig:
 
     @property
     def rotations(self) -> tuple[int, float, tuple[float, float, float, float] | None]:
-        """What rotary positions depend on: the width of a head, theta and the scaling of the frequencies."""
+        """The width of a head, theta and the scaling of the frequencies, on which rotary positions depend."""
         return self.head_dim, self.rope_theta, self.rope_scaling
 
     @property
