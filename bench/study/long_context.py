@@ -24,6 +24,7 @@ import json
 import math
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -160,10 +161,10 @@ def sample(model: str, context: int, runs: Iterable[str]) -> Iterator[tuple[str,
         yield run, statistics.median(times) * 1e6 / context, (memory("VmHWM") - before) / 1e6
 
 
-def print_sample(model: str, context: int, runs: Sequence[str], max_gb: float) -> None:
-    """Take a sample in this process, whose memory is limited from then on, and print a line for every pass."""
-    limit = int(max_gb * 1e9)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+def print_sample(model: str, context: int, runs: Sequence[str], max_gb: float, max_seconds: int) -> None:
+    """Take a sample in this process, whose memory and time are limited from then on: print a line for every pass."""
+    for what, limit in ((resource.RLIMIT_DATA, int(max_gb * 1e9)), (resource.RLIMIT_CPU, max_seconds)):
+        resource.setrlimit(what, (limit, limit + 10))
     with suppress(OSError):  # out of memory, the system should end this process and no other
         Path("/proc/self/oom_score_adj").write_text("1000")
     torch.set_num_threads(1)
@@ -183,26 +184,16 @@ def memory(name: str) -> int:
 
 
 def in_process(
-    model: str, context: int, runs: Sequence[str], max_gb: float, max_seconds: float
+    model: str, context: int, runs: Sequence[str], max_gb: float, max_seconds: int
 ) -> tuple[dict[str, tuple[float, float]], str]:
     """Take a sample in a process of its own: time and memory by pass, and why those that are missing failed."""
-    command = [
-        sys.executable,
-        str(Path(__file__).parent),
-        "long",
-        "--sample",
-        json.dumps([model, context, runs, max_gb]),
-    ]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as child:
-        try:
-            out, errors = child.communicate(timeout=max_seconds)
-            why = (errors.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
-        except subprocess.TimeoutExpired:
-            child.kill()
-            out, why = child.communicate()[0], f"takes longer than {max_seconds:g} s"
-    return {run: (us, peak) for run, us, peak in map(json.loads, out.splitlines())}, why
+    what = json.dumps([model, context, runs, max_gb, max_seconds])
+    command = [sys.executable, str(Path(__file__).parent), "long", "--sample", what]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    if done.returncode == -signal.SIGXCPU:
+        why = f"takes longer than {max_seconds} s"
+    return {run: (us, peak) for run, us, peak in map(json.loads, done.stdout.splitlines())}, why
 
 
 def with_sample(point: Point, us_a_byte: float, peak_mb: float, load: float) -> Point:
@@ -255,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="samples of a point, fewer if one takes long")
     parser.add_argument("--max-tflop", type=float, default=12.0, help="points of more are counted and not run")
     parser.add_argument("--max-gb", type=float, default=16.0, help="memory of a process")
-    parser.add_argument("--max-seconds", type=float, default=600.0, help="of one sample")
+    parser.add_argument("--max-seconds", type=int, default=600, help="CPU time of the process of a sample")
     parser.add_argument("--out", type=Path, help="file of results; one with the date and the device if not given")
     parser.add_argument("--sample", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
