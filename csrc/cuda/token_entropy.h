@@ -27,8 +27,8 @@ LaunchConfig entropy_config(int64_t rows) {
   return {.grid = {ceil_div<int64_t>(rows * row_lanes(sizeof(T)), kEntropyThreads)}, .block = kEntropyThreads};
 }
 
-// Allocates a panel of logits of an output head. It has whole tiles of rows and is small beside an L2 of 40 MB and more,
-// through which `hidden` streams too. But it has at least 1024 rows: with fewer, products would wait for a large
+// Allocates a panel of logits of an output head. It has whole tiles of rows and is small beside an L2 of 40 MB and
+// more, through which `hidden` streams too. But it has at least 1024 rows: with fewer, products would wait for a large
 // `weight`. Rows start at multiples of 16 bytes, which fast products on tensor cores need.
 inline Tensor panel_of(const Tensor& hidden, const Tensor& weight) {
   constexpr int64_t kPanelBytes = 8 << 20, kMinRows = 1024, kTile = 128;
