@@ -187,7 +187,7 @@ def test_models_in_blocks_are_the_same(name: str, short_blocks: list[int]) -> No
     assert not short_blocks
     set_recompute(model, True)
     loss = model.loss(tokens, rows)  # the patches are found in blocks too
-    assert short_blocks
+    assert bool(short_blocks) == (name != "megabyte_extended")  # its local layers read the patch before
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     grads = gradients(model, loss)
     assert grads.keys() == wanted.keys()
