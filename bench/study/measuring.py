@@ -1,4 +1,4 @@
-"""What trained models are measured on beside clean text: noised text, questions about characters, and misspellings."""
+"""Measures trained models beside clean text: on noised text, questions about characters, and misspellings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model reads: bytes, or the tokens of a BPE tokenizer that is trained on the same text.
+"""Reads text for a model: as bytes, or as the tokens of a BPE tokenizer that is trained on the same text.
 
 Both read the same rows (`blt_kernels.train.data.Row`). The first id of a row is context; the others are the text that
 is predicted. For tokens the context is BOS. Bytes of a character that the ends of a row cut are no text to them.

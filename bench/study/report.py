@@ -29,7 +29,7 @@ ZERO = Estimate(0.0, 0.0)
 
 
 def overview(results: Results) -> str:
-    """What was run."""
+    """Holds what was run."""
     if not results.runs:
         return ""
     hours = sum(run.cpu_seconds for run in results.runs) / 3600

@@ -27,7 +27,7 @@ class Estimate:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the value differs from 0 by more than twice its standard error; False for a NaN."""
+        """Says whether the value differs from 0 by more than twice its standard error; False for a NaN."""
         return abs(self.value) > CLEAR * self.error
 
     def __sub__(self, other: Estimate) -> Estimate:

@@ -76,7 +76,7 @@ def rare_words(heldout: Iterable[str], counts: Mapping[str, int], max_count: int
 
 
 def usable(word: str) -> bool:
-    """Whether the word has five to nine small letters of English, `CHOICES` of them once."""
+    """Return whether the word has five to nine small letters of English, `CHOICES` of them once."""
     return TASK_WORD.fullmatch(word) is not None and sum(word.count(c) == 1 for c in word) >= CHOICES
 
 
@@ -209,7 +209,7 @@ def misspellings(texts: Iterable[str], known: Container[str], seed: int) -> dict
 
 
 def is_word(text: str) -> bool:
-    """Whether the text has only letters and marks."""
+    """Return whether the text has only letters and marks."""
     return all(unicodedata.category(c)[0] in "LM" for c in text)
 
 

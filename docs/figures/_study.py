@@ -1,4 +1,4 @@
-"""What the pictures of the study share: its newest results, and the look of every family."""
+"""Has what the pictures of the study share: its newest results, and the look of every family."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_errors_over_text_are_those_of_a_bootstrap() -> None:
         ratios.append(math.log(sum_a / sum_b))
     assert text_error(a, b, sizes) == pytest.approx(statistics.stdev(differences), rel=0.1)
     assert log_ratio_error(a, b) == pytest.approx(statistics.stdev(ratios), rel=0.1)
-    # What is hard for both does not count.
+    # A difficulty that both share does not count.
     assert text_error(a, [x + 0.1 * size for x, size in zip(a, sizes, strict=True)], sizes) < 1e-12
     assert log_ratio_error(a, [2 * x for x in a]) < 1e-12
     assert math.isnan(text_error([1.0], [2.0], [3.0]))
