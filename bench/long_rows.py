@@ -1,4 +1,4 @@
-"""Measure a forward and a training step of small models on one long row: ``python bench/long_rows.py``.
+"""Measures a forward and a training step of small models on one long row: ``python bench/long_rows.py``.
 
 A step is loss, gradients and AdamW; a forward is the loss without gradients. Both find the patches of a BLT. Each point
 has a process of its own with one thread, and is written to a CSV file as soon as it is measured; a point that the file
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from memory import peak_extra_bytes
+from memory import peak_extra_bytes, resident_bytes
 from timing import RESULTS, csv_path, exponent
 
 from blt_kernels._files import whole_file
@@ -87,11 +87,6 @@ def library(num_bytes: int) -> bytes:
     raise ValueError(f"num_bytes: expected at most the {len(out)} bytes of the standard library, got {num_bytes}")
 
 
-def resident(name: str) -> int:
-    """Return VmRSS, the resident bytes of this process, or VmHWM, their peak."""
-    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) << 10
-
-
 def sample(name: str, run: str, num_bytes: int, allocator: bool) -> Point:
     """Measure a point in this process."""
     with suppress(OSError):  # out of memory, the system should end this process and no other
@@ -109,9 +104,9 @@ def sample(name: str, run: str, num_bytes: int, allocator: bool) -> Point:
             optimizer.step()
 
     once(tokens[:WARM_BYTES])  # makes the gradients of the weights and the state of the optimizer
-    before, load, cpu, wall = resident("VmRSS"), os.getloadavg()[0], time.process_time(), time.perf_counter()
+    before, load, cpu, wall = resident_bytes("VmRSS"), os.getloadavg()[0], time.process_time(), time.perf_counter()
     once()
-    cpu, wall, peak = time.process_time() - cpu, time.perf_counter() - wall, resident("VmHWM")
+    cpu, wall, peak = time.process_time() - cpu, time.perf_counter() - wall, resident_bytes("VmHWM")
     held = peak_extra_bytes(once) / 1e6 if allocator else None
     return Point(name, run, num_bytes, cpu, wall, (peak - before) / 1e6, held, load)
 

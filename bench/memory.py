@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
         peak = max(peak, held)
     del out
     return peak
+
+
+def resident_bytes(name: str) -> int:
+    """Return "VmRSS", the resident bytes of this process, or "VmHWM", their peak."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) << 10
 
 
 @contextmanager

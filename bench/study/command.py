@@ -1,6 +1,6 @@
 """``python bench/study`` trains and measures the models of the study, and writes what came out.
 
-The long study takes about 3 hours of two cores, and ``--short`` about 20 minutes. Either may be killed at any moment:
+The long study is meant for 3 hours of two cores, and ``--short`` for 20 minutes. Either may be killed at any moment:
 the same command goes on where it was. ``python bench/study long`` is figure (g): `study.long_context`.
 """
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import resident_bytes
 from rich.console import Console
 from timing import RESULTS, csv_path
 from torch import Tensor
@@ -48,7 +49,7 @@ from blt_kernels.ops.entropy_patch import patch_starts
 from blt_kernels.ops.token_entropy import token_entropy
 from blt_kernels.testing import real_text
 from study.families import blt, byte_lm, layers
-from study.long_rows import OK, Point, read, report, write
+from study.long_report import OK, Point, read, report, write
 
 CONTEXTS = tuple(1024 * 4**i for i in range(6))
 PASSES = ("forward", "step")
@@ -153,12 +154,12 @@ def sample(model: str, context: int, runs: Iterable[str]) -> Iterator[tuple[str,
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, times = memory("VmRSS"), []
+        before, times = resident_bytes("VmRSS"), []
         while len(times) < SAMPLE_CALLS and sum(times) < SAMPLE_SECONDS:
             start = time.process_time()
             once(tokens, run)
             times.append(time.process_time() - start)
-        yield run, statistics.median(times) * 1e6 / context, (memory("VmHWM") - before) / 1e6
+        yield run, statistics.median(times) * 1e6 / context, (resident_bytes("VmHWM") - before) / 1e6
 
 
 def print_sample(model: str, context: int, runs: Sequence[str], max_gb: float, max_seconds: int) -> None:
@@ -175,12 +176,6 @@ def print_sample(model: str, context: int, runs: Sequence[str], max_gb: float, m
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
         sys.exit(f"needs more than {max_gb:g} GB")
-
-
-def memory(name: str) -> int:
-    """Return VmRSS, the resident bytes of this process, or VmHWM, their peak."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{name}:")[1].split()[0]) << 10
 
 
 def in_process(

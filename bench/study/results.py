@@ -26,11 +26,11 @@ CLEAN = "clean"  # the name of the text that gets noise, without it
 
 
 @dataclass(frozen=True)
-class Run:
-    """Describes a finished run. FLOPs are of a byte forward, in millions, those of the patcher apart.
+class Facts:
+    """Describes a run. FLOPs are of a byte forward, in millions, on training text, and the patcher's are apart.
 
-    `tflops` are of training, without the patcher. `bits` are bits per byte of held-out text: the mean over groups, each
-    with the weight of its share of the training text.
+    `tflops` are of training, without the patcher. Embeddings are all parameters that are only looked up, those of hash
+    tables included. `patch_size` is the mean number of bytes of a patch or of a token.
     """
 
     run: str
@@ -47,6 +47,12 @@ class Run:
     patcher_mflops: float
     trained_bytes: int
     cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Run(Facts):
+    """Describes a finished run. `bits` are the bits per byte of `Outcome.bits_per_byte`."""
+
     bits: float
 
     @property

@@ -13,7 +13,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from study.corpus import Corpus
 from study.families import PATCHER, Model, begins_at_zero, build
 from study.patching import Entropies, Patching, choose_patching
 from study.readers import ByteReader, Reader, TokenReader, train_tokenizer
+from study.results import Facts
 from study.scoring import Scorer, num_bytes
 from study.training import train
 
@@ -55,32 +56,12 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Describes a finished run.
+class Outcome(Facts):
+    """Describes a finished run, and holds the bits of all held-out text of each group and the curve of `Trained`."""
 
-    FLOPs are of a byte forward, in millions, on training text. Training is three times that, and the patcher's is
-    apart. Embeddings are all parameters that are only looked up, those of hash tables included. `patch_size` is the
-    mean number of bytes of a patch or of a token. `bits` are those of all held-out text of a
-    group. `curve` has the training loss (`study.training.Trained`).
-    """
-
-    run: str
-    model: str
-    family: str
-    size: str
-    seed: int
-    tflops: float
-    learning_rate: float
-    parameters: int
-    embedding_parameters: int
-    patch_size: float
-    mflops: float
-    patcher_mflops: float
     steps: int
-    trained_bytes: int
-    cpu_seconds: float
-    bits: dict[str, float] = field(default_factory=dict)
-    curve: list[float] = field(default_factory=list)
+    bits: dict[str, float]
+    curve: list[float]
 
     def bits_per_byte(self, corpus: Corpus) -> float:
         """Return the mean over groups, each with the weight of its share of the training text."""
@@ -93,7 +74,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cost:
-    """Holds the sizes and FLOPs of a model, as in `Outcome`, and how it cuts patches."""
+    """Holds the sizes and FLOPs of a model, as in `Facts`, and how it cuts patches."""
 
     parameters: int
     embedding_parameters: int

@@ -80,11 +80,11 @@ def of_study(folder: Path, part: str) -> str:
 
 def of_long_rows(path: Path, run: str) -> str:
     """Return sentences and tables of one pass that ``python bench/study long`` measured."""
-    long_rows = study_module("long_rows")
-    points = long_rows.read(path)
+    long_report = study_module("long_report")
+    points = long_report.read(path)
     load = max((point.load for point in points if point.us_a_byte), default=0.0)
     head = f"`{path.relative_to(ROOT)}`, CPU time of one thread, with a load average of up to {load:.1f} beside it:"
-    return f"{head}\n\n{long_rows.report(points, run)}"
+    return f"{head}\n\n{long_report.report(points, run)}"
 
 
 def of_generation(path: Path, model: str) -> str:

@@ -1,4 +1,4 @@
-"""How many bits per byte each changed part costs BLT by entropy, or gains, against the model as it is."""
+"""Shows how many bits per byte each changed part costs BLT by entropy, or gains, against the model as it is."""
 
 from __future__ import annotations
 

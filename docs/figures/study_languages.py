@@ -1,4 +1,4 @@
-"""How many fewer bits per byte BLT by entropy has than models over 4k and 32k tokens, for each language.
+"""Shows how many fewer bits per byte BLT by entropy has than models over 4k and 32k tokens, for each language.
 
 The languages are ordered by their share of the training text, from half of it to nothing.
 """

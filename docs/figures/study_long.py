@@ -1,4 +1,4 @@
-"""What a byte costs over the bytes of a row, from 1k to 1M: FLOPs forward, and time and memory of a training step.
+"""Shows what a byte costs over the bytes of a row, from 1k to 1M: FLOPs forward, time and memory of a training step.
 
 The models have as many parameters. A transformer that attends to its whole row costs more a byte the longer the row is.
 MegaByte with long patches, and models with windows, cost about the same for any length, and their memory is linear.
@@ -23,8 +23,8 @@ def draw(colors: Colors) -> Figure | None:
     path = newest("study-long")
     if path is None:
         return None
-    long_rows = study_module("long_rows")
-    points = long_rows.read(path)
+    long_report = study_module("long_report")
+    points = long_report.read(path)
     figure = Figure(figsize=(5.3, 7.4), layout="constrained")
     panels = figure.subplots(3, sharex=True)
     _lines(panels[0], points, "forward", lambda point: 1e3 * point.gflop / point.context, colors)
@@ -35,7 +35,7 @@ def draw(colors: Colors) -> Figure | None:
     panels[2].set_ylabel("peak GB, training step")
     contexts = sorted({point.context for point in points})
     panels[2].set_xlabel("bytes of a row")
-    panels[2].set_xticks(contexts, [long_rows.name_of(context) for context in contexts])
+    panels[2].set_xticks(contexts, [long_report.name_of(context) for context in contexts])
     panels[2].minorticks_off()
     figure.legend(
         *panels[0].get_legend_handles_labels(),

@@ -1,4 +1,4 @@
-"""How much less noise costs models over bytes than a model over 4k tokens, for each noise.
+"""Shows how much less noise costs models over bytes than a model over 4k tokens, for each noise.
 
 The measure is the ratio of bits per byte on noised and on clean text, against the same ratio of the model over tokens.
 """

@@ -11,9 +11,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
-from study import long_context, long_rows
+from study import long_context, long_report
 from study.long_context import MODELS
-from study.long_rows import Point
+from study.long_report import Point
 
 
 def options(**changes: object) -> Namespace:
@@ -33,21 +33,21 @@ def test_patch_size_by_rule() -> None:
 
 def test_exponent() -> None:
     sizes = [1.0, 2.0, 4.0, 8.0]
-    exact = long_rows.exponent(sizes, [3 * size**1.5 for size in sizes])
+    exact = long_report.exponent(sizes, [3 * size**1.5 for size in sizes])
     assert exact.value == pytest.approx(1.5)
     assert exact.error == pytest.approx(0, abs=1e-6)
     # Residuals of +r, -r, -r, +r change no slope, and have the variance 4 r^2 / 2 with two degrees of freedom.
-    bent = long_rows.exponent(sizes, [size * math.exp(r) for size, r in zip(sizes, (1, -1, -1, 1), strict=True)])
+    bent = long_report.exponent(sizes, [size * math.exp(r) for size, r in zip(sizes, (1, -1, -1, 1), strict=True)])
     assert bent.value == pytest.approx(1)
     assert bent.error == pytest.approx(math.sqrt(2 / (5 * math.log(2) ** 2)))
-    assert math.isnan(long_rows.exponent(sizes[:2], [1, 2]).error)
-    assert math.isnan(long_rows.exponent(sizes[:1], [1]).value)
+    assert math.isnan(long_report.exponent(sizes[:2], [1, 2]).error)
+    assert math.isnan(long_report.exponent(sizes[:1], [1]).value)
 
 
 def test_flops_grow_as_the_papers_say() -> None:
     def growth(model: str) -> float:
         points = [long_context.planned(model, 1 << bits, "forward") for bits in (18, 20)]
-        return long_rows.exponent_of(points, lambda point: point.gflop).value
+        return long_report.exponent_of(points, lambda point: point.gflop).value
 
     assert growth("transformer") == pytest.approx(2, abs=0.01)
     assert 1.5 < growth("MegaByte 8") < 2  # pairs of patches are most of it
@@ -58,8 +58,8 @@ def test_flops_grow_as_the_papers_say() -> None:
 def test_files_keep_points(tmp_path: Path) -> None:
     measured = Point("transformer", 1024, "step", 1, 10, 2.5, (1.25, 1.5), 12.5, 0.5)
     skipped = Point("MegaByte 8", 1024, "step", 8.0, 10, 2.5, status="not run: 13 TFLOP")
-    long_rows.write([measured, skipped], tmp_path / "out.csv")
-    again = long_rows.read(tmp_path / "out.csv")
+    long_report.write([measured, skipped], tmp_path / "out.csv")
+    again = long_report.read(tmp_path / "out.csv")
     assert again[0] == measured
     assert repr(again[1]) == repr(skipped)  # NaN is not equal to itself
 
@@ -115,9 +115,9 @@ def test_points_are_measured_once_and_expensive_ones_only_counted(tmp_path: Path
     assert calls == []
     long_context.measure(options(models=["transformer"], contexts=[256], max_tflop=0.0), out, said.append)
     assert calls == []
-    point = next(point for point in long_rows.read(out) if point.context == 256)
+    point = next(point for point in long_report.read(out) if point.context == 256)
     assert point.status.startswith("not run: ")
-    assert len(long_rows.read(out)) == 8 + 2
+    assert len(long_report.read(out)) == 8 + 2
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_report() -> None:
     contexts = [16384, 1 << 16, 1 << 18]
     left_out = Point("transformer", 1 << 20, "step", 1, 10, 64 * 1.048576, status="not run: 67 TFLOP")
     fast = measured("MegaByte T^(1/3)", 1.0, [*contexts, 1 << 20], samples=1)
-    lines = long_rows.report([*measured("transformer", 2.0, contexts), left_out, *fast], "step").splitlines()
+    lines = long_report.report([*measured("transformer", 2.0, contexts), left_out, *fast], "step").splitlines()
     head = "- A training step, growth of"
     both = "Faster: transformer T^2.00 ± 0.02. No clear difference: MegaByte T^(1/3) T^1.01 ± 0.01."
     assert lines[:6] == [
@@ -154,11 +154,11 @@ def test_report() -> None:
 
 def test_errors_of_ratios_come_from_points_with_several_samples() -> None:
     points = [*measured("transformer", 2.0, [1024], samples=2), *measured("MegaByte 8", 1.0, [1024], samples=1)]
-    spread = long_rows.deviation(points)
+    spread = long_report.deviation(points)
     assert spread == pytest.approx(math.log(1.01) / 2**0.5)
-    assert long_rows.ratio(*points, spread).error == pytest.approx(1.005 / 16 * spread * 1.5**0.5)
+    assert long_report.ratio(*points, spread).error == pytest.approx(1.005 / 16 * spread * 1.5**0.5)
 
 
 def test_what_is_not_measured() -> None:
-    assert long_rows.report([], "forward") == "This pass was not measured."
-    assert math.isnan(long_rows.deviation(measured("transformer", 2.0, [1024], samples=1)))
+    assert long_report.report([], "forward") == "This pass was not measured."
+    assert math.isnan(long_report.deviation(measured("transformer", 2.0, [1024], samples=1)))
