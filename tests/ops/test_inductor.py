@@ -5,11 +5,12 @@ Compiling one takes half a minute: so each model here has many of the options th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from model_cases import BYTE_LM, LOCAL, SMALL_BLT, SMALL_MEGABYTE, documents
+from model_cases import BYTE_LM, LOCAL, SMALL_BLT, SMALL_MEGABYTE, documents, enlarge_additions
 from torch import Tensor
 
 from blt_kernels.ids import EOS
@@ -59,31 +60,55 @@ MODELS: dict[str, tuple[type[ByteModel], object, dict[str, object]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_loss_and_gradients(name: str) -> None:
-    """Compiled code is as far from eager code as fp32 rounds, which eager code in fp64 shows."""
-    cls, config, options = MODELS[name]
+def test_logits_and_gradients(name: str) -> None:
+    tokens, rows = documents_with_ends()
+    options = MODELS[name][2]
+
+    def logits_and_loss(model: ByteModel) -> tuple[Tensor, Tensor]:
+        logits = model(tokens, rows, **options)
+        # The logits enter the gradients directly too, since the loss does not show their scale.
+        return logits, next_byte_bits(logits, next_byte_targets(tokens, rows)) + logits.square().mean()
+
+    check_compiled(name, logits_and_loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["byte_lm", "blt_entropy", "megabyte"])
+def test_loss_without_stored_logits(name: str) -> None:
+    tokens, rows = documents_with_ends()
+    options = MODELS[name][2]
+
+    def nats_and_loss(model: ByteModel) -> tuple[Tensor, Tensor]:
+        nats = model(tokens, rows, targets=next_byte_targets(tokens, rows), **options)
+        return nats, nats.square().mean()
+
+    check_compiled(name, nats_and_loss)
+
+
+def documents_with_ends() -> tuple[Tensor, Tensor]:
     tokens, rows = documents()
     tokens[7], tokens[20] = EOS, ord("\n") + 4
+    return tokens, rows
+
+
+def check_compiled(name: str, call: Callable[[ByteModel], tuple[Tensor, Tensor]]) -> None:
+    """Compiled code is as far from eager code as fp32 rounds, which eager code in fp64 shows.
+
+    `call` returns an output and a loss, whose gradients are compared too.
+    """
+    cls, config, _ = MODELS[name]
     torch.manual_seed(0)
-    model = cls(config)
+    model = enlarge_additions(cls(config))
 
-    def run(model: ByteModel, call: object) -> list[Tensor]:
-        logits, loss = call(tokens, rows)
+    def run(model: ByteModel, call: Callable[[ByteModel], tuple[Tensor, Tensor]]) -> list[Tensor]:
+        out, loss = call(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        # The logits enter the gradients directly too, since the loss does not show their scale.
-        return [logits.detach(), loss.detach(), *torch.autograd.grad(loss + logits.square().mean(), parameters)]
-
-    def both(model: ByteModel) -> object:
-        def call(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            logits = model(tokens, rows, **options)
-            return logits, next_byte_bits(logits, next_byte_targets(tokens, rows))  # `ByteModel.loss` computes the same
-
-        return call
+        return [out.detach(), loss.detach(), *torch.autograd.grad(loss, parameters)]
 
     torch._dynamo.reset()
-    compiled = run(model, torch.compile(both(model), fullgraph=True))
-    eager = run(model, both(model))
-    exact = run(model.double(), both(model))
+    compiled = run(model, torch.compile(call, fullgraph=True))
+    eager = run(model, call)
+    exact = run(model.double(), call)
     for i, (a, e, x) in enumerate(zip(compiled, eager, exact, strict=True)):
         error, rounding = ((y - x).abs().max().item() for y in (a, e))
         assert error <= 8 * max(rounding, 1e-7 * x.abs().max().item()), f"{name}: result {i}"
