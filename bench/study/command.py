@@ -24,8 +24,8 @@ from blt_kernels._files import whole_file, write_text
 from study import report
 from study.corpus import Corpus, prepare
 from study.families import FAMILIES, longer_patches, over_layers_of_tokens, variants
-from study.measuring import Score
 from study.plan import PARTS, SHORT, Budgets, Plan
+from study.results import Score
 from study.runs import BATCH, CONTEXT, Lab, Outcome
 from study.scoring import num_bytes
 
@@ -110,13 +110,13 @@ def write(
         values = asdict(outcome) | {"bits": outcome.bits_per_byte(corpus)}
         curves.append({"run": run} | dict(enumerate(values.pop("curve"))))
         runs.append(values)
-        texts = [Score("text", "", group, *sizes[group], bits=bits) for group, bits in outcome.bits.items()]
-        lines += [{"run": run} | asdict(score) for score in (*texts, *scores.get(run, ()))]
+        lines += [Score(run, "text", "", group, *sizes[group], bits) for group, bits in outcome.bits.items()]
+        lines += scores.get(run, ())
     bits = {"bytes": {group: list(map(num_bytes, texts)) for group, texts in corpus.heldout.items()}, **excerpts}
     of_excerpts = [{"run": run} | dict(enumerate(chain(*groups.values()))) for run, groups in bits.items()]
     for name, rows, columns in (
         ("runs.csv", runs, list(runs[0])),
-        ("scores.csv", lines, ["run", *(field.name for field in fields(Score))]),
+        ("scores.csv", map(asdict, lines), [field.name for field in fields(Score)]),
         ("excerpts.csv", of_excerpts, list(of_excerpts[0])),
         ("curves.csv", curves, max(map(list, curves), key=len)),
     ):

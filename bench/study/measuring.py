@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from blt_kernels._files import write_text
 from study.corpus import Corpus
 from study.noise import NOISES, noised
+from study.results import ALL, CLEAN, Score
 from study.runs import Job, Lab, Watch
 from study.scoring import Scorer, num_bytes
 from study.tasks import Question, count_words, misspellings, questions, rare_words, right_answers
@@ -17,19 +18,6 @@ from study.tasks import Question, count_words, misspellings, questions, rare_wor
 NOISED_BYTES = 1 << 17  # so many bytes of held-out text get each noise
 MAX_BYTES = 1000  # of a noised excerpt
 QUESTIONS, SEED = 100, 0  # questions of each task
-
-
-@dataclass(frozen=True)
-class Score:
-    """Holds what one measurement of a run gave: bits of `count` texts, or right answers to `count` questions."""
-
-    kind: str
-    name: str
-    group: str
-    count: int
-    bytes: int | None = None
-    bits: float | None = None
-    right: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +33,7 @@ class Suite:
 
 
 def make_suite(corpus: Corpus) -> Suite:
-    """Return what is measured, from the held-out texts of a corpus: `clean` is among the noises, for comparison."""
+    """Return what is measured, from the held-out texts of a corpus: `CLEAN` is among the noises, for comparison."""
     groups = {group: texts for group, texts in corpus.heldout.items() if corpus.shares[group]}
     every = [text for texts in groups.values() for text in texts]
     counts = count_words(source.path.read_text(encoding="utf-8") for source in corpus.train)
@@ -59,25 +47,26 @@ def make_suite(corpus: Corpus) -> Suite:
             total += num_bytes(text)
     noises = {name: [noised(name, text, MAX_BYTES) for text in chosen] for name in NOISES}
     asked = {"task": questions(words, SEED, QUESTIONS), "misspelling": misspellings(every, counts, SEED)}
-    return Suite({"clean": chosen, **noises}, asked)
+    return Suite({CLEAN: chosen, **noises}, asked)
 
 
 def measure(lab: Lab, job: Job, watch: Watch, suite: Suite) -> list[Score]:
     """Return the scores of a finished run, or those that were measured before."""
-    path = lab.folder(job) / f"scores-{suite.digest}.json"
+    folder = lab.folder(job)
+    path = folder / f"scores-{suite.digest}.json"
     if not path.exists():
-        write_text(path, json.dumps([asdict(score) for score in _measure(lab.load(job), suite)]))
-        watch(f"scores of {lab.folder(job).name}", 1.0, "done")
+        write_text(path, json.dumps([asdict(score) for score in _measure(lab.load(job), folder.name, suite)]))
+        watch(f"scores of {folder.name}", 1.0, "done")
     return [Score(**values) for values in json.loads(path.read_text())]
 
 
-def _measure(scorer: Scorer, suite: Suite) -> list[Score]:
+def _measure(scorer: Scorer, run: str, suite: Suite) -> list[Score]:
     scores = []
     for name, texts in suite.noises.items():
         bits = sum(scorer.nats(texts)) / math.log(2)
-        scores.append(Score("noise", name, "all", len(texts), sum(map(num_bytes, texts)), bits))
+        scores.append(Score(run, "noise", name, ALL, len(texts), sum(map(num_bytes, texts)), bits))
     for kind, tasks in suite.questions.items():
         for name, asked in tasks.items():
             right = right_answers(scorer.nats_after, asked)
-            scores.append(Score(kind, name, "all", len(asked), right=sum(right)))
+            scores.append(Score(run, kind, name, ALL, len(asked), right=sum(right)))
     return scores

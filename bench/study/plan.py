@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from study.families import FAMILIES, PATCHER, Model, entropy_of, longer_patches, over_layers_of_tokens, variants
-from study.measuring import Score, make_suite, measure
+from study.measuring import make_suite, measure
+from study.results import Score
 from study.runs import EXCERPTS, Job, Lab, Outcome, for_all, perform, score_excerpts
 
 PARTS = ("rates", "a", "c", "f", "b", "e")

@@ -71,7 +71,7 @@ class Score:
     """Describes what a run scored on a kind of text: "text", "noise", "task" or "misspelling".
 
     `name` is that of the noise, task or edit. `count` are excerpts or questions, `right` the questions answered right,
-    and `bits` those of all `bytes`.
+    and `bits` those of all `bytes`. What a kind of text has not is 0.
     """
 
     run: str
@@ -79,23 +79,19 @@ class Score:
     name: str
     group: str
     count: int
-    bytes: int
-    bits: float
-    right: int
+    bytes: int = 0
+    bits: float = 0.0
+    right: int = 0
 
 
 Row = TypeVar("Row", Run, Score)
 
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
-    """Return the lines of a file. Columns that `kind` lacks are left out, empty cells are 0."""
+    """Return the lines of a file. Columns that `kind` lacks are left out."""
     if not path.exists():
         return []
-    types: dict[str, Callable[[str], Any]] = {
-        "str": str,
-        "int": lambda x: int(x or 0),
-        "float": lambda x: float(x or 0),
-    }
+    types: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
     with path.open(newline="", encoding="utf-8") as file:
         return [
             kind(**{field.name: types[str(field.type)](row[field.name]) for field in fields(kind)})

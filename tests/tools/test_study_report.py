@@ -231,7 +231,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def test_files(results: Results, tmp_path: Path) -> None:
     assert results.patcher is not None
     write_csv(tmp_path / "runs.csv", [asdict(run) | {"steps": 1} for run in [results.patcher, *results.runs]])
-    write_csv(tmp_path / "scores.csv", [asdict(score) | {"right": score.right or ""} for score in results.scores])
+    write_csv(tmp_path / "scores.csv", list(map(asdict, results.scores)))
     (tmp_path / "curves.csv").write_text("run,0,1\n7,2.5,1.5\n")
     (tmp_path / "excerpts.csv").write_text("run,0,1\nbytes,900,1000\n7,12.5,13\n")
     (tmp_path / "settings.json").write_text(json.dumps({"shares": SHARES}))
