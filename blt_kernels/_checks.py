@@ -199,15 +199,11 @@ def check_offsets(name: str, offsets: Tensor | Documents, total: int, *, device:
 def _check_offsets(name: str, offsets: Tensor, total: int, device: torch.device) -> tuple[Tensor, int, int | None]:
     """Return the fields of `Documents`."""
     dtype = offsets.dtype if isinstance(offsets, Tensor) else None
-    if dtype not in INTS or offsets.dim() != 1:
+    if dtype not in INTS or offsets.dim() != 1 or offsets.layout is not _DENSE or offsets.is_nested:
         check_tensor(name, offsets, 1, INTS)
     if offsets.device != device:
         raise ValueError(f"{name}: expected device {device} of the data, got {offsets.device}")
-    try:
-        values = offsets.tolist() if readable(offsets) else None
-    except RuntimeError:
-        check_dense(name, offsets)
-        raise
+    values = offsets.tolist() if readable(offsets) else None
     if values is None or total > INT32_MAX:
         check_total(name, total)
     if not (offsets.numel() if values is None else values):

@@ -139,6 +139,8 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
     if ids.is_floating_point() or ids.is_complex() or ids.is_quantized or ids.dtype == torch.bool:
         raise TypeError(f"ids: expected integers, got {ids.dtype}")
     _checks.check_dense("ids", ids)
+    if ids.is_meta:
+        raise ValueError("ids: expected a tensor that has values, got one on device meta")
     if ids.dim() not in (1, 2):
         raise ValueError(f"ids: expected 1 or 2 dimensions, got shape {list(ids.shape)}")
     several = cu_seqlens is not None or ids.dim() == 2
@@ -229,6 +231,7 @@ def _uint8(name: str, data: Any, dims: tuple[int, ...]) -> Tensor:
     if isinstance(data, Tensor):
         if data.dtype != torch.uint8:
             raise TypeError(f"{name}: expected text of dtype uint8, got {data.dtype}")
+        _checks.check_dense(name, data)
         shape = tuple(data.shape)
     else:
         try:

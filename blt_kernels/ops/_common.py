@@ -72,8 +72,9 @@ def autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_autocast(first: str, like: Tensor, **tensors: Tensor) -> None:
-    """Raise TypeError where one of the tensors is fp64 and `like`, which is called `first`, is not, or the reverse."""
+    """Raise TypeError unless all tensors are dense, and fp64 if `like`, which is called `first`, is, and only then."""
     for name, x in tensors.items():
+        _checks.check_dense(name, x)
         if (x.dtype == torch.float64) != (like.dtype == torch.float64):
             expected = f"dtype {like.dtype} of {first}, since autocast leaves fp64 as it is"
             raise TypeError(f"{name}: expected {expected}, got {x.dtype}")

@@ -146,6 +146,11 @@ def test_special_ids_are_dropped_or_refused() -> None:
             "dtype: expected torch.int32 or torch.int64, got torch.int16",
         ),
         (lambda: bk.to_bytes(torch.tensor([1.0])), TypeError, "ids: expected integers, got torch.float32"),
+        (
+            lambda: bk.to_bytes(torch.tensor([5], device="meta")),
+            ValueError,
+            "ids: expected a tensor that has values, got one on device meta",
+        ),
         (lambda: bk.to_bytes(torch.tensor(5)), ValueError, "ids: expected 1 or 2 dimensions"),
         (lambda: bk.to_bytes(torch.tensor([5]), torch.tensor([0, 2])), ValueError, "cu_seqlens: expected offsets"),
         (lambda: bk.to_bytes(torch.tensor([[5]]), torch.tensor([0, 1])), ValueError, "cu_seqlens: expected None"),

@@ -46,14 +46,14 @@ def foreign(x: object) -> dict[str, Tensor]:
     return made
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("case", FUNCTIONS, ids=lambda case: case.name)
-def test_tensors_that_are_not_dense_are_named(case: OpCase) -> None:
+def test_tensors_that_are_not_dense_are_named(case: OpCase, autocast: bool) -> None:
     arguments = make(case, "cpu", 9, 1)
     for name, value in arguments.items():
         for x in foreign(value).values():
-            with pytest.raises(
-                (TypeError, ValueError), match=rf"^{name}\b.*(expected a dense tensor|dimensions|dtype)"
-            ):
+            message = rf"^{name}\b.*(expected a dense tensor|dimensions|dtype)"
+            with torch.autocast("cpu", enabled=autocast), pytest.raises((TypeError, ValueError), match=message):
                 case.function(**{**arguments, name: x})
 
 
@@ -67,6 +67,19 @@ def test_operators_refuse_them(case: OpCase) -> None:
             for x in foreign(value).values():
                 with pytest.raises((TypeError, NotImplementedError), match=message):
                     operator(*arguments[:position], x, *arguments[position + 1 :])
+
+
+def test_offsets_on_meta() -> None:
+    offsets = torch.sparse_coo_tensor(size=(3,), device="meta", dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"^cu_seqlens: expected a dense tensor, got one of layout"):
+        bk.space_patch(torch.zeros(8, dtype=torch.int64, device="meta"), offsets)
+
+
+def test_text() -> None:
+    text = torch.tensor([7, 8], dtype=torch.uint8)
+    for kind in ("sparse", "nested"):
+        with pytest.raises(TypeError, match=r"^data: expected a dense tensor, got (a nested one|one of layout)"):
+            bk.to_ids(KINDS[kind](text))
 
 
 def test_tables_and_layouts_of_them() -> None:
