@@ -124,7 +124,8 @@ def to_bytes(ids: Any, cu_seqlens: Tensor | None = None, *, special: str = "drop
     TypeError
         The ids are no integers.
     ValueError
-        An id is above 259, or below 4 with ``special="raise"``; the shapes or `cu_seqlens` are wrong.
+        An id is above 259, or below 4 with ``special="raise"``; the ids are on meta, or their shape or `cu_seqlens` is
+        wrong.
 
     Examples
     --------
