@@ -3,7 +3,8 @@ byte forward, and twice that for the larger vocabulary.
 
 The families are transformers over bytes and over BPE tokens, MegaByte with patches of 8 bytes, and BLT with patches at
 spaces and by entropies. All have Llama's blocks, with feed-forwards of 8/3 the width. The models over tokens are
-`ByteLM` with a larger alphabet. `variants` are BLT with one part changed, and transformers over bytes with hash tables.
+`ByteLM` with a larger alphabet. `variants` are BLT with one part changed, and transformers over bytes that have a part
+of BLT.
 """
 
 from __future__ import annotations
@@ -139,8 +140,9 @@ def over_layers_of_tokens() -> tuple[Model, Model]:
 
 
 def variants(size: str = "B") -> list[Model]:
-    """Return BLT-Entropy with one part changed, and a transformer over bytes with BLT's hash tables."""
+    """Return BLT-Entropy with one part changed, and a transformer over bytes with the hash tables or window of BLT."""
     base, transformer = entropy_of(size), bytes_of(size)
+    narrow = byte_lm(*_BYTES[size], LOCAL_WINDOW)
     few, many = (blt("entropy", *_BLT_SIZES[size], ngram_vocab=rows) for rows in (NGRAM_VOCAB // 4, NGRAM_VOCAB * 4))
     static = blt("static", *_BLT_SIZES[size], patch_size=5)
 
@@ -152,6 +154,7 @@ def variants(size: str = "B") -> list[Model]:
         changed("a quarter of the table rows", config=few),
         changed("4 times the table rows", config=many),
         replace(transformer, name=f"{transformer.name} with tables", change="tables"),
+        replace(transformer, name=f"{transformer.name} with a window of {LOCAL_WINDOW}", config=narrow),
         changed("no cross attention in the encoder", change="no encoder cross attention"),
         changed("patches where the entropy rises", rule={"monotonic": True}),
         changed("patches of at most 12", rule={"max_patch_length": 12}),

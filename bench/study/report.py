@@ -320,8 +320,9 @@ def ablations(results: Results) -> str:
     if not bits:
         return ""
     plain = base.replace(BLT, "bytes")
-    without, with_tables = f"{base}, without tables", f"{plain} with tables"
-    compared = {plain: [base, without, with_tables], base: [name for name in bits if name not in (base, plain)]}
+    without = f"{base}, without tables"
+    transformers = [name for name in bits if name.startswith(f"{plain} with")]
+    compared = {plain: [base, without, *transformers], base: [name for name in bits if name not in (base, plain)]}
     sentences = [
         versus(theirs, {ours: results.lead(ours, theirs, tflops) for ours in names})
         for theirs, names in compared.items()

@@ -204,7 +204,8 @@ def test_ablations(results: Results) -> None:
     text = report.ablations(results)
     assert (
         "Compared with bytes B, in bits per byte. Ahead: BLT-Entropy B +0.200 ± 0.003;"
-        " BLT-Entropy B, without tables +0.050 ± 0.003; bytes B with tables +0.200 ± 0.003.\n"
+        " BLT-Entropy B, without tables +0.050 ± 0.003; bytes B with tables +0.200 ± 0.003;"
+        " bytes B with a window of 128 +0.200 ± 0.003.\n"
     ) in text
     assert "Without its tables, BLT-Entropy B loses 75.0 ±" in text
     assert "Behind: BLT-Entropy B, without tables -0.150 ± 0.003. No clear difference: BLT-Entropy B, a quarter" in text
