@@ -12,7 +12,7 @@ from figures._study import results
 def draw(colors: Colors) -> Figure | None:
     """Draw means over seeds, with standard errors. Returns None without results."""
     found = results()
-    base, bits, tflops = study_module("report").ablation_bits(found) if found is not None else ("", {}, 0.0)
+    base, bits, tflops = study_module("sections").ablation_bits(found) if found is not None else ("", {}, 0.0)
     leads = {name: found.lead(base, name, tflops) for name in bits if name != base}
     if not leads:
         return None

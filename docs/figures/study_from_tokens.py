@@ -16,7 +16,7 @@ BEGINNING = 0.1  # of the run, which is left out
 def draw(colors: Colors) -> Figure | None:
     """Draw means over seeds. Returns None without results."""
     found = results()
-    base, begun = study_module("report").begun_models(found) if found is not None else ("", [])
+    base, begun = study_module("sections").begun_models(found) if found is not None else ("", [])
     if not begun:
         return None
     tflops = max(run.tflops for run in found.runs if run.model in begun)

@@ -16,7 +16,7 @@ def draw(colors: Colors) -> Figure | None:
     """Draw means over seeds, with standard errors. Returns None without results."""
     found = results()
     names = [] if found is None else found.names("noise")
-    base = study_module("report").TOKENS[0]
+    base = study_module("sections").TOKENS[0]
     leads = {}
     for name, noises in [*((name, [name]) for name in names), ("mean", names)]:
         loss = found.by_family(lambda run, noises=noises: found.relative_loss(run, noises)) if names else {}

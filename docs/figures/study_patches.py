@@ -17,13 +17,13 @@ def draw(colors: Colors) -> Figure | None:
     found = results()
     if found is None:
         return None
-    report, families = study_module("report"), study_module("families")
+    sections, families = study_module("sections"), study_module("families")
     models = families.longer_patches()
     looks = [
         (model.name, {"color": colors.accent, "marker": mark, "linestyle": line, "capsize": 2, "markersize": 5})
         for model, mark, line in zip(models, "o^s", (":", "--", "-"), strict=False)
     ]
-    looks += [(f"{family} {models[0].size}", look(family, colors)) for family in report.TOKENS]
+    looks += [(f"{family} {models[0].size}", look(family, colors)) for family in sections.TOKENS]
     figure = Figure(figsize=(5.3, 4.0), layout="constrained")
     axes = figure.subplots()
     for name, style in looks:

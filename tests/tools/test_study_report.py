@@ -17,7 +17,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
-from study import report
+from study import report, sections
 from study.families import FAMILIES, variants
 from study.results import Results, Run, load
 from study.statistics import Estimate
@@ -29,6 +29,24 @@ from study_results import ERROR, SHARES, made_up
 @pytest.fixture(scope="module")
 def results() -> Results:
     return made_up()
+
+
+def test_claims(results: Results) -> None:
+    lines = dict(line.strip("| ").split(" | ") for line in report.claims(results).splitlines())
+    assert len(lines) == 13
+    assert lines["BLT matches a model over tokens at equal training FLOPs"] == (
+        "At 16 TFLOP: BLT-Entropy B is ahead of tokens 4k B by 0.100 ± 0.003 bits per byte."
+    )
+    assert (
+        "No clear difference between MegaByte B and bytes B"
+        in lines["MegaByte is better than a transformer over bytes"]
+    )
+    assert "4k by 8.7 ± 0.0% in noised over clean bits." in lines["Noise costs BLT less"]
+    assert "4k by 15.0 ± 1.1% in right choices." in lines["BLT tells words from misspellings"]
+    assert "At 4 TFLOP: BLT-Entropy 128 from tokens is ahead of BLT-Entropy 128 by 0.030" in "".join(lines.values())
+    # The tokens with the fewest bits are those that BLT is compared with.
+    better = [replace(run, bits=run.bits - 0.5) if run.family == "tokens 32k" else run for run in results.runs]
+    assert "BLT-Entropy B is behind tokens 32k B by 0.400 ± 0.003" in report.claims(Results(better))
 
 
 def test_words() -> None:
@@ -85,12 +103,12 @@ def test_errors_over_text(results: Results) -> None:
     assert lead == Estimate(pytest.approx(0.2), pytest.approx(math.hypot(error, ERROR * math.sqrt(2 / 3))))
     assert with_text.lead("MegaByte B", "bytes B", 16.0) == results.lead("MegaByte B", "bytes B", 16.0)
     assert with_text.lead("BLT-Entropy B", "nothing B", 16.0) is None
-    text = report.families(with_text)
+    text = sections.families(with_text)
     assert f"BLT-Entropy {lead.value:+.3f} ± {lead.error:.3f}" in text
 
 
 def test_families(results: Results) -> None:
-    text = report.families(results)
+    text = sections.families(results)
     assert (
         "- Compared with tokens 4k at 16 TFLOP, in bits per byte. Ahead: BLT-Space +0.100 ± 0.003;"
         " BLT-Entropy +0.100 ± 0.003. Behind: bytes -0.100 ± 0.003; MegaByte -0.100 ± 0.003."
@@ -100,13 +118,13 @@ def test_families(results: Results) -> None:
     assert "without the patcher, BLT-Entropy needs 50.0 ±" in text
     assert "with the patcher counted, BLT-Entropy needs 45.0 ±" in text
     same = "No clear difference between tokens 4k and tokens 32k in training FLOPs at equal bits per byte: "
-    assert f"{same}+0.0 ±" in report.savings(results, "tokens 4k", "tokens 32k", False, "without the patcher")[0]
+    assert f"{same}+0.0 ±" in sections.savings(results, "tokens 4k", "tokens 32k", False, "without the patcher")[0]
     assert "| tokens 32k | 2.400 ± 0.002 (B, 1.00, 1.0) | 2.200" in text
     assert "| BLT-Entropy over bytes | **+0.200 ± 0.003** |" in text
 
 
 def test_overview(results: Results) -> None:
-    text = report.overview(results)
+    text = sections.overview(results)
     count = len(results.runs)
     assert f"- {count} runs, which trained for {count / 100:.1f} hours of one core in all.\n" in text
     assert "- Budgets of 1, 4, 16 TFLOP of training; 3 seeds of the models that are compared.\n" in text
@@ -114,15 +132,15 @@ def test_overview(results: Results) -> None:
     assert "Errors are over seeds alone" in text
     assert "trained for 6 TFLOP more" in text
     assert "| tokens 4k A | 1.00 | 0.10 | 4.50 | 1.00 |  |\n| tokens 4k B |" in text
-    assert "choice of held-out excerpts" in report.overview(Results(results.runs, excerpts={"bytes": [1.0]}))
+    assert "choice of held-out excerpts" in sections.overview(Results(results.runs, excerpts={"bytes": [1.0]}))
 
 
 def test_rates(results: Results) -> None:
-    assert "| MegaByte | **2.496** | 3.396 |" in report.rates(results)
+    assert "| MegaByte | **2.496** | 3.396 |" in sections.rates(results)
 
 
 def test_patches(results: Results) -> None:
-    text = report.patches(results)
+    text = sections.patches(results)
     assert "At 1 TFLOP: BLT-Entropy B, patches of 8 is behind BLT-Entropy B by 0.040 ± 0.003 bits per byte." in text
     assert "At 16 TFLOP: BLT-Entropy B, patches of 8 is ahead of BLT-Entropy B by 0.040 ± 0.003 bits per byte." in text
     assert "the lead of BLT-Entropy B, patches of 8 over BLT-Entropy B grows by 0.080 ± 0.005 bits per byte." in text
@@ -137,15 +155,15 @@ def test_inference(results: Results) -> None:
         return replace(run, mflops=costs.get(run.model, 0.8)) if run.family == "BLT-Entropy" else run
 
     # B costs 0.6 of tokens with its patcher, and is ahead by 0.1. The others are behind, or cost more.
-    found = report.inference(Results([cheaper(run) for run in results.runs]))
-    assert found[0] == (
+    found = sections.inference(Results([cheaper(run) for run in results.runs]), "tokens 4k")
+    assert found == (
         "At 16 TFLOP, BLT-Entropy B spends 40% fewer FLOPs a byte forward than tokens 4k B, patcher included."
         " It is ahead of tokens 4k B by 0.100 ± 0.003 bits per byte."
     )
 
 
 def test_noise(results: Results) -> None:
-    text = report.noise(results)
+    text = sections.noise(results)
     lead = 100 * math.log(1.2 / 1.1)
     assert "Compared with tokens 32k, in noised over clean bits, the mean over noises. Ahead: bytes" in text
     assert f"; BLT-Entropy +{lead:.1f} ± 0.0%.\n" in text
@@ -154,7 +172,7 @@ def test_noise(results: Results) -> None:
 
 
 def test_tasks(results: Results) -> None:
-    text = report.tasks(results)
+    text = sections.tasks(results)
     assert (
         "Compared with chance, in right answers, the mean over tasks. No clear difference: bytes +0.9 ± 1.5%;" in text
     )
@@ -167,10 +185,10 @@ def test_tasks(results: Results) -> None:
 
 
 def test_languages(results: Results) -> None:
-    text = report.languages(results)
+    text = sections.languages(results)
     assert "Of 4 groups of text, BLT-Entropy is clearly ahead of tokens 4k in 4, behind in 0." in text
     # The lead is the same in all groups.
-    assert "Its lead over tokens 4k has no clear trend" in text
+    assert "The lead of BLT-Entropy over tokens 4k has no clear trend" in text
     assert [line.split(" ")[1] for line in text.splitlines() if line.startswith("| ")][2:] == [
         "python",
         "german",
@@ -193,7 +211,7 @@ def test_errors_of_a_group_are_those_of_its_excerpts(results: Results) -> None:
 
 
 def test_from_tokens(results: Results) -> None:
-    text = report.from_tokens(results)
+    text = sections.from_tokens(results)
     assert (
         "BLT-Entropy 128 from scratch at 4 TFLOP, in bits per byte. Ahead: BLT-Entropy 128 from tokens +0.030 ±" in text
     )
@@ -201,7 +219,7 @@ def test_from_tokens(results: Results) -> None:
 
 
 def test_ablations(results: Results) -> None:
-    text = report.ablations(results)
+    text = sections.ablations(results)
     assert (
         "Compared with bytes B, in bits per byte. Ahead: BLT-Entropy B +0.200 ± 0.003;"
         " BLT-Entropy B, without tables +0.050 ± 0.003; bytes B with tables +0.200 ± 0.003;"
@@ -246,4 +264,4 @@ def test_files(results: Results, tmp_path: Path) -> None:
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
         f"## {part.__doc__}" for part in report.PARTS.values()
     ]
-    assert report.families(results) in text
+    assert sections.families(results) in text

@@ -1,0 +1,361 @@
+"""The sections of the report, one for each part of the study: sentences, and tables of means with standard errors.
+
+Sentences follow from the numbers: `verdict` claims a difference only if it is larger than twice its standard error.
+Sections whose runs are missing are empty.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from study.families import FAMILIES, longer_patches, variants
+from study.results import CLEAN, Results
+from study.statistics import Estimate, log_ratio_at_equal_bits, saved, share_of_lead, slope_of
+from study.tasks import CHOICES, EDITS, TASKS
+from study.wording import magnitude, marked, page, shown, table, trend, verdict, versus
+
+BLT, TOKENS = "BLT-Entropy", ("tokens 4k", "tokens 32k")
+COMPARED = ("tokens 4k", "tokens 32k", "bytes", "BLT-Space")  # families that all others are compared with
+NO_LANGUAGES = ("python", "prose")  # groups that the trend over languages leaves out
+CHANCE = {name: 1 / 2 if name == "contains" else 1 / CHOICES for name in TASKS}
+ZERO = Estimate(0.0, 0.0)
+
+
+def overview(results: Results) -> str:
+    """Holds what was run."""
+    if not results.runs:
+        return ""
+    hours = sum(run.cpu_seconds for run in results.runs) / 3600
+    seeds = max(len(results.group(run.model, run.tflops)) for run in results.runs)
+    budgets = ", ".join(f"{budget:g}" for budget in results.budgets)
+    spread = "; ".join(f"{d:.4f} at {x:g} TFLOP" for x, d in results.deviations.items() if not math.isnan(d))
+    of_text = "Errors of differences in bits per byte are those of seeds and of the choice of held-out excerpts."
+    sentences = [
+        f"{len(results.runs)} runs, which trained for {hours:.1f} hours of one core in all.",
+        f"Budgets of {budgets} TFLOP of training; {seeds} seeds of the models that are compared.",
+        spread and f"Deviation of bits per byte over seeds, pooled over models: {spread}.",
+        of_text if results.excerpts else "Errors are over seeds alone: other held-out text would add to them.",
+    ]
+    if results.patcher is not None:
+        p = results.patcher
+        sentences.append(
+            f"The entropy model of BLT-Entropy trained for {p.tflops:g} TFLOP more, which no budget contains. It has"
+            f" {p.parameters / 1e6:.2f} M parameters and {p.bits:.3f} bits per byte."
+        )
+    rows = []
+    for model in dict.fromkeys(f"{family} {size}" for family in FAMILIES for size in "ABC"):
+        run = next((run for run in results.runs if run.model == model), None)
+        if run is not None:
+            sizes = [f"{run.parameters / 1e6:.2f}", f"{run.embedding_parameters / 1e6:.2f}", f"{run.patch_size:.2f}"]
+            rows.append([model, *sizes, f"{run.mflops:.2f}", f"{run.patcher_mflops:.2f}" if run.patcher_mflops else ""])
+    head = ["model", "M parameters", "of these looked up", "bytes a token or patch", "MFLOP a byte", "patcher"]
+    return page(sentences, table(head, rows))
+
+
+def families(results: Results) -> str:
+    """(a) Bits per byte over training FLOPs."""
+    curves = {family: curve for family in FAMILIES if (curve := results.curve(family))}
+    if not curves:
+        return ""
+    budgets = results.budgets
+    best = {(family, x): results.best(family, x) or "" for family in FAMILIES for x in budgets}
+    leads = {
+        (ours, theirs): [results.lead(best[ours, x], best[theirs, x], x) for x in budgets]
+        for theirs in COMPARED
+        for ours in FAMILIES
+        if ours != theirs
+    }
+    sentences = []
+    for theirs in COMPARED:
+        last = {ours: found[-1] for (ours, other), found in leads.items() if other == theirs}
+        sentences.append(versus(f"{theirs} at {budgets[-1]:g} TFLOP", last))
+    for other in TOKENS:
+        for paid, counted in ((False, "without the patcher"), (True, "with the patcher counted")):
+            sentences += savings(results, BLT, other, paid, counted)
+    rows = []
+    for family, curve in curves.items():
+        by_budget = {run.tflops: (value, run) for _, value, run in curve}
+        cells = []
+        for budget in budgets:
+            if budget in by_budget:
+                value, run = by_budget[budget]
+                cells.append(f"{shown(value)} ({run.size}, {run.mflops:.2f}, {run.trained_bytes / 1e6:.1f})")
+            else:
+                cells.append("")
+        rows.append([family, *cells])
+    heads = [f"{budget:g} TFLOP" for budget in budgets]
+    lead_rows = [
+        [f"{ours} over {theirs}", *map(marked, found)]
+        for (ours, theirs), found in leads.items()
+        if ours in (BLT, "MegaByte") and any(found)
+    ]
+    return page(
+        sentences,
+        table(["bits per byte (size, MFLOP a byte, MB read)", *heads], rows),
+        table(["lead in bits per byte; bold where clear", *heads], lead_rows),
+    )
+
+
+def savings(results: Results, ours: str, theirs: str, paid: bool, counted: str) -> list[str]:
+    """Return a sentence on training FLOPs at equal bits per byte, none if the curves do not meet."""
+    curves = [[(flops, bits) for flops, bits, _ in results.curve(family, paid)] for family in (ours, theirs)]
+    if not all(curves):
+        return []
+    best = [results.best(family, results.budgets[-1]) or "" for family in (ours, theirs)]
+    ratio = log_ratio_at_equal_bits(*curves, results.text_error(*best, results.budgets[-1]))
+    if ratio is None or math.isnan(ratio.error):
+        return []
+    share = saved(ratio)
+    if not ratio.is_clear:
+        amount = f"{shown(share, '%', signed=True)} saved, {counted}"
+        return [f"No clear difference between {ours} and {theirs} in training FLOPs at equal bits per byte: {amount}."]
+    less = f"{shown(magnitude(share), '%')} {'fewer' if share.value > 0 else 'more'}"
+    return [f"At equal bits per byte, {counted}, {ours} needs {less} training FLOPs than {theirs}."]
+
+
+def inference(results: Results, tokens: str) -> str:
+    """Return a sentence on the cheapest BLT-Entropy that has no more bits per byte than the best model over tokens."""
+    tflops = results.budgets[-1]
+    if (theirs := results.best(tokens, tflops)) is None:
+        return ""
+    mflops = results.group(theirs, tflops)[0].mflops
+    names = dict.fromkeys(run.model for run in results.runs if run.family == BLT and run.tflops == tflops)
+    leads = {name: results.lead(name, theirs, tflops) for name in names}
+    costs = {
+        name: results.group(name, tflops)[0].inference_mflops
+        for name, lead in leads.items()
+        if lead is not None and lead.value >= 0
+    }
+    ours = min(costs, key=costs.__getitem__, default="")
+    if not ours or costs[ours] >= mflops:
+        return f"At {tflops:g} TFLOP, no {BLT} cheaper forward than {theirs} has as few bits per byte."
+    less = f"{100 * (1 - costs[ours] / mflops):.0f}% fewer FLOPs a byte forward than {theirs}, patcher included"
+    return f"At {tflops:g} TFLOP, {ours} spends {less}. {verdict('It', theirs, leads[ours] or ZERO)}"
+
+
+def rates(results: Results) -> str:
+    """The learning rates that were tried."""
+    tried: dict[str, dict[float, float]] = {}
+    for run in results.runs:
+        if run.tflops == results.budgets[0] and run.seed == 0 and run.model == f"{run.family} B":
+            tried.setdefault(run.family, {})[run.learning_rate] = run.bits
+    tried = {family: values for family, values in tried.items() if len(values) > 1}
+    if not tried:
+        return ""
+    columns = sorted({rate for values in tried.values() for rate in values})
+    rows = []
+    for family, values in tried.items():
+        cells = [f"{values[rate]:.3f}" if rate in values else "" for rate in columns]
+        rows.append(
+            [family, *(f"**{c}**" if r == results.rates[family] else c for r, c in zip(columns, cells, strict=True))]
+        )
+    return table(["bits per byte at a learning rate", *(f"{rate:g}" for rate in columns)], rows)
+
+
+def patches(results: Results) -> str:
+    """(b) Longer patches at a fixed inference budget."""
+    models = [model for model in longer_patches() if any(results.group(model.name, x) for x in results.budgets)]
+    if len(models) < 2:
+        return ""
+    base, budgets = models[0], results.budgets
+    others = [f"{family} {base.size}" for family in TOKENS]
+    names = [model.name for model in models] + [name for name in others if any(results.group(name, x) for x in budgets)]
+    bits = {(name, x): results.bits(name, x) for name in names for x in budgets}
+    sentences, largest = [], budgets[-1]
+    for model in models[1:]:
+        leads = {x: results.lead(model.name, base.name, x) for x in budgets}
+        known = [x for x in budgets if leads[x] is not None]
+        for x in (known[0], known[-1]) if known else ():
+            sentences.append(f"At {x:g} TFLOP: {verdict(model.name, base.name, leads[x] or ZERO)}")
+        if len(known) > 1:
+            sentences.append(trend(f"{model.name} over {base.name}", leads[known[0]] or ZERO, leads[known[-1]] or ZERO))
+    for model in models:
+        for name in others:
+            if (lead := results.lead(model.name, name, largest)) is not None:
+                sentences.append(f"At {largest:g} TFLOP: {verdict(model.name, name, lead)}")
+    sentences += [inference(results, tokens) for tokens in TOKENS]
+    rows = []
+    for name in names:
+        runs = {x: results.group(name, x) for x in budgets}
+        first = next(group[0] for group in runs.values() if group)
+        cells = [f"{shown(bits[name, x])} ({runs[x][0].trained_bytes / 1e6:.1f})" if runs[x] else "" for x in budgets]
+        patcher = f" + {first.patcher_mflops:.2f}" if first.patcher_mflops else ""
+        rows.append([name, f"{first.patch_size:.2f}", f"{first.mflops:.2f}{patcher}", *cells])
+    heads = [f"{budget:g} TFLOP (MB read)" for budget in budgets]
+    return page(sentences, table(["model", "bytes a patch", "MFLOP a byte + patcher", *heads], rows))
+
+
+def noise(results: Results) -> str:
+    """(c) Noise on the characters."""
+    names = results.names("noise")
+    clean = results.by_family(lambda run: results.bits_per_byte(run, "noise", CLEAN))
+    noised = {n: results.by_family(lambda run, n=n: results.bits_per_byte(run, "noise", n)) for n in names}
+    loss = {n: results.by_family(lambda run, n=n: results.relative_loss(run, [n])) for n in names}
+    loss["mean"] = results.by_family(lambda run: results.relative_loss(run, names))
+    if not names or not loss["mean"]:
+        return ""
+    base = next((family for family in TOKENS if family in loss["mean"]), "")
+    sentences = against_tokens(noise_leads(results), "noised over clean bits, the mean over noises")
+    rows = [[f, shown(clean.get(f)), *(shown(noised[n].get(f)) for n in names)] for f in loss["mean"]]
+    relative = [
+        [family, *(marked(values[base] - values[family], "%") for values in loss.values())]
+        for family in loss["mean"]
+        if base and family != base
+    ]
+    return page(
+        sentences,
+        table(["bits per byte", "clean", *names], rows),
+        table([f"lead over {base} in noised over clean; bold where clear", *loss], relative),
+    )
+
+
+def noise_leads(results: Results) -> dict[str, Estimate]:
+    """Return by family what noise costs, the mean over noises of `Results.relative_loss`: less is larger."""
+    names = results.names("noise")
+    loss = results.by_family(lambda run: results.relative_loss(run, names))
+    return {family: ZERO - value for family, value in loss.items()}
+
+
+def tasks(results: Results) -> str:
+    """(c) Questions about characters, and misspellings."""
+    names, edits = (
+        [n for n in known if n in results.names(kind)] for kind, known in (("task", TASKS), ("misspelling", EDITS))
+    )
+    sentences, tables = [], []
+    if names:
+        chance = {name: CHANCE[name] for name in names}
+        right = {name: results.shares_right("task", [name]) for name in names}
+        right["mean"] = results.shares_right("task", names)
+        chance["mean"] = statistics.fmean(chance.values())
+        above = {family: share - Estimate(chance["mean"], 0.0) for family, share in right["mean"].items()}
+        sentences.append(versus("chance", above, "%", "right answers, the mean over tasks"))
+        sentences += against_tokens(right["mean"], "right answers, the mean over tasks")
+        rows = [[family, *(shown(right[n].get(family), "%") for n in right)] for family in right["mean"]]
+        rows.append(["chance", *(f"{100 * chance[n]:.0f}%" for n in right)])
+        tables.append(table(["questions answered right", *right], rows))
+    if edits:
+        right = {edit: results.shares_right("misspelling", [edit]) for edit in edits}
+        right["mean"] = results.shares_right("misspelling", edits)
+        sentences += against_tokens(right["mean"], "words told from their misspellings")
+        rows = [[family, *(shown(right[n].get(family), "%") for n in right)] for family in right["mean"]]
+        tables.append(table(["words told from their misspellings", *right], rows))
+    return page(sentences, *tables)
+
+
+def against_tokens(values: dict[str, Estimate], what: str) -> list[str]:
+    """Return sentences on the models over bytes, compared with those over tokens; larger values are better."""
+    return [
+        versus(tokens, {f: value - values[tokens] for f, value in values.items() if f not in TOKENS}, "%", what)
+        for tokens in TOKENS
+        if tokens in values
+    ]
+
+
+def languages(results: Results) -> str:
+    """(d) Bits per byte by group of text, over its share of the training text."""
+    leads = {tokens: found for tokens in TOKENS if (found := results.log_leads(BLT, tokens))}
+    if not leads:
+        return ""
+    sentences = [count_of_groups(tokens, found) for tokens, found in leads.items()]
+    sentences += [language_trend(results, tokens) for tokens in leads]
+    groups = sorted(results.groups(), key=lambda group: -results.share(group))
+    bits = {group: results.by_family(lambda run, g=group: results.bits_per_byte(run, group=g)) for group in groups}
+    columns = [family for family in (*TOKENS, "bytes", BLT) if any(family in values for values in bits.values())]
+    rows = []
+    for group in groups:
+        cells = [shown(bits[group].get(family)) for family in columns]
+        cells += [marked(found.get(group), "%") for found in leads.values()]
+        rows.append([group, f"{100 * results.share(group):.2f}%", *cells])
+    heads = [f"lead of {BLT} over {tokens}" for tokens in leads]
+    return page(sentences, table(["bits per byte of", "share of the training text", *columns, *heads], rows))
+
+
+def count_of_groups(tokens: str, leads: dict[str, Estimate]) -> str:
+    """Return a sentence on the groups of text in which BLT-Entropy is ahead of a model over tokens, and behind."""
+    ahead, behind = (sum(v.is_clear and sign * v.value > 0 for v in leads.values()) for sign in (1, -1))
+    return f"Of {len(leads)} groups of text, {BLT} is clearly ahead of {tokens} in {ahead}, behind in {behind}."
+
+
+def language_trend(results: Results, tokens: str) -> str:
+    """Return a sentence on how the lead over a model of tokens changes where a language has less training text."""
+    leads = results.log_leads(BLT, tokens)
+    trained = {g: lead.value for g, lead in leads.items() if results.share(g) > 0 and g not in NO_LANGUAGES}
+    if len(trained) <= 2:
+        return ""
+    slope = slope_of([-math.log10(results.share(group)) for group in trained], list(trained.values()))
+    much = f"by {shown(magnitude(slope), '%')} of the bits for a tenth of the training text in a language"
+    if slope.is_clear:
+        return f"The lead of {BLT} over {tokens} {'grows' if slope.value > 0 else 'shrinks'} {much}."
+    return f"The lead of {BLT} over {tokens} has no clear trend: it changes {much}."
+
+
+def from_tokens(results: Results) -> str:
+    """(e) BLT-Entropy that begins as a trained transformer over tokens."""
+    base, begun = begun_models(results)
+    if not begun:
+        return ""
+    tflops = max(run.tflops for run in results.runs if run.model in begun)
+    bits = {name: results.bits(name, tflops) for name in (base, *begun)}
+    leads = {name: results.lead(name, base, tflops) for name in begun}
+    sentences = [versus(f"{base} from scratch at {tflops:g} TFLOP", leads)]
+    rows = [
+        [name, shown(value), marked(results.lead(name, base, tflops)) if name != base else ""]
+        for name, value in bits.items()
+    ]
+    rows[0][0] += " from scratch"
+    return page(
+        sentences, table([f"model, {tflops:g} TFLOP", "bits per byte", "lead over scratch; bold where clear"], rows)
+    )
+
+
+def begun_models(results: Results) -> tuple[str, list[str]]:
+    """Return the model from scratch, and the same model begun in other ways."""
+    names = [name for name in dict.fromkeys(run.model for run in results.runs) if " from tokens" in name]
+    return (names[0].split(" from tokens")[0] if names else ""), names
+
+
+def ablations(results: Results) -> str:
+    """(f) BLT-Entropy with one part changed."""
+    base, bits, tflops = ablation_bits(results)
+    if not bits:
+        return ""
+    plain = base.replace(BLT, "bytes")
+    without = f"{base}, without tables"
+    transformers = [name for name in bits if name.startswith(f"{plain} with")]
+    compared = {plain: [base, without, *transformers], base: [name for name in bits if name not in (base, plain)]}
+    sentences = [
+        versus(theirs, {ours: results.lead(ours, theirs, tflops) for ours in names})
+        for theirs, names in compared.items()
+    ]
+    sentences.append(lost_without_tables(results))
+    rows = []
+    for name, value in bits.items():
+        run = results.group(name, tflops)[0]
+        cells = [f"{run.parameters / 1e6:.2f}", f"{run.embedding_parameters / 1e6:.2f}", f"{run.patch_size:.2f}"]
+        lead = None if name == base else results.lead(name, base, tflops)
+        rows.append([name, *cells, f"{run.mflops:.2f}", shown(value), marked(lead)])
+    head = [f"model, {tflops:g} TFLOP", "M parameters", "of these looked up", "bytes a patch", "MFLOP a byte"]
+    return page(sentences, table([*head, "bits per byte", f"lead over {base}"], rows))
+
+
+def lost_without_tables(results: Results) -> str:
+    """Return a sentence on the part of BLT-Entropy's lead over bytes that its tables make, none if it has no lead."""
+    base, bits, tflops = ablation_bits(results)
+    plain, without = base.replace(BLT, "bytes"), f"{base}, without tables"
+    whole = results.lead(base, plain, tflops) if bits else None
+    if without not in bits or whole is None or not whole.is_clear:
+        return ""
+    share = share_of_lead(bits[plain], bits[without], bits[base])
+    return f"Without its tables, {base} loses {shown(share, '%')} of its lead over {plain}."
+
+
+def ablation_bits(results: Results) -> tuple[str, dict[str, Estimate], float]:
+    """Return the name of BLT-Entropy, the bits per byte of all models that are compared, and their TFLOP."""
+    changed = [model.name for model in variants()]
+    base, tflops = (
+        changed[0].split(",")[0],
+        max((run.tflops for run in results.runs if run.model in changed), default=0),
+    )
+    names = [base, base.replace(BLT, "bytes"), *changed] if tflops and results.group(base, tflops) else []
+    return base, {name: value for name in names if (value := results.bits(name, tflops)) is not None}, tflops
