@@ -2,7 +2,8 @@
 
 (rates) Every family of a small budget tries learning rates; the best is used everywhere.
 (a) Sizes at three budgets. At each, the best size of a family by seed 0 gets the other seeds, and so does the next
-    larger one at the largest budget. (d) is measured on all of these.
+    larger one at the largest budget. The best of the middle budget are trained with half their learning rate too. (d)
+    is measured on all of these.
 (c) Noise and spelling, measured with the best models of the largest budget.
 (b) BLT-Entropy of one inference budget with patches of 4.5, 6 and 8 bytes.
 (e) BLT-Entropy that begins as a trained transformer over tokens, against one from scratch.
@@ -101,8 +102,9 @@ class Plan:
             self.outcomes[outcome.run], self.jobs[outcome.run] = outcome, job
         return outcomes
 
-    def job(self, model: Model, tflops: float, seed: int) -> Job:
-        return Job(model, tflops, seed, self.rates[RATE_OF.get(model.family, model.family)])
+    def job(self, model: Model, tflops: float, seed: int, factor: float = 1.0) -> Job:
+        """Return the job of a model with `factor` times the learning rate of its family."""
+        return Job(model, tflops, seed, factor * self.rates[RATE_OF.get(model.family, model.family)])
 
     def bits(self, outcome: Outcome) -> float:
         return outcome.bits_per_byte(self.lab.corpus)
@@ -121,7 +123,7 @@ class Plan:
         self.rates = {family: min(bits, key=bits.__getitem__) for family, bits in tried.items()}
 
     def compare_families(self) -> None:
-        """Find the best size of every family at each budget, and run it with all seeds."""
+        """Find the best size of every family at each budget, and run it with all seeds; one with half the rate too."""
         budgets = self.budgets
         small = self._sizes(dict.fromkeys(FAMILIES, "AB"), budgets.small)
         middle = self._sizes(dict.fromkeys(FAMILIES, SIZES), budgets.middle)
@@ -131,6 +133,7 @@ class Plan:
         for tflops, best in ((budgets.large, self.best), (budgets.middle, middle), (budgets.small, small)):
             for family, size in best.items():
                 jobs += [self.job(FAMILIES[family](size), tflops, seed) for seed in range(1, budgets.seeds)]
+        jobs += [self.job(FAMILIES[family](size), budgets.middle, 0, 0.5) for family, size in middle.items()]
         self.perform(jobs)
 
     def _sizes(self, tried: dict[str, str], tflops: float) -> dict[str, str]:

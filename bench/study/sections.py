@@ -70,6 +70,10 @@ def families(results: Results) -> str:
     for theirs in COMPARED:
         last = {ours: found[-1] for (ours, other), found in leads.items() if other == theirs}
         sentences.append(versus(f"{theirs} at {budgets[-1]:g} TFLOP", last))
+    smallest = [family for family, curve in curves.items() if curve[-1][2].size == "A"]
+    if smallest:
+        which = f"of {', '.join(smallest)} the smallest size is the best"
+        sentences.append(f"At {budgets[-1]:g} TFLOP, {which}: a smaller one may be better still.")
     for other in TOKENS:
         for paid, counted in ((False, "without the patcher"), (True, "with the patcher counted")):
             sentences += savings(results, BLT, other, paid, counted)
@@ -135,7 +139,7 @@ def inference(results: Results, tokens: str) -> str:
 
 
 def rates(results: Results) -> str:
-    """The learning rates that were tried."""
+    """The learning rates that were tried with the smallest budget, and half the chosen ones with a larger budget."""
     tried: dict[str, dict[float, float]] = {}
     for run in results.runs:
         if run.tflops == results.budgets[0] and run.seed == 0 and run.model == f"{run.family} B":
@@ -150,7 +154,20 @@ def rates(results: Results) -> str:
         rows.append(
             [family, *(f"**{c}**" if r == results.rates[family] else c for r, c in zip(columns, cells, strict=True))]
         )
-    return table(["bits per byte at a learning rate", *(f"{rate:g}" for rate in columns)], rows)
+    of_rates = table(["bits per byte at a learning rate", *(f"{rate:g}" for rate in columns)], rows)
+    return "\n\n".join([of_rates, *half_rates(results)])
+
+
+def half_rates(results: Results) -> list[str]:
+    """Return a sentence on half the chosen learning rates with a larger budget than that which chose them."""
+    leads, tflops = {}, 0.0
+    halves = [run for run in results.runs if run.learning_rate == results.rates[run.family] / 2]
+    for run in halves:
+        for chosen in results.group(run.model, run.tflops) if run.tflops > results.budgets[0] else ():
+            if chosen.seed == run.seed:
+                error, tflops = results.deviations[run.tflops], run.tflops
+                leads[run.model] = Estimate(chosen.bits, error) - Estimate(run.bits, error)
+    return [f"Half the rate. {versus(f'the chosen rate at {tflops:g} TFLOP', leads)}"] if leads else []
 
 
 def patches(results: Results) -> str:

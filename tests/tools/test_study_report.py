@@ -136,7 +136,20 @@ def test_overview(results: Results) -> None:
 
 
 def test_rates(results: Results) -> None:
-    assert "| MegaByte | **2.496** | 3.396 |" in sections.rates(results)
+    text = sections.rates(results)
+    assert "| MegaByte | **2.496** | 3.396 |" in text
+    sentence = text.splitlines()[-1]
+    assert sentence.startswith(
+        "Half the rate. Compared with the chosen rate at 4 TFLOP, in bits per byte. Ahead: bytes B +0.050 ±"
+    )
+    assert "tokens 4k B +0.000 ± 0.006" in sentence
+
+
+def test_the_smallest_size(results: Results) -> None:
+    assert "the smallest size" not in sections.families(results)
+    smaller = [replace(run, model="bytes A", size="A") if run.model == "bytes B" else run for run in results.runs]
+    text = sections.families(Results([run for run in smaller if run.family == "bytes"]))
+    assert "At 16 TFLOP, of bytes the smallest size is the best: a smaller one may be better still." in text
 
 
 def test_patches(results: Results) -> None:
