@@ -21,7 +21,7 @@ def claims(results: Results) -> str:
         return ""
     base, *_, longest = (model.name for model in longer_patches())
     scratch, begun = sections.begun_models(results)
-    asked = {kind: results.shares_right(kind, results.names(kind)) for kind in ("task", "misspelling")}
+    misspellings = results.shares_right("misspelling", results.names("misspelling"))
     found = {
         "BLT matches a model over tokens at equal training FLOPs": of_families(results, BLT, tokens),
         "BLT by entropy is better than BLT by spaces": of_families(results, BLT, "BLT-Space"),
@@ -29,8 +29,8 @@ def claims(results: Results) -> str:
         "Longer patches pay for a wider global transformer": of_models(results, longest, base),
         "BLT spends less at inference for the same bits": sections.inference(results, tokens),
         "Noise costs BLT less": of_values(sections.noise_leads(results), tokens, "in noised over clean bits"),
-        "BLT is better at questions about characters": of_values(asked["task"], tokens, "in right answers"),
-        "BLT tells words from misspellings": of_values(asked["misspelling"], tokens, "in right choices"),
+        "BLT is better at questions about characters": of_answers(results, tokens),
+        "BLT tells words from misspellings": of_values(misspellings, tokens, "in right choices"),
         "BLT is better where a language has little text": sections.language_trend(results, tokens),
         "BLT learns faster as the layers of a model over tokens": of_models(results, begun[0], scratch)
         if begun
@@ -61,6 +61,13 @@ def of_models(results: Results, ours: str, theirs: str) -> str:
 def of_values(values: Mapping[str, Estimate], theirs: str, what: str) -> str:
     """Return a sentence on values of BLT-Entropy and another family."""
     return verdict(BLT, theirs, values[BLT] - values[theirs], "%", what) if {BLT, theirs} <= values.keys() else ""
+
+
+def of_answers(results: Results, theirs: str) -> str:
+    """Return a sentence on the right answers of BLT-Entropy and another family, and on guesses."""
+    above = sections.above_chance(results)
+    guesses = above and not any(lead.is_clear and lead.value > 0 for lead in above.values())
+    return of_values(above, theirs, "in right answers") + (" No model is clearly above chance." if guesses else "")
 
 
 PARTS: dict[str, Callable[[Results], str]] = {

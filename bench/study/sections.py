@@ -245,8 +245,7 @@ def tasks(results: Results) -> str:
         right = {name: results.shares_right("task", [name]) for name in names}
         right["mean"] = results.shares_right("task", names)
         chance["mean"] = statistics.fmean(chance.values())
-        above = {family: share - Estimate(chance["mean"], 0.0) for family, share in right["mean"].items()}
-        sentences.append(versus("chance", above, "%", "right answers, the mean over tasks"))
+        sentences.append(versus("chance", above_chance(results), "%", "right answers, the mean over tasks"))
         sentences += against_tokens(right["mean"], "right answers, the mean over tasks")
         rows = [[family, *(shown(right[n].get(family), "%") for n in right)] for family in right["mean"]]
         rows.append(["chance", *(f"{100 * chance[n]:.0f}%" for n in right)])
@@ -258,6 +257,13 @@ def tasks(results: Results) -> str:
         rows = [[family, *(shown(right[n].get(family), "%") for n in right)] for family in right["mean"]]
         tables.append(table(["words told from their misspellings", *right], rows))
     return page(sentences, *tables)
+
+
+def above_chance(results: Results) -> dict[str, Estimate]:
+    """Return by family the share of right answers less that of guesses, the mean over tasks."""
+    names = results.names("task")
+    chance = Estimate(statistics.fmean(CHANCE[name] for name in names), 0.0) if names else ZERO
+    return {family: share - chance for family, share in results.shares_right("task", names).items()}
 
 
 def against_tokens(values: dict[str, Estimate], what: str) -> list[str]:

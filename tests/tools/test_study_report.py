@@ -42,6 +42,10 @@ def test_claims(results: Results) -> None:
         in lines["MegaByte is better than a transformer over bytes"]
     )
     assert "4k by 8.7 ± 0.0% in noised over clean bits." in lines["Noise costs BLT less"]
+    assert lines["BLT is better at questions about characters"] == (
+        "No clear difference between BLT-Entropy and tokens 4k: 0.0 ± 2.1% in right answers."
+        " No model is clearly above chance."
+    )
     assert "4k by 15.0 ± 1.1% in right choices." in lines["BLT tells words from misspellings"]
     assert "At 4 TFLOP: BLT-Entropy 128 from tokens is ahead of BLT-Entropy 128 by 0.030" in "".join(lines.values())
     # The tokens with the fewest bits are those that BLT is compared with.
