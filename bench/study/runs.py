@@ -353,6 +353,6 @@ def progress() -> Iterator[Watch]:
             if part == 1.0 and text.startswith("held out") and name not in told:
                 told.add(name)
                 if not shown.is_terminal:
-                    shown.print(f"{name}: {text}", highlight=False)
+                    shown.print(f"{name}: {text}", highlight=False, soft_wrap=True)
 
         yield watch
