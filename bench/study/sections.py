@@ -11,7 +11,7 @@ import statistics
 
 from study.families import FAMILIES, longer_patches, variants
 from study.results import CLEAN, Results
-from study.statistics import Estimate, log_ratio_at_equal_bits, saved, share_of_lead, slope_of
+from study.statistics import CLEAR, Estimate, log_ratio_at_equal_bits, saved, share_of_lead, slope_of
 from study.tasks import CHOICES, EDITS, TASKS
 from study.wording import magnitude, marked, page, shown, table, trend, verdict, versus
 
@@ -351,7 +351,7 @@ def ablations(results: Results) -> str:
         versus(theirs, {ours: results.lead(ours, theirs, tflops) for ours in names})
         for theirs, names in compared.items()
     ]
-    sentences.append(lost_without_tables(results))
+    sentences.append(made_by_tables(results))
     rows = []
     for name, value in bits.items():
         run = results.group(name, tflops)[0]
@@ -362,7 +362,7 @@ def ablations(results: Results) -> str:
     return page(sentences, table([*head, "bits per byte", f"lead over {base}"], rows))
 
 
-def lost_without_tables(results: Results) -> str:
+def made_by_tables(results: Results) -> str:
     """Return a sentence on the part of BLT-Entropy's lead over bytes that its tables make, none if it has no lead."""
     base, bits, tflops = ablation_bits(results)
     plain, without = base.replace(BLT, "bytes"), f"{base}, without tables"
@@ -370,7 +370,8 @@ def lost_without_tables(results: Results) -> str:
     if without not in bits or whole is None or not whole.is_clear:
         return ""
     share = share_of_lead(bits[plain], bits[without], bits[base])
-    return f"Without its tables, {base} loses {shown(share, '%')} of its lead over {plain}."
+    behind = f" Without them it is behind {plain}." if share.value - CLEAR * share.error > 1 else ""
+    return f"Tables make {shown(share, '%')} of the lead of {base} over {plain}.{behind}"
 
 
 def ablation_bits(results: Results) -> tuple[str, dict[str, Estimate], float]:
