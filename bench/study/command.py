@@ -1,7 +1,8 @@
 """``python bench/study`` trains and measures the models of the study, and writes what came out.
 
-The long study is meant for 3 hours of two cores, and ``--short`` for 20 minutes. Either may be killed at any moment:
-the same command goes on where it was. ``python bench/study long`` is figure (g): `study.long_context`.
+The long study takes about two and a half hours of two cores, and ``--short`` is meant for 20 minutes. Either may be
+killed at any moment: the same command goes on where it was. ``python bench/study long`` is figure (g):
+`study.long_context`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MEASURED, MEASURED_BYTES = 0.5, 8000  # this share of the held-out text of a gro
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python bench/study", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--short", action="store_true", help="a fifth of the budgets, and two seeds")
+    parser.add_argument("--short", action="store_true", help="an eighth of the budgets, and two seeds")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all budgets")
     parser.add_argument("--seeds", type=int, help="runs of a model, 3 or with --short 2 if not given")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts of the study")

@@ -44,7 +44,7 @@ class Budgets:
         return Budgets(small, middle, large, patcher, seeds)
 
 
-SHORT = Budgets().scaled(0.2, 2)
+SHORT = Budgets().scaled(1 / 8, 2)
 
 
 class Plan:
