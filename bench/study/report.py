@@ -37,7 +37,8 @@ def claims(results: Results) -> str:
         else "",
         "BLT is better with tables of n-grams": sections.made_by_tables(results),
     }
-    return table(["claim", "here"], [[claim, said] for claim, said in found.items() if said], texts=2)
+    said = table(["claim", "here"], [[claim, said] for claim, said in found.items() if said], texts=2)
+    return "\n\n".join([said, *sections.better_with_half(results)])
 
 
 def best_tokens(results: Results) -> str | None:

@@ -70,6 +70,7 @@ def families(results: Results) -> str:
     for theirs in COMPARED:
         last = {ours: found[-1] for (ours, other), found in leads.items() if other == theirs}
         sentences.append(versus(f"{theirs} at {budgets[-1]:g} TFLOP", last))
+    sentences += better_with_half(results)
     smallest = [family for family, curve in curves.items() if curve[-1][2].size == "A"]
     if smallest:
         which = f"of {', '.join(smallest)} the smallest size is the best"
@@ -155,11 +156,24 @@ def rates(results: Results) -> str:
             [family, *(f"**{c}**" if r == results.rates[family] else c for r, c in zip(columns, cells, strict=True))]
         )
     of_rates = table(["bits per byte at a learning rate", *(f"{rate:g}" for rate in columns)], rows)
-    return "\n\n".join([of_rates, *half_rates(results)])
+    tflops, leads = half_rates(results)
+    found = versus(f"the chosen rate at {tflops:g} TFLOP", leads)
+    return "\n\n".join([of_rates, f"Half the rate. {found}"] if leads else [of_rates])
 
 
-def half_rates(results: Results) -> list[str]:
-    """Return a sentence on half the chosen learning rates with a larger budget than that which chose them."""
+def better_with_half(results: Results) -> list[str]:
+    """Return a sentence for each model that is clearly better with half its learning rate."""
+    tflops, leads = half_rates(results)
+    return [
+        f"With half its learning rate, {model} has {shown(lead)} bits per byte less at {tflops:g} TFLOP:"
+        " all other results of its family are at that disadvantage."
+        for model, lead in leads.items()
+        if lead.is_clear and lead.value > 0
+    ]
+
+
+def half_rates(results: Results) -> tuple[float, dict[str, Estimate]]:
+    """Return the budget with which half the learning rate was tried, and its leads over the chosen rate by model."""
     leads, tflops = {}, 0.0
     halves = [run for run in results.runs if run.learning_rate == results.rates[run.family] / 2]
     for run in halves:
@@ -167,7 +181,7 @@ def half_rates(results: Results) -> list[str]:
             if chosen.seed == run.seed:
                 error, tflops = results.deviations[run.tflops], run.tflops
                 leads[run.model] = Estimate(chosen.bits, error) - Estimate(run.bits, error)
-    return [f"Half the rate. {versus(f'the chosen rate at {tflops:g} TFLOP', leads)}"] if leads else []
+    return tflops, leads
 
 
 def patches(results: Results) -> str:
