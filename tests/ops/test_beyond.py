@@ -245,7 +245,10 @@ def test_patches_do_not_depend_on_ids_beyond(name: str, ops: str) -> None:
     tokens, rows = documents()
     short, long = (model.patch(x, rows, max_patches=80) for x in (tokens, with_tail(tokens)))
     if isinstance(short, tuple):
-        assert_equal(long[0], torch.cat([short[0], short[0].new_zeros(TAIL)]))
+        entropies = torch.cat([short[0], short[0].new_zeros(TAIL)])
+        # A row of torch's products may depend on the number of rows in its last bit, which ours do not.
+        precision = 0.0 if ops == "fused" else 1e-12
+        torch.testing.assert_close(long[0], entropies, rtol=precision, atol=precision)
         short, long = short[1], long[1]
     nothing = torch.full((TAIL,), -1, dtype=torch.int32)
     for field in dataclasses.fields(PatchLayout):
