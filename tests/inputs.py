@@ -408,14 +408,16 @@ def check_large_scores(
         out = eager_attention(*leaves, offsets, window, scale)
         results.append((out.detach(), *torch.autograd.grad(out, leaves, tensors[3].to(cast))))
     _, k, v, grad = (x.double() for x in tensors)
-    half, factor = width // 2, width**-0.5 if scale is None else abs(scale)
-    cancels = factor * k[..., :half].abs().max() * grad.abs().sum(-1).max() * v.abs().max()
+    half, scaling = width // 2, width**-0.5 if scale is None else abs(scale)
+    cancels = scaling * k[..., :half].abs().max() * grad.abs().sum(-1).max() * v.abs().max()
     for document, (begin, end) in enumerate(itertools.pairwise(offsets)):
         for name, *triple in zip(("out", "grad_q", "grad_k", "grad_v"), *results, strict=True):
             ours, eager, truth = (x[begin:end] for x in triple)
             if name == "grad_q" and document != 1:
                 assert (ours[..., :half].double() - truth[..., :half]).abs().max() <= torch.finfo(dtype).eps * cancels
                 ours, eager, truth = (x[..., half:] for x in (ours, eager, truth))
-            # How much eager attention errs depends on the order in which torch adds on a machine: on one of AMD, our
-            # grad_k in fp32 errs by 2.7 times as much.
-            assert_close(ours, eager, truth, factor=3.0, name=f"{name} of document {document}")
+            # Flash attention computes delta from grad and out. Its rounding does not cancel that of grad times v, as it
+            # does in the softmax of eager attention. With a few keys that shows in the gradients of q and k.
+            few_keys = window is not None and window <= 3
+            factor = 3.0 if few_keys and name in ("grad_q", "grad_k") else 2.0
+            assert_close(ours, eager, truth, factor=factor, name=f"{name} of document {document}")
