@@ -1,6 +1,6 @@
 """``python bench/study`` trains and measures the models of the study, and writes what came out.
 
-The long study takes about two and a half hours of two cores, and ``--short`` is meant for 20 minutes. Either may be
+The long study takes 2 hours and 45 minutes of two cores, and ``--short`` is meant for 20 minutes. Either may be
 killed at any moment: the same command goes on where it was. ``python bench/study long`` is figure (g):
 `study.long_context`.
 """
