@@ -208,7 +208,8 @@ def flash_gradients(
 ) -> tuple[Tensor, ...]:
     """Return gradients with weights exp(s - lse) and sum(g * out), from rounded `lse` and `out`, as in the kernels.
 
-    The reference makes both anew from the scores, so its errors are smaller where gradients cancel.
+    The reference makes both anew from the scores, so its errors are smaller where gradients cancel. The scores are
+    summed in another order than those of `lse`, as the interpreter's products may be: that depends on the machine.
     """
     accumulator, factor = lse.dtype, q.shape[-1] ** -0.5 if rest[4] is None else rest[4]
     first, last, attended = intervals(q, k, *rest[:4], rest[5])
@@ -218,7 +219,8 @@ def flash_gradients(
     keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
     key = torch.arange(k.shape[0])
     unmasked = (first[:, None] <= key) & (key < last[:, None])
-    p = (torch.einsum("qhe,khe->hqk", q * factor, keys) - lse.T[..., None]).exp().where(unmasked, 0)
+    scores = torch.einsum("qhe,khe->hqk", (q * factor).flip(-1), keys.flip(-1))
+    p = (scores - lse.T[..., None]).exp().where(unmasked, 0)
     ds = p * (torch.einsum("qhe,khe->hqk", grad, values) - (grad * out).sum(-1).T[..., None])
     grads = (torch.einsum("hqk,khe->qhe", ds, keys) * factor,)
     grads += tuple(torch.einsum("hqk,qhe->khe", w, x) for w, x in ((ds, q * factor), (p, grad)))
