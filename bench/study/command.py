@@ -24,7 +24,7 @@ from timing import RESULTS, csv_path
 from blt_kernels._files import whole_file, write_text
 from study import report
 from study.corpus import Corpus, prepare
-from study.families import FAMILIES, longer_patches, over_layers_of_tokens, variants
+from study.families import FAMILIES, SIZES, longer_patches, over_layers_of_tokens, variants
 from study.plan import PARTS, SHORT, Budgets, Plan
 from study.results import Score
 from study.runs import BATCH, CONTEXT, Lab, Outcome
@@ -78,7 +78,7 @@ def study(corpus: Corpus, work: Path, budgets: Budgets, parts: Sequence[str], pr
 def settings(plan: Plan) -> dict[str, Any]:
     """Return all that the results depend on."""
     corpus = plan.lab.corpus
-    models = [make(size) for make in FAMILIES.values() for size in "ABC"]
+    models = [make(size) for make in FAMILIES.values() for size in SIZES]
     models += [*longer_patches(), *over_layers_of_tokens(), *variants()]
     return {
         "budgets": asdict(plan.budgets),

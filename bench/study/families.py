@@ -1,10 +1,9 @@
-"""The models of the study. Every family has three sizes, A, B and C, of about 0.4, 0.8 and 1.5 MFLOP a
-byte forward, and twice that for the larger vocabulary.
+"""The models of the study. Every family has four sizes, S, A, B and C, of about 0.3, 0.5, 0.8 and 1.5 MFLOP a byte
+forward. Transformers over bytes have less, those over 32k tokens twice as much.
 
 The families are transformers over bytes and over BPE tokens, MegaByte with patches of 8 bytes, and BLT with patches at
 spaces and by entropies. All have Llama's blocks, with feed-forwards of 8/3 the width. The models over tokens are
-`ByteLM` with a larger alphabet. `variants` are BLT with one part changed, and transformers over bytes that have a part
-of BLT.
+`ByteLM` with a larger alphabet. `variants` are BLT and a transformer over bytes with one part changed.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from blt_kernels.models.base import ByteModel
 from blt_kernels.nn import TransformerConfig, embedding, init_normal, load_ops
 
 NGRAM_VOCAB = 4096  # rows of one hash table
-WINDOW = 512  # of layers over bytes in a model that has no patches
-LOCAL_WINDOW = 128  # of BLT's layers over bytes
+WINDOW, WIDE_WINDOW = 128, 512  # of attention over bytes; models over tokens and MegaByte have none
 GLOBAL_THETA = 500000.0
+SIZES = "SABC"  # the smallest first
 
 
 @dataclass(frozen=True)
@@ -64,21 +63,27 @@ def byte_lm(dim: int, count: int, window: int | None, **fields: Any) -> ByteLMCo
 
 
 def blt(patching: str, local: int, decoder_layers: int, wide: TransformerConfig, **fields: Any) -> BLTConfig:
-    encoder = layers(local, 1, LOCAL_WINDOW)
+    encoder = layers(local, 1, WINDOW)
     decoder = replace(encoder, num_layers=decoder_layers)
     values = {"patcher": None, "patching": patching, "ngram_vocab": NGRAM_VOCAB, **fields}
     return BLTConfig(encoder=encoder, global_transformer=wide, decoder=decoder, **values)
 
 
-PATCHER = Model("patcher", "patcher", "", byte_lm(96, 2, LOCAL_WINDOW))
+PATCHER = Model("patcher", "patcher", "", byte_lm(96, 2, WINDOW))
 
-_BLT_SIZES = {"A": (64, 1, layers(128, 2)), "B": (64, 1, layers(160, 3)), "C": (96, 1, layers(192, 4))}
-_BYTES = {"A": (64, 2), "B": (96, 2), "C": (128, 2)}
+_BLT_SIZES = {
+    "S": (48, 1, layers(96, 2)),
+    "A": (64, 1, layers(128, 2)),
+    "B": (64, 1, layers(160, 3)),
+    "C": (96, 1, layers(192, 4)),
+}
+_BYTES = {"S": (48, 2), "A": (64, 2), "B": (96, 2), "C": (128, 2)}
 _TOKENS = {  # by vocabulary: of the larger one, most FLOPs are those of the output matrix
-    4096: {"A": (96, 2), "B": (128, 3), "C": (192, 4)},
-    32768: {"A": (64, 2), "B": (96, 2), "C": (128, 3)},
+    4096: {"S": (64, 2), "A": (96, 2), "B": (128, 3), "C": (192, 4)},
+    32768: {"S": (32, 2), "A": (64, 2), "B": (96, 2), "C": (128, 3)},
 }
 _MEGABYTE = {
+    "S": (layers(96, 3), layers(48, 2)),
     "A": (layers(128, 3), layers(64, 2)),
     "B": (layers(192, 4), layers(96, 2)),
     "C": (layers(256, 4), layers(96, 3)),
@@ -140,9 +145,9 @@ def over_layers_of_tokens() -> tuple[Model, Model]:
 
 
 def variants(size: str = "B") -> list[Model]:
-    """Return BLT-Entropy with one part changed, and a transformer over bytes with the hash tables or window of BLT."""
+    """Return BLT-Entropy with one part changed, and a transformer over bytes with tables or with a wider window."""
     base, transformer = entropy_of(size), bytes_of(size)
-    narrow = byte_lm(*_BYTES[size], LOCAL_WINDOW)
+    wide = byte_lm(*_BYTES[size], WIDE_WINDOW)
     few, many = (blt("entropy", *_BLT_SIZES[size], ngram_vocab=rows) for rows in (NGRAM_VOCAB // 4, NGRAM_VOCAB * 4))
     static = blt("static", *_BLT_SIZES[size], patch_size=5)
 
@@ -154,7 +159,7 @@ def variants(size: str = "B") -> list[Model]:
         changed("a quarter of the table rows", config=few),
         changed("4 times the table rows", config=many),
         replace(transformer, name=f"{transformer.name} with tables", change="tables"),
-        replace(transformer, name=f"{transformer.name} with a window of {LOCAL_WINDOW}", config=narrow),
+        replace(transformer, name=f"{transformer.name} with a window of {WIDE_WINDOW}", config=wide),
         changed("no cross attention in the encoder", change="no encoder cross attention"),
         changed("patches where the entropy rises", rule={"monotonic": True}),
         changed("patches of at most 12", rule={"max_patch_length": 12}),

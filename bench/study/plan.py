@@ -1,9 +1,9 @@
 """The parts of the study, and the runs of each. Later parts build on what earlier ones found.
 
-(rates) Every family of a small budget tries learning rates; the best is used everywhere.
-(a) Sizes at three budgets. At each, the best size of a family by seed 0 gets the other seeds, and so does the next
-    larger one at the largest budget. The best of the middle budget are trained with half their learning rate too. (d)
-    is measured on all of these.
+(rates) Every family tries learning rates with the smallest budget, then lower ones with the middle budget. The best is
+    used everywhere.
+(a) Sizes at three budgets. At each, the best size of a family by seed 0 gets the other seeds. The largest budget tries
+    the best size of the middle budget and the next larger one. (d) is measured on all of these.
 (c) Noise and spelling, measured with the best models of the largest budget.
 (b) BLT-Entropy of one inference budget with patches of 4.5, 6 and 8 bytes.
 (e) BLT-Entropy that begins as a trained transformer over tokens, against one from scratch.
@@ -17,16 +17,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from study.families import FAMILIES, PATCHER, Model, entropy_of, longer_patches, over_layers_of_tokens, variants
+from study.families import (
+    FAMILIES,
+    PATCHER,
+    SIZES,
+    Model,
+    entropy_of,
+    longer_patches,
+    over_layers_of_tokens,
+    variants,
+)
 from study.measuring import make_suite, measure
 from study.results import Score
 from study.runs import EXCERPTS, Job, Lab, Outcome, for_all, perform, score_excerpts
 
 PARTS = ("rates", "a", "c", "f", "b", "e")
 RATES = (2e-3, 4e-3, 8e-3)  # more are tried where the best is the first or the last
-RATE_OF = {"tokens 32k": "tokens 4k"}  # families that take the learning rate of another
+RATE_OF = {"tokens 32k": "tokens 4k"}  # families that begin with the learning rate of another
 PATCHER_RATE = 4e-3
-SIZES = "ABC"
+MARGIN = 0.02  # a lower learning rate has to be better by so many bits per byte, which is what seeds differ by
 
 
 @dataclass(frozen=True)
@@ -102,15 +111,15 @@ class Plan:
             self.outcomes[outcome.run], self.jobs[outcome.run] = outcome, job
         return outcomes
 
-    def job(self, model: Model, tflops: float, seed: int, factor: float = 1.0) -> Job:
-        """Return the job of a model with `factor` times the learning rate of its family."""
-        return Job(model, tflops, seed, factor * self.rates[RATE_OF.get(model.family, model.family)])
+    def job(self, model: Model, tflops: float, seed: int) -> Job:
+        """Return the job of a model with the learning rate of its family."""
+        return Job(model, tflops, seed, self.rates[model.family])
 
     def bits(self, outcome: Outcome) -> float:
         return outcome.bits_per_byte(self.lab.corpus)
 
     def find_rates(self) -> None:
-        """Choose the learning rate of every family by runs of size B with the small budget."""
+        """Choose learning rates by runs of size B with the small budget, then lower them with the middle budget."""
         families = [family for family in FAMILIES if family not in RATE_OF]
         tried: dict[str, dict[float, float]] = {family: {} for family in families}
         wanted = [(family, rate) for family in families for rate in RATES]
@@ -121,11 +130,25 @@ class Plan:
             further = [(family, next_rate(tried[family])) for family in families]
             wanted = [(family, rate) for family, rate in further if rate is not None]
         self.rates = {family: min(bits, key=bits.__getitem__) for family, bits in tried.items()}
+        self.rates |= {family: self.rates[other] for family, other in RATE_OF.items() if family in FAMILIES}
+        self.lower_rates()
+
+    def lower_rates(self) -> None:
+        """Halve the learning rate of a family while that is better for its best size of the middle budget."""
+        best = self._sizes(dict.fromkeys(FAMILIES, SIZES), self.budgets.middle)
+        jobs = {family: self.job(FAMILIES[family](size), self.budgets.middle, 0) for family, size in best.items()}
+        bits = dict(zip(jobs, map(self.bits, self.perform([*jobs.values()])), strict=True))
+        while jobs:
+            jobs = {family: replace(job, learning_rate=job.learning_rate / 2) for family, job in jobs.items()}
+            found = dict(zip(jobs, map(self.bits, self.perform([*jobs.values()])), strict=True))
+            jobs = {family: job for family, job in jobs.items() if found[family] < bits[family] - MARGIN}
+            bits |= {family: found[family] for family in jobs}
+            self.rates |= {family: job.learning_rate for family, job in jobs.items()}
 
     def compare_families(self) -> None:
-        """Find the best size of every family at each budget, and run it with all seeds; one with half the rate too."""
+        """Find the best size of every family at each budget, and run it with all seeds."""
         budgets = self.budgets
-        small = self._sizes(dict.fromkeys(FAMILIES, "AB"), budgets.small)
+        small = self._sizes(dict.fromkeys(FAMILIES, SIZES[:3]), budgets.small)
         middle = self._sizes(dict.fromkeys(FAMILIES, SIZES), budgets.middle)
         larger = {f: SIZES[SIZES.index(size) : SIZES.index(size) + 2] for f, size in middle.items()}
         self.best = self._sizes(larger, budgets.large)
@@ -133,7 +156,6 @@ class Plan:
         for tflops, best in ((budgets.large, self.best), (budgets.middle, middle), (budgets.small, small)):
             for family, size in best.items():
                 jobs += [self.job(FAMILIES[family](size), tflops, seed) for seed in range(1, budgets.seeds)]
-        jobs += [self.job(FAMILIES[family](size), budgets.middle, 0, 0.5) for family, size in middle.items()]
         self.perform(jobs)
 
     def _sizes(self, tried: dict[str, str], tflops: float) -> dict[str, str]:

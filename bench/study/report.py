@@ -37,8 +37,7 @@ def claims(results: Results) -> str:
         else "",
         "BLT is better with tables of n-grams": sections.made_by_tables(results),
     }
-    said = table(["claim", "here"], [[claim, said] for claim, said in found.items() if said], texts=2)
-    return "\n\n".join([said, *sections.better_with_half(results)])
+    return table(["claim", "here"], [[claim, said] for claim, said in found.items() if said], texts=2)
 
 
 def best_tokens(results: Results) -> str | None:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from study.families import FAMILIES
+from study.families import FAMILIES, SIZES
 from study.statistics import Estimate, log_ratio_error, mean_of, pooled_deviation, share_of, text_error
 
 ALL = "all"  # all groups
@@ -189,7 +189,7 @@ class Results:
 
         Where there are runs in `among`, only the sizes of these count.
         """
-        groups = {name: group for size in "ABC" if (group := self.group(name := f"{family} {size}", tflops))}
+        groups = {name: group for size in SIZES if (group := self.group(name := f"{family} {size}", tflops))}
         if any(run.run in among for group in groups.values() for run in group):
             groups = {name: group for name, group in groups.items() if group[0].run in among}
         most = max(map(len, groups.values()), default=0)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import statistics
 
-from study.families import FAMILIES, longer_patches, variants
-from study.results import CLEAN, Results
+from study.families import FAMILIES, SIZES, longer_patches, variants
+from study.results import CLEAN, Results, Run
 from study.statistics import CLEAR, Estimate, log_ratio_at_equal_bits, saved, share_of_lead, slope_of
 from study.tasks import CHOICES, EDITS, TASKS
 from study.wording import magnitude, marked, page, shown, table, trend, verdict, versus
@@ -44,7 +44,7 @@ def overview(results: Results) -> str:
             f" {p.parameters / 1e6:.2f} M parameters and {p.bits:.3f} bits per byte."
         )
     rows = []
-    for model in dict.fromkeys(f"{family} {size}" for family in FAMILIES for size in "ABC"):
+    for model in dict.fromkeys(f"{family} {size}" for family in FAMILIES for size in SIZES):
         run = next((run for run in results.runs if run.model == model), None)
         if run is not None:
             sizes = [f"{run.parameters / 1e6:.2f}", f"{run.embedding_parameters / 1e6:.2f}", f"{run.patch_size:.2f}"]
@@ -70,8 +70,7 @@ def families(results: Results) -> str:
     for theirs in COMPARED:
         last = {ours: found[-1] for (ours, other), found in leads.items() if other == theirs}
         sentences.append(versus(f"{theirs} at {budgets[-1]:g} TFLOP", last))
-    sentences += better_with_half(results)
-    smallest = [family for family, curve in curves.items() if curve[-1][2].size == "A"]
+    smallest = [family for family, curve in curves.items() if curve[-1][2].size == SIZES[0]]
     if smallest:
         which = f"of {', '.join(smallest)} the smallest size is the best"
         sentences.append(f"At {budgets[-1]:g} TFLOP, {which}: a smaller one may be better still.")
@@ -140,48 +139,26 @@ def inference(results: Results, tokens: str) -> str:
 
 
 def rates(results: Results) -> str:
-    """The learning rates that were tried with the smallest budget, and half the chosen ones with a larger budget."""
-    tried: dict[str, dict[float, float]] = {}
+    """The learning rates that were tried with seed 0; the chosen ones are bold."""
+    return page([], *filter(None, (table_of_rates(results, tflops) for tflops in results.budgets)))
+
+
+def table_of_rates(results: Results, tflops: float) -> str:
+    """Return the bits per byte of the models that tried several learning rates with a budget; empty without any."""
+    tried: dict[str, dict[float, Run]] = {}
     for run in results.runs:
-        if run.tflops == results.budgets[0] and run.seed == 0 and run.model == f"{run.family} B":
-            tried.setdefault(run.family, {})[run.learning_rate] = run.bits
-    tried = {family: values for family, values in tried.items() if len(values) > 1}
+        if run.tflops == tflops and run.seed == 0:
+            tried.setdefault(run.model, {})[run.learning_rate] = run
+    tried = {model: runs for model, runs in tried.items() if len(runs) > 1}
     if not tried:
         return ""
-    columns = sorted({rate for values in tried.values() for rate in values})
+    columns = sorted({rate for runs in tried.values() for rate in runs})
     rows = []
-    for family, values in tried.items():
-        cells = [f"{values[rate]:.3f}" if rate in values else "" for rate in columns]
-        rows.append(
-            [family, *(f"**{c}**" if r == results.rates[family] else c for r, c in zip(columns, cells, strict=True))]
-        )
-    of_rates = table(["bits per byte at a learning rate", *(f"{rate:g}" for rate in columns)], rows)
-    tflops, leads = half_rates(results)
-    found = versus(f"the chosen rate at {tflops:g} TFLOP", leads)
-    return "\n\n".join([of_rates, f"Half the rate. {found}"] if leads else [of_rates])
-
-
-def better_with_half(results: Results) -> list[str]:
-    """Return a sentence for each model that is clearly better with half its learning rate."""
-    tflops, leads = half_rates(results)
-    return [
-        f"With half its learning rate, {model} has {shown(lead)} bits per byte less at {tflops:g} TFLOP:"
-        " all other results of its family are at that disadvantage."
-        for model, lead in leads.items()
-        if lead.is_clear and lead.value > 0
-    ]
-
-
-def half_rates(results: Results) -> tuple[float, dict[str, Estimate]]:
-    """Return the budget with which half the learning rate was tried, and its leads over the chosen rate by model."""
-    leads, tflops = {}, 0.0
-    halves = [run for run in results.runs if run.learning_rate == results.rates[run.family] / 2]
-    for run in halves:
-        for chosen in results.group(run.model, run.tflops) if run.tflops > results.budgets[0] else ():
-            if chosen.seed == run.seed:
-                error, tflops = results.deviations[run.tflops], run.tflops
-                leads[run.model] = Estimate(chosen.bits, error) - Estimate(run.bits, error)
-    return tflops, leads
+    for model, runs in tried.items():
+        cells = {rate: f"{run.bits:.3f}" for rate, run in runs.items()}
+        cells = {rate: f"**{c}**" if rate == results.rates[runs[rate].family] else c for rate, c in cells.items()}
+        rows.append([model, *(cells.get(rate, "") for rate in columns)])
+    return table([f"{tflops:g} TFLOP, bits per byte at a learning rate of", *(f"{x:g}" for x in columns)], rows)
 
 
 def patches(results: Results) -> str:

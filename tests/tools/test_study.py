@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 from study import command, families, measuring, plan, runs, training
 from study.corpus import Corpus
 from study.families import FAMILIES, PATCHER, Model
-from study.plan import Budgets, next_rate
+from study.plan import Budgets, Plan, next_rate
 from study.readers import ByteReader
 from study.runs import Job, Lab
 from study.scoring import Scorer
@@ -119,7 +120,7 @@ def test_patches_have_the_size_that_is_asked_for(lab: Lab, rule: dict) -> None:
 
 def test_sizes_of_a_family_cost_what_they_should(lab: Lab) -> None:
     for make in FAMILIES.values():
-        costs = [lab.cost(make(size)).mflops for size in "ABC"]
+        costs = [lab.cost(make(size)).mflops for size in families.SIZES]
         assert costs == sorted(costs)
     longer = [lab.cost(model) for model in families.longer_patches()]
     assert [round(cost.patch_size * 2) / 2 for cost in longer] == [4.5, 6, 8]
@@ -231,6 +232,22 @@ def test_the_next_learning_rate_is_beyond_the_best() -> None:
     assert next_rate({2.0: 1.0, 4.0: 2.0, 8.0: 2.5}) == 1.0
     assert next_rate({2.0: 3.0, 4.0: 2.0, 8.0: 1.5}) == 16.0
     assert next_rate({2.0: 5.0, 4.0: 4.0, 8.0: 3.0, 16.0: 2.0, 32.0: 1.0}) is None
+
+
+def test_learning_rates_are_halved_while_that_is_better(lab: Lab, monkeypatch) -> None:
+    best = {"bytes": 1e-3, "MegaByte": 8e-3, "tokens 4k": 2e-3, "BLT-Space": 1e-3}
+    monkeypatch.setattr(plan, "FAMILIES", {name: FAMILIES[name] for name in best})
+    made = Plan(lab, Budgets(), 1)
+
+    def bits(job: Job) -> float:  # which hardly differ for BLT-Space
+        by_rate = abs(math.log2(job.learning_rate / best[job.model.family]))
+        return by_rate * (0.9 if job.model.family == "BLT-Space" else 1.1) * plan.MARGIN
+
+    monkeypatch.setattr(made, "perform", lambda jobs: jobs)
+    monkeypatch.setattr(made, "bits", bits)
+    made.rates = dict.fromkeys(best, 4e-3)
+    made.lower_rates()
+    assert made.rates == {"bytes": 1e-3, "MegaByte": 4e-3, "tokens 4k": 2e-3, "BLT-Space": 4e-3}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
