@@ -189,9 +189,12 @@ class Plan:
         self.excerpts |= {path.name: json.loads((path / EXCERPTS).read_text()) for path in folders}
 
     def lengthen_patches(self) -> None:
+        """Train models with longer patches, and for comparison transformers over tokens with one seed."""
         budgets = (self.budgets.small, self.budgets.middle, self.budgets.large)
         models, seeds = longer_patches(), range(self.budgets.seeds)
-        self.perform([self.job(model, tflops, seed) for tflops in budgets for model in models for seed in seeds])
+        jobs = [self.job(model, tflops, seed) for tflops in budgets for model in models for seed in seeds]
+        tokens = [model for make in FAMILIES.values() if (model := make("B")).vocabulary is not None]
+        self.perform(jobs + [self.job(model, tflops, 0) for tflops in budgets for model in tokens])
 
     def begin_as_tokens(self) -> None:
         """Train BLT-Entropy from scratch, and from the layers of a transformer over tokens of the largest budget."""
