@@ -1,8 +1,8 @@
 """``python bench/study`` trains and measures the models of the study, and writes what came out.
 
 The long study takes somewhat more than 3 hours of two cores. ``--short`` should take about half an hour, which has
-not been measured. Either may be killed at any moment: the same command goes on where it was. ``python bench/study long``
-is figure (g): `study.long_context`.
+not been measured. Either may be killed at any moment: the same command goes on where it was.
+``python bench/study long`` is figure (g): `study.long_context`.
 """
 
 from __future__ import annotations
