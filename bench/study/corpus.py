@@ -20,6 +20,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,10 @@ class Corpus:
         Bytes of training text; 0 for languages that are only measured.
     record : dict
         The digest of all of it, and the versions of what it was made from.
+    measured : float
+        The share of the held-out text that `heldout` has.
+    heldout_digest : str
+        The digest of `heldout`.
     """
 
     train: list[data.Source]
@@ -93,6 +98,11 @@ class Corpus:
     heldout: dict[str, list[str]]
     shares: dict[str, int]
     record: dict[str, Any]
+    measured: float = 1.0
+
+    @cached_property
+    def heldout_digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.heldout).encode()).hexdigest()[:10]
 
 
 def prepare(

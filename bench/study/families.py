@@ -149,7 +149,7 @@ def variants(size: str = "B") -> list[Model]:
     base, transformer = entropy_of(size), bytes_of(size)
     wide = byte_lm(*_BYTES[size], WIDE_WINDOW)
     few, many = (blt("entropy", *_BLT_SIZES[size], ngram_vocab=rows) for rows in (NGRAM_VOCAB // 4, NGRAM_VOCAB * 4))
-    static = blt("static", *_BLT_SIZES[size], patch_size=5)
+    fixed = blt("static", *_BLT_SIZES[size], patch_size=5)
 
     def changed(what: str, **fields: Any) -> Model:
         return replace(base, name=f"{base.name}, {what}", **fields)
@@ -163,7 +163,7 @@ def variants(size: str = "B") -> list[Model]:
         changed("no cross attention in the encoder", change="no encoder cross attention"),
         changed("patches where the entropy rises", rule={"monotonic": True}),
         changed("patches of at most 12", rule={"max_patch_length": 12}),
-        changed("patches of 5", config=static, patch_size=None),
+        replace(base, name=f"BLT-Static {size}, patches of 5", config=fixed, patch_size=None),
         changed("tables that begin at random", change="random tables"),
     ]
 

@@ -1,9 +1,9 @@
 """The parts of the study, and the runs of each. Later parts build on what earlier ones found.
 
-(rates) Every family tries learning rates with the smallest budget, then lower ones with the middle budget. The best is
-    used everywhere.
+(rates) Every family tries learning rates with the smallest budget, then halves the best one with the middle budget
+    while that is better. What it ends with is used everywhere.
 (a) Sizes at three budgets. At each, the best size of a family by seed 0 gets the other seeds. The largest budget tries
-    the best size of the middle budget and the next larger one. (d) is measured on all of these.
+    the best size of the middle budget, and larger ones while they are better. (d) is measured on all of these.
 (c) Noise and spelling, measured with the best models of the largest budget.
 (b) BLT-Entropy of one inference budget with patches of 4.5, 6 and 8 bytes.
 (e) BLT-Entropy that begins as a trained transformer over tokens, against one from scratch.
@@ -12,10 +12,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 from study.families import (
     FAMILIES,
@@ -27,33 +26,55 @@ from study.families import (
     over_layers_of_tokens,
     variants,
 )
-from study.measuring import make_suite, measure
-from study.results import Score
-from study.runs import EXCERPTS, Job, Lab, Outcome, for_all, perform, score_excerpts
+from study.measuring import Answers, Suite, make_suite, measure
+from study.runs import Job, Lab, Outcome, for_all, perform
 
 PARTS = ("rates", "a", "c", "f", "b", "e")
 RATES = (2e-3, 4e-3, 8e-3)  # more are tried where the best is the first or the last
 RATE_OF = {"tokens 32k": "tokens 4k"}  # families that begin with the learning rate of another
 PATCHER_RATE = 4e-3
-MARGIN = 0.02  # a lower learning rate has to be better by so many bits per byte, which is what seeds differ by
 
 
 @dataclass(frozen=True)
-class Budgets:
-    """Has TFLOP of training of a run, and seeds."""
+class Scope:
+    """Says how much of the study runs.
+
+    `small`, `middle`, `large` and `patcher` are TFLOP of training of a run, `measured` is the share of the held-out
+    text that is measured. With `rates`, learning rates are not searched for.
+    """
 
     small: float = 1.5
     middle: float = 5.0
     large: float = 15.0
     patcher: float = 6.0
     seeds: int = 3
+    measured: float = 0.5
+    parts: Sequence[str] = PARTS
+    rates: Mapping[str, float] = field(default_factory=dict)
 
-    def scaled(self, factor: float, seeds: int) -> Budgets:
+    def scaled(self, factor: float) -> Scope:
         small, middle, large, patcher = (x * factor for x in (self.small, self.middle, self.large, self.patcher))
-        return Budgets(small, middle, large, patcher, seeds)
+        return replace(self, small=small, middle=middle, large=large, patcher=patcher)
 
 
-SHORT = Budgets().scaled(1 / 8, 2)
+# A first look: half of the parts, with the learning rates that the whole study found.
+SHORT = Scope(
+    small=0.2,
+    middle=0.75,
+    large=2.0,
+    patcher=0.5,
+    seeds=2,
+    measured=0.125,
+    parts=("a", "c", "f"),
+    rates={
+        "bytes": 4e-3,
+        "tokens 4k": 8e-3,
+        "tokens 32k": 8e-3,
+        "MegaByte": 4e-3,
+        "BLT-Space": 8e-3,
+        "BLT-Entropy": 8e-3,
+    },
+)
 
 
 class Plan:
@@ -61,22 +82,25 @@ class Plan:
 
     Attributes
     ----------
-    outcomes, jobs, scores, excerpts : dict
-        By the name of a run, in the order in which runs were asked for. Only the best models have scores, and only the
-        first seed has the bits of excerpts.
+    outcomes, jobs, answered : dict
+        By the name of a run, in the order in which runs were asked for. Only the best models have answers.
     rates : dict from family to float
     best : dict from family to str
         The best size at the largest budget.
     """
 
-    def __init__(self, lab: Lab, budgets: Budgets, processes: int) -> None:
-        self.lab, self.budgets, self.processes = lab, budgets, processes
+    def __init__(self, lab: Lab, scope: Scope, processes: int) -> None:
+        self.lab, self.scope, self.processes = lab, scope, processes
         self.outcomes: dict[str, Outcome] = {}
         self.jobs: dict[str, Job] = {}
-        self.scores: dict[str, list[Score]] = {}
-        self.excerpts: dict[str, dict[str, list[float]]] = {}
-        self.rates: dict[str, float] = {}
+        self.answered: dict[str, Answers] = {}
+        self.rates = dict(scope.rates)
         self.best: dict[str, str] = {}
+
+    @cached_property
+    def suite(self) -> Suite:
+        """Noised text and questions for the best models."""
+        return make_suite(self.lab.corpus)
 
     def run(self, part: str) -> None:
         """Run a part. `prepare` comes before all of them, and "rates" before the others."""
@@ -91,11 +115,10 @@ class Plan:
         if part != "rates" and not self.rates:
             self.find_rates()
         functions[part]()
-        self.find_excerpts()
 
     def prepare(self) -> None:
         """Train the patcher, and compute what all runs share before processes do."""
-        job = Job(PATCHER, self.budgets.patcher, 0, PATCHER_RATE)
+        job = Job(PATCHER, self.scope.patcher, 0, PATCHER_RATE)
         self.perform([job])
         self.lab.patcher = self.lab.folder(job) / "weights.pt"
         assert self.lab.entropies
@@ -124,7 +147,7 @@ class Plan:
         tried: dict[str, dict[float, float]] = {family: {} for family in families}
         wanted = [(family, rate) for family in families for rate in RATES]
         while wanted:
-            jobs = [Job(FAMILIES[family]("B"), self.budgets.small, 0, rate) for family, rate in wanted]
+            jobs = [Job(FAMILIES[family]("B"), self.scope.small, 0, rate) for family, rate in wanted]
             for (family, rate), outcome in zip(wanted, self.perform(jobs), strict=True):
                 tried[family][rate] = self.bits(outcome)
             further = [(family, next_rate(tried[family])) for family in families]
@@ -135,30 +158,33 @@ class Plan:
 
     def lower_rates(self) -> None:
         """Halve the learning rate of a family while that is better for its best size of the middle budget."""
-        best = self._sizes(dict.fromkeys(FAMILIES, SIZES), self.budgets.middle)
-        jobs = {family: self.job(FAMILIES[family](size), self.budgets.middle, 0) for family, size in best.items()}
+        best = self._best_sizes(dict.fromkeys(FAMILIES, SIZES), self.scope.middle)
+        jobs = {family: self.job(FAMILIES[family](size), self.scope.middle, 0) for family, size in best.items()}
         bits = dict(zip(jobs, map(self.bits, self.perform([*jobs.values()])), strict=True))
         while jobs:
             jobs = {family: replace(job, learning_rate=job.learning_rate / 2) for family, job in jobs.items()}
             found = dict(zip(jobs, map(self.bits, self.perform([*jobs.values()])), strict=True))
-            jobs = {family: job for family, job in jobs.items() if found[family] < bits[family] - MARGIN}
+            jobs = {family: job for family, job in jobs.items() if found[family] < bits[family]}
             bits |= {family: found[family] for family in jobs}
             self.rates |= {family: job.learning_rate for family, job in jobs.items()}
 
     def compare_families(self) -> None:
         """Find the best size of every family at each budget, and run it with all seeds."""
-        budgets = self.budgets
-        small = self._sizes(dict.fromkeys(FAMILIES, SIZES[:3]), budgets.small)
-        middle = self._sizes(dict.fromkeys(FAMILIES, SIZES), budgets.middle)
-        larger = {f: SIZES[SIZES.index(size) : SIZES.index(size) + 2] for f, size in middle.items()}
-        self.best = self._sizes(larger, budgets.large)
+        scope = self.scope
+        small = self._best_sizes(dict.fromkeys(FAMILIES, SIZES[:3]), scope.small)
+        middle = self._best_sizes(dict.fromkeys(FAMILIES, SIZES), scope.middle)
+        tried = {family: size + larger(size) for family, size in middle.items()}
+        self.best = self._best_sizes(tried, scope.large)
+        while further := {f: larger(size) for f, size in self.best.items() if size == tried[f][-1] != SIZES[-1]}:
+            tried = {family: sizes + further.get(family, "") for family, sizes in tried.items()}
+            self.best = self._best_sizes(tried, scope.large)
         jobs = []
-        for tflops, best in ((budgets.large, self.best), (budgets.middle, middle), (budgets.small, small)):
+        for tflops, best in ((scope.large, self.best), (scope.middle, middle), (scope.small, small)):
             for family, size in best.items():
-                jobs += [self.job(FAMILIES[family](size), tflops, seed) for seed in range(1, budgets.seeds)]
+                jobs += [self.job(FAMILIES[family](size), tflops, seed) for seed in range(1, scope.seeds)]
         self.perform(jobs)
 
-    def _sizes(self, tried: dict[str, str], tflops: float) -> dict[str, str]:
+    def _best_sizes(self, tried: dict[str, str], tflops: float) -> dict[str, str]:
         """Return the best of the sizes that are tried for each family."""
         pairs = [(family, size) for family, sizes in tried.items() for size in sizes]
         outcomes = self.perform([self.job(FAMILIES[family](size), tflops, 0) for family, size in pairs])
@@ -171,38 +197,26 @@ class Plan:
         """Measure noise, tasks and misspellings with the best models of the largest budget."""
         if not self.best:
             self.compare_families()
-        seeds = range(self.budgets.seeds)
-        jobs = [
-            self.job(FAMILIES[f](size), self.budgets.large, seed) for f, size in self.best.items() for seed in seeds
-        ]
-        measured = partial(measure, suite=make_suite(self.lab.corpus))
-        for job, scores in zip(jobs, for_all(measured, self.lab, jobs, self.processes), strict=True):
-            self.scores[self.lab.folder(job).name] = scores
-
-    def find_excerpts(self) -> None:
-        """Collect the bits of excerpts: how models differ from excerpt to excerpt is much the same for every seed."""
-        jobs = [job for job in self.jobs.values() if job.seed == 0 and job.model is not PATCHER]
-        jobs = [job for job in jobs if job == self.job(job.model, job.tflops, 0) or job.init is not None]
-        folders = [self.lab.folder(job) for job in jobs]
-        missing = [job for job, path in zip(jobs, folders, strict=True) if not (path / EXCERPTS).exists()]
-        for_all(score_excerpts, self.lab, missing, self.processes)
-        self.excerpts |= {path.name: json.loads((path / EXCERPTS).read_text()) for path in folders}
+        seeds = range(self.scope.seeds)
+        jobs = [self.job(FAMILIES[f](size), self.scope.large, seed) for f, size in self.best.items() for seed in seeds]
+        measured = partial(measure, suite=self.suite)
+        for job, answers in zip(jobs, for_all(measured, self.lab, jobs, self.processes), strict=True):
+            self.answered[self.lab.folder(job).name] = answers
 
     def lengthen_patches(self) -> None:
-        """Train models with longer patches, and for comparison transformers over tokens with one seed."""
-        budgets = (self.budgets.small, self.budgets.middle, self.budgets.large)
-        models, seeds = longer_patches(), range(self.budgets.seeds)
-        jobs = [self.job(model, tflops, seed) for tflops in budgets for model in models for seed in seeds]
+        """Train models with longer patches, and for comparison transformers over tokens."""
+        budgets = (self.scope.small, self.scope.middle, self.scope.large)
         tokens = [model for make in FAMILIES.values() if (model := make("B")).vocabulary is not None]
-        self.perform(jobs + [self.job(model, tflops, 0) for tflops in budgets for model in tokens])
+        models, seeds = [*longer_patches(), *tokens], range(self.scope.seeds)
+        self.perform([self.job(model, tflops, seed) for tflops in budgets for model in models for seed in seeds])
 
     def begin_as_tokens(self) -> None:
         """Train BLT-Entropy from scratch, and from the layers of a transformer over tokens of the largest budget."""
-        budgets, (tokens, blt) = self.budgets, over_layers_of_tokens()
-        seeds = range(budgets.seeds)
-        sources = [self.job(tokens, budgets.large, seed) for seed in seeds]
+        scope, (tokens, blt) = self.scope, over_layers_of_tokens()
+        seeds = range(scope.seeds)
+        sources = [self.job(tokens, scope.large, seed) for seed in seeds]
         self.perform(sources)
-        jobs = [self.job(blt, budgets.middle, seed) for seed in seeds]
+        jobs = [self.job(blt, scope.middle, seed) for seed in seeds]
         begun = replace(blt, name=f"{blt.name} from tokens")
         slow = replace(blt, name=f"{blt.name} from tokens, a tenth of the rate")
         for source, job in zip(sources, list(jobs), strict=True):
@@ -211,9 +225,14 @@ class Plan:
         self.perform(jobs)
 
     def change_parts(self) -> None:
-        seeds = range(self.budgets.seeds)
+        seeds = range(self.scope.seeds)
         models = [entropy_of("B"), FAMILIES["bytes"]("B"), *variants("B")]
-        self.perform([self.job(model, self.budgets.middle, seed) for seed in seeds for model in models])
+        self.perform([self.job(model, self.scope.middle, seed) for seed in seeds for model in models])
+
+
+def larger(size: str) -> str:
+    """Return the next larger size, nothing for the largest one."""
+    return SIZES[SIZES.index(size) + 1 :][:1]
 
 
 def next_rate(tried: dict[float, float]) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from blt_kernels._files import write_text
@@ -10,32 +10,34 @@ from study import sections
 from study.families import longer_patches
 from study.results import Results, load
 from study.sections import BLT, TOKENS
-from study.statistics import Estimate
 from study.wording import table, verdict
 
 
 def claims(results: Results) -> str:
-    """Claims of the papers."""
+    """A sentence on each claim of the papers."""
     tokens = best_tokens(results)
     if tokens is None:
         return ""
     base, *_, longest = (model.name for model in longer_patches())
     scratch, begun = sections.begun_models(results)
-    misspellings = results.shares_right("misspelling", results.names("misspelling"))
     found = {
         "BLT matches a model over tokens at equal training FLOPs": of_families(results, BLT, tokens),
         "BLT by entropy is better than BLT by spaces": of_families(results, BLT, "BLT-Space"),
-        "MegaByte is better than a transformer over bytes": of_families(results, "MegaByte", "bytes"),
+        "MegaByte is better than a transformer over bytes": " ".join(
+            filter(
+                None, [of_families(results, "MegaByte", "bytes"), sections.change_of_lead(results, "MegaByte", "bytes")]
+            )
+        ),
         "Longer patches pay for a wider global transformer": of_models(results, longest, base),
         "BLT spends less at inference for the same bits": sections.inference(results, tokens),
-        "Noise costs BLT less": of_values(sections.noise_leads(results), tokens, "in noised over clean bits"),
+        "Noise costs BLT less": sections.noise_by_kind(results, tokens),
         "BLT is better at questions about characters": of_answers(results, tokens),
-        "BLT tells words from misspellings": of_values(misspellings, tokens, "in right choices"),
+        "BLT tells words from misspellings": of_misspellings(results, tokens),
         "BLT is better where a language has little text": sections.language_trend(results, tokens),
         "BLT learns faster as the layers of a model over tokens": of_models(results, begun[0], scratch)
         if begun
         else "",
-        "BLT is better with tables of n-grams": sections.made_by_tables(results),
+        "Patches and tables of n-grams both make BLT better than bytes": sections.made_by_tables(results),
     }
     return table(["claim", "here"], [[claim, said] for claim, said in found.items() if said], texts=2)
 
@@ -58,16 +60,23 @@ def of_models(results: Results, ours: str, theirs: str) -> str:
     return f"At {max(leads):g} TFLOP: {verdict(ours, theirs, leads[max(leads)])}" if leads else ""
 
 
-def of_values(values: Mapping[str, Estimate], theirs: str, what: str) -> str:
-    """Return a sentence on values of BLT-Entropy and another family."""
-    return verdict(BLT, theirs, values[BLT] - values[theirs], "%", what) if {BLT, theirs} <= values.keys() else ""
-
-
 def of_answers(results: Results, theirs: str) -> str:
     """Return a sentence on the right answers of BLT-Entropy and another family, and on guesses."""
-    above = sections.above_chance(results)
-    guesses = above and not any(lead.is_clear and lead.value > 0 for lead in above.values())
-    return of_values(above, theirs, "in right answers") + (" No model is clearly above chance." if guesses else "")
+    lead = results.right_lead("task", BLT, theirs, results.names("task"))
+    if lead is None:
+        return ""
+    guesses = not any(lead.is_clear and lead.value > 0 for lead in sections.above_chance(results).values())
+    return verdict(BLT, theirs, lead, "%", "in right answers") + (
+        " No model is clearly above chance." if guesses else ""
+    )
+
+
+def of_misspellings(results: Results, theirs: str) -> str:
+    """Return sentences on the misspellings that BLT-Entropy and another family tell, by edits that keep the length."""
+    edits = [edit for edit in results.names("misspelling") if edit in sections.SAME_LENGTH]
+    what = f"in right choices, where an edit keeps the length ({', '.join(edits)})"
+    lead = results.right_lead("misspelling", BLT, theirs, edits)
+    return "" if lead is None else verdict(BLT, theirs, lead, "%", what)
 
 
 PARTS: dict[str, Callable[[Results], str]] = {
@@ -87,6 +96,6 @@ PARTS: dict[str, Callable[[Results], str]] = {
 def write(folder: Path) -> None:
     """Write ``report.md`` beside the results of `folder`."""
     results = load(folder)
-    parts = [(part.__doc__ or "", part(results)) for part in PARTS.values()]
-    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in parts if body)
+    parts = [(name, part(results)) for name, part in PARTS.items()]
+    text = "\n\n".join(f"## {name.capitalize()}\n\n{body}" for name, body in parts if body)
     write_text(folder / "report.md", f"# What came out of the study\n\n{text}\n")

@@ -1,8 +1,9 @@
 """Reads the results of the study from a folder, and chooses the runs that are compared.
 
 ``runs.csv`` has one line a run, ``scores.csv`` one line for each run, kind of text and group, ``excerpts.csv`` the bits
-of every excerpt by run, ``curves.csv`` the training loss in equal parts. Runs of one model, budget and learning rate
-that differ in the seed are a group.
+of every excerpt by run, ``noised.csv`` those by noise, ``answers.csv`` which questions were answered right, and
+``curves.csv`` the training loss in equal parts. Runs of one model, budget and learning rate that differ in the seed are
+a group.
 """
 
 from __future__ import annotations
@@ -11,15 +12,25 @@ import csv
 import itertools
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from study.families import FAMILIES, SIZES
-from study.statistics import Estimate, log_ratio_error, mean_of, pooled_deviation, share_of, text_error
+from study.statistics import (
+    Estimate,
+    log_ratio,
+    mean_of,
+    of_parts,
+    paired_difference,
+    share_of,
+    shares,
+    text_lead,
+    with_errors,
+)
 
 ALL = "all"  # all groups
 CLEAN = "clean"  # the name of the text that gets noise, without it
@@ -109,28 +120,35 @@ class Results:
     curves : dict[str, list[float]]
         Training loss by run, in bits per byte.
     excerpts : dict[str, list[float]]
-        Bits of every excerpt by run, in the order of groups; "bytes" has their sizes. Without them, errors are over
-        seeds alone.
+        Bits of every excerpt by run, in the order of groups; "bytes" has their sizes.
+    noised : dict[tuple[str, str], list[float]]
+        Bits of every noised excerpt by run and noise.
+    answers : dict[tuple[str, str, str], list[float]]
+        For every question, 1 if the answer was right; by run, kind and name as in `Score`.
     shares : dict[str, int]
         Bytes of training text by group.
+    rates : dict[str, float]
+        The learning rate of every family. Runs with another rate are not compared.
+
+    Without excerpts, noised texts and answers, errors are over seeds alone.
     """
 
     def __init__(
         self,
         runs: Sequence[Run],
         scores: Sequence[Score] = (),
-        curves: dict[str, list[float]] | None = None,
-        excerpts: dict[str, list[float]] | None = None,
-        shares: dict[str, int] | None = None,
+        *,
+        rates: Mapping[str, float],
+        curves: Mapping[str, Sequence[float]] | None = None,
+        excerpts: Mapping[str, Sequence[float]] | None = None,
+        noised: Mapping[tuple[str, str], Sequence[float]] | None = None,
+        answers: Mapping[tuple[str, str, str], Sequence[float]] | None = None,
+        shares: Mapping[str, int] | None = None,
     ) -> None:
-        self.scores, self.curves, self.excerpts, self.shares = list(scores), curves or {}, excerpts or {}, shares or {}
+        self.scores, self.rates, self.shares, self.curves = list(scores), rates, shares or {}, curves or {}
+        self.excerpts, self.noised, self.answers = excerpts or {}, noised or {}, answers or {}
         self.patcher = next((run for run in runs if run.family == "patcher"), None)
         self.runs = [run for run in runs if run.family != "patcher"]
-        self.rates: dict[str, float] = {}  # the learning rate that most runs of a family have
-        for family in dict.fromkeys(run.family for run in self.runs):
-            counts, best = Counter(), min((run for run in self.runs if run.family == family), key=lambda run: run.bits)
-            counts.update(run.learning_rate for run in self.runs if run.family == family)
-            self.rates[family] = max(counts, key=lambda rate: (counts[rate], rate == best.learning_rate))
 
     @cached_property
     def budgets(self) -> list[float]:
@@ -140,37 +158,41 @@ class Results:
     def group(self, model: str, tflops: float) -> list[Run]:
         """Return the runs of a model, one a seed, at a budget and the learning rate of its family."""
         found = [run for run in self.runs if run.model == model and run.tflops == tflops]
-        return sorted((run for run in found if run.learning_rate == self.rates[run.family]), key=lambda run: run.seed)
+        found = [run for run in found if run.learning_rate == self.rates.get(run.family)]
+        return sorted(found, key=lambda run: run.seed)
 
     @cached_property
-    def deviations(self) -> dict[float, float]:
-        """The deviation of bits per byte over seeds at every budget, pooled over models."""
-        return {tflops: pooled_deviation(self._bits_by_model(tflops)) for tflops in self.budgets}
-
-    def _bits_by_model(self, tflops: float) -> list[list[float]]:
-        models = dict.fromkeys(run.model for run in self.runs if run.tflops == tflops)
-        groups = [self.group(model, tflops) for model in models]
-        return [[run.bits for run in group] for group in groups if group]
+    def deviations(self) -> dict[float, list[float]]:
+        """By budget, the deviations of bits per byte over seeds of all models that have several; the smallest first."""
+        found = {}
+        for tflops in self.budgets:
+            models = dict.fromkeys(run.model for run in self.runs if run.tflops == tflops)
+            groups = [group for model in models if len(group := self.group(model, tflops)) > 1]
+            found[tflops] = sorted(statistics.stdev(run.bits for run in group) for group in groups)
+        return found
 
     def bits(self, model: str, tflops: float) -> Estimate | None:
         """Return bits per byte of all held-out text, None without runs."""
         group = self.group(model, tflops)
-        return mean_of([run.bits for run in group], self.deviations[tflops]) if group else None
+        return mean_of([run.bits for run in group]) if group else None
 
     def lead(self, ours: str, theirs: str, tflops: float) -> Estimate | None:
         """Return the bits per byte of `theirs` less those of `ours`, with the errors of seeds and of text."""
         a, b = self.bits(theirs, tflops), self.bits(ours, tflops)
-        return None if a is None or b is None else (a - b).with_error(self.text_error(ours, theirs, tflops))
+        if a is None or b is None:
+            return None
+        return with_errors(a.value - b.value, a, b, self.text_lead(ours, theirs, tflops))
 
-    def text_error(self, ours: str, theirs: str, tflops: float) -> float:
-        """Return the error of the difference in bits per byte over the choice of excerpts of every group."""
-        a, b = (self.bits_of_excerpts(self.group(model, tflops)) for model in (ours, theirs))
+    def text_lead(self, ours: str, theirs: str, tflops: float) -> Estimate:
+        """Return the lead in bits per byte with the error over the choice of excerpts; 0 where they are not known."""
+        a, b = (self.bits_of_excerpts(self.group(model, tflops)) for model in (theirs, ours))
         if not a or not b:
-            return 0.0
+            return Estimate(0.0, 0.0)
         sizes = self.excerpts["bytes"]
-        return math.hypot(
-            *(self.share(g) * text_error(a[at], b[at], sizes[at]) for g, at in self.places.items() if self.share(g))
-        )
+        parts = [
+            text_lead(a[at], b[at], sizes[at]).times(share) for g, at in self.places.items() if (share := self.share(g))
+        ]
+        return with_errors(math.fsum(part.value for part in parts), *parts)
 
     @cached_property
     def places(self) -> dict[str, slice]:
@@ -259,20 +281,34 @@ class Results:
             logs = self.by_family(lambda run, g=group: math.log(self.bits_per_byte(run, group=g) or math.nan))
             if ours in logs and theirs in logs:
                 lead = logs[theirs] - logs[ours]
-                found[group] = lead.with_error(log_ratio_error(a[at], b[at])) if a and b else lead
+                found[group] = with_errors(lead.value, lead, log_ratio(a[at], b[at])) if a and b else lead
         return found
 
     def by_family(self, value: Callable[[Run], float | None]) -> dict[str, Estimate]:
-        """Return the means of a value over the seeds of the measured runs, with the deviation of all families."""
-        found = {}
-        for family, runs in self.measured.items():
-            values = [v for run in runs if (v := value(run)) is not None]
-            if values:
-                found[family] = values
-        deviation = pooled_deviation(found.values()) if found else math.nan
-        return {family: mean_of(values, deviation) for family, values in found.items()}
+        """Return the means of a value over the seeds of the measured runs."""
+        found = {f: [v for run in runs if (v := value(run)) is not None] for f, runs in self.measured.items()}
+        return {family: mean_of(values) for family, values in found.items() if values}
 
-    def relative_loss(self, run: Run, names: Iterable[str]) -> float | None:
+    def noise_lead(self, ours: str, theirs: str, names: Sequence[str]) -> Estimate | None:
+        """Return the `relative_loss` of `theirs` less that of `ours`, with the errors of seeds and of text."""
+        loss = self.by_family(lambda run: self.relative_loss(run, names))
+        if not {ours, theirs} <= loss.keys():
+            return None
+        a, b = ([self._mean_noised(family, name) for name in (CLEAN, *names)] for family in (theirs, ours))
+        lead = loss[theirs] - loss[ours]
+        if not all(a) or not all(b):
+            return lead
+        added = [[x - y for x, y in zip(shares(p), shares(q), strict=True)] for p, q in zip(a, b, strict=True)]
+        clean, *noised = map(list, added)
+        parts = [statistics.fmean(of_one) - base for *of_one, base in zip(*noised, clean, strict=True)]
+        return with_errors(lead.value, lead, of_parts(0.0, parts))
+
+    def _mean_noised(self, family: str, name: str) -> list[float]:
+        """Return the bits of every excerpt with a noise, means over seeds; nothing if they are not known."""
+        lists = [bits for run in self.measured[family] if (bits := self.noised.get((run.run, name)))]
+        return [statistics.fmean(values) for values in zip(*lists, strict=True)]
+
+    def relative_loss(self, run: Run, names: Sequence[str]) -> float | None:
         """Return the mean over noises of ``log(bits per noised byte / bits per clean byte)``."""
         clean = self.bits_per_byte(run, "noise", CLEAN)
         noised = [self.bits_per_byte(run, "noise", name) for name in names]
@@ -282,41 +318,62 @@ class Results:
 
     def shares_right(self, kind: str, names: Sequence[str]) -> dict[str, Estimate]:
         """Return by family the share of right answers, the mean over `names`; errors are of seeds and questions."""
-
-        def right(run: Run, name: str) -> Estimate | None:
-            scores = self._score_of.get((run.run, kind, name), [])
-            count = sum(score.count for score in scores)
-            return share_of(sum(score.right for score in scores), count) if count else None
-
-        def mean(run: Run) -> Estimate | None:
-            parts = [part for name in names if (part := right(run, name)) is not None]
-            if len(parts) < len(names) or not parts:
-                return None
-            return Estimate(
-                math.fsum(part.value for part in parts) / len(parts), math.hypot(*(p.error for p in parts)) / len(parts)
-            )
-
-        by_seed = self.by_family(lambda run: part.value if (part := mean(run)) is not None else None)
-        found = {}
-        for family, estimate in by_seed.items():
-            questions = [part.error for run in self.measured[family] if (part := mean(run)) is not None]
+        found = self.by_family(lambda run: self._share_right(run, kind, names))
+        for family, mean in found.items():
+            of_runs = [[self._answered(run, kind, name) for name in names] for run in self.measured[family]]
             # The seeds answer the same questions, so their number does not lower this part of the error.
-            found[family] = Estimate(estimate.value, math.hypot(estimate.error, math.fsum(questions) / len(questions)))
+            errors = [with_errors(0.0, *shares).times(1 / len(names)).error for shares in of_runs]
+            found[family] = with_errors(mean.value, mean, Estimate(0.0, statistics.fmean(errors)))
         return found
 
+    def right_lead(self, kind: str, ours: str, theirs: str, names: Sequence[str]) -> Estimate | None:
+        """Return the share of right answers of `ours` less that of `theirs`, the mean over `names`.
 
-def read_lists(path: Path) -> dict[str, list[float]]:
-    """Return the numbers of each line by its first cell."""
+        The errors are those of seeds, and of the questions, which both answer. Edits of one word are one question.
+        """
+        found = self.by_family(lambda run: self._share_right(run, kind, names))
+        if not {ours, theirs} <= found.keys():
+            return None
+        lead, a, b = found[ours] - found[theirs], *(self._mean_answers(f, kind, names) for f in (ours, theirs))
+        return with_errors(lead.value, lead, paired_difference(a, b)) if a and b else lead
+
+    def _answered(self, run: Run, kind: str, name: str) -> Estimate:
+        scores = self._score_of[run.run, kind, name]
+        return share_of(sum(score.right for score in scores), sum(score.count for score in scores))
+
+    def _share_right(self, run: Run, kind: str, names: Sequence[str]) -> float | None:
+        if not names or any((run.run, kind, name) not in self._score_of for name in names):
+            return None
+        return statistics.fmean(self._answered(run, kind, name).value for name in names)
+
+    def _mean_answers(self, family: str, kind: str, names: Sequence[str]) -> list[float]:
+        """Return for every place in the lists of questions the mean answer over names and seeds."""
+        lists = [
+            found for run in self.measured[family] for n in names if (found := self.answers.get((run.run, kind, n)))
+        ]
+        return [statistics.fmean(values) for values in zip(*lists, strict=True)]
+
+
+def read_lists(path: Path, num_names: int = 1) -> dict[Any, list[float]]:
+    """Return the numbers of each line by its first cell, or by a tuple of its first `num_names` cells."""
     if not path.exists():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
-        return {name: [float(value) for value in values if value] for name, *values in list(csv.reader(file))[1:]}
+        lines = list(csv.reader(file))[1:]
+    names = [line[0] if num_names == 1 else tuple(line[:num_names]) for line in lines]
+    return {name: [float(x) for x in line[num_names:] if x] for name, line in zip(names, lines, strict=True)}
 
 
 def load(folder: Path) -> Results:
     """Return the results of a study in a folder."""
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    curves, excerpts = read_lists(folder / "curves.csv"), read_lists(folder / "excerpts.csv")
     return Results(
-        read(folder / "runs.csv", Run), read(folder / "scores.csv", Score), curves, excerpts, settings["shares"]
+        read(folder / "runs.csv", Run),
+        read(folder / "scores.csv", Score),
+        rates=settings["learning_rates"],
+        curves=read_lists(folder / "curves.csv"),
+        excerpts=read_lists(folder / "excerpts.csv"),
+        noised=read_lists(folder / "noised.csv", 2),
+        answers=read_lists(folder / "answers.csv", 3),
+        shares=settings["shares"],
     )

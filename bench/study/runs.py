@@ -1,7 +1,8 @@
 """Runs of the study: what a run costs, how it is trained, and how many of them share the processors.
 
-A run lies in ``<work>/runs/<name>-<digest of all that it depends on>``: ``weights.pt`` and ``outcome.json``. A run that
-is there is not trained again, and one that was killed goes on from its checkpoint.
+A run lies in ``<work>/runs/<name>-<digest of all that its training depends on>``: ``weights.pt``, ``outcome.json``, and
+the bits of held-out excerpts. A run that is there is not trained again, and one that was killed goes on from its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -33,9 +34,8 @@ from study.patching import Entropies, Patching, choose_patching
 from study.readers import ByteReader, Reader, TokenReader, train_tokenizer
 from study.results import Facts
 from study.scoring import Scorer, num_bytes
-from study.training import train
+from study.training import WatchOne, train
 
-EXCERPTS = "excerpts.json"  # bits of held-out excerpts, in the folder of a run
 BATCH, CONTEXT = 4096, 1024  # a step has so many bytes, a row at most so many of them
 SAMPLE_BATCHES, SAMPLE_SEED = 32, 1 << 20  # FLOPs and thresholds are measured on so many batches of training text
 
@@ -57,11 +57,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome(Facts):
-    """Describes a finished run, and holds the bits of all held-out text of each group and the curve of `Trained`."""
+    """Describes a finished run, and holds the curve of `Trained` and the bits of every held-out excerpt by group."""
 
     steps: int
-    bits: dict[str, float]
     curve: list[float]
+    excerpts: dict[str, list[float]]
+
+    @property
+    def bits(self) -> dict[str, float]:
+        """The bits of all held-out text of each group."""
+        return {group: math.fsum(bits) for group, bits in self.excerpts.items()}
 
     def bits_per_byte(self, corpus: Corpus) -> float:
         """Return the mean over groups, each with the weight of its share of the training text."""
@@ -181,7 +186,7 @@ class Lab:
         return max(2, round(job.tflops * 1e12 / (3e6 * self.cost(job.model).mflops * BATCH)))
 
     def folder(self, job: Job) -> Path:
-        """Return where a run lies: its name has the digest of all that it depends on."""
+        """Return where a run lies: its name has the digest of all that its training depends on."""
         what = asdict(job.model) | {
             "kind": job.model.kind,
             "steps": self.steps(job),
@@ -227,70 +232,60 @@ Watch = Callable[[str, float, str], None]  # is called with the run, the share o
 
 
 def perform(lab: Lab, job: Job, watch: Watch) -> Outcome:
-    """Train and measure, or read the outcome of an earlier run."""
+    """Train and measure, or read what earlier calls left."""
     folder, name = lab.folder(job), f"{job.model.name}, {job.tflops:g} TFLOP, seed {job.seed}, {job.learning_rate:g}"
-    result = folder / "outcome.json"
-    if result.exists():
-        return Outcome(**json.loads(result.read_text()))
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, "work"):
-        model, cost, steps = build(job.model, job.seed), lab.cost(job.model), lab.steps(job)
-        if job.init is not None:
-            begin_as(model, torch.load(job.init, weights_only=True))
-        blt_only: dict[str, Any] = (
-            {"global_learning_rate": job.learning_rate * job.global_scale} if job.model.kind == "blt" else {}
-        )
-        config = TrainConfig(
-            job.model.kind,
-            [],
-            folder,
-            steps=steps,
-            learning_rate=job.learning_rate,
-            final_learning_rate=job.learning_rate / 100,
-            warmup=max(10, steps // 20),
-            **blt_only,
-        )
-        reader, patching = lab.reader(job.model.vocabulary), lab.patching(job.model)
-        trained = train(
-            model, lab.batches(job.seed), reader, patching, config, lambda part, text: watch(name, part, text)
-        )
-        with whole_file(folder / "weights.pt") as part:
-            torch.save(trained.weights, part)
-        excerpts = store_excerpts(folder, Scorer(model, reader, patching), lab.corpus)
-        sizes = {key: value for key, value in asdict(cost).items() if key != "threshold"}
-        outcome = Outcome(
-            run=folder.name,
-            model=job.model.name,
-            family=job.model.family,
-            size=job.model.size,
-            seed=job.seed,
-            tflops=job.tflops,
-            learning_rate=job.learning_rate,
-            **sizes,
-            steps=steps,
-            trained_bytes=trained.trained_bytes,
-            cpu_seconds=trained.seconds,
-            bits={group: math.fsum(bits) for group, bits in excerpts.items()},
-            curve=trained.curve,
-        )
-        write_text(result, json.dumps(asdict(outcome)))
+    trained, scored = folder / "outcome.json", folder / f"excerpts-{lab.corpus.heldout_digest}.json"
+    if not trained.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, "work"):
+            write_text(trained, json.dumps(train_job(lab, job, lambda part, text: watch(name, part, text))))
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-    watch(name, 1.0, f"held out {outcome.bits_per_byte(lab.corpus):.3f} bits a byte")
-    return outcome
+    if not scored.exists():
+        nats = lab.load(job).nats_of_groups(lab.corpus.heldout)
+        bits = {group: [round(value / math.log(2), 2) for value in values] for group, values in nats.items()}
+        write_text(scored, json.dumps(bits))
+        mean = Outcome(**json.loads(trained.read_text()), excerpts=bits).bits_per_byte(lab.corpus)
+        watch(name, 1.0, f"held out {mean:.3f} bits a byte")
+    return Outcome(**json.loads(trained.read_text()), excerpts=json.loads(scored.read_text()))
 
 
-def store_excerpts(folder: Path, scorer: Scorer, corpus: Corpus) -> dict[str, list[float]]:
-    """Write the bits of every held-out excerpt by group, and return them."""
-    nats = scorer.nats_of_groups(corpus.heldout)
-    bits = {group: [round(value / math.log(2), 2) for value in values] for group, values in nats.items()}
-    write_text(folder / EXCERPTS, json.dumps(bits))
-    return bits
-
-
-def score_excerpts(lab: Lab, job: Job, watch: Watch) -> None:
-    """Write the bits of every held-out excerpt of a finished run."""
-    store_excerpts(lab.folder(job), lab.load(job), lab.corpus)
-    watch(f"excerpts of {lab.folder(job).name}", 1.0, "held out: scored")
+def train_job(lab: Lab, job: Job, watch: WatchOne) -> dict[str, Any]:
+    """Train, write the weights, and return the fields of `Outcome` but for the excerpts."""
+    folder, model, cost, steps = lab.folder(job), build(job.model, job.seed), lab.cost(job.model), lab.steps(job)
+    if job.init is not None:
+        begin_as(model, torch.load(job.init, weights_only=True))
+    blt_only: dict[str, Any] = (
+        {"global_learning_rate": job.learning_rate * job.global_scale} if job.model.kind == "blt" else {}
+    )
+    config = TrainConfig(
+        job.model.kind,
+        [],
+        folder,
+        steps=steps,
+        learning_rate=job.learning_rate,
+        final_learning_rate=job.learning_rate / 100,
+        warmup=max(min(10, steps // 4), steps // 20),
+        **blt_only,
+    )
+    reader, patching = lab.reader(job.model.vocabulary), lab.patching(job.model)
+    trained = train(model, lab.batches(job.seed), reader, patching, config, watch)
+    with whole_file(folder / "weights.pt") as part:
+        torch.save(trained.weights, part)
+    sizes = {key: value for key, value in asdict(cost).items() if key != "threshold"}
+    return {
+        "run": folder.name,
+        "model": job.model.name,
+        "family": job.model.family,
+        "size": job.model.size,
+        "seed": job.seed,
+        "tflops": job.tflops,
+        "learning_rate": job.learning_rate,
+        **sizes,
+        "steps": steps,
+        "trained_bytes": trained.trained_bytes,
+        "cpu_seconds": trained.seconds,
+        "curve": trained.curve,
+    }
 
 
 def begin_as(model: ByteModel, weights: dict[str, torch.Tensor]) -> None:

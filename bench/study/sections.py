@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable, Sequence
 
 from study.families import FAMILIES, SIZES, longer_patches, variants
 from study.results import CLEAN, Results, Run
-from study.statistics import CLEAR, Estimate, log_ratio_at_equal_bits, saved, share_of_lead, slope_of
+from study.statistics import Estimate, log_ratio_at_equal_bits, saved, slope_of
 from study.tasks import CHOICES, EDITS, TASKS
 from study.wording import magnitude, marked, page, shown, table, trend, verdict, versus
 
-BLT, TOKENS = "BLT-Entropy", ("tokens 4k", "tokens 32k")
+BLT, BOTH_BLTS, TOKENS = "BLT-Entropy", ("BLT-Entropy", "BLT-Space"), ("tokens 4k", "tokens 32k")
 COMPARED = ("tokens 4k", "tokens 32k", "bytes", "BLT-Space")  # families that all others are compared with
-NO_LANGUAGES = ("python", "prose")  # groups that the trend over languages leaves out
+NO_TRANSLATIONS = ("python", "prose", "english")  # groups that are not among the languages
+RARE = 1e-3  # a language with less than this share of the training text
+SAME_LENGTH = ("replace", "swap")  # edits after which a word has as many characters
 CHANCE = {name: 1 / 2 if name == "contains" else 1 / CHOICES for name in TASKS}
 ZERO = Estimate(0.0, 0.0)
 
@@ -29,12 +32,16 @@ def overview(results: Results) -> str:
     hours = sum(run.cpu_seconds for run in results.runs) / 3600
     seeds = max(len(results.group(run.model, run.tflops)) for run in results.runs)
     budgets = ", ".join(f"{budget:g}" for budget in results.budgets)
-    spread = "; ".join(f"{d:.4f} at {x:g} TFLOP" for x, d in results.deviations.items() if not math.isnan(d))
+    spread = "; ".join(
+        f"{statistics.median(found):.4f} (up to {found[-1]:.4f}) at {x:g} TFLOP"
+        for x, found in results.deviations.items()
+        if found
+    )
     of_text = "Errors of differences in bits per byte are those of seeds and of the choice of held-out excerpts."
     sentences = [
         f"{len(results.runs)} runs, which trained for {hours:.1f} hours of one core in all.",
         f"Budgets of {budgets} TFLOP of training; {seeds} seeds of the models that are compared.",
-        spread and f"Deviation of bits per byte over seeds, pooled over models: {spread}.",
+        spread and f"Deviation of bits per byte over seeds, the median over models: {spread}.",
         of_text if results.excerpts else "Errors are over seeds alone: other held-out text would add to them.",
     ]
     if results.patcher is not None:
@@ -74,6 +81,7 @@ def families(results: Results) -> str:
     if smallest:
         which = f"of {', '.join(smallest)} the smallest size is the best"
         sentences.append(f"At {budgets[-1]:g} TFLOP, {which}: a smaller one may be better still.")
+    sentences.append(change_of_lead(results, "MegaByte", "bytes"))
     for other in TOKENS:
         for paid, counted in ((False, "without the patcher"), (True, "with the patcher counted")):
             sentences += savings(results, BLT, other, paid, counted)
@@ -101,13 +109,23 @@ def families(results: Results) -> str:
     )
 
 
+def change_of_lead(results: Results, ours: str, theirs: str) -> str:
+    """Return a sentence on the lead of a family at the smallest budget and at the largest, best sizes each."""
+    leads = []
+    for tflops in (results.budgets[0], results.budgets[-1]):
+        best = [results.best(family, tflops) or "" for family in (ours, theirs)]
+        leads.append(results.lead(*best, tflops))
+    early, late = leads
+    return "" if early is None or late is None or len(results.budgets) < 2 else trend(ours, theirs, early, late)
+
+
 def savings(results: Results, ours: str, theirs: str, paid: bool, counted: str) -> list[str]:
     """Return a sentence on training FLOPs at equal bits per byte, none if the curves do not meet."""
     curves = [[(flops, bits) for flops, bits, _ in results.curve(family, paid)] for family in (ours, theirs)]
     if not all(curves):
         return []
     best = [results.best(family, results.budgets[-1]) or "" for family in (ours, theirs)]
-    ratio = log_ratio_at_equal_bits(*curves, results.text_error(*best, results.budgets[-1]))
+    ratio = log_ratio_at_equal_bits(*curves, results.text_lead(*best, results.budgets[-1]))
     if ratio is None or math.isnan(ratio.error):
         return []
     share = saved(ratio)
@@ -119,23 +137,19 @@ def savings(results: Results, ours: str, theirs: str, paid: bool, counted: str) 
 
 
 def inference(results: Results, tokens: str) -> str:
-    """Return a sentence on the cheapest BLT-Entropy that has no more bits per byte than the best model over tokens."""
-    tflops = results.budgets[-1]
-    if (theirs := results.best(tokens, tflops)) is None:
-        return ""
-    mflops = results.group(theirs, tflops)[0].mflops
-    names = dict.fromkeys(run.model for run in results.runs if run.family == BLT and run.tflops == tflops)
-    leads = {name: results.lead(name, theirs, tflops) for name in names}
-    costs = {
-        name: results.group(name, tflops)[0].inference_mflops
-        for name, lead in leads.items()
-        if lead is not None and lead.value >= 0
-    }
-    ours = min(costs, key=costs.__getitem__, default="")
-    if not ours or costs[ours] >= mflops:
-        return f"At {tflops:g} TFLOP, no {BLT} cheaper forward than {theirs} has as few bits per byte."
-    less = f"{100 * (1 - costs[ours] / mflops):.0f}% fewer FLOPs a byte forward than {theirs}, patcher included"
-    return f"At {tflops:g} TFLOP, {ours} spends {less}. {verdict('It', theirs, leads[ours] or ZERO)}"
+    """Return sentences on what BLT costs a byte forward and how good it is, against the best model over tokens."""
+    tflops, sentences = results.budgets[-1] if results.budgets else 0.0, []
+    theirs = results.best(tokens, tflops)
+    for family in BOTH_BLTS if theirs is not None else ():
+        ours = results.best(family, tflops)
+        lead = None if ours is None else results.lead(ours, theirs, tflops)
+        if lead is None:
+            continue
+        run, other = results.group(ours, tflops)[0], results.group(theirs, tflops)[0]
+        paid = f", {run.patcher_mflops:.2f} of them for the patcher" if run.patcher_mflops else ""
+        cost = f"{ours} costs {run.inference_mflops:.2f} MFLOP a byte forward{paid}, {theirs} {other.mflops:.2f}"
+        sentences.append(f"At {tflops:g} TFLOP: {cost}. {verdict(ours, theirs, lead)}")
+    return " ".join(sentences)
 
 
 def rates(results: Results) -> str:
@@ -177,7 +191,7 @@ def patches(results: Results) -> str:
         for x in (known[0], known[-1]) if known else ():
             sentences.append(f"At {x:g} TFLOP: {verdict(model.name, base.name, leads[x] or ZERO)}")
         if len(known) > 1:
-            sentences.append(trend(f"{model.name} over {base.name}", leads[known[0]] or ZERO, leads[known[-1]] or ZERO))
+            sentences.append(trend(model.name, base.name, leads[known[0]] or ZERO, leads[known[-1]] or ZERO))
     for model in models:
         for name in others:
             if (lead := results.lead(model.name, name, largest)) is not None:
@@ -204,10 +218,14 @@ def noise(results: Results) -> str:
     if not names or not loss["mean"]:
         return ""
     base = next((family for family in TOKENS if family in loss["mean"]), "")
-    sentences = against_tokens(noise_leads(results), "noised over clean bits, the mean over noises")
+    sentences = against_tokens(
+        results,
+        lambda ours, theirs: results.noise_lead(ours, theirs, names),
+        "noised over clean bits, the mean over noises",
+    )
     rows = [[f, shown(clean.get(f)), *(shown(noised[n].get(f)) for n in names)] for f in loss["mean"]]
     relative = [
-        [family, *(marked(values[base] - values[family], "%") for values in loss.values())]
+        [family, *(marked(results.noise_lead(family, base, of), "%") for of in (*([n] for n in names), names))]
         for family in loss["mean"]
         if base and family != base
     ]
@@ -218,11 +236,18 @@ def noise(results: Results) -> str:
     )
 
 
-def noise_leads(results: Results) -> dict[str, Estimate]:
-    """Return by family what noise costs, the mean over noises of `Results.relative_loss`: less is larger."""
-    names = results.names("noise")
-    loss = results.by_family(lambda run: results.relative_loss(run, names))
-    return {family: ZERO - value for family, value in loss.items()}
+def noise_by_kind(results: Results, theirs: str) -> str:
+    """Return a sentence for each BLT on what noise costs it, against another family, in all and by noise."""
+    names, sentences = results.names("noise"), []
+    for ours in BOTH_BLTS:
+        if (mean := results.noise_lead(ours, theirs, names)) is None:
+            continue
+        leads = {name: lead for name in names if (lead := results.noise_lead(ours, theirs, [name])) is not None}
+        sentences.append(verdict(ours, theirs, mean, "%", "in noised over clean bits, the mean over noises"))
+        for word, sign in (("ahead", 1), ("behind", -1)):
+            if found := [name for name, lead in leads.items() if lead.is_clear and sign * lead.value > 0]:
+                sentences.append(f"It is clearly {word} on {', '.join(found)}.")
+    return " ".join(sentences)
 
 
 def tasks(results: Results) -> str:
@@ -237,16 +262,19 @@ def tasks(results: Results) -> str:
         right["mean"] = results.shares_right("task", names)
         chance["mean"] = statistics.fmean(chance.values())
         sentences.append(versus("chance", above_chance(results), "%", "right answers, the mean over tasks"))
-        sentences += against_tokens(right["mean"], "right answers, the mean over tasks")
+        sentences += answers_against_tokens(results, "task", names, "right answers, the mean over tasks")
         rows = [[family, *(shown(right[n].get(family), "%") for n in right)] for family in right["mean"]]
         rows.append(["chance", *(f"{100 * chance[n]:.0f}%" for n in right)])
         tables.append(table(["questions answered right", *right], rows))
     if edits:
         right = {edit: results.shares_right("misspelling", [edit]) for edit in edits}
         right["mean"] = results.shares_right("misspelling", edits)
-        sentences += against_tokens(right["mean"], "words told from their misspellings")
+        told = "words told from their misspellings"
+        sentences += answers_against_tokens(results, "misspelling", edits, f"{told}, the mean over edits")
+        kept = [edit for edit in edits if edit in SAME_LENGTH]
+        sentences += answers_against_tokens(results, "misspelling", kept, f"{told} by edits that keep the length")
         rows = [[family, *(shown(right[n].get(family), "%") for n in right)] for family in right["mean"]]
-        tables.append(table(["words told from their misspellings", *right], rows))
+        tables.append(table([told, *right], rows))
     return page(sentences, *tables)
 
 
@@ -257,13 +285,14 @@ def above_chance(results: Results) -> dict[str, Estimate]:
     return {family: share - chance for family, share in results.shares_right("task", names).items()}
 
 
-def against_tokens(values: dict[str, Estimate], what: str) -> list[str]:
-    """Return sentences on the models over bytes, compared with those over tokens; larger values are better."""
-    return [
-        versus(tokens, {f: value - values[tokens] for f, value in values.items() if f not in TOKENS}, "%", what)
-        for tokens in TOKENS
-        if tokens in values
-    ]
+def against_tokens(results: Results, lead: Callable[[str, str], Estimate | None], what: str) -> list[str]:
+    """Return sentences on the models over bytes, compared with those over tokens."""
+    ours = [family for family in results.measured if family not in TOKENS]
+    return [versus(tokens, {family: lead(family, tokens) for family in ours}, "%", what) for tokens in TOKENS]
+
+
+def answers_against_tokens(results: Results, kind: str, names: Sequence[str], what: str) -> list[str]:
+    return against_tokens(results, lambda ours, theirs: results.right_lead(kind, ours, theirs, names), what)
 
 
 def languages(results: Results) -> str:
@@ -273,6 +302,7 @@ def languages(results: Results) -> str:
         return ""
     sentences = [count_of_groups(tokens, found) for tokens, found in leads.items()]
     sentences += [language_trend(results, tokens) for tokens in leads]
+    sentences += [rare_languages(results, tokens) for tokens in leads]
     groups = sorted(results.groups(), key=lambda group: -results.share(group))
     bits = {group: results.by_family(lambda run, g=group: results.bits_per_byte(run, group=g)) for group in groups}
     columns = [family for family in (*TOKENS, "bytes", BLT) if any(family in values for values in bits.values())]
@@ -294,14 +324,28 @@ def count_of_groups(tokens: str, leads: dict[str, Estimate]) -> str:
 def language_trend(results: Results, tokens: str) -> str:
     """Return a sentence on how the lead over a model of tokens changes where a language has less training text."""
     leads = results.log_leads(BLT, tokens)
-    trained = {g: lead.value for g, lead in leads.items() if results.share(g) > 0 and g not in NO_LANGUAGES}
+    trained = {g: lead.value for g, lead in leads.items() if results.share(g) > 0 and g not in NO_TRANSLATIONS}
     if len(trained) <= 2:
         return ""
     slope = slope_of([-math.log10(results.share(group)) for group in trained], list(trained.values()))
-    much = f"by {shown(magnitude(slope), '%')} of the bits for a tenth of the training text in a language"
+    lead = f"Where a language has ten times less training text, the lead of {BLT} over {tokens}"
     if slope.is_clear:
-        return f"The lead of {BLT} over {tokens} {'grows' if slope.value > 0 else 'shrinks'} {much}."
-    return f"The lead of {BLT} over {tokens} has no clear trend: it changes {much}."
+        verb = "larger" if slope.value > 0 else "smaller"
+        return f"{lead} is {verb} by {shown(magnitude(slope), '%')} of the bits."
+    return f"{lead} differs by {shown(slope, '%', signed=True)} of the bits: no clear trend."
+
+
+def rare_languages(results: Results, tokens: str) -> str:
+    """Return a sentence on the languages that the training text has least of."""
+    leads = results.log_leads(BLT, tokens)
+    rare = {g: lead for g, lead in leads.items() if results.share(g) < RARE and g not in NO_TRANSLATIONS}
+    parts = [
+        f"{word} in {', '.join(found)}"
+        for word, sign in (("ahead", 1), ("behind", -1))
+        if (found := [group for group, lead in rare.items() if lead.is_clear and sign * lead.value > 0])
+    ]
+    what = f"Of {len(rare)} languages with less than {RARE:.1%} of the training text"
+    return f"{what}, {BLT} is clearly {', and '.join(parts)}, against {tokens}." if parts else ""
 
 
 def from_tokens(results: Results) -> str:
@@ -354,15 +398,14 @@ def ablations(results: Results) -> str:
 
 
 def made_by_tables(results: Results) -> str:
-    """Return a sentence on the part of BLT-Entropy's lead over bytes that its tables make, none if it has no lead."""
-    base, bits, tflops = ablation_bits(results)
-    plain, without = base.replace(BLT, "bytes"), f"{base}, without tables"
-    whole = results.lead(base, plain, tflops) if bits else None
-    if without not in bits or whole is None or not whole.is_clear:
-        return ""
-    share = share_of_lead(bits[plain], bits[without], bits[base])
-    behind = f" Without them it is behind {plain}." if share.value - CLEAR * share.error > 1 else ""
-    return f"Tables make {shown(share, '%')} of the lead of {base} over {plain}.{behind}"
+    """Return sentences on what tables make of BLT-Entropy's lead over bytes, and on what is left for patches."""
+    base, _, tflops = ablation_bits(results)
+    plain = base.replace(BLT, "bytes")
+    without, tables = f"{base}, without tables", f"{plain} with tables"
+    pairs = [(base, plain), (without, plain), (base, without), (tables, base)]
+    leads = [(pair, lead) for pair in pairs if (lead := results.lead(*pair, tflops)) is not None]
+    found = " ".join(verdict(*pair, lead) for pair, lead in leads)
+    return f"At {tflops:g} TFLOP: {found}" if found else ""
 
 
 def ablation_bits(results: Results) -> tuple[str, dict[str, Estimate], float]:

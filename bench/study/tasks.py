@@ -3,7 +3,7 @@
 `questions` has tasks in the manner of CUTE (arXiv 2409.15452): a prompt with worked examples and a question, and
 choices. The model's answer is the choice with the fewest nats. The choices are the right answers to questions that
 differ in one thing, and one of these is asked at random. So they have the same length, except yes and no, and a model
-that does not use the question is right once in as many times as there are choices: `Question.chance`.
+that does not use the question is right once in as many times as there are choices.
 
 A model of a million parameters may be at chance in all tasks. `misspellings` is easier: the rest of a text, and the
 same with a changed character in its first word. The model is right if the original has fewer nats. Longer text has more
@@ -41,11 +41,6 @@ class Question:
     prompt: str
     choices: tuple[str, ...]
     answer: int
-
-    @property
-    def chance(self) -> float:
-        """The share of right answers of a model that does not read the prompt."""
-        return 1 / len(self.choices)
 
 
 def right_answers(score: Score, asked: Sequence[Question]) -> list[bool]:

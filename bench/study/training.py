@@ -26,7 +26,7 @@ from study.readers import Reader
 CHECKPOINT_SECONDS = 60.0
 CURVE_POINTS = 100
 
-Watch = Callable[[float, str], None]  # is called with the share of the run that is done, and a text
+WatchOne = Callable[[float, str], None]  # is called with the share of the run that is done, and a text
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def train(
     reader: Reader,
     patching: Patching | None,
     config: TrainConfig,
-    watch: Watch,
+    watch: WatchOne,
 ) -> Trained:
     """Train `config.steps` steps, or those that are left of them."""
     optimizer = make_optimizer(model.train(), config)

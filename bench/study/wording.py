@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from study.statistics import Estimate
 
@@ -62,14 +63,15 @@ def page(sentences: Sequence[str], *tables: str) -> str:
     return "\n\n".join(["\n".join(f"- {sentence}" for sentence in sentences if sentence), *tables]).strip()
 
 
-def trend(name: str, early: Estimate, late: Estimate) -> str:
-    """Return a sentence on how a lead changes from the smallest budget to the largest."""
+def trend(ours: str, theirs: str, early: Estimate, late: Estimate) -> str:
+    """Return a sentence on how the lead of `ours` changes from the smallest budget to the largest."""
     change = late - early
     if not change.is_clear:
-        return f"The lead of {name} does not change clearly with training: {shown(change, signed=True)} bits per byte."
-    verb = "grows" if change.value > 0 else "shrinks"
-    return f"With training, the lead of {name} {verb} by {shown(magnitude(change))} bits per byte."
+        amount = f"{shown(change, signed=True)} bits per byte"
+        return f"With more training, {ours} neither gains clearly on {theirs} nor loses: {amount}."
+    verb, on = ("gains", "on") if change.value > 0 else ("loses", "to")
+    return f"With more training, {ours} {verb} {shown(magnitude(change))} bits per byte {on} {theirs}."
 
 
 def magnitude(estimate: Estimate) -> Estimate:
-    return Estimate(abs(estimate.value), estimate.error)
+    return replace(estimate, value=abs(estimate.value))

@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 from study import command, families, measuring, plan, runs, training
 from study.corpus import Corpus
 from study.families import FAMILIES, PATCHER, Model
-from study.plan import Budgets, Plan, next_rate
+from study.plan import Plan, Scope, larger, next_rate
 from study.readers import ByteReader
 from study.runs import Job, Lab
 from study.scoring import Scorer
@@ -213,11 +214,32 @@ def test_a_run_goes_on_where_it_was_killed(lab: Lab, tmp_path: Path, monkeypatch
     assert len(found.curve) == 20
 
 
-def test_runs_differ_by_what_they_depend_on(lab: Lab) -> None:
-    job = Job(small(FAMILIES["bytes"]("A")), 0.01, 0, RATE)
-    others = [replace(job, seed=1), replace(job, learning_rate=1e-3), replace(job, tflops=0.02)]
-    assert len({lab.folder(x) for x in (job, *others)}) == 4
-    assert lab.folder(job) == Lab(lab.work, lab.corpus).folder(job)
+def test_runs_differ_by_what_they_depend_on(lab: Lab, tmp_path: Path) -> None:
+    job = Job(small(families.entropy_of("A")), 0.01, 0, RATE)
+    (tmp_path / "begin.pt").write_bytes(b"weights")
+    others = [
+        replace(job, seed=1),
+        replace(job, learning_rate=1e-3),
+        replace(job, tflops=0.02),
+        replace(job, init=tmp_path / "begin.pt"),
+        replace(job, global_scale=0.1),
+        *(
+            replace(job, model=replace(job.model, **changed))
+            for changed in ({"patch_size": 6.0}, {"rule": {"monotonic": True}}, {"change": "no tables"})
+        ),
+    ]
+    assert len({lab.folder(x) for x in (job, *others)}) == 1 + len(others)
+    assert lab.folder(job) == Lab(lab.work, lab.corpus, lab.patcher).folder(job)
+
+
+def test_other_held_out_text_needs_no_other_training(lab: Lab, monkeypatch) -> None:
+    job = Job(PATCHER, 0.03, 0, RATE)
+    whole = runs.perform(lab, job, quiet)
+    monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(command, "MIN_GROUP_BYTES", 0)
+    half = runs.perform(Lab(lab.work, command.shortened(lab.corpus, 0.5)), job, quiet)
+    assert half.excerpts["python"] == whole.excerpts["python"][:6]
+    assert runs.perform(lab, job, quiet) == whole
 
 
 def test_bits_have_the_weights_of_the_training_text(lab: Lab) -> None:
@@ -235,19 +257,45 @@ def test_the_next_learning_rate_is_beyond_the_best() -> None:
 
 
 def test_learning_rates_are_halved_while_that_is_better(lab: Lab, monkeypatch) -> None:
-    best = {"bytes": 1e-3, "MegaByte": 8e-3, "tokens 4k": 2e-3, "BLT-Space": 1e-3}
+    best = {"bytes": 1e-3, "MegaByte": 8e-3, "tokens 4k": 2e-3}
     monkeypatch.setattr(plan, "FAMILIES", {name: FAMILIES[name] for name in best})
-    made = Plan(lab, Budgets(), 1)
+    made = Plan(lab, Scope(), 1)
 
-    def bits(job: Job) -> float:  # which hardly differ for BLT-Space
-        by_rate = abs(math.log2(job.learning_rate / best[job.model.family]))
-        return by_rate * (0.9 if job.model.family == "BLT-Space" else 1.1) * plan.MARGIN
+    def bits(job: Job) -> float:
+        return abs(math.log2(job.learning_rate / best[job.model.family]))
 
     monkeypatch.setattr(made, "perform", lambda jobs: jobs)
     monkeypatch.setattr(made, "bits", bits)
     made.rates = dict.fromkeys(best, 4e-3)
     made.lower_rates()
-    assert made.rates == {"bytes": 1e-3, "MegaByte": 4e-3, "tokens 4k": 2e-3, "BLT-Space": 4e-3}
+    assert made.rates == {"bytes": 1e-3, "MegaByte": 4e-3, "tokens 4k": 2e-3}
+
+
+def test_larger_sizes_are_tried_while_they_are_better(lab: Lab, monkeypatch) -> None:
+    best = {"bytes": "C", "MegaByte": "A", "BLT-Space": "S", "tokens 4k": "B"}  # of the largest budget
+    monkeypatch.setattr(plan, "FAMILIES", {name: FAMILIES[name] for name in best})
+    scope = Scope(seeds=1)
+    made = Plan(lab, scope, 1)
+    tried: dict[str, str] = dict.fromkeys(best, "")
+
+    def perform(jobs: list[Job]) -> list[Job]:
+        for job in jobs:
+            if job.tflops == scope.large:
+                tried[job.model.family] = "".join(sorted({*tried[job.model.family], job.model.size}, key="SABC".index))
+        return jobs
+
+    def bits(job: Job) -> float:  # the best sizes of the middle budget are A, and S of BLT-Space
+        size = best[job.model.family] if job.tflops == scope.large else "A"
+        size = "S" if job.model.family == "BLT-Space" else size
+        return abs("SABC".index(job.model.size) - "SABC".index(size))
+
+    monkeypatch.setattr(made, "perform", perform)
+    monkeypatch.setattr(made, "bits", bits)
+    made.rates = dict.fromkeys(best, 4e-3)
+    made.compare_families()
+    assert made.best == best
+    assert tried == {"bytes": "ABC", "MegaByte": "AB", "BLT-Space": "SA", "tokens 4k": "ABC"}
+    assert larger("C") == ""
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -269,8 +317,8 @@ def test_the_whole_study(lab: Lab, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(plan, "variants", lambda size: [small(model) for model in families.variants(size)[3:5]])
     monkeypatch.setattr(measuring, "QUESTIONS", 3)
     monkeypatch.setattr(measuring, "NOISED_BYTES", 1000)
-    budgets = Budgets(small=0.002, middle=0.004, large=0.006, patcher=0.03, seeds=2)
-    options = (lab.corpus, tmp_path / "work", budgets, plan.PARTS, 1)
+    scope = Scope(small=0.002, middle=0.004, large=0.006, patcher=0.03, seeds=2)
+    options = (lab.corpus, tmp_path / "work", scope, 1)
     command.study(*options, tmp_path / "out")
     found = rows_of(tmp_path / "out" / "runs.csv")
     assert {row["family"] for row in found} == {*few, "patcher"}
@@ -294,11 +342,26 @@ def test_the_whole_study(lab: Lab, tmp_path: Path, monkeypatch) -> None:
         assert sum(float(row[str(i)]) for i in range(count)) == pytest.approx(float(of_group["bits"]), rel=1e-4)
         assert sum(int(sizes[str(i)]) for i in range(count)) == int(of_group["bytes"])
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert settings["budgets"]["seeds"] == 2
+    assert settings["scope"]["seeds"] == 2
+    assert settings["models"].keys() == names
+    assert settings["models"]["bytes B with tables"]["change"] == "tables"
+    assert (settings["models"]["BLT-Entropy S"]["threshold"] or 0) > 0
+    assert settings["models"]["BLT-Space S"]["threshold"] is None
     assert settings["shares"] == lab.corpus.shares
     assert settings["learning_rates"].keys() == few.keys()
 
-    (tmp_path / "work" / "runs" / excerpts[0]["run"] / runs.EXCERPTS).unlink()  # is scored again
+    noised, answers = (rows_of(tmp_path / "out" / f"{name}.csv") for name in ("noised", "answers"))
+    for row in scores:
+        if row["kind"] == "noise":
+            (bits,) = (list(x.values())[2:] for x in noised if (x["run"], x["noise"]) == (row["run"], row["name"]))
+            assert sum(map(float, bits)) == pytest.approx(float(row["bits"]), rel=1e-4)
+        elif row["kind"] != "text":
+            key = row["run"], row["kind"], row["name"]
+            (right,) = (list(x.values())[3:] for x in answers if (x["run"], x["kind"], x["name"]) == key)
+            assert sum(x == "1" for x in right) == int(row["right"])
+
+    (scored,) = (tmp_path / "work" / "runs" / excerpts[0]["run"]).glob("excerpts-*.json")
+    scored.unlink()  # is scored again
     monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("trained again"))
     command.study(*options, tmp_path / "again")
     assert rows_of(tmp_path / "again" / "runs.csv") == found
@@ -307,9 +370,39 @@ def test_the_whole_study(lab: Lab, tmp_path: Path, monkeypatch) -> None:
 
 
 def test_held_out_text_is_shortened_by_group(corpus: Corpus, monkeypatch) -> None:
-    monkeypatch.setattr(command, "MEASURED_BYTES", 100)
-    shortened = command.shortened(corpus)
+    monkeypatch.setattr(command, "MIN_GROUP_BYTES", 200)
+    shortened = command.shortened(corpus, 0.5)
     assert shortened.heldout == {"python": corpus.heldout["python"][:6], "german": corpus.heldout["german"]}
+    assert shortened.measured == 0.5
+
+
+def test_questions_and_noised_text_are_shortened_too(corpus: Corpus, monkeypatch) -> None:
+    monkeypatch.setattr(measuring, "QUESTIONS", 8)
+    monkeypatch.setattr(measuring, "NOISED_BYTES", 4000)
+    for measured in (1.0, 0.5):
+        suite = measuring.make_suite(replace(corpus, measured=measured))
+        assert {len(asked) for asked in suite.questions["task"].values()} == {8 * measured}
+        sizes = [len(text.encode()) for text in suite.noises["clean"]]
+        assert sum(sizes[:-1]) < 4000 * measured <= sum(sizes)
+
+
+def test_the_short_study_has_less_of_everything(monkeypatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def prepare(work: Path, languages: bool) -> Corpus:
+        return Corpus([], [], {"python": ["x" * 1000] * 200}, {"python": 1}, {})
+
+    def study(corpus: Corpus, work: Path, scope: Scope, *_: Any) -> None:
+        asked[work.name] = corpus, scope
+
+    monkeypatch.setattr(command, "prepare", prepare)
+    monkeypatch.setattr(command, "study", study)
+    for name, options in (("long", ()), ("short", ("--short",)), ("other", ("--short", "--scale=2", "--seeds=5"))):
+        command.main(["--work", str(tmp_path / name), *options])
+    assert asked["long"][1] == Scope()
+    assert asked["short"][1] == plan.SHORT
+    assert asked["other"][1] == replace(plan.SHORT, small=0.4, middle=1.5, large=4.0, patcher=1.0, seeds=5)
+    assert [len(asked[name][0].heldout["python"]) for name in asked] == [100, 25, 25]
 
 
 @pytest.mark.parametrize("arguments", [["--scale", "0"], ["--jobs", "0"], ["--parts", "z"], ["--seeds", "0"]], ids=str)

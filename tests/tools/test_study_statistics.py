@@ -13,27 +13,28 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 from study.statistics import (
+    STUDENT,
     Estimate,
     log_flops_at,
+    log_ratio,
     log_ratio_at_equal_bits,
-    log_ratio_error,
     mean_of,
     paired_difference,
     pooled_deviation,
     saved,
     share_of,
-    share_of_lead,
     slope_of,
-    text_error,
+    text_lead,
+    with_errors,
 )
 
 
 def test_means_and_differences() -> None:
-    assert mean_of([1.0, 2.0, 3.0]) == Estimate(2.0, pytest.approx(1 / math.sqrt(3)))
-    assert mean_of([1.0, 2.0], deviation=4.0) == Estimate(1.5, pytest.approx(4 / math.sqrt(2)))
+    assert mean_of([1.0, 2.0, 3.0]) == Estimate(2.0, pytest.approx(1 / math.sqrt(3)), 2)
     assert Estimate(5.0, 3.0) - Estimate(1.0, 4.0) == Estimate(4.0, 5.0)
     # The differences are 1, 2, 3, however far apart the pairs are.
-    assert paired_difference([11.0, 2.0, 103.0], [10.0, 0.0, 100.0]) == Estimate(2.0, pytest.approx(1 / math.sqrt(3)))
+    pairs = [11.0, 2.0, 103.0], [10.0, 0.0, 100.0]
+    assert paired_difference(*pairs) == Estimate(2.0, pytest.approx(1 / math.sqrt(3)), 2)
     with pytest.raises(ValueError, match="shorter"):
         paired_difference([1.0, 2.0], [1.0])
 
@@ -54,6 +55,33 @@ def test_pooled_deviation() -> None:
     assert math.isnan(pooled_deviation([[1.0], [2.0]]))
 
 
+def test_few_values_need_a_larger_difference() -> None:
+    assert Estimate(0.0, 1.0).limit == 2.0
+    assert Estimate(4.2, 1.0, 4).is_clear
+    assert not Estimate(4.2, 1.0, 2).is_clear
+    assert [Estimate(0.0, 1.0, df).limit for df in STUDENT] == pytest.approx(list(STUDENT.values()))
+    limits = [Estimate(0.0, 1.0, df).limit for df in (0.5, 1.0, 1.7, 2.5, 3.9, 5.0, 7.0, 12.0, 40.0, 1e9)]
+    assert limits == sorted(limits, reverse=True)
+    assert limits[6] == pytest.approx(2.365, abs=0.01)  # of 7 degrees of freedom
+    # Equal errors of three values each have four degrees of freedom, and a known error does not lower them.
+    assert with_errors(1.0, Estimate(0.0, 3.0, 2), Estimate(0.0, 3.0, 2)).freedom == pytest.approx(4)
+    assert with_errors(1.0, Estimate(0.0, 3.0, 2), Estimate(0.0, 1e-9, 2)).freedom == pytest.approx(2)
+    assert with_errors(1.0, Estimate(0.0, 3.0, 2), Estimate(0.0, 4.0)) == Estimate(
+        1.0, 5.0, pytest.approx(2 * (25 / 9) ** 2)
+    )
+
+
+def test_chance_passes_one_in_twenty() -> None:
+    """Two models with the same mean, whose seeds differ by different amounts, and an error over many excerpts."""
+    draw, clear = random.Random(0), 0
+    for _ in range(4000):
+        a = mean_of([draw.gauss(0.0, 1.0) for _ in range(3)])
+        b = mean_of([draw.gauss(0.0, 0.3) for _ in range(3)])
+        text = Estimate(0.0, 0.3)
+        clear += with_errors(a.value - b.value + draw.gauss(0.0, text.error), a, b, text).is_clear
+    assert 0.03 < clear / 4000 < 0.08
+
+
 def test_shares() -> None:
     assert share_of(1, 2) == Estimate(0.5, pytest.approx(0.25))
     assert share_of(10, 10).error == pytest.approx(math.sqrt(11 / 12 * 1 / 12 / 12))
@@ -71,12 +99,17 @@ def test_errors_over_text_are_those_of_a_bootstrap() -> None:
         sum_a, sum_b, size = (sum(values[i] for i in chosen) for values in (a, b, sizes))
         differences.append((sum_a - sum_b) / size)
         ratios.append(math.log(sum_a / sum_b))
-    assert text_error(a, b, sizes) == pytest.approx(statistics.stdev(differences), rel=0.1)
-    assert log_ratio_error(a, b) == pytest.approx(statistics.stdev(ratios), rel=0.1)
+    lead, ratio = text_lead(a, b, sizes), log_ratio(a, b)
+    assert lead == Estimate(
+        pytest.approx((sum(a) - sum(b)) / sum(sizes)), pytest.approx(statistics.stdev(differences), rel=0.1), 79
+    )
+    assert ratio == Estimate(
+        pytest.approx(math.log(sum(a) / sum(b))), pytest.approx(statistics.stdev(ratios), rel=0.1), 79
+    )
     # A difficulty that both share does not count.
-    assert text_error(a, [x + 0.1 * size for x, size in zip(a, sizes, strict=True)], sizes) < 1e-12
-    assert log_ratio_error(a, [2 * x for x in a]) < 1e-12
-    assert math.isnan(text_error([1.0], [2.0], [3.0]))
+    assert text_lead(a, [x + 0.1 * size for x, size in zip(a, sizes, strict=True)], sizes).error < 1e-12
+    assert log_ratio(a, [2 * x for x in a]).error < 1e-12
+    assert math.isnan(text_lead([1.0], [2.0], [3.0]).error)
 
 
 def test_flops_at_equal_bits() -> None:
@@ -100,18 +133,13 @@ def test_ratio_at_equal_bits_is_taken_where_both_curves_are() -> None:
     theirs = [(math.exp(1.0), Estimate(4.0, 0.1)), (math.exp(3.0), Estimate(2.0, 0.1))]
     # Ours has 2 bits at e^2, with errors of 0.05, 0.05 and 0.1; theirs at e^3.
     error = math.sqrt(0.05**2 + 0.05**2 + 0.1**2)
-    assert log_ratio_at_equal_bits(ours, theirs) == Estimate(pytest.approx(1.0), pytest.approx(error))
-    assert log_ratio_at_equal_bits(theirs, ours) == Estimate(pytest.approx(-1.0), pytest.approx(error))
-    assert log_ratio_at_equal_bits(ours, theirs, 0.3).error == pytest.approx(math.hypot(error, 0.3))
-    assert log_ratio_at_equal_bits(ours, [(1.0, Estimate(9.0, 0.1))]) is None
-
-
-def test_share_of_lead() -> None:
-    share = share_of_lead(Estimate(3.0, 0.1), Estimate(2.5, 0.2), Estimate(2.0, 0.4))
-    # Derivatives are 1, -1/2 and -1/2.
-    assert share == Estimate(pytest.approx(0.5), pytest.approx(math.hypot(0.2, 0.05, 0.2)))
+    known = Estimate(0.0, 0.0)
+    assert log_ratio_at_equal_bits(ours, theirs, known) == Estimate(pytest.approx(1.0), pytest.approx(error))
+    assert log_ratio_at_equal_bits(theirs, ours, known) == Estimate(pytest.approx(-1.0), pytest.approx(error))
+    assert log_ratio_at_equal_bits(ours, theirs, Estimate(0.0, 0.3)).error == pytest.approx(math.hypot(error, 0.3))
+    assert log_ratio_at_equal_bits(ours, [(1.0, Estimate(9.0, 0.1))], known) is None
 
 
 def test_slope() -> None:
     # The line is y = x; residuals are 1, -2, 1; their squares over one degree of freedom are 6, and x has squares of 2.
-    assert slope_of([0.0, 1.0, 2.0], [1.0, -1.0, 3.0]) == Estimate(pytest.approx(1.0), pytest.approx(math.sqrt(3)))
+    assert slope_of([0.0, 1.0, 2.0], [1.0, -1.0, 3.0]) == Estimate(pytest.approx(1.0), pytest.approx(math.sqrt(3)), 1)
