@@ -10,16 +10,16 @@ import csv
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from blt_kernels._files import whole_file
-from study.statistics import Estimate, pooled_deviation
+from study.statistics import Estimate, pooled_deviation, slope_of
 from study.wording import page, table
 
 OK = "ok"
 FITTED_FROM = 16384  # exponents are fitted to rows of at least so many bytes
-TRANSFORMER, RULE = "transformer", "MegaByte T^(1/3)"
+TRANSFORMERS, RULE = ("transformer", "transformer, window 512"), "MegaByte T^(1/3)"
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,15 @@ def read(path: Path) -> list[Point]:
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> Estimate:
     """Return the slope of log values over log sizes by least squares, with its standard error.
 
-    Two points have no error, and fewer than two no slope.
+    Two points have no error, and fewer than two no slope. Points lie off the line because costs are no pure power, not
+    by chance, so the error has no degrees of freedom.
     """
     if len(sizes) < 2:
         return Estimate(math.nan, math.nan)
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
-    slope, start = statistics.linear_regression(x, y)
     if len(x) == 2:
-        return Estimate(slope, math.nan)
-    mean = statistics.fmean(x)
-    residual = sum((b - start - slope * a) ** 2 for a, b in zip(x, y, strict=True)) / (len(x) - 2)
-    return Estimate(slope, math.sqrt(residual / sum((a - mean) ** 2 for a in x)))
+        return Estimate(statistics.linear_regression(x, y).slope, math.nan)
+    return replace(slope_of(x, y), freedom=math.inf)
 
 
 def exponent_of(points: Iterable[Point], value: Callable[[Point], float]) -> Estimate:
@@ -142,7 +140,8 @@ def report(points: Sequence[Point], run: str) -> str:
     rows = {model: [found[model, context] for context in contexts if (model, context) in found] for model in models}
     return page(
         [
-            *against_transformer(found, contexts, deviation(points), name),
+            *against_transformers(found, contexts, deviation(points), name),
+            cost_of_length(rows, deviation(points), name),
             *growth(rows, name),
             longest(rows, name),
             left_out(rows, name),
@@ -151,18 +150,31 @@ def report(points: Sequence[Point], run: str) -> str:
     )
 
 
-def against_transformer(
+def against_transformers(
     found: dict[tuple[str, int], Point], contexts: Sequence[int], deviation: float, name: str
 ) -> Iterator[str]:
-    """Say what MegaByte by the rule costs beside the transformer that attends to its whole row."""
-    pairs = [(found[TRANSFORMER, c], found[RULE, c]) for c in contexts if {(TRANSFORMER, c), (RULE, c)} <= found.keys()]
-    counted = [f"{a.gflop / b.gflop:.3g} times at {name_of(a.context)}" for a, b in (pairs[:1] + pairs[-1:])]
-    if counted:
-        yield f"{name} costs the transformer more FLOPs than {RULE}: {' and '.join(dict.fromkeys(counted))}."
-    measured = [(a, b) for a, b in pairs if a.us_a_byte and b.us_a_byte]
-    times = [f"{error(ratio(a, b, deviation))} times at {name_of(a.context)}" for a, b in measured[:1] + measured[-1:]]
-    if times:
-        yield f"It takes the transformer longer: {' and '.join(dict.fromkeys(times))}."
+    """Say what transformers cost beside MegaByte by the rule, with the shortest and the longest row that both have."""
+    for other in TRANSFORMERS:
+        pairs = [(found[other, c], found[RULE, c]) for c in contexts if {(other, c), (RULE, c)} <= found.keys()]
+        counted = [f"{a.gflop / b.gflop:.3g} times at {name_of(a.context)}" for a, b in (pairs[:1] + pairs[-1:])]
+        if counted:
+            times = " and ".join(dict.fromkeys(counted))
+            yield f"{name} of {other} costs {times} as many FLOPs as one of {RULE}."
+        run = [(a, b) for a, b in pairs if a.us_a_byte and b.us_a_byte]
+        each = [f"{with_error(ratio(a, b, deviation))} times at {name_of(a.context)}" for a, b in run[:1] + run[-1:]]
+        if each:
+            yield f"It takes {' and '.join(dict.fromkeys(each))} as long."
+
+
+def cost_of_length(rows: dict[str, list[Point]], deviation: float, name: str) -> str:
+    """Say how much longer a byte takes in the longest row that was run than in the shortest."""
+    each = []
+    for model, points in rows.items():
+        run = [point for point in points if point.us_a_byte]
+        if len(run) > 1:
+            times = with_error(ratio(run[-1], run[0], deviation))
+            each.append(f"{times} times as long at {name_of(run[-1].context)} as at {name_of(run[0].context)}: {model}")
+    return f"{name}, time of a byte. {'; '.join(each)}." if each else ""
 
 
 def growth(rows: dict[str, list[Point]], name: str) -> Iterator[str]:
@@ -172,7 +184,7 @@ def growth(rows: dict[str, list[Point]], name: str) -> Iterator[str]:
         for model, points in rows.items():
             fitted = exponent_of(points, value)
             if not math.isnan(fitted.error):
-                above = Estimate(fitted.value - 1, fitted.error)
+                above = replace(fitted, value=fitted.value - 1)
                 kind = "No clear difference" if not above.is_clear else "Faster" if above.value > 0 else "Slower"
                 kinds[kind].append(f"{model} {power(fitted)}")
         each = " ".join(f"{kind}: {', '.join(models)}." for kind, models in kinds.items() if models)
@@ -217,10 +229,10 @@ def time_of(point: Point) -> float:
 
 
 def power(exponent: Estimate) -> str:
-    return "" if math.isnan(exponent.value) else f"T^{error(exponent)}"
+    return "" if math.isnan(exponent.value) else f"T^{with_error(exponent)}"
 
 
-def error(estimate: Estimate) -> str:
+def with_error(estimate: Estimate) -> str:
     """Return a value with its standard error, if that is known."""
     return f"{estimate.value:.2f}" + ("" if math.isnan(estimate.error) else f" ± {estimate.error:.2f}")
 

@@ -391,9 +391,17 @@ def ablations(results: Results) -> str:
     for name, value in bits.items():
         run = results.group(name, tflops)[0]
         cells = [f"{run.parameters / 1e6:.2f}", f"{run.embedding_parameters / 1e6:.2f}", f"{run.patch_size:.2f}"]
+        cells += [f"{run.mflops:.2f}", f"{run.trained_bytes / 1e6:.1f}"]
         lead = None if name == base else results.lead(name, base, tflops)
-        rows.append([name, *cells, f"{run.mflops:.2f}", shown(value), marked(lead)])
-    head = [f"model, {tflops:g} TFLOP", "M parameters", "of these looked up", "bytes a patch", "MFLOP a byte"]
+        rows.append([name, *cells, shown(value), marked(lead)])
+    head = [
+        f"model, {tflops:g} TFLOP",
+        "M parameters",
+        "of these looked up",
+        "bytes a patch",
+        "MFLOP a byte",
+        "MB read",
+    ]
     return page(sentences, table([*head, "bits per byte", f"lead over {base}"], rows))
 
 

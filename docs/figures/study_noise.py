@@ -13,15 +13,15 @@ from figures._study import finish, results, rows_of_points
 
 
 def draw(colors: Colors) -> Figure | None:
-    """Draw means over seeds, with standard errors. Returns None without results."""
+    """Draw means over seeds, with standard errors of seeds and excerpts. Returns None without results."""
     found = results()
     names = [] if found is None else found.names("noise")
     base = study_module("sections").TOKENS[0]
     leads = {}
-    for name, noises in [*((name, [name]) for name in names), ("mean", names)]:
-        loss = found.by_family(lambda run, noises=noises: found.relative_loss(run, noises)) if names else {}
-        if base in loss:
-            leads[name] = {family: loss[base] - value for family, value in loss.items() if family != base}
+    for name, noises in [*((name, [name]) for name in names), ("mean", names)] if names else ():
+        others = {family: found.noise_lead(family, base, noises) for family in found.measured if family != base}
+        if known := {family: lead for family, lead in others.items() if lead is not None}:
+            leads[name] = known
     if not leads:
         return None
     figure = Figure(figsize=(5.3, 4.6), layout="constrained")

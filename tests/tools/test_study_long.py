@@ -140,9 +140,12 @@ def test_report() -> None:
     lines = long_report.report([*measured("transformer", 2.0, contexts), left_out, *fast], "step").splitlines()
     head = "- A training step, growth of"
     both = "Faster: transformer T^2.00 ± 0.02. No clear difference: MegaByte T^(1/3) T^1.01 ± 0.01."
-    assert lines[:6] == [
-        "- A training step costs the transformer more FLOPs than MegaByte T^(1/3): 1 times at 16k and 61 times at 1M.",
-        "- It takes the transformer longer: 1.01 ± 0.01 times at 16k and 16.16 ± 0.18 times at 256k.",
+    assert lines[:7] == [
+        "- A training step of transformer costs 1 times at 16k and 61 times at 1M as many FLOPs as one of MegaByte"
+        " T^(1/3).",
+        "- It takes 1.01 ± 0.01 times at 16k and 16.16 ± 0.18 times at 256k as long.",
+        "- A training step, time of a byte. 16.00 ± 0.13 times as long at 256k as at 16k: transformer; 1.05 ± 0.01 times"
+        " as long at 1M as at 16k: MegaByte T^(1/3).",
         f"{head} time compared with linear, from 16k bytes on. {both}",
         f"{head} peak memory compared with linear, from 16k bytes on. {both}",
         "- A training step on 1,048,576 bytes takes MegaByte T^(1/3) 1.1 s and 67 GB.",
