@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
@@ -52,6 +53,11 @@ def answers_of(scores: list[Score]) -> dict[tuple[str, str, str], list[float]]:
     return {(s.run, s.kind, s.name): [float(i < s.right) for i in range(s.count)] for s in questions}
 
 
+def noised_of(scores: list[Score]) -> dict[tuple[str, str], list[float]]:
+    """Return the bits of equal excerpts."""
+    return {(s.run, s.name): [s.bits / s.count] * s.count for s in scores if s.kind == "noise"}
+
+
 @cache
 def made_up() -> Results:
     """Return results of every part."""
@@ -74,4 +80,10 @@ def made_up() -> Results:
         runs += [run_of(f"BLT-Entropy 128{way}", "BLT-Entropy", 4.0, seed, lead) for seed in range(3)]
     runs = [replace(run, run=f"{i}") for i, run in enumerate(runs)]
     scores = [score for run in runs if run.size == "B" and run.tflops == 16.0 for score in scores_of(run)]
-    return Results(runs, scores, rates=RATES, answers=answers_of(scores), shares=SHARES)
+    return results_of(runs, scores)
+
+
+def results_of(runs: list[Run], scores: list[Score] = (), **others: Any) -> Results:
+    """Return results with the answers and noised excerpts that scores are the sums of."""
+    found = {"noised": noised_of(scores), "answers": answers_of(scores), "shares": SHARES, **others}
+    return Results(runs, scores, rates=RATES, **found)

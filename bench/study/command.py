@@ -40,18 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all budgets")
     parser.add_argument("--seeds", type=int, help="runs of a model, 3 or with --short 2 if not given")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="parts of the study")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, help="parts of the study; results hold these and the runs that they need"
+    )
     parser.add_argument("--no-languages", action="store_true", help="the standard library alone: nothing is downloaded")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time, of one thread each")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="where text and runs lie")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"study-{csv_path().stem}", help="where results go")
+    parser.add_argument("--out", type=Path, help="where results go, and replace what is there")
     given = parser.parse_args(arguments)
     if given.scale <= 0 or given.jobs < 1 or (given.seeds is not None and given.seeds < 1):
         parser.error("--scale, --jobs and --seeds: expected numbers above 0")
     scope = (SHORT if given.short else Scope()).scaled(given.scale)
-    scope = replace(scope, seeds=given.seeds or scope.seeds, parts=given.parts or scope.parts)
+    parts = tuple(part for part in PARTS if part in (given.parts or scope.parts))
+    scope = replace(scope, seeds=given.seeds or scope.seeds, parts=parts)
+    out = given.out or RESULTS / f"study-{'short-' if given.short else ''}{csv_path().stem}"
     corpus = shortened(prepare(given.work, languages=not given.no_languages), scope.measured)
-    study(corpus, given.work, scope, given.jobs, given.out)
+    study(corpus, given.work, scope, given.jobs, out)
 
 
 def shortened(corpus: Corpus, measured: float) -> Corpus:
@@ -107,7 +111,8 @@ def write(plan: Plan, out: Path) -> None:
         values = asdict(outcome) | {"bits": outcome.bits_per_byte(corpus)}
         curves.append({"run": run} | dict(enumerate(values.pop("curve"))))
         bits = list(chain(*values.pop("excerpts").values()))
-        if outcome.seed == 0 and outcome.family != PATCHER.family:  # models differ on excerpts alike with every seed
+        # One seed is enough: how two models differ from excerpt to excerpt is much the same for every seed.
+        if outcome.seed == 0 and outcome.family != PATCHER.family:
             excerpts.append({"run": run} | dict(enumerate(bits)))
         runs.append(values)
         scores += [Score(run, "text", "", group, *sizes[group], bits) for group, bits in outcome.bits.items()]
@@ -127,6 +132,8 @@ def write(plan: Plan, out: Path) -> None:
     ):
         if rows:
             write_rows(out / name, list(max(rows, key=len)), rows)
+        else:
+            (out / name).unlink(missing_ok=True)
     write_text(out / "settings.json", json.dumps(settings(plan), indent=2) + "\n")
     report.write(out)
 

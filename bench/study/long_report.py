@@ -1,7 +1,8 @@
 """Reads and writes what `study.long_context` measured, and turns it into sentences and tables.
 
 Times are CPU times of one thread. The deviation of one sample, as a part of it, is pooled over all points that have
-several; so a ratio has a standard error even where a point has one sample. An exponent has that of its fit.
+several; so a ratio has a standard error even where a point has one sample, and so has an exponent of time. Other
+exponents have that of their fit.
 """
 
 from __future__ import annotations
@@ -95,24 +96,34 @@ def read(path: Path) -> list[Point]:
 # --- estimates --------------------------------------------------------------------------------------------------------
 
 
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> Estimate:
+def exponent(sizes: Sequence[float], values: Sequence[float], errors: Sequence[float] | None = None) -> Estimate:
     """Return the slope of log values over log sizes by least squares, with its standard error.
 
-    Two points have no error, and fewer than two no slope. Points lie off the line because costs are no pure power, not
-    by chance, so the error has no degrees of freedom.
+    `errors` are those of the log values, if they are known. Otherwise the error is that of the fit: two points have
+    none. Fewer than two have no slope.
     """
     if len(sizes) < 2:
         return Estimate(math.nan, math.nan)
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
-    if len(x) == 2:
-        return Estimate(statistics.linear_regression(x, y).slope, math.nan)
-    return replace(slope_of(x, y), freedom=math.inf)
+    if errors is None and len(x) > 2:
+        return slope_of(x, y)
+    mean = statistics.fmean(x)
+    parts = [math.nan] if errors is None else [(a - mean) * error for a, error in zip(x, errors, strict=True)]
+    error = math.hypot(*parts) / sum((a - mean) ** 2 for a in x)
+    return Estimate(statistics.linear_regression(x, y).slope, error)
 
 
 def exponent_of(points: Iterable[Point], value: Callable[[Point], float]) -> Estimate:
     """Return the exponent of a quantity of the whole row, in its bytes, from `FITTED_FROM` on."""
-    found = [(p.context, value(p)) for p in points if p.context >= FITTED_FROM and value(p) > 0]
-    return exponent([size for size, _ in found], [amount for _, amount in found])
+    found = [point for point in points if point.context >= FITTED_FROM and value(point) > 0]
+    return exponent([point.context for point in found], list(map(value, found)))
+
+
+def exponent_of_time(points: Iterable[Point], deviation: float) -> Estimate:
+    """Return the exponent of the time of the whole row, with the error of its samples."""
+    found = [point for point in points if point.context >= FITTED_FROM and point.us_a_byte]
+    errors = [deviation / math.sqrt(len(point.us_a_byte)) for point in found]
+    return exponent([point.context for point in found], list(map(time_of, found)), errors)
 
 
 def deviation(points: Iterable[Point]) -> float:
@@ -142,11 +153,11 @@ def report(points: Sequence[Point], run: str) -> str:
         [
             *against_transformers(found, contexts, deviation(points), name),
             cost_of_length(rows, deviation(points), name),
-            *growth(rows, name),
+            *growth(rows, deviation(points), name),
             longest(rows, name),
             left_out(rows, name),
         ],
-        *tables(rows, contexts, run),
+        *tables(rows, contexts, deviation(points), run),
     )
 
 
@@ -156,14 +167,13 @@ def against_transformers(
     """Say what transformers cost beside MegaByte by the rule, with the shortest and the longest row that both have."""
     for other in TRANSFORMERS:
         pairs = [(found[other, c], found[RULE, c]) for c in contexts if {(other, c), (RULE, c)} <= found.keys()]
-        counted = [f"{a.gflop / b.gflop:.3g} times at {name_of(a.context)}" for a, b in (pairs[:1] + pairs[-1:])]
-        if counted:
-            times = " and ".join(dict.fromkeys(counted))
-            yield f"{name} of {other} costs {times} as many FLOPs as one of {RULE}."
+        flops = {name_of(a.context): f"{a.gflop / b.gflop:,.1f}" for a, b in pairs[:1] + pairs[-1:]}
         run = [(a, b) for a, b in pairs if a.us_a_byte and b.us_a_byte]
-        each = [f"{with_error(ratio(a, b, deviation))} times at {name_of(a.context)}" for a, b in run[:1] + run[-1:]]
-        if each:
-            yield f"It takes {' and '.join(dict.fromkeys(each))} as long."
+        times = {name_of(a.context): with_error(ratio(a, b, deviation)) for a, b in run[:1] + run[-1:]}
+        for what, values in (("FLOPs", flops), ("time", times)):
+            if values:
+                each = " and ".join(f"{value} times with {context} bytes" for context, value in values.items())
+                yield f"{name} of {other} over one of {RULE}, in {what}: {each}."
 
 
 def cost_of_length(rows: dict[str, list[Point]], deviation: float, name: str) -> str:
@@ -172,22 +182,25 @@ def cost_of_length(rows: dict[str, list[Point]], deviation: float, name: str) ->
     for model, points in rows.items():
         run = [point for point in points if point.us_a_byte]
         if len(run) > 1:
-            times = with_error(ratio(run[-1], run[0], deviation))
-            each.append(f"{times} times as long at {name_of(run[-1].context)} as at {name_of(run[0].context)}: {model}")
-    return f"{name}, time of a byte. {'; '.join(each)}." if each else ""
+            times, (first, *_, last) = with_error(ratio(run[-1], run[0], deviation)), run
+            each.append(f"{model} {times} times ({name_of(last.context)} over {name_of(first.context)} bytes)")
+    return f"{name}, time of a byte in the longest row over that in the shortest: {'; '.join(each)}." if each else ""
 
 
-def growth(rows: dict[str, list[Point]], name: str) -> Iterator[str]:
+def growth(rows: dict[str, list[Point]], deviation: float, name: str) -> Iterator[str]:
     """Say which times and which memory grow faster than the row."""
-    for what, value in (("time", time_of), ("peak memory", lambda point: point.peak_mb)):
+    for what, fit in (
+        ("time", lambda points: exponent_of_time(points, deviation)),
+        ("peak memory", lambda points: exponent_of(points, lambda point: point.peak_mb)),
+    ):
         kinds: dict[str, list[str]] = {"Faster": [], "Slower": [], "No clear difference": []}
         for model, points in rows.items():
-            fitted = exponent_of(points, value)
+            fitted = fit(points)
             if not math.isnan(fitted.error):
                 above = replace(fitted, value=fitted.value - 1)
                 kind = "No clear difference" if not above.is_clear else "Faster" if above.value > 0 else "Slower"
                 kinds[kind].append(f"{model} {power(fitted)}")
-        each = " ".join(f"{kind}: {', '.join(models)}." for kind, models in kinds.items() if models)
+        each = " ".join(f"{kind}: {'; '.join(models)}." for kind, models in kinds.items() if models)
         if each:
             yield f"{name}, growth of {what} compared with linear, from {name_of(FITTED_FROM)} bytes on. {each}"
 
@@ -196,7 +209,7 @@ def longest(rows: dict[str, list[Point]], name: str) -> str:
     """Say what the longest row takes."""
     context = max(point.context for points in rows.values() for point in points)
     ran = [p for points in rows.values() for p in points if p.context == context and p.us_a_byte]
-    each = ", ".join(f"{p.model} {time_of(p) / 1e6:.3g} s and {p.peak_mb / 1e3:.2g} GB" for p in ran)
+    each = "; ".join(f"{p.model} {time_of(p) / 1e6:.3g} s and {p.peak_mb / 1e3:.2g} GB" for p in ran)
     return f"{name} on {context:,} bytes takes {each}." if ran else ""
 
 
@@ -207,18 +220,26 @@ def left_out(rows: dict[str, list[Point]], name: str) -> str:
     return f"{name} has no time here for: {each}." if each else ""
 
 
-def tables(rows: dict[str, list[Point]], contexts: Sequence[int], run: str) -> list[str]:
+def tables(rows: dict[str, list[Point]], contexts: Sequence[int], deviation: float, run: str) -> list[str]:
     """Return tables of FLOPs, time and memory: a line a model, a column a length, and the exponents."""
     made = []
-    for title, cell, value in (
-        ("MFLOP a byte", lambda p: f"{1e3 * p.gflop / p.context:.3g}", lambda p: p.gflop),
-        ("µs a byte", lambda p: f"{p.median:.3g}" if p.us_a_byte else "–", time_of),
-        ("peak GB", lambda p: f"{p.peak_mb / 1e3:.2g}" if p.us_a_byte else "–", lambda p: p.peak_mb),
+    for title, cell, fit in (
+        ("MFLOP a byte", lambda p: f"{1e3 * p.gflop / p.context:.3g}", lambda row: exponent_of(row, lambda p: p.gflop)),
+        (
+            "µs a byte",
+            lambda p: f"{p.median:.3g}" if p.us_a_byte else "–",
+            lambda row: exponent_of_time(row, deviation),
+        ),
+        (
+            "peak GB",
+            lambda p: f"{p.peak_mb / 1e3:.2g}" if p.us_a_byte else "–",
+            lambda row: exponent_of(row, lambda p: p.peak_mb),
+        ),
     ):
         lines = []
         for model, points in rows.items():
             at = {point.context: cell(point) for point in points}
-            lines.append([model, *(at.get(context, "") for context in contexts), power(exponent_of(points, value))])
+            lines.append([model, *(at.get(context, "") for context in contexts), power(fit(points))])
         made.append(table([f"{run}, {title}", *map(name_of, contexts), "grows as"], lines))
     return made
 

@@ -40,7 +40,7 @@ class Scope:
     """Says how much of the study runs.
 
     `small`, `middle`, `large` and `patcher` are TFLOP of training of a run, `measured` is the share of the held-out
-    text that is measured. With `rates`, learning rates are not searched for.
+    text that is measured. `rates` are learning rates by family, for the case that `parts` has no "rates".
     """
 
     small: float = 1.5
@@ -49,7 +49,7 @@ class Scope:
     patcher: float = 6.0
     seeds: int = 3
     measured: float = 0.5
-    parts: Sequence[str] = PARTS
+    parts: Sequence[str] = PARTS  # in the order of `PARTS`
     rates: Mapping[str, float] = field(default_factory=dict)
 
     def scaled(self, factor: float) -> Scope:

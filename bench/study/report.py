@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from study.wording import table, verdict
 
 
 def claims(results: Results) -> str:
-    """A sentence on each claim of the papers."""
+    """Return a sentence on each claim of the papers."""
     tokens = best_tokens(results)
     if tokens is None:
         return ""
@@ -65,7 +66,8 @@ def of_answers(results: Results, theirs: str) -> str:
     lead = results.right_lead("task", BLT, theirs, results.names("task"))
     if lead is None:
         return ""
-    guesses = not any(lead.is_clear and lead.value > 0 for lead in sections.above_chance(results).values())
+    above = sections.above_chance(results).values()
+    guesses = all(not math.isnan(lead.error) and not (lead.is_clear and lead.value > 0) for lead in above)
     return verdict(BLT, theirs, lead, "%", "in right answers") + (
         " No model is clearly above chance." if guesses else ""
     )

@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,12 +22,11 @@ from typing import Any, TypeVar
 from study.families import FAMILIES, SIZES
 from study.statistics import (
     Estimate,
+    fractions_of_sum,
     log_ratio,
     mean_of,
     of_parts,
     paired_difference,
-    share_of,
-    shares,
     text_lead,
     with_errors,
 )
@@ -130,7 +129,7 @@ class Results:
     rates : dict[str, float]
         The learning rate of every family. Runs with another rate are not compared.
 
-    Without excerpts, noised texts and answers, errors are over seeds alone.
+    Without excerpts, errors of bits per byte are over seeds alone.
     """
 
     def __init__(
@@ -184,7 +183,7 @@ class Results:
         return with_errors(a.value - b.value, a, b, self.text_lead(ours, theirs, tflops))
 
     def text_lead(self, ours: str, theirs: str, tflops: float) -> Estimate:
-        """Return the lead in bits per byte with the error over the choice of excerpts; 0 where they are not known."""
+        """Return the lead of the seeds whose excerpts are known, with the error over the choice of excerpts, or 0."""
         a, b = (self.bits_of_excerpts(self.group(model, tflops)) for model in (theirs, ours))
         if not a or not b:
             return Estimate(0.0, 0.0)
@@ -290,15 +289,21 @@ class Results:
         return {family: mean_of(values) for family, values in found.items() if values}
 
     def noise_lead(self, ours: str, theirs: str, names: Sequence[str]) -> Estimate | None:
-        """Return the `relative_loss` of `theirs` less that of `ours`, with the errors of seeds and of text."""
+        """Return the `relative_loss` of `theirs` less that of `ours`, with the errors of seeds and of text.
+
+        Without the bits of noised excerpts no error is known.
+        """
         loss = self.by_family(lambda run: self.relative_loss(run, names))
         if not {ours, theirs} <= loss.keys():
             return None
         a, b = ([self._mean_noised(family, name) for name in (CLEAN, *names)] for family in (theirs, ours))
         lead = loss[theirs] - loss[ours]
         if not all(a) or not all(b):
-            return lead
-        added = [[x - y for x, y in zip(shares(p), shares(q), strict=True)] for p, q in zip(a, b, strict=True)]
+            return replace(lead, error=math.nan)
+        added = [
+            [x - y for x, y in zip(fractions_of_sum(p), fractions_of_sum(q), strict=True)]
+            for p, q in zip(a, b, strict=True)
+        ]
         clean, *noised = map(list, added)
         parts = [statistics.fmean(of_one) - base for *of_one, base in zip(*noised, clean, strict=True)]
         return with_errors(lead.value, lead, of_parts(0.0, parts))
@@ -320,10 +325,8 @@ class Results:
         """Return by family the share of right answers, the mean over `names`; errors are of seeds and questions."""
         found = self.by_family(lambda run: self._share_right(run, kind, names))
         for family, mean in found.items():
-            of_runs = [[self._answered(run, kind, name) for name in names] for run in self.measured[family]]
             # The seeds answer the same questions, so their number does not lower this part of the error.
-            errors = [with_errors(0.0, *shares).times(1 / len(names)).error for shares in of_runs]
-            found[family] = with_errors(mean.value, mean, Estimate(0.0, statistics.fmean(errors)))
+            found[family] = with_errors(mean.value, mean, mean_of(self._mean_answers(family, kind, names)))
         return found
 
     def right_lead(self, kind: str, ours: str, theirs: str, names: Sequence[str]) -> Estimate | None:
@@ -335,22 +338,17 @@ class Results:
         if not {ours, theirs} <= found.keys():
             return None
         lead, a, b = found[ours] - found[theirs], *(self._mean_answers(f, kind, names) for f in (ours, theirs))
-        return with_errors(lead.value, lead, paired_difference(a, b)) if a and b else lead
-
-    def _answered(self, run: Run, kind: str, name: str) -> Estimate:
-        scores = self._score_of[run.run, kind, name]
-        return share_of(sum(score.right for score in scores), sum(score.count for score in scores))
+        return with_errors(lead.value, lead, paired_difference(a, b))
 
     def _share_right(self, run: Run, kind: str, names: Sequence[str]) -> float | None:
-        if not names or any((run.run, kind, name) not in self._score_of for name in names):
-            return None
-        return statistics.fmean(self._answered(run, kind, name).value for name in names)
+        """Return the mean over names of the share of right answers, None if some are not known."""
+        lists = [self.answers.get((run.run, kind, name)) for name in names]
+        return statistics.fmean(statistics.fmean(found) for found in lists if found) if lists and all(lists) else None
 
     def _mean_answers(self, family: str, kind: str, names: Sequence[str]) -> list[float]:
         """Return for every place in the lists of questions the mean answer over names and seeds."""
-        lists = [
-            found for run in self.measured[family] for n in names if (found := self.answers.get((run.run, kind, n)))
-        ]
+        keys = [(run.run, kind, name) for run in self.measured[family] for name in names]
+        lists = [self.answers[key] for key in keys if self.answers.get(key)]
         return [statistics.fmean(values) for values in zip(*lists, strict=True)]
 
 

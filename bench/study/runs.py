@@ -235,11 +235,13 @@ def perform(lab: Lab, job: Job, watch: Watch) -> Outcome:
     """Train and measure, or read what earlier calls left."""
     folder, name = lab.folder(job), f"{job.model.name}, {job.tflops:g} TFLOP, seed {job.seed}, {job.learning_rate:g}"
     trained, scored = folder / "outcome.json", folder / f"excerpts-{lab.corpus.heldout_digest}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     if not trained.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, "work"):
-            write_text(trained, json.dumps(train_job(lab, job, lambda part, text: watch(name, part, text))))
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+            if not trained.exists():
+                facts = train_job(lab, job, lambda part, text: watch(name, part, text))
+                write_text(trained, json.dumps(facts))
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
     if not scored.exists():
         nats = lab.load(job).nats_of_groups(lab.corpus.heldout)
         bits = {group: [round(value / math.log(2), 2) for value in values] for group, values in nats.items()}

@@ -26,7 +26,7 @@ ZERO = Estimate(0.0, 0.0)
 
 
 def overview(results: Results) -> str:
-    """Holds what was run."""
+    """Return what was run."""
     if not results.runs:
         return ""
     hours = sum(run.cpu_seconds for run in results.runs) / 3600
@@ -61,7 +61,7 @@ def overview(results: Results) -> str:
 
 
 def families(results: Results) -> str:
-    """(a) Bits per byte over training FLOPs."""
+    """Return (a): bits per byte over training FLOPs."""
     curves = {family: curve for family in FAMILIES if (curve := results.curve(family))}
     if not curves:
         return ""
@@ -153,7 +153,7 @@ def inference(results: Results, tokens: str) -> str:
 
 
 def rates(results: Results) -> str:
-    """The learning rates that were tried with seed 0; the chosen ones are bold."""
+    """Return the learning rates that were tried with seed 0; the chosen ones are bold."""
     return page([], *filter(None, (table_of_rates(results, tflops) for tflops in results.budgets)))
 
 
@@ -176,7 +176,7 @@ def table_of_rates(results: Results, tflops: float) -> str:
 
 
 def patches(results: Results) -> str:
-    """(b) Longer patches at a fixed inference budget."""
+    """Return (b): longer patches at a fixed inference budget."""
     models = [model for model in longer_patches() if any(results.group(model.name, x) for x in results.budgets)]
     if len(models) < 2:
         return ""
@@ -209,7 +209,7 @@ def patches(results: Results) -> str:
 
 
 def noise(results: Results) -> str:
-    """(c) Noise on the characters."""
+    """Return the first half of (c): noise on the characters."""
     names = results.names("noise")
     clean = results.by_family(lambda run: results.bits_per_byte(run, "noise", CLEAN))
     noised = {n: results.by_family(lambda run, n=n: results.bits_per_byte(run, "noise", n)) for n in names}
@@ -246,12 +246,12 @@ def noise_by_kind(results: Results, theirs: str) -> str:
         sentences.append(verdict(ours, theirs, mean, "%", "in noised over clean bits, the mean over noises"))
         for word, sign in (("ahead", 1), ("behind", -1)):
             if found := [name for name, lead in leads.items() if lead.is_clear and sign * lead.value > 0]:
-                sentences.append(f"It is clearly {word} on {', '.join(found)}.")
+                sentences.append(f"{ours} is clearly {word} on {', '.join(found)}.")
     return " ".join(sentences)
 
 
 def tasks(results: Results) -> str:
-    """(c) Questions about characters, and misspellings."""
+    """Return the second half of (c): questions about characters, and misspellings."""
     names, edits = (
         [n for n in known if n in results.names(kind)] for kind, known in (("task", TASKS), ("misspelling", EDITS))
     )
@@ -272,7 +272,7 @@ def tasks(results: Results) -> str:
         told = "words told from their misspellings"
         sentences += answers_against_tokens(results, "misspelling", edits, f"{told}, the mean over edits")
         kept = [edit for edit in edits if edit in SAME_LENGTH]
-        sentences += answers_against_tokens(results, "misspelling", kept, f"{told} by edits that keep the length")
+        sentences += answers_against_tokens(results, "misspelling", kept, f"{told}, where the edit keeps the length")
         rows = [[family, *(shown(right[n].get(family), "%") for n in right)] for family in right["mean"]]
         tables.append(table([told, *right], rows))
     return page(sentences, *tables)
@@ -296,7 +296,7 @@ def answers_against_tokens(results: Results, kind: str, names: Sequence[str], wh
 
 
 def languages(results: Results) -> str:
-    """(d) Bits per byte by group of text, over its share of the training text."""
+    """Return (d): bits per byte by group of text, over its share of the training text."""
     leads = {tokens: found for tokens in TOKENS if (found := results.log_leads(BLT, tokens))}
     if not leads:
         return ""
@@ -318,6 +318,8 @@ def languages(results: Results) -> str:
 def count_of_groups(tokens: str, leads: dict[str, Estimate]) -> str:
     """Return a sentence on the groups of text in which BLT-Entropy is ahead of a model over tokens, and behind."""
     ahead, behind = (sum(v.is_clear and sign * v.value > 0 for v in leads.values()) for sign in (1, -1))
+    if all(math.isnan(lead.error) for lead in leads.values()):
+        return ""
     return f"Of {len(leads)} groups of text, {BLT} is clearly ahead of {tokens} in {ahead}, behind in {behind}."
 
 
@@ -325,31 +327,29 @@ def language_trend(results: Results, tokens: str) -> str:
     """Return a sentence on how the lead over a model of tokens changes where a language has less training text."""
     leads = results.log_leads(BLT, tokens)
     trained = {g: lead.value for g, lead in leads.items() if results.share(g) > 0 and g not in NO_TRANSLATIONS}
-    if len(trained) <= 2:
+    if len(trained) <= 2 or any(math.isnan(lead.error) for lead in leads.values()):
         return ""
     slope = slope_of([-math.log10(results.share(group)) for group in trained], list(trained.values()))
-    lead = f"Where a language has ten times less training text, the lead of {BLT} over {tokens}"
-    if slope.is_clear:
-        verb = "larger" if slope.value > 0 else "smaller"
-        return f"{lead} is {verb} by {shown(magnitude(slope), '%')} of the bits."
-    return f"{lead} differs by {shown(slope, '%', signed=True)} of the bits: no clear trend."
+    change = f"changes by {shown(slope, '%', signed=True)}{'' if slope.is_clear else ', no clear trend'}"
+    return f"Where a language has ten times less training text, the lead of {BLT} over {tokens} {change}."
 
 
 def rare_languages(results: Results, tokens: str) -> str:
     """Return a sentence on the languages that the training text has least of."""
     leads = results.log_leads(BLT, tokens)
     rare = {g: lead for g, lead in leads.items() if results.share(g) < RARE and g not in NO_TRANSLATIONS}
-    parts = [
-        f"{word} in {', '.join(found)}"
-        for word, sign in (("ahead", 1), ("behind", -1))
-        if (found := [group for group, lead in rare.items() if lead.is_clear and sign * lead.value > 0])
-    ]
+    if not rare or all(math.isnan(lead.error) for lead in rare.values()):
+        return ""
+    parts = []
+    for word, sign in ((f"ahead of {tokens}", 1), ("behind", -1)):
+        groups = [group for group, lead in rare.items() if lead.is_clear and sign * lead.value > 0]
+        parts.append(f"{word} in {', '.join(groups) or 'none'}")
     what = f"Of {len(rare)} languages with less than {RARE:.1%} of the training text"
-    return f"{what}, {BLT} is clearly {', and '.join(parts)}, against {tokens}." if parts else ""
+    return f"{what}, {BLT} is clearly {', and '.join(parts)}."
 
 
 def from_tokens(results: Results) -> str:
-    """(e) BLT-Entropy that begins as a trained transformer over tokens."""
+    """Return (e): BLT-Entropy that begins as a trained transformer over tokens."""
     base, begun = begun_models(results)
     if not begun:
         return ""
@@ -374,7 +374,7 @@ def begun_models(results: Results) -> tuple[str, list[str]]:
 
 
 def ablations(results: Results) -> str:
-    """(f) BLT-Entropy with one part changed."""
+    """Return (f): BLT-Entropy with one part changed."""
     base, bits, tflops = ablation_bits(results)
     if not bits:
         return ""

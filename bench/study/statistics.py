@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CLEAR = 2.0  # standard errors, at least
 # By degrees of freedom, the standard errors between which are 95% of Student's t distribution.
@@ -88,12 +88,6 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
     return mean_of([x - y for x, y in zip(a, b, strict=True)])
 
 
-def share_of(right: int, count: int) -> Estimate:
-    """Return the share of right answers. The error is binomial, for one answer more of either kind (Agresti, Coull)."""
-    smoothed = (right + 1) / (count + 2)
-    return Estimate(right / count, math.sqrt(smoothed * (1 - smoothed) / (count + 2)))
-
-
 def text_lead(theirs: Sequence[float], ours: Sequence[float], sizes: Sequence[float]) -> Estimate:
     """Return ``sum(theirs) / sum(sizes) - sum(ours) / sum(sizes)``, with its error over the choice of excerpts.
 
@@ -106,10 +100,12 @@ def text_lead(theirs: Sequence[float], ours: Sequence[float], sizes: Sequence[fl
 
 def log_ratio(a: Sequence[float], b: Sequence[float]) -> Estimate:
     """Return ``log(sum(a) / sum(b))``, with its error over the choice of excerpts."""
-    return of_parts(math.log(sum(a) / sum(b)), [x - y for x, y in zip(shares(a), shares(b), strict=True)])
+    return of_parts(
+        math.log(sum(a) / sum(b)), [x - y for x, y in zip(fractions_of_sum(a), fractions_of_sum(b), strict=True)]
+    )
 
 
-def shares(values: Sequence[float]) -> list[float]:
+def fractions_of_sum(values: Sequence[float]) -> list[float]:
     """Return the values over their sum: what each adds to the logarithm of the sum, to first order."""
     total = sum(values)
     return [value / total for value in values]
@@ -150,15 +146,15 @@ def log_ratio_at_equal_bits(
     (our_flops, our_best), (their_flops, their_best) = (min(c, key=lambda p: p[1].value) for c in (ours, theirs))
     if our_best.value <= their_best.value:
         found = log_flops_at(ours, with_errors(their_best.value, their_best, text))
-        return found and with_errors(math.log(their_flops) - found.value, found)
+        return found and replace(found, value=math.log(their_flops) - found.value)
     found = log_flops_at(theirs, with_errors(our_best.value, our_best, text))
-    return found and with_errors(found.value - math.log(our_flops), found)
+    return found and replace(found, value=found.value - math.log(our_flops))
 
 
 def saved(log_ratio: Estimate) -> Estimate:
     """Return the share of FLOPs that the logarithm of a ratio, theirs over ours, says that ours saves."""
     ratio = math.exp(-log_ratio.value)
-    return with_errors(1 - ratio, log_ratio.times(ratio))
+    return replace(log_ratio.times(ratio), value=1 - ratio)
 
 
 def slope_of(x: Sequence[float], y: Sequence[float]) -> Estimate:

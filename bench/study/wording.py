@@ -31,8 +31,8 @@ def verdict(ours: str, theirs: str, lead: Estimate, unit: str = "bits", what: st
     if lead.is_clear:
         return f"{ours} is {'ahead of' if lead.value > 0 else 'behind'} {theirs} by {amount}."
     if math.isnan(lead.error):
-        return f"{ours} and {theirs} have one seed each, so no error is known: the difference is {amount}."
-    return f"No clear difference between {ours} and {theirs}: {amount}."
+        return f"No error is known for the lead of {ours} over {theirs}: {shown(lead, unit, signed=True)} {what}."
+    return f"{ours} has no clear lead over {theirs}, nor the reverse: {shown(lead, unit, signed=True)} {what}."
 
 
 def versus(theirs: str, leads: Mapping[str, Estimate | None], unit: str = "bits", what: str = "bits per byte") -> str:
@@ -66,6 +66,8 @@ def page(sentences: Sequence[str], *tables: str) -> str:
 def trend(ours: str, theirs: str, early: Estimate, late: Estimate) -> str:
     """Return a sentence on how the lead of `ours` changes from the smallest budget to the largest."""
     change = late - early
+    if math.isnan(change.error):
+        return ""
     if not change.is_clear:
         amount = f"{shown(change, signed=True)} bits per byte"
         return f"With more training, {ours} neither gains clearly on {theirs} nor loses: {amount}."

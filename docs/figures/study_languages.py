@@ -34,7 +34,7 @@ def draw(colors: Colors) -> Figure | None:
     axes.set_yticks(range(len(groups)), names, fontsize=7.5)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.axvline(0.0, color=colors.text, linewidth=0.8)
-    axes.set(xlabel=f"% fewer bits of {sections.BLT}", ylabel="share of the training text")
+    axes.set(xlabel=f"100 log(bits / bits of {sections.BLT})", ylabel="share of the training text")
     finish(axes, colors, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
     return figure
 

@@ -392,17 +392,26 @@ def test_the_short_study_has_less_of_everything(monkeypatch, tmp_path: Path) -> 
     def prepare(work: Path, languages: bool) -> Corpus:
         return Corpus([], [], {"python": ["x" * 1000] * 200}, {"python": 1}, {})
 
-    def study(corpus: Corpus, work: Path, scope: Scope, *_: Any) -> None:
-        asked[work.name] = corpus, scope
+    def study(corpus: Corpus, work: Path, scope: Scope, processes: int, out: Path) -> None:
+        asked[work.name] = corpus, scope, out.name
 
     monkeypatch.setattr(command, "prepare", prepare)
     monkeypatch.setattr(command, "study", study)
-    for name, options in (("long", ()), ("short", ("--short",)), ("other", ("--short", "--scale=2", "--seeds=5"))):
+    others = ("--short", "--scale=2", "--seeds=5", "--parts", "f", "rates")
+    for name, options in (("long", ()), ("short", ("--short",)), ("other", others)):
         command.main(["--work", str(tmp_path / name), *options])
     assert asked["long"][1] == Scope()
     assert asked["short"][1] == plan.SHORT
-    assert asked["other"][1] == replace(plan.SHORT, small=0.4, middle=1.5, large=4.0, patcher=1.0, seeds=5)
+    assert asked["other"][1] == replace(
+        plan.SHORT, small=0.4, middle=1.5, large=4.0, patcher=1.0, seeds=5, parts=("rates", "f")
+    )
+    assert [asked[name][2].startswith("study-short-") for name in asked] == [False, True, True]
     assert [len(asked[name][0].heldout["python"]) for name in asked] == [100, 25, 25]
+
+
+def test_the_short_study_has_the_rates_that_were_found() -> None:
+    newest = max((Path(command.RESULTS)).glob("study-2*"), key=lambda path: path.name)
+    assert json.loads((newest / "settings.json").read_text())["learning_rates"] == plan.SHORT.rates
 
 
 @pytest.mark.parametrize("arguments", [["--scale", "0"], ["--jobs", "0"], ["--parts", "z"], ["--seeds", "0"]], ids=str)

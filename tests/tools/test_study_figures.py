@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "docs"))
 
 from extensions.figures import LIGHT, write
 from study.results import Results
-from study_results import RATES, made_up
+from study_results import RATES, made_up, results_of
 
 NAMES = [path.stem for path in sorted((Path(__file__).parents[2] / "docs" / "figures").glob("study_*.py"))]
 FIGURES = [name for name in NAMES if name != "study_long"]  # of another measurement
@@ -24,7 +24,7 @@ def test_figure(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     module = importlib.import_module(f"figures.{name}")
     whole = made_up()
     curves = {run.run: [3.0 - 0.01 * i for i in range(100)] for run in whole.runs}
-    found = Results([whole.patcher, *whole.runs], whole.scores, rates=RATES, curves=curves, shares=whole.shares)
+    found = results_of([whole.patcher, *whole.runs], whole.scores, curves=curves)
     monkeypatch.setattr(module, "results", lambda: found)
     figure = module.draw(LIGHT)
     assert all(axes.containers or axes.lines for axes in figure.axes)

@@ -41,6 +41,9 @@ def test_exponent() -> None:
     assert bent.value == pytest.approx(1)
     assert bent.error == pytest.approx(math.sqrt(2 / (5 * math.log(2) ** 2)))
     assert math.isnan(long_report.exponent(sizes[:2], [1, 2]).error)
+    # Errors of 0.1 at both ends of log 2 give that of the difference over log 2.
+    known = long_report.exponent(sizes[:2], [1, 2], [0.1, 0.1])
+    assert (known.value, known.error) == pytest.approx((1, 0.1 * math.sqrt(2) / math.log(2)))
     assert math.isnan(long_report.exponent(sizes[:1], [1]).value)
 
 
@@ -139,20 +142,22 @@ def test_report() -> None:
     fast = measured("MegaByte T^(1/3)", 1.0, [*contexts, 1 << 20], samples=1)
     lines = long_report.report([*measured("transformer", 2.0, contexts), left_out, *fast], "step").splitlines()
     head = "- A training step, growth of"
-    both = "Faster: transformer T^2.00 ± 0.02. No clear difference: MegaByte T^(1/3) T^1.01 ± 0.01."
     assert lines[:7] == [
-        "- A training step of transformer costs 1 times at 16k and 61 times at 1M as many FLOPs as one of MegaByte"
-        " T^(1/3).",
-        "- It takes 1.01 ± 0.01 times at 16k and 16.16 ± 0.18 times at 256k as long.",
-        "- A training step, time of a byte. 16.00 ± 0.13 times as long at 256k as at 16k: transformer; 1.05 ± 0.01 times"
-        " as long at 1M as at 16k: MegaByte T^(1/3).",
-        f"{head} time compared with linear, from 16k bytes on. {both}",
-        f"{head} peak memory compared with linear, from 16k bytes on. {both}",
+        "- A training step of transformer over one of MegaByte T^(1/3), in FLOPs: 1.0 times with 16k bytes and 61.0"
+        " times with 1M bytes.",
+        "- A training step of transformer over one of MegaByte T^(1/3), in time: 1.01 ± 0.01 times with 16k bytes and"
+        " 16.16 ± 0.18 times with 256k bytes.",
+        "- A training step, time of a byte in the longest row over that in the shortest: transformer 16.00 ± 0.13 times"
+        " (256k over 16k bytes); MegaByte T^(1/3) 1.05 ± 0.01 times (1M over 16k bytes).",
+        f"{head} time compared with linear, from 16k bytes on. Faster: transformer T^2.00 ± 0.00; MegaByte T^(1/3)"
+        " T^1.01 ± 0.00.",
+        f"{head} peak memory compared with linear, from 16k bytes on. Faster: transformer T^2.00 ± 0.02. No clear"
+        " difference: MegaByte T^(1/3) T^1.01 ± 0.01.",
         "- A training step on 1,048,576 bytes takes MegaByte T^(1/3) 1.1 s and 67 GB.",
         "- A training step has no time here for: transformer from 1M on (not run: 67 TFLOP).",
     ]
     assert "| step, µs a byte | 16k | 64k | 256k | 1M | grows as |" in lines
-    assert "| transformer | 1.01 | 4.24 | 16.2 | – | T^2.00 ± 0.02 |" in lines
+    assert "| transformer | 1.01 | 4.24 | 16.2 | – | T^2.00 ± 0.00 |" in lines
 
 
 def test_errors_of_ratios_come_from_points_with_several_samples() -> None:

@@ -22,7 +22,6 @@ from study.statistics import (
     paired_difference,
     pooled_deviation,
     saved,
-    share_of,
     slope_of,
     text_lead,
     with_errors,
@@ -80,11 +79,6 @@ def test_chance_passes_one_in_twenty() -> None:
         text = Estimate(0.0, 0.3)
         clear += with_errors(a.value - b.value + draw.gauss(0.0, text.error), a, b, text).is_clear
     assert 0.03 < clear / 4000 < 0.08
-
-
-def test_shares() -> None:
-    assert share_of(1, 2) == Estimate(0.5, pytest.approx(0.25))
-    assert share_of(10, 10).error == pytest.approx(math.sqrt(11 / 12 * 1 / 12 / 12))
 
 
 def test_errors_over_text_are_those_of_a_bootstrap() -> None:
