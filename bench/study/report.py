@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blt_kernels._files import write_text
-from study import sections
+from study import scores, sections
 from study.families import longer_patches
-from study.results import Results, load
-from study.sections import BLT, TOKENS
+from study.results import BLT, TOKENS, Results, load
 from study.wording import table, verdict
 
 
@@ -31,10 +30,10 @@ def claims(results: Results) -> str:
         ),
         "Longer patches pay for a wider global transformer": of_models(results, longest, base),
         "BLT spends less at inference for the same bits": sections.inference(results, tokens),
-        "Noise costs BLT less": sections.noise_by_kind(results, tokens),
+        "Noise costs BLT less": scores.noise_by_kind(results, tokens),
         "BLT is better at questions about characters": of_answers(results, tokens),
         "BLT tells words from misspellings": of_misspellings(results, tokens),
-        "BLT is better where a language has little text": sections.language_trend(results, tokens),
+        "BLT is better where a language has little text": scores.language_trend(results, tokens),
         "BLT learns faster as the layers of a model over tokens": of_models(results, begun[0], scratch)
         if begun
         else "",
@@ -66,7 +65,7 @@ def of_answers(results: Results, theirs: str) -> str:
     lead = results.right_lead("task", BLT, theirs, results.names("task"))
     if lead is None:
         return ""
-    above = sections.above_chance(results).values()
+    above = scores.above_chance(results).values()
     guesses = all(not math.isnan(lead.error) and not (lead.is_clear and lead.value > 0) for lead in above)
     return verdict(BLT, theirs, lead, "%", "in right answers") + (
         " No model is clearly above chance." if guesses else ""
@@ -75,7 +74,7 @@ def of_answers(results: Results, theirs: str) -> str:
 
 def of_misspellings(results: Results, theirs: str) -> str:
     """Return sentences on the misspellings that BLT-Entropy and another family tell, by edits that keep the length."""
-    edits = [edit for edit in results.names("misspelling") if edit in sections.SAME_LENGTH]
+    edits = [edit for edit in results.names("misspelling") if edit in scores.SAME_LENGTH]
     what = f"in right choices, where an edit keeps the length ({', '.join(edits)})"
     lead = results.right_lead("misspelling", BLT, theirs, edits)
     return "" if lead is None else verdict(BLT, theirs, lead, "%", what)
@@ -87,9 +86,9 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "rates": sections.rates,
     "families": sections.families,
     "patches": sections.patches,
-    "noise": sections.noise,
-    "tasks": sections.tasks,
-    "languages": sections.languages,
+    "noise": scores.noise,
+    "tasks": scores.tasks,
+    "languages": scores.languages,
     "from tokens": sections.from_tokens,
     "ablations": sections.ablations,
 }

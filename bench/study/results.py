@@ -31,6 +31,7 @@ from study.statistics import (
     with_errors,
 )
 
+BLT, BOTH_BLTS, TOKENS = "BLT-Entropy", ("BLT-Entropy", "BLT-Space"), ("tokens 4k", "tokens 32k")  # families
 ALL = "all"  # all groups
 CLEAN = "clean"  # the name of the text that gets noise, without it
 
@@ -300,11 +301,10 @@ class Results:
         lead = loss[theirs] - loss[ours]
         if not all(a) or not all(b):
             return replace(lead, error=math.nan)
-        added = [
+        clean, *noised = (
             [x - y for x, y in zip(fractions_of_sum(p), fractions_of_sum(q), strict=True)]
             for p, q in zip(a, b, strict=True)
-        ]
-        clean, *noised = map(list, added)
+        )
         parts = [statistics.fmean(of_one) - base for *of_one, base in zip(*noised, clean, strict=True)]
         return with_errors(lead.value, lead, of_parts(0.0, parts))
 

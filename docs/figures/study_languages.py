@@ -15,8 +15,8 @@ from figures._study import finish, look, results
 def draw(colors: Colors) -> Figure | None:
     """Draw means over seeds, with standard errors of seeds and excerpts. Returns None without results."""
     found = results()
-    sections = study_module("sections")
-    leads = {} if found is None else {t: part for t in sections.TOKENS if (part := found.log_leads(sections.BLT, t))}
+    families = study_module("results")
+    leads = {} if found is None else {t: part for t in families.TOKENS if (part := found.log_leads(families.BLT, t))}
     if not leads:
         return None
     groups = sorted(found.groups(), key=lambda group: -found.share(group))
@@ -34,7 +34,7 @@ def draw(colors: Colors) -> Figure | None:
     axes.set_yticks(range(len(groups)), names, fontsize=7.5)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.axvline(0.0, color=colors.text, linewidth=0.8)
-    axes.set(xlabel=f"100 log(bits / bits of {sections.BLT})", ylabel="share of the training text")
+    axes.set(xlabel=f"100 log(bits / bits of {families.BLT})", ylabel="share of the training text")
     finish(axes, colors, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
     return figure
 

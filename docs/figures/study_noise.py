@@ -16,7 +16,7 @@ def draw(colors: Colors) -> Figure | None:
     """Draw means over seeds, with standard errors of seeds and excerpts. Returns None without results."""
     found = results()
     names = [] if found is None else found.names("noise")
-    base = study_module("sections").TOKENS[0]
+    base = study_module("results").TOKENS[0]
     leads = {}
     for name, noises in [*((name, [name]) for name in names), ("mean", names)] if names else ():
         others = {family: found.noise_lead(family, base, noises) for family in found.measured if family != base}

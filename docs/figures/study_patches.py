@@ -17,13 +17,13 @@ def draw(colors: Colors) -> Figure | None:
     found = results()
     if found is None:
         return None
-    sections, families = study_module("sections"), study_module("families")
+    families, tokens = study_module("families"), study_module("results").TOKENS
     models = families.longer_patches()
     looks = [
         (model.name, {"color": colors.accent, "marker": mark, "linestyle": line, "capsize": 2, "markersize": 5})
         for model, mark, line in zip(models, "o^s", (":", "--", "-"), strict=False)
     ]
-    looks += [(f"{family} {models[0].size}", look(family, colors)) for family in sections.TOKENS]
+    looks += [(f"{family} {models[0].size}", look(family, colors)) for family in tokens]
     figure = Figure(figsize=(5.3, 4.7), layout="constrained")
     axes, ticks = figure.subplots(), []
     for name, style in looks:

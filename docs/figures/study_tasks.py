@@ -14,7 +14,7 @@ def draw(colors: Colors) -> Figure | None:
     found = results()
     if found is None or not found.names("task") or not found.names("misspelling"):
         return None
-    chance = study_module("sections").CHANCE
+    chance = study_module("scores").CHANCE
     tasks, edits = found.names("task"), found.names("misspelling")
     figure = Figure(figsize=(5.3, 6.6), layout="constrained")
     above, below = figure.subplots(2, height_ratios=(len(tasks), len(edits) + 1))

@@ -17,7 +17,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
-from study import report, sections
+from study import report, scores, sections
 from study.families import FAMILIES, variants
 from study.noise import NOISES
 from study.results import Results, load
@@ -213,7 +213,7 @@ def test_a_lead_that_changes_with_training(results: Results) -> None:
 
 
 def test_noise(results: Results) -> None:
-    text = sections.noise(results)
+    text = scores.noise(results)
     lead = 100 * math.log(1.2 / 1.1)
     assert "Compared with tokens 32k, in noised over clean bits, the mean over noises. Ahead: bytes" in text
     assert f"; BLT-Entropy +{lead:.1f} ± 0.0%.\n" in text
@@ -246,7 +246,7 @@ def test_noise_by_kind(results: Results) -> None:
         for of_blt in [{run.run for run in results.measured["BLT-Entropy"]}]
         for score in results.scores
     ]
-    found = sections.noise_by_kind(results_of(results.runs, worse), "tokens 4k")
+    found = scores.noise_by_kind(results_of(results.runs, worse), "tokens 4k")
     assert (
         "ahead on antspeak, random case, repeat, swap, upper case. BLT-Entropy is clearly behind on drop. BLT-Space"
         in found
@@ -255,7 +255,7 @@ def test_noise_by_kind(results: Results) -> None:
 
 
 def test_tasks(results: Results) -> None:
-    text = sections.tasks(results)
+    text = scores.tasks(results)
     assert (
         "Compared with chance, in right answers, the mean over tasks. No clear difference: bytes +0.9 ± 4.3%;" in text
     )
@@ -289,7 +289,7 @@ def test_questions_that_nobody_answers_otherwise_have_no_error(results: Results)
 
 
 def test_languages(results: Results) -> None:
-    text = sections.languages(results)
+    text = scores.languages(results)
     assert "Of 4 groups of text, BLT-Entropy is clearly ahead of tokens 4k in 4, behind in 0." in text
     # The lead is the same in all groups.
     assert "the lead of BLT-Entropy over tokens 4k changes by" in text
@@ -304,7 +304,7 @@ def test_languages(results: Results) -> None:
     assert (
         "Of 2 languages with less than 0.1% of the training text, BLT-Entropy is clearly ahead of tokens 4k in"
         " amharic, hindi, and behind in none."
-    ) in sections.languages(rare)
+    ) in scores.languages(rare)
 
 
 def test_the_trend_over_languages(results: Results) -> None:
@@ -316,7 +316,7 @@ def test_the_trend_over_languages(results: Results) -> None:
             steps = -math.log10(results.share(score.group)) + {"hindi": 0.01}.get(score.group, 0.0)
             score = replace(score, bits=score.bits * math.exp(-0.02 * steps))
         changed.append(score)
-    found = sections.language_trend(results_of(results.runs, changed), "tokens 4k")
+    found = scores.language_trend(results_of(results.runs, changed), "tokens 4k")
     expected = "Where a language has ten times less training text, the lead of BLT-Entropy over tokens 4k changes by"
     assert found == f"{expected} +2.0 ± 0.0%."
 
