@@ -49,6 +49,7 @@ def calls(
         torch.ones(num_rows, device=device),
     )
     marks = weights > 0
+    head = normal(260, 256, device=device)
     tables, byte_table = normal(6 * 1000, 256, device=device), normal(260, 256, device=device)
     rows = torch.zeros(num_rows, 7, dtype=torch.int64, device=device)
     hashing = [3, 4, 5, 6, 7, 8], None, "dense", None, None
@@ -67,6 +68,18 @@ def calls(
     consecutive = ("unique_consecutive", lambda: torch.unique_consecutive(tokens, return_counts=True))
     return {
         "token_entropy": (lambda: bk.token_entropy(logits), lambda: CALL["token_entropy_fwd"](logits), *entropy),
+        "linear_entropy": (
+            lambda: bk.linear_entropy(x, head),
+            lambda: CALL["linear_entropy_fwd"](x, head, None),
+            "linear and log_softmax",
+            lambda: torch.log_softmax(F.linear(x, head), -1),
+        ),
+        "linear_cross_entropy": (
+            lambda: bk.linear_cross_entropy(x, head, tokens),
+            lambda: CALL["linear_cross_entropy_fwd"](x, head, tokens, None, -100),
+            "linear and cross_entropy",
+            lambda: F.cross_entropy(F.linear(x, head), tokens, reduction="none"),
+        ),
         "patch_starts": (
             lambda: bk.patch_starts(logits[:, 0], threshold=1.3),
             lambda: CALL["patch_starts_fwd"](logits[:, 0], None, 1, *rules),
