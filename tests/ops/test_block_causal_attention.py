@@ -134,7 +134,7 @@ def test_any_documents_against_one_at_a_time(data: st.DataObject) -> None:
         cu_q,
         None if key_lengths is lengths else cu_k,
         **options,
-        seqused_k=None if used is None else torch.tensor(used),
+        seqused_k=None if used is None else torch.tensor(used, dtype=torch.int32),
         return_lse=True,
     )
     expected, expected_lse = oracle(q, k, v, cu_q.tolist(), cu_k.tolist(), **options, used=used)
