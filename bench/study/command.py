@@ -1,8 +1,7 @@
 """``python bench/study`` trains and measures the models of the study, and writes what came out.
 
-The long study takes about 4 hours of two cores, ``--short`` 19 minutes. Either may be killed at any moment: the same
-command goes on where it was.
-``python bench/study long`` is figure (g): `study.long_context`.
+The long study is estimated at 4 hours of two cores, ``--short`` takes 19 minutes. Either may be killed at any moment:
+the same command goes on where it was. ``python bench/study long`` is figure (g): `study.long_context`.
 """
 
 from __future__ import annotations
