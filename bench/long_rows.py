@@ -10,7 +10,6 @@ text is the sources of Python's standard library, end to end.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -19,14 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from memory import peak_extra_bytes, resident_bytes
+from tables import names_of, read_rows, write_rows
 from timing import RESULTS, csv_path, exponent
 
-from blt_kernels._files import whole_file
 from blt_kernels.ids import to_ids
 from blt_kernels.models import BLT, BLTConfig, ByteLM, MegaByte, MegaByteConfig
 from blt_kernels.models.base import ByteModel
@@ -121,28 +120,10 @@ def in_process(name: str, run: str, num_bytes: int, allocator: bool) -> Point:
     return Point(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def read(path: Path) -> list[Point]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Point(
-                row["model"], row["run"], int(row["num_bytes"]), float(row["cpu_seconds"]), float(row["wall_seconds"]),
-                float(row["resident_mb"]), float(row["allocator_mb"]) if row["allocator_mb"] else None,
-                float(row["load"]),
-            )
-            for row in csv.DictReader(file)
-        ]  # fmt: skip
-
-
 def write(points: Sequence[Point], path: Path) -> None:
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Point)], restval="")
-        writer.writeheader()
-        order = list(MODELS)
-        for point in sorted(points, key=lambda p: (order.index(p.model), p.run, p.num_bytes)):
-            cells = asdict(point).items()
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in cells if v is not None})
+    order = list(MODELS)
+    ordered = sorted(points, key=lambda p: (order.index(p.model), p.run, p.num_bytes))
+    write_rows(path, names_of(Point), map(asdict, ordered), digits=4)
 
 
 def table(points: Sequence[Point]) -> Iterator[str]:
@@ -173,13 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(asdict(sample(*json.loads(options.sample)))))
         return
     out = options.out or RESULTS / f"long-rows-{csv_path().name}"
-    points = read(out)
+    points = read_rows(out, Point)
     for size, name, run in itertools.product(options.sizes, options.models, options.passes):
         if (name, run, size) not in {(p.model, p.run, p.num_bytes) for p in points}:
             points.append(in_process(name, run, size, options.allocator))
             write(points, out)
             print(points[-1], flush=True)
-    print("\n".join(table(read(out))))
+    print("\n".join(table(read_rows(out, Point))))
 
 
 if __name__ == "__main__":

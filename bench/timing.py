@@ -19,15 +19,14 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from memory import peak_extra_bytes
-
-from blt_kernels._files import whole_file
+from tables import names_of, write_rows
 
 OURS = "blt_kernels"
 OK = "ok"
@@ -346,11 +345,7 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
     new = [{k: _cell(v) for k, v in asdict(row).items()} for row in rows]
     measured = {_key(row) for row in new}
     old = [row for row in read_csv(path) if _key(row) not in measured]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], restval="")
-        writer.writeheader()
-        writer.writerows(old + new)
+    write_rows(path, names_of(Row), old + new)
 
 
 def _cell(value: object) -> str:
@@ -363,7 +358,7 @@ def append_csv(rows: Iterable[Row], path: Path) -> None:
     """Add rows at the end of a file and flush them, so that a process that is killed loses none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer = csv.DictWriter(file, names_of(Row))
         if file.tell() == 0:
             writer.writeheader()
         for row in rows:

@@ -7,20 +7,20 @@ the same command goes on where it was. ``python bench/study long`` is figure (g)
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
+from tables import write_rows
 from timing import RESULTS, csv_path, device_name
 
-from blt_kernels._files import whole_file, write_text
+from blt_kernels._files import write_text
 from study import report
 from study.corpus import Corpus, prepare
 from study.families import PATCHER
@@ -135,11 +135,3 @@ def write(plan: Plan, out: Path) -> None:
             (out / name).unlink(missing_ok=True)
     write_text(out / "settings.json", json.dumps(settings(plan), indent=2) + "\n")
     report.write(out)
-
-
-def write_rows(path: Path, columns: Sequence[Any], rows: Iterable[Mapping[Any, Any]]) -> None:
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})

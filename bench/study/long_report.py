@@ -7,14 +7,14 @@ exponents have that of their fit.
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from blt_kernels._files import whole_file
+from tables import names_of, read_rows, write_rows
+
 from study.statistics import Estimate, pooled_deviation, slope_of
 from study.wording import page, table
 
@@ -62,35 +62,12 @@ class Point:
 
 def write(points: Iterable[Point], path: Path) -> None:
     """Write the results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Point)])
-        writer.writeheader()
-        for point in points:
-            cells = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(point).items()}
-            writer.writerow({**cells, "us_a_byte": " ".join(f"{x:.4g}" for x in point.us_a_byte)})
+    write_rows(path, names_of(Point), map(asdict, points), digits=5)
 
 
 def read(path: Path) -> list[Point]:
     """Return the points of a file, none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Point(
-                row["model"],
-                int(row["context"]),
-                row["run"],
-                float(row["patch_size"]),
-                int(row["parameters"]),
-                float(row["gflop"]),
-                tuple(map(float, row["us_a_byte"].split())),
-                float(row["peak_mb"]),
-                float(row["load"]),
-                row["status"],
-            )
-            for row in csv.DictReader(file)
-        ]
+    return read_rows(path, Point)
 
 
 # --- estimates --------------------------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from tables import read_rows
 
 from study.families import FAMILIES, SIZES
 from study.statistics import (
@@ -93,21 +95,6 @@ class Score:
     bytes: int = 0
     bits: float = 0.0
     right: int = 0
-
-
-Row = TypeVar("Row", Run, Score)
-
-
-def read(path: Path, kind: type[Row]) -> list[Row]:
-    """Return the lines of a file. Columns that `kind` lacks are left out."""
-    if not path.exists():
-        return []
-    types: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            kind(**{field.name: types[str(field.type)](row[field.name]) for field in fields(kind)})
-            for row in csv.DictReader(file)
-        ]
 
 
 class Results:
@@ -366,8 +353,8 @@ def load(folder: Path) -> Results:
     """Return the results of a study in a folder."""
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     return Results(
-        read(folder / "runs.csv", Run),
-        read(folder / "scores.csv", Score),
+        read_rows(folder / "runs.csv", Run),
+        read_rows(folder / "scores.csv", Score),
         rates=settings["learning_rates"],
         curves=read_lists(folder / "curves.csv"),
         excerpts=read_lists(folder / "excerpts.csv"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import random
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,11 +18,12 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 from study import report, scores, sections
 from study.families import FAMILIES, variants
 from study.noise import NOISES
-from study.results import Results, load
+from study.results import Results, Run, Score, load
 from study.statistics import Estimate
 from study.tasks import EDITS
 from study.wording import marked, shown, table, trend, verdict, versus
 from study_results import ERROR, RATES, RESTLESS_ERROR, SHARES, made_up, results_of
+from tables import names_of, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -377,17 +376,11 @@ def test_parts_without_some_of_the_runs(results: Results) -> None:
             assert "nan" not in part(found)
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def test_files(results: Results, tmp_path: Path) -> None:
     assert results.patcher is not None
-    write_csv(tmp_path / "runs.csv", [asdict(run) | {"steps": 1} for run in [results.patcher, *results.runs]])
-    write_csv(tmp_path / "scores.csv", list(map(asdict, results.scores)))
+    runs = [asdict(run) | {"steps": 1} for run in [results.patcher, *results.runs]]
+    write_rows(tmp_path / "runs.csv", [*names_of(Run), "steps"], runs, digits=17)
+    write_rows(tmp_path / "scores.csv", names_of(Score), map(asdict, results.scores), digits=17)
     (tmp_path / "curves.csv").write_text("run,0,1\n7,2.5,1.5\n")
     (tmp_path / "excerpts.csv").write_text("run,0,1\nbytes,900,1000\n7,12.5,13\n")
     (tmp_path / "noised.csv").write_text("run,noise,0,1\n7,drop,3.5,4\n")
