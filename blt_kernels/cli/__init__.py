@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
+from typing import NoReturn
 
 try:
     import rich  # noqa: F401
@@ -33,8 +35,20 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         app(prog_name="blt-kernels")
+    except SystemExit as end:
+        if not end.code and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process
+            _end_at_once()
+        raise
     finally:
         _flush()
+
+
+def _end_at_once() -> NoReturn:
+    """End this process without finalizing Python, where a thread of gloo that still frees a tensor would abort it."""
+    _flush()
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(0)
 
 
 def _flush() -> None:

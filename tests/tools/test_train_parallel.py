@@ -23,6 +23,7 @@ import torch.distributed as dist
 from filelock import FileLock
 
 from blt_kernels import distributed, ngram_hash_embed
+from blt_kernels.cli.base import package_version
 from blt_kernels.models import BLT, load_model
 from blt_kernels.models.config import BLTConfig
 from blt_kernels.nn import TransformerConfig, TransformerLayer, recompute
@@ -338,3 +339,18 @@ def test_a_run_killed_on_two_ranks_goes_on_under_torchrun(root: Path, tmp_path: 
     final, expected = lines[-1], train_log.read_log(root / "alone-blt" / "log.jsonl")[-1]
     assert final["heldout_bytes"] == expected["heldout_bytes"]
     assert final["heldout_bits_per_byte"] == pytest.approx(expected["heldout_bits_per_byte"], rel=2e-6)
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_process_of_torchrun_ends_without_finalizing(launched: bool) -> None:
+    """Its output is there; other processes, and those with an error, are finalized."""
+    code = "import atexit, blt_kernels.cli as cli; atexit.register(print, 'finalized'); cli.main()"
+    variables = {key: value for key, value in environment().items() if key != "TORCHELASTIC_RUN_ID"}
+    variables |= {"TORCHELASTIC_RUN_ID": "some"} if launched else {}
+
+    def lines(option: str) -> tuple[int, list[str]]:
+        done = subprocess.run([sys.executable, "-c", code, option], env=variables, capture_output=True, text=True)
+        return done.returncode, done.stdout.splitlines()
+
+    assert lines("--version") == (0, [package_version(), *["finalized"][launched:]])
+    assert lines("--nonsense") == (2, ["finalized"])
