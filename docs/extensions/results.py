@@ -2,9 +2,9 @@
 
 The directive ``{results} KIND`` shows the newest file of a kind: "integrations" (``:op:`` is a regular expression that
 the names of the operations match), "generation" (``:op:`` is the beginning of the names of models), "study" (``:op:``
-is the part), "study-long" (``:op:`` is the pass), "speed" for the small table of README.md, or "cpu" and "gpu" for
-that of all ops. The directive ``{replaced} MODULE`` shows what ``apply`` of an integration replaces, and by what;
-``{texts}`` shows the packages that the text of the study comes from.
+is the part), "study-long" (``:op:`` is the pass), "speed" for the small table of README.md, "cpu" and "gpu" for that
+of all ops, or "one-thread" for one of another CPU. The directive ``{replaced} MODULE`` shows what ``apply`` of an
+integration replaces, and by what; ``{texts}`` shows the packages that the text of the study comes from.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def of_ops(path: Path, op: str) -> str:
 KINDS: dict[str, Callable[[Path, str], str]] = {
     "cpu": of_ops,
     "gpu": of_ops,
+    "one-thread": of_ops,
     "speed": of_speed,
     "integrations": of_integrations,
     "generation": of_generation,
