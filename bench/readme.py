@@ -83,11 +83,11 @@ def table(path: Path) -> str:
     """Return one line for every op and input, forward and backward side by side; `groups_of` says of which."""
     threads, alone, groups = groups_of(path)
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    on_gpu = kind_of(path) == "gpu"
+    on_gpu, on_threads = kind_of(path) == "gpu", "1 thread" if threads == "1" else f"{threads} threads"
     how = "milliseconds, medians of interleaved rounds in one process"
     how = "milliseconds a call, medians of CUDA graphs of 20 calls replayed in turn" if on_gpu else how
     lines = [
-        f"`{shown}`, {ceilings_of(alone) if on_gpu else f'{threads} threads'}: {how}; in brackets the"
+        f"`{shown}`, {ceilings_of(alone) if on_gpu else on_threads}: {how}; in brackets the"
         " share of what the machine can read, copy or multiply; then how many times longer the best peer takes.",
         "",
         "| op | input | forward | best peer | forward + backward | best peer |",
