@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from memory import peak_extra_bytes
-from tables import names_of, write_rows
+from tables import cell_of, names_of, write_rows
 
 OURS = "blt_kernels"
 OK = "ok"
@@ -349,9 +349,7 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.4g}"
-    return "" if value is None else str(value)
+    return "" if isinstance(value, float) and math.isnan(value) else cell_of(value, digits=4)
 
 
 def append_csv(rows: Iterable[Row], path: Path) -> None:
